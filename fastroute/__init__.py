@@ -1,0 +1,7 @@
+"""Data-dependent routing for multi-path neural networks, with fused kernels (Tissera, 2023)."""
+
+from fastroute import backends, models, nn, ops
+from fastroute._version import __version__
+from fastroute.backends import use_backend
+
+__all__ = ["__version__", "backends", "models", "nn", "ops", "use_backend"]

@@ -1,0 +1,99 @@
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+from fastroute.backends import native, reference, triton
+from fastroute.ops._library import LIBRARY, OPERATORS
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute the operators.
+
+    `reason_against(device, dtype)` is None where the backend can serve tensors of that device and dtype, else a
+    sentence that says why not. `kernels()` is the module that holds one function for each operator, by its name.
+    """
+
+    name: str
+    reason_against: Callable[[torch.device, torch.dtype], str | None]
+    kernels: Callable[[], ModuleType]
+
+
+def _backend(package: ModuleType) -> Backend:
+    name = package.__name__.rpartition(".")[2]
+    return Backend(name, package.reason_against, cache(lambda: import_module(f"{package.__name__}.kernels")))
+
+
+BACKENDS = {backend.name: backend for backend in map(_backend, (triton, native, reference))}
+
+# Device type -> backends, the fastest first; other devices have the reference alone.
+ORDER = {"cuda": ("triton", "native", "reference"), "cpu": ("native", "reference")}
+
+_override: str | None = None
+
+
+def _named(name: str) -> Backend:
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}; it must be one of {', '.join(map(repr, BACKENDS))}")
+    return BACKENDS[name]
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Have every operator inside the `with` block computed by one backend: "triton", "native" or "reference".
+
+    Holds for the whole process, autograd's own threads included, and goes before the variable FASTROUTE_BACKEND.
+    A block does not change what `torch.compile` has traced: the choice is made at each call.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: at the first operator that it cannot serve, with the reason.
+    """
+    global _override
+    previous, _override = _override, _named(name).name
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+@cache
+def _choose(override: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
+    if override:
+        backend = _named(override)
+        if reason := backend.reason_against(device, dtype):
+            raise RuntimeError(f"backend {override!r} cannot serve {dtype} tensors on {device}: {reason}")
+        return backend
+    reasons = {}
+    for name in ORDER.get(device.type, ("reference",)):
+        reasons[name] = BACKENDS[name].reason_against(device, dtype)
+        if reasons[name] is None:
+            if name == "reference" and len(reasons) > 1:
+                why = "; ".join(f"{other}: {reason}" for other, reason in reasons.items() if reason)
+                warnings.warn(
+                    f"fastroute computes {dtype} on {device.type} in plain PyTorch, which is slower ({why})",
+                    stacklevel=2,
+                )
+            return BACKENDS[name]
+    raise AssertionError("the reference serves every device and dtype")
+
+
+def _serve(name: str, prepare: Callable) -> Callable:
+    def kernel(*args):
+        args = prepare(*args)
+        x = args[0][0]
+        backend = _choose(_override or os.environ.get("FASTROUTE_BACKEND"), x.device, x.dtype)
+        return getattr(backend.kernels(), name)(*args)
+
+    return kernel
+
+
+for _name, _prepare in OPERATORS.items():
+    LIBRARY.impl(_name, _serve(_name, _prepare), "CompositeExplicitAutograd")

@@ -1,0 +1,124 @@
+"""What every operator asks of a list of parallel paths: the checks, and the memory format of what comes out."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_PATHS = 8
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which sums, gates and scores of `dtype` inputs are held: at least float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _sample_is_dense(x: Tensor, order: Sequence[int]) -> bool:
+    expected = 1
+    sizes, strides = x.shape, x.stride()
+    for dim in order:
+        if sizes[dim] != 1:
+            if strides[dim] != expected:
+                return False
+            expected *= sizes[dim]
+    return True
+
+
+def channels_first(x: Tensor) -> bool:
+    """Whether each sample of x (N, C, *S) lies in memory as [C, *S]; the batch stride is free."""
+    return _sample_is_dense(x, range(x.dim() - 1, 0, -1))
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether each sample of x (N, C, *S) lies in memory as [*S, C]; the batch stride is free."""
+    return _sample_is_dense(x, (1, *range(x.dim() - 1, 1, -1)))
+
+
+def empty_path(x: Tensor) -> Tensor:
+    """An unwritten tensor of x's shape and sample layout, the samples next to each other.
+
+    The strides of x are kept also where a size of 1 leaves them free: they tell later layers the memory format.
+    """
+    return torch.empty_strided(x.shape, (math.prod(x.shape[1:]), *x.stride()[1:]), dtype=x.dtype, device=x.device)
+
+
+def path_list(name: str, xs: Sequence[Tensor]) -> list[Tensor]:
+    """xs as a list, after the check that it is one of tensors."""
+    if not isinstance(xs, (list, tuple)):
+        raise TypeError(f"{name} is a {type(xs).__name__}; it must be a list of tensors, one for each path")
+    for i, x in enumerate(xs):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}[{i}] is a {type(x).__name__}; every path must be a tensor (N, C, *S)")
+    return list(xs)
+
+
+def check_paths(name: str, xs: Sequence[Tensor]) -> None:
+    """Raise unless xs are 1 to 8 floating-point tensors (N, C, *S) of one shape, type and device."""
+    if not 1 <= len(xs) <= MAX_PATHS:
+        raise ValueError(f"{name} has {len(xs)} paths; it must have 1 to {MAX_PATHS}")
+    first = xs[0]
+    if first.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{name}[0] has dtype {first.dtype}; it must be one of {names}")
+    if not 2 <= first.dim() <= 5:
+        raise ValueError(f"{name}[0] has shape {tuple(first.shape)}; it must be (N, C) with up to 3 spatial sizes more")
+    if any(size == 0 for size in first.shape[1:]):
+        raise ValueError(f"{name}[0] has shape {tuple(first.shape)}; only the batch size may be 0")
+    for i, x in enumerate(xs):
+        if x.layout != torch.strided:
+            raise ValueError(f"{name}[{i}] has layout {x.layout}; it must be torch.strided")
+        if x.shape != first.shape:
+            raise ValueError(
+                f"{name}[{i}] has shape {tuple(x.shape)}; it must have the shape of {name}[0], {tuple(first.shape)}"
+            )
+        if x.dtype != first.dtype:
+            raise TypeError(f"{name}[{i}] has dtype {x.dtype}; it must have the dtype of {name}[0], {first.dtype}")
+        if x.device != first.device:
+            raise ValueError(f"{name}[{i}] is on {x.device}; it must be on the device of {name}[0], {first.device}")
+
+
+def align_paths(name: str, xs: Sequence[Tensor]) -> list[Tensor]:
+    """The paths in one sample layout, as they are where that is [C, *S] or [*S, C], else by one `.contiguous()`.
+
+    Raises:
+        ValueError: some paths are NCHW and others channels_last. Copying one silently would cost more than routing.
+    """
+    firsts, lasts = [channels_first(x) for x in xs], [channels_last(x) for x in xs]
+    if all(firsts) or all(lasts):
+        return list(xs)
+    only_first = next((i for i, f in enumerate(firsts) if f and not lasts[i]), None)
+    only_last = next((i for i, f in enumerate(lasts) if f and not firsts[i]), None)
+    if only_first is not None and only_last is not None:
+        raise ValueError(
+            f"{name}[{only_first}] is contiguous and {name}[{only_last}] is channels_last; "
+            "every path must have the same memory format"
+        )
+    if only_last is not None:
+        return [x if last else _to_channels_last(x) for x, last in zip(xs, lasts, strict=True)]
+    return [x if first else x.contiguous() for x, first in zip(xs, firsts, strict=True)]
+
+
+def align_like(xs: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+    """Tensors of like's shape in like's sample layout and dtype, copied only where they differ: incoming gradients."""
+    matches, convert = (
+        (channels_first, torch.Tensor.contiguous) if channels_first(like) else (channels_last, _to_channels_last)
+    )
+    xs = [x.to(like.dtype) for x in xs]
+    return [x if matches(x) else convert(x) for x in xs]
+
+
+def _to_channels_last(x: Tensor) -> Tensor:
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def check_weight(name: str, weight: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    """Raise unless a gate's parameter has this shape, lies on x's device and is at least as precise as it need be."""
+    if tuple(weight.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(weight.shape)}; it must have shape {shape}")
+    if weight.device != x.device:
+        raise ValueError(f"{name} is on {weight.device}; it must be on the device of the paths, {x.device}")
+    if weight.dtype not in (x.dtype, torch.float32):
+        allowed = " or ".join(dict.fromkeys((str(x.dtype), "torch.float32")))
+        raise TypeError(f"{name} has dtype {weight.dtype}; it must be {allowed} for paths of {x.dtype}")

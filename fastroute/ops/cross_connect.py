@@ -1,0 +1,171 @@
+"""Cross-connection routing (§3.2, Alg. 2): every output is a sum of the inputs, weighted by gates the inputs compute."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastroute.ops._library import LIBRARY, define
+from fastroute.ops._paths import (
+    MAX_PATHS,
+    accumulate_dtype,
+    align_like,
+    align_paths,
+    check_paths,
+    check_weight,
+    empty_path,
+    path_list,
+)
+
+
+class Routed(NamedTuple):
+    """What `cross_connect` returns; see there for the shapes."""
+
+    outputs: list[Tensor]
+    gates: Tensor
+    scores: Tensor
+
+
+def cross_connect(
+    xs: Sequence[Tensor], w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None
+) -> Routed:
+    """Route m parallel tensors to n by gates computed from the tensors themselves (Alg. 2).
+
+    Each path is averaged over space (Eq. 3.3), two dense layers with a ReLU between give n relevance scores (Eq. 3.4),
+    softmax makes them gates (Eq. 3.5), and output j is the sum of all paths weighted by their gates to j (Eq. 3.7).
+    The backward is Eq. 3.10 to 3.15 by hand. A second derivative is taken through the reference in plain PyTorch.
+
+    | argument | shape | type |
+    |---|---|---|
+    | xs | m tensors (N, C, *S), 1 ≤ m ≤ 8, up to three spatial sizes | float32, bfloat16, float16, float64 |
+    | w1 | (m, G, C), or None for the linear gate of Eq. 3.9 | the paths' or float32 |
+    | b1 | (m, G) or None | the paths' or float32 |
+    | w2 | (m, n, G), or (m, n, C) where w1 is None; 1 ≤ n ≤ 8 | the paths' or float32 |
+    | b2 | (m, n) or None | the paths' or float32 |
+
+    Each sample of a path may lie in memory as [C, *S] or as [*S, C] (channels_last), with any stride between samples;
+    the outputs take the layout of the inputs. Any other layout costs one `.contiguous()`.
+
+    Returns:
+        outputs: n tensors (N, C, *S) of the paths' dtype.
+        gates: (N, m, n), `gates[s, i, j]` is the weight of input i in output j; each row i sums to 1.
+        scores: (N, m, n), the scores before softmax. Gates and scores are float32 for half-precision paths.
+        All three can be differentiated.
+
+    Raises:
+        TypeError: xs is not a list of floating-point tensors of one dtype, or a parameter has another dtype.
+        ValueError: shapes, devices or memory formats do not agree, or there are more than 8 paths.
+        RuntimeError: the backend asked for by name cannot serve these tensors.
+    """
+    outputs, gates, scores, _, _ = _FORWARD(path_list("xs", xs), w1, b1, w2, b2)
+    return Routed(outputs, gates, scores)
+
+
+def _check_parameters(xs: Sequence[Tensor], w1, b1, w2, b2) -> None:
+    x, m, channels = xs[0], len(xs), xs[0].shape[1]
+    if w2.dim() != 3 or not 1 <= w2.shape[1] <= MAX_PATHS:
+        raise ValueError(
+            f"w2 has shape {tuple(w2.shape)}; it must be (m, n, G), from m = {m} paths to n = 1 to {MAX_PATHS}"
+        )
+    if w1 is None:
+        if b1 is not None:
+            raise ValueError("b1 is given without w1; the linear gate (w1=None) has the bias b2 alone")
+        hidden = channels
+    else:
+        if w1.dim() != 3 or w1.shape[1] == 0:
+            raise ValueError(f"w1 has shape {tuple(w1.shape)}; it must be (m, G, C) = ({m}, G, {channels})")
+        hidden = w1.shape[1]
+        check_weight("w1", w1, (m, hidden, channels), x)
+        if b1 is not None:
+            check_weight("b1", b1, (m, hidden), x)
+    check_weight("w2", w2, (m, w2.shape[1], hidden), x)
+    if b2 is not None:
+        check_weight("b2", b2, (m, w2.shape[1]), x)
+
+
+def _prepare_forward(xs, w1, b1, w2, b2):
+    check_paths("xs", xs)
+    _check_parameters(xs, w1, b1, w2, b2)
+    return align_paths("xs", xs), w1, b1, w2, b2
+
+
+def _fake_forward(xs, w1, b1, w2, b2):
+    x, (m, n, _) = xs[0], w2.shape
+    batch, channels, hidden = x.shape[0], x.shape[1], 0 if w1 is None else w1.shape[1]
+
+    def empty(*shape):
+        return x.new_empty(shape, dtype=accumulate_dtype(x.dtype))
+
+    outputs = [empty_path(x) for _ in range(n)]
+    return outputs, empty(batch, m, n), empty(batch, m, n), empty(batch, m, channels), empty(batch, m, hidden)
+
+
+def _prepare_backward(grad_outputs, grad_gates, grad_scores, xs, *rest):
+    xs = align_paths("xs", xs)
+    return align_like(grad_outputs, xs[0]), grad_gates, grad_scores, xs, *rest
+
+
+def _fake_backward(grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden, grad_inputs):
+    m, n, _ = w2.shape
+
+    def empty(*shape):
+        return gates.new_empty(shape)
+
+    grad_xs = [empty_path(xs[0]) for _ in range(m)] if grad_inputs else []
+    no_hidden = w1 is None
+    grad_w1 = empty(0) if no_hidden else empty(*w1.shape)
+    grad_b1 = empty(0) if no_hidden else empty(m, w1.shape[1])
+    return grad_xs, grad_w1, grad_b1, empty(*w2.shape), empty(m, n)
+
+
+# pooled Z (N, m, C) and hidden H (N, m, G), after its ReLU, are what the backward needs beside the arguments.
+_FORWARD = define(
+    "cross_connect(Tensor[] xs, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2)"
+    " -> (Tensor[] outputs, Tensor gates, Tensor scores, Tensor pooled, Tensor hidden)",
+    _prepare_forward,
+    _fake_forward,
+)
+
+# The biases are arguments only for the second derivative, which computes the forward anew.
+_BACKWARD = define(
+    "cross_connect_backward(Tensor[] grad_outputs, Tensor? grad_gates, Tensor? grad_scores, Tensor[] xs,"
+    " Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor gates, Tensor pooled, Tensor hidden, bool grad_inputs)"
+    " -> (Tensor[] grad_xs, Tensor grad_w1, Tensor grad_b1, Tensor grad_w2, Tensor grad_b2)",
+    _prepare_backward,
+    _fake_backward,
+)
+
+
+class _CrossConnect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w1, b1, w2, b2, *xs):
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs, gates, scores, pooled, hidden = _FORWARD(xs, w1, b1, w2, b2)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(pooled, hidden)
+        ctx.save_for_backward(w1, b1, w2, b2, gates, pooled, hidden, *xs)
+        return *outputs, gates, scores, pooled, hidden
+
+    @staticmethod
+    def backward(ctx, *grads):
+        *grad_outputs, grad_gates, grad_scores, _, _ = grads
+        w1, b1, w2, b2, gates, pooled, hidden, *xs = ctx.saved_tensors
+        grad_inputs = any(ctx.needs_input_grad[4:])
+        grad_outputs = [torch.zeros_like(xs[0]) if grad is None else grad for grad in grad_outputs]
+        grad_xs, *grad_parameters = _BACKWARD(
+            grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden, grad_inputs
+        )
+        grad_parameters = [
+            None if parameter is None else grad.to(parameter.dtype)
+            for parameter, grad in zip((w1, b1, w2, b2), grad_parameters, strict=True)
+        ]
+        return *grad_parameters, *(grad_xs if grad_inputs else [None] * len(xs))
+
+
+def _autograd(xs, w1, b1, w2, b2):
+    *outputs, gates, scores, pooled, hidden = _CrossConnect.apply(w1, b1, w2, b2, *xs)
+    return outputs, gates, scores, pooled, hidden
+
+
+LIBRARY.impl("cross_connect", _autograd, "Autograd")

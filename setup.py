@@ -1,0 +1,73 @@
+"""Builds csrc: one CPU library for each instruction set, and a CUDA library where nvcc and a CUDA torch are found.
+
+FASTROUTE_BUILD_CUDA=0/1 leaves the CUDA library out or insists on it; MAX_JOBS and TORCH_CUDA_ARCH_LIST are torch's own.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from setuptools import setup
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).parent
+PACKAGE = "fastroute.backends.native"
+DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+
+
+def source_hash() -> str:
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        if path.suffix in {".cpp", ".cu", ".h", ".cuh"}:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def sources(folder: str, suffix: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / folder).glob(f"*{suffix}"))
+
+
+def say(message: str) -> None:
+    print(f"fastroute: {message}", file=sys.stderr)
+
+
+def cpu_extensions() -> list:
+    flags = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+    instruction_sets = {"default": []}
+    if platform.machine() in {"x86_64", "AMD64"}:
+        instruction_sets = {
+            "avx2": ["-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"],
+            "avx512": [
+                "-DCPU_CAPABILITY=AVX512",
+                "-DCPU_CAPABILITY_AVX512",
+                *("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"),
+            ],
+        }
+    operators = cpp_extension.CppExtension(
+        f"{PACKAGE}._C",
+        ["csrc/operators.cpp"],
+        extra_compile_args=[*flags, f'-DFASTROUTE_BUILD="{source_hash()}"', f'-DFASTROUTE_TORCH="{torch.__version__}"'],
+    )
+    kernels = [
+        cpp_extension.CppExtension(
+            f"{PACKAGE}._C_{name}",
+            sources("cpu", ".cpp"),
+            include_dirs=[str(ROOT / "csrc")],
+            extra_compile_args=[*flags, *target_flags],
+            extra_link_args=["-fopenmp"],
+        )
+        for name, target_flags in instruction_sets.items()
+    ]
+    return [operators, *kernels]
+
+
+def nvcc() -> str | None:
+    home = cpp_extension.CUDA_HOME
+    if home and os.path.exists(os.path.join(home, "bin", "nvcc")) and os.path.isdir(os.path.join(home, "include")):
+        return os.path.join(home, "bin", "nvcc")
+    return None
