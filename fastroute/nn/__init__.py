@@ -1,0 +1,6 @@
+"""Modules: the routing layers, and the containers that hold parallel paths."""
+
+from fastroute.nn.cross_connection import CrossConnection, Routing
+from fastroute.nn.multipath import MultiPathNetwork, ParallelPaths
+
+__all__ = ["CrossConnection", "MultiPathNetwork", "ParallelPaths", "Routing"]

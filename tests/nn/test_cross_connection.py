@@ -1,0 +1,124 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastroute.nn import CrossConnection, Routing
+
+
+def paths(m, *shape, **options):
+    return [torch.randn(shape, **options) for _ in range(m)]
+
+
+def plain(router, xs):
+    """Alg. 2 for one router, in plain PyTorch."""
+    gates = []
+    for i, x in enumerate(xs):
+        hidden = x.flatten(2).mean(-1)
+        if router.w1 is not None:
+            hidden = torch.relu(hidden @ router.w1[i].T + (0 if router.b1 is None else router.b1[i]))
+        gates.append(torch.softmax(hidden @ router.w2[i].T + (0 if router.b2 is None else router.b2[i]), -1))
+    return [sum(gates[i][:, j, None, None, None] * x for i, x in enumerate(xs)) for j in range(router.out_paths)]
+
+
+@pytest.mark.parametrize("in_paths, out_paths", [(1, 2), (2, 2), (3, 1), (2, 5)])
+@pytest.mark.parametrize("options", [{}, {"gate_channels": None}, {"gate_channels": 5, "bias": False}], ids=str)
+def test_is_algorithm_2(in_paths, out_paths, options):
+    router = CrossConnection(6, in_paths, out_paths, **options, dtype=torch.float64)
+    nn.init.normal_(router.w2)
+    xs = paths(in_paths, 3, 6, 4, 5, dtype=torch.float64)
+    for actual, expected in zip(router(xs), plain(router, xs), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_both_call_forms_agree():
+    router, xs = CrossConnection(6, 2, 3), paths(2, 4, 6, 5, 5)
+    outputs, routing = router(xs, return_routing=True)
+    assert isinstance(routing, Routing)
+    assert routing.gates.shape == routing.scores.shape == (4, 2, 3)
+    torch.testing.assert_close(routing.gates, routing.scores.softmax(-1))
+    for y, again in zip(outputs, router(xs), strict=True):
+        assert torch.equal(y, again)
+
+
+def test_starts_from_even_gates():
+    for options in ({}, {"gate_channels": None}):
+        _, routing = CrossConnection(64, 2, 4, **options)(paths(2, 16, 64, 8, 8), return_routing=True)
+        torch.testing.assert_close(routing.gates, torch.full((16, 2, 4), 0.25), atol=0.005, rtol=0)
+        assert routing.scores.any()
+
+
+def test_first_layer_starts_as_linear_does():
+    torch.manual_seed(0)
+    router, linear = CrossConnection(50, 8, 2, gate_channels=200), nn.Linear(50, 1600)
+    for ours, theirs in ((router.w1, linear.weight), (router.b1, linear.bias)):
+        assert ours.abs().max() <= 1 / math.sqrt(50)
+        assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.05)
+
+
+def test_gradients_reach_every_parameter_and_input():
+    router = CrossConnection(6, 2, 3)
+    xs = paths(2, 4, 6, 5, 5, requires_grad=True)
+    outputs, routing = router(xs, return_routing=True)
+    loss = sum(y.square().sum() for y in outputs) + routing.gates.square().sum() + routing.scores.square().sum()
+    loss.backward()
+    for tensor in (*router.parameters(), *xs):
+        assert tensor.grad is not None and tensor.grad.abs().max() > 0
+
+
+def test_parameters_are_optional_and_take_factory_arguments():
+    assert {name for name, _ in CrossConnection(6, 2, 3, gate_channels=0).named_parameters()} == {"w2", "b2"}
+    assert {name for name, _ in CrossConnection(6, 2, 3, bias=False).named_parameters()} == {"w1", "w2"}
+    router = CrossConnection(6, 2, 3, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in router.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_keeps_channels_last_and_takes_half_precision_under_autocast():
+    router = CrossConnection(6, 2, 2)
+    xs = [x.to(torch.bfloat16, memory_format=torch.channels_last) for x in paths(2, 4, 6, 5, 5)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs, routing = router(xs, return_routing=True)
+    assert all(y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=torch.channels_last) for y in outputs)
+    assert routing.gates.dtype == torch.float32
+
+
+def test_compiles_without_a_break():
+    router, xs = CrossConnection(6, 2, 3), paths(2, 4, 6, 5, 5)
+    compiled = torch.compile(router, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(compiled(xs), router(xs), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_repr_is_its_arguments():
+    assert repr(CrossConnection(6, 2, 3)) == "CrossConnection(6, in_paths=2, out_paths=3, gate_channels=16)"
+    assert "gate_channels=None, bias=False" in repr(CrossConnection(6, 2, 3, gate_channels=0, bias=False))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"channels": 0}, "channels is 0; it must be at least 1"),
+        ({"in_paths": 0}, "in_paths is 0; it must be 1 to 8"),
+        ({"out_paths": 9}, "out_paths is 9; it must be 1 to 8"),
+        ({"gate_channels": -1}, "gate_channels is -1"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        CrossConnection(**{"channels": 6, "in_paths": 2, "out_paths": 2, **arguments})
+
+
+@pytest.mark.parametrize(
+    "xs, error, message",
+    [
+        (torch.zeros(2, 6, 4, 4), TypeError, "xs is a Tensor; it must be a list of tensors"),
+        ([], ValueError, "xs has 0 paths; this router takes in_paths=2"),
+        ([torch.zeros(2, 6, 4, 4)], ValueError, "xs has 1 paths; this router takes in_paths=2"),
+        ([torch.zeros(2, 5, 4, 4)] * 2, ValueError, r"xs\[0\] has shape \(2, 5, 4, 4\).*channels=6"),
+        ([torch.zeros(2, 6, 4, 4), torch.zeros(2, 6, 4, 5)], ValueError, r"xs\[1\] has shape"),
+    ],
+)
+def test_wrong_inputs(xs, error, message):
+    with pytest.raises(error, match=message):
+        CrossConnection(6, 2, 2)(xs)
