@@ -3,9 +3,9 @@
 FASTROUTE_BUILD_CUDA=0/1 leaves the CUDA library out or insists on it; MAX_JOBS and TORCH_CUDA_ARCH_LIST are torch's own.
 """
 
-import hashlib
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -20,12 +20,10 @@ PACKAGE = "fastroute.backends.native"
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
-def source_hash() -> str:
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "csrc").rglob("*")):
-        if path.suffix in {".cpp", ".cu", ".h", ".cuh"}:
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+def source_hash(folder: str) -> str:
+    """As the loader computes it, from the loader's own file: the package cannot be imported while it is built."""
+    loader = runpy.run_path(str(ROOT / "fastroute/backends/native/_hash.py"))
+    return loader["source_hash"](ROOT / "csrc", folder)
 
 
 def sources(folder: str, suffix: str) -> list[str]:
@@ -37,7 +35,7 @@ def say(message: str) -> None:
 
 
 def cpu_extensions() -> list:
-    flags = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+    flags = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall"]
     instruction_sets = {"default": []}
     if platform.machine() in {"x86_64", "AMD64"}:
         instruction_sets = {
@@ -46,12 +44,13 @@ def cpu_extensions() -> list:
                 "-DCPU_CAPABILITY=AVX512",
                 "-DCPU_CAPABILITY_AVX512",
                 *("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"),
+                *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC 12 finds some in its own intrinsics
             ],
         }
     operators = cpp_extension.CppExtension(
         f"{PACKAGE}._C",
         ["csrc/operators.cpp"],
-        extra_compile_args=[*flags, f'-DFASTROUTE_BUILD="{source_hash()}"', f'-DFASTROUTE_TORCH="{torch.__version__}"'],
+        extra_compile_args=[*flags, f'-DFASTROUTE_BUILD="{source_hash("cpu")}"', f'-DFASTROUTE_TORCH="{torch.__version__}"'],
     )
     kernels = [
         cpp_extension.CppExtension(
@@ -71,3 +70,30 @@ def nvcc() -> str | None:
     if home and os.path.exists(os.path.join(home, "bin", "nvcc")) and os.path.isdir(os.path.join(home, "include")):
         return os.path.join(home, "bin", "nvcc")
     return None
+
+
+def cuda_extensions() -> list:
+    return []
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "c++").split()[0])
+
+
+def extensions() -> list:
+    if compiler() is None:
+        say("no C++ compiler was found (CXX, c++): installing without compiled kernels, on the slower reference backend")
+        return []
+    return cpu_extensions() + cuda_extensions()
+
+
+class BuildExtension(cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True)):
+    """Gives every library its own folder for objects, since the same sources are compiled for several of them."""
+
+    def build_extension(self, extension):
+        shared, self.build_temp = self.build_temp, os.path.join(self.build_temp, extension.name)
+        super().build_extension(extension)
+        self.build_temp = shared
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

@@ -1,7 +1,54 @@
-"""The compiled kernels of csrc."""
+"""The compiled kernels of csrc: C++ for the CPU, CUDA for the GPU.
+
+A library is loaded when a tensor first asks for it. One that is missing, or was built from other sources or for another
+torch, is a reason not to serve, never an error at import.
+"""
+
+from functools import cache
+from pathlib import Path
 
 import torch
 
+from fastroute.backends.native._hash import source_hash
+
+_FOLDER = Path(__file__).parent
+_SOURCES = _FOLDER.parents[2] / "csrc"
+_REBUILD = "build it anew with `python setup.py build_ext --inplace` or `pip install`"
+
+
+def cpu_library() -> str:
+    """The name of the CPU library for this processor's instruction set, as torch reports it (ATEN_CPU_CAPABILITY)."""
+    return f"_C_{torch.backends.cpu.get_cpu_capability().lower()}"
+
+
+@cache
+def _load(name: str) -> str | None:
+    """Load a library of this folder; returns why it cannot be loaded, or None."""
+    path = _FOLDER / f"{name}.so"
+    if not path.exists():
+        return f"the compiled library {path.name} is missing; {_REBUILD}"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"the compiled library {path.name} does not load ({error}); {_REBUILD}"
+    return None
+
+
+@cache
+def _operators() -> str | None:
+    if reason := _load("_C"):
+        return reason
+    sources, built_for = torch.ops.fastroute_native.build()
+    if built_for != torch.__version__:
+        return f"the compiled library was built for torch {built_for}, and this is {torch.__version__}; {_REBUILD}"
+    if _SOURCES.is_dir() and sources != source_hash(_SOURCES, "cpu"):
+        return f"the compiled library is older than the sources in csrc; {_REBUILD}"
+    return None
+
 
 def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
-    return "not built yet"
+    if device.type == "cpu":
+        return _operators() or _load(cpu_library())
+    if device.type == "cuda":
+        return _operators() or _load("_C_cuda")
+    return f"there are no compiled kernels for {device.type}"

@@ -1,0 +1,208 @@
+// Cross-connection routing (Alg. 2) and its backward (Eq. 3.10 to 3.15), one sample at a time, so that the second read
+// of a sample comes from cache.
+
+#include "cpu/gate.h"
+#include "cpu/route.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+namespace fastroute {
+namespace {
+
+// The gate's parameters in the accumulation type, and the sizes that they fix.
+struct Parameters {
+  int64_t m, n, channels, hidden;
+  at::Tensor w1, b1, w2, b2;
+
+  Parameters(
+      at::TensorList xs, const OptionalTensor& w1_, const OptionalTensor& b1_, const at::Tensor& w2_,
+      const OptionalTensor& b2_) {
+    const at::Tensor& x = xs[0];
+    const auto type = accumulate_type(x.scalar_type());
+    TORCH_CHECK(w2_.dim() == 3 && (!w1_.has_value() || w1_->dim() == 3), "w1 and w2 must have three dimensions");
+    m = static_cast<int64_t>(xs.size());
+    n = w2_.size(1);
+    channels = x.size(1);
+    hidden = w1_.has_value() ? w1_->size(1) : 0;
+    TORCH_CHECK(n >= 1 && n <= kMaxPaths, "1 to 8 outputs are served, not ", n);
+    w1 = parameter(w1_, type, {m, hidden, channels}, x);
+    b1 = parameter(b1_, type, {m, hidden}, x);
+    w2 = parameter(w2_, type, {m, n, hidden ? hidden : channels}, x);
+    b2 = parameter(b2_, type, {m, n}, x);
+  }
+
+  template <typename A>
+  Gate<A> gate() const {
+    const auto data = [](const at::Tensor& p) { return p.defined() ? p.const_data_ptr<A>() : nullptr; };
+    return {m, n, channels, hidden, data(w1), data(b1), data(w2), data(b2)};
+  }
+};
+
+template <typename T>
+void forward_kernel(
+    const Geometry& g, const Paths<const T>& xs, const Gate<accumulate_t<T>>& gate, const Paths<T>& ys,
+    accumulate_t<T>* gates, accumulate_t<T>* scores, accumulate_t<T>* pooled, accumulate_t<T>* hidden) {
+  using A = accumulate_t<T>;
+  const bool stream = streamable(ys, g);
+  for_samples(g, gate.m + gate.n, sizeof(T), [&](int64_t begin, int64_t end) {
+    std::vector<A> scratch(g.channels_last ? fold_of(g) * g.channels : 0);
+    for (int64_t s = begin; s < end; ++s) {
+      const auto x = xs.sample(s);
+      A* z = pooled + s * gate.m * g.channels;
+      A* sample_gates = gates + s * gate.m * gate.n;
+      for (int64_t i = 0; i < gate.m; ++i) pool(x[i], g, z + i * g.channels, scratch.data());
+      gate.forward(z, hidden + s * gate.m * gate.hidden, scores + s * gate.m * gate.n, sample_gates);
+      typename WeightedSums<T>::Weights weights;
+      transpose_weights(sample_gates, gate.m, gate.n, weights);
+      mix_sample(x, gate.m, weights, ys.sample(s), gate.n, g, stream);
+    }
+    stream_fence();
+  });
+}
+
+Forward cross_connect(
+    at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
+    const OptionalTensor& b2) {
+  check_paths(xs, xs[0]);
+  const at::Tensor& x = xs[0];
+  const Geometry g(x);
+  const Parameters p(xs, w1, b1, w2, b2);
+  const auto options = x.options().dtype(accumulate_type(x.scalar_type()));
+  std::vector<at::Tensor> outputs = empty_paths(x, p.n);
+  at::Tensor gates = at::empty({g.batch, p.m, p.n}, options), scores = at::empty({g.batch, p.m, p.n}, options);
+  at::Tensor pooled = at::empty({g.batch, p.m, g.channels}, options);
+  at::Tensor hidden = at::empty({g.batch, p.m, p.hidden}, options);
+  dispatch(x.scalar_type(), [&]<typename T>() {
+    using A = accumulate_t<T>;
+    forward_kernel<T>(
+        g, Paths<const T>(xs), p.gate<A>(), Paths<T>(outputs), gates.mutable_data_ptr<A>(),
+        scores.mutable_data_ptr<A>(), pooled.mutable_data_ptr<A>(), hidden.mutable_data_ptr<A>());
+  });
+  return {std::move(outputs), gates, scores, pooled, hidden};
+}
+
+// out[i][r][c] = Σ_s a[s][i][r] b[s][i][c] and sum[i][r] = Σ_s a[s][i][r], samples in order (Eq. 3.14).
+template <typename A>
+void outer_sums(
+    const A* a, const A* b, int64_t batch, int64_t m, int64_t rows, int64_t columns, A* out, A* sum) {
+  using V = at::vec::Vectorized<A>;
+  constexpr int64_t kGroup = 128;  // as in add_rows
+  constexpr int kVectors = 4;
+  const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, batch * columns));
+  at::parallel_for(0, m * rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t i = row / rows;
+      const A* a_row = a + row;
+      const A* b_row = b + i * columns;
+      double total = 0;
+      for (int64_t s = 0; s < batch; ++s) total += static_cast<double>(a_row[s * m * rows]);
+      sum[row] = static_cast<A>(total);
+      A* to = out + row * columns;
+      std::fill_n(to, columns, A(0));
+      for (int64_t c = 0; c < columns; c += kVectors * V::size()) {
+        for (int64_t first = 0; first < batch; first += kGroup) {
+          V acc[kVectors] = {V(0), V(0), V(0), V(0)};
+          const auto lanes = [&](int v) {
+            return std::clamp<int64_t>(columns - c - v * V::size(), 0, V::size());
+          };
+          for (int64_t s = first; s < std::min(batch, first + kGroup); ++s) {
+            const V scale(a_row[s * m * rows]);
+            const A* from = b_row + s * m * columns + c;
+            for (int v = 0; v < kVectors && lanes(v) > 0; ++v) {
+              acc[v] = at::vec::fmadd(scale, V::loadu(from + v * V::size(), lanes(v)), acc[v]);
+            }
+          }
+          for (int v = 0; v < kVectors && lanes(v) > 0; ++v) {
+            A* at = to + c + v * V::size();
+            (V::loadu(at, lanes(v)) + acc[v]).store(at, static_cast<int>(lanes(v)));
+          }
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+void backward_kernel(
+    const Geometry& g, const Paths<const T>& dys, const Paths<const T>& xs, const Gate<accumulate_t<T>>& gate,
+    const accumulate_t<T>* grad_gates, const accumulate_t<T>* grad_scores, const accumulate_t<T>* gates,
+    const accumulate_t<T>* hidden, const Paths<T>* dxs, accumulate_t<T>* d_scores, accumulate_t<T>* d_hidden) {
+  using A = accumulate_t<T>;
+  const int64_t m = gate.m, n = gate.n;
+  const bool stream = dxs && streamable(*dxs, g);
+  for_samples(g, 2 * m + n, sizeof(T), [&](int64_t begin, int64_t end) {
+    std::vector<A> scratch, d_pooled(m * g.channels);
+    A d_gates[kMaxPaths * kMaxPaths];
+    for (int64_t s = begin; s < end; ++s) {
+      const auto dy = dys.sample(s);
+      const A* sample_gates = gates + s * m * n;
+      const auto products = inner_products_of_sample(xs.sample(s), m, dy, n, g);  // Eq. 3.10
+      for (int64_t k = 0; k < m * n; ++k) {
+        d_gates[k] = static_cast<A>(products[k / n][k % n]) + (grad_gates ? grad_gates[s * m * n + k] : A(0));
+      }
+      gate.backward(
+          d_gates, grad_scores ? grad_scores + s * m * n : nullptr, sample_gates, hidden + s * m * gate.hidden,
+          static_cast<A>(g.size), d_scores + s * m * n, d_hidden + s * m * gate.hidden, d_pooled.data());
+      if (!dxs) continue;
+      typename WeightedSums<T>::Weights weights;
+      copy_weights(sample_gates, m, n, weights);
+      mix_sample(dy, n, weights, d_pooled.data(), dxs->sample(s), m, g, stream, scratch);  // Eq. 3.15
+    }
+    stream_fence();
+  });
+}
+
+Backward cross_connect_backward(
+    at::TensorList grad_outputs, const OptionalTensor& grad_gates, const OptionalTensor& grad_scores,
+    at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
+    const OptionalTensor& b2, const at::Tensor& gates, const at::Tensor& pooled, const at::Tensor& hidden,
+    bool grad_inputs) {
+  check_paths(xs, xs[0]);
+  check_paths(grad_outputs, xs[0]);
+  const at::Tensor& x = xs[0];
+  const Geometry g(x);
+  const Parameters p(xs, w1, b1, w2, b2);
+  const auto type = accumulate_type(x.scalar_type());
+  TORCH_CHECK(static_cast<int64_t>(grad_outputs.size()) == p.n, "as many gradients as outputs are needed");
+  const at::Tensor dg = parameter(grad_gates, type, {g.batch, p.m, p.n}, x);
+  const at::Tensor da = parameter(grad_scores, type, {g.batch, p.m, p.n}, x);
+  const at::Tensor gates_ = parameter(gates, type, {g.batch, p.m, p.n}, x);
+  const at::Tensor pooled_ = parameter(pooled, type, {g.batch, p.m, g.channels}, x);
+  const at::Tensor hidden_ = parameter(hidden, type, {g.batch, p.m, p.hidden}, x);
+
+  const auto options = x.options().dtype(type);
+  std::vector<at::Tensor> grad_xs = empty_paths(x, grad_inputs ? p.m : 0);
+  at::Tensor d_scores = at::empty({g.batch, p.m, p.n}, options), d_hidden = at::empty({g.batch, p.m, p.hidden}, options);
+  at::Tensor grad_w1 = p.hidden ? at::empty_like(p.w1) : at::empty({0}, options);
+  at::Tensor grad_b1 = p.hidden ? at::empty({p.m, p.hidden}, options) : at::empty({0}, options);
+  at::Tensor grad_w2 = at::empty_like(p.w2), grad_b2 = at::empty({p.m, p.n}, options);
+
+  dispatch(x.scalar_type(), [&]<typename T>() {
+    using A = accumulate_t<T>;
+    const auto data = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<A>() : nullptr; };
+    const Paths<T> dxs(grad_xs);
+    backward_kernel<T>(
+        g, Paths<const T>(grad_outputs), Paths<const T>(xs), p.gate<A>(), data(dg), data(da), data(gates_),
+        data(hidden_), grad_inputs ? &dxs : nullptr, d_scores.mutable_data_ptr<A>(), d_hidden.mutable_data_ptr<A>());
+    const int64_t width = p.hidden ? p.hidden : g.channels;
+    outer_sums(
+        data(d_scores), p.hidden ? data(hidden_) : data(pooled_), g.batch, p.m, p.n, width,
+        grad_w2.mutable_data_ptr<A>(), grad_b2.mutable_data_ptr<A>());
+    if (p.hidden) {
+      outer_sums(
+          data(d_hidden), data(pooled_), g.batch, p.m, p.hidden, g.channels, grad_w1.mutable_data_ptr<A>(),
+          grad_b1.mutable_data_ptr<A>());
+    }
+  });
+  return {std::move(grad_xs), grad_w1, grad_b1, grad_w2, grad_b2};
+}
+
+}  // namespace
+}  // namespace fastroute
+
+TORCH_LIBRARY_IMPL(fastroute_native, CPU, m) {
+  m.impl("cross_connect", &fastroute::cross_connect);
+  m.impl("cross_connect_backward", &fastroute::cross_connect_backward);
+}

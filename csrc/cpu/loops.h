@@ -1,0 +1,262 @@
+// The three passes over a sample that routing is made of: pool, weighted sums, inner products.
+
+#pragma once
+
+#include "cpu/pack.h"
+#include "paths.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <utility>
+
+namespace fastroute {
+
+template <typename T>
+using Pointers = std::array<T*, kMaxPaths>;
+
+// Elements that one step of a pass takes from every path: the streams of up to 8 paths fit in L2 with room to spare,
+// and the fixed cost of a step is small beside it.
+constexpr int64_t kBlock = 4096;
+
+template <typename T>
+struct Paths {
+  int64_t count;
+  Pointers<T> data{};
+  std::array<int64_t, kMaxPaths> stride{};
+
+  explicit Paths(at::TensorList xs) : count(static_cast<int64_t>(xs.size())) {
+    for (int64_t i = 0; i < count; ++i) {
+      data[i] = static_cast<T*>(const_cast<void*>(xs[i].const_data_ptr()));
+      stride[i] = xs[i].stride(0);
+    }
+  }
+  Pointers<T> sample(int64_t s) const {
+    Pointers<T> at{};
+    for (int64_t i = 0; i < count; ++i) at[i] = data[i] + s * stride[i];
+    return at;
+  }
+};
+
+template <typename T>
+Pointers<T> advance(Pointers<T> at, int64_t count, int64_t offset) {
+  for (int64_t i = 0; i < count; ++i) at[i] += offset;
+  return at;
+}
+
+// Sum of `count` neighbouring elements.
+template <typename T>
+accumulate_t<T> sum(const T* x, int64_t count) {
+  using P = Pack<T>;
+  constexpr int kUnroll = 4;
+  typename P::Part acc[kUnroll];
+  for (auto& a : acc) a = typename P::Part(0);
+  const auto add = [&](int u, const P& p) {
+    for (int h = 0; h < P::kParts; ++h) acc[u] = acc[u] + p.part[h];
+  };
+  int64_t e = 0;
+  for (; e + kUnroll * P::kSize <= count; e += kUnroll * P::kSize) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) add(u, P::load(x + e + u * P::kSize));
+  }
+  for (; e + P::kSize <= count; e += P::kSize) add(0, P::load(x + e));
+  if (e < count) add(1, P::load(x + e, count - e));
+  return horizontal_sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+}
+
+// Sums over rows: total[c] += Σ_r x[r][c], r < rows. Rows are added in groups, so that rounding grows with the square
+// root of their number and not with the number.
+template <typename T>
+void add_rows(const T* x, int64_t rows, int64_t width, accumulate_t<T>* total) {
+  using P = Pack<T>;
+  constexpr int64_t kGroup = 128;
+  constexpr int kVectors = 4;
+  const auto columns = [&]<int V>(std::integral_constant<int, V>, int64_t c, int64_t tail) {
+    for (int64_t begin = 0; begin < rows; begin += kGroup) {
+      const int64_t end = std::min(rows, begin + kGroup);
+      P acc[V];
+      for (auto& a : acc) std::fill(std::begin(a.part), std::end(a.part), typename P::Part(0));
+      for (int64_t r = begin; r < end; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          const T* from = x + r * width + c + v * P::kSize;
+          const P p = tail ? P::load(from, tail) : P::load(from);
+          for (int h = 0; h < P::kParts; ++h) acc[v].part[h] = acc[v].part[h] + p.part[h];
+        }
+      }
+      for (int v = 0; v < V; ++v) {
+        for (int h = 0; h < P::kParts; ++h) {
+          constexpr int64_t kLanes = P::Part::size();
+          accumulate_t<T>* to = total + c + v * P::kSize + h * kLanes;
+          const int64_t count = tail ? std::clamp<int64_t>(tail - h * kLanes, 0, kLanes) : kLanes;
+          if (count == kLanes) {
+            (P::Part::loadu(to) + acc[v].part[h]).store(to);
+          } else if (count > 0) {
+            (P::Part::loadu(to, count) + acc[v].part[h]).store(to, static_cast<int>(count));
+          }
+        }
+      }
+    }
+  };
+  int64_t c = 0;
+  for (; c + kVectors * P::kSize <= width; c += kVectors * P::kSize) {
+    columns(std::integral_constant<int, kVectors>(), c, 0);
+  }
+  for (; c + P::kSize <= width; c += P::kSize) columns(std::integral_constant<int, 1>(), c, 0);
+  if (c < width) columns(std::integral_constant<int, 1>(), c, width - c);
+}
+
+// Where narrow rows of a channels_last sample are joined to rows of `fold` pixels, so that vectors are full.
+inline int64_t fold_of(const Geometry& g) {
+  constexpr int64_t kWidth = 256;
+  return std::clamp<int64_t>(kWidth / g.channels, 1, g.size);
+}
+
+// z[c] = mean over space of one sample (Eq. 3.3). scratch holds fold_of(g) * channels elements.
+template <typename T>
+void pool(const T* x, const Geometry& g, accumulate_t<T>* z, accumulate_t<T>* scratch) {
+  using A = accumulate_t<T>;
+  const A size = static_cast<A>(g.size);
+  if (!g.channels_last) {
+    for (int64_t c = 0; c < g.channels; ++c) z[c] = sum(x + c * g.size, g.size) / size;
+    return;
+  }
+  const int64_t fold = fold_of(g), width = fold * g.channels, rows = g.size / fold;
+  std::fill_n(scratch, width, A(0));
+  add_rows(x, rows, width, scratch);
+  add_rows(x + rows * width, g.size - rows * fold, g.channels, scratch);
+  for (int64_t c = 0; c < g.channels; ++c) {
+    A total = 0;
+    for (int64_t f = 0; f < fold; ++f) total += scratch[f * g.channels + c];
+    z[c] = total / size;
+  }
+}
+
+enum class Addend { kNone, kScalar, kVector };
+
+// What a weighted sum adds to output j: nothing, one value, or a vector beside the elements.
+template <typename A>
+struct Addends {
+  std::array<A, kMaxPaths> scalar{};
+  std::array<const A*, kMaxPaths> vector{};
+};
+
+template <typename T>
+struct WeightedSums {
+  using A = accumulate_t<T>;
+  // weights[j][i] is the weight of input i in output j.
+  using Weights = std::array<std::array<A, kMaxPaths>, kMaxPaths>;
+
+  // y_j[e] = Σ_i weights[j][i] x_i[e] + addend_j for e < count (Eq. 3.7; Eq. 3.15 with the addend).
+  template <int M, Addend kAddend, bool kStream>
+  static void run(
+      const Pointers<const T>& xs, const Weights& weights, const Addends<A>& addends, int64_t n,
+      const Pointers<T>& ys, int64_t count) {
+    using P = Pack<T>;
+    const auto step = [&](int64_t e, int64_t tail) {
+      P x[M];
+#pragma GCC unroll 8
+      for (int i = 0; i < M; ++i) x[i] = tail ? P::load(xs[i] + e, tail) : P::load(xs[i] + e);
+      for (int64_t j = 0; j < n; ++j) {
+        P y;
+#pragma GCC unroll 2
+        for (int h = 0; h < P::kParts; ++h) {
+          using Part = typename P::Part;
+          if constexpr (kAddend == Addend::kNone) {
+            y.part[h] = x[0].part[h] * Part(weights[j][0]);
+          } else if constexpr (kAddend == Addend::kScalar) {
+            y.part[h] = at::vec::fmadd(x[0].part[h], Part(weights[j][0]), Part(addends.scalar[j]));
+          } else {
+            const A* from = addends.vector[j] + e + h * Part::size();
+            const int64_t lanes = std::clamp<int64_t>(tail - h * Part::size(), 0, Part::size());
+            y.part[h] = at::vec::fmadd(
+                x[0].part[h], Part(weights[j][0]), tail ? Part::loadu(from, lanes) : Part::loadu(from));
+          }
+#pragma GCC unroll 8
+          for (int i = 1; i < M; ++i) y.part[h] = at::vec::fmadd(x[i].part[h], Part(weights[j][i]), y.part[h]);
+        }
+        if (tail) {
+          y.store(ys[j] + e, tail);
+        } else if constexpr (kStream) {
+          y.stream(ys[j] + e);
+        } else {
+          y.store(ys[j] + e);
+        }
+      }
+    };
+    int64_t e = 0;
+    for (; e + P::kSize <= count; e += P::kSize) step(e, 0);
+    if (e < count) step(e, count - e);
+  }
+
+  using Run = void (*)(
+      const Pointers<const T>&, const Weights&, const Addends<A>&, int64_t, const Pointers<T>&, int64_t);
+
+  template <Addend kAddend, bool kStream>
+  static Run choose(int64_t m) {
+    return []<int... I>(std::integer_sequence<int, I...>, int64_t m) {
+      static constexpr Run table[] = {&run<I + 1, kAddend, kStream>...};
+      return table[m - 1];
+    }(std::make_integer_sequence<int, kMaxPaths>(), m);
+  }
+};
+
+// Inner products of M paths with N paths over `count` elements, added to total[i][j] (Eq. 3.10).
+template <typename T, int M, int N>
+void inner_products_tile(
+    const T* const* xs, const T* const* ys, int64_t count, std::array<double, kMaxPaths>* total, int64_t column) {
+  using P = Pack<T>;
+  using Part = typename P::Part;
+  // Enough sums in flight to hide the latency of a fused multiply-add.
+  constexpr int kUnroll = M * N >= 8 ? 1 : (M * N >= 4 ? 2 : 4);
+  Part acc[M][N][kUnroll];
+  for (auto& row : acc)
+    for (auto& cell : row) std::fill(std::begin(cell), std::end(cell), Part(0));
+  const auto step = [&](int64_t e, int u, int64_t tail) {
+    P x[M];
+#pragma GCC unroll 4
+    for (int i = 0; i < M; ++i) x[i] = tail ? P::load(xs[i] + e, tail) : P::load(xs[i] + e);
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) {
+      const P y = tail ? P::load(ys[j] + e, tail) : P::load(ys[j] + e);
+#pragma GCC unroll 4
+      for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 2
+        for (int h = 0; h < P::kParts; ++h) acc[i][j][u] = at::vec::fmadd(x[i].part[h], y.part[h], acc[i][j][u]);
+      }
+    }
+  };
+  int64_t e = 0;
+  for (; e + kUnroll * P::kSize <= count; e += kUnroll * P::kSize) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) step(e + u * P::kSize, u, 0);
+  }
+  for (; e + P::kSize <= count; e += P::kSize) step(e, 0, 0);
+  if (e < count) step(e, 0, count - e);
+  for (int i = 0; i < M; ++i) {
+    for (int j = 0; j < N; ++j) {
+      Part sum = acc[i][j][0];
+      for (int u = 1; u < kUnroll; ++u) sum = sum + acc[i][j][u];
+      total[i][column + j] += static_cast<double>(horizontal_sum(sum));
+    }
+  }
+}
+
+template <typename T>
+void inner_products(
+    const Pointers<const T>& xs, int64_t m, const Pointers<const T>& ys, int64_t n, int64_t count,
+    std::array<std::array<double, kMaxPaths>, kMaxPaths>& total) {
+  constexpr int kTile = 4;
+  using Run = void (*)(const T* const*, const T* const*, int64_t, std::array<double, kMaxPaths>*, int64_t);
+  static constexpr auto table = []<int... I>(std::integer_sequence<int, I...>) {
+    return std::array<Run, kTile * kTile>{&inner_products_tile<T, I / kTile + 1, I % kTile + 1>...};
+  }(std::make_integer_sequence<int, kTile * kTile>());
+  for (int64_t i = 0; i < m; i += kTile) {
+    for (int64_t j = 0; j < n; j += kTile) {
+      const int64_t rows = std::min<int64_t>(kTile, m - i), columns = std::min<int64_t>(kTile, n - j);
+      table[(rows - 1) * kTile + columns - 1](xs.data() + i, ys.data() + j, count, total.data() + i, j);
+    }
+  }
+}
+
+}  // namespace fastroute

@@ -1,0 +1,88 @@
+// The cross-path weighted sum (Eq. 3.7) with gates from anywhere, and its backward.
+
+#include "cpu/route.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+namespace fastroute {
+namespace {
+
+// Gates (m, n), the same for all samples, or (N, m, n), in the accumulation type.
+struct Gates {
+  int64_t n, batch_stride;
+  at::Tensor values;
+
+  Gates(const at::Tensor& gates, at::TensorList xs) {
+    const at::Tensor& x = xs[0];
+    const int64_t m = static_cast<int64_t>(xs.size());
+    TORCH_CHECK(gates.dim() == 2 || gates.dim() == 3, "gates must have two or three dimensions, not ", gates.dim());
+    n = gates.size(-1);
+    TORCH_CHECK(n >= 1 && n <= kMaxPaths, "1 to 8 outputs are served, not ", n);
+    batch_stride = gates.dim() == 3 ? m * n : 0;
+    const auto type = accumulate_type(x.scalar_type());
+    values = gates.dim() == 3 ? parameter(gates, type, {x.size(0), m, n}, x) : parameter(gates, type, {m, n}, x);
+  }
+};
+
+std::vector<at::Tensor> mix(at::TensorList xs, const at::Tensor& gates_) {
+  check_paths(xs, xs[0]);
+  const Geometry g(xs[0]);
+  const Gates gates(gates_, xs);
+  std::vector<at::Tensor> outputs = empty_paths(xs[0], gates.n);
+  dispatch(xs[0].scalar_type(), [&]<typename T>() {
+    const Paths<const T> x(xs);
+    const Paths<T> y(outputs);
+    const auto* values = gates.values.const_data_ptr<accumulate_t<T>>();
+    const bool stream = streamable(y, g);
+    for_samples(g, x.count + gates.n, sizeof(T), [&](int64_t begin, int64_t end) {
+      typename WeightedSums<T>::Weights weights;
+      for (int64_t s = begin; s < end; ++s) {
+        transpose_weights(values + s * gates.batch_stride, x.count, gates.n, weights);
+        mix_sample(x.sample(s), x.count, weights, y.sample(s), gates.n, g, stream);
+      }
+      stream_fence();
+    });
+  });
+  return outputs;
+}
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> mix_backward(
+    at::TensorList grad_outputs, at::TensorList xs, const at::Tensor& gates_, bool grad_inputs) {
+  check_paths(xs, xs[0]);
+  check_paths(grad_outputs, xs[0]);
+  const Geometry g(xs[0]);
+  const Gates gates(gates_, xs);
+  const int64_t m = static_cast<int64_t>(xs.size()), n = gates.n;
+  TORCH_CHECK(static_cast<int64_t>(grad_outputs.size()) == n, "as many gradients as outputs are needed");
+  std::vector<at::Tensor> grad_xs = empty_paths(xs[0], grad_inputs ? m : 0);
+  at::Tensor per_sample = at::empty({g.batch, m, n}, gates.values.options());
+  dispatch(xs[0].scalar_type(), [&]<typename T>() {
+    using A = accumulate_t<T>;
+    const Paths<const T> x(xs), dy(grad_outputs);
+    const Paths<T> dx(grad_xs);
+    const A* values = gates.values.const_data_ptr<A>();
+    A* d_gates = per_sample.mutable_data_ptr<A>();
+    const bool stream = grad_inputs && streamable(dx, g);
+    for_samples(g, 2 * m + n, sizeof(T), [&](int64_t begin, int64_t end) {
+      typename WeightedSums<T>::Weights weights;
+      for (int64_t s = begin; s < end; ++s) {
+        const auto products = inner_products_of_sample(x.sample(s), m, dy.sample(s), n, g);  // Eq. 3.10
+        for (int64_t k = 0; k < m * n; ++k) d_gates[s * m * n + k] = static_cast<A>(products[k / n][k % n]);
+        if (!grad_inputs) continue;
+        copy_weights(values + s * gates.batch_stride, m, n, weights);
+        mix_sample(dy.sample(s), n, weights, dx.sample(s), m, g, stream);  // the first term of Eq. 3.15
+      }
+      stream_fence();
+    });
+  });
+  return {std::move(grad_xs), gates_.dim() == 3 ? per_sample : per_sample.sum(0)};
+}
+
+}  // namespace
+}  // namespace fastroute
+
+TORCH_LIBRARY_IMPL(fastroute_native, CPU, m) {
+  m.impl("mix", &fastroute::mix);
+  m.impl("mix_backward", &fastroute::mix_backward);
+}

@@ -1,0 +1,24 @@
+// The native operators' schemas. Their kernels register from libraries of their own, one for each instruction set or
+// device, so that a process loads only code that its processor can run.
+
+#include <torch/library.h>
+
+#include <string>
+
+TORCH_LIBRARY(fastroute_native, m) {
+  m.def(
+      "cross_connect(Tensor[] xs, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2)"
+      " -> (Tensor[] outputs, Tensor gates, Tensor scores, Tensor pooled, Tensor hidden)");
+  m.def(
+      "cross_connect_backward(Tensor[] grad_outputs, Tensor? grad_gates, Tensor? grad_scores, Tensor[] xs,"
+      " Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor gates, Tensor pooled, Tensor hidden, bool grad_inputs)"
+      " -> (Tensor[] grad_xs, Tensor grad_w1, Tensor grad_b1, Tensor grad_w2, Tensor grad_b2)");
+  m.def("mix(Tensor[] xs, Tensor gates) -> Tensor[]");
+  m.def(
+      "mix_backward(Tensor[] grad_outputs, Tensor[] xs, Tensor gates, bool grad_inputs)"
+      " -> (Tensor[] grad_xs, Tensor grad_gates)");
+  // What the libraries were built from, so that a stale build is seen: a hash of csrc, and the version of torch.
+  m.def("build() -> (str, str)", [] {
+    return std::make_tuple(std::string(FASTROUTE_BUILD), std::string(FASTROUTE_TORCH));
+  });
+}

@@ -1,0 +1,90 @@
+// Lists of parallel paths (N, C, *S): the checks that memory safety needs, sample layout, and allocation of outputs.
+// fastroute.ops has the checks that explain themselves.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <c10/util/Exception.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace fastroute {
+
+constexpr int64_t kMaxPaths = 8;
+
+using OptionalTensor = std::optional<at::Tensor>;
+using Forward = std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Backward = std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+inline bool sample_is_dense(const at::Tensor& x, bool channels_last) {
+  int64_t expected = 1;
+  const auto matches = [&](int64_t dim) {
+    if (x.size(dim) == 1) return true;
+    const bool same = x.stride(dim) == expected;
+    expected *= x.size(dim);
+    return same;
+  };
+  if (channels_last && !matches(1)) return false;
+  for (int64_t dim = x.dim() - 1; dim >= 2; --dim) {
+    if (!matches(dim)) return false;
+  }
+  return channels_last || matches(1);
+}
+
+// N samples of C channels and S pixels, each sample dense as [C, S] or as [S, C].
+struct Geometry {
+  int64_t batch, channels, size;
+  bool channels_last;
+
+  explicit Geometry(const at::Tensor& x)
+      : batch(x.size(0)), channels(x.size(1)), size(1), channels_last(!sample_is_dense(x, false)) {
+    for (int64_t dim = 2; dim < x.dim(); ++dim) size *= x.size(dim);
+  }
+  int64_t elements() const { return channels * size; }
+};
+
+inline void check_paths(at::TensorList xs, const at::Tensor& like) {
+  TORCH_CHECK(!xs.empty() && static_cast<int64_t>(xs.size()) <= kMaxPaths, "1 to 8 paths are served, not ", xs.size());
+  const bool channels_last = !sample_is_dense(like, false);
+  for (const auto& x : xs) {
+    TORCH_CHECK(
+        x.sizes() == like.sizes() && x.scalar_type() == like.scalar_type() && x.device() == like.device() &&
+            x.dim() >= 2 && (x.size(0) == 0 || sample_is_dense(x, channels_last)),
+        "paths differ in shape, type, device or memory format");
+  }
+}
+
+// A gate parameter in the accumulation type and contiguous, which it mostly is already.
+inline at::Tensor parameter(const at::Tensor& p, at::ScalarType type, at::IntArrayRef shape, const at::Tensor& x) {
+  TORCH_CHECK(p.sizes() == shape && p.device() == x.device(), "a gate parameter has shape ", p.sizes(), ", not ", shape);
+  return p.to(type).contiguous();
+}
+
+inline at::Tensor parameter(const OptionalTensor& p, at::ScalarType type, at::IntArrayRef shape, const at::Tensor& x) {
+  return p.has_value() ? parameter(*p, type, shape, x) : at::Tensor();
+}
+
+inline at::ScalarType accumulate_type(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// As fastroute.ops._paths.empty_path: x's sample strides, samples next to each other.
+inline at::Tensor empty_path(const at::Tensor& x) {
+  std::vector<int64_t> strides = x.strides().vec();
+  strides[0] = Geometry(x).elements();
+  return at::empty_strided(x.sizes(), strides, x.options());
+}
+
+inline std::vector<at::Tensor> empty_paths(const at::Tensor& x, int64_t count) {
+  std::vector<at::Tensor> paths;
+  paths.reserve(count);
+  for (int64_t i = 0; i < count; ++i) paths.push_back(empty_path(x));
+  return paths;
+}
+
+}  // namespace fastroute

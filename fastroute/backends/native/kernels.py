@@ -1,0 +1,8 @@
+"""One function for each operator: the compiled kernels, by PyTorch's dispatch on the device."""
+
+import torch
+
+cross_connect = torch.ops.fastroute_native.cross_connect.default
+cross_connect_backward = torch.ops.fastroute_native.cross_connect_backward.default
+mix = torch.ops.fastroute_native.mix.default
+mix_backward = torch.ops.fastroute_native.mix_backward.default
