@@ -5,6 +5,7 @@ FASTROUTE_BUILD_CUDA=0/1 leaves the CUDA library out or insists on it; MAX_JOBS 
 
 import os
 import platform
+import re
 import runpy
 import shutil
 import subprocess
@@ -17,7 +18,6 @@ from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent
 PACKAGE = "fastroute.backends.native"
-DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
 def source_hash(folder: str) -> str:
@@ -66,14 +66,57 @@ def cpu_extensions() -> list:
 
 
 def nvcc() -> str | None:
-    home = cpp_extension.CUDA_HOME
-    if home and os.path.exists(os.path.join(home, "bin", "nvcc")) and os.path.isdir(os.path.join(home, "include")):
-        return os.path.join(home, "bin", "nvcc")
+    """The nvcc of a toolkit that has headers too: torch's guess, that behind the nvcc on PATH, the usual place."""
+    homes = [cpp_extension.CUDA_HOME, "/usr/local/cuda"]
+    if wrapper := shutil.which("nvcc"):
+        dryrun = subprocess.run([wrapper, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+        homes[1:1] = re.findall(r"^#\$ TOP=(.+)", dryrun.stderr, re.MULTILINE)
+    for home in map(os.path.realpath, filter(None, homes)):
+        if os.path.exists(f"{home}/bin/nvcc") and os.path.exists(f"{home}/include/cuda_runtime.h"):
+            return f"{home}/bin/nvcc"
     return None
 
 
+def reason_against_cuda() -> str | None:
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if nvcc() is None:
+        return "no CUDA toolkit was found (CUDA_HOME, nvcc)"
+    version = toolkit_version()
+    if version[0] != int(torch.version.cuda.partition(".")[0]):
+        return f"torch is built for CUDA {torch.version.cuda} and nvcc is {version[0]}.{version[1]}"
+    return None
+
+
+def toolkit_version() -> tuple[int, int]:
+    said = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    major, minor = re.search(r"release (\d+)\.(\d+)", said).groups()
+    return int(major), int(minor)
+
+
 def cuda_extensions() -> list:
-    return []
+    wish = os.environ.get("FASTROUTE_BUILD_CUDA")
+    if wish == "0":
+        return []
+    if reason := reason_against_cuda():
+        if wish == "1":
+            sys.exit(f"fastroute: FASTROUTE_BUILD_CUDA=1, but {reason}")
+        say(f"installing without compiled CUDA kernels: {reason}")
+        return []
+    cpp_extension.CUDA_HOME = os.path.dirname(os.path.dirname(nvcc()))
+    # Blackwell came with CUDA 12.8. Without a list, torch would build for the cards of this machine alone.
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX" if toolkit_version() >= (12, 8) else "8.0;9.0+PTX")
+    return [
+        cpp_extension.CUDAExtension(
+            f"{PACKAGE}._C_cuda",
+            sources("cuda", ".cpp") + sources("cuda", ".cu"),
+            include_dirs=[str(ROOT / "csrc")],
+            extra_compile_args={
+                "cxx": ["-O3", "-g0", "-std=c++20", "-Wall", f'-DFASTROUTE_CUDA_BUILD="{source_hash("cuda")}"'],
+                "nvcc": ["-O3", "-std=c++20"],
+            },
+        )
+    ]
 
 
 def compiler() -> str | None:

@@ -1,0 +1,110 @@
+// The launches. Each template is instantiated in the .cu file named beside it, for the four number types T or for their
+// accumulation types A. No launch waits for the device, so all can be captured in a CUDA graph.
+
+#pragma once
+
+#include "cuda/types.h"
+
+namespace fastroute::cuda {
+
+// pool.cu: sums[slice][s][i][c] = Σ of channel c of X_i over one of `slices` parts of the space (Eq. 3.3).
+template <typename T>
+cudaError_t pool(
+    const Paths<const T>& xs, const Shape& shape, int64_t slices, accumulate_t<T>* sums, cudaStream_t stream);
+
+// weighted_sums.cu: to_b = Σ_a weights[s * batch + a * from + b * to] from_a + shares[s][b][channel] (Eq. 3.7, 3.15).
+template <typename A>
+struct Weights {
+  const A* data;
+  int64_t batch;
+  int from, to;
+};
+
+template <typename T>
+cudaError_t weighted_sums(
+    const Paths<const T>& from, const Weights<accumulate_t<T>>& weights, const accumulate_t<T>* shares,
+    const Shape& shape, const Paths<T>& to, cudaStream_t stream);
+
+// inner_products.cu: products[slice][s][i][j] = <dY_j, X_i> over one of `slices` parts of the sample (Eq. 3.10). With
+// grad_xs, in the same read, dX_i = Σ_j weights dY_j: where the gates do not depend on X, that is all of dX.
+template <typename T>
+cudaError_t inner_products(
+    const Paths<const T>& xs, const Paths<const T>& grad_outputs, const Shape& shape, int64_t slices,
+    accumulate_t<T>* products, const Weights<accumulate_t<T>>& weights, const Paths<T>* grad_xs, cudaStream_t stream);
+
+// gates.cu: Z, H, A and G of every sample from what `pool` gave.
+template <typename A>
+cudaError_t gates_forward(
+    const Gate<A>& gate, const Shape& shape, int64_t slices, const A* sums, A* pooled, A* hidden, A* scores, A* gates,
+    cudaStream_t stream);
+
+// gates.cu: dA, dH and shares of every sample from what `inner_products` gave. Absent gradients and shares are null.
+template <typename A>
+cudaError_t gates_backward(
+    const Gate<A>& gate, const Shape& shape, int64_t slices, const A* products, const A* grad_gates,
+    const A* grad_scores, const A* gates, const A* hidden, A* d_scores, A* d_hidden, A* shares, cudaStream_t stream);
+
+// gates.cu: out[i][r][k] = Σ_s left[s][i][r] right[s][i][k], samples in a fixed order (Eq. 3.14). Where right is null
+// it counts as ones, and columns must be 1. Up to four of these in one launch.
+template <typename A>
+struct OuterSum {
+  const A *left, *right;
+  int64_t m, rows, columns;
+  A* out;
+};
+
+template <typename A>
+struct OuterSums {
+  OuterSum<A> jobs[4];
+  int count;
+};
+
+template <typename A>
+cudaError_t outer_sums(const OuterSums<A>& sums, int64_t samples, cudaStream_t stream);
+
+// cluster.cu: the whole of forward, or of backward up to dA and dH, a cluster of blocks to a sample that is held in their
+// shared memory; T is not double. `fits_vectors` must hold of all paths.
+template <typename T>
+struct ClusterForward {
+  Paths<const T> xs;
+  Paths<T> outputs;
+  Shape shape;
+  Gate<float> gate;
+  float *pooled, *hidden, *scores, *gates;
+};
+
+template <typename T>
+struct ClusterBackward {
+  Paths<const T> xs, grad_outputs;
+  Paths<T> grad_xs;
+  Shape shape;
+  Gate<float> gate;
+  const float *grad_gates, *grad_scores, *gates, *hidden;
+  float *d_scores, *d_hidden;
+};
+
+template <typename T>
+cudaError_t cluster_forward(const ClusterForward<T>& args, int cluster, cudaStream_t stream);
+
+template <typename T>
+cudaError_t cluster_backward(const ClusterBackward<T>& args, int cluster, cudaStream_t stream);
+
+// The architecture for which the code of these kernels that this device runs was compiled: 90 for sm_90. With less than
+// 90, which a newer device also runs where nothing better was built, they are empty.
+cudaError_t code_architecture(int* architecture);
+
+// Bytes of shared memory that a block of these kernels needs beside its share of the sample.
+int64_t cluster_forward_extra(const Shape& shape, int64_t m, int64_t n, int64_t hidden, int64_t vector);
+int64_t cluster_backward_extra(const Shape& shape, int64_t m, int64_t n, int64_t hidden);
+
+// Whether every sample of the paths can be read and written 16 bytes at a time.
+template <typename T>
+bool fits_vectors(const Paths<T>& paths, int64_t elements) {
+  bool fits = elements % kVector<std::remove_const_t<T>> == 0;
+  for (int i = 0; i < paths.count; ++i) {
+    fits = fits && reinterpret_cast<uintptr_t>(paths.data[i]) % 16 == 0 && paths.stride[i] * sizeof(T) % 16 == 0;
+  }
+  return fits;
+}
+
+}  // namespace fastroute::cuda

@@ -1,0 +1,59 @@
+// Launching, and the choice among the instantiations of a kernel.
+
+#pragma once
+
+#include "cuda/types.h"
+
+#include <cuda_runtime.h>
+
+namespace fastroute::cuda {
+
+// `cluster` = 0 launches without clusters, `shared` is the dynamic shared memory in bytes.
+template <typename... P, typename... A>
+cudaError_t launch(
+    void (*kernel)(P...), int64_t blocks, int threads, int64_t shared, int cluster, cudaStream_t stream, A... args) {
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (shared > 48 * 1024) {
+    const auto error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  if (cluster) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+// f(integral_constant) of the smallest tile of paths that holds `paths` of them: 2, 4 or 8. Few, for compile time; the
+// paths that a tile has too many are neither read nor written.
+template <typename F>
+cudaError_t with_tile(int paths, F f) {
+  if (paths <= 2) return f(std::integral_constant<int, 2>());
+  if (paths <= 4) return f(std::integral_constant<int, 4>());
+  return f(std::integral_constant<int, 8>());
+}
+
+// f(integral_constant) of the elements that move at once.
+template <typename T, typename F>
+cudaError_t with_vector(bool fits, F f) {
+  if constexpr (kVector<T> > 1) {
+    if (fits) return f(std::integral_constant<int, kVector<T>>());
+  }
+  return f(std::integral_constant<int, 1>());
+}
+
+#define FASTROUTE_FOR_TYPES(instantiate) \
+  instantiate(float) instantiate(c10::BFloat16) instantiate(c10::Half) instantiate(double)
+
+}  // namespace fastroute::cuda

@@ -1,0 +1,47 @@
+// Loads and stores of the paths, and the arithmetic of positions.
+
+#pragma once
+
+#include "cuda/device.cuh"
+#include "cuda/types.h"
+
+namespace fastroute::cuda {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+
+template <typename T, int V>
+struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Vec {
+  T v[V];
+};
+
+template <typename T, int V>
+__device__ Vec<T, V> load(const T* from) {
+  return *reinterpret_cast<const Vec<T, V>*>(from);
+}
+
+template <typename A, typename T, int V>
+__device__ void store(T* to, const A (&values)[V]) {
+  Vec<T, V> out;
+#pragma unroll
+  for (int k = 0; k < V; ++k) out.v[k] = static_cast<T>(values[k]);
+  *reinterpret_cast<Vec<T, V>*>(to) = out;
+}
+
+// Quotient and remainder. 64-bit division is some 70 instructions long, and hardly ever needed.
+struct Division {
+  int64_t quotient, remainder;
+
+  __device__ Division(int64_t a, int64_t b) {
+    if ((a | b) >> 32) {
+      quotient = a / b;
+      remainder = a - quotient * b;
+    } else {
+      const auto q = static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+      quotient = q;
+      remainder = static_cast<uint32_t>(a) - q * static_cast<uint32_t>(b);
+    }
+  }
+};
+
+}  // namespace fastroute::cuda

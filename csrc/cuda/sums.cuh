@@ -1,0 +1,95 @@
+// Sums over a warp, a block, a row and a column, each in a fixed order: results are bitwise repeatable.
+
+#pragma once
+
+#include "cuda/paths.cuh"
+
+namespace fastroute::cuda {
+
+// The sum over the 32 lanes, in all of them. The whole warp must take part.
+template <typename A>
+__device__ A warp_sum(A value) {
+#pragma unroll
+  for (int mask = 16; mask; mask /= 2) value += shuffle_xor(value, mask);
+  return value;
+}
+
+// The sum of data[begin, end), by one warp. Begin, end and the address of data are multiples of V elements.
+template <typename T, int V, typename A>
+__device__ A row_sum(const T* data, int64_t begin, int64_t end) {
+  A sums[V] = {};
+#pragma unroll 4
+  for (int64_t e = begin + threadIdx.x % 32 * V; e < end; e += 32 * V) {
+    const auto x = load<T, V>(data + e);
+#pragma unroll
+    for (int k = 0; k < V; ++k) sums[k] += static_cast<A>(x.v[k]);
+  }
+  A sum = 0;
+#pragma unroll
+  for (int k = 0; k < V; ++k) sum += sums[k];
+  return warp_sum(sum);
+}
+
+// sums[c] = Σ of the elements c, c + channels, … within [begin, end) of a sample, by one block; `data` points to element
+// `begin`. Channels and begin are multiples of V, scratch holds blockDim.x * V values. All threads leave together.
+template <typename T, int V, typename A>
+__device__ void column_sums(const T* data, int64_t begin, int64_t end, int64_t channels, A* scratch, A* sums) {
+  const int thread = threadIdx.x, threads = blockDim.x;
+  for (int64_t first = 0; first < channels / V; first += threads) {
+    const int width = min(channels / V - first, static_cast<int64_t>(threads));
+    const int groups = threads / width, group = thread / width;  // group g has the rows g, g + groups, …
+    const int64_t channel = (first + thread % width) * V, step = groups * channels;
+    A sum[V] = {};
+    if (group < groups) {
+      int64_t e = (begin / channels + group) * channels + channel;
+      if (e < begin) e += step;
+#pragma unroll 4
+      for (; e < end; e += step) {
+        const auto x = load<T, V>(data + (e - begin));
+#pragma unroll
+        for (int k = 0; k < V; ++k) sum[k] += static_cast<A>(x.v[k]);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < V; ++k) scratch[thread * V + k] = sum[k];
+    __syncthreads();
+    int half = 1;
+    while (half < groups) half *= 2;
+    while (half /= 2) {
+      if (group < half && group + half < groups) {
+#pragma unroll
+        for (int k = 0; k < V; ++k) scratch[thread * V + k] += scratch[(thread + half * width) * V + k];
+      }
+      __syncthreads();
+    }
+    if (thread < width) {
+#pragma unroll
+      for (int k = 0; k < V; ++k) sums[channel + k] = scratch[thread * V + k];
+    }
+    __syncthreads();
+  }
+}
+
+// out[i * n + j] = acc[i][j] summed over the block, for i < m, j < n. Scratch holds one m * n for each warp.
+template <int TILE, typename A>
+__device__ void block_sums(const A (&acc)[TILE][TILE], int m, int n, A* scratch, A* out) {
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+#pragma unroll
+  for (int i = 0; i < TILE; ++i) {
+#pragma unroll
+    for (int j = 0; j < TILE; ++j) {
+      if (i < m && j < n) {
+        const A sum = warp_sum(acc[i][j]);
+        if (threadIdx.x % 32 == 0) scratch[warp * m * n + i * n + j] = sum;
+      }
+    }
+  }
+  __syncthreads();
+  for (int r = threadIdx.x; r < m * n; r += blockDim.x) {
+    A sum = 0;
+    for (int w = 0; w < warps; ++w) sum += scratch[w * m * n + r];
+    out[r] = sum;
+  }
+}
+
+}  // namespace fastroute::cuda

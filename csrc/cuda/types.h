@@ -1,0 +1,56 @@
+// What host and kernels tell each other.
+
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace fastroute::cuda {
+
+constexpr int kMostPaths = 8;
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename T>
+using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// What one thread moves at once: 16 bytes, but for double, which serves gradcheck and is always moved one by one.
+template <typename T>
+constexpr int kVector = std::is_same_v<T, double> ? 1 : 16 / sizeof(T);
+
+// Each path by pointer and batch stride (in elements): paths come from separate convolutions or from one stack.
+template <typename T>
+struct Paths {
+  T* data[kMostPaths] = {};
+  int64_t stride[kMostPaths] = {};
+  int count = 0;
+
+  __host__ __device__ T* sample(int path, int64_t s) const { return data[path] + s * stride[path]; }
+};
+
+// A sample is dense as [channels, space], or as [space, channels] where channels_last.
+struct Shape {
+  int64_t samples, channels, space;
+  bool channels_last;
+
+  __host__ __device__ int64_t elements() const { return channels * space; }
+  // How many elements of one channel lie next to each other.
+  __host__ __device__ int64_t run() const { return channels_last ? 1 : space; }
+};
+
+// Parameters of all m gates. w1 (m, hidden, channels) is null for the linear gate of Eq. 3.9, whose `hidden` is 0;
+// w2 is (m, n, hidden or channels); an absent bias is null.
+template <typename A>
+struct Gate {
+  const A *w1, *b1, *w2, *b2;
+  int m, n;
+  int64_t channels, hidden;
+
+  __host__ __device__ int64_t width() const { return w1 ? hidden : channels; }
+};
+
+}  // namespace fastroute::cuda
