@@ -1,0 +1,6 @@
+"""One function for each operator."""
+
+from fastroute.backends.triton.cross_connect import cross_connect, cross_connect_backward
+from fastroute.backends.triton.mix import mix, mix_backward
+
+__all__ = ["cross_connect", "cross_connect_backward", "mix", "mix_backward"]

@@ -1,0 +1,159 @@
+"""The cross-path weighted sum (Eq. 3.7) and its backward: one pass over the paths in either direction."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from fastroute.backends.triton import launch_tables as tables
+from fastroute.backends.triton._tiles import (
+    add_products,
+    batch_strides,
+    load_scalars,
+    load_tiles,
+    sum_parts,
+    weighted_sum,
+    zero_totals,
+)
+from fastroute.ops._paths import empty_path
+
+
+@triton.jit
+def mix_block(xs, x_strides, ys, g, sample, size, start, BLOCK: tl.constexpr):
+    """One block of every output; g holds the m·n gates of the sample as scalars."""
+    at = start + tl.arange(0, BLOCK)
+    mask = at < size
+    x = load_tiles(xs, x_strides, sample, at, mask, "evict_first")  # m × [C·S]
+    for j in tl.static_range(len(ys)):
+        tl.store(ys[j] + sample * size + at, weighted_sum(x, g, j, len(ys)), mask=mask)  # Eq. 3.7
+
+
+@triton.jit
+def mix_fwd_kernel(xs, x_strides, ys, gates, size, portion, STATIC: tl.constexpr, BLOCK: tl.constexpr):
+    COUNT: tl.constexpr = len(xs) * len(ys)
+    sample = tl.program_id(0).to(tl.int64)
+    g = load_scalars(gates if STATIC else gates + sample * COUNT, COUNT)
+    start = tl.program_id(1).to(tl.int64) * portion
+    for block in range(start, tl.minimum(start + portion, size), BLOCK):
+        mix_block(xs, x_strides, ys, g, sample, size, block, BLOCK)
+
+
+@triton.jit(do_not_specialize=["first"])
+def mix_bwd_kernel(
+    xs,
+    x_strides,
+    dys,
+    dy_strides,
+    dxs,
+    gates,
+    partials,
+    first,
+    size,
+    portion,
+    STATIC: tl.constexpr,
+    GRAD_INPUTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EVICT_DY: tl.constexpr,
+):
+    """<dY_j, X_i> over one portion of a sample, into partials (N, parts, m, n), and with GRAD_INPUTS dX of it."""
+    M: tl.constexpr = len(xs)
+    N: tl.constexpr = len(dys)
+    sample = tl.program_id(0).to(tl.int64) + first
+    if GRAD_INPUTS:
+        g = load_scalars(gates if STATIC else gates + sample * (M * N), M * N)
+    totals = zero_totals(M * N, BLOCK)
+    start = tl.program_id(1).to(tl.int64) * portion
+    for block in range(start, tl.minimum(start + portion, size), BLOCK):
+        at = block + tl.arange(0, BLOCK)
+        mask = at < size
+        x = load_tiles(xs, x_strides, sample, at, mask, "evict_first")  # m × [C·S]
+        dy = load_tiles(dys, dy_strides, sample, at, mask, EVICT_DY)  # n × [C·S]
+        totals = add_products(totals, x, dy)  # Eq. 3.10
+        if GRAD_INPUTS:
+            for i in tl.static_range(M):
+                tl.store(dxs[i] + sample * size + at, weighted_sum(dy, g, i * N, 1), mask=mask)
+    row = sample * tl.num_programs(1) + tl.program_id(1)
+    for k in tl.static_range(M * N):
+        tl.store(partials + row * (M * N) + k, tl.sum(totals[k], 0))
+
+
+@triton.jit
+def sum_parts_kernel(values, out, parts, columns, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * COLUMNS
+    total = sum_parts(values + row * parts * columns, parts, columns, first, COLUMNS, PARTS)
+    column = first + tl.arange(0, COLUMNS)
+    tl.store(out + row * columns + column, total, mask=column < columns)
+
+
+def launch_sum_parts(values: torch.Tensor, out: torch.Tensor, rows: int, parts: int, columns: int) -> None:
+    """out (rows, columns) = values (rows, parts, columns) summed over the parts."""
+    sum_parts_kernel[(rows, triton.cdiv(columns, tables.PARTIAL_COLUMNS))](
+        values,
+        out,
+        parts,
+        columns,
+        COLUMNS=tables.PARTIAL_COLUMNS,
+        PARTS=tables.PARTIAL_VALUES // tables.PARTIAL_COLUMNS,
+        num_warps=tables.LOOP_WARPS,
+    )
+
+
+def mix(xs, gates):
+    x, n = xs[0], gates.shape[-1]
+    outputs = [empty_path(x) for _ in range(n)]
+    if x.shape[0] == 0:
+        return outputs
+    size = math.prod(x.shape[1:])
+    settings = tables.elementwise(len(xs), n, size, backward=False)
+    with torch.cuda.device_of(x):
+        mix_fwd_kernel[(x.shape[0], triton.cdiv(size, settings.portion))](
+            tuple(xs),
+            batch_strides(xs),
+            tuple(outputs),
+            gates.float().contiguous(),
+            size,
+            settings.portion,
+            STATIC=gates.dim() == 2,
+            BLOCK=settings.block,
+            num_warps=settings.num_warps,
+        )
+    return outputs
+
+
+def mix_backward(grad_outputs, xs, gates, grad_inputs):
+    x, m, n = xs[0], len(xs), len(grad_outputs)
+    grad_xs = [empty_path(x) for _ in xs] if grad_inputs else []
+    grad_gates = gates.new_empty(gates.shape, dtype=torch.float32)
+    if x.shape[0] == 0:
+        return grad_xs, grad_gates.zero_()  # one matrix for all samples has a gradient even where there is no sample
+    size, static = math.prod(x.shape[1:]), gates.dim() == 2
+    settings = tables.elementwise(m, n, size, backward=True)
+    parts = triton.cdiv(size, settings.portion)
+    whole = parts == 1 and not static
+    partials = grad_gates if whole else gates.new_empty((x.shape[0], parts, m, n), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        mix_bwd_kernel[(x.shape[0], parts)](
+            tuple(xs),
+            batch_strides(xs),
+            tuple(grad_outputs),
+            batch_strides(grad_outputs),
+            tuple(grad_xs if grad_inputs else xs),
+            gates.float().contiguous(),
+            partials,
+            0,
+            size,
+            settings.portion,
+            STATIC=static,
+            GRAD_INPUTS=grad_inputs,
+            BLOCK=settings.block,
+            EVICT_DY="evict_first",
+            num_warps=settings.num_warps,
+        )
+        if not whole:
+            # One program adds the partial sums of a gate, in the order of the samples. Atomics would add them in the
+            # order in which programs happen to end, and the last bits would differ from run to run.
+            rows, parts = (1, x.shape[0] * parts) if static else (x.shape[0], parts)
+            launch_sum_parts(partials, grad_gates, rows, parts, m * n)
+    return grad_xs, grad_gates
