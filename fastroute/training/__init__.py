@@ -1,0 +1,11 @@
+"""Training on Lightning: the module, the data, and what a run writes. Needs `pip install 'fastroute[train]'`."""
+
+from fastroute._extras import extra
+
+with extra("train", "fastroute.training"):
+    from fastroute.training.classifier import RoutingClassifier
+    from fastroute.training.data import ImageDataModule
+    from fastroute.training.routing import gates_table, mean_gates, routing_share
+    from fastroute.training.trainer import check_resume, fit
+
+__all__ = ["ImageDataModule", "RoutingClassifier", "check_resume", "fit", "gates_table", "mean_gates", "routing_share"]

@@ -1,0 +1,3 @@
+from fastroute.cli import main
+
+main()

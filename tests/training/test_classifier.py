@@ -1,0 +1,101 @@
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fastroute.nn import CrossConnection
+from fastroute.training import RoutingClassifier
+from fastroute.training.classifier import ErrorPercent
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(does not have many workers|LeafSpec)")  # Lightning's own
+
+
+class TwoPaths(nn.Module):
+    """A user's own network, with one router in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = CrossConnection(4, 1, 2)
+        self.heads = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+
+    def forward(self, x):
+        return sum(head(y) for head, y in zip(self.heads, self.router([x.flatten(1)]), strict=True))
+
+
+def train(module, epochs=4, batches=5):
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    rates = []
+
+    class Rates(pl.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    trainer.callbacks.append(Rates())
+    data = DataLoader(TensorDataset(torch.randn(6 * batches, 4, 1, 1), torch.arange(6 * batches) % 3), batch_size=6)
+    trainer.fit(module, data, data)
+    return trainer, rates
+
+
+def test_error_is_exact_over_uneven_batches():
+    error = ErrorPercent(3)
+    logits = torch.eye(3)
+    error.update(logits, torch.tensor([0, 1, 2]))
+    error.update(logits[:1], torch.tensor([1]))
+    assert error.compute() == 25
+
+
+def test_trains_a_network_of_ones_own():
+    module = RoutingClassifier(TwoPaths(), num_classes=3)
+    before = module.model.router.w1.clone()
+    trainer, _ = train(module)
+    assert not torch.equal(module.model.router.w1, before)
+    assert trainer.callback_metrics["train_loss"] < 1.1
+    assert module.hparams.model == "TwoPaths"
+
+
+def test_sgd_is_the_thesis_s():
+    trainer, _ = train(RoutingClassifier(TwoPaths(), num_classes=3))
+    group = trainer.optimizers[0].param_groups[0]
+    assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 5e-4, False)
+
+
+def test_step_schedule():
+    _, rates = train(RoutingClassifier(TwoPaths(), 3, lr=1.0, decay_milestones=(1, 3)), batches=2)
+    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.1, 0.1, 0.01, 0.01])
+    _, rates = train(RoutingClassifier(TwoPaths(), 3, lr=1.0, decay_rate=0.5), epochs=20, batches=1)
+    assert rates == pytest.approx([1] * 8 + [0.5] * 7 + [0.25] * 5)  # 2/5 and 3/4, as 80 and 150 are of 200
+
+
+def test_one_cycle_schedule():
+    _, rates = train(RoutingClassifier(TwoPaths(), 3, lr=1.0, sched="onecycle"))
+    assert len(rates) == 20 and max(rates) == pytest.approx(1.0, rel=0.05)
+    assert rates.index(max(rates)) == 5 and rates[0] < 0.1 and rates[-1] < 1e-4
+
+
+def test_named_network_is_built_and_computes_in_channels_last():
+    module = RoutingClassifier("resnet20_cc2", num_classes=7, in_chans=1, channels_last=True)
+    assert module.model.stack2[0][1].residual[0].weight.is_contiguous(memory_format=torch.channels_last)
+    logits, routing = module(torch.randn(2, 1, 8, 8), return_routing=True)
+    assert logits.shape == (2, 7) and len(routing) == 4
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"lr": 0}, "lr is 0; it must be above 0"),
+        ({"sched": "cosine"}, "sched is 'cosine'; it must be one of 'step', 'onecycle'"),
+        ({"model": "resnet21"}, "name is 'resnet21'"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RoutingClassifier(**{"model": "resnet20", **arguments})

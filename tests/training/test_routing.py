@@ -1,0 +1,62 @@
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from fastroute import models
+from fastroute.models.cifar_resnet import cifar_resnet
+from fastroute.training import gates_table, mean_gates, routing_share
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def batches(*sizes):
+    return [(torch.randn(size, 3, 8, 8), torch.zeros(size, dtype=torch.long)) for size in sizes]
+
+
+class OnlyRouting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router = cifar_resnet(8, paths=2, in_chans=3).stack1_router
+        self.weight = nn.Parameter(torch.ones(16))
+
+    def forward(self, x):
+        x = x.mean(1, keepdim=True) * self.weight[:, None, None]
+        return self.router([x.repeat(1, 1, 8, 8)] * 2)[0].mean((2, 3))
+
+
+def test_mean_gates_weigh_every_image_the_same():
+    model = cifar_resnet(8, paths=2)
+    nn.init.normal_(model.stem_router.w2, std=5)
+    data = batches(5, 2)
+    gates = mean_gates(model, data)
+    assert model.training and next(iter(gates)) == "stem_router" and gates["stack3_router"].shape == (2, 2)
+    model.eval()
+    _, routing = model(torch.cat([images for images, _ in data]), return_routing=True)
+    torch.testing.assert_close(gates["stem_router"].float(), routing["stem_router"].gates.mean(0))
+
+
+def test_networks_without_routers_have_no_gates():
+    assert mean_gates(models.create_model("resnet20"), batches(2)) == {}
+
+
+def test_table_has_a_row_for_each_path():
+    console = Console(record=True, width=80, file=io.StringIO())
+    console.print(gates_table({"a_router": torch.tensor([[0.25, 0.75]]), "b_router": torch.eye(2)}))
+    text = console.export_text()
+    assert "a_router" in text and "0.250" in text and "0.750" in text and text.count("1.000") == 2
+
+
+def test_share_is_that_of_the_routing_operators():
+    batch = batches(16)[0]
+    model = cifar_resnet(8, paths=2)
+    before = [p.clone() for p in model.parameters()]
+    assert 0 < routing_share(model, batch, steps=2) < 1
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert routing_share(cifar_resnet(8), batch, steps=2) == 0
+    assert routing_share(OnlyRouting(), batch, steps=2) > 0.2
