@@ -511,6 +511,7 @@ def _tile(problem: tables.Problem, settings: tables.Resident | tables.Fused | ta
         "BS": settings.block_s,
         "LAST": problem.channels_last,
         "num_warps": settings.num_warps,
+        "maxnreg": tables.max_registers(problem.m, problem.n),
     }
 
 
@@ -526,6 +527,7 @@ def cross_connect(xs, w1, b1, w2, b2):
     settings = _plan(problem, _chip(x.device))
     tile, sizes = _tile(problem, settings), (channels, problem.space, size)
     paths, ys, gate = (tuple(xs), batch_strides(xs)), tuple(outputs), _gate(w1, b1, w2, b2)
+    registers = tables.max_registers(len(xs), n)
     with torch.cuda.device_of(x):
         if isinstance(settings, tables.Resident):
             cross_connect_resident_fwd_kernel[(batch,)](*paths, ys, gate, saved, sizes, **tile)
@@ -552,6 +554,7 @@ def cross_connect(xs, w1, b1, w2, b2):
                     BS=settings.block_s,
                     LAST=problem.channels_last,
                     num_warps=settings.num_warps,
+                    maxnreg=registers,
                 )
                 cross_connect_mix_fwd_kernel[(chunk, triton.cdiv(size, settings.portion))](
                     *paths,
@@ -567,6 +570,7 @@ def cross_connect(xs, w1, b1, w2, b2):
                     PARTS=max(1, tables.PARTIAL_VALUES // problem.gate_block),
                     BLOCK=settings.block,
                     num_warps=settings.num_warps,
+                    maxnreg=registers,
                 )
             if spans > 1:
                 launch_sum_parts(pooled, saved[2], batch * m, spans, channels)
@@ -591,6 +595,7 @@ def cross_connect_backward(
     incoming = tuple(None if grad is None else grad.contiguous() for grad in (grad_gates, grad_scores))
     d_saved = (torch.empty_like(gates), torch.empty_like(hidden))  # dA, dH
     common = (_gate(w1, b1, w2, b2), (gates, hidden), incoming, d_saved)
+    registers = tables.max_registers(len(xs), n)
     with torch.cuda.device_of(x):
         if isinstance(settings, tables.Resident):
             cross_connect_resident_bwd_kernel[(batch,)](
@@ -622,6 +627,7 @@ def cross_connect_backward(
                     BLOCK=settings.block,
                     EVICT_DY="",
                     num_warps=settings.num_warps,
+                    maxnreg=registers,
                 )
                 cross_connect_inputs_bwd_kernel[(chunk, blocks * spans)](
                     *dys,

@@ -114,12 +114,17 @@ class Elementwise:
 
 
 # A multiprocessor has 65,536 registers of 4 bytes: 128 a thread for 512 threads, the most that one program is given.
+REGISTER_FILE = 65536
 MAX_WARPS = 16
 
-# Of those 128, what a resident sample may take. The other half is for addresses, sums and the gates.
+# Beyond so many paths m + n, the addresses and the m·n gates, all in registers, leave too few for tiles: a program has
+# half the warps, and its threads up to 255 registers. By the compiler's report 8 paths to 8 take 204 in the forward.
+FEW_PATHS = 6
+
+# Of 128 registers, what a resident sample may take. The other half is for addresses, sums and the gates.
 RESIDENT_REGISTERS = 64
 
-# Warps of a program that loops. Two such programs may have 128 registers a thread.
+# Warps of a program that loops: two such programs may share a multiprocessor at 128 registers a thread.
 LOOP_WARPS = 8
 
 # What a thread loads of one tile: two loads of 16 bytes in float32, one in half precision. 256 threads and two paths
@@ -186,16 +191,19 @@ def resident(problem: Problem) -> Resident | None:
     block_c, block_s = triton.next_power_of_2(problem.channels), triton.next_power_of_2(problem.space)
     tiles = problem.twice + (1 if problem.backward else 0)  # X_i passes by
     registers = tiles * block_c * block_s
-    if registers > 32 * MAX_WARPS * RESIDENT_REGISTERS or block_c * problem.gate_block > WEIGHT_VALUES:
+    if (
+        registers > 32 * most_warps(problem.m, problem.n) * RESIDENT_REGISTERS
+        or block_c * problem.gate_block > WEIGHT_VALUES
+    ):
         return None
     warps = _power_of_2_up_to(registers // (32 * RESIDENT_REGISTERS // 2))  # half of the limit, while there are warps
-    return Resident(block_c, block_s, min(MAX_WARPS, warps))
+    return Resident(block_c, block_s, min(most_warps(problem.m, problem.n), warps))
 
 
 def fused(problem: Problem, chip: Chip) -> Fused:
     """Settings of the fused tier."""
-    # A program that has a multiprocessor to itself keeps the memory busy with twice the warps.
-    warps = LOOP_WARPS if problem.batch > chip.sms else 2 * LOOP_WARPS
+    # A program that has a multiprocessor to itself needs more warps to keep the memory busy.
+    warps = LOOP_WARPS if problem.batch > chip.sms else most_warps(problem.m, problem.n)
     block_c, block_s = _tile(problem, 32 * warps * _elements(problem.twice if problem.backward else 1))
     size = triton.next_power_of_2(problem.channels * problem.space)
     elements = _product_elements(problem.m, problem.n) if problem.backward else _elements(problem.m)
@@ -223,6 +231,15 @@ def elementwise(m: int, n: int, size: int, backward: bool) -> Elementwise:
     block = min(triton.next_power_of_2(size), 32 * LOOP_WARPS * elements)
     portion = max(PORTION, triton.next_power_of_2(triton.cdiv(size, MAX_GRID_Y)))
     return Elementwise(block, portion, min(LOOP_WARPS, max(1, block // 32)))
+
+
+def most_warps(m: int, n: int) -> int:
+    return MAX_WARPS if m + n <= FEW_PATHS else MAX_WARPS // 2
+
+
+def max_registers(m: int, n: int) -> int:
+    """The limit for the compiler. Without one, it spills a few bytes for the sake of occupancy."""
+    return min(255, REGISTER_FILE // (32 * most_warps(m, n)))
 
 
 def _power_of_2_up_to(value: int) -> int:

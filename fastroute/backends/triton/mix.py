@@ -107,6 +107,7 @@ def mix(xs, gates):
         return outputs
     size = math.prod(x.shape[1:])
     settings = tables.elementwise(len(xs), n, size, backward=False)
+    registers = tables.max_registers(len(xs), n)
     with torch.cuda.device_of(x):
         mix_fwd_kernel[(x.shape[0], triton.cdiv(size, settings.portion))](
             tuple(xs),
@@ -118,6 +119,7 @@ def mix(xs, gates):
             STATIC=gates.dim() == 2,
             BLOCK=settings.block,
             num_warps=settings.num_warps,
+            maxnreg=registers,
         )
     return outputs
 
@@ -133,6 +135,7 @@ def mix_backward(grad_outputs, xs, gates, grad_inputs):
     parts = triton.cdiv(size, settings.portion)
     whole = parts == 1 and not static
     partials = grad_gates if whole else gates.new_empty((x.shape[0], parts, m, n), dtype=torch.float32)
+    registers = tables.max_registers(len(xs), n)
     with torch.cuda.device_of(x):
         mix_bwd_kernel[(x.shape[0], parts)](
             tuple(xs),
@@ -150,6 +153,7 @@ def mix_backward(grad_outputs, xs, gates, grad_inputs):
             BLOCK=settings.block,
             EVICT_DY="evict_first",
             num_warps=settings.num_warps,
+            maxnreg=registers,
         )
         if not whole:
             # One program adds the partial sums of a gate, in the order of the samples. Atomics would add them in the

@@ -1,0 +1,502 @@
+"""The Triton kernels against float64: in the interpreter where there is no card, on the card with `-m gpu`."""
+
+import dataclasses
+import importlib.util
+import mmap
+import sys
+
+import pytest
+import torch
+
+from fastroute import ops, use_backend
+from fastroute.backends import _choice
+from fastroute.backends import triton as backend
+from fastroute.ops._paths import channels_first, channels_last
+
+CUDA = torch.cuda.is_available()
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+with pytest.MonkeyPatch.context() as environment:
+    if not CUDA:  # Triton decides when it is imported whether it interprets
+        assert "triton" not in sys.modules, "Triton was imported before it could be told to interpret"
+        environment.setenv("TRITON_INTERPRET", "1")
+    cc, mx, tables = (
+        importlib.import_module(f"fastroute.backends.triton.{name}")
+        for name in ("cross_connect", "mix", "launch_tables")
+    )
+
+on_host = pytest.mark.skipif(CUDA, reason="the interpreter is off where there is a card")
+on_card = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
+
+
+@pytest.fixture(params=[pytest.param("cpu", marks=on_host), pytest.param("cuda", marks=on_card)])
+def device(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    """Without a card, serve CPU tensors, and round float32 to bfloat16 as compiled code does.
+
+    The interpreter by itself cuts the bits off, which doubles the error.
+    """
+    if CUDA:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast = InterpreterBuilder.cast_impl
+
+    def rounding_cast(self, src, dst_type):
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, src, dst_type)
+        bits = torch.from_numpy(src.data.copy()).to(torch.bfloat16).view(torch.uint16).numpy()
+        return TensorHandle(bits.reshape(src.data.shape), tl.bfloat16)
+
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounding_cast)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    _choice._choose.cache_clear()
+    yield
+    _choice._choose.cache_clear()
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Fill what is allocated with NaN, so that an element nobody wrote shows."""
+
+    def poisoned(allocate):
+        def wrapped(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return wrapped
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@dataclasses.dataclass
+class Launch:
+    kernel: str
+    grid: tuple[int, ...]
+    args: tuple
+    settings: dict
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The launches so far."""
+    seen = []
+
+    class Spy:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(*args, **settings):
+                seen.append(Launch(self.kernel.fn.__name__, grid, args, settings))
+                return self.kernel[grid](*args, **settings)
+
+            return launch
+
+    for module in (cc, mx):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Spy(getattr(module, name)))
+    return seen
+
+
+def force(monkeypatch, tier, **changes):
+    """Have cross_connect take one tier, with some of its settings changed."""
+
+    def plan(problem, chip):
+        settings = tables.resident(problem) if tier == "resident" else getattr(tables, tier)(problem, chip)
+        applicable = {field.name for field in dataclasses.fields(settings)} & changes.keys()
+        return dataclasses.replace(settings, **{name: changes[name] for name in applicable})
+
+    monkeypatch.setattr(cc, "_plan", plan)
+
+
+KERNELS = {
+    "resident": ["cross_connect_resident_fwd_kernel", "cross_connect_resident_bwd_kernel"],
+    "fused": ["cross_connect_fused_fwd_kernel", "cross_connect_fused_bwd_kernel"],
+    "split": [
+        "cross_connect_pool_fwd_kernel",
+        "cross_connect_mix_fwd_kernel",
+        "mix_bwd_kernel",
+        "cross_connect_inputs_bwd_kernel",
+    ],
+}
+
+
+def make_paths(count, shape, dtype, device, layout="first"):
+    if layout == "stacked":  # (N, paths, C, *S): the samples of a path are far apart
+        return list(torch.randn(shape[0], count, *shape[1:], device=device).to(dtype).unbind(1))
+    if layout == "sliced":  # each path with a batch stride of its own
+        return [torch.randn(shape[0] * (i + 2), *shape[1:], device=device).to(dtype)[:: i + 2] for i in range(count)]
+    paths = [torch.randn(shape, device=device).to(dtype) for _ in range(count)]
+    if layout == "last":
+        paths = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in paths]
+    return paths
+
+
+def make_gate(m, n, channels, hidden, device, bias=True, dtype=torch.float32):
+    shapes = [(m, hidden, channels), (m, hidden), (m, n, hidden or channels), (m, n)]
+    w1, b1, w2, b2 = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+    if not hidden:
+        w1 = b1 = None
+    return (w1, b1, w2, b2) if bias else (w1, None, w2, None)
+
+
+def route(backend_name, xs, gate, grads, dtype=None):
+    """Outputs, gates, scores and every gradient of cross_connect, by name; in `dtype` if given."""
+    convert = {} if dtype is None else {"dtype": dtype}
+    xs = [x.detach().to(**convert).requires_grad_() if convert else x.detach().requires_grad_() for x in xs]
+    gate = [None if p is None else p.detach().to(**convert).requires_grad_() for p in gate]
+    with use_backend(backend_name):
+        outputs, gates, scores = ops.cross_connect(xs, *gate)
+        results = [*outputs, gates, scores]
+        given = [(r, g.to(r.dtype)) for r, g in zip(results, grads, strict=True) if g is not None]
+        torch.autograd.backward([r for r, _ in given], [g for _, g in given])
+    named = {f"y{j}": y for j, y in enumerate(outputs)} | {"gates": gates, "scores": scores}
+    named |= {f"dx{i}": x.grad for i, x in enumerate(xs)}
+    named |= {f"d{k}": p.grad for k, p in zip(("w1", "b1", "w2", "b2"), gate, strict=True) if p is not None}
+    return {name: value.detach() for name, value in named.items()}
+
+
+def assert_as_exact_as_eager(got, eager, exact):
+    """The error is at most twice eager's, plus a few roundings of float32."""
+    for name, value in got.items():
+        reference = exact[name]
+        assert value.shape == reference.shape, name
+        error, allowed = ((v.double() - reference).abs().max().item() for v in (value, eager[name]))
+        floor = 1e-6 * (1 + reference.abs().max().item())
+        assert error <= 2 * allowed + floor, f"{name}: error {error:.2e}, eager's {allowed:.2e}"
+
+
+def check_routing(xs, gate, present=(True, True, True)):
+    """Run forward and backward, compare with float64, and return the result. `present`: dY, dgates, dscores."""
+    m, n = len(xs), gate[2].shape[1]
+    shapes = [xs[0].shape] * n + [(xs[0].shape[0], m, n)] * 2
+    given = [present[0]] * n + list(present[1:])
+    grads = [
+        torch.randn(shape, device=xs[0].device).to(xs[0].dtype) if g else None
+        for shape, g in zip(shapes, given, strict=True)
+    ]
+    got = route("triton", xs, gate, grads)
+    exact, eager = route("reference", xs, gate, grads, torch.float64), route("reference", xs, gate, grads)
+    assert_as_exact_as_eager(got, eager, exact)
+    return got
+
+
+CASES = {  # m, n, (N, C, *S), dtype, layout, hidden, bias
+    "odd sizes": (2, 3, (3, 5, 7, 5), torch.float32, "first", 5, True),
+    "channels_last": (3, 2, (2, 33, 13, 5), torch.bfloat16, "last", 16, True),
+    "dense": (1, 2, (3, 7), torch.float32, "first", 3, True),
+    "linear gate": (2, 2, (2, 6, 4, 2, 3), torch.float32, "last", 0, True),
+    "stacked": (2, 2, (3, 16, 8, 8), torch.float16, "stacked", 16, True),
+    "sliced": (2, 1, (2, 130, 4), torch.float32, "sliced", 4, False),
+    "eight paths": (8, 8, (2, 3, 5), torch.float32, "first", 2, True),
+}
+
+
+@pytest.mark.parametrize("tier", KERNELS)
+@pytest.mark.parametrize("case", CASES)
+def test_every_tier(device, tier, case, monkeypatch, poison, launches):
+    torch.manual_seed(0)
+    m, n, shape, dtype, layout, hidden, bias = CASES[case]
+    xs = make_paths(m, shape, dtype, device, layout)
+    force(monkeypatch, tier)
+    got = check_routing(xs, make_gate(m, n, shape[1], hidden, device, bias))
+    assert [launch.kernel for launch in launches] == [*KERNELS[tier], "cross_connect_weights_bwd_kernel"]
+    in_layout = channels_last if layout == "last" else channels_first
+    assert all(in_layout(got[name]) for name in got if name[0] == "y" or name[:2] == "dx")
+    read = launches[0].args[0]  # the kernels read the paths where they lie
+    assert [x.data_ptr() for x in read] == [x.data_ptr() for x in xs]
+
+
+SMALL_STEPS = {"block_c": 4, "block_s": 8, "block": 64, "portion": 192, "span": 16, "chunk": 2, "num_warps": 1}
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("tier", ["fused", "split"])
+def test_loops_and_chunks(device, tier, layout, monkeypatch, poison, launches):
+    """Every loop takes several steps, the last of them partial, and the batch several chunks."""
+    torch.manual_seed(1)
+    force(monkeypatch, tier, **SMALL_STEPS)
+    monkeypatch.setattr(tables, "PARTIAL_VALUES", 8)
+    monkeypatch.setattr(tables, "SAMPLES", 2)
+    check_routing(make_paths(2, (5, 10, 7, 5), torch.float32, device, layout), make_gate(2, 3, 10, 5, device))
+    kernels = [launch.kernel for launch in launches]
+    if tier == "split":
+        assert kernels == [*KERNELS["split"][:2] * 3, "sum_parts_kernel", *KERNELS["split"][2:] * 3, kernels[-1]]
+        assert [launch.grid for launch in launches[:4]] == [(2, 9, 2), (2, 2), (2, 9, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("tier", KERNELS)
+@pytest.mark.parametrize("present", [(True, False, False), (False, True, False), (False, False, True)])
+def test_absent_gradients(device, tier, present, monkeypatch, poison):
+    torch.manual_seed(2)
+    force(monkeypatch, tier)
+    check_routing(make_paths(2, (2, 4, 3), torch.float32, device), make_gate(2, 2, 4, 3, device), present)
+
+
+@pytest.mark.parametrize("tier", KERNELS)
+def test_inputs_without_gradient(device, tier, monkeypatch, launches):
+    torch.manual_seed(3)
+    force(monkeypatch, tier)
+    xs, gate = make_paths(2, (2, 4, 3), torch.float32, device), make_gate(2, 2, 4, 3, device)
+    expected = check_routing(xs, gate, (True, False, False))
+    launches.clear()
+    gate = [p.clone().requires_grad_() for p in gate]
+    torch.manual_seed(3)
+    make_paths(2, (2, 4, 3), torch.float32, device), make_gate(2, 2, 4, 3, device)
+    with use_backend("triton"):
+        outputs = ops.cross_connect(xs, *gate).outputs
+        torch.autograd.backward(outputs, [torch.randn(2, 4, 3, device=device) for _ in outputs])
+    assert not any(launch.settings.get("GRAD_INPUTS") for launch in launches)
+    for name, parameter in zip(("dw1", "db1", "dw2", "db2"), gate, strict=True):
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tier", KERNELS)
+def test_extreme_scores(device, tier, monkeypatch):
+    torch.manual_seed(4)
+    force(monkeypatch, tier)
+    w1, b1, w2, _ = make_gate(2, 3, 4, 3, device)
+    b2 = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]], device=device)
+    got = check_routing(make_paths(2, (2, 4, 3), torch.float32, device), (w1, b1, w2, b2))
+    assert got["gates"][:, 0].eq(torch.tensor([1.0, 0.0, 0.0], device=device)).all()
+
+
+@pytest.mark.parametrize("tier", KERNELS)
+def test_nan_is_not_hidden(device, tier, monkeypatch):
+    force(monkeypatch, tier)
+    xs, gate = make_paths(1, (2, 4, 3), torch.float32, device), make_gate(1, 2, 4, 3, device)
+    xs[0][1, 2, 0] = float("nan")
+    with use_backend("triton"):
+        outputs, gates, _ = ops.cross_connect(xs, *gate)
+    assert gates[1].isnan().all() and outputs[0][1].isnan().all()
+    assert not gates[0].isnan().any() and not outputs[0][0].isnan().any()
+
+
+@pytest.mark.parametrize("tier", KERNELS)
+def test_half_precision_parameters(device, tier, monkeypatch):
+    torch.manual_seed(5)
+    force(monkeypatch, tier)
+    gate = make_gate(2, 2, 4, 3, device, dtype=torch.bfloat16)
+    got = check_routing(make_paths(2, (2, 4, 3), torch.bfloat16, device), gate)
+    assert got["gates"].dtype == torch.float32 and got["dw1"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("tier", ["fused", "split"])
+def test_large_maps_are_summed_in_blocks(device, tier, monkeypatch):
+    """One running sum of 2^16 values near 100 would be off by 1e-2."""
+    torch.manual_seed(6)
+    force(monkeypatch, tier)
+    xs = [100 + x for x in make_paths(1, (1, 2, 256, 256), torch.float32, device)]
+    check_routing(xs, make_gate(1, 2, 2, 3, device))
+
+
+@pytest.mark.parametrize("tier", KERNELS)
+def test_same_bits_again(device, tier, monkeypatch):
+    torch.manual_seed(7)
+    force(monkeypatch, tier, chunk=2)
+    xs, gate = make_paths(2, (5, 4, 6, 6), torch.float32, device), make_gate(2, 2, 4, 3, device)
+    grads = [torch.randn_like(xs[0]) for _ in range(2)] + [torch.randn(5, 2, 2, device=device) for _ in range(2)]
+    first, second = (route("triton", xs, gate, grads) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_empty_batch(device, launches):
+    xs = make_paths(2, (0, 4, 3, 3), torch.float32, device)
+    gate = make_gate(2, 3, 4, 3, device)
+    got = route("triton", xs, gate, [xs[0]] * 3 + [torch.empty(0, 2, 3, device=device)] * 2)
+    assert got["y0"].shape == (0, 4, 3, 3) and got["gates"].shape == (0, 2, 3)
+    assert not got["dw1"].any() and not got["db2"].any()
+    static = torch.randn(2, 2, device=device, requires_grad=True)
+    with use_backend("triton"):
+        ops.mix([x.requires_grad_() for x in xs], static)[0].sum().backward()
+    assert not static.grad.any() and not launches
+
+
+MIX_CASES = {  # m, n, shape, dtype, layout, static
+    "per sample": (2, 3, (3, 5, 7, 5), torch.float32, "first", False),
+    "static": (3, 2, (3, 33, 2, 5), torch.bfloat16, "last", True),
+    "several portions": (2, 2, (2, 9, 31, 33), torch.float32, "stacked", False),
+    "several portions, static": (1, 2, (2, 9, 31, 33), torch.float16, "sliced", True),
+    "eight paths": (8, 8, (2, 3), torch.float32, "first", False),
+}
+
+
+@pytest.mark.parametrize("case", MIX_CASES)
+def test_mix(device, case, poison, launches):
+    torch.manual_seed(8)
+    m, n, shape, dtype, layout, static = MIX_CASES[case]
+    xs = make_paths(m, shape, dtype, device, layout)
+    gates = torch.randn(*([] if static else [shape[0]]), m, n, device=device)
+    grads = make_paths(n, shape, dtype, device)
+
+    def run(name, dtype=None):
+        inputs = [x.detach().to(dtype or x.dtype).requires_grad_() for x in xs]
+        weights = gates.detach().to(dtype or gates.dtype).requires_grad_()
+        with use_backend(name):
+            outputs = ops.mix(inputs, weights)
+            torch.autograd.backward(outputs, [g.to(dtype or g.dtype) for g in grads])
+        tensors = [*outputs, weights.grad, *(x.grad for x in inputs)]
+        return {str(i): tensor.detach() for i, tensor in enumerate(tensors)}
+
+    got = run("triton")
+    assert_as_exact_as_eager(got, run("reference"), run("reference", torch.float64))
+    kernels = [launch.kernel for launch in launches]
+    partial = ["sum_parts_kernel"] if static or "portions" in case else []
+    assert kernels == ["mix_fwd_kernel", "mix_bwd_kernel", *partial]
+    assert [x.data_ptr() for x in launches[0].args[0]] == [x.data_ptr() for x in xs]
+    if "portions" in case:
+        assert launches[0].grid[1] > 1
+
+
+def test_offsets_beyond_int32(device, monkeypatch):
+    """Samples 2^30 + 64 elements apart. In int32 the third would be read 2^31 − 128 before the first, where zeros are.
+
+    On the CPU the memory is only reserved: no page of it exists but those that hold the samples.
+    """
+    torch.manual_seed(9)
+    stride, count = 2**30 + 64, 2**32 + 2**12
+    if device == "cpu":
+        no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python does not name
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+        memory = torch.frombuffer(mmap.mmap(-1, 2 * count, flags=flags), dtype=torch.float16)
+    else:
+        memory = torch.zeros(count, dtype=torch.float16, device=device)
+    far = [memory[2**31 + 512 * k :].as_strided((3, 4, 6), (stride, 6, 1)) for k in range(2)]
+    for x in far:
+        x.copy_(torch.randn(x.shape))
+    near = [x.clone() for x in far]
+    gate = make_gate(1, 1, 4, 3, device)
+    for tier in KERNELS:
+        force(monkeypatch, tier)
+        results = []
+        for x, dy in (far, near):
+            outputs, gates, _, pooled, hidden = cc.cross_connect([x], *gate)
+            backward = cc.cross_connect_backward([dy], None, None, [x], *gate, gates, pooled, hidden, True)
+            results.append([*outputs, gates, pooled, hidden, *backward[0], *backward[1:]])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), tier
+    gates = torch.ones(3, 1, 1, device=device)
+    results = [[*mx.mix([x], gates), mx.mix_backward([dy], [x], gates, False)[1]] for x, dy in (far, near)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@on_host
+@pytest.mark.parametrize("tier", KERNELS)
+def test_bytes(tier, monkeypatch):
+    """The resident tier reads and writes every path once; the others read once more what is needed twice."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    torch.manual_seed(10)
+    m, n, shape = 2, 3, (3, 6, 5, 7)
+    xs, dys = make_paths(m, shape, torch.float32, "cpu"), make_paths(n, shape, torch.float32, "cpu")
+    gate = make_gate(m, n, 6, 4, "cpu")
+    force(monkeypatch, tier)
+    touched = {"load": [], "store": []}
+
+    def count(kind, name):
+        call = getattr(InterpreterBuilder, name)
+
+        def counting(self, ptrs, *args):
+            mask = args[0] if kind == "load" else args[1]
+            touched[kind].append(ptrs.data[mask.data])
+            return call(self, ptrs, *args)
+
+        monkeypatch.setattr(InterpreterBuilder, name, counting)
+
+    count("load", "create_masked_load")
+    count("store", "create_masked_store")
+
+    def passes(kind, tensors):
+        """How often each of the tensors is gone through, all of it."""
+        addresses = torch.cat([torch.from_numpy(a.reshape(-1).astype("int64")) for a in touched[kind]])
+        counts = []
+        for tensor in tensors:
+            begin = tensor.data_ptr()
+            inside = addresses[(addresses >= begin) & (addresses < begin + 4 * tensor.numel())]
+            times = torch.bincount((inside - begin) // 4, minlength=tensor.numel())
+            assert times.min() == times.max()
+            counts.append(times.min().item())
+        return counts
+
+    again = 1 if tier == "resident" else 2
+    outputs, gates, _, pooled, hidden = cc.cross_connect(xs, *gate)
+    assert passes("load", xs) == [again] * m and passes("store", outputs) == [1] * n
+    for kind in touched.values():
+        kind.clear()
+    grad_xs, *_ = cc.cross_connect_backward(dys, None, None, xs, *gate, gates, pooled, hidden, True)
+    assert passes("load", xs) == [1] * m and passes("load", dys) == [again] * n
+    assert passes("store", grad_xs) == [1] * m
+
+
+def test_plan():
+    def tier(n_samples, channels, space, chip=tables.H100, paths=2, itemsize=4, backward=False, last=False):
+        problem = tables.Problem(n_samples, paths, paths, channels, space, 16, itemsize, last, backward)
+        return type(tables.plan(problem, chip)).__name__.lower()
+
+    for channels, side in ((16, 32), (32, 16), (64, 8)):  # CIFAR ResNets
+        assert tier(128, channels, side**2) == "resident"
+        assert tier(4096, channels, side**2) == "resident"
+    assert tier(128, 16, 1024, backward=True) == "fused"  # dY and one of X are 192 KiB
+    assert tier(4096, 16, 1024, backward=True) == "split"  # 528 in flight need 66 MiB of L2
+    assert tier(4096, 16, 1024, tables.B200, backward=True) == "split"
+    assert tier(256, 16, 1024, tables.B200, backward=True) == "fused"
+    assert tier(32, 64, 56**2) == "split"  # 32 samples of 1.5 MiB, and 132 multiprocessors
+    assert tier(1, 64, 56**2) == "split"
+    assert tier(64, 16, 2048) == "split"  # 256 KiB a sample keep too few multiprocessors busy
+    assert tier(128, 16, 2048) == "split" and tier(90, 16, 2048) == "fused"  # 25 MiB of L2
+    assert tier(90, 16, 2048, tables.A100) == "split"
+    assert tier(16, 2048, 1) == "fused"  # 16 × 2048 gate weights do not fit beside the sample
+
+    for last in (False, True):
+        problem = tables.Problem(32, 2, 2, 64, 56**2, 16, 2, last, False)
+        settings = tables.plan(problem, tables.H100)
+        assert settings.chunk * problem.twice_bytes <= tables.H100.reread_bytes
+        assert settings.chunk * 2 * -(-64 // settings.block_c) * -(-(56**2) // settings.span) >= 2 * tables.H100.sms
+
+
+def test_reasons(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "interpreter" in backend.reason_against(cpu, torch.float32)
+    assert "float64" in backend.reason_against(cuda, torch.float64)
+    assert "CUDA" in backend.reason_against(torch.device("mps"), torch.float32)
+    with pytest.raises(RuntimeError, match="interpreter"), use_backend("triton"):
+        ops.mix([torch.ones(1, 1, dtype=torch.float16)], torch.ones(1, 1))
+
+    def capability(*value):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: value)
+
+    capability(7, 0)
+    assert "7.5" in backend.reason_against(cuda, torch.float32)
+    capability(7, 5)
+    assert "8.0" in backend.reason_against(cuda, torch.bfloat16)
+    assert backend.reason_against(cuda, torch.float16) is None
+    capability(9, 0)
+    assert backend.reason_against(cuda, torch.bfloat16) is None
+    monkeypatch.setattr("triton.__version__", "3.5.1")
+    assert "3.6" in backend.reason_against(cuda, torch.float32)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert "not installed" in backend.reason_against(cuda, torch.float32)
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert "ROCm" in backend.reason_against(cuda, torch.float32)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_card)])
+@pytest.mark.parametrize("tier", KERNELS)
+def test_graph_capture(device, tier, monkeypatch):
+    """No launch waits for the host: a captured step gives the same result when it is replayed."""
+    force(monkeypatch, tier)
+    xs, gate = make_paths(2, (4, 16, 8, 8), torch.float32, device), make_gate(2, 2, 16, 4, device)
+    expected = cc.cross_connect(xs, *gate)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs, gates, *_ = cc.cross_connect(xs, *gate)
+    graph.replay()
+    assert torch.equal(gates, expected[1]) and all(map(torch.equal, outputs, expected[0]))
