@@ -43,16 +43,9 @@ def test_config_file_sets_defaults_and_flags_win(tmp_path):
     config.write_text("epochs: 1\nlr: 0.05\nbatch-size: 512\nsched: onecycle\nchannels_last: true\n")
     result = run("train", "resnet20", "-c", config, "--lr", 0.02, "--output", tmp_path, "--experiment", "run", "--amp")
     assert result.exit_code == 0, result.output
-    text = (tmp_path / "run" / "args.yaml").read_text()
-    for line in (
-        "lr: 0.02",
-        "batch_size: 512",
-        "sched: onecycle",
-        "channels_last: true",
-        "model: resnet20",
-        "amp: true",
-    ):
-        assert line in text
+    arguments = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
+    expected = {"lr": 0.02, "batch_size": 512, "sched": "onecycle", "channels_last": True, "amp": True}
+    assert expected.items() <= arguments.items()
     assert torch.load(tmp_path / "run" / "last.ckpt")["hyper_parameters"]["lr"] == 0.02
 
     config.write_text("epoch: 1")
