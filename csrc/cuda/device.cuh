@@ -22,6 +22,13 @@ __device__ A shuffle_xor(A value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// One store of 16 bytes to global memory: left to itself, the compiler may store element by element.
+__device__ inline void store_word(void* to, uint4 word) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(word.x), "r"(word.y),
+               "r"(word.z), "r"(word.w)
+               : "memory");
+}
+
 // 16 bytes from global to shared memory, past the registers; `copies_wait` waits for those of the calling thread.
 __device__ inline void copy_async(void* to, const void* from) { __pipeline_memcpy_async(to, from, 16); }
 

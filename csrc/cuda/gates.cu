@@ -8,7 +8,7 @@ namespace fastroute::cuda {
 namespace {
 
 template <typename A>
-__global__ void __launch_bounds__(kThreads) gates_forward_kernel(
+__global__ void __launch_bounds__(kThreads, 2) gates_forward_kernel(
     const Gate<A> gate, const Shape shape, int64_t slices, const A* sums, A* pooled, A* hidden, A* scores, A* gates) {
   const int64_t s = blockIdx.x, width = gate.m * shape.channels;
   for (int64_t r = threadIdx.x; r < width; r += kThreads) {
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads) gates_forward_kernel(
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kThreads) gates_backward_kernel(
+__global__ void __launch_bounds__(kThreads, 2) gates_backward_kernel(
     const Gate<A> gate, const Shape shape, int64_t slices, const A* products, const A* grad_gates,
     const A* grad_scores, const A* gates, const A* hidden, A* d_scores, A* d_hidden, A* shares) {
   __shared__ A d_gates[kMostPaths * kMostPaths];
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads) gates_backward_kernel(
 constexpr int kColumns = 32, kGroups = 32;  // a block sums 32 numbers, the samples of each in 32 groups
 
 template <typename A>
-__global__ void __launch_bounds__(kColumns* kGroups)
+__global__ void __launch_bounds__(kColumns* kGroups, 1)
     outer_sums_kernel(const __grid_constant__ OuterSums<A> sums, int64_t samples) {
   __shared__ A scratch[kGroups][kColumns];
   int64_t block = blockIdx.x;

@@ -8,7 +8,7 @@ namespace fastroute::cuda {
 namespace {
 
 template <typename T, int V, int TILE, bool MIXES>
-__global__ void __launch_bounds__(kThreads) inner_products_kernel(
+__global__ void __launch_bounds__(kThreads, TILE == 8 ? 1 : 2) inner_products_kernel(
     const __grid_constant__ Paths<const T> xs, const __grid_constant__ Paths<const T> grad_outputs, const Shape shape,
     int64_t slices, accumulate_t<T>* products, const Weights<accumulate_t<T>> weights,
     const __grid_constant__ Paths<T> grad_xs) {

@@ -25,7 +25,13 @@ __device__ void store(T* to, const A (&values)[V]) {
   Vec<T, V> out;
 #pragma unroll
   for (int k = 0; k < V; ++k) out.v[k] = static_cast<T>(values[k]);
-  *reinterpret_cast<Vec<T, V>*>(to) = out;
+  if constexpr (sizeof(out) == sizeof(uint4)) {
+    uint4 word;
+    memcpy(&word, &out, sizeof(word));
+    store_word(to, word);
+  } else {
+    *reinterpret_cast<Vec<T, V>*>(to) = out;
+  }
 }
 
 // Quotient and remainder. 64-bit division is some 70 instructions long, and hardly ever needed.

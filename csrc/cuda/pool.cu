@@ -9,7 +9,7 @@ namespace {
 
 // [channels, space]: a warp to a slice of a channel.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
 pool_rows_kernel(const __grid_constant__ Paths<const T> xs, const Shape shape, int64_t slices, accumulate_t<T>* sums) {
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   const Division c(warp, shape.channels), i(c.quotient, xs.count), s(i.quotient, shape.samples);
@@ -23,7 +23,7 @@ pool_rows_kernel(const __grid_constant__ Paths<const T> xs, const Shape shape, i
 
 // [space, channels]: a block to a slice of a sample of one path.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) pool_columns_kernel(
+__global__ void __launch_bounds__(kThreads, 2) pool_columns_kernel(
     const __grid_constant__ Paths<const T> xs, const Shape shape, int64_t slices, accumulate_t<T>* sums) {
   __shared__ accumulate_t<T> scratch[kThreads * V];
   const Division i(blockIdx.x, xs.count), s(i.quotient, shape.samples);

@@ -10,7 +10,7 @@ namespace {
 constexpr int kSteps = 4;  // vectors to a thread, so that a block's weights are loaded once for 16 KB of each path
 
 template <typename T, int V, int TILE>
-__global__ void __launch_bounds__(kThreads) weighted_sums_kernel(
+__global__ void __launch_bounds__(kThreads, 2) weighted_sums_kernel(
     const __grid_constant__ Paths<const T> from, const Weights<accumulate_t<T>> weights,
     const accumulate_t<T>* shares, const Shape shape, int64_t chunks, const __grid_constant__ Paths<T> to) {
   using A = accumulate_t<T>;
