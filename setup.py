@@ -38,14 +38,16 @@ def cpu_extensions() -> list:
     flags = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall"]
     instruction_sets = {"default": []}
     if platform.machine() in {"x86_64", "AMD64"}:
+        avx512 = [
+            "-DCPU_CAPABILITY=AVX512",
+            "-DCPU_CAPABILITY_AVX512",
+            *("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"),
+            *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC 12 finds some in its own intrinsics
+        ]
         instruction_sets = {
             "avx2": ["-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"],
-            "avx512": [
-                "-DCPU_CAPABILITY=AVX512",
-                "-DCPU_CAPABILITY_AVX512",
-                *("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"),
-                *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC 12 finds some in its own intrinsics
-            ],
+            "avx512": avx512,
+            "avx512_bf16": [*avx512, "-mavx512bf16"],
         }
     operators = cpp_extension.CppExtension(
         f"{PACKAGE}._C",

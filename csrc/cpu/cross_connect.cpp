@@ -46,17 +46,22 @@ void forward_kernel(
     accumulate_t<T>* gates, accumulate_t<T>* scores, accumulate_t<T>* pooled, accumulate_t<T>* hidden) {
   using A = accumulate_t<T>;
   const bool stream = streamable(ys, g);
+  const std::vector<A> w1 = transposed(gate.w1, gate.m, gate.hidden, gate.channels);
   for_samples(g, gate.m + gate.n, sizeof(T), [&](int64_t begin, int64_t end) {
     std::vector<A> scratch(g.channels_last ? fold_of(g) * g.channels : 0);
+    WeightedSums<T> sums;
     for (int64_t s = begin; s < end; ++s) {
       const auto x = xs.sample(s);
       A* z = pooled + s * gate.m * g.channels;
       A* sample_gates = gates + s * gate.m * gate.n;
       for (int64_t i = 0; i < gate.m; ++i) pool(x[i], g, z + i * g.channels, scratch.data());
-      gate.forward(z, hidden + s * gate.m * gate.hidden, scores + s * gate.m * gate.n, sample_gates);
-      typename WeightedSums<T>::Weights weights;
-      transpose_weights(sample_gates, gate.m, gate.n, weights);
-      mix_sample(x, gate.m, weights, ys.sample(s), gate.n, g, stream);
+      gate.forward(z, w1.data(), hidden + s * gate.m * gate.hidden, scores + s * gate.m * gate.n, sample_gates);
+      sums.xs = x;
+      sums.ys = ys.sample(s);
+      sums.n = gate.n;
+      transpose_weights(sample_gates, gate.m, gate.n, sums.weights);
+      look_ahead(sums, {&xs}, s, g);
+      mix_sample(sums, gate.m, g, stream);
     }
     stream_fence();
   });
@@ -70,7 +75,7 @@ Forward cross_connect(
   const Geometry g(x);
   const Parameters p(xs, w1, b1, w2, b2);
   const auto options = x.options().dtype(accumulate_type(x.scalar_type()));
-  std::vector<at::Tensor> outputs = empty_paths(x, p.n);
+  std::vector<at::Tensor> outputs = allocate_paths(x, p.n);
   at::Tensor gates = at::empty({g.batch, p.m, p.n}, options), scores = at::empty({g.batch, p.m, p.n}, options);
   at::Tensor pooled = at::empty({g.batch, p.m, g.channels}, options);
   at::Tensor hidden = at::empty({g.batch, p.m, p.hidden}, options);
@@ -135,6 +140,7 @@ void backward_kernel(
   for_samples(g, 2 * m + n, sizeof(T), [&](int64_t begin, int64_t end) {
     std::vector<A> scratch, d_pooled(m * g.channels);
     A d_gates[kMaxPaths * kMaxPaths];
+    WeightedSums<T> sums;
     for (int64_t s = begin; s < end; ++s) {
       const auto dy = dys.sample(s);
       const A* sample_gates = gates + s * m * n;
@@ -146,9 +152,12 @@ void backward_kernel(
           d_gates, grad_scores ? grad_scores + s * m * n : nullptr, sample_gates, hidden + s * m * gate.hidden,
           static_cast<A>(g.size), d_scores + s * m * n, d_hidden + s * m * gate.hidden, d_pooled.data());
       if (!dxs) continue;
-      typename WeightedSums<T>::Weights weights;
-      copy_weights(sample_gates, m, n, weights);
-      mix_sample(dy, n, weights, d_pooled.data(), dxs->sample(s), m, g, stream, scratch);  // Eq. 3.15
+      sums.xs = dy;
+      sums.ys = dxs->sample(s);
+      sums.n = m;
+      copy_weights(sample_gates, m, n, sums.weights);
+      look_ahead(sums, {&xs, &dys}, s, g);
+      mix_sample(sums, d_pooled.data(), n, g, stream, scratch);  // Eq. 3.15
     }
     stream_fence();
   });
@@ -173,7 +182,7 @@ Backward cross_connect_backward(
   const at::Tensor hidden_ = parameter(hidden, type, {g.batch, p.m, p.hidden}, x);
 
   const auto options = x.options().dtype(type);
-  std::vector<at::Tensor> grad_xs = empty_paths(x, grad_inputs ? p.m : 0);
+  std::vector<at::Tensor> grad_xs = allocate_paths(x, grad_inputs ? p.m : 0);
   at::Tensor d_scores = at::empty({g.batch, p.m, p.n}, options), d_hidden = at::empty({g.batch, p.m, p.hidden}, options);
   at::Tensor grad_w1 = p.hidden ? at::empty_like(p.w1) : at::empty({0}, options);
   at::Tensor grad_b1 = p.hidden ? at::empty({p.m, p.hidden}, options) : at::empty({0}, options);

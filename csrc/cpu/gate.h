@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
+#include <vector>
 
 namespace fastroute {
 
@@ -25,13 +27,54 @@ A dot(const A* a, const A* b, int64_t count) {
   return horizontal_sum(acc[0] + acc[1]);
 }
 
-// y += a · x
+// y[c] = Σ_r a[r] x[r][c] over rows x (R, C); several sums are in flight at once, and none needs a horizontal sum.
 template <typename A>
-void axpy(A a, const A* x, A* y, int64_t count) {
+void weighted_rows(const A* a, const A* x, int64_t rows, int64_t columns, A* y) {
   using V = at::vec::Vectorized<A>;
-  int64_t e = 0;
-  for (; e + V::size() <= count; e += V::size()) at::vec::fmadd(V(a), V::loadu(x + e), V::loadu(y + e)).store(y + e);
-  for (; e < count; ++e) y[e] += a * x[e];
+  constexpr int kSums = 4;
+  const auto block = [&]<int W>(std::integral_constant<int, W>, int64_t c, int64_t tail) {
+    // W vectors side by side, each summed in kSums / W interleaved parts.
+    V acc[kSums];
+    for (auto& sum : acc) sum = V(0);
+    const auto add = [&](int64_t r, int part) {
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) {
+        const A* from = x + r * columns + c + w * V::size();
+        acc[part * W + w] = at::vec::fmadd(V(a[r]), tail ? V::loadu(from, tail) : V::loadu(from), acc[part * W + w]);
+      }
+    };
+    int64_t r = 0;
+    for (; r + kSums / W <= rows; r += kSums / W) {
+#pragma GCC unroll 4
+      for (int part = 0; part < kSums / W; ++part) add(r + part, part);
+    }
+    for (; r < rows; ++r) add(r, 0);
+    for (int w = 0; w < W; ++w) {
+      V sum = acc[w];
+      for (int part = 1; part < kSums / W; ++part) sum = sum + acc[part * W + w];
+      if (tail) {
+        sum.store(y + c, static_cast<int>(tail));
+      } else {
+        sum.store(y + c + w * V::size());
+      }
+    }
+  };
+  int64_t c = 0;
+  for (; c + kSums * V::size() <= columns; c += kSums * V::size()) block(std::integral_constant<int, kSums>(), c, 0);
+  for (; c + V::size() <= columns; c += V::size()) block(std::integral_constant<int, 1>(), c, 0);
+  if (c < columns) block(std::integral_constant<int, 1>(), c, columns - c);
+}
+
+// w (m, R, C) -> (m, C, R)
+template <typename A>
+std::vector<A> transposed(const A* w, int64_t m, int64_t rows, int64_t columns) {
+  std::vector<A> t(m * rows * columns);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < columns; ++c) t[(i * columns + c) * rows + r] = w[(i * rows + r) * columns + c];
+    }
+  }
+  return t;
 }
 
 template <typename A>
@@ -39,17 +82,18 @@ struct Gate {
   int64_t m, n, channels, hidden;  // hidden is 0 for the linear gate
   const A *w1, *b1, *w2, *b2;      // (m, G, C), (m, G), (m, n, G), (m, n); absent ones null
 
-  // pooled (m, C) -> h (m, G), scores (m, n), gates (m, n)
-  void forward(const A* pooled, A* h, A* scores, A* gates) const {
+  // pooled (m, C) -> h (m, G), scores (m, n), gates (m, n); w1_transposed is (m, C, G)
+  void forward(const A* pooled, const A* w1_transposed, A* h, A* scores, A* gates) const {
     const int64_t width = hidden ? hidden : channels;
     for (int64_t i = 0; i < m; ++i) {
       const A* z = pooled + i * channels;
-      for (int64_t g = 0; g < hidden; ++g) {
-        const int64_t row = i * hidden + g;
-        const A value = dot(w1 + row * channels, z, channels) + (b1 ? b1[row] : A(0));
-        h[row] = value <= 0 ? A(0) : value;  // a NaN stays one
+      A* layer = h + i * hidden;
+      weighted_rows(z, w1_transposed + i * channels * hidden, channels, hidden, layer);
+      for (int64_t k = 0; k < hidden; ++k) {
+        if (b1) layer[k] += b1[i * hidden + k];
+        if (layer[k] <= 0) layer[k] = 0;  // a NaN stays one
       }
-      const A* input = hidden ? h + i * hidden : z;
+      const A* input = hidden ? layer : z;
       A* a = scores + i * n;
       for (int64_t j = 0; j < n; ++j) a[j] = dot(w2 + (i * n + j) * width, input, width) + (b2 ? b2[i * n + j] : A(0));
       const A top = *std::max_element(a, a + n);
@@ -59,31 +103,30 @@ struct Gate {
     }
   }
 
-  // d_gates (m, n) -> d_scores (m, n), d_h (m, G), d_pooled (m, C), the last divided by `size`
+  // d_gates (m, n) -> d_scores (m, n), d_h (m, G), and d_pooled (m, C) divided by `size`
   void backward(
       const A* d_gates, const A* grad_scores, const A* gates, const A* h, A size, A* d_scores, A* d_h,
       A* d_pooled) const {
     for (int64_t i = 0; i < m; ++i) {
       const A *g = gates + i * n, *dg = d_gates + i * n;
       A* da = d_scores + i * n;
-      A* dz = d_pooled + i * channels;
       A inner = 0;
       for (int64_t j = 0; j < n; ++j) inner += g[j] * dg[j];
       for (int64_t j = 0; j < n; ++j) {
         da[j] = g[j] * (dg[j] - inner) + (grad_scores ? grad_scores[i * n + j] : A(0));  // Eq. 3.12, 3.13
       }
-      std::fill_n(dz, channels, A(0));
-      if (!hidden) {
-        for (int64_t j = 0; j < n; ++j) axpy(da[j] / size, w2 + (i * n + j) * channels, dz, channels);
-        continue;
+      A* dz = d_pooled + i * channels;
+      if (hidden) {
+        A* dh = d_h + i * hidden;
+        weighted_rows(da, w2 + i * n * hidden, n, hidden, dh);
+        for (int64_t k = 0; k < hidden; ++k) {
+          if (!(h[i * hidden + k] > 0)) dh[k] = 0;
+        }
+        weighted_rows(dh, w1 + i * hidden * channels, hidden, channels, dz);
+      } else {
+        weighted_rows(da, w2 + i * n * channels, n, channels, dz);
       }
-      A* dh = d_h + i * hidden;
-      std::fill_n(dh, hidden, A(0));
-      for (int64_t j = 0; j < n; ++j) axpy(da[j], w2 + (i * n + j) * hidden, dh, hidden);
-      for (int64_t k = 0; k < hidden; ++k) {
-        if (!(h[i * hidden + k] > 0)) dh[k] = 0;
-        axpy(dh[k] / size, w1 + (i * hidden + k) * channels, dz, channels);
-      }
+      for (int64_t c = 0; c < channels; ++c) dz[c] /= size;
     }
   }
 };

@@ -132,72 +132,77 @@ void pool(const T* x, const Geometry& g, accumulate_t<T>* z, accumulate_t<T>* sc
   }
 }
 
-enum class Addend { kNone, kScalar, kVector };
+// What a weighted sum adds to output j in row r at element e: nothing, values[j * stride + r] or values[j * stride + e].
+enum class Addend { kNone, kRow, kElement };
 
-// What a weighted sum adds to output j: nothing, one value, or a vector beside the elements.
-template <typename A>
-struct Addends {
-  std::array<A, kMaxPaths> scalar{};
-  std::array<const A*, kMaxPaths> vector{};
-};
-
+// The weighted sums of one sample.
 template <typename T>
 struct WeightedSums {
   using A = accumulate_t<T>;
-  // weights[j][i] is the weight of input i in output j.
-  using Weights = std::array<std::array<A, kMaxPaths>, kMaxPaths>;
 
-  // y_j[e] = Σ_i weights[j][i] x_i[e] + addend_j for e < count (Eq. 3.7; Eq. 3.15 with the addend).
+  Pointers<const T> xs;
+  Pointers<T> ys;
+  int64_t n;
+  std::array<std::array<A, kMaxPaths>, kMaxPaths> weights;  // [j][i] is the weight of input i in output j
+  const A* addend;
+  int64_t addend_stride;
+  // What is asked for from memory meanwhile: the next sample, so that reading it overlaps with writing this one.
+  std::array<const T*, 2 * kMaxPaths> ahead;
+  int64_t ahead_count = 0;
+
+  // y_j = Σ_i weights[j][i] x_i + addend over rows of neighbouring elements from `begin` (Eq. 3.7, 3.15).
   template <int M, Addend kAddend, bool kStream>
-  static void run(
-      const Pointers<const T>& xs, const Weights& weights, const Addends<A>& addends, int64_t n,
-      const Pointers<T>& ys, int64_t count) {
+  void run(int64_t begin, int64_t rows, int64_t length) const {
     using P = Pack<T>;
-    const auto step = [&](int64_t e, int64_t tail) {
+    using Part = typename P::Part;
+    const auto step = [&](int64_t at, int64_t row, int64_t e, int64_t tail) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < ahead_count; ++i) __builtin_prefetch(ahead[i] + at, 0, 2);
       P x[M];
 #pragma GCC unroll 8
-      for (int i = 0; i < M; ++i) x[i] = tail ? P::load(xs[i] + e, tail) : P::load(xs[i] + e);
+      for (int i = 0; i < M; ++i) x[i] = tail ? P::load(xs[i] + at, tail) : P::load(xs[i] + at);
       for (int64_t j = 0; j < n; ++j) {
         P y;
 #pragma GCC unroll 2
         for (int h = 0; h < P::kParts; ++h) {
-          using Part = typename P::Part;
+          const Part first = x[0].part[h], weight(weights[j][0]);
           if constexpr (kAddend == Addend::kNone) {
-            y.part[h] = x[0].part[h] * Part(weights[j][0]);
-          } else if constexpr (kAddend == Addend::kScalar) {
-            y.part[h] = at::vec::fmadd(x[0].part[h], Part(weights[j][0]), Part(addends.scalar[j]));
+            y.part[h] = first * weight;
+          } else if constexpr (kAddend == Addend::kRow) {
+            y.part[h] = at::vec::fmadd(first, weight, Part(addend[j * addend_stride + row]));
           } else {
-            const A* from = addends.vector[j] + e + h * Part::size();
+            const A* from = addend + j * addend_stride + e + h * Part::size();
             const int64_t lanes = std::clamp<int64_t>(tail - h * Part::size(), 0, Part::size());
-            y.part[h] = at::vec::fmadd(
-                x[0].part[h], Part(weights[j][0]), tail ? Part::loadu(from, lanes) : Part::loadu(from));
+            y.part[h] = at::vec::fmadd(first, weight, tail ? Part::loadu(from, lanes) : Part::loadu(from));
           }
 #pragma GCC unroll 8
           for (int i = 1; i < M; ++i) y.part[h] = at::vec::fmadd(x[i].part[h], Part(weights[j][i]), y.part[h]);
         }
         if (tail) {
-          y.store(ys[j] + e, tail);
+          y.store(ys[j] + at, tail);
         } else if constexpr (kStream) {
-          y.stream(ys[j] + e);
+          y.stream(ys[j] + at);
         } else {
-          y.store(ys[j] + e);
+          y.store(ys[j] + at);
         }
       }
     };
-    int64_t e = 0;
-    for (; e + P::kSize <= count; e += P::kSize) step(e, 0);
-    if (e < count) step(e, count - e);
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t at = begin + row * length;
+      int64_t e = 0;
+      for (; e + P::kSize <= length; e += P::kSize) step(at + e, row, e, 0);
+      if (e < length) step(at + e, row, e, length - e);
+    }
   }
 
-  using Run = void (*)(
-      const Pointers<const T>&, const Weights&, const Addends<A>&, int64_t, const Pointers<T>&, int64_t);
+  using Run = void (WeightedSums::*)(int64_t, int64_t, int64_t) const;
 
-  template <Addend kAddend, bool kStream>
-  static Run choose(int64_t m) {
-    return []<int... I>(std::integer_sequence<int, I...>, int64_t m) {
-      static constexpr Run table[] = {&run<I + 1, kAddend, kStream>...};
-      return table[m - 1];
-    }(std::make_integer_sequence<int, kMaxPaths>(), m);
+  template <Addend kAddend>
+  static Run choose(int64_t m, bool stream) {
+    return [&]<int... I>(std::integer_sequence<int, I...>) {
+      static constexpr Run table[2][kMaxPaths] = {
+          {&WeightedSums::run<I + 1, kAddend, false>...}, {&WeightedSums::run<I + 1, kAddend, true>...}};
+      return table[stream][m - 1];
+    }(std::make_integer_sequence<int, kMaxPaths>());
   }
 };
 

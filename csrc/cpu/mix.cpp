@@ -29,17 +29,20 @@ std::vector<at::Tensor> mix(at::TensorList xs, const at::Tensor& gates_) {
   check_paths(xs, xs[0]);
   const Geometry g(xs[0]);
   const Gates gates(gates_, xs);
-  std::vector<at::Tensor> outputs = empty_paths(xs[0], gates.n);
+  std::vector<at::Tensor> outputs = allocate_paths(xs[0], gates.n);
   dispatch(xs[0].scalar_type(), [&]<typename T>() {
     const Paths<const T> x(xs);
     const Paths<T> y(outputs);
     const auto* values = gates.values.const_data_ptr<accumulate_t<T>>();
     const bool stream = streamable(y, g);
     for_samples(g, x.count + gates.n, sizeof(T), [&](int64_t begin, int64_t end) {
-      typename WeightedSums<T>::Weights weights;
+      WeightedSums<T> sums;
       for (int64_t s = begin; s < end; ++s) {
-        transpose_weights(values + s * gates.batch_stride, x.count, gates.n, weights);
-        mix_sample(x.sample(s), x.count, weights, y.sample(s), gates.n, g, stream);
+        sums.xs = x.sample(s);
+        sums.ys = y.sample(s);
+        sums.n = gates.n;
+        transpose_weights(values + s * gates.batch_stride, x.count, gates.n, sums.weights);
+        mix_sample(sums, x.count, g, stream);
       }
       stream_fence();
     });
@@ -55,7 +58,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> mix_backward(
   const Gates gates(gates_, xs);
   const int64_t m = static_cast<int64_t>(xs.size()), n = gates.n;
   TORCH_CHECK(static_cast<int64_t>(grad_outputs.size()) == n, "as many gradients as outputs are needed");
-  std::vector<at::Tensor> grad_xs = empty_paths(xs[0], grad_inputs ? m : 0);
+  std::vector<at::Tensor> grad_xs = allocate_paths(xs[0], grad_inputs ? m : 0);
   at::Tensor per_sample = at::empty({g.batch, m, n}, gates.values.options());
   dispatch(xs[0].scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
@@ -65,13 +68,17 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> mix_backward(
     A* d_gates = per_sample.mutable_data_ptr<A>();
     const bool stream = grad_inputs && streamable(dx, g);
     for_samples(g, 2 * m + n, sizeof(T), [&](int64_t begin, int64_t end) {
-      typename WeightedSums<T>::Weights weights;
+      WeightedSums<T> sums;
       for (int64_t s = begin; s < end; ++s) {
         const auto products = inner_products_of_sample(x.sample(s), m, dy.sample(s), n, g);  // Eq. 3.10
         for (int64_t k = 0; k < m * n; ++k) d_gates[s * m * n + k] = static_cast<A>(products[k / n][k % n]);
         if (!grad_inputs) continue;
-        copy_weights(values + s * gates.batch_stride, m, n, weights);
-        mix_sample(dy.sample(s), n, weights, dx.sample(s), m, g, stream);  // the first term of Eq. 3.15
+        sums.xs = dy.sample(s);
+        sums.ys = dx.sample(s);
+        sums.n = m;
+        copy_weights(values + s * gates.batch_stride, m, n, sums.weights);
+        look_ahead(sums, {&x, &dy}, s, g);
+        mix_sample(sums, n, g, stream);  // the first term of Eq. 3.15
       }
       stream_fence();
     });

@@ -36,6 +36,11 @@ struct Pack {
   static Pack load(const T* from, int64_t count) { return of(Vector::loadu(from, count)); }
 
   Vector vector() const {
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<T, at::BFloat16>) {
+      return Vector(__builtin_bit_cast(__m512i, _mm512_cvtne2ps_pbh(part[1], part[0])));
+    }
+#endif
     if constexpr (kReduced) {
       return at::vec::convert_from_float<T>(part[0], part[1]);
     } else {

@@ -6,16 +6,19 @@
 
 #include <ATen/Parallel.h>
 
-#include <type_traits>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace fastroute {
 
 // Outputs larger than this in all are written past the caches: nothing would find them there.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
-// A channel of fewer pixels is not worth a call of its own.
-constexpr int64_t kLongRow = 512;
+// What a core's own cache holds with certainty.
+constexpr int64_t kCacheBytes = int64_t{768} << 10;
 
 // Bytes of work that pay for waking another thread.
 constexpr int64_t kGrainBytes = int64_t{32} << 10;
@@ -37,6 +40,21 @@ void for_samples(const Geometry& g, int64_t paths, int64_t itemsize, const F& f)
   at::parallel_for(0, g.batch, std::max<int64_t>(1, kGrainBytes / bytes), f);
 }
 
+// Outputs of the paths' shape, on huge pages where they are large: memory fresh from the system is mapped page by page
+// as it is first written, and with pages of 4 KiB that takes several times as long as the routing itself.
+inline std::vector<at::Tensor> allocate_paths(const at::Tensor& x, int64_t count) {
+  std::vector<at::Tensor> paths = empty_paths(x, count);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{4} << 10, kHugePage = uintptr_t{2} << 20;
+  for (const at::Tensor& path : paths) {
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(path.mutable_data_ptr()) + kPage - 1) / kPage * kPage;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(path.mutable_data_ptr()) + path.nbytes()) / kPage * kPage;
+    if (path.nbytes() >= kHugePage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#endif
+  return paths;
+}
+
 // Whether these outputs are written past the caches: they are large and every sample starts on a register's boundary.
 template <typename T>
 bool streamable(const Paths<T>& ys, const Geometry& g) {
@@ -56,61 +74,65 @@ void backwards(int64_t total, int64_t block, const F& f) {
   for (int64_t begin = (total - 1) / block * block; begin >= 0; begin -= block) f(begin, std::min(block, total - begin));
 }
 
-// y_j = Σ_i weights[j][i] x_i over one sample (Eq. 3.7).
+// While sample s is written, asks for the next one where two fit in the cache together.
 template <typename T>
-void mix_sample(
-    const Pointers<const T>& xs, int64_t m, const typename WeightedSums<T>::Weights& weights, const Pointers<T>& ys,
-    int64_t n, const Geometry& g, bool stream) {
-  using W = WeightedSums<T>;
-  const auto run = stream ? W::template choose<Addend::kNone, true>(m) : W::template choose<Addend::kNone, false>(m);
-  backwards(g.elements(), kBlock, [&](int64_t e, int64_t count) {
-    run(advance(xs, m, e), weights, {}, n, advance(ys, n, e), count);
-  });
+void look_ahead(WeightedSums<T>& sums, std::initializer_list<const Paths<const T>*> inputs, int64_t s, const Geometry& g) {
+  int64_t paths = 0;
+  for (const auto* input : inputs) paths += input->count;
+  sums.ahead_count = 0;
+  if (s + 1 >= g.batch || 2 * paths * g.elements() * static_cast<int64_t>(sizeof(T)) > kCacheBytes) return;
+  for (const auto* input : inputs) {
+    for (int64_t i = 0; i < input->count; ++i) sums.ahead[sums.ahead_count++] = input->sample(s + 1)[i];
+  }
 }
 
-// y_j = Σ_i weights[j][i] x_i + addend[j][channel] over one sample (Eq. 3.15). scratch is free for use.
+// y_j = Σ_i weights[j][i] x_i over one sample (Eq. 3.7).
+template <typename T>
+void mix_sample(const WeightedSums<T>& sums, int64_t m, const Geometry& g, bool stream) {
+  const auto run = WeightedSums<T>::template choose<Addend::kNone>(m, stream);
+  backwards(g.elements(), kBlock, [&](int64_t e, int64_t count) { (sums.*run)(e, 1, count); });
+}
+
+// y_j = Σ_i weights[j][i] x_i + values[j][channel] over one sample (Eq. 3.15). scratch is free for use.
 template <typename T>
 void mix_sample(
-    const Pointers<const T>& xs, int64_t m, const typename WeightedSums<T>::Weights& weights,
-    const accumulate_t<T>* addend, const Pointers<T>& ys, int64_t n, const Geometry& g, bool stream,
+    WeightedSums<T>& sums, const accumulate_t<T>* values, int64_t m, const Geometry& g, bool stream,
     std::vector<accumulate_t<T>>& scratch) {
   using W = WeightedSums<T>;
-  using A = accumulate_t<T>;
   constexpr int64_t kAlignment = Pack<T>::kSize;
-  Addends<A> addends;
-  if (!g.channels_last && g.size >= kLongRow) {
-    const auto run = stream && g.size % kAlignment == 0 ? W::template choose<Addend::kScalar, true>(m)
-                                                        : W::template choose<Addend::kScalar, false>(m);
-    backwards(g.elements(), g.size, [&](int64_t e, int64_t count) {
-      for (int64_t j = 0; j < n; ++j) addends.scalar[j] = addend[j * g.channels + e / g.size];
-      run(advance(xs, m, e), weights, addends, n, advance(ys, n, e), count);
+  if (!g.channels_last && g.size >= 2 * kAlignment) {
+    const auto run = W::template choose<Addend::kRow>(m, stream && g.size % kAlignment == 0);
+    const int64_t channels = std::clamp<int64_t>(kBlock / g.size, 1, g.channels);
+    sums.addend_stride = g.channels;
+    backwards(g.channels, channels, [&](int64_t c, int64_t count) {
+      sums.addend = values + c;
+      (sums.*run)(c * g.size, count, g.size);
     });
     return;
   }
-  // Pixels (channels_last) or channels in a block; the addend is written out to the block's width.
+  // The values are written out to rows of several pixels (channels_last) or of the whole sample, so that vectors are
+  // full though channels or space are few.
   const int64_t unit = g.channels_last ? g.channels : g.size;
-  const int64_t units = std::clamp<int64_t>(kBlock / 4 / unit, 1, g.elements() / unit);
+  const int64_t units = g.channels_last ? fold_of(g) : g.channels;
   const int64_t width = unit * units;
-  scratch.resize(n * width);
-  for (int64_t j = 0; j < n; ++j) addends.vector[j] = scratch.data() + j * width;
-  const auto run = stream && width % kAlignment == 0 ? W::template choose<Addend::kVector, true>(m)
-                                                     : W::template choose<Addend::kVector, false>(m);
-  const auto fill = [&](int64_t first_channel, int64_t count) {
-    for (int64_t j = 0; j < n; ++j) {
-      for (int64_t u = 0; u < count / unit; ++u) {
-        A* to = scratch.data() + j * width + u * unit;
-        if (g.channels_last) {
-          std::copy_n(addend + j * g.channels, unit, to);
-        } else {
-          std::fill_n(to, unit, addend[j * g.channels + first_channel + u]);
-        }
+  scratch.resize(sums.n * width);
+  for (int64_t j = 0; j < sums.n; ++j) {
+    for (int64_t u = 0; u < units; ++u) {
+      accumulate_t<T>* to = scratch.data() + j * width + u * unit;
+      if (g.channels_last) {
+        std::copy_n(values + j * g.channels, unit, to);
+      } else {
+        std::fill_n(to, unit, values[j * g.channels + u]);
       }
     }
-  };
-  if (g.channels_last) fill(0, width);
-  backwards(g.elements(), width, [&](int64_t e, int64_t count) {
-    if (!g.channels_last) fill(e / unit, count);
-    run(advance(xs, m, e), weights, addends, n, advance(ys, n, e), count);
+  }
+  sums.addend = scratch.data();
+  sums.addend_stride = width;
+  const auto run = W::template choose<Addend::kElement>(m, stream && width % kAlignment == 0);
+  const int64_t whole = g.elements() / width;
+  if (const int64_t rest = g.elements() - whole * width) (sums.*run)(whole * width, 1, rest);
+  backwards(whole, std::max<int64_t>(1, kBlock / width), [&](int64_t row, int64_t count) {
+    (sums.*run)(row * width, count, width);
   });
 }
 

@@ -18,7 +18,10 @@ _REBUILD = "build it anew with `python setup.py build_ext --inplace` or `pip ins
 
 def cpu_library() -> str:
     """The name of the CPU library for this processor's instruction set, as torch reports it (ATEN_CPU_CAPABILITY)."""
-    return f"_C_{torch.backends.cpu.get_cpu_capability().lower()}"
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    if capability == "avx512" and torch.cpu.get_capabilities().get("avx512_bf16"):
+        capability = "avx512_bf16"
+    return f"_C_{capability}"
 
 
 @cache
