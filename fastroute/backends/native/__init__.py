@@ -44,7 +44,17 @@ def _operators() -> str | None:
     sources, built_for = torch.ops.fastroute_native.build()
     if built_for != torch.__version__:
         return f"the compiled library was built for torch {built_for}, and this is {torch.__version__}; {_REBUILD}"
-    if _SOURCES.is_dir() and sources != source_hash(_SOURCES, "cpu"):
+    return _reason_if_stale(sources, "cpu")
+
+
+@cache
+def _cuda_operators() -> str | None:
+    return _load("_C_cuda") or _reason_if_stale(torch.ops.fastroute_native.cuda_build(), "cuda")
+
+
+def _reason_if_stale(built_from: str, folder: str) -> str | None:
+    """In a checkout, where the sources lie beside the package, a library must have been built from them."""
+    if _SOURCES.is_dir() and built_from != source_hash(_SOURCES, folder):
         return f"the compiled library is older than the sources in csrc; {_REBUILD}"
     return None
 
@@ -53,5 +63,5 @@ def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu":
         return _operators() or _load(cpu_library())
     if device.type == "cuda":
-        return _operators() or _load("_C_cuda")
+        return _operators() or _cuda_operators()
     return f"there are no compiled kernels for {device.type}"

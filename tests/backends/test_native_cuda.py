@@ -1,0 +1,390 @@
+"""The CUDA kernels: compiled for every architecture, run on the CPU by an emulator, and with `-m gpu` on a card."""
+
+import contextlib
+import ctypes
+import functools
+import random
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastroute.backends import native
+from fastroute.backends.reference import kernels as reference
+from fastroute.ops._paths import accumulate_dtype
+
+CSRC = Path(__file__).parents[2] / "csrc"
+TORCH = Path(torch.__file__).parent
+OPERATORS = ("cross_connect", "cross_connect_backward", "mix", "mix_backward")
+PLAN, TWO_PASSES = -1, 0
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# m, n, shape, hidden width (0: the linear gate), biases
+ALIGNED = [
+    (2, 2, (3, 16, 8, 8), 5, True),
+    (3, 2, (1, 64, 7, 7), 16, False),
+    (5, 8, (2, 16, 4, 4), 0, True),
+    (1, 3, (2, 64), 1, True),
+    (8, 1, (1, 8, 2, 4, 4), 0, False),
+]
+ODD = [
+    (2, 3, (3, 33, 5, 7), 16, True),
+    (1, 2, (2, 1, 13, 13), 3, False),
+    (4, 4, (1, 130, 1), 0, False),
+    (7, 5, (2, 3, 5), 5, True),
+    (2, 2, (0, 16, 8, 8), 5, True),
+]
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """csrc/cuda compiled for the CPU with the emulator, its operators in a namespace of their own."""
+    if shutil.which("g++") is None:
+        pytest.skip("the emulator needs g++")
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    (folder / "c10" / "cuda").mkdir(parents=True)
+    for header in ("cuda_runtime", "cuda_runtime_api", "c10/cuda/CUDAException", "c10/cuda/CUDAGuard"):
+        (folder / f"{header}.h").touch()
+    (folder / "c10/cuda/CUDAStream.h").touch()
+    unity, library = folder / "unity.cpp", folder / "emulated.so"
+    sources = [path for suffix in ("cpp", "cu") for path in sorted((CSRC / "cuda").glob(f"*.{suffix}"))]
+    unity.write_text(
+        'extern "C" void emulator_order(int order) { emulator::order = order; }\n'
+        + "".join(f'#include "{source}"\n#undef INSTANTIATE\n' for source in sources)
+    )
+    includes = (folder, CSRC, TORCH / "include", TORCH / "include/torch/csrc/api/include")
+    emulator = Path(__file__).with_name("cuda_on_cpu.h")
+    flags = ["-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-include", emulator, *(f"-I{path}" for path in includes)]
+    flags += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
+    flags += ["-Dfastroute_native=fastroute_emulated", '-DFASTROUTE_CUDA_BUILD="emulated"']
+    libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run(["g++", *flags, unity, "-o", library, *libraries], check=True, timeout=600)
+
+    schemas = torch.library.Library("fastroute_emulated", "DEF")
+    for name in OPERATORS:
+        schemas.define(str(getattr(torch.ops.fastroute, name).default._schema).removeprefix("fastroute::"))
+    torch.ops.load_library(library)
+    namespace, key = torch.ops.fastroute_emulated, torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    operators = {name: functools.partial(getattr(namespace, name).default.redispatch, key) for name in OPERATORS}
+    order = ctypes.CDLL(str(library)).emulator_order
+    yield SimpleNamespace(**operators, namespace=namespace, device="cpu", clusters=True, order=order, keep=schemas)
+
+
+@pytest.fixture(scope="session")
+def card():
+    if reason := native.reason_against(torch.device("cuda"), torch.float32):
+        pytest.skip(reason)
+    namespace = torch.ops.fastroute_native
+    operators = {name: getattr(namespace, name).default for name in OPERATORS}
+    clusters = torch.cuda.get_device_capability() >= (9, 0)
+    return SimpleNamespace(**operators, namespace=namespace, device="cuda", clusters=clusters, order=lambda order: None)
+
+
+@pytest.fixture(params=["emulated", pytest.param("card", marks=pytest.mark.gpu)])
+def kernels(request):
+    kernels = request.getfixturevalue(request.param)
+    yield kernels
+    kernels.namespace.cuda_force_cluster(PLAN)
+    kernels.order(0)
+
+
+def force(kernels, cluster):
+    if cluster > 0 and not kernels.clusters:
+        pytest.skip("this card has no clusters")
+    kernels.namespace.cuda_force_cluster(cluster)
+
+
+@contextlib.contextmanager
+def poisoned_allocations():
+    """Has every tensor begin as NaN, so that an element that is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def tensors(value):
+    """The tensors among results or arguments, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for item in value for t in tensors(item)] if isinstance(value, (list, tuple)) else []
+
+
+def converted(value, **to):
+    if isinstance(value, torch.Tensor):
+        return value.to(**to)
+    return [converted(item, **to) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def make_paths(count, shape, dtype, layout, generator):
+    batch, channels, *space = shape
+    if layout == "stacked":
+        return list(torch.randn(batch, count, channels, *space, generator=generator).to(dtype).unbind(1))
+    if layout == "channels_last":
+        xs = [torch.randn(batch, *space, channels, generator=generator).to(dtype) for _ in range(count)]
+        return [x.movedim(-1, 1) for x in xs]
+    return [torch.randn(shape, generator=generator).to(dtype) for _ in range(count)]
+
+
+def make_case(m, n, shape, hidden, biases, dtype, layout, seed=0, parameter_dtype=None):
+    """xs, parameters and gradients of the outputs, gates and scores."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*size):
+        return torch.randn(size, generator=generator).to(parameter_dtype or dtype)
+
+    channels = shape[1]
+    w1 = randn(m, hidden, channels) if hidden else None
+    b1 = randn(m, hidden) if hidden and biases else None
+    parameters = (w1, b1, randn(m, n, hidden or channels), randn(m, n) if biases else None)
+    grads = [torch.randn(shape[0], m, n, generator=generator).to(accumulate_dtype(dtype)) for _ in range(2)]
+    xs, grad_outputs = (make_paths(count, shape, dtype, layout, generator) for count in (m, n))
+    return xs, parameters, grad_outputs, grads
+
+
+def check(kernels, name, args):
+    """Errors at most twice those of the reference in the paths' dtype, and one result whatever the order of threads.
+
+    The reference sums in float32 where eager PyTorch rounds every step, so this asks more than twice eager's error.
+    """
+    on_device, results = converted(args, device=kernels.device), []
+    for order in (0, 1, 2):
+        kernels.order(order)
+        with poisoned_allocations():
+            results.append(tensors(getattr(kernels, name)(*on_device)))
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+    exact = tensors(getattr(reference, name)(*converted(args, dtype=torch.float64)))
+    rough = tensors(getattr(reference, name)(*args))
+    for i, (got, right, near) in enumerate(zip(converted(results[0], device="cpu"), exact, rough, strict=True)):
+        assert (got.shape, got.dtype) == (right.shape, near.dtype), (name, i)
+        if got.shape == args[0][0].shape:
+            assert got.stride() == near.stride(), (name, i)
+        if got.numel():
+            error, allowed = (got - right).abs().max(), 2 * (near - right).abs().max()
+            tiny = 64 * torch.finfo(accumulate_dtype(got.dtype)).eps * max(1, right.abs().max())
+            assert error <= allowed + tiny, (name, i, error, allowed)
+
+
+def check_cross_connect(kernels, case, absent_grads=False, grad_inputs=True):
+    xs, parameters, grad_outputs, grads = case
+    check(kernels, "cross_connect", (xs, *parameters))
+    _, gates, _, pooled, hidden = reference.cross_connect(xs, *parameters)
+    grads = [None, None] if absent_grads else grads
+    check(
+        kernels,
+        "cross_connect_backward",
+        (grad_outputs, *grads, xs, *parameters, gates, pooled, hidden, grad_inputs),
+    )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stacked"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", ALIGNED + ODD, ids=str)
+def test_two_passes(kernels, sizes, dtype, layout):
+    force(kernels, TWO_PASSES)
+    check_cross_connect(kernels, make_case(*sizes, dtype, layout))
+    assert kernels.namespace.cuda_last_cluster() == TWO_PASSES
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stacked"])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("cluster", [1, 2, 4, 8])
+@pytest.mark.parametrize("sizes", ALIGNED, ids=str)
+def test_clusters(kernels, sizes, cluster, dtype, layout):
+    force(kernels, cluster)
+    check_cross_connect(kernels, make_case(*sizes, dtype, layout))
+    assert kernels.namespace.cuda_last_cluster() == cluster
+
+
+@pytest.mark.parametrize("cluster", [TWO_PASSES, 2])
+@pytest.mark.parametrize(("absent_grads", "grad_inputs"), [(True, True), (False, False), (True, False)])
+def test_optional_gradients(kernels, cluster, absent_grads, grad_inputs):
+    force(kernels, cluster)
+    check_cross_connect(kernels, make_case(*ALIGNED[0], torch.float32, "contiguous"), absent_grads, grad_inputs)
+
+
+@pytest.mark.parametrize("cluster", [TWO_PASSES, 2])
+def test_float32_parameters_beside_bfloat16_paths(kernels, cluster):
+    force(kernels, cluster)
+    case = make_case(*ALIGNED[0], torch.bfloat16, "channels_last", parameter_dtype=torch.float32)
+    check_cross_connect(kernels, case)
+
+
+@pytest.mark.parametrize("cluster", [TWO_PASSES, 2])
+def test_extreme_scores(kernels, cluster):
+    force(kernels, cluster)
+    xs, (w1, b1, w2, _), grad_outputs, grads = make_case(*ALIGNED[0], torch.float32, "contiguous")
+    b2 = torch.tensor([[1e4, -1e4], [-1e4, 1e4]])
+    check_cross_connect(kernels, (xs, (w1, b1, w2, b2), grad_outputs, grads))
+
+
+@pytest.mark.parametrize("grad_inputs", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [ALIGNED[0], ALIGNED[2], ODD[0], ODD[3], ODD[4]], ids=str)
+def test_mix(kernels, sizes, dtype, shared, grad_inputs):
+    m, n, shape, *_ = sizes
+    xs, _, grad_outputs, (gates, _) = make_case(*sizes, dtype, "channels_last")
+    gates = torch.randn(m, n, dtype=gates.dtype) if shared else gates
+    check(kernels, "mix", (xs, gates))
+    check(kernels, "mix_backward", (grad_outputs, xs, gates, grad_inputs))
+
+
+def random_check(kernels, seed):
+    draw = random.Random(seed)
+    m, n = draw.randint(1, 8), draw.randint(1, 8)
+    space = draw.choice([(), (1,), (64,), (1, 1), (5, 7), (7, 7), (8, 8), (13, 13), (32, 32), (2, 3, 4), (4, 4, 4)])
+    shape = (draw.choice([0, 1, 3, 17]), draw.choice([1, 3, 16, 33, 64, 130]), *space)
+    layout, dtype = draw.choice(["contiguous", "channels_last", "stacked"]), draw.choice(DTYPES)
+    case = make_case(m, n, shape, draw.choice([0, 1, 5, 16, 40]), draw.random() < 0.5, dtype, layout, seed)
+    force(kernels, PLAN)
+    check_cross_connect(kernels, case, draw.random() < 0.3, draw.random() < 0.8)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_sizes(kernels, seed):
+    random_check(kernels, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6, 100))
+def test_more_random_sizes(emulated, seed):
+    random_check(emulated, seed)
+
+
+def test_samples_more_than_two_gigabytes_apart(emulated):
+    """Batch strides past 2³¹ elements, on memory that is reserved and, but for the samples, never touched."""
+    stride, (channels, space) = 2**31 + 64, (16, 64)
+
+    def far(x):
+        y = torch.empty(stride + channels * space, dtype=x.dtype).as_strided(x.shape, (stride, space, 1))
+        return y.copy_(x)
+
+    sizes = (2, 2, (2, channels, space), 5, True)
+    xs, parameters, grad_outputs, grads = make_case(*sizes, torch.bfloat16, "contiguous")
+    case = [far(x) for x in xs], parameters, [far(x) for x in grad_outputs], grads
+    for cluster in (TWO_PASSES, 2):
+        force(emulated, cluster)
+        check_cross_connect(emulated, case)
+    force(emulated, PLAN)
+
+
+def test_plan_of_large_maps(emulated):
+    """The one-read kernel runs for two float32 paths of 64 × 56 × 56; three do not fit, nor does a misaligned sample."""
+    expected = {(2, torch.float32): 8, (3, torch.float32): TWO_PASSES, (2, torch.bfloat16): 8, (3, torch.bfloat16): 8}
+    for (m, dtype), cluster in expected.items():
+        xs, parameters, _, _ = make_case(m, 2, (1, 64, 56, 56), 16, True, dtype, "contiguous")
+        emulated.cross_connect(xs, *parameters)
+        assert emulated.namespace.cuda_last_cluster() == cluster, (m, dtype)
+    xs, parameters, _, _ = make_case(2, 2, (1, 3, 5, 7), 16, True, torch.float32, "contiguous")
+    emulated.cross_connect(xs, *parameters)
+    assert emulated.namespace.cuda_last_cluster() == TWO_PASSES
+    emulated.namespace.cuda_force_cluster(2)
+    with pytest.raises(RuntimeError, match="cannot hold these paths"):
+        emulated.cross_connect(xs, *parameters)
+    emulated.namespace.cuda_force_cluster(PLAN)
+
+
+def test_plan(emulated):
+    """By count: H100 has 132 multiprocessors of 228 KB, of which a block may have 227 KB; two blocks fit in 113 KB each."""
+    h100 = (90, 132, 227 * 1024, 228 * 1024)
+
+    def plan(paths, elements, samples, extra=4096, device=h100):
+        return emulated.namespace.cuda_plan(paths, 4 * elements, extra, samples, *device)
+
+    assert plan(2, 16 * 32 * 32, 128) == 2  # 128 KB do not go twice into a multiprocessor
+    assert plan(2, 32 * 16 * 16, 128) == 1  # 64 KB do
+    assert plan(2, 128 * 28 * 28, 32) == 8
+    assert plan(2, 256 * 14 * 14, 32) == 4
+    assert plan(2, 64 * 56 * 56, 32) == 8  # 196 KB: one block to a multiprocessor
+    assert plan(3, 64 * 56 * 56, 32) == TWO_PASSES  # 294 KB
+    assert plan(2, 32 * 16 * 16, 4) == 4  # few samples are spread, to 4 KB of each path for a block
+    assert plan(2, 32 * 16 * 16, 128, extra=240 * 1024) == TWO_PASSES
+    assert plan(2, 32 * 16 * 16, 128, device=(80, 108, 163 * 1024, 164 * 1024)) == TWO_PASSES
+
+
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def compiled(source, architecture, folder):
+    """Compile one file; returns its kernels as (name, registers, shared bytes, spills, stack), and its PTX."""
+    subprocess.run(
+        [
+            *(NVCC, "-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-arch=sm_{architecture}", "-Xptxas", "-v"),
+            *("--keep", "--keep-dir", folder, f"-I{CSRC}", f"-I{TORCH / 'include'}"),
+            *("-c", CSRC / "cuda" / source, "-o", folder / "out.o"),
+        ],
+        check=True,
+        stderr=(folder / "log").open("w"),
+        timeout=600,
+    )
+    pattern = (
+        r"entry function '(\S+)' for.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers(.*?)$"
+    )
+    reports = []
+    for name, stack, stores, loads, registers, rest in re.findall(
+        pattern, (folder / "log").read_text(), re.DOTALL | re.MULTILINE
+    ):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        reports.append((name, int(registers), int(shared[1]) if shared else 0, int(stores) + int(loads), int(stack)))
+    return reports, next(folder.glob("*.ptx")).read_text()
+
+
+SOURCES = sorted(path.name for path in (CSRC / "cuda").glob("*.cu"))
+
+
+def compilations():
+    for architecture in (80, 90, 100):
+        for source in SOURCES:
+            quick = (source, architecture) in {("cluster.cu", 90), ("weighted_sums.cu", 80)}
+            yield pytest.param(source, architecture, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
+@pytest.mark.parametrize(("source", "architecture"), compilations())
+def test_compiles_without_spills(source, architecture, tmp_path):
+    reports, ptx = compiled(source, architecture, tmp_path)
+    assert reports
+    for name, registers, shared, spills, stack in reports:
+        short = re.sub(r"^_ZN9fastroute4cuda\d+_GLOBAL__N__\w+?_\d+_\w+_cu_[0-9a-f]{8}_?\d*", "", name)
+        print(f"sm_{architecture} {registers:4} registers {shared:6} bytes shared  {short}")
+        assert spills == 0 and stack == 0, name
+        assert registers <= 255 and shared <= 48 * 1024, name
+    for name, body in re.findall(r"\.entry (\w*weighted_sums_kernel\w*)\((.*?)\n}", ptx, re.DOTALL):
+        if "Li1E" not in name.partition("weighted_sums_kernel")[2][:24]:  # one element at a time
+            assert set(re.findall(r"st\.global\.(v4)?", body)) == {"v4"}, name
+            assert "ld.global.v4" in body or "ld.v4" in body, name
+
+
+def test_library_loads_without_a_card():
+    if reason := native.reason_against(torch.device("cuda"), torch.float32):
+        pytest.skip(reason)
+    for name in OPERATORS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastroute_native::{name}", "CUDA")
+    assert torch.ops.fastroute_native.cuda_plan(2, 1 << 16, 4096, 128, 80, 108, 163 << 10, 164 << 10) == TWO_PASSES
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cluster", [TWO_PASSES, 2])
+def test_graph_capture(card, cluster):
+    force(card, cluster)
+    xs, parameters, grad_outputs, grads = converted(make_case(*ALIGNED[0], torch.float32, "contiguous"), device="cuda")
+
+    def step():
+        outputs, gates, scores, pooled, hidden = card.cross_connect(xs, *parameters)
+        return outputs, card.cross_connect_backward(grad_outputs, *grads, xs, *parameters, gates, pooled, hidden, True)
+
+    expected = tensors(step())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = tensors(step())
+    for result in results:
+        result.fill_(torch.nan)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(expected, results, strict=True))
+    force(card, PLAN)

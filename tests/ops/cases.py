@@ -1,0 +1,75 @@
+"""Random inputs of the routing operators, and the rule by which a result is right."""
+
+import torch
+
+
+def paths(count, shape, dtype=torch.float32, layout="contiguous", seed=0):
+    """Parallel tensors of a shape; "stacked" and "sliced" ones lie in a larger tensor, with free batch strides."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*sizes):
+        return torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype)
+
+    batch, *sample = shape
+    if layout == "stacked":
+        return list(draw(batch, count, *sample).unbind(1))
+    if layout == "sliced":
+        return [draw(2 * batch, *sample)[::2] for _ in range(count)]
+    xs = [draw(*shape) for _ in range(count)]
+    if layout == "channels_last":
+        xs = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in xs]
+    return xs
+
+
+def parameters(m, n, channels, hidden=16, bias=True, dtype=torch.float32, scale=1.0, seed=1):
+    """The gate's (w1, b1, w2, b2); hidden None is the linear gate."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*sizes):
+        return (torch.randn(sizes, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+    if hidden is None:
+        return [None, None, draw(m, n, channels), draw(m, n) if bias else None]
+    w1, b1, w2, b2 = draw(m, hidden, channels), draw(m, hidden), draw(m, n, hidden), draw(m, n)
+    return [w1, b1 if bias else None, w2, b2 if bias else None]
+
+
+def differentiate(function, inputs, seed=2):
+    """Outputs of function(*inputs) and gradients of every present input, for random incoming gradients."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    outputs = function(*leaves)
+    generator = torch.Generator().manual_seed(seed)
+    incoming = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype) for out in outputs]
+    present = [leaf for leaf in leaves if leaf is not None]
+    gradients = torch.autograd.grad(outputs, present, incoming, allow_unused=True, materialize_grads=True)
+    return [out.detach() for out in outputs], list(gradients)
+
+
+def assert_as_good_as_eager(actual, eager, exact):
+    """Error against float64 at most twice eager PyTorch's in the same dtype, plus a tiny absolute term."""
+    for position, (ours, theirs, truth) in enumerate(zip(actual, eager, exact, strict=True)):
+        assert ours.shape == truth.shape
+        if truth.numel() == 0:
+            continue
+        ours_off = (ours.double() - truth).abs().max()
+        theirs_off = (theirs.double() - truth).abs().max()
+        slack = 4 * torch.finfo(torch.float32 if ours.dtype != torch.float64 else torch.float64).eps
+        assert ours_off <= 2 * theirs_off + slack * (1 + truth.abs().max()), f"result {position} is off by {ours_off}"
+
+
+def eager_cross_connect(xs, w1, b1, w2, b2):
+    """Alg. 2 as a user of PyTorch would write it, in the dtype of xs throughout but for the gates."""
+    dtype = torch.float64 if xs[0].dtype == torch.float64 else torch.float32
+    cast = [None if p is None else p.to(dtype) for p in (w1, b1, w2, b2)]
+    gates, scores = [], []
+    for i, x in enumerate(xs):
+        z = x.to(dtype).flatten(2).mean(2) if x.dim() > 2 else x.to(dtype)
+        w1_, b1_, w2_, b2_ = (None if p is None else p[i] for p in cast)
+        h = z if w1_ is None else torch.relu(torch.nn.functional.linear(z, w1_, b1_))
+        scores.append(torch.nn.functional.linear(h, w2_, b2_))
+        gates.append(torch.softmax(scores[-1], -1))
+    shape = (-1, *[1] * (xs[0].dim() - 1))
+    outputs = [
+        sum(g[:, j].reshape(shape).to(x.dtype) * x for g, x in zip(gates, xs, strict=True)) for j in range(w2.shape[1])
+    ]
+    return [*outputs, torch.stack(gates, 1), torch.stack(scores, 1)]

@@ -1,0 +1,14 @@
+import pytest
+import torch
+
+from fastroute import use_backend
+from fastroute.backends import BACKENDS
+
+
+@pytest.fixture(params=["reference", "native"])
+def backend(request):
+    """Every backend that serves CPU tensors as they are; Triton's interpreter has tests of its own."""
+    if reason := BACKENDS[request.param].reason_against(torch.device("cpu"), torch.float32):
+        pytest.skip(reason)
+    with use_backend(request.param):
+        yield request.param
