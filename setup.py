@@ -52,7 +52,11 @@ def cpu_extensions() -> list:
     operators = cpp_extension.CppExtension(
         f"{PACKAGE}._C",
         ["csrc/operators.cpp"],
-        extra_compile_args=[*flags, f'-DFASTROUTE_BUILD="{source_hash("cpu")}"', f'-DFASTROUTE_TORCH="{torch.__version__}"'],
+        extra_compile_args=[
+            *flags,
+            f'-DFASTROUTE_BUILD="{source_hash("cpu")}"',
+            f'-DFASTROUTE_TORCH="{torch.__version__}"',
+        ],
     )
     kernels = [
         cpp_extension.CppExtension(
@@ -127,7 +131,9 @@ def compiler() -> str | None:
 
 def extensions() -> list:
     if compiler() is None:
-        say("no C++ compiler was found (CXX, c++): installing without compiled kernels, on the slower reference backend")
+        say(
+            "no C++ compiler was found (CXX, c++): installing without compiled kernels, on the slower reference backend"
+        )
         return []
     return cpu_extensions() + cuda_extensions()
 

@@ -27,9 +27,7 @@ class Routed(NamedTuple):
     scores: Tensor
 
 
-def cross_connect(
-    xs: Sequence[Tensor], w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None
-) -> Routed:
+def cross_connect(xs: Sequence[Tensor], w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Routed:
     """Route m parallel tensors to n by gates computed from the tensors themselves (Alg. 2).
 
     Each path is averaged over space (Eq. 3.3), two dense layers with a ReLU between give n relevance scores (Eq. 3.4),

@@ -227,7 +227,7 @@ def test_extreme_scores(kernels, cluster):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [ALIGNED[0], ALIGNED[2], ODD[0], ODD[3], ODD[4]], ids=str)
 def test_mix(kernels, sizes, dtype, shared, grad_inputs):
-    m, n, shape, *_ = sizes
+    m, n, _shape, *_ = sizes
     xs, _, grad_outputs, (gates, _) = make_case(*sizes, dtype, "channels_last")
     gates = torch.randn(m, n, dtype=gates.dtype) if shared else gates
     check(kernels, "mix", (xs, gates))
@@ -376,7 +376,7 @@ def test_graph_capture(card, cluster):
     xs, parameters, grad_outputs, grads = converted(make_case(*ALIGNED[0], torch.float32, "contiguous"), device="cuda")
 
     def step():
-        outputs, gates, scores, pooled, hidden = card.cross_connect(xs, *parameters)
+        outputs, gates, _scores, pooled, hidden = card.cross_connect(xs, *parameters)
         return outputs, card.cross_connect_backward(grad_outputs, *grads, xs, *parameters, gates, pooled, hidden, True)
 
     expected = tensors(step())

@@ -1,0 +1,103 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastroute
+from fastroute import ops
+from fastroute.backends import BACKENDS, _choice, native
+from fastroute.backends._choice import Backend
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh_choice():
+    _choice._choose.cache_clear()
+    yield
+    _choice._choose.cache_clear()
+
+
+def route():
+    return ops.mix([torch.ones(2, 3)], torch.ones(1, 1))
+
+
+def spy(monkeypatch, name):
+    """Records each operator that the backend `name` is asked for."""
+    calls, backend = [], BACKENDS[name]
+
+    class Kernels:
+        def __getattr__(self, operator):
+            calls.append(operator)
+            return getattr(backend.kernels(), operator)
+
+    monkeypatch.setitem(BACKENDS, name, Backend(name, backend.reason_against, Kernels))
+    return calls
+
+
+def test_the_fastest_that_serves_is_chosen(monkeypatch):
+    if BACKENDS["native"].reason_against(CPU, torch.float32):
+        pytest.skip("the compiled kernels are not built")
+    calls = spy(monkeypatch, "native")
+    route()
+    assert calls == ["mix"]
+
+
+def test_use_backend_goes_before_the_variable(monkeypatch):
+    calls = spy(monkeypatch, "reference")
+    monkeypatch.setenv("FASTROUTE_BACKEND", "native")
+    with fastroute.use_backend("reference"):
+        route()
+    assert calls == ["mix"]
+
+
+def test_the_variable_chooses(monkeypatch):
+    calls = spy(monkeypatch, "reference")
+    monkeypatch.setenv("FASTROUTE_BACKEND", "reference")
+    route()
+    assert calls == ["mix"]
+
+
+def test_unknown_names(monkeypatch):
+    with pytest.raises(ValueError, match="backend is 'cudnn'; it must be one of 'triton', 'native', 'reference'"):
+        with fastroute.use_backend("cudnn"):
+            pass
+    monkeypatch.setenv("FASTROUTE_BACKEND", "cudnn")
+    with pytest.raises(ValueError, match="backend is 'cudnn'"):
+        route()
+
+
+def test_one_that_cannot_serve_says_why(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "native", Backend("native", lambda device, dtype: "it rains", lambda: None))
+    with (
+        fastroute.use_backend("native"),
+        pytest.raises(RuntimeError, match="'native' cannot serve .* on cpu: it rains"),
+    ):
+        route()
+
+
+def test_the_reference_steps_in_and_says_so_once(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "native", Backend("native", lambda device, dtype: "it rains", lambda: None))
+    with pytest.warns(UserWarning, match="plain PyTorch, which is slower .*it rains"):
+        route()
+    route()  # pytest's configuration makes a second warning no error, so the choice itself must be remembered
+    assert _choice._choose.cache_info().hits == 1
+
+
+def test_a_missing_or_foreign_library_is_a_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "_FOLDER", tmp_path)
+    assert "is missing" in native._load.__wrapped__("_C")
+    (tmp_path / "_C.so").write_bytes(b"no library")
+    assert "does not load" in native._load.__wrapped__("_C")
+
+
+def test_a_stale_library_is_a_reason():
+    if native._SOURCES.is_dir():
+        assert "older than the sources" in native._reason_if_stale("another hash", "cpu")
+
+
+def test_import_needs_torch_alone():
+    code = "import sys, fastroute; print([m for m in ('triton','torchvision','pytorch_lightning','typer') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from fastroute import ops
+from tests.ops.cases import check_against_eager, paths
+
+
+def mixed(gates, *xs):
+    return ops.mix(list(xs), gates)
+
+
+def eager(gates, *xs):
+    shape = (-1, *[1] * (xs[0].dim() - 1))
+    return [
+        sum(gates[..., i, j].reshape(shape).to(x.dtype) * x for i, x in enumerate(xs)) for j in range(gates.shape[-1])
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stacked", "sliced"])
+@pytest.mark.parametrize("static", [False, True])
+def test_outputs_and_every_gradient(backend, static, layout, dtype):
+    for m, n, shape in [
+        (2, 2, (3, 16, 8, 8)),
+        (3, 5, (4, 33, 7, 5)),
+        (8, 1, (2, 5)),
+        (1, 8, (0, 4, 3)),
+        (4, 4, (2, 130, 13)),
+    ]:
+        size = (m, n) if static else (shape[0], m, n)
+        precise = torch.float64 if dtype == torch.float64 else torch.float32
+        inputs = [
+            torch.rand(size, generator=torch.Generator().manual_seed(3)).to(precise),
+            *paths(m, shape, dtype, layout),
+        ]
+        check_against_eager(mixed, eager, inputs)
+
+
+@pytest.mark.parametrize("size", [(2, 3), (4, 2, 3)], ids=str)
+def test_gradcheck_and_opcheck(backend, size):
+    gates = torch.rand(size, dtype=torch.float64, requires_grad=True)
+    xs = [x.requires_grad_() for x in paths(2, (4, 3, 2, 2), torch.float64)]
+    assert torch.autograd.gradcheck(lambda *a: tuple(mixed(*a)), (gates, *xs))
+    assert torch.autograd.gradgradcheck(lambda *a: tuple(mixed(*a)), (gates, *xs))
+    torch.library.opcheck(torch.ops.fastroute.mix.default, (xs, gates))
+    plain = [x.detach() for x in xs]
+    torch.library.opcheck(torch.ops.fastroute.mix_backward.default, ([*plain, plain[0]], plain, gates.detach(), True))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "size", "dtype"),
+    [
+        (ValueError, r"gates has shape \(3, 2\); it must have shape \(2, 2\)", (3, 2), torch.float32),
+        (ValueError, r"gates has shape \(5, 2, 2\)", (5, 2, 2), torch.float32),
+        (ValueError, r"gates have shape \(2,\)", (2,), torch.float32),
+        (ValueError, r"gates have shape \(2, 9\)", (2, 9), torch.float32),
+        (TypeError, "gates has dtype torch.float64", (2, 2), torch.float64),
+    ],
+)
+def test_bad_input(error, message, size, dtype):
+    with pytest.raises(error, match=message):
+        ops.mix(paths(2, (4, 3, 2, 2)), torch.zeros(size, dtype=dtype))
