@@ -1,6 +1,6 @@
 """Builds csrc: one CPU library for each instruction set, and a CUDA library where nvcc and a CUDA torch are found.
 
-FASTROUTE_BUILD_CUDA=0/1 leaves the CUDA library out or insists on it; MAX_JOBS and TORCH_CUDA_ARCH_LIST are torch's own.
+FASTROUTE_BUILD_CUDA=0/1 leaves the CUDA library out or insists on it; MAX_JOBS and TORCH_CUDA_ARCH_LIST are torch's.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Cross-connection routing (§3.2, Alg. 2): every output is a sum of the inputs, weighted by gates the inputs compute."""
+"""Cross-connection routing (§3.2, Alg. 2): outputs are sums of the inputs, weighted by gates the inputs compute."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -60,9 +60,11 @@ def test_the_variable_chooses(monkeypatch):
 
 
 def test_unknown_names(monkeypatch):
-    with pytest.raises(ValueError, match="backend is 'cudnn'; it must be one of 'triton', 'native', 'reference'"):
-        with fastroute.use_backend("cudnn"):
-            pass
+    with (
+        pytest.raises(ValueError, match="backend is 'cudnn'; it must be one of 'triton', 'native', 'reference'"),
+        fastroute.use_backend("cudnn"),
+    ):
+        pass
     monkeypatch.setenv("FASTROUTE_BACKEND", "cudnn")
     with pytest.raises(ValueError, match="backend is 'cudnn'"):
         route()
@@ -72,7 +74,7 @@ def test_one_that_cannot_serve_says_why(monkeypatch):
     monkeypatch.setitem(BACKENDS, "native", Backend("native", lambda device, dtype: "it rains", lambda: None))
     with (
         fastroute.use_backend("native"),
-        pytest.raises(RuntimeError, match="'native' cannot serve .* on cpu: it rains"),
+        pytest.raises(RuntimeError, match=r"'native' cannot serve .* on cpu: it rains"),
     ):
         route()
 
@@ -98,6 +100,7 @@ def test_a_stale_library_is_a_reason():
 
 
 def test_import_needs_torch_alone():
-    code = "import sys, fastroute; print([m for m in ('triton','torchvision','pytorch_lightning','typer') if m in sys.modules])"
+    extras = ("triton", "torchvision", "pytorch_lightning", "typer")
+    code = f"import sys, fastroute; print([name for name in {extras} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -274,7 +274,7 @@ def test_samples_more_than_two_gigabytes_apart(emulated):
 
 
 def test_plan_of_large_maps(emulated):
-    """The one-read kernel runs for two float32 paths of 64 × 56 × 56; three do not fit, nor does a misaligned sample."""
+    """The one-read kernel runs for two float32 paths of 64 × 56 × 56; three do not fit, nor a misaligned sample."""
     expected = {(2, torch.float32): 8, (3, torch.float32): TWO_PASSES, (2, torch.bfloat16): 8, (3, torch.bfloat16): 8}
     for (m, dtype), cluster in expected.items():
         xs, parameters, _, _ = make_case(m, 2, (1, 64, 56, 56), 16, True, dtype, "contiguous")
@@ -290,7 +290,7 @@ def test_plan_of_large_maps(emulated):
 
 
 def test_plan(emulated):
-    """By count: H100 has 132 multiprocessors of 228 KB, of which a block may have 227 KB; two blocks fit in 113 KB each."""
+    """By count: H100 has 132 multiprocessors of 228 KB, a block may have 227 KB; two blocks fit in 113 KB each."""
     h100 = (90, 132, 227 * 1024, 228 * 1024)
 
     def plan(paths, elements, samples, extra=4096, device=h100):
