@@ -1,8 +1,8 @@
 """Forward plus backward of cross-connection routing on this machine, against three peers in the same process.
 
 The peers are the routing written plainly in PyTorch, `torch.compile` of that, and a copy of as many bytes as routing
-must move at least. Before a time counts, the results are compared. Rounds of all four are interleaved and medians
-taken, so that a ratio holds when the machine's speed drifts.
+must move at least. Before a time counts, the results are compared. Rounds of all four, in random order, are
+interleaved and medians taken, so that a ratio holds when the machine's speed drifts.
 
     python -m benchmarks.routing --output benchmarks/results/NAME.json
 """
@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import platform
+import random
 import statistics
 import time
 from pathlib import Path
@@ -63,9 +64,10 @@ def measure(shape, paths, dtype, memory_format, rounds):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.detach().abs().max()))
     times = {name: [] for name in contenders}
     for round_ in range(rounds + 2):
-        for name, run in contenders.items():
+        # Each leaves the caches and the heap as it used them, so everybody comes after everybody else in turn.
+        for name in random.sample(sorted(contenders), len(contenders)):
             start = time.perf_counter()
-            run()
+            contenders[name]()
             if round_ >= 2:
                 times[name].append(time.perf_counter() - start)
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
