@@ -304,7 +304,7 @@ def test_plan(emulated):
     assert plan(3, 64 * 56 * 56, 32) == TWO_PASSES  # 294 KB
     assert plan(2, 32 * 16 * 16, 4) == 8  # few samples are spread, to 4 KB of each path for a block
     assert plan(2, 16 * 16 * 16, 4) == 4  # of 16 KB
-    assert plan(2, 32 * 16 * 16, 32) == 2  # and to no more blocks than multiprocessors
+    assert plan(2, 32 * 16 * 16, 32) == 4  # and to no more blocks than multiprocessors
     assert plan(2, 32 * 16 * 16, 128, extra=240 * 1024) == TWO_PASSES
     assert plan(2, 32 * 16 * 16, 128, device=(80, 108, 163 * 1024, 164 * 1024)) == TWO_PASSES
 
