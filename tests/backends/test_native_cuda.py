@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import itertools
 import random
 import re
 import shutil
@@ -38,6 +39,18 @@ ODD = [
     (7, 5, (2, 3, 5), 5, True),
     (2, 2, (0, 16, 8, 8), 5, True),
 ]
+
+
+LAYOUTS = ("contiguous", "channels_last", "stacked")
+
+
+def grid(**axes):
+    """Every combination of the axes; of seven, six are left to `-m slow` and `-m gpu`. Seven divides no axis evenly."""
+    combinations = [
+        pytest.param(*values, marks=pytest.mark.slow if k % 7 else ())
+        for k, values in enumerate(itertools.product(*axes.values()))
+    ]
+    return pytest.mark.parametrize(tuple(axes), combinations)
 
 
 @pytest.fixture(scope="session")
@@ -181,19 +194,14 @@ def check_cross_connect(kernels, case, absent_grads=False, grad_inputs=True):
     )
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stacked"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", ALIGNED + ODD, ids=str)
+@grid(sizes=ALIGNED + ODD, dtype=DTYPES, layout=LAYOUTS)
 def test_two_passes(kernels, sizes, dtype, layout):
     force(kernels, TWO_PASSES)
     check_cross_connect(kernels, make_case(*sizes, dtype, layout))
     assert kernels.namespace.cuda_last_cluster() == TWO_PASSES
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stacked"])
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-@pytest.mark.parametrize("cluster", [1, 2, 4, 8])
-@pytest.mark.parametrize("sizes", ALIGNED, ids=str)
+@grid(sizes=ALIGNED, cluster=(1, 2, 4, 8), dtype=DTYPES[:3], layout=LAYOUTS)
 def test_clusters(kernels, sizes, cluster, dtype, layout):
     force(kernels, cluster)
     check_cross_connect(kernels, make_case(*sizes, dtype, layout))
@@ -222,10 +230,12 @@ def test_extreme_scores(kernels, cluster):
     check_cross_connect(kernels, (xs, (w1, b1, w2, b2), grad_outputs, grads))
 
 
-@pytest.mark.parametrize("grad_inputs", [True, False])
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", [ALIGNED[0], ALIGNED[2], ODD[0], ODD[3], ODD[4]], ids=str)
+@grid(
+    sizes=[ALIGNED[0], ALIGNED[2], ODD[0], ODD[3], ODD[4]],
+    dtype=DTYPES,
+    shared=(True, False),
+    grad_inputs=(True, False),
+)
 def test_mix(kernels, sizes, dtype, shared, grad_inputs):
     m, n, _shape, *_ = sizes
     xs, _, grad_outputs, (gates, _) = make_case(*sizes, dtype, "channels_last")
@@ -239,7 +249,7 @@ def random_check(kernels, seed):
     m, n = draw.randint(1, 8), draw.randint(1, 8)
     space = draw.choice([(), (1,), (64,), (1, 1), (5, 7), (7, 7), (8, 8), (13, 13), (32, 32), (2, 3, 4), (4, 4, 4)])
     shape = (draw.choice([0, 1, 3, 17]), draw.choice([1, 3, 16, 33, 64, 130]), *space)
-    layout, dtype = draw.choice(["contiguous", "channels_last", "stacked"]), draw.choice(DTYPES)
+    layout, dtype = draw.choice(LAYOUTS), draw.choice(DTYPES)
     case = make_case(m, n, shape, draw.choice([0, 1, 5, 16, 40]), draw.random() < 0.5, dtype, layout, seed)
     force(kernels, PLAN)
     check_cross_connect(kernels, case, draw.random() < 0.3, draw.random() < 0.8)
@@ -348,7 +358,7 @@ def compilations():
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
-@pytest.mark.parametrize(("source", "architecture"), compilations())
+@pytest.mark.parametrize(("source", "architecture"), list(compilations()))
 def test_compiles_without_spills(source, architecture, tmp_path):
     reports, ptx = compiled(source, architecture, tmp_path)
     assert reports
