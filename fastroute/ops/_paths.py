@@ -59,24 +59,25 @@ def check_paths(name: str, xs: Sequence[Tensor]) -> None:
     if not 1 <= len(xs) <= MAX_PATHS:
         raise ValueError(f"{name} has {len(xs)} paths; it must have 1 to {MAX_PATHS}")
     first = xs[0]
-    if first.dtype not in DTYPES:
+    shape, dtype, device = first.shape, first.dtype, first.device
+    if dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"{name}[0] has dtype {first.dtype}; it must be one of {names}")
-    if not 2 <= first.dim() <= 5:
-        raise ValueError(f"{name}[0] has shape {tuple(first.shape)}; it must be (N, C) with up to 3 spatial sizes more")
-    if any(size == 0 for size in first.shape[1:]):
-        raise ValueError(f"{name}[0] has shape {tuple(first.shape)}; only the batch size may be 0")
+        raise TypeError(f"{name}[0] has dtype {dtype}; it must be one of {names}")
+    if not 2 <= len(shape) <= 5:
+        raise ValueError(f"{name}[0] has shape {tuple(shape)}; it must be (N, C) with up to 3 spatial sizes more")
+    if any(size == 0 for size in shape[1:]):
+        raise ValueError(f"{name}[0] has shape {tuple(shape)}; only the batch size may be 0")
     for i, x in enumerate(xs):
         if x.layout != torch.strided:
             raise ValueError(f"{name}[{i}] has layout {x.layout}; it must be torch.strided")
-        if x.shape != first.shape:
+        if x.shape != shape:
             raise ValueError(
-                f"{name}[{i}] has shape {tuple(x.shape)}; it must have the shape of {name}[0], {tuple(first.shape)}"
+                f"{name}[{i}] has shape {tuple(x.shape)}; it must have the shape of {name}[0], {tuple(shape)}"
             )
-        if x.dtype != first.dtype:
-            raise TypeError(f"{name}[{i}] has dtype {x.dtype}; it must have the dtype of {name}[0], {first.dtype}")
-        if x.device != first.device:
-            raise ValueError(f"{name}[{i}] is on {x.device}; it must be on the device of {name}[0], {first.device}")
+        if x.dtype != dtype:
+            raise TypeError(f"{name}[{i}] has dtype {x.dtype}; it must have the dtype of {name}[0], {dtype}")
+        if x.device != device:
+            raise ValueError(f"{name}[{i}] is on {x.device}; it must be on the device of {name}[0], {device}")
 
 
 def align_paths(name: str, xs: Sequence[Tensor]) -> list[Tensor]:
@@ -85,6 +86,8 @@ def align_paths(name: str, xs: Sequence[Tensor]) -> list[Tensor]:
     Raises:
         ValueError: some paths are NCHW and others channels_last. Copying one silently would cost more than routing.
     """
+    if all(x.is_contiguous() for x in xs):  # the common case, settled without a loop over strides in Python
+        return list(xs)
     firsts, lasts = [channels_first(x) for x in xs], [channels_last(x) for x in xs]
     if all(firsts) or all(lasts):
         return list(xs)
@@ -102,11 +105,10 @@ def align_paths(name: str, xs: Sequence[Tensor]) -> list[Tensor]:
 
 def align_like(xs: Sequence[Tensor], like: Tensor) -> list[Tensor]:
     """Tensors of like's shape in like's sample layout and dtype, copied only where they differ: incoming gradients."""
-    matches, convert = (
-        (channels_first, torch.Tensor.contiguous) if channels_first(like) else (channels_last, _to_channels_last)
-    )
-    xs = [x.to(like.dtype) for x in xs]
-    return [x if matches(x) else convert(x) for x in xs]
+    xs = [x if x.dtype == like.dtype else x.to(like.dtype) for x in xs]
+    if channels_first(like):
+        return [x if x.is_contiguous() or channels_first(x) else x.contiguous() for x in xs]
+    return [x if channels_last(x) else _to_channels_last(x) for x in xs]
 
 
 def _to_channels_last(x: Tensor) -> Tensor:
@@ -115,10 +117,10 @@ def _to_channels_last(x: Tensor) -> Tensor:
 
 def check_weight(name: str, weight: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     """Raise unless a gate's parameter has this shape, lies on x's device and is at least as precise as it need be."""
-    if tuple(weight.shape) != shape:
+    if weight.shape != shape:
         raise ValueError(f"{name} has shape {tuple(weight.shape)}; it must have shape {shape}")
     if weight.device != x.device:
         raise ValueError(f"{name} is on {weight.device}; it must be on the device of the paths, {x.device}")
-    if weight.dtype not in (x.dtype, torch.float32):
+    if weight.dtype != torch.float32 and weight.dtype != x.dtype:
         allowed = " or ".join(dict.fromkeys((str(x.dtype), "torch.float32")))
         raise TypeError(f"{name} has dtype {weight.dtype}; it must be {allowed} for paths of {x.dtype}")

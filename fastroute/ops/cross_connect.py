@@ -156,7 +156,7 @@ class _CrossConnect(torch.autograd.Function):
                 grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden, grad_inputs
             )
         grad_parameters = [
-            None if parameter is None else grad.to(parameter.dtype)
+            None if parameter is None else grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
             for parameter, grad in zip((w1, b1, w2, b2), grad_parameters, strict=True)
         ]
         return *grad_parameters, *(grad_xs if grad_inputs else [None] * len(xs))
