@@ -197,9 +197,8 @@ def info() -> None:
     for device, names in fastroute.backends.ORDER.items():
         for name in names:
             backend, answers = fastroute.backends.BACKENDS[name], {}
-            absent = "this machine has no CUDA device" if device == "cuda" and not torch.cuda.is_available() else None
             for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-                reason = absent or backend.reason_against(torch.device(device), dtype)
+                reason = backend.reason_against(torch.device(device), dtype)
                 answers.setdefault(reason, []).append(str(dtype).removeprefix("torch."))
             for reason, types in answers.items():
                 table.add_row(device, name, ", ".join(types), "yes" if reason is None else f"no: {escape(reason)}")

@@ -99,6 +99,14 @@ def test_a_stale_library_is_a_reason():
         assert "older than the sources" in native._reason_if_stale("another hash", "cpu")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("name", ["triton", "native"])
+def test_no_device_is_a_reason(name, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    reason = BACKENDS[name].reason_against(torch.device("cuda"), torch.float32)
+    assert "no CUDA device" in reason or "missing" in reason or "not installed" in reason
+
+
 def test_import_needs_torch_alone():
     extras = ("triton", "torchvision", "pytorch_lightning", "typer")
     code = f"import sys, fastroute; print([name for name in {extras} if name in sys.modules])"

@@ -63,5 +63,6 @@ def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu":
         return _operators() or _load(cpu_library())
     if device.type == "cuda":
-        return _operators() or _cuda_operators()
+        absent = None if torch.cuda.is_available() else "this machine has no CUDA device"
+        return _operators() or _cuda_operators() or absent
     return f"there are no compiled kernels for {device.type}"

@@ -29,6 +29,8 @@ def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
         if isinstance(triton.language.sum, triton.JITFunction):
             return "TRITON_INTERPRET=1 was set after Triton was imported, which is too late"
         return None
+    if not torch.cuda.is_available():
+        return "this machine has no CUDA device"
     capability = torch.cuda.get_device_capability(device)
     if capability < (7, 5):
         return f"Triton needs compute capability 7.5; this device has {capability[0]}.{capability[1]}"
