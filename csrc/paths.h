@@ -87,4 +87,27 @@ inline std::vector<at::Tensor> empty_paths(const at::Tensor& x, int64_t count) {
   return paths;
 }
 
+// The gate's parameters in the accumulation type, and the sizes that they fix.
+struct Parameters {
+  int64_t m, n, channels, hidden;
+  at::Tensor w1, b1, w2, b2;
+
+  Parameters(
+      at::TensorList xs, const OptionalTensor& w1_, const OptionalTensor& b1_, const at::Tensor& w2_,
+      const OptionalTensor& b2_) {
+    const at::Tensor& x = xs[0];
+    const auto type = accumulate_type(x.scalar_type());
+    TORCH_CHECK(w2_.dim() == 3 && (!w1_.has_value() || w1_->dim() == 3), "w1 and w2 must have three dimensions");
+    m = static_cast<int64_t>(xs.size());
+    n = w2_.size(1);
+    channels = x.size(1);
+    hidden = w1_.has_value() ? w1_->size(1) : 0;
+    TORCH_CHECK(n >= 1 && n <= kMaxPaths, "1 to 8 outputs are served, not ", n);
+    w1 = parameter(w1_, type, {m, hidden, channels}, x);
+    b1 = parameter(b1_, type, {m, hidden}, x);
+    w2 = parameter(w2_, type, {m, n, hidden ? hidden : channels}, x);
+    b2 = parameter(b2_, type, {m, n}, x);
+  }
+};
+
 }  // namespace fastroute

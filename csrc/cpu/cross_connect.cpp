@@ -11,34 +11,11 @@
 namespace fastroute {
 namespace {
 
-// The gate's parameters in the accumulation type, and the sizes that they fix.
-struct Parameters {
-  int64_t m, n, channels, hidden;
-  at::Tensor w1, b1, w2, b2;
-
-  Parameters(
-      at::TensorList xs, const OptionalTensor& w1_, const OptionalTensor& b1_, const at::Tensor& w2_,
-      const OptionalTensor& b2_) {
-    const at::Tensor& x = xs[0];
-    const auto type = accumulate_type(x.scalar_type());
-    TORCH_CHECK(w2_.dim() == 3 && (!w1_.has_value() || w1_->dim() == 3), "w1 and w2 must have three dimensions");
-    m = static_cast<int64_t>(xs.size());
-    n = w2_.size(1);
-    channels = x.size(1);
-    hidden = w1_.has_value() ? w1_->size(1) : 0;
-    TORCH_CHECK(n >= 1 && n <= kMaxPaths, "1 to 8 outputs are served, not ", n);
-    w1 = parameter(w1_, type, {m, hidden, channels}, x);
-    b1 = parameter(b1_, type, {m, hidden}, x);
-    w2 = parameter(w2_, type, {m, n, hidden ? hidden : channels}, x);
-    b2 = parameter(b2_, type, {m, n}, x);
-  }
-
-  template <typename A>
-  Gate<A> gate() const {
-    const auto data = [](const at::Tensor& p) { return p.defined() ? p.const_data_ptr<A>() : nullptr; };
-    return {m, n, channels, hidden, data(w1), data(b1), data(w2), data(b2)};
-  }
-};
+template <typename A>
+Gate<A> gate_of(const Parameters& p) {
+  const auto data = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<A>() : nullptr; };
+  return {p.m, p.n, p.channels, p.hidden, data(p.w1), data(p.b1), data(p.w2), data(p.b2)};
+}
 
 template <typename T>
 void forward_kernel(
@@ -82,7 +59,7 @@ Forward cross_connect(
   dispatch(x.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
     forward_kernel<T>(
-        g, Paths<const T>(xs), p.gate<A>(), Paths<T>(outputs), gates.mutable_data_ptr<A>(),
+        g, Paths<const T>(xs), gate_of<A>(p), Paths<T>(outputs), gates.mutable_data_ptr<A>(),
         scores.mutable_data_ptr<A>(), pooled.mutable_data_ptr<A>(), hidden.mutable_data_ptr<A>());
   });
   return {std::move(outputs), gates, scores, pooled, hidden};
@@ -193,7 +170,7 @@ Backward cross_connect_backward(
     const auto data = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<A>() : nullptr; };
     const Paths<T> dxs(grad_xs);
     backward_kernel<T>(
-        g, Paths<const T>(grad_outputs), Paths<const T>(xs), p.gate<A>(), data(dg), data(da), data(gates_),
+        g, Paths<const T>(grad_outputs), Paths<const T>(xs), gate_of<A>(p), data(dg), data(da), data(gates_),
         data(hidden_), grad_inputs ? &dxs : nullptr, d_scores.mutable_data_ptr<A>(), d_hidden.mutable_data_ptr<A>());
     const int64_t width = p.hidden ? p.hidden : g.channels;
     outer_sums(
@@ -208,10 +185,20 @@ Backward cross_connect_backward(
   return {std::move(grad_xs), grad_w1, grad_b1, grad_w2, grad_b2};
 }
 
+std::tuple<bool, bool, bool> cpu_plan(const at::Tensor& x, int64_t m, int64_t n) {
+  const Geometry g(x);
+  return dispatch(x.scalar_type(), [&]<typename T>() {
+    const std::vector<at::Tensor> inputs(m, x);
+    return std::make_tuple(
+        streamable(Paths<T>(inputs), g), addend_of<T>(g) == Addend::kRow, looks_ahead(g, m + n, sizeof(T), 0));
+  });
+}
+
 }  // namespace
 }  // namespace fastroute
 
 TORCH_LIBRARY_IMPL(fastroute_native, CPU, m) {
   m.impl("cross_connect", &fastroute::cross_connect);
   m.impl("cross_connect_backward", &fastroute::cross_connect_backward);
+  m.impl("cpu_plan", &fastroute::cpu_plan);
 }

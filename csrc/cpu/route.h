@@ -67,6 +67,18 @@ bool streamable(const Paths<T>& ys, const Geometry& g) {
   return aligned;
 }
 
+// How the backward adds a channel's value: once for each row of pixels where rows are long, else from a vector that is
+// written out beside the elements.
+template <typename T>
+Addend addend_of(const Geometry& g) {
+  return !g.channels_last && g.size >= 2 * Pack<T>::kSize ? Addend::kRow : Addend::kElement;
+}
+
+// Whether sample s is followed by one that fits in the cache beside it.
+inline bool looks_ahead(const Geometry& g, int64_t paths, int64_t itemsize, int64_t s) {
+  return s + 1 < g.batch && 2 * paths * g.elements() * itemsize <= kCacheBytes;
+}
+
 // Runs f(begin, count) over [0, total) in blocks, the last first: the pass before went forward, so that the end of the
 // sample is what the cache still holds.
 template <typename F>
@@ -80,7 +92,7 @@ void look_ahead(WeightedSums<T>& sums, std::initializer_list<const Paths<const T
   int64_t paths = 0;
   for (const auto* input : inputs) paths += input->count;
   sums.ahead_count = 0;
-  if (s + 1 >= g.batch || 2 * paths * g.elements() * static_cast<int64_t>(sizeof(T)) > kCacheBytes) return;
+  if (!looks_ahead(g, paths, sizeof(T), s)) return;
   for (const auto* input : inputs) {
     for (int64_t i = 0; i < input->count; ++i) sums.ahead[sums.ahead_count++] = input->sample(s + 1)[i];
   }
@@ -100,7 +112,7 @@ void mix_sample(
     std::vector<accumulate_t<T>>& scratch) {
   using W = WeightedSums<T>;
   constexpr int64_t kAlignment = Pack<T>::kSize;
-  if (!g.channels_last && g.size >= 2 * kAlignment) {
+  if (addend_of<T>(g) == Addend::kRow) {
     const auto run = W::template choose<Addend::kRow>(m, stream && g.size % kAlignment == 0);
     const int64_t channels = std::clamp<int64_t>(kBlock / g.size, 1, g.channels);
     sums.addend_stride = g.channels;

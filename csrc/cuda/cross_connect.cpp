@@ -49,34 +49,11 @@ int64_t cluster_for(int64_t paths, const Shape& shape, int64_t extra, bool align
   return last_cluster = forced < 0 ? cluster : forced;
 }
 
-// The gate's parameters in the accumulation type, and the sizes that they fix.
-struct Parameters {
-  int64_t m, n, channels, hidden;
-  at::Tensor w1, b1, w2, b2;
-
-  Parameters(
-      at::TensorList xs, const OptionalTensor& w1_, const OptionalTensor& b1_, const at::Tensor& w2_,
-      const OptionalTensor& b2_) {
-    const at::Tensor& x = xs[0];
-    const auto type = accumulate_type(x.scalar_type());
-    TORCH_CHECK(w2_.dim() == 3 && (!w1_.has_value() || w1_->dim() == 3), "w1 and w2 must have three dimensions");
-    m = static_cast<int64_t>(xs.size());
-    n = w2_.size(1);
-    channels = x.size(1);
-    hidden = w1_.has_value() ? w1_->size(1) : 0;
-    TORCH_CHECK(n >= 1 && n <= kMostPaths, "1 to 8 outputs are served, not ", n);
-    w1 = parameter(w1_, type, {m, hidden, channels}, x);
-    b1 = parameter(b1_, type, {m, hidden}, x);
-    w2 = parameter(w2_, type, {m, n, hidden ? hidden : channels}, x);
-    b2 = parameter(b2_, type, {m, n}, x);
-  }
-
-  template <typename A>
-  Gate<A> gate() const {
-    return {data<A>(w1), data<A>(b1), data<A>(w2), data<A>(b2), static_cast<int>(m), static_cast<int>(n), channels,
-            hidden};
-  }
-};
+template <typename A>
+Gate<A> gate_of(const Parameters& p) {
+  return {data<A>(p.w1), data<A>(p.b1), data<A>(p.w2), data<A>(p.b2), static_cast<int>(p.m), static_cast<int>(p.n),
+          p.channels, p.hidden};
+}
 
 Forward cross_connect(
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
@@ -97,7 +74,7 @@ Forward cross_connect(
     using A = accumulate_t<T>;
     const Paths<const T> from = inputs<T>(xs);
     const Paths<T> to = outputs<T>(ys);
-    const Gate<A> gate = p.gate<A>();
+    const Gate<A> gate = gate_of<A>(p);
     A *z = pooled.mutable_data_ptr<A>(), *h = hidden.mutable_data_ptr<A>();
     A *a = scores.mutable_data_ptr<A>(), *g = gates.mutable_data_ptr<A>();
     if constexpr (kVector<T> > 1) {
@@ -150,7 +127,7 @@ Backward cross_connect_backward(
 
   dispatch(x.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
-    const Gate<A> gate = p.gate<A>();
+    const Gate<A> gate = gate_of<A>(p);
     const Paths<T> to = outputs<T>(grad_xs);
     A *dA = d_scores.mutable_data_ptr<A>(), *dH = d_hidden.mutable_data_ptr<A>();
     int64_t cluster = 0;

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastroute import ops, use_backend
+from fastroute.backends import BACKENDS
 from tests.ops.cases import check_against_eager, differentiate, eager_cross_connect, parameters, paths
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -257,3 +258,21 @@ def test_backends_agree_on_strides():
             with use_backend(name):
                 strides.append([y.stride() for y in ops.cross_connect(xs, *ps).outputs])
         assert strides[0] == strides[1]
+
+
+def test_plan_of_the_native_passes():
+    """Which passes the cases of this file go through, so that each of them is known to have run."""
+    if reason := BACKENDS["native"].reason_against(torch.device("cpu"), torch.float32):
+        pytest.skip(reason)
+    with use_backend("native"):
+        ops.mix([torch.zeros(1, 1)], torch.ones(1, 1))  # loads the library
+    plan = torch.ops.fastroute_native.cpu_plan
+    for shape, layout, expected in [
+        ((3, 16, 8, 8), "contiguous", (False, True, True)),
+        ((3, 16, 8, 8), "channels_last", (False, False, True)),
+        ((3, 33, 1, 5), "contiguous", (False, False, True)),
+        ((1, 16, 8, 8), "contiguous", (False, True, False)),  # there is no next sample
+        ((5, 64, 64, 64), "contiguous", (True, True, False)),  # two samples do not fit in the cache
+    ]:
+        x = paths(1, shape, layout=layout)[0]
+        assert plan(x, 2, 2) == expected, (shape, layout)
