@@ -470,6 +470,10 @@ def test_reasons(monkeypatch):
     with pytest.raises(RuntimeError, match="interpreter"), use_backend("triton"):
         ops.mix([torch.ones(1, 1, dtype=torch.float16)], torch.ones(1, 1))
 
+    if not CUDA:
+        assert "no CUDA device" in backend.reason_against(cuda, torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
     def capability(*value):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: value)
 
