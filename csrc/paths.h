@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include "common.h"
+
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
@@ -14,8 +16,6 @@
 #include <vector>
 
 namespace fastroute {
-
-constexpr int64_t kMaxPaths = 8;
 
 using OptionalTensor = std::optional<at::Tensor>;
 using Forward = std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -85,6 +85,24 @@ inline std::vector<at::Tensor> empty_paths(const at::Tensor& x, int64_t count) {
   paths.reserve(count);
   for (int64_t i = 0; i < count; ++i) paths.push_back(empty_path(x));
   return paths;
+}
+
+// Null for an absent tensor.
+template <typename A>
+const A* data(const at::Tensor& t) {
+  return t.defined() ? t.const_data_ptr<A>() : nullptr;
+}
+
+// Calls f<T>() with the number type T of the paths.
+template <typename F>
+decltype(auto) dispatch(at::ScalarType type, F&& f) {
+  switch (type) {
+    case at::kFloat: return f.template operator()<float>();
+    case at::kDouble: return f.template operator()<double>();
+    case at::kBFloat16: return f.template operator()<at::BFloat16>();
+    case at::kHalf: return f.template operator()<at::Half>();
+    default: TORCH_CHECK(false, "paths of type ", type, " are not served");
+  }
 }
 
 // The gate's parameters in the accumulation type, and the sizes that they fix.

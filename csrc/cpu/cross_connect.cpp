@@ -13,8 +13,7 @@ namespace {
 
 template <typename A>
 Gate<A> gate_of(const Parameters& p) {
-  const auto data = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<A>() : nullptr; };
-  return {p.m, p.n, p.channels, p.hidden, data(p.w1), data(p.b1), data(p.w2), data(p.b2)};
+  return {p.m, p.n, p.channels, p.hidden, data<A>(p.w1), data<A>(p.b1), data<A>(p.w2), data<A>(p.b2)};
 }
 
 template <typename T>
@@ -167,18 +166,17 @@ Backward cross_connect_backward(
 
   dispatch(x.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
-    const auto data = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<A>() : nullptr; };
     const Paths<T> dxs(grad_xs);
     backward_kernel<T>(
-        g, Paths<const T>(grad_outputs), Paths<const T>(xs), gate_of<A>(p), data(dg), data(da), data(gates_),
-        data(hidden_), grad_inputs ? &dxs : nullptr, d_scores.mutable_data_ptr<A>(), d_hidden.mutable_data_ptr<A>());
+        g, Paths<const T>(grad_outputs), Paths<const T>(xs), gate_of<A>(p), data<A>(dg), data<A>(da), data<A>(gates_),
+        data<A>(hidden_), grad_inputs ? &dxs : nullptr, d_scores.mutable_data_ptr<A>(), d_hidden.mutable_data_ptr<A>());
     const int64_t width = p.hidden ? p.hidden : g.channels;
     outer_sums(
-        data(d_scores), p.hidden ? data(hidden_) : data(pooled_), g.batch, p.m, p.n, width,
+        data<A>(d_scores), p.hidden ? data<A>(hidden_) : data<A>(pooled_), g.batch, p.m, p.n, width,
         grad_w2.mutable_data_ptr<A>(), grad_b2.mutable_data_ptr<A>());
     if (p.hidden) {
       outer_sums(
-          data(d_hidden), data(pooled_), g.batch, p.m, p.hidden, g.channels, grad_w1.mutable_data_ptr<A>(),
+          data<A>(d_hidden), data<A>(pooled_), g.batch, p.m, p.hidden, g.channels, grad_w1.mutable_data_ptr<A>(),
           grad_b1.mutable_data_ptr<A>());
     }
   });

@@ -2,15 +2,14 @@
 
 #pragma once
 
+#include "common.h"
+
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
 #include <type_traits>
 
 namespace fastroute {
-
-template <typename T>
-using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <typename T>
 struct Pack {

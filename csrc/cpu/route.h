@@ -25,17 +25,6 @@ constexpr int64_t kCacheBytes = int64_t{768} << 10;
 constexpr int64_t kGrainBytes = int64_t{32} << 10;
 
 template <typename F>
-decltype(auto) dispatch(at::ScalarType type, F&& f) {
-  switch (type) {
-    case at::kFloat: return f.template operator()<float>();
-    case at::kDouble: return f.template operator()<double>();
-    case at::kBFloat16: return f.template operator()<at::BFloat16>();
-    case at::kHalf: return f.template operator()<at::Half>();
-    default: TORCH_CHECK(false, "paths of type ", type, " are not served");
-  }
-}
-
-template <typename F>
 void for_samples(const Geometry& g, int64_t paths, int64_t itemsize, const F& f) {
   const int64_t bytes = std::max<int64_t>(1, paths * g.elements() * itemsize);
   at::parallel_for(0, g.batch, std::max<int64_t>(1, kGrainBytes / bytes), f);

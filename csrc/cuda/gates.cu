@@ -26,7 +26,7 @@ template <typename A>
 __global__ void __launch_bounds__(kThreads, 2) gates_backward_kernel(
     const Gate<A> gate, const Shape shape, int64_t slices, const A* products, const A* grad_gates,
     const A* grad_scores, const A* gates, const A* hidden, A* d_scores, A* d_hidden, A* shares) {
-  __shared__ A d_gates[kMostPaths * kMostPaths];
+  __shared__ A d_gates[kMaxPaths * kMaxPaths];
   const int64_t s = blockIdx.x, mn = gate.m * gate.n;
   for (int64_t r = threadIdx.x / 32; r < mn; r += kWarps) {
     A sum = 0;

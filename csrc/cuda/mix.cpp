@@ -11,7 +11,7 @@ namespace {
 at::Tensor checked_gates(const at::Tensor& gates, at::TensorList xs, int64_t n) {
   const at::Tensor& x = xs[0];
   const auto m = static_cast<int64_t>(xs.size());
-  TORCH_CHECK(n >= 1 && n <= kMostPaths, "1 to 8 outputs are served, not ", n);
+  TORCH_CHECK(n >= 1 && n <= kMaxPaths, "1 to 8 outputs are served, not ", n);
   const std::vector<int64_t> shape = gates.dim() == 2 ? std::vector{m, n} : std::vector{x.size(0), m, n};
   return parameter(gates, accumulate_type(x.scalar_type()), shape, x);
 }

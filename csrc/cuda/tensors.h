@@ -37,23 +37,6 @@ Paths<T> outputs(const std::vector<at::Tensor>& tensors) {
   return paths;
 }
 
-// Null for an absent tensor.
-template <typename A>
-const A* data(const at::Tensor& t) {
-  return t.defined() ? t.const_data_ptr<A>() : nullptr;
-}
-
-template <typename F>
-void dispatch(at::ScalarType type, F f) {
-  switch (type) {
-    case at::kFloat: return f.template operator()<float>();
-    case at::kBFloat16: return f.template operator()<c10::BFloat16>();
-    case at::kHalf: return f.template operator()<c10::Half>();
-    case at::kDouble: return f.template operator()<double>();
-    default: TORCH_CHECK(false, "paths of ", type, " are not served");
-  }
-}
-
 // Of the current device.
 const Device& device();
 

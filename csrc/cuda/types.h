@@ -2,21 +2,15 @@
 
 #pragma once
 
+#include "common.h"
+
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 #include <cuda_runtime_api.h>
 
-#include <cstdint>
-#include <type_traits>
-
 namespace fastroute::cuda {
 
-constexpr int kMostPaths = 8;
-
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-template <typename T>
-using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // What one thread moves at once: 16 bytes, but for double, which serves gradcheck and is always moved one by one.
 template <typename T>
@@ -25,8 +19,8 @@ constexpr int kVector = std::is_same_v<T, double> ? 1 : 16 / sizeof(T);
 // Each path by pointer and batch stride (in elements): paths come from separate convolutions or from one stack.
 template <typename T>
 struct Paths {
-  T* data[kMostPaths] = {};
-  int64_t stride[kMostPaths] = {};
+  T* data[kMaxPaths] = {};
+  int64_t stride[kMaxPaths] = {};
   int count = 0;
 
   __host__ __device__ T* sample(int path, int64_t s) const { return data[path] + s * stride[path]; }

@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kThreads, 2) weighted_sums_kernel(
     const __grid_constant__ Paths<const T> from, const Weights<accumulate_t<T>> weights,
     const accumulate_t<T>* shares, const Shape shape, int64_t chunks, const __grid_constant__ Paths<T> to) {
   using A = accumulate_t<T>;
-  __shared__ A w[kMostPaths][TILE];  // [to][from]
+  __shared__ A w[kMaxPaths][TILE];  // [to][from]
   const Division at(blockIdx.x, chunks);
   const int64_t s = at.quotient, chunk = at.remainder, vectors = shape.elements() / V;
   for (int r = threadIdx.x; r < to.count * from.count; r += kThreads) {

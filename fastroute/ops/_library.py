@@ -1,6 +1,5 @@
 """The `fastroute::` operator namespace."""
 
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -18,8 +17,3 @@ def define(schema: str, prepare: Callable, fake: Callable):
     torch.library.register_fake(f"fastroute::{name}", lambda *args: fake(*prepare(*args)), lib=LIBRARY)
     OPERATORS[name] = prepare
     return getattr(torch.ops.fastroute, name).default
-
-
-def first_order() -> contextlib.AbstractContextManager:
-    """Around a backward operator: passes its own autograd by, unless a second derivative may be asked for."""
-    return contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()

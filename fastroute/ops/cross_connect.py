@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastroute.ops._library import LIBRARY, define, first_order
+from fastroute.ops._library import LIBRARY, define
 from fastroute.ops._paths import (
     MAX_PATHS,
     accumulate_dtype,
@@ -151,10 +151,9 @@ class _CrossConnect(torch.autograd.Function):
         w1, b1, w2, b2, gates, pooled, hidden, *xs = ctx.saved_tensors
         grad_inputs = any(ctx.needs_input_grad[4:])
         grad_outputs = [torch.zeros_like(xs[0]) if grad is None else grad for grad in grad_outputs]
-        with first_order():
-            grad_xs, *grad_parameters = _BACKWARD(
-                grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden, grad_inputs
-            )
+        grad_xs, *grad_parameters = _BACKWARD(
+            grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden, grad_inputs
+        )
         grad_parameters = [
             None if parameter is None else grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
             for parameter, grad in zip((w1, b1, w2, b2), grad_parameters, strict=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastroute.ops._library import LIBRARY, define, first_order
+from fastroute.ops._library import LIBRARY, define
 from fastroute.ops._paths import (
     MAX_PATHS,
     accumulate_dtype,
@@ -88,8 +88,7 @@ class _Mix(torch.autograd.Function):
         gates, *xs = ctx.saved_tensors
         grad_inputs = any(ctx.needs_input_grad[1:])
         grad_outputs = [torch.zeros_like(xs[0]) if grad is None else grad for grad in grad_outputs]
-        with first_order():
-            grad_xs, grad_gates = _BACKWARD(grad_outputs, xs, gates, grad_inputs)
+        grad_xs, grad_gates = _BACKWARD(grad_outputs, xs, gates, grad_inputs)
         return grad_gates.to(gates.dtype), *(grad_xs if grad_inputs else [None] * len(xs))
 
 
