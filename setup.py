@@ -58,6 +58,11 @@ def cpu_extensions() -> list:
             f'-DFASTROUTE_TORCH="{torch.__version__}"',
         ],
     )
+    direct = cpp_extension.CppExtension(
+        f"{PACKAGE}._C_direct",
+        ["csrc/direct.cpp"],
+        extra_compile_args=flags,
+    )
     kernels = [
         cpp_extension.CppExtension(
             f"{PACKAGE}._C_{name}",
@@ -68,7 +73,7 @@ def cpu_extensions() -> list:
         )
         for name, target_flags in instruction_sets.items()
     ]
-    return [operators, *kernels]
+    return [operators, direct, *kernels]
 
 
 def nvcc() -> str | None:

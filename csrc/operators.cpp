@@ -20,6 +20,8 @@ TORCH_LIBRARY(fastroute_native, m) {
   // Which of its passes the CPU backward takes for m inputs x and their n gradients, all alike: past the caches or
   // through them, a channel's value by rows or by elements, and whether the next sample is asked for meanwhile.
   m.def("cpu_plan(Tensor x, int m, int n) -> (bool streamed, bool by_rows, bool looks_ahead)");
+  // Whether the user has named a backend: then direct.cpp sends all calls through Python, which makes the choice.
+  m.def("name_backend(bool named) -> ()");
   // What the libraries were built from, so that a stale build is seen: a hash of csrc, and the version of torch.
   m.def("build() -> (str, str)", [] {
     return std::make_tuple(std::string(FASTROUTE_BUILD), std::string(FASTROUTE_TORCH));

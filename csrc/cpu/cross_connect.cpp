@@ -24,7 +24,7 @@ void forward_kernel(
   const bool stream = streamable(ys, g);
   const std::vector<A> w1 = transposed(gate.w1, gate.m, gate.hidden, gate.channels);
   for_samples(g, gate.m + gate.n, sizeof(T), [&](int64_t begin, int64_t end) {
-    std::vector<A> scratch(g.channels_last ? fold_of(g) * g.channels : 0);
+    std::vector<A> scratch(g.channels_last ? fold_of<T>(g) * g.channels : 0);
     WeightedSums<T> sums;
     for (int64_t s = begin; s < end; ++s) {
       const auto x = xs.sample(s);
@@ -69,7 +69,7 @@ template <typename A>
 void outer_sums(
     const A* a, const A* b, int64_t batch, int64_t m, int64_t rows, int64_t columns, A* out, A* sum) {
   using V = at::vec::Vectorized<A>;
-  constexpr int64_t kGroup = 128;  // as in add_rows
+  constexpr int64_t kGroup = 128;  // so that rounding grows with a group and their number
   constexpr int kVectors = 4;
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, batch * columns));
   at::parallel_for(0, m * rows, grain, [&](int64_t begin, int64_t end) {

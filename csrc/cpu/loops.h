@@ -63,20 +63,24 @@ accumulate_t<T> sum(const T* x, int64_t count) {
   return horizontal_sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
-// Sums over rows: total[c] += Σ_r x[r][c], r < rows. Rows are added in groups, so that rounding grows with the square
-// root of their number and not with the number.
+// Vectors that add_rows sums side by side: neighbouring lines are read together, and all sums stay in registers.
+template <typename T>
+constexpr int kRowVectors = Pack<T>::Part::size() >= 16 ? 8 : 8 / Pack<T>::kParts;
+
+// Sums over rows: total[c] += Σ_r x[r][c], r < rows. Rows are added in groups that L1 holds while their columns are taken
+// in turn, so that memory is read in order; and rounding grows with a group and the number of groups, not their product.
 template <typename T>
 void add_rows(const T* x, int64_t rows, int64_t width, accumulate_t<T>* total) {
   using P = Pack<T>;
-  constexpr int64_t kGroup = 128;
-  constexpr int kVectors = 4;
-  const auto columns = [&]<int V>(std::integral_constant<int, V>, int64_t c, int64_t tail) {
-    for (int64_t begin = 0; begin < rows; begin += kGroup) {
-      const int64_t end = std::min(rows, begin + kGroup);
+  constexpr int64_t kGroupBytes = 16 << 10;
+  const int64_t group = std::clamp<int64_t>(kGroupBytes / (width * static_cast<int64_t>(sizeof(T))), 8, 128);
+  for (int64_t begin = 0; begin < rows; begin += group) {
+    const int64_t end = std::min(rows, begin + group);
+    const auto columns = [&]<int V>(std::integral_constant<int, V>, int64_t c, int64_t tail) {
       P acc[V];
       for (auto& a : acc) std::fill(std::begin(a.part), std::end(a.part), typename P::Part(0));
       for (int64_t r = begin; r < end; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < V; ++v) {
           const T* from = x + r * width + c + v * P::kSize;
           const P p = tail ? P::load(from, tail) : P::load(from);
@@ -95,23 +99,25 @@ void add_rows(const T* x, int64_t rows, int64_t width, accumulate_t<T>* total) {
           }
         }
       }
+    };
+    constexpr int kVectors = kRowVectors<T>;
+    int64_t c = 0;
+    for (; c + kVectors * P::kSize <= width; c += kVectors * P::kSize) {
+      columns(std::integral_constant<int, kVectors>(), c, 0);
     }
-  };
-  int64_t c = 0;
-  for (; c + kVectors * P::kSize <= width; c += kVectors * P::kSize) {
-    columns(std::integral_constant<int, kVectors>(), c, 0);
+    for (; c + P::kSize <= width; c += P::kSize) columns(std::integral_constant<int, 1>(), c, 0);
+    if (c < width) columns(std::integral_constant<int, 1>(), c, width - c);
   }
-  for (; c + P::kSize <= width; c += P::kSize) columns(std::integral_constant<int, 1>(), c, 0);
-  if (c < width) columns(std::integral_constant<int, 1>(), c, width - c);
 }
 
 // Where narrow rows of a channels_last sample are joined to rows of `fold` pixels, so that vectors are full.
-inline int64_t fold_of(const Geometry& g) {
-  constexpr int64_t kWidth = 256;
+template <typename T>
+int64_t fold_of(const Geometry& g) {
+  constexpr int64_t kWidth = kRowVectors<T> * Pack<T>::kSize;
   return std::clamp<int64_t>(kWidth / g.channels, 1, g.size);
 }
 
-// z[c] = mean over space of one sample (Eq. 3.3). scratch holds fold_of(g) * channels elements.
+// z[c] = mean over space of one sample (Eq. 3.3). scratch holds fold_of<T>(g) * channels elements.
 template <typename T>
 void pool(const T* x, const Geometry& g, accumulate_t<T>* z, accumulate_t<T>* scratch) {
   using A = accumulate_t<T>;
@@ -120,7 +126,7 @@ void pool(const T* x, const Geometry& g, accumulate_t<T>* z, accumulate_t<T>* sc
     for (int64_t c = 0; c < g.channels; ++c) z[c] = sum(x + c * g.size, g.size) / size;
     return;
   }
-  const int64_t fold = fold_of(g), width = fold * g.channels, rows = g.size / fold;
+  const int64_t fold = fold_of<T>(g), width = fold * g.channels, rows = g.size / fold;
   std::fill_n(scratch, width, A(0));
   add_rows(x, rows, width, scratch);
   add_rows(x + rows * width, g.size - rows * fold, g.channels, scratch);

@@ -115,7 +115,7 @@ void mix_sample(
   // The values are written out to rows of several pixels (channels_last) or of the whole sample, so that vectors are
   // full though channels or space are few.
   const int64_t unit = g.channels_last ? g.channels : g.size;
-  const int64_t units = g.channels_last ? fold_of(g) : g.channels;
+  const int64_t units = g.channels_last ? fold_of<T>(g) : g.channels;
   const int64_t width = unit * units;
   scratch.resize(sums.n * width);
   for (int64_t j = 0; j < sums.n; ++j) {

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from fastroute.backends import native, reference, triton
-from fastroute.ops._library import LIBRARY, OPERATORS
+from fastroute.ops._library import LIBRARY, OPERATORS, PYTHON
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,12 @@ def use_backend(name: str) -> Iterator[None]:
     """
     global _override
     previous, _override = _override, _named(name).name
+    native.name_backend(True)
     try:
         yield
     finally:
         _override = previous
+        native.name_backend(_override is not None)
 
 
 @cache
@@ -96,4 +98,6 @@ def _serve(name: str, prepare: Callable) -> Callable:
 
 
 for _name, _prepare in OPERATORS.items():
-    LIBRARY.impl(_name, _serve(_name, _prepare), "CompositeExplicitAutograd")
+    _kernel = _serve(_name, _prepare)
+    LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    PYTHON.impl(_name, _kernel, "CompositeExplicitAutograd")

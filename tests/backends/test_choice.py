@@ -14,8 +14,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def fresh_choice():
+    """Has the choice made anew, in Python."""
     _choice._choose.cache_clear()
+    native.name_backend(True)
     yield
+    native.name_backend(False)
     _choice._choose.cache_clear()
 
 
@@ -42,6 +45,49 @@ def test_the_fastest_that_serves_is_chosen(monkeypatch):
     calls = spy(monkeypatch, "native")
     route()
     assert calls == ["mix"]
+
+
+@pytest.fixture
+def python_calls(monkeypatch):
+    """Counts the calls that come to Python for their backend, where the compiled kernels serve."""
+    if BACKENDS["native"].reason_against(CPU, torch.float32):
+        pytest.skip("the compiled kernels are not built")
+    route()
+    native.name_backend(False)
+    calls, choose = [], _choice._choose
+    monkeypatch.setattr(_choice, "_choose", lambda *key: calls.append(key) or choose(*key))
+    return calls
+
+
+def test_what_is_right_as_it_stands_never_comes_to_python(python_calls):
+    xs = [torch.randn(2, 3, 4, requires_grad=True)]
+    outputs, gates, scores = ops.cross_connect(xs, None, None, torch.randn(1, 2, 3), None)
+    results = [*outputs, gates, scores, *ops.mix(xs, torch.ones(1, 1))]
+    torch.autograd.backward(results, [torch.ones_like(result) for result in results])
+    assert not python_calls
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(4, 3, 2, 5).transpose(0, 2),  # neither layout
+        torch.randn(2, 3, 4, 5)[:, :, ::2],
+    ],
+)
+def test_what_must_be_brought_into_form_comes_to_python(python_calls, x):
+    ops.mix([x], torch.ones(1, 1))
+    assert len(python_calls) == 1
+
+
+def test_a_named_backend_comes_to_python(python_calls, monkeypatch):
+    with fastroute.use_backend("reference"):
+        route()
+    assert len(python_calls) == 1
+    route()
+    assert len(python_calls) == 1
+    monkeypatch.setenv("FASTROUTE_BACKEND", "reference")
+    route()
+    assert len(python_calls) == 2
 
 
 def test_use_backend_goes_before_the_variable(monkeypatch):

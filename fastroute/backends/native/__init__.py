@@ -59,9 +59,29 @@ def _reason_if_stale(built_from: str, folder: str) -> str | None:
     return None
 
 
+_backend_is_named = False
+
+
+@cache
+def _direct() -> str | None:
+    """Load the CPU operators' way past Python; why it cannot be loaded, or None."""
+    reason = _load("_C_direct")
+    if reason is None:
+        torch.ops.fastroute_native.name_backend(_backend_is_named)
+    return reason
+
+
+def name_backend(named: bool) -> None:
+    """Say whether the user has named a backend: then operators on the CPU come to Python, which makes the choice."""
+    global _backend_is_named
+    _backend_is_named = named
+    if _direct.cache_info().currsize and _direct() is None:
+        torch.ops.fastroute_native.name_backend(named)
+
+
 def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu":
-        return _operators() or _load(cpu_library())
+        return _operators() or _load(cpu_library()) or _direct()
     if device.type == "cuda":
         absent = None if torch.cuda.is_available() else "this machine has no CUDA device"
         return _operators() or _cuda_operators() or absent

@@ -1,0 +1,276 @@
+// The operators' way past Python on the CPU: arguments that are right as they stand go from the dispatcher to the compiled
+// kernels and their autograd. All others go through Python (fastroute_python), which explains what is wrong with them or
+// brings them into form. With cold caches the Python between two layers takes longer than the routing of a small map.
+
+#include "paths.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <string>
+
+namespace fastroute {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+using CrossConnectForward =
+    Forward(at::TensorList, const OptionalTensor&, const OptionalTensor&, const at::Tensor&, const OptionalTensor&);
+using CrossConnectBackward = Backward(
+    at::TensorList, const OptionalTensor&, const OptionalTensor&, at::TensorList, const OptionalTensor&,
+    const OptionalTensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&,
+    const at::Tensor&, bool);
+using MixForward = std::vector<at::Tensor>(at::TensorList, const at::Tensor&);
+using MixBackward =
+    std::tuple<std::vector<at::Tensor>, at::Tensor>(at::TensorList, at::TensorList, const at::Tensor&, bool);
+
+// An operator in each of its namespaces: as the user calls it, compiled, and by way of Python.
+template <typename Signature>
+struct Operator {
+  c10::TypedOperatorHandle<Signature> public_, native, python;
+
+  explicit Operator(const std::string& name)
+      : public_(find("fastroute::" + name)), native(find("fastroute_native::" + name)),
+        python(find("fastroute_python::" + name)) {}
+
+ private:
+  static auto find(const std::string& name) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "").template typed<Signature>();
+  }
+};
+
+const auto& cross_connect() {
+  static const Operator<CrossConnectForward> op("cross_connect");
+  return op;
+}
+const auto& cross_connect_backward() {
+  static const Operator<CrossConnectBackward> op("cross_connect_backward");
+  return op;
+}
+const auto& mix() {
+  static const Operator<MixForward> op("mix");
+  return op;
+}
+const auto& mix_backward() {
+  static const Operator<MixBackward> op("mix_backward");
+  return op;
+}
+
+std::atomic<bool> backend_is_named{false};
+
+// Whether the user named a backend, which is Python's business.
+bool choice_is_open() {
+  const char* variable = std::getenv("FASTROUTE_BACKEND");
+  return !backend_is_named.load(std::memory_order_relaxed) && (!variable || !*variable);
+}
+
+bool is_path_like(const at::Tensor& x, const at::Tensor& like, bool channels_last) {
+  return x.layout() == at::kStrided && x.sizes() == like.sizes() && x.scalar_type() == like.scalar_type() &&
+      x.device() == like.device() && sample_is_dense(x, channels_last);
+}
+
+bool are_paths(at::TensorList xs, const at::Tensor& like) {
+  const auto sizes = like.sizes();
+  const auto type = like.scalar_type();
+  if (xs.empty() || xs.size() > kMaxPaths || like.layout() != at::kStrided || sizes.size() < 2 || sizes.size() > 5 ||
+      std::find(sizes.begin() + 1, sizes.end(), 0) != sizes.end() ||
+      (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf && type != at::kDouble)) {
+    return false;
+  }
+  const bool channels_last = !sample_is_dense(like, false);
+  return std::all_of(xs.begin(), xs.end(), [&](const auto& x) { return is_path_like(x, like, channels_last); });
+}
+
+bool is_weight(const at::Tensor& w, at::IntArrayRef sizes, const at::Tensor& x) {
+  return w.sizes() == sizes && w.device() == x.device() &&
+      (w.scalar_type() == at::kFloat || w.scalar_type() == x.scalar_type());
+}
+
+bool are_parameters(
+    at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
+    const OptionalTensor& b2) {
+  const int64_t m = static_cast<int64_t>(xs.size()), channels = xs[0].size(1);
+  if (w2.dim() != 3 || (w1 ? w1->dim() != 3 : b1.has_value())) return false;
+  const int64_t n = w2.size(1), hidden = w1 ? w1->size(1) : channels;
+  return n >= 1 && n <= kMaxPaths && hidden >= 1 && (!w1 || is_weight(*w1, {m, hidden, channels}, xs[0])) &&
+      (!b1 || is_weight(*b1, {m, hidden}, xs[0])) && is_weight(w2, {m, n, hidden}, xs[0]) &&
+      (!b2 || is_weight(*b2, {m, n}, xs[0]));
+}
+
+bool are_gates(const at::Tensor& gates, at::TensorList xs) {
+  if (gates.dim() != 2 && gates.dim() != 3) return false;
+  const int64_t m = static_cast<int64_t>(xs.size()), n = gates.size(-1);
+  return n >= 1 && n <= kMaxPaths &&
+      (gates.dim() == 2 ? is_weight(gates, {m, n}, xs[0]) : is_weight(gates, {xs[0].size(0), m, n}, xs[0]));
+}
+
+Forward cross_connect_cpu(
+    at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
+    const OptionalTensor& b2) {
+  const bool direct = choice_is_open() && !xs.empty() && are_paths(xs, xs[0]) && are_parameters(xs, w1, b1, w2, b2);
+  return (direct ? cross_connect().native : cross_connect().python).call(xs, w1, b1, w2, b2);
+}
+
+Backward cross_connect_backward_cpu(
+    at::TensorList grad_outputs, const OptionalTensor& grad_gates, const OptionalTensor& grad_scores,
+    at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
+    const OptionalTensor& b2, const at::Tensor& gates, const at::Tensor& pooled, const at::Tensor& hidden,
+    bool grad_inputs) {
+  const bool direct = choice_is_open() && !xs.empty() && are_paths(xs, xs[0]) && are_paths(grad_outputs, xs[0]);
+  return (direct ? cross_connect_backward().native : cross_connect_backward().python)
+      .call(grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden, grad_inputs);
+}
+
+std::vector<at::Tensor> mix_cpu(at::TensorList xs, const at::Tensor& gates) {
+  const bool direct = choice_is_open() && !xs.empty() && are_paths(xs, xs[0]) && are_gates(gates, xs);
+  return (direct ? mix().native : mix().python).call(xs, gates);
+}
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> mix_backward_cpu(
+    at::TensorList grad_outputs, at::TensorList xs, const at::Tensor& gates, bool grad_inputs) {
+  const bool direct = choice_is_open() && !xs.empty() && are_paths(xs, xs[0]) && are_paths(grad_outputs, xs[0]);
+  return (direct ? mix_backward().native : mix_backward().python).call(grad_outputs, xs, gates, grad_inputs);
+}
+
+// A backward through the dispatcher: below autograd, unless it is to be differentiated itself.
+template <typename Signature, typename... Args>
+auto call_backward(const Operator<Signature>& op, const Args&... args) {
+  if (at::GradMode::is_enabled()) return op.public_.call(args...);
+  at::AutoDispatchBelowAutograd below;
+  return op.public_.call(args...);
+}
+
+OptionalTensor optional(const at::Tensor& t) {
+  return t.defined() ? OptionalTensor(t) : std::nullopt;
+}
+
+at::Tensor undefined_or(const OptionalTensor& t) {
+  return t.value_or(at::Tensor());
+}
+
+void materialize(variable_list& grads, const at::Tensor& like) {
+  for (auto& grad : grads) {
+    if (!grad.defined()) grad = at::zeros_like(like);
+  }
+}
+
+bool any_needs_grad(AutogradContext* ctx, size_t count) {
+  for (size_t i = 0; i < count; ++i) {
+    if (ctx->needs_input_grad(i)) return true;
+  }
+  return false;
+}
+
+struct CrossConnect : torch::autograd::Function<CrossConnect> {
+  static constexpr bool is_traceable = true;
+  static constexpr size_t kOthers = 7;  // saved beside the paths
+
+  // What cannot be differentiated goes out by pointer: compiled autograd knows no `mark_non_differentiable`.
+  static variable_list forward(
+      AutogradContext* ctx, at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1,
+      const at::Tensor& w2, const OptionalTensor& b2, at::Tensor* pooled, at::Tensor* hidden) {
+    at::AutoDispatchBelowAutograd below;
+    auto [results, gates, scores, pooled_, hidden_] = cross_connect().public_.call(xs, w1, b1, w2, b2);
+    ctx->set_materialize_grads(false);
+    variable_list saved = {undefined_or(w1), undefined_or(b1), w2, undefined_or(b2), gates, pooled_, hidden_};
+    saved.insert(saved.end(), xs.begin(), xs.end());
+    ctx->save_for_backward(std::move(saved));
+    *pooled = std::move(pooled_);
+    *hidden = std::move(hidden_);
+    results.insert(results.end(), {gates, scores});
+    return std::move(results);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const at::TensorList xs = at::TensorList(saved).slice(kOthers);
+    const OptionalTensor w1 = optional(saved[0]), b1 = optional(saved[1]), b2 = optional(saved[3]);
+    const at::Tensor& w2 = saved[2];
+    const size_t n = grads.size() - 2;
+    const OptionalTensor grad_gates = optional(grads[n]), grad_scores = optional(grads[n + 1]);
+    grads.resize(n);
+    materialize(grads, xs[0]);
+    const bool grad_inputs = any_needs_grad(ctx, xs.size());
+    auto [results, grad_w1, grad_b1, grad_w2, grad_b2] = call_backward(
+        cross_connect_backward(), at::TensorList(grads), grad_gates, grad_scores, xs, w1, b1, w2, b2, saved[4],
+        saved[5], saved[6], grad_inputs);
+    results.resize(xs.size());
+    const auto add = [&](const at::Tensor& grad, const OptionalTensor& of) {
+      results.push_back(of ? grad.to(of->scalar_type()) : at::Tensor());
+    };
+    add(grad_w1, w1);
+    add(grad_b1, b1);
+    add(grad_w2, w2);
+    add(grad_b2, b2);
+    results.resize(results.size() + 2);  // nothing for the pointers
+    return std::move(results);
+  }
+};
+
+Forward cross_connect_autograd(
+    at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
+    const OptionalTensor& b2) {
+  at::Tensor pooled, hidden;
+  variable_list results = CrossConnect::apply(xs, w1, b1, w2, b2, &pooled, &hidden);
+  const size_t n = results.size() - 2;
+  Forward forward{{}, results[n], results[n + 1], pooled, hidden};
+  results.resize(n);
+  std::get<0>(forward) = std::move(results);
+  return forward;
+}
+
+struct Mix : torch::autograd::Function<Mix> {
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* ctx, at::TensorList xs, const at::Tensor& gates) {
+    at::AutoDispatchBelowAutograd below;
+    ctx->set_materialize_grads(false);
+    variable_list saved = {gates};
+    saved.insert(saved.end(), xs.begin(), xs.end());
+    ctx->save_for_backward(std::move(saved));
+    return mix().public_.call(xs, gates);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const at::Tensor& gates = saved[0];
+    const at::TensorList xs = at::TensorList(saved).slice(1);
+    materialize(grads, xs[0]);
+    auto [results, grad_gates] =
+        call_backward(mix_backward(), at::TensorList(grads), xs, gates, any_needs_grad(ctx, xs.size()));
+    results.resize(xs.size());
+    results.push_back(grad_gates.to(gates.scalar_type()));
+    return std::move(results);
+  }
+};
+
+std::vector<at::Tensor> mix_autograd(at::TensorList xs, const at::Tensor& gates) {
+  return Mix::apply(xs, gates);
+}
+
+}  // namespace
+}  // namespace fastroute
+
+TORCH_LIBRARY_IMPL(fastroute, CPU, m) {
+  m.impl("cross_connect", &fastroute::cross_connect_cpu);
+  m.impl("cross_connect_backward", &fastroute::cross_connect_backward_cpu);
+  m.impl("mix", &fastroute::mix_cpu);
+  m.impl("mix_backward", &fastroute::mix_backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(fastroute, AutogradCPU, m) {
+  m.impl("cross_connect", &fastroute::cross_connect_autograd);
+  m.impl("mix", &fastroute::mix_autograd);
+}
+
+TORCH_LIBRARY_IMPL(fastroute_native, CompositeExplicitAutograd, m) {
+  m.impl("name_backend", [](bool named) { fastroute::backend_is_named = named; });
+}
