@@ -179,7 +179,7 @@ class SparseRouter(Tempered, nn.Module):
         # A permutation, here as in divide: no sum in it, so that backward adds nothing in an order left to chance.
         y = _take(y, _order(routing.chosen).argsort())
         weights = routing.gates.gather(1, routing.chosen).to(accumulate_dtype(y.dtype))
-        return mix(list(y.chunk(k)) if batch else [y] * k, weights.unsqueeze(-1))[0]
+        return mix(y.chunk(k), weights.unsqueeze(-1))[0]
 
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):

@@ -14,6 +14,8 @@ def convs(n, channels=6, out=5, **options):
 def spread(router):
     """A gate whose scores differ from sample to sample enough to use every path."""
     nn.init.normal_(router.w2, std=3.0)
+    if router.b2 is not None:
+        nn.init.normal_(router.b2, std=0.1)
     return router
 
 
@@ -61,7 +63,7 @@ def test_each_path_sees_its_samples_alone():
     router, seen = spread(SparseRouter(6, convs(4), top_k=2)), {}
     for j, path in enumerate(router.paths):
         path.register_forward_pre_hook(lambda _, args, j=j: seen.update({j: args[0]}))
-    x = torch.randn(32, 6, 4, 4)
+    x = torch.randn(32, 6, 4, 4) + 2 * torch.randn(32, 6, 1, 1)  # samples of means far apart, for every path some
     _, routing = router(x, return_routing=True)
     assert isinstance(routing, SparseRouting)
     assert routing.gates.shape == routing.scores.shape == (32, 4)
