@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastroute.nn._temperature import Tempered
 from fastroute.ops import cross_connect
 from fastroute.ops._paths import MAX_PATHS, path_list
 
@@ -15,21 +16,21 @@ class Routing(NamedTuple):
     """What a router decided for each sample.
 
     gates: (N, m, n); `gates[s, i, j]` is the weight of input i in output j, and each row i sums to 1.
-    scores: (N, m, n), the relevance scores, before softmax.
+    scores: (N, m, n), the relevance scores A, before the temperature and softmax.
     """
 
     gates: Tensor
     scores: Tensor
 
 
-class CrossConnection(nn.Module):
+class CrossConnection(Tempered, nn.Module):
     """Route m parallel tensors to n by gates that the tensors themselves compute (§3.2, Alg. 2).
 
     For each input path i, with its own weights:
 
         Z_i = mean of X_i over space                    (Eq. 3.3)
         A_i = W2_i ReLU(W1_i Z_i + b1_i) + b2_i         (Eq. 3.4)
-        G_i = softmax(A_i)                              (Eq. 3.5)
+        G_i = softmax(A_i / T)                          (Eq. 3.5, where T = 1)
         Y_j = Σ_i g_ij X_i                              (Eq. 3.7)
 
     The second layer starts near zero, so that training starts from even gates: 1/n each.
@@ -41,6 +42,7 @@ class CrossConnection(nn.Module):
         gate_channels: G, the width of the gate's hidden layer. None or 0 leaves that out: A_i = W2_i Z_i + b2_i, the
             linear gate of Eq. 3.9.
         bias: whether the gate's layers have biases.
+        temperature: T > 0, an attribute that may be changed at any time: high for even gates, low for sharp ones.
 
     Parameters: w1 (m, G, C), b1 (m, G), w2 (m, n, G), b2 (m, n); w2 is (m, n, C), and w1 and b1 are None, without a
     hidden layer.
@@ -70,6 +72,7 @@ class CrossConnection(nn.Module):
         gate_channels: int | None = 16,
         bias: bool = True,
         *,
+        temperature: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -83,6 +86,7 @@ class CrossConnection(nn.Module):
             raise ValueError(f"gate_channels is {gate_channels}; it must be at least 1, or None for a linear gate")
         self.channels, self.in_paths, self.out_paths = channels, in_paths, out_paths
         self.gate_channels = gate_channels or None
+        self.temperature = temperature
 
         def parameter(*shape):
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -114,12 +118,18 @@ class CrossConnection(nn.Module):
             raise ValueError(
                 f"xs[0] has shape {tuple(xs[0].shape)}; it must be (N, C, *S) with channels={self.channels}"
             )
-        outputs, gates, scores = cross_connect(xs, self.w1, self.b1, self.w2, self.b2)
+        w2, b2, temperature = self.w2, self.b2, self.temperature
+        if temperature != 1:  # the scores are linear in the second layer, so the operator need not know
+            w2, b2 = w2 / temperature, None if b2 is None else b2 / temperature
+        outputs, gates, scores = cross_connect(xs, self.w1, self.b1, w2, b2)
+        if temperature != 1 and return_routing:
+            scores = scores * temperature
         return (outputs, Routing(gates, scores)) if return_routing else outputs
 
     def extra_repr(self) -> str:
         bias = "" if self.b2 is not None else ", bias=False"
+        temperature = "" if self.temperature == 1 else f", temperature={self.temperature}"
         return (
             f"{self.channels}, in_paths={self.in_paths}, out_paths={self.out_paths}, "
-            f"gate_channels={self.gate_channels}{bias}"
+            f"gate_channels={self.gate_channels}{bias}{temperature}"
         )

@@ -3,12 +3,21 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastroute.nn import CrossConnection, Routing
 
 
 def paths(m, *shape, **options):
     return [torch.randn(shape, **options) for _ in range(m)]
+
+
+def drawn(router):
+    """A router whose second layer is far from its start, where it would hardly show in the outputs."""
+    for parameter in (router.w2, router.b2):
+        if parameter is not None:
+            nn.init.normal_(parameter)
+    return router
 
 
 def plain(router, xs):
@@ -18,15 +27,19 @@ def plain(router, xs):
         hidden = x.flatten(2).mean(-1)
         if router.w1 is not None:
             hidden = torch.relu(hidden @ router.w1[i].T + (0 if router.b1 is None else router.b1[i]))
-        gates.append(torch.softmax(hidden @ router.w2[i].T + (0 if router.b2 is None else router.b2[i]), -1))
+        scores = hidden @ router.w2[i].T + (0 if router.b2 is None else router.b2[i])
+        gates.append(torch.softmax(scores / router.temperature, -1))
     return [sum(gates[i][:, j, None, None, None] * x for i, x in enumerate(xs)) for j in range(router.out_paths)]
 
 
 @pytest.mark.parametrize("in_paths, out_paths", [(1, 2), (2, 2), (3, 1), (2, 5)])
-@pytest.mark.parametrize("options", [{}, {"gate_channels": None}, {"gate_channels": 5, "bias": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gate_channels": None}, {"gate_channels": 5, "bias": False}, {"temperature": 0.3}],
+    ids=str,
+)
 def test_is_algorithm_2(in_paths, out_paths, options):
-    router = CrossConnection(6, in_paths, out_paths, **options, dtype=torch.float64)
-    nn.init.normal_(router.w2)
+    router = drawn(CrossConnection(6, in_paths, out_paths, **options, dtype=torch.float64))
     xs = paths(in_paths, 3, 6, 4, 5, dtype=torch.float64)
     for actual, expected in zip(router(xs), plain(router, xs), strict=True):
         torch.testing.assert_close(actual, expected)
@@ -67,6 +80,46 @@ def test_gradients_reach_every_parameter_and_input():
         assert tensor.grad is not None and tensor.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_temperature_divides_the_scores(bias):
+    router = drawn(CrossConnection(6, 2, 3, bias=bias, dtype=torch.float64))
+    xs = paths(2, 4, 6, 5, 5, dtype=torch.float64)
+    _, expected = router(xs, return_routing=True)
+    for temperature in (3, 0.25):
+        router.temperature = temperature
+        _, routing = router(xs, return_routing=True)
+        torch.testing.assert_close(routing.scores, expected.scores)
+        torch.testing.assert_close(routing.gates, (expected.scores / temperature).softmax(-1))
+    router.temperature = 1
+    assert torch.equal(router(xs, return_routing=True)[1].gates, expected.gates)
+    assert "temperature" not in router.state_dict()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradients_at_a_temperature(temperature):
+    router = drawn(CrossConnection(3, 2, 2, 4, temperature=temperature, dtype=torch.float64))
+    names, parameters = zip(*router.named_parameters(), strict=True)
+    xs = paths(2, 2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def function(*tensors):
+        state, xs = dict(zip(names, tensors, strict=False)), list(tensors[len(names) :])
+        outputs, routing = torch.func.functional_call(router, state, (xs, True))
+        return *outputs, *routing
+
+    assert torch.autograd.gradcheck(function, (*parameters, *xs))
+
+
+def test_annealing_compiles_once_more():
+    router, xs = drawn(CrossConnection(6, 2, 3)), paths(2, 4, 6, 5, 5)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(router, fullgraph=True, backend=counter)
+    for temperature in (1, 4, 2, 0.5):
+        router.temperature = temperature
+        for actual, expected in zip(compiled(xs), router(xs), strict=True):
+            torch.testing.assert_close(actual, expected)
+    assert counter.frame_count == 2
+
+
 def test_parameters_are_optional_and_take_factory_arguments():
     assert {name for name, _ in CrossConnection(6, 2, 3, gate_channels=0).named_parameters()} == {"w2", "b2"}
     assert {name for name, _ in CrossConnection(6, 2, 3, bias=False).named_parameters()} == {"w1", "w2"}
@@ -93,6 +146,7 @@ def test_compiles_without_a_break():
 def test_repr_is_its_arguments():
     assert repr(CrossConnection(6, 2, 3)) == "CrossConnection(6, in_paths=2, out_paths=3, gate_channels=16)"
     assert "gate_channels=None, bias=False" in repr(CrossConnection(6, 2, 3, gate_channels=0, bias=False))
+    assert repr(CrossConnection(6, 2, 3, temperature=2)).endswith("gate_channels=16, temperature=2.0)")
 
 
 @pytest.mark.parametrize(
@@ -102,11 +156,22 @@ def test_repr_is_its_arguments():
         ({"in_paths": 0}, "in_paths is 0; it must be 1 to 8"),
         ({"out_paths": 9}, "out_paths is 9; it must be 1 to 8"),
         ({"gate_channels": -1}, "gate_channels is -1"),
+        ({"temperature": 0}, "temperature is 0; it must be positive and finite"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"temperature": math.nan}, "temperature is nan"),
     ],
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         CrossConnection(**{"channels": 6, "in_paths": 2, "out_paths": 2, **arguments})
+
+
+def test_a_wrong_temperature_is_refused_later_too():
+    router = CrossConnection(6, 2, 2)
+    with pytest.raises(ValueError, match="temperature is 0"):
+        router.temperature = 0
+    assert router.temperature == 1
 
 
 @pytest.mark.parametrize(

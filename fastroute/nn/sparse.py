@@ -1,0 +1,235 @@
+"""Sparse multi-path layers: each sample is sent to a few of the paths, and only those compute (§5.3)."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastroute.nn._temperature import Tempered
+from fastroute.ops import mix
+from fastroute.ops._paths import DTYPES, MAX_PATHS, accumulate_dtype, channels_last, path_list
+
+GATES = ("straight_through", "renormalized", "softmax")
+
+
+class SparseRouting(NamedTuple):
+    """What a sparse router decided for each sample, for n paths of which k run.
+
+    gates: (N, n), the weight of each path in a sample's output; 0 for the paths it was not sent to.
+    scores: (N, n), the relevance scores A of every path, before the temperature and softmax.
+    chosen: (N, k) int64, the paths that a sample was sent to, the best first.
+    load: (n,) int64, how many samples each path was sent; their sum is N·k.
+    """
+
+    gates: Tensor
+    scores: Tensor
+    chosen: Tensor
+    load: Tensor
+
+
+class SparseRouter(Tempered, nn.Module):
+    """Divide samples among n paths, compute each path on its samples alone, and accumulate the results (§5.3).
+
+    One gate decides for the layer, where `CrossConnection` has one for each path:
+
+        A = W2 ReLU(W1 mean(X) + b1) + b2               (Eq. 3.3, 3.4)
+        K = the k paths with the highest A
+        Y = Σ_{j ∈ K} g_j path_j(X)
+
+    By `gates`, the weights g and what the gate learns from are:
+
+    - "straight_through": g = softmax of the chosen scores, which sums to 1; the gradient is that of the softmax over
+      all n paths, so that a gate learns even where k = 1 and g is 1 whatever the score.
+    - "renormalized": the same g with its own gradient. It is 0 for k = 1: the gate then learns from the scores alone.
+    - "softmax": g = the chosen entries of the softmax over all n paths, with its own gradient. They sum to less than 1.
+
+    For k = n all three are the softmax over all paths. Divided by the temperature, scores give other weights, and the
+    same choice. Nothing here evens out the load: that takes a loss on the scores, as a clustering objective (§5.3).
+
+    A path without samples does not run. Its parameters get no gradient from that step, for which
+    `DistributedDataParallel` needs `find_unused_parameters=True`. Batch normalisation in a path sees the path's samples
+    alone, so its statistics are those of what the path is sent; in training it raises on a single sample of spatial
+    size 1, as anywhere. A batch of 0 samples passes through the first path, for the shape of its output.
+
+    How many samples a path gets is read on the host: one synchronisation for each call on a GPU, and a graph break
+    under `torch.compile`, so `fullgraph=True` and `torch.export` do not take this layer.
+
+    Args:
+        channels: C, the channels of the input.
+        paths: n modules, each from (M, C, *S) for any M ≥ 1 to outputs of one shape beside M; or their number n, for a
+            router that owns no modules: `divide` and `accumulate` are then called around the paths' computation.
+        top_k: k, how many paths each sample is sent to, 1 to n and at most 8.
+        gate_channels: G, the width of the gate's hidden layer; None or 0 leaves it out, as in `CrossConnection`.
+        bias: whether the gate's layers have biases.
+        gates: "straight_through", "renormalized" or "softmax".
+        temperature: T > 0, an attribute that may be changed at any time: the softmax is that of A / T.
+        device, dtype: of the gate's parameters.
+
+    Parameters: w1 (G, C), b1 (G,), w2 (n, G), b2 (n,), as in `CrossConnection`, beside those of `paths`.
+
+    Shape:
+        x: (N, C, *S), with up to three spatial sizes; NCHW and channels_last reach the paths as they are.
+        output: (N, …) as the paths give it; with `return_routing=True` also a `SparseRouting`.
+
+    Example:
+        >>> router = SparseRouter(16, [nn.Conv2d(16, 32, 3, padding=1) for _ in range(4)], top_k=1)
+        >>> y, routing = router(torch.randn(8, 16, 10, 10), return_routing=True)
+        >>> y.shape, routing.gates.shape, int(routing.load.sum())
+        (torch.Size([8, 32, 10, 10]), torch.Size([8, 4]), 8)
+
+    Raises:
+        TypeError: paths are not modules, or x is not a floating-point tensor.
+        ValueError: an argument is out of its range, x has another shape, or the paths return another number of samples.
+        RuntimeError: called as a module without modules for its paths.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        paths: Iterable[nn.Module] | int,
+        top_k: int = 1,
+        gate_channels: int | None = 16,
+        bias: bool = True,
+        *,
+        gates: str = "straight_through",
+        temperature: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels is {channels}; it must be at least 1")
+        if isinstance(paths, int):
+            self.paths, n = None, paths
+        elif isinstance(paths, Iterable):
+            paths = list(paths)
+            for i, path in enumerate(paths):
+                if not isinstance(path, nn.Module):
+                    raise TypeError(f"paths[{i}] is a {type(path).__name__}; it must be a module")
+            self.paths, n = nn.ModuleList(paths), len(paths)
+        else:
+            raise TypeError(f"paths is a {type(paths).__name__}; it must be a list of modules, or their number")
+        if n < 1:
+            raise ValueError(f"paths has {n} paths; it must have at least 1")
+        if not 1 <= top_k <= min(n, MAX_PATHS):
+            raise ValueError(f"top_k is {top_k}; it must be 1 to {min(n, MAX_PATHS)} for {n} paths")
+        if gate_channels is not None and gate_channels < 0:
+            raise ValueError(f"gate_channels is {gate_channels}; it must be at least 1, or None for a linear gate")
+        if gates not in GATES:
+            raise ValueError(f"gates is {gates!r}; it must be one of {', '.join(map(repr, GATES))}")
+        self.channels, self.num_paths, self.top_k, self.gates = channels, n, top_k, gates
+        self.gate_channels = gate_channels or None
+        self.temperature = temperature
+
+        def parameter(*shape):
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        hidden = self.gate_channels is not None
+        self.w1 = parameter(gate_channels, channels) if hidden else None
+        self.b1 = parameter(gate_channels) if hidden and bias else None
+        self.w2 = parameter(n, gate_channels if hidden else channels)
+        self.b2 = parameter(n) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start the gate as `CrossConnection` does: the first layer as `nn.Linear`, the second near zero."""
+        bound = 1 / math.sqrt(self.channels)
+        for parameter in (self.w1, self.b1):
+            if parameter is not None:
+                nn.init.uniform_(parameter, -bound, bound)
+        nn.init.normal_(self.w2, std=0.001)
+        if self.b2 is not None:
+            nn.init.zeros_(self.b2)
+
+    def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, SparseRouting]:
+        if self.paths is None:
+            raise RuntimeError(
+                f"this router was built for paths={self.num_paths} without their modules; "
+                "give it the modules, or call divide and accumulate"
+            )
+        parts, routing = self.divide(x)
+        running = [j for j, part in enumerate(parts) if part.shape[0]] or [0]
+        y = self.accumulate([self.paths[j](parts[j]) for j in running], routing)
+        return (y, routing) if return_routing else y
+
+    def divide(self, x: Tensor) -> tuple[list[Tensor], SparseRouting]:
+        """The samples of x (N, C, *S) for each path, in their order: n tensors (load[j], C, *S); and the routing."""
+        self._check(x)
+        routing = self._route(x)
+        copies = x if self.top_k == 1 else torch.cat([x] * self.top_k)
+        parts = _take(copies, _order(routing.chosen)).split(routing.load.tolist())
+        return list(parts), routing
+
+    def accumulate(self, ys: Sequence[Tensor], routing: SparseRouting) -> Tensor:
+        """The weighted sum (N, …) of the paths' outputs, for the samples that `divide` gave them.
+
+        Args:
+            ys: (load[j], …) for each path j in turn; the outputs of paths without samples may be left out.
+            routing: what `divide` returned. Gradients reach the gate through `routing.gates`.
+        """
+        batch, k = routing.chosen.shape
+        ys = path_list("ys", ys)
+        samples = sum(y.shape[0] for y in ys)
+        if not ys or samples != batch * k:
+            raise ValueError(f"ys have {samples} samples in all; they must have the {batch * k} that were divided")
+        y = torch.cat(ys)
+        # A permutation, here as in divide: no sum in it, so that backward adds nothing in an order left to chance.
+        y = _take(y, _order(routing.chosen).argsort())
+        weights = routing.gates.gather(1, routing.chosen).to(accumulate_dtype(y.dtype))
+        return mix(y.chunk(k), weights.unsqueeze(-1))[0]
+
+    def _check(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x is a {type(x).__name__}; it must be a tensor (N, C, *S)")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"x has dtype {x.dtype}; it must be a floating-point type")
+        if x.dim() < 2 or x.shape[1] != self.channels:
+            raise ValueError(f"x has shape {tuple(x.shape)}; it must be (N, C, *S) with channels={self.channels}")
+
+    def _route(self, x: Tensor) -> SparseRouting:
+        dtype = accumulate_dtype(x.dtype)
+        w1, b1, w2, b2 = (None if p is None else p.to(dtype) for p in (self.w1, self.b1, self.w2, self.b2))
+        hidden = x.mean(tuple(range(2, x.dim())), dtype=dtype) if x.dim() > 2 else x.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):  # scores as precise as everywhere: float32 or better
+            if w1 is not None:
+                hidden = F.relu(F.linear(hidden, w1, b1))
+            scores = F.linear(hidden, w2, b2)
+
+        logits = scores / self.temperature
+        chosen = scores.topk(self.top_k, dim=1).indices
+        if self.gates == "softmax":
+            weights = logits.softmax(1).gather(1, chosen)
+        else:
+            weights = logits.gather(1, chosen).softmax(1)
+            if self.gates == "straight_through":
+                soft = logits.softmax(1).gather(1, chosen)
+                weights = weights.detach() + (soft - soft.detach())
+        gates = torch.zeros_like(scores).scatter(1, chosen, weights)
+        load = torch.bincount(chosen.flatten(), minlength=self.num_paths)
+        return SparseRouting(gates, scores, chosen, load)
+
+    def extra_repr(self) -> str:
+        paths = "" if self.paths is not None else f"paths={self.num_paths}, "
+        bias = "" if self.b2 is not None else ", bias=False"
+        temperature = "" if self.temperature == 1 else f", temperature={self.temperature}"
+        return (
+            f"{self.channels}, {paths}top_k={self.top_k}, gate_channels={self.gate_channels}{bias}, "
+            f"gates={self.gates!r}{temperature}"
+        )
+
+
+def _order(chosen: Tensor) -> Tensor:
+    """The samples of each path in turn, as places among k batches on end: all first choices, all second, and so on."""
+    batch, k = chosen.shape
+    order = chosen.flatten().argsort(stable=True)
+    return order if k == 1 else order % k * batch + order // k
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] in x's memory format; `index_select` alone returns NCHW."""
+    if x.is_contiguous() or not channels_last(x):
+        return x.index_select(0, index)
+    return x.movedim(1, -1).index_select(0, index).movedim(-1, 1)
