@@ -18,8 +18,9 @@ TORCH_LIBRARY(fastroute_native, m) {
       "mix_backward(Tensor[] grad_outputs, Tensor[] xs, Tensor gates, bool grad_inputs)"
       " -> (Tensor[] grad_xs, Tensor grad_gates)");
   // Which of its passes the CPU backward takes for m inputs x and their n gradients, all alike: past the caches or
-  // through them, a channel's value by rows or by elements, and whether the next sample is asked for meanwhile.
-  m.def("cpu_plan(Tensor x, int m, int n) -> (bool streamed, bool by_rows, bool looks_ahead)");
+  // through them, a channel's value by rows or by elements, and whether the next sample is asked for meanwhile; and
+  // whether in the forward all threads take each sample together.
+  m.def("cpu_plan(Tensor x, int m, int n) -> (bool streamed, bool by_rows, bool looks_ahead, bool shared)");
   // Whether the user has named a backend: then direct.cpp sends all calls through Python, which makes the choice.
   m.def("name_backend(bool named) -> ()");
   // What the libraries were built from, so that a stale build is seen: a hash of csrc, and the version of torch.

@@ -22,20 +22,33 @@ void forward_kernel(
     accumulate_t<T>* gates, accumulate_t<T>* scores, accumulate_t<T>* pooled, accumulate_t<T>* hidden) {
   using A = accumulate_t<T>;
   const bool stream = streamable(ys, g);
-  const std::vector<A> w1 = transposed(gate.w1, gate.m, gate.hidden, gate.channels);
+  constexpr int64_t kTransposeFrom = 8;  // samples
+  const bool transposes = g.batch >= kTransposeFrom && gate.hidden;
+  const std::vector<A> w1 =
+      transposes ? transposed(gate.w1, gate.m, gate.hidden, gate.channels) : std::vector<A>();
+  const auto gate_sample = [&](int64_t s) {
+    gate.forward(
+        pooled + s * gate.m * g.channels, transposes ? w1.data() : nullptr, hidden + s * gate.m * gate.hidden, scores + s * gate.m * gate.n,
+        gates + s * gate.m * gate.n);
+  };
+  if (shares_samples(g, gate.m + gate.n, sizeof(T))) {
+    pool_together(xs, g, pooled);
+    for (int64_t s = 0; s < g.batch; ++s) gate_sample(s);
+    mix_together(xs, gates, gate.m * gate.n, ys, g, stream);
+    return;
+  }
   for_samples(g, gate.m + gate.n, sizeof(T), [&](int64_t begin, int64_t end) {
     std::vector<A> scratch(g.channels_last ? fold_of<T>(g) * g.channels : 0);
     WeightedSums<T> sums;
     for (int64_t s = begin; s < end; ++s) {
       const auto x = xs.sample(s);
       A* z = pooled + s * gate.m * g.channels;
-      A* sample_gates = gates + s * gate.m * gate.n;
       for (int64_t i = 0; i < gate.m; ++i) pool(x[i], g, z + i * g.channels, scratch.data());
-      gate.forward(z, w1.data(), hidden + s * gate.m * gate.hidden, scores + s * gate.m * gate.n, sample_gates);
+      gate_sample(s);
       sums.xs = x;
       sums.ys = ys.sample(s);
       sums.n = gate.n;
-      transpose_weights(sample_gates, gate.m, gate.n, sums.weights);
+      transpose_weights(gates + s * gate.m * gate.n, gate.m, gate.n, sums.weights);
       look_ahead(sums, {&xs}, s, g);
       mix_sample(sums, gate.m, g, stream);
     }
@@ -183,12 +196,13 @@ Backward cross_connect_backward(
   return {std::move(grad_xs), grad_w1, grad_b1, grad_w2, grad_b2};
 }
 
-std::tuple<bool, bool, bool> cpu_plan(const at::Tensor& x, int64_t m, int64_t n) {
+std::tuple<bool, bool, bool, bool> cpu_plan(const at::Tensor& x, int64_t m, int64_t n) {
   const Geometry g(x);
   return dispatch(x.scalar_type(), [&]<typename T>() {
     const std::vector<at::Tensor> inputs(m, x);
     return std::make_tuple(
-        streamable(Paths<T>(inputs), g), addend_of<T>(g) == Addend::kRow, looks_ahead(g, m + n, sizeof(T), 0));
+        streamable(Paths<T>(inputs), g), addend_of<T>(g) == Addend::kRow, looks_ahead(g, m + n, sizeof(T), 0),
+        shares_samples(g, m + n, sizeof(T)));
   });
 }
 

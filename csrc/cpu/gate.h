@@ -82,13 +82,18 @@ struct Gate {
   int64_t m, n, channels, hidden;  // hidden is 0 for the linear gate
   const A *w1, *b1, *w2, *b2;      // (m, G, C), (m, G), (m, n, G), (m, n); absent ones null
 
-  // pooled (m, C) -> h (m, G), scores (m, n), gates (m, n); w1_transposed is (m, C, G)
+  // pooled (m, C) -> h (m, G), scores (m, n), gates (m, n); w1_transposed is (m, C, G), or null for few samples, for
+  // which to transpose it does not pay
   void forward(const A* pooled, const A* w1_transposed, A* h, A* scores, A* gates) const {
     const int64_t width = hidden ? hidden : channels;
     for (int64_t i = 0; i < m; ++i) {
       const A* z = pooled + i * channels;
       A* layer = h + i * hidden;
-      weighted_rows(z, w1_transposed + i * channels * hidden, channels, hidden, layer);
+      if (w1_transposed) {
+        weighted_rows(z, w1_transposed + i * channels * hidden, channels, hidden, layer);
+      } else {
+        for (int64_t k = 0; k < hidden; ++k) layer[k] = dot(w1 + (i * hidden + k) * channels, z, channels);
+      }
       for (int64_t k = 0; k < hidden; ++k) {
         if (b1) layer[k] += b1[i * hidden + k];
         if (layer[k] <= 0) layer[k] = 0;  // a NaN stays one

@@ -88,6 +88,85 @@ void look_ahead(WeightedSums<T>& sums, std::initializer_list<const Paths<const T
   }
 }
 
+// weights[j][i] of one sample from a row-major (m, n) matrix whose [i][j] is the weight of input i in output j.
+template <typename A, typename Weights>
+void transpose_weights(const A* gates, int64_t m, int64_t n, Weights& weights) {
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) weights[j][i] = gates[i * n + j];
+}
+
+template <typename A, typename Weights>
+void copy_weights(const A* gates, int64_t m, int64_t n, Weights& weights) {
+  for (int64_t i = 0; i < m; ++i) std::copy_n(gates + i * n, n, weights[i].begin());
+}
+
+// Whether samples are so few and so large that all threads work on each together.
+inline bool shares_samples(const Geometry& g, int64_t paths, int64_t itemsize) {
+  return g.batch < at::get_num_threads() && paths * g.elements() * itemsize > 8 * kGrainBytes;
+}
+
+// The means over space (N, m, C), each sample taken by all threads.
+template <typename T>
+void pool_together(const Paths<const T>& xs, const Geometry& g, accumulate_t<T>* pooled) {
+  using A = accumulate_t<T>;
+  const A size = static_cast<A>(g.size);
+  const int64_t maps = g.batch * xs.count;
+  const auto map = [&](int64_t k) { return xs.data[k % xs.count] + k / xs.count * xs.stride[k % xs.count]; };
+  if (!g.channels_last) {
+    const int64_t grain = std::max<int64_t>(1, kGrainBytes / (g.size * static_cast<int64_t>(sizeof(T))));
+    at::parallel_for(0, maps * g.channels, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        pooled[k] = sum(map(k / g.channels) + k % g.channels * g.size, g.size) / size;
+      }
+    });
+    return;
+  }
+  // Blocks of pixels of a fixed size, so that the result does not depend on the number of threads.
+  const int64_t pixels = std::max<int64_t>(1, kGrainBytes / (g.channels * static_cast<int64_t>(sizeof(T))));
+  const int64_t blocks = (g.size + pixels - 1) / pixels;
+  std::vector<A> parts(maps * blocks * g.channels);
+  at::parallel_for(0, maps * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t first = k % blocks * pixels;
+      add_rows(
+          map(k / blocks) + first * g.channels, std::min(pixels, g.size - first), g.channels,
+          parts.data() + k * g.channels);
+    }
+  });
+  for (int64_t k = 0; k < maps; ++k) {
+    for (int64_t c = 0; c < g.channels; ++c) {
+      A total = 0;
+      for (int64_t b = 0; b < blocks; ++b) total += parts[(k * blocks + b) * g.channels + c];
+      pooled[k * g.channels + c] = total / size;
+    }
+  }
+}
+
+// y_j = Σ_i weights[i][j] x_i with weights (m, n) for each sample, which all threads take together (Eq. 3.7).
+template <typename T>
+void mix_together(
+    const Paths<const T>& xs, const accumulate_t<T>* weights, int64_t weights_stride, const Paths<T>& ys,
+    const Geometry& g, bool stream) {
+  const auto run = WeightedSums<T>::template choose<Addend::kNone>(xs.count, stream);
+  const int64_t blocks = (g.elements() + kBlock - 1) / kBlock;
+  at::parallel_for(0, g.batch * blocks, 1, [&](int64_t begin, int64_t end) {
+    WeightedSums<T> sums;
+    sums.n = ys.count;
+    int64_t prepared = -1;
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t s = k / blocks, first = k % blocks * kBlock;
+      if (s != prepared) {
+        sums.xs = xs.sample(s);
+        sums.ys = ys.sample(s);
+        transpose_weights(weights + s * weights_stride, xs.count, ys.count, sums.weights);
+        prepared = s;
+      }
+      (sums.*run)(first, 1, std::min(kBlock, g.elements() - first));
+    }
+    stream_fence();
+  });
+}
+
 // y_j = Σ_i weights[j][i] x_i over one sample (Eq. 3.7).
 template <typename T>
 void mix_sample(const WeightedSums<T>& sums, int64_t m, const Geometry& g, bool stream) {
@@ -147,18 +226,6 @@ std::array<std::array<double, kMaxPaths>, kMaxPaths> inner_products_of_sample(
     inner_products(advance(xs, m, e), m, advance(ys, n, e), n, std::min(kBlock, g.elements() - e), total);
   }
   return total;
-}
-
-// weights[j][i] of one sample from a row-major (m, n) matrix whose [i][j] is the weight of input i in output j.
-template <typename A, typename Weights>
-void transpose_weights(const A* gates, int64_t m, int64_t n, Weights& weights) {
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j < n; ++j) weights[j][i] = gates[i * n + j];
-}
-
-template <typename A, typename Weights>
-void copy_weights(const A* gates, int64_t m, int64_t n, Weights& weights) {
-  for (int64_t i = 0; i < m; ++i) std::copy_n(gates + i * n, n, weights[i].begin());
 }
 
 }  // namespace fastroute

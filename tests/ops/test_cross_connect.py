@@ -260,7 +260,23 @@ def test_backends_agree_on_strides():
         assert strides[0] == strides[1]
 
 
-def test_plan_of_the_native_passes():
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_large_sample(two_threads, layout, dtype):
+    """Which all threads take together."""
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    check(paths(2, (1, 24, 56, 57), dtype, layout), parameters(2, 3, 24, dtype=precise))
+
+
+def test_plan_of_the_native_passes(two_threads):
     """Which passes the cases of this file go through, so that each of them is known to have run."""
     if reason := BACKENDS["native"].reason_against(torch.device("cpu"), torch.float32):
         pytest.skip(reason)
@@ -268,11 +284,13 @@ def test_plan_of_the_native_passes():
         ops.mix([torch.zeros(1, 1)], torch.ones(1, 1))  # loads the library
     plan = torch.ops.fastroute_native.cpu_plan
     for shape, layout, expected in [
-        ((3, 16, 8, 8), "contiguous", (False, True, True)),
-        ((3, 16, 8, 8), "channels_last", (False, False, True)),
-        ((3, 33, 1, 5), "contiguous", (False, False, True)),
-        ((1, 16, 8, 8), "contiguous", (False, True, False)),  # there is no next sample
-        ((5, 64, 64, 64), "contiguous", (True, True, False)),  # two samples do not fit in the cache
+        ((3, 16, 8, 8), "contiguous", (False, True, True, False)),
+        ((3, 16, 8, 8), "channels_last", (False, False, True, False)),
+        ((3, 33, 1, 5), "contiguous", (False, False, True, False)),
+        ((1, 16, 8, 8), "contiguous", (False, True, False, False)),  # there is no next sample
+        ((5, 64, 64, 64), "contiguous", (True, True, False, False)),  # two samples do not fit in the cache
+        ((1, 24, 56, 57), "contiguous", (False, True, False, True)),
+        ((1, 24, 56, 57), "channels_last", (False, False, False, True)),
     ]:
         x = paths(1, shape, layout=layout)[0]
         assert plan(x, 2, 2) == expected, (shape, layout)

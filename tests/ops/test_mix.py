@@ -26,6 +26,7 @@ def test_outputs_and_every_gradient(backend, static, layout, dtype):
         (8, 1, (2, 5)),
         (1, 8, (0, 4, 3)),
         (4, 4, (2, 130, 13)),
+        (2, 3, (1, 24, 56, 57)),  # which all threads take together
     ]:
         size = (m, n) if static else (shape[0], m, n)
         precise = torch.float64 if dtype == torch.float64 else torch.float32
