@@ -1,6 +1,16 @@
 """Modules: the routing layers, and the containers that hold parallel paths."""
 
-from fastroute.nn.cross_connection import CrossConnection, Routing
+from fastroute.nn.cross_connection import CrossConnection
+from fastroute.nn.cross_prediction import CrossPrediction2d, CrossPredictionLinear
 from fastroute.nn.multipath import MultiPathNetwork, ParallelPaths
+from fastroute.nn.router import Router, Routing
 
-__all__ = ["CrossConnection", "MultiPathNetwork", "ParallelPaths", "Routing"]
+__all__ = [
+    "CrossConnection",
+    "CrossPrediction2d",
+    "CrossPredictionLinear",
+    "MultiPathNetwork",
+    "ParallelPaths",
+    "Router",
+    "Routing",
+]
