@@ -2,6 +2,7 @@
 
 from fastroute.nn.cross_connection import CrossConnection
 from fastroute.nn.cross_prediction import CrossPrediction2d, CrossPredictionLinear
+from fastroute.nn.cross_stitch import CrossStitch
 from fastroute.nn.multipath import MultiPathNetwork, ParallelPaths
 from fastroute.nn.router import Router, Routing
 
@@ -9,6 +10,7 @@ __all__ = [
     "CrossConnection",
     "CrossPrediction2d",
     "CrossPredictionLinear",
+    "CrossStitch",
     "MultiPathNetwork",
     "ParallelPaths",
     "Router",
