@@ -170,13 +170,17 @@ def demo(
 
 @app.command()
 def models(pattern: Annotated[str, typer.Argument(help="A shell pattern, such as '*cc*'.")] = "*") -> None:
-    """List the networks, with their parameters for 10 classes."""
+    """List the networks, with parameters and multiply-accumulates for one image as the thesis has them."""
     table = Table("network")
-    table.add_column("parameters", justify="right")
-    with torch.device("meta"):
-        for name in fastroute.models.list_models(pattern):
-            count = sum(p.numel() for p in fastroute.models.create_model(name).parameters())
-            table.add_row(name, f"{count:,}")
+    for column in ("parameters", "thesis, M", "MACs, M", "table"):
+        table.add_column(column, justify="right")
+    registry = fastroute.models
+    with torch.device("meta"), _plain_errors():
+        for name in registry.list_models(pattern):
+            info, model = registry.model_info(name), registry.create_model(name)
+            count = sum(parameter.numel() for parameter in model.parameters())
+            macs = registry.count_macs(model, (3, info.img_size, info.img_size)) / 1e6
+            table.add_row(name, f"{count:,}", info.params, f"{macs:,.1f}", info.table)
     Console().print(table)
 
 

@@ -37,6 +37,9 @@ def test_trains_on_digits_and_goes_on_from_a_checkpoint(tmp_path):
         rows = list(csv.DictReader(file))
     assert [(row["epoch"], float(row["lr"])) for row in rows] == [("1", 0.1), ("2", pytest.approx(0.01))]
 
+    ensemble = fastroute.models.Ensemble.from_checkpoints([folder / "best.ckpt", folder / "last.ckpt"])
+    assert ensemble(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+
 
 def test_config_file_sets_defaults_and_flags_win(tmp_path):
     config = tmp_path / "config.yaml"
@@ -71,9 +74,11 @@ def test_info_names_every_backend():
         assert all(name in result.output for name in names)
 
 
-def test_models_lists_parameters():
-    result = run("models", "*_cc2")
-    assert "resnet20_cc2" in result.output and "548,674" in result.output and "resnet20_x2" not in result.output
+def test_models_lists_parameters_and_macs_beside_the_thesis():
+    result = run("models", "resnet20_c?2")
+    rows = {row[0]: row[1:] for line in result.output.splitlines() if (row := line.replace("│", " ").split())}
+    assert rows["resnet20_cc2"] == ["548,674", "0.55", "81.4", "3.3"]
+    assert rows["resnet20_cp2"][:2] == ["593,054", "0.59"] and "resnet20_x2" not in result.output
 
 
 @pytest.mark.parametrize(
@@ -108,7 +113,8 @@ def test_runs_as_a_module():
 
 
 def test_import_needs_torch_alone():
-    unwanted = "{'pytorch_lightning', 'torchvision', 'torchmetrics', 'sklearn', 'typer', 'rich', 'yaml', 'PIL'}"
+    unwanted = {"pytorch_lightning", "torchvision", "torchmetrics", "sklearn", "typer", "rich", "yaml", "PIL"}
+    unwanted |= {"timm", "onnx", "safetensors"}
     result = python(f"import sys, fastroute; print(sorted({unwanted} & set(sys.modules)))")
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
 

@@ -1,6 +1,32 @@
-"""The named networks of the thesis."""
+"""The named networks of the thesis, and any network made multi-path."""
 
-from fastroute.models import cifar_resnet  # noqa: F401 (registers its networks)
-from fastroute.models.registry import create_model, list_models, register_model
+import sys
 
-__all__ = ["create_model", "list_models", "register_model"]
+from fastroute.models import (  # noqa: F401 (they register their networks)
+    cifar_resnet,
+    cnn,
+    convnet_aig,
+    highway,
+    hypernetwork,
+    imagenet_resnet,
+)
+from fastroute.models._cost import count_macs
+from fastroute.models._multipath import multipath
+from fastroute.models._timm import register_timm
+from fastroute.models.ensemble import Ensemble
+from fastroute.models.registry import ModelInfo, create_model, list_models, model_info, register_model
+
+__all__ = [
+    "Ensemble",
+    "ModelInfo",
+    "count_macs",
+    "create_model",
+    "list_models",
+    "model_info",
+    "multipath",
+    "register_model",
+    "register_timm",
+]
+
+if "timm" in sys.modules:
+    register_timm()

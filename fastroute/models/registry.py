@@ -4,43 +4,92 @@ import re
 from collections.abc import Callable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import partial
+from typing import NamedTuple
 
 from torch import nn
 
-_BUILDERS: dict[str, Callable[..., nn.Module]] = {}
+
+class ModelInfo(NamedTuple):
+    """What the registry knows of a network.
+
+    builder: called as `builder(num_classes=…, in_chans=…, img_size=…, **options)`.
+    num_classes, img_size: the defaults of `create_model`: those with which the thesis counts parameters.
+    table: where the thesis has it, such as "3.3", or "" for a network that it does not have.
+    params: the parameters as printed there, in millions, or "".
+    """
+
+    builder: Callable[..., nn.Module]
+    num_classes: int = 10
+    img_size: int = 32
+    table: str = ""
+    params: str = ""
 
 
-def register_model(builder: Callable[..., nn.Module], name: str | None = None) -> Callable[..., nn.Module]:
-    """Add a network to the registry, as a decorator or with a name of its own.
+_MODELS: dict[str, ModelInfo] = {}
+
+
+def register_model(
+    builder: Callable[..., nn.Module] | None = None,
+    name: str | None = None,
+    *,
+    num_classes: int = 10,
+    img_size: int = 32,
+    table: str = "",
+    params: str = "",
+) -> Callable[..., nn.Module]:
+    """Add a network to the registry: a function to call, or a decorator, with or without arguments.
 
     Args:
-        builder: called as `builder(num_classes=…, in_chans=…, img_size=…, **options)`.
+        builder: called as `builder(num_classes=…, in_chans=…, img_size=…, **options)`; None for a decorator.
         name: the name of the network; the builder's own by default.
+        num_classes, img_size, table, params: see `ModelInfo`.
 
     Raises:
         ValueError: the name is taken.
     """
+    if builder is None:
+        return partial(
+            register_model, name=name, num_classes=num_classes, img_size=img_size, table=table, params=params
+        )
     name = name or builder.__name__
-    if name in _BUILDERS:
+    if name in _MODELS:
         raise ValueError(f"name is {name!r}; a network of that name is registered already")
-    _BUILDERS[name] = builder
+    _MODELS[name] = ModelInfo(builder, num_classes, img_size, table, params)
     return builder
 
 
 def list_models(filter: str = "*") -> list[str]:
     """The names of all networks that match a shell pattern such as `"*cc*"`, in natural order."""
-    names = (name for name in _BUILDERS if fnmatchcase(name, filter))
+    names = (name for name in _MODELS if fnmatchcase(name, filter))
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
-def create_model(name: str, num_classes: int = 10, in_chans: int = 3, img_size: int = 32, **options) -> nn.Module:
+def model_info(name: str) -> ModelInfo:
+    """What the registry knows of a network.
+
+    Raises:
+        ValueError: there is no network of that name.
+    """
+    if name not in _MODELS:
+        near = get_close_matches(name, _MODELS, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "list_models() names all there are"
+        raise ValueError(f"name is {name!r}; there is no such network: {hint}")
+    return _MODELS[name]
+
+
+def create_model(
+    name: str, num_classes: int | None = None, in_chans: int = 3, img_size: int | None = None, **options
+) -> nn.Module:
     """Build a network by its name, with fresh weights.
 
     Args:
         name: one of `list_models()`.
-        num_classes: the number of logits.
+        num_classes: the number of logits. By default those of the thesis: 10 for networks of small images, 1000 for
+            ImageNet's, and 100 for those that it trains on 100 of ImageNet's classes.
         in_chans: the channels of the images.
-        img_size: the height and width of the images. Networks that end in global pooling take any.
+        img_size: the height and width of the images; by default 32, or 224 for ImageNet's networks. Networks that end
+            in global pooling take any.
         options: for the network itself, such as `routing=None` for the paths of a multi-path network without routers.
 
     Returns:
@@ -49,13 +98,15 @@ def create_model(name: str, num_classes: int = 10, in_chans: int = 3, img_size: 
 
     Raises:
         ValueError: there is no network of that name, or a size is less than 1.
+        ModuleNotFoundError: the network is torchvision's, which is not installed.
     """
-    if name not in _BUILDERS:
-        near = get_close_matches(name, _BUILDERS, n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "list_models() names all there are"
-        raise ValueError(f"name is {name!r}; there is no such network: {hint}")
-    sizes = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
+    info = model_info(name)
+    sizes = {
+        "num_classes": info.num_classes if num_classes is None else num_classes,
+        "in_chans": in_chans,
+        "img_size": info.img_size if img_size is None else img_size,
+    }
     for argument, size in sizes.items():
         if size < 1:
             raise ValueError(f"{argument} is {size}; it must be at least 1")
-    return _BUILDERS[name](**sizes, **options)
+    return info.builder(**sizes, **options)

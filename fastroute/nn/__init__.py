@@ -1,15 +1,20 @@
 """Modules: the routing layers, and the containers that hold parallel paths."""
 
-from fastroute.nn.cross_connection import CrossConnection, Routing
+from fastroute.nn.cross_connection import CrossConnection
+from fastroute.nn.cross_prediction import CrossPrediction2d, CrossPredictionLinear
 from fastroute.nn.cross_stitch import CrossStitch
 from fastroute.nn.multipath import MultiPathNetwork, ParallelPaths
+from fastroute.nn.router import Router, Routing
 from fastroute.nn.sparse import SparseRouter, SparseRouting
 
 __all__ = [
     "CrossConnection",
+    "CrossPrediction2d",
+    "CrossPredictionLinear",
     "CrossStitch",
     "MultiPathNetwork",
     "ParallelPaths",
+    "Router",
     "Routing",
     "SparseRouter",
     "SparseRouting",

@@ -1,29 +1,15 @@
 """Cross-connection routing as a layer (§3.2)."""
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastroute.nn._temperature import Tempered
+from fastroute.nn.router import Router, Routing
 from fastroute.ops import cross_connect
-from fastroute.ops._paths import MAX_PATHS, path_list
 
 
-class Routing(NamedTuple):
-    """What a router decided for each sample.
-
-    gates: (N, m, n); `gates[s, i, j]` is the weight of input i in output j, and each row i sums to 1.
-    scores: (N, m, n), the relevance scores A, before the temperature and softmax.
-    """
-
-    gates: Tensor
-    scores: Tensor
-
-
-class CrossConnection(Tempered, nn.Module):
+class CrossConnection(Router):
     """Route m parallel tensors to n by gates that the tensors themselves compute (§3.2, Alg. 2).
 
     For each input path i, with its own weights:
@@ -76,55 +62,18 @@ class CrossConnection(Tempered, nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
         if channels < 1:
             raise ValueError(f"channels is {channels}; it must be at least 1")
-        for name, paths in (("in_paths", in_paths), ("out_paths", out_paths)):
-            if not 1 <= paths <= MAX_PATHS:
-                raise ValueError(f"{name} is {paths}; it must be 1 to {MAX_PATHS}")
-        if gate_channels is not None and gate_channels < 0:
-            raise ValueError(f"gate_channels is {gate_channels}; it must be at least 1, or None for a linear gate")
-        self.channels, self.in_paths, self.out_paths = channels, in_paths, out_paths
-        self.gate_channels = gate_channels or None
-        self.temperature = temperature
-
-        def parameter(*shape):
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-
-        hidden = self.gate_channels is not None
-        self.w1 = parameter(in_paths, gate_channels, channels) if hidden else None
-        self.b1 = parameter(in_paths, gate_channels) if hidden and bias else None
-        self.w2 = parameter(in_paths, out_paths, gate_channels if hidden else channels)
-        self.b2 = parameter(in_paths, out_paths) if bias else None
+        super().__init__(channels, in_paths, out_paths, gate_channels, bias, temperature, device, dtype)
+        self.channels = channels
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start the first layer as `nn.Linear` does, and the second near zero: gates within about 0.001 of 1/n."""
-        bound = 1 / math.sqrt(self.channels)  # nn.Linear's Kaiming-uniform comes to this, for weight and bias
-        for parameter in (self.w1, self.b1):
-            if parameter is not None:
-                nn.init.uniform_(parameter, -bound, bound)
-        nn.init.normal_(self.w2, std=0.001)
-        if self.b2 is not None:
-            nn.init.zeros_(self.b2)
 
     def forward(
         self, xs: Sequence[Tensor], return_routing: bool = False
     ) -> list[Tensor] | tuple[list[Tensor], Routing]:
-        xs = path_list("xs", xs)
-        if len(xs) != self.in_paths:
-            raise ValueError(f"xs has {len(xs)} paths; this router takes in_paths={self.in_paths}")
-        if xs[0].dim() < 2 or xs[0].shape[1] != self.channels:
-            raise ValueError(
-                f"xs[0] has shape {tuple(xs[0].shape)}; it must be (N, C, *S) with channels={self.channels}"
-            )
-        w2, b2, temperature = self.w2, self.b2, self.temperature
-        if temperature != 1:  # the scores are linear in the second layer, so the operator need not know
-            w2, b2 = w2 / temperature, None if b2 is None else b2 / temperature
-        outputs, gates, scores = cross_connect(xs, self.w1, self.b1, w2, b2)
-        if temperature != 1 and return_routing:
-            scores = scores * temperature
-        return (outputs, Routing(gates, scores)) if return_routing else outputs
+        xs = self._checked(xs, self.channels, "channels")
+        outputs, gates, scores = cross_connect(xs, *self._gate())
+        return (outputs, self._routing(gates, scores)) if return_routing else outputs
 
     def extra_repr(self) -> str:
         bias = "" if self.b2 is not None else ", bias=False"

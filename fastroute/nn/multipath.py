@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastroute.nn.cross_connection import CrossConnection, Routing
+from fastroute.nn.router import Router, Routing
 
 
 class ParallelPaths(nn.ModuleList):
@@ -54,7 +54,7 @@ class MultiPathNetwork(nn.Module):
     def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, dict[str, Routing]]:
         xs, routing = [x], {}
         for name, layer in self.named_children():
-            if isinstance(layer, CrossConnection):
+            if isinstance(layer, Router):
                 xs, routing[name] = layer(xs, return_routing=True)
             else:
                 xs = layer(xs)

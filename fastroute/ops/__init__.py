@@ -1,6 +1,8 @@
 """Functional operators. Each file holds one operator: schema, checks, fake kernel, autograd and docstring."""
 
 from fastroute.ops.cross_connect import Routed, cross_connect
+from fastroute.ops.cross_predict import cross_predict
+from fastroute.ops.gate import Gates, gate
 from fastroute.ops.mix import mix
 
-__all__ = ["Routed", "cross_connect", "mix"]
+__all__ = ["Gates", "Routed", "cross_connect", "cross_predict", "gate", "mix"]

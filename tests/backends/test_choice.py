@@ -150,7 +150,7 @@ def test_a_stale_library_is_a_reason():
 def test_no_device_is_a_reason(name, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     reason = BACKENDS[name].reason_against(torch.device("cuda"), torch.float32)
-    assert "no CUDA device" in reason or "missing" in reason or "not installed" in reason
+    assert "no CUDA device" in reason or any(word in reason for word in ("missing", "not installed", "older"))
 
 
 def test_import_needs_torch_alone():

@@ -6,13 +6,13 @@ from fastroute.models import registry
 
 
 def test_lists_in_natural_order_by_pattern():
-    assert models.list_models("*_cc*") == [f"resnet{depth}_cc{n}" for depth in (20, 32) for n in (2, 3, 4)]
+    assert models.list_models("resnet[23]?_cc*") == [f"resnet{depth}_cc{n}" for depth in (20, 32) for n in (2, 3, 4)]
     assert "resnet20" in models.list_models()
     assert models.list_models("nothing*") == []
 
 
 def test_registers_a_network(monkeypatch):
-    monkeypatch.setattr(registry, "_BUILDERS", {})
+    monkeypatch.setattr(registry, "_MODELS", {})
 
     @models.register_model
     def dense(num_classes, in_chans, img_size, bias=True):
@@ -22,19 +22,34 @@ def test_registers_a_network(monkeypatch):
     assert models.list_models() == ["dense", "other"]
     model = models.create_model("dense", num_classes=5, in_chans=1, img_size=4, bias=False)
     assert (model.in_features, model.out_features, model.bias) == (16, 5, None)
+    assert models.model_info("dense") == (dense, 10, 32, "", "")
     with pytest.raises(ValueError, match="name is 'dense'; a network of that name is registered already"):
         models.register_model(dense)
+
+
+def test_defaults_are_those_of_the_network(monkeypatch):
+    monkeypatch.setattr(registry, "_MODELS", {})
+
+    @models.register_model(num_classes=100, img_size=64, table="3.4", params="1.2")
+    def dense(num_classes, in_chans, img_size):
+        return nn.Linear(in_chans * img_size, num_classes)
+
+    assert models.model_info("dense") == (dense, 100, 64, "3.4", "1.2")
+    model = models.create_model("dense")
+    assert (model.in_features, model.out_features) == (3 * 64, 100)
+    with pytest.raises(ValueError, match="name is 'dens'; there is no such network: did you mean dense"):
+        models.model_info("dens")
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"name": "resnet20_c2"}, "name is 'resnet20_c2'; there is no such network: did you mean resnet20_cc2"),
+        ({"name": "resnet20_c2"}, "name is 'resnet20_c2'; there is no such network: did you mean .*resnet20_cc2"),
         ({"name": "???"}, "list_models"),
         ({"name": "resnet20", "num_classes": 0}, "num_classes is 0; it must be at least 1"),
         ({"name": "resnet20", "in_chans": -3}, "in_chans is -3; it must be at least 1"),
         ({"name": "resnet20", "img_size": 0}, "img_size is 0; it must be at least 1"),
-        ({"name": "resnet20_cc2", "routing": "xx"}, "routing is 'xx'; it must be 'cc' or None"),
+        ({"name": "resnet20_cc2", "routing": "xx"}, "routing is 'xx'; it must be 'cc', 'cp' or None"),
     ],
 )
 def test_wrong_arguments(arguments, message):

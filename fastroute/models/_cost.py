@@ -1,0 +1,43 @@
+"""What a network costs."""
+
+import math
+
+import torch
+from torch import nn
+
+from fastroute.ops._library import OPERATORS
+
+
+def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Multiply-accumulates for one image: half of what `torch.utils.flop_counter` counts, routing included.
+
+    A network on the meta device is counted without computing anything.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = next((parameter.device for parameter in model.parameters()), None)
+    training = model.training
+    with FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter, torch.no_grad():
+        model.eval()(torch.empty(1, *input_size, device=device))
+    model.train(training)
+    return counter.get_total_flops() // 2
+
+
+def _mix(xs, gates, *_, **__) -> int:
+    return 2 * len(xs) * gates[-1] * math.prod(xs[0])
+
+
+def _cross_connect(xs, w1, b1, w2, b2, **__) -> int:
+    """Pooling, which is one addition for each element; the gates' two layers; the sums."""
+    pool = len(xs) * math.prod(xs[0])
+    gates = 2 * xs[0][0] * (math.prod(w2) + (math.prod(w1) if w1 else 0))
+    return pool + gates + _mix(xs, w2[:2])
+
+
+def _cross_predict(xs, weight, *_, out_shape, **__) -> int:
+    """The predictions, and their sums."""
+    return 2 * len(xs) * (math.prod(weight[3:]) + 1) * sum(map(math.prod, out_shape))
+
+
+_FORMULAS = {"cross_connect": _cross_connect, "cross_predict": _cross_predict, "mix": _mix}
+_FLOPS = {getattr(torch.ops.fastroute, name): _FORMULAS[name] for name in OPERATORS.keys() & _FORMULAS.keys()}

@@ -1,0 +1,362 @@
+"""Any convolutional network made multi-path (§3.2, §3.4.3), by torch.fx."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from fastroute.nn import CrossConnection, CrossStitch, MultiPathNetwork, ParallelPaths
+from fastroute.ops._paths import MAX_PATHS
+
+INPUT = "input"
+ROUTERS = {"cc": CrossConnection, "stitch": lambda channels, m, n: CrossStitch(m, n)}
+
+
+def multipath(
+    model: nn.Module,
+    paths: int,
+    route_after: Sequence[str] | str = "auto",
+    routing: str | Callable[[int, int, int], nn.Module] | None = "cc",
+    *,
+    init: str = "fresh",
+    noise: float = 0.01,
+    input_size: Sequence[int] | None = None,
+) -> MultiPathNetwork:
+    """Make parallel paths of a network, with a router after each of the modules named.
+
+    The network is cut behind each of these modules. What comes before the first cut is shared by all paths; there a
+    one-to-many router opens them. Each path has the rest for itself, with a router to all paths at every other cut.
+    The logits of the paths are averaged. `model` itself is left as it is.
+
+    The new network's layers are the parts and the routers in turn. The first part is "stem", the last "head", and any
+    other has the name of the module that ends it, with "_" for "."; the router there has the same name and "_router":
+
+        stem.0.conv1.weight                  the shared part, its modules by their names in `model`
+        maxpool_router.w1                    the first router, after the module `maxpool`
+        layer1.1.0.conv1.weight              path 1 of a part that is one module, `layer1`: the names within it
+        head.1.fc.weight                     path 1 of a part of several modules: their names in `model`
+
+    Args:
+        model: any network from one tensor of images to one of logits. torch.fx must be able to trace the forward of
+            the modules around the cuts; what is inside all other modules does not matter.
+        paths: the number of parallel paths, 2 to 8.
+        route_after: names of modules, as in `model.named_modules()`, whose output is all that the rest of the network
+            needs; "input" among them for the images themselves. "auto": every change of resolution, a cut being made
+            behind the last module at each resolution but the images' own, as far as they can be found without looking
+            into modules other than `nn.Sequential`.
+        routing: "cc", cross-connections; "stitch", cross-stitch units; a function from (channels, in_paths,
+            out_paths) to a module from and to lists of tensors, such as `partial(CrossConnection, gate_channels=8)`;
+            or None, paths that meet only at the first cut and the logits.
+        init: "fresh": the first path has the weights of `model`, and every other the same ones with the rows and the
+            columns of each weight in an order of its own, which is as good as another draw by whatever initialiser
+            they came from; for networks to be trained from the start. "copy": every path has the weights of `model`,
+            with `noise` on all but the first path's; for pretrained networks. A one-to-many router with even gates
+            gives each path 1/n of its input, so under "cc" that input is then multiplied by n: the new network starts
+            as the model computes.
+        noise: for init="copy": the standard deviation of the noise on each weight of a convolution or dense layer,
+            as a share of that of the weights themselves.
+        input_size: (channels, height, width) of the images by which the channels at each cut are found. By default
+            timm's `pretrained_cfg`, or else 224 × 224 with the channels of the first convolution.
+
+    Returns:
+        a `MultiPathNetwork`: `forward(x)` → logits; `forward(x, return_routing=True)` → (logits, {name: Routing}).
+
+    Raises:
+        TypeError: model is not a module.
+        ValueError: an argument is out of its range; a name is unknown, or named twice; a module is called more than
+            once or never, or does not return one tensor (N, C) or (N, C, H, W); more than its output reaches the rest
+            of the network; or torch.fx cannot trace the network.
+
+    Example:
+        >>> model = multipath(torchvision.models.resnet18(), 2, ["maxpool", "layer1", "layer2", "layer3", "layer4"])
+        >>> logits, routing = model(torch.randn(2, 3, 224, 224), return_routing=True)
+        >>> list(routing)
+        ['maxpool_router', 'layer1_router', 'layer2_router', 'layer3_router', 'layer4_router']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a module")
+    if not 2 <= paths <= MAX_PATHS:
+        raise ValueError(f"paths is {paths}; it must be 2 to {MAX_PATHS}")
+    if routing is not None and not callable(routing) and routing not in ROUTERS:
+        raise ValueError(f"routing is {routing!r}; it must be {', '.join(map(repr, ROUTERS))}, None or a function")
+    if init not in ("fresh", "copy"):
+        raise ValueError(f"init is {init!r}; it must be 'fresh' or 'copy'")
+    if noise < 0:
+        raise ValueError(f"noise is {noise}; it must be at least 0")
+
+    model = copy.deepcopy(model)
+    input_size = _input_size(model) if input_size is None else tuple(input_size)
+    if route_after == "auto":
+        route_after = _changes_of_resolution(model, input_size)
+    elif isinstance(route_after, str):
+        raise ValueError(f"route_after is {route_after!r}; it must be a list of names, or 'auto'")
+    graph, cuts = _cut(model, route_after)
+    shapes = _shapes(model, graph, input_size)
+    for name, node in cuts.items():
+        if len(shapes[node] or ()) not in (2, 4, 5):
+            raise ValueError(
+                f"route_after names {name!r}, which returns {shapes[node] or 'no tensor'}; "
+                "routing takes a tensor (N, C) or (N, C, H, W)"
+            )
+
+    output = graph.output_node().args[0]
+    if not isinstance(output, fx.Node) or shapes[output] is None:
+        raise ValueError(f"model is a {type(model).__name__} that returns {output}; it must return one tensor")
+
+    if routing is None:  # the paths start from one and the same tensor
+        _compute_out_of_place(model, next(iter(cuts.values())))
+    scale = paths if init == "copy" and routing == "cc" else 1
+    copies = [model, *(_reseeded(model, init, noise) for _ in range(paths - 1))]
+    device = next((parameter.device for parameter in model.parameters()), None)
+    layers, start, width = OrderedDict(), graph.find_nodes(op="placeholder")[0], 1
+    for name, end in cuts.items():
+        part = "stem" if width == 1 else name
+        if end is not start or scale > 1:
+            _add(layers, part, ParallelPaths(_part(m, graph, start, end, scale) for m in copies[:width]))
+        if routing is not None:
+            router = routing if callable(routing) else ROUTERS[routing]
+            _add(layers, f"{name}_router", router(shapes[end][1], width, paths).to(device))
+        start, width, scale = end, paths, 1
+    _add(layers, "head", ParallelPaths(_part(m, graph, start, output) for m in copies))
+    network = MultiPathNetwork(layers)
+    return network if model.training else network.eval()
+
+
+def _add(layers: dict[str, nn.Module], name: str, layer: nn.Module) -> None:
+    name = name.replace(".", "_")
+    while name in layers:
+        name += "_"
+    layers[name] = layer
+
+
+class _Tracer(fx.Tracer):
+    """Looks into the modules of `expand`, keeps all others whole, and notes what each module returns."""
+
+    def __init__(self, expand: set[str]):
+        super().__init__()
+        self.expand = expand
+        self.results: dict[str, list] = {}
+
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        """The images alone: all other arguments of the network keep their defaults."""
+        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name not in self.expand
+
+    def call_module(self, m, forward, args, kwargs):
+        result = super().call_module(m, forward, args, kwargs)
+        self.results.setdefault(self.path_of_module(m), []).append(result)
+        return result
+
+
+def _trace(model: nn.Module, expand: set[str]) -> tuple[fx.Graph, dict[str, list[fx.Node | None]]]:
+    """The graph of the network, and the nodes that each of its modules returned, None where not one tensor.
+
+    Functional dropout becomes a module in `model`, since its `training` would be that of the moment of tracing.
+    """
+    modes = _modes(model)
+    graphs = []
+    for mode in (True, False):
+        tracer = _Tracer(expand)
+        try:
+            graph = tracer.trace(model.train(mode))
+        except Exception as error:  # whatever a forward may do with a proxy in the place of a tensor
+            raise ValueError(
+                f"model is a {type(model).__name__}, which torch.fx cannot trace: {type(error).__name__}: {error}"
+            ) from error
+        _use_dropout_modules(model, graph, mode)
+        graphs.append(graph)
+    _restore(modes)
+    if str(graphs[0]) != str(graphs[1]):
+        raise ValueError(f"model is a {type(model).__name__}, whose forward in training is another than in evaluation")
+    results = {
+        name: [result.node if isinstance(result, fx.Proxy) else None for result in results]
+        for name, results in tracer.results.items()
+    }
+    return graph, results
+
+
+def _use_dropout_modules(model: nn.Module, graph: fx.Graph, mode: bool) -> None:
+    for i, node in enumerate(graph.find_nodes(op="call_function", target=F.dropout)):
+        arguments = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | node.kwargs
+        if arguments.get("training", True) is not mode:
+            continue
+        name = f"functional_dropout{i}"
+        model.add_module(name, nn.Dropout(arguments.get("p", 0.5)))
+        node.op, node.target, node.args, node.kwargs = "call_module", name, (arguments["input"],), {}
+
+
+def _ancestors(names: Iterable[str]) -> set[str]:
+    parts = [name.split(".") for name in names]
+    return {".".join(part[:i]) for part in parts for i in range(len(part))}
+
+
+def _cut(model: nn.Module, route_after: Sequence[str]) -> tuple[fx.Graph, dict[str, fx.Node]]:
+    """The graph, and the node of each name in the order in which they are computed, after all checks."""
+    names, known = list(route_after), dict(model.named_modules())
+    if not names:
+        raise ValueError("route_after is empty; it must name at least one module")
+    for name in names:
+        if name == "" or (name not in known and name != INPUT):
+            near = get_close_matches(name, known, n=3)
+            hint = f"did you mean {', '.join(near)}?" if near else "model.named_modules() names all there are"
+            raise ValueError(f"route_after names {name!r}; there is no such module: {hint}")
+        if names.count(name) > 1:
+            raise ValueError(f"route_after names {name!r} {names.count(name)} times")
+
+    graph, results = _trace(model, _ancestors(names))
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    crossing = _crossing(graph)
+    nodes = {}
+    for name in names:
+        if name not in known:
+            nodes[name] = graph.find_nodes(op="placeholder")[0]
+            continue
+        calls = results.get(name, [])
+        if len(calls) != 1:
+            raise ValueError(f"route_after names {name!r}, which is called {len(calls)} times; it must be called once")
+        if calls[0] is None:
+            raise ValueError(f"route_after names {name!r}, which does not return one tensor")
+        others = crossing[calls[0]] - {calls[0]}
+        if others:
+            other = next(iter(others))
+            raise ValueError(
+                f"route_after names {name!r}, but the rest of the network needs more than its output: "
+                f"that of {str(other.target)!r} as well"
+            )
+        nodes[name] = calls[0]
+    for name, node in nodes.items():
+        same = next(other for other in names if nodes[other] is node)
+        if same != name:
+            raise ValueError(f"route_after names {same!r} and {name!r}, which return the same tensor; one must go")
+    return graph, dict(sorted(nodes.items(), key=lambda item: order[item[1]]))
+
+
+def _crossing(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
+    """For each node, the values computed until then that any later node takes; parameters do not count."""
+    last = {node: max((user for user in node.users), default=node) for node in graph.nodes}
+    crossing, live = {}, set()
+    for node in graph.nodes:
+        live = {value for value in live if last[value] > node}
+        if node.op != "get_attr" and last[node] > node:
+            live.add(node)
+        crossing[node] = live
+    return crossing
+
+
+class _Shapes(fx.Interpreter):
+    def run_node(self, n: fx.Node):
+        result = super().run_node(n)
+        n.meta["shape"] = tuple(result.shape) if isinstance(result, torch.Tensor) else None
+        return result
+
+
+def _shapes(model: nn.Module, graph: fx.Graph, input_size: Sequence[int]) -> dict[fx.Node, tuple[int, ...] | None]:
+    """The shape of each node's value for two images, None where it is not a tensor; nothing is computed."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    like = next(model.parameters(), torch.empty(0))
+    modes = _modes(model)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            x = torch.empty(2, *input_size, dtype=like.dtype, device=like.device)
+            _Shapes(fx.GraphModule(model.eval(), graph)).run(x)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"input_size is {tuple(input_size)}; model cannot take such images: {reason}") from error
+    _restore(modes)
+    return {node: node.meta["shape"] for node in graph.nodes}
+
+
+def _modes(model: nn.Module) -> dict[nn.Module, bool]:
+    return {module: module.training for module in model.modules()}
+
+
+def _restore(modes: dict[nn.Module, bool]) -> None:
+    for module, training in modes.items():
+        module.training = training
+
+
+def _input_size(model: nn.Module) -> tuple[int, ...]:
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    if "input_size" in config:
+        return tuple(config["input_size"])
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels, 224, 224
+    raise ValueError("input_size is None; it must be given for a model without 2-D convolutions")
+
+
+def _changes_of_resolution(model: nn.Module, input_size: Sequence[int]) -> list[str]:
+    """The last module at each resolution but the images' own, behind which the network can be cut."""
+    plain = {""}  # the network itself, and each nn.Sequential in a plain one
+    for name, module in model.named_modules():
+        if type(module).forward is nn.Sequential.forward and name.rpartition(".")[0] in plain:
+            plain.add(name)
+    graph, results = _trace(model, plain)
+    shapes, crossing = _shapes(model, graph, input_size), _crossing(graph)
+    last = {}
+    for name, nodes in results.items():  # an nn.Sequential comes after what is in it, and its name is the shorter
+        node = nodes[0]
+        if len(nodes) != 1 or node is None or crossing[node] - {node} or len(shapes[node] or ()) != 4:
+            continue
+        resolution = shapes[node][2:]
+        if resolution not in (tuple(input_size[1:]), (1, 1)):
+            last[resolution] = name
+    if not last:
+        raise ValueError("route_after is 'auto', but no module behind which the resolution changes is found; name some")
+    return list(last.values())
+
+
+def _part(model: nn.Module, graph: fx.Graph, start: fx.Node, end: fx.Node, scale: int = 1) -> nn.Module:
+    """The computation from one node to another, with the modules of `model`, its result multiplied by scale."""
+    order = list(graph.nodes)
+    nodes = [node for node in order[order.index(start) + 1 : order.index(end) + 1] if node.op != "get_attr"]
+    chain = all(
+        node.op == "call_module" and node.args == (before,) and not node.kwargs
+        for before, node in zip([start, *nodes], nodes, strict=False)
+    )
+    if chain and scale == 1 and len(nodes) == 1:
+        return model.get_submodule(nodes[0].target)
+    if chain and scale == 1 and not any("." in node.target for node in nodes):
+        return nn.Sequential(OrderedDict((node.target, model.get_submodule(node.target)) for node in nodes))
+
+    part = fx.Graph()
+    values = {start: part.placeholder("x")}
+
+    def value(node: fx.Node) -> fx.Node:
+        if node not in values:  # a parameter that was first used before
+            values[node] = part.node_copy(node)
+        return values[node]
+
+    for node in nodes:
+        values[node] = part.node_copy(node, value)
+    result = values[end]
+    part.output(part.call_function(torch.mul, (result, scale)) if scale > 1 else result)
+    return fx.GraphModule(model, part)
+
+
+def _compute_out_of_place(model: nn.Module, node: fx.Node) -> None:
+    for user in node.users:
+        if user.op == "call_module" and getattr(model.get_submodule(user.target), "inplace", False):
+            model.get_submodule(user.target).inplace = False
+
+
+@torch.no_grad()
+def _reseeded(model: nn.Module, init: str, noise: float) -> nn.Module:
+    """A copy of the network with the rows and columns of its weights in another order, or with noise on them."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        if init == "copy":
+            if noise and parameter.dim() > 1 and parameter.numel() > 1:
+                parameter.add_(torch.randn_like(parameter) * (noise * parameter.std()))
+            continue
+        matrix = parameter.flatten(1) if parameter.dim() > 1 else parameter.reshape(1, -1)
+        rows, columns = (torch.randperm(size, device=parameter.device) for size in matrix.shape)
+        parameter.copy_(matrix.index_select(0, rows).index_select(1, columns).view_as(parameter))
+    return model

@@ -1,0 +1,66 @@
+"""The networks among timm's."""
+
+from torch import nn
+
+from fastroute._extras import extra
+from fastroute.models.registry import create_model, list_models, model_info
+
+
+def register_timm() -> list[str]:
+    """Register every network with timm, so that `timm.create_model("resnet20_cc2")` builds it.
+
+    Names that timm has itself, such as `resnet18`, stay timm's; the networks here are there `fastroute_resnet18`. This
+    happens by itself where timm is imported before fastroute, and may be called again, after `register_model`.
+
+    Returns:
+        the names of all networks here as timm has them.
+
+    Raises:
+        ModuleNotFoundError: timm is not installed.
+    """
+    with extra("timm", "register_timm"):
+        from timm.models import is_model, model_entrypoint, register_model
+
+    names = []
+    for name in list_models():
+        for candidate in (name, f"fastroute_{name}"):
+            if not is_model(candidate):
+                register_model(_entrypoint(name, candidate))
+            if getattr(model_entrypoint(candidate), "fastroute_name", None) == name:
+                names.append(candidate)
+                break
+    return names
+
+
+def _entrypoint(name: str, timm_name: str):
+    info = model_info(name)
+
+    def build(
+        pretrained: bool = False,
+        *,
+        num_classes: int | None = None,
+        in_chans: int = 3,
+        img_size: int | None = None,
+        drop_rate: float = 0.0,
+        pretrained_cfg=None,
+        pretrained_cfg_overlay=None,
+        cache_dir=None,
+        **options,
+    ) -> nn.Module:
+        if pretrained:
+            raise ValueError(f"pretrained is {pretrained}; there are no pretrained weights of {name}")
+        if drop_rate:
+            raise ValueError(f"drop_rate is {drop_rate}; {name} has no dropout")
+        model = create_model(name, num_classes, in_chans, img_size, **options)
+        size = img_size or info.img_size
+        model.num_classes = info.num_classes if num_classes is None else num_classes
+        model.pretrained_cfg = model.default_cfg = {
+            "architecture": timm_name,
+            "input_size": (in_chans, size, size),
+            "num_classes": model.num_classes,
+        }
+        return model
+
+    build.__name__ = build.__qualname__ = timm_name
+    build.fastroute_name = name
+    return build

@@ -1,0 +1,50 @@
+"""torchvision's residual networks, with the call forms of all networks here. Needs torchvision."""
+
+from torch import Tensor, nn
+
+from fastroute._extras import extra
+from fastroute.nn import Routing
+
+with extra("train", "this network"):
+    from torchvision.models import resnet
+
+
+class ResNet(resnet.ResNet):
+    """torchvision's `ResNet`, of which pretrained weights load, with the number of image channels to choose.
+
+    Args:
+        block: "basic" or "bottleneck".
+        layers: the number of blocks in each stack.
+        widen: what the widths of the stacks are multiplied by, the stem's 64 being kept.
+        groups, width_per_group: of the bottlenecks' 3×3 convolutions.
+        num_classes, in_chans: as in `create_model`.
+        img_size: not used: any size works.
+    """
+
+    def __init__(
+        self,
+        block: str,
+        layers: list[int],
+        *,
+        widen: float = 1.0,
+        groups: int = 1,
+        width_per_group: int = 64,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        img_size: int = 224,
+    ):
+        self._widen = widen
+        kind = resnet.BasicBlock if block == "basic" else resnet.Bottleneck
+        super().__init__(kind, layers, num_classes, groups=groups, width_per_group=width_per_group)
+        if in_chans != 3:
+            self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False)
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        if widen != 1:
+            self.fc = nn.Linear(self.inplanes, num_classes)
+
+    def _make_layer(self, block, planes, *args, **options):
+        return super()._make_layer(block, int(planes * self._widen), *args, **options)
+
+    def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, dict[str, Routing]]:
+        logits = super().forward(x)
+        return (logits, {}) if return_routing else logits

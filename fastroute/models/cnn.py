@@ -1,0 +1,129 @@
+"""Conventional convolutional networks, with one path or with parallel paths (§3.4.1, Tables 3.1 and 3.2; §3.5)."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
+
+from torch import nn
+
+from fastroute.models._multipath import multipath
+from fastroute.models.layers import Network, SqueezeExcite, conv_bn
+from fastroute.models.registry import register_model
+from fastroute.nn import CrossPrediction2d, CrossPredictionLinear, MultiPathNetwork, ParallelPaths
+
+BASE = ((32, 32), (64, 64), (128, 128))
+WIDE = ((64, 64), (128, 128), (256, 256))
+DEEP = ((32, 32), (64, 64), (128, 128, 128), (256, 256, 256))
+VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+VGG13_HALF = ((32, 32), (64, 64), (128, 128), (256, 256), (256, 256))
+
+
+def cnn(
+    groups: Sequence[Sequence[int]],
+    hidden: int = 32,
+    final_pool: bool = False,
+    reduction: int | None = None,
+    *,
+    num_classes: int = 10,
+    in_chans: int = 3,
+    img_size: int = 32,
+) -> Network:
+    """3×3 convolutions in groups of one resolution, then two hidden dense layers (Table 3.1).
+
+    Convolutions have biases, batch normalisation and ReLU, and 2×2 max-pools stand between the groups: so the thesis's
+    parameters come out. Layers are conv1, conv2, pool1, conv3, …, flatten, dense1, dense2, logits.
+
+    Args:
+        groups: the widths of the convolutions in each group.
+        hidden: the width of the dense layers.
+        final_pool: whether a pool follows the last group as well.
+        reduction: of a squeeze-and-excitation after each convolution; None for none.
+        num_classes, in_chans, img_size: as in `create_model`.
+
+    Raises:
+        ValueError: img_size is too small for the pools.
+    """
+    pools = len(groups) - (not final_pool)
+    size = img_size >> pools
+    if size < 1:
+        raise ValueError(f"img_size is {img_size}; it must be at least {1 << pools} for {pools} pools")
+    layers, channels, depth = OrderedDict(), in_chans, 0
+    for i, widths in enumerate(groups, start=1):
+        for width in widths:
+            depth += 1
+            excite = [SqueezeExcite(width, reduction)] if reduction else []
+            layers[f"conv{depth}"] = nn.Sequential(*conv_bn(channels, width, bias=True), nn.ReLU(inplace=True), *excite)
+            channels = width
+        if i <= pools:
+            layers[f"pool{i}"] = nn.MaxPool2d(2)
+    layers["flatten"] = nn.Flatten()
+    layers["dense1"] = nn.Sequential(nn.Linear(channels * size**2, hidden), nn.ReLU(inplace=True))
+    layers["dense2"] = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(inplace=True))
+    layers["logits"] = nn.Linear(hidden, num_classes)
+    return Network(layers)
+
+
+def base_cnn_cc(paths: int, routing: str | None = "cc", **sizes) -> MultiPathNetwork:
+    """BaseCNN-X-CC: routers at the image and after the second, fourth and sixth convolution and the first dense layer.
+
+    Args:
+        paths: the number of parallel paths.
+        routing: as in `multipath`; None: BaseCNN-X, paths that share the image and the averaging of the logits alone.
+        sizes: num_classes, in_chans and img_size.
+    """
+    network = cnn(BASE, **sizes)
+    cuts = ["input", "conv2", "conv4", "conv6", "dense1"]
+    return multipath(network, paths, cuts, routing, input_size=_input_size(**sizes))
+
+
+def base_cnn_cp(paths: int, **sizes) -> MultiPathNetwork:
+    """BaseCNN-X-CP: cross-prediction in place of convolutions 1, 3 and 5 and of the second dense layer (Fig. 3.2).
+
+    Each output of a cross-prediction of convolutions has batch normalisation before its ReLU: one for each output, not
+    for each prediction, which gives the thesis's parameters.
+    """
+    networks = [cnn(BASE, **sizes) for _ in range(paths)]
+    layers, width = OrderedDict(), 1
+    for name, layer in networks[0].named_children():
+        if name in ("conv1", "conv3", "conv5"):
+            channels = layer[0].in_channels, layer[0].out_channels
+            layers[name] = CrossPrediction2d(*channels, 3, width, paths, padding=1, norm_layer=nn.BatchNorm2d)
+            width = paths
+        elif name == "dense2":
+            layers[name] = CrossPredictionLinear(layer[0].in_features, layer[0].out_features, paths, paths)
+        else:
+            layers[name] = ParallelPaths(network.get_submodule(name) for network in networks)
+    return MultiPathNetwork(layers)
+
+
+def vgg13_cc(paths: int, routing: str | None = "cc", **sizes) -> MultiPathNetwork:
+    """VGG13-X-CC with half the filters (§3.5): routers at the image, after each pool and the first dense layer."""
+    network = cnn(VGG13_HALF, 256, final_pool=True, **sizes)
+    cuts = ["input", *(f"pool{i}" for i in range(1, 6)), "dense1"]
+    return multipath(network, paths, cuts, routing, input_size=_input_size(**sizes))
+
+
+def _input_size(in_chans: int = 3, img_size: int = 32, **_) -> tuple[int, int, int]:
+    return in_chans, img_size, img_size
+
+
+for _name, _builder, _params in (
+    ("base_cnn", partial(cnn, BASE), "0.55"),
+    ("wide_cnn", partial(cnn, WIDE), "1.67"),
+    ("deep_cnn", partial(cnn, DEEP), "2.0"),
+    ("base_cnn_x3", partial(base_cnn_cc, 3, None), "1.5"),
+    ("se_base_cnn", partial(cnn, BASE, reduction=16), "0.58"),
+    ("se_deep_cnn", partial(cnn, DEEP, reduction=16), "2.06"),
+    ("cross_stitch_base_cnn2", partial(base_cnn_cc, 2, "stitch"), "1.11"),
+    # Dense layers of 256, as the thesis's VGG13 has them, come to its 14.9 million.
+    ("vgg16", partial(cnn, VGG16, 256, final_pool=True), "14.9"),
+    ("base_cnn_cp2", partial(base_cnn_cp, 2), "1.3"),
+    ("base_cnn_cp3", partial(base_cnn_cp, 3), "2.23"),
+    ("base_cnn_cp4", partial(base_cnn_cp, 4), "3.34"),
+    ("base_cnn_cc2", partial(base_cnn_cc, 2), "1.11"),
+    ("base_cnn_cc3", partial(base_cnn_cc, 3), "1.67"),
+    ("base_cnn_cc4", partial(base_cnn_cc, 4), "2.22"),
+):
+    register_model(_builder, _name, table="3.2", params=_params)
+
+register_model(partial(vgg13_cc, 2), "vgg13_cc2", num_classes=100, img_size=224, table="§3.5")

@@ -1,0 +1,93 @@
+"""Ensembles of networks that were trained one by one (Table 3.1)."""
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastroute.models.registry import create_model, register_model
+from fastroute.nn import Routing
+
+
+class Ensemble(nn.Module):
+    """The mean of the predictions of several networks.
+
+    Predictions are probabilities: softmax of the output is the mean of the softmaxes of the members' logits.
+
+    Args:
+        members: networks from images to logits, of the same classes.
+
+    Shape:
+        x: (N, in_chans, H, W).
+        output: logits (N, num_classes): the logarithm of the mean probabilities. With `return_routing=True` also the
+            `Routing` of every member's routers, by "members.<i>.<router's name>".
+
+    Raises:
+        ValueError: there are no members.
+    """
+
+    def __init__(self, members: Iterable[nn.Module]):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        if not self.members:
+            raise ValueError("members is empty; an ensemble must have at least one")
+
+    @classmethod
+    def from_checkpoints(cls, paths: Iterable[str | Path]) -> "Ensemble":
+        """An ensemble of networks that `fastroute train` wrote.
+
+        Raises:
+            ValueError: a file is not a checkpoint of a named network.
+        """
+        return cls(_load(path) for path in paths)
+
+    def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, dict[str, Routing]]:
+        logits, routing = [], {}
+        for i, member in enumerate(self.members):
+            if return_routing:
+                y, of_member = member(x, return_routing=True)
+                routing |= {f"members.{i}.{name}": value for name, value in of_member.items()}
+            else:
+                y = member(x)
+            logits.append(y.log_softmax(1))
+        mean = torch.stack(logits).logsumexp(0) - math.log(len(logits))
+        return (mean, routing) if return_routing else mean
+
+
+def _load(path: str | Path, name: str | None = None) -> nn.Module:
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    options = checkpoint.get("hyper_parameters", {})
+    if "model" not in options or "state_dict" not in checkpoint:
+        raise ValueError(f"checkpoint is {path}; it must be one of a named network, written by `fastroute train`")
+    if name not in (None, options["model"]):
+        raise ValueError(f"checkpoint {path} is of {options['model']!r}; this member must be {name!r}")
+    model = create_model(options["model"], options["num_classes"], options["in_chans"], options["img_size"])
+    prefix = "model."
+    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    model.load_state_dict(weights)
+    return model
+
+
+def ensemble(members: Sequence[str], checkpoints: Sequence[str | Path] | None = None, **sizes) -> Ensemble:
+    """An ensemble of named networks, fresh or from the checkpoints of networks trained one by one.
+
+    Args:
+        members: the names of the networks.
+        checkpoints: files that `fastroute train` wrote, one for each member in turn; None for fresh weights.
+        sizes: num_classes, in_chans and img_size, of fresh networks.
+
+    Raises:
+        ValueError: there is another number of checkpoints, or one is of another network.
+    """
+    if checkpoints is None:
+        return Ensemble(create_model(name, **sizes) for name in members)
+    if len(checkpoints) != len(members):
+        raise ValueError(f"checkpoints has {len(checkpoints)} files; it must have one for each of {', '.join(members)}")
+    return Ensemble(_load(path, name) for path, name in zip(checkpoints, members, strict=True))
+
+
+register_model(partial(ensemble, ["base_cnn"] * 3), "base_cnn_ensemble", table="3.2", params="1.66")
+register_model(partial(ensemble, ["base_cnn", "wide_cnn", "deep_cnn"]), "all_ensemble", table="3.2", params="4.27")

@@ -1,0 +1,51 @@
+"""Highway networks (Srivastava et al., 2015), which Table 3.2 compares with."""
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from fastroute.models.layers import Network, conv
+from fastroute.models.registry import register_model
+
+GROUPS = ((32, 32, 32, 48, 48), (80,) * 6, (128,) * 6)
+
+
+class HighwayConv(nn.Module):
+    """y = T·relu(H x) + (1 − T)·x, the transform gate T = sigmoid(W x + b) for each pixel and channel.
+
+    b starts at −2: the layer starts by carrying most of its input through.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.transform = conv(channels, channels, bias=True)
+        self.gate = conv(channels, channels, bias=True)
+        nn.init.constant_(self.gate.bias, -2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.lerp(x, torch.relu(self.transform(x)), torch.sigmoid(self.gate(x)))
+
+
+@register_model(table="3.2", params="2.3")
+def highway(*, num_classes: int = 10, in_chans: int = 3, img_size: int = 32) -> Network:
+    """A highway network of 19 layers with the widths of FitNet-4: 17 convolutions and two dense layers.
+
+    Neither the thesis nor its source gives the layers. Where the width changes there is a plain convolution, everywhere
+    else a highway layer, with ReLU for FitNet's maxout; the hidden dense layer of 500 follows global pooling. That
+    comes to 2.34 million parameters, printed 2.3 in Table 3.2.
+    """
+    layers, width, depth = OrderedDict(), in_chans, 0
+    for i, group in enumerate(GROUPS, start=1):
+        for out_width in group:
+            depth += 1
+            if out_width == width:
+                layers[f"conv{depth}"] = HighwayConv(width)
+            else:
+                layers[f"conv{depth}"] = nn.Sequential(conv(width, out_width, bias=True), nn.ReLU(inplace=True))
+            width = out_width
+        layers[f"pool{i}"] = nn.MaxPool2d(2) if i < len(GROUPS) else nn.AdaptiveMaxPool2d(1)
+    layers["flatten"] = nn.Flatten()
+    layers["dense1"] = nn.Sequential(nn.Linear(width, 500), nn.ReLU(inplace=True))
+    layers["logits"] = nn.Linear(500, num_classes)
+    return Network(layers)

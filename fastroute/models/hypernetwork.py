@@ -1,0 +1,108 @@
+"""A wide residual network with generated weights (Ha et al., 2017), which Table 3.3 compares with."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastroute.models.cifar_resnet import WIDTHS, blocks_per_stack
+from fastroute.models.layers import conv, pool_and_classify
+from fastroute.models.registry import register_model
+from fastroute.nn import Routing
+
+UNIT = 16  # kernels are generated in pieces from 16 channels to 16 channels
+EMBEDDING = 64
+
+
+class KernelGenerator(nn.Module):
+    """A two-layer linear network from an embedding to a 3×3 kernel, the same for all convolutions.
+
+    It has no biases: with them the whole network would have 0.156 million parameters, where Table 3.3 prints 0.15.
+
+    Shape:
+        z: (O, I, 64), an embedding for each piece of 16 × 16 channels.
+        output: (16·O, 16·I, 3, 3), with entries of variance 1 at the start.
+    """
+
+    def __init__(self):
+        super().__init__()
+        std = 1 / math.sqrt(EMBEDDING)
+        self.inner = nn.Parameter(torch.randn(EMBEDDING, UNIT, EMBEDDING) * std)
+        self.outer = nn.Parameter(torch.randn(EMBEDDING, UNIT, 3, 3) * std)
+
+    def forward(self, z: Tensor) -> Tensor:
+        hidden = torch.einsum("oiz,zcd->oicd", z, self.inner)
+        kernel = torch.einsum("oicd,dekl->oeickl", hidden, self.outer)
+        return kernel.flatten(0, 1).flatten(1, 2)
+
+
+class GeneratedConv2d(nn.Module):
+    """A 3×3 convolution that owns embeddings alone; its kernel is generated and scaled to He's variance."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(out_channels // UNIT, in_channels // UNIT, EMBEDDING))
+        self.scale, self.stride = math.sqrt(2 / (9 * out_channels)), stride
+
+    def forward(self, x: Tensor, generate: KernelGenerator) -> Tensor:
+        return F.conv2d(x, generate(self.embedding) * self.scale, stride=self.stride, padding=1)
+
+
+class GeneratedBlock(nn.Module):
+    """A pre-activation block of two generated convolutions; the projection's weights are its own."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(in_channels), nn.BatchNorm2d(out_channels)
+        self.conv1 = GeneratedConv2d(in_channels, out_channels, stride)
+        self.conv2 = GeneratedConv2d(out_channels, out_channels, 1)
+        same = in_channels == out_channels and stride == 1
+        self.shortcut = None if same else conv(in_channels, out_channels, 1, stride)
+
+    def forward(self, x: Tensor, generate: KernelGenerator) -> Tensor:
+        y = torch.relu(self.norm1(x))
+        residual = self.conv2(torch.relu(self.norm2(self.conv1(y, generate))), generate)
+        return residual + (x if self.shortcut is None else self.shortcut(y))
+
+
+class HyperWideResNet(nn.Module):
+    """WRN-depth-widen whose 3×3 kernels, beside the stem's, come from one `KernelGenerator`.
+
+    Args:
+        depth: the number of layers, 6k + 4.
+        widen: what the widths of the stacks are multiplied by.
+        num_classes, in_chans: as in `create_model`.
+        img_size: not used: any size works.
+
+    Shape:
+        x: (N, in_chans, H, W).
+        output: logits (N, num_classes); with `return_routing=True` also an empty dict: there are no routers.
+    """
+
+    def __init__(self, depth: int, widen: int, *, num_classes: int = 10, in_chans: int = 3, img_size: int = 32):
+        super().__init__()
+        blocks, width = blocks_per_stack(depth, others=4), WIDTHS[0]
+        self.generator = KernelGenerator()
+        self.stem = conv(in_chans, width)
+        self.blocks = nn.ModuleList()
+        for i, out_width in enumerate(WIDTHS):
+            for k in range(blocks):
+                stride = 2 if i and not k else 1
+                self.blocks.append(GeneratedBlock(width, widen * out_width, stride))
+                width = widen * out_width
+        self.activation = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.head = pool_and_classify(width, num_classes)
+
+    def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, dict[str, Routing]]:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x, self.generator)
+        logits = self.head(self.activation(x))
+        return (logits, {}) if return_routing else logits
+
+
+@register_model(table="3.3", params="0.15")
+def hyper_wrn_40_2(**sizes) -> HyperWideResNet:
+    """Hyper-WRN-40-2: `wrn_40_2` with generated kernels."""
+    return HyperWideResNet(40, 2, **sizes)

@@ -1,0 +1,91 @@
+"""What all routers share: the gates that the incoming paths compute."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastroute.nn._temperature import Tempered
+from fastroute.ops._paths import MAX_PATHS, path_list
+
+
+class Routing(NamedTuple):
+    """What a router decided for each sample.
+
+    gates: (N, m, n); `gates[s, i, j]` is the weight of input i in output j, and each row i sums to 1.
+    scores: (N, m, n), the relevance scores A, before the temperature and softmax.
+    """
+
+    gates: Tensor
+    scores: Tensor
+
+
+class Router(Tempered, nn.Module):
+    """A layer from m parallel tensors to n, with the parameters of a gate for each incoming path (Eq. 3.3 to 3.5).
+
+    Parameters: w1 (m, G, C), b1 (m, G), w2 (m, n, G), b2 (m, n); w2 is (m, n, C), and w1 and b1 are None, without a
+    hidden layer. Subclasses return `(outputs, Routing)` from `forward(xs, return_routing=True)`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        in_paths: int,
+        out_paths: int,
+        gate_channels: int | None,
+        gate_bias: bool,
+        temperature: float,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ):
+        super().__init__()
+        for name, paths in (("in_paths", in_paths), ("out_paths", out_paths)):
+            if not 1 <= paths <= MAX_PATHS:
+                raise ValueError(f"{name} is {paths}; it must be 1 to {MAX_PATHS}")
+        if gate_channels is not None and gate_channels < 0:
+            raise ValueError(f"gate_channels is {gate_channels}; it must be at least 1, or None for a linear gate")
+        self.in_paths, self.out_paths = in_paths, out_paths
+        self.gate_channels = gate_channels or None
+        self.temperature = temperature
+
+        def parameter(*shape):
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        hidden = self.gate_channels is not None
+        self.w1 = parameter(in_paths, gate_channels, channels) if hidden else None
+        self.b1 = parameter(in_paths, gate_channels) if hidden and gate_bias else None
+        self.w2 = parameter(in_paths, out_paths, gate_channels if hidden else channels)
+        self.b2 = parameter(in_paths, out_paths) if gate_bias else None
+
+    def reset_parameters(self) -> None:
+        """Start the first layer as `nn.Linear` does, and the second near zero: gates within about 0.001 of 1/n."""
+        if self.w1 is not None:
+            bound = 1 / math.sqrt(self.w1.shape[-1])  # nn.Linear's Kaiming-uniform comes to this, for weight and bias
+            for parameter in (self.w1, self.b1):
+                if parameter is not None:
+                    nn.init.uniform_(parameter, -bound, bound)
+        nn.init.normal_(self.w2, std=0.001)
+        if self.b2 is not None:
+            nn.init.zeros_(self.b2)
+
+    def _gate(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        """w1, b1, w2 and b2 for scores A / T: A is linear in the second layer, so the operators need not know of T."""
+        if self.temperature == 1:
+            return self.w1, self.b1, self.w2, self.b2
+        b2 = None if self.b2 is None else self.b2 / self.temperature
+        return self.w1, self.b1, self.w2 / self.temperature, b2
+
+    def _routing(self, gates: Tensor, scores: Tensor) -> Routing:
+        """From scores A / T."""
+        return Routing(gates, scores if self.temperature == 1 else scores * self.temperature)
+
+    def _checked(self, xs: Sequence[Tensor], channels: int, name: str) -> list[Tensor]:
+        """xs, after the checks that they are as many paths of as many channels as `name` says."""
+        xs = path_list("xs", xs)
+        if len(xs) != self.in_paths:
+            raise ValueError(f"xs has {len(xs)} paths; this router takes in_paths={self.in_paths}")
+        if xs[0].dim() < 2 or xs[0].shape[1] != channels:
+            raise ValueError(f"xs[0] has shape {tuple(xs[0].shape)}; it must be (N, C, *S) with {name}={channels}")
+        return xs

@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from fastroute import models
+from fastroute.models import Ensemble
+from fastroute.models.cifar_resnet import cifar_resnet
+
+
+def checkpoint(path, name, **sizes):
+    """A file with what `fastroute train` leaves for others in its checkpoints."""
+    sizes = {"num_classes": 10, "in_chans": 3, "img_size": 32, **sizes}
+    model = models.create_model(name, **sizes).eval()
+    weights = {f"model.{key}": value for key, value in model.state_dict().items()}
+    torch.save(
+        {"state_dict": {**weights, "val_error.tp": torch.zeros(1)}, "hyper_parameters": {"model": name, **sizes}}, path
+    )
+    return model
+
+
+def test_averages_probabilities():
+    members = [cifar_resnet(8), cifar_resnet(8, 2)]
+    ensemble, x = Ensemble(members).eval(), torch.randn(4, 3, 8, 8)
+    logits, routing = ensemble(x, return_routing=True)
+    torch.testing.assert_close(logits.softmax(1), (members[0](x).softmax(1) + members[1](x).softmax(1)) / 2)
+    torch.testing.assert_close(logits.exp().sum(1), torch.ones(4))
+    assert list(routing) == [f"members.1.{name}_router" for name in ("stem", "stack1", "stack2", "stack3")]
+    with pytest.raises(ValueError, match="members is empty"):
+        Ensemble([])
+
+
+def test_loads_networks_that_were_trained_one_by_one(tmp_path):
+    paths = [tmp_path / f"{i}.ckpt" for i in range(3)]
+    members = [checkpoint(path, "base_cnn", num_classes=7, in_chans=1, img_size=8) for path in paths]
+    ensemble, x = models.create_model("base_cnn_ensemble", checkpoints=paths).eval(), torch.randn(2, 1, 8, 8)
+    expected = sum(member(x).softmax(1) for member in members) / 3
+    torch.testing.assert_close(ensemble(x).softmax(1), expected)
+
+
+def test_wrong_checkpoints(tmp_path):
+    path = tmp_path / "weights.ckpt"
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(ValueError, match="it must be one of a named network, written by `fastroute train`"):
+        Ensemble.from_checkpoints([path])
+    with pytest.raises(ValueError, match="checkpoints has 1 files; it must have one for each of base_cnn, wide_cnn"):
+        models.create_model("all_ensemble", checkpoints=[path])
+    checkpoint(path, "base_cnn", img_size=8)
+    with pytest.raises(ValueError, match=r"weights.ckpt is of 'base_cnn'; .* 'wide_cnn'"):
+        models.create_model("all_ensemble", checkpoints=[path] * 3)

@@ -1,0 +1,347 @@
+import copy
+import pickle
+import tarfile
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fastroute
+from fastroute.models import multipath
+from fastroute.nn import CrossConnection, CrossStitch, MultiPathNetwork
+
+PHOTOGRAPHS = Path("/work/shared/data/imagenet-sample.tar")
+SIZE = (3, 16, 16)
+
+
+class Block(nn.Module):
+    """With control flow that no tracer follows: what is between cuts is never looked into."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        if x.shape[0] < 1:
+            return x
+        return x + self.norm(self.conv(x))
+
+
+class Toy(nn.Module):
+    """A stem, two stages and a head, with functional operators, a shared module and a skip connection around `wide`."""
+
+    def __init__(self, drop=0.0):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True))
+        self.pool = nn.MaxPool2d(2)
+        self.stage1 = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.relu = nn.ReLU(inplace=True)
+        self.wide = nn.Conv2d(8, 12, 1)
+        self.skip = nn.Conv2d(8, 12, 1)
+        self.stage2 = nn.Sequential(nn.Conv2d(12, 12, 3, padding=1), nn.Tanh())
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.dense = nn.Linear(12, 10)
+        self.fc = nn.Linear(10, 7)
+        self.unused = nn.Linear(1, 1)
+        self.drop = drop
+
+    def forward(self, x, extra=None):
+        assert extra is None
+        x = self.pool(self.stem(x) * self.scale)
+        x = self.relu(self.stage1(x))
+        x = self.pool(self.wide(x) + self.skip(x))
+        x = self.stage2(x * self.scale).mean((2, 3))
+        x = F.dropout(torch.relu(self.dense(x)), self.drop, self.training) if self.drop else self.dense(x).relu()
+        return self.fc(x)
+
+
+CUTS = ["stem", "stage1", "stage2", "dense"]
+toy_paths = partial(multipath, input_size=SIZE)
+
+
+def routers(model):
+    return {name: module for name, module in model.named_children() if isinstance(module, CrossConnection)}
+
+
+def test_parts_and_routers_in_turn():
+    assert fastroute.multipath is multipath
+    model = toy_paths(Toy(), 3, ["stage2", "stem", "dense", "stage1"])  # in any order
+    assert isinstance(model, MultiPathNetwork)
+    names = [name for cut in CUTS for name in (cut, f"{cut}_router")] + ["head"]
+    assert [name for name, _ in model.named_children()] == names
+    shapes = [(r.channels, r.in_paths, r.out_paths) for r in routers(model).values()]
+    assert shapes == [(8, 1, 3), (8, 3, 3), (12, 3, 3), (10, 3, 3)]
+    assert [len(module) for module in model.children() if not isinstance(module, CrossConnection)] == [1, 3, 3, 3, 3]
+    logits, routing = model(torch.randn(5, *SIZE), return_routing=True)
+    assert logits.shape == (5, 7) and list(routing) == [f"{name}_router" for name in CUTS]
+    assert routing["stage1_router"].gates.shape == (5, 3, 3)
+
+
+def test_state_dict_has_the_names_of_the_network():
+    keys = set(toy_paths(Toy(), 2, CUTS).state_dict())
+    assert {"stem.0.0.weight", "stage1.1.stage1.0.weight", "stage1.1.scale", "head.1.fc.bias"} <= keys
+    assert {"stage2.0.wide.weight", "stage2.1.stage2.0.weight", "stem_router.w1", "dense.0.dense.weight"} <= keys
+    assert not any("unused" in key for key in keys)
+
+
+@pytest.mark.parametrize("cuts", [CUTS, ["input", "stage2"], ["stage1"], "auto"])
+def test_copies_start_as_the_network_itself(cuts):
+    network, x = Toy().eval(), torch.randn(4, *SIZE)
+    model = toy_paths(network, 3, cuts, init="copy", noise=0)
+    with torch.no_grad():
+        for router in routers(model).values():
+            router.w2.zero_()  # gates of 1/n exactly
+    torch.testing.assert_close(model(x), network(x))
+    noisy = toy_paths(network, 3, cuts, init="copy", noise=0.1)
+    assert 1e-4 < (noisy(x) - network(x)).abs().max() < 1
+
+
+def test_fresh_paths_have_the_weights_in_another_order():
+    network = Toy()
+    before = copy.deepcopy(network.state_dict())
+    model = toy_paths(network, 2, CUTS)
+    first, second = (model.stage2[i].wide.weight for i in range(2))
+    assert torch.equal(first, network.wide.weight) and first.data_ptr() != network.wide.weight.data_ptr()
+    assert not torch.equal(first, second)
+    assert torch.equal(first.flatten().sort().values, second.flatten().sort().values)
+    assert torch.equal(model.stem[0][0].weight, network.stem[0].weight)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_computes_what_its_routers_and_parts_compute():
+    model, x = toy_paths(Toy(), 2, CUTS).eval(), torch.randn(3, *SIZE)
+    parts = model
+    xs = parts.stem_router([parts.stem[0](x)])
+    xs = parts.stage1_router([parts.stage1[i](xs[i]) for i in range(2)])
+    xs = parts.stage2_router([parts.stage2[i](xs[i]) for i in range(2)])
+    xs = parts.dense_router([parts.dense[i](xs[i]) for i in range(2)])
+    torch.testing.assert_close(model(x), (parts.head[0](xs[0]) + parts.head[1](xs[1])) / 2)
+
+
+def test_other_routing():
+    stitched = toy_paths(Toy(), 2, CUTS, "stitch")
+    assert isinstance(stitched.stem_router, CrossStitch) and stitched.stem_router.gates.shape == (1, 2)
+    assert stitched(torch.randn(2, *SIZE), return_routing=True)[1] == {}
+    assert toy_paths(Toy(), 2, CUTS, partial(CrossConnection, gate_channels=5)).stage1_router.gate_channels == 5
+
+
+def test_paths_without_routing_share_the_first_tensor_unharmed():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1), nn.Flatten())
+    model = toy_paths(network, 2, ["0", "2"], None, init="copy", noise=0)
+    assert [name for name, _ in model.named_children()] == ["stem", "2", "head"]
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(model(x), network(x))
+    model(x).square().sum().backward()  # an in-place ReLU on the shared tensor would have spoilt this
+    assert network[1].inplace and all(p.grad is not None for p in model.parameters())
+
+
+def test_keeps_the_mode_the_device_and_the_type():
+    assert not any(module.training for module in toy_paths(Toy().eval(), 2, CUTS).modules())
+    assert all(module.training for module in toy_paths(Toy(), 2, CUTS).modules())
+    with torch.device("meta"):
+        network = Toy()
+    assert {p.device.type for p in toy_paths(network, 2, CUTS).parameters()} == {"meta"}
+    model = toy_paths(Toy().bfloat16(), 2, CUTS)
+    assert model(torch.randn(2, *SIZE, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_functional_dropout_follows_the_mode():
+    model, x = toy_paths(Toy(drop=0.5).eval(), 2, CUTS), torch.randn(8, *SIZE)
+    assert not model.head[0].training
+    assert torch.equal(model(x), model(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
+def test_copies_pickles_compiles_and_trains():
+    model, x = toy_paths(Toy(drop=0.1), 2, CUTS).eval(), torch.randn(4, *SIZE)
+    expected = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
+    F.cross_entropy(model.train()(x), torch.arange(4)).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_auto_cuts_behind_the_last_module_of_each_resolution():
+    features = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()),
+        nn.MaxPool2d(2),
+        Block(4),
+        nn.Conv2d(4, 6, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+    )
+    network = nn.Sequential(features, nn.Flatten(), nn.Linear(6, 3))
+    model = toy_paths(network, 2)
+    assert list(routers(model)) == ["0_2_router", "0_4_router"]
+    assert [r.channels for r in routers(model).values()] == [4, 6]
+    assert list(routers(toy_paths(Toy(), 2))) == ["relu_router", "stage2_router"]
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.fc(self.conv(self.conv(x)).mean((2, 3)))
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x, x
+
+
+class Untraceable(Twice):
+    def forward(self, x):
+        return self.fc(self.conv(x).mean((2, 3))) if x.sum() > 0 else self.fc(x.mean((2, 3)))
+
+
+class Moody(Twice):
+    def forward(self, x):
+        x = self.conv(x) if self.training else 2 * self.conv(x)
+        return self.fc(x.mean((2, 3)))
+
+
+class Inner(Twice):
+    def __init__(self):
+        super().__init__()
+        self.pair = Pair()
+
+    def forward(self, x):
+        return self.pair(self.conv(x))
+
+
+class Tokens(Twice):
+    def __init__(self):
+        super().__init__()
+        self.flat, self.pair = nn.Flatten(2), Pair()
+
+    def forward(self, x):
+        return self.fc(self.flat(self.pair(x)[0]).mean(2))
+
+
+@pytest.mark.parametrize(
+    "network, arguments, message",
+    [
+        (Toy, {"paths": 1}, "paths is 1; it must be 2 to 8"),
+        (Toy, {"paths": 9}, "paths is 9; it must be 2 to 8"),
+        (Toy, {"route_after": ["stage3"]}, "names 'stage3'; there is no such module: did you mean stage"),
+        (Toy, {"route_after": ["???"]}, "model.named_modules"),
+        (Toy, {"route_after": []}, "route_after is empty"),
+        (Toy, {"route_after": "stem"}, "route_after is 'stem'; it must be a list of names, or 'auto'"),
+        (Toy, {"route_after": ["stem", "stem"]}, "names 'stem' 2 times"),
+        (Toy, {"route_after": ["stage1", "stage1.1"]}, "'stage1' and 'stage1.1', which return the same tensor"),
+        (Toy, {"route_after": ["wide"]}, "names 'wide', but the rest of the network needs more .* 'relu' as well"),
+        (Toy, {"route_after": ["unused"]}, "names 'unused', which is called 0 times"),
+        (Toy, {"routing": "cp"}, "routing is 'cp'; it must be 'cc', 'stitch', None or a function"),
+        (Toy, {"init": "zeros"}, "init is 'zeros'; it must be 'fresh' or 'copy'"),
+        (Toy, {"noise": -1}, "noise is -1; it must be at least 0"),
+        (Toy, {"input_size": (4, 16, 16)}, r"input_size is \(4, 16, 16\); model cannot take such images"),
+        (Twice, {"route_after": ["conv"]}, "names 'conv', which is called 2 times; it must be called once"),
+        (Twice, {"route_after": "auto"}, "no module behind which the resolution changes is found"),
+        (Pair, {"route_after": ["conv"]}, r"model is a Pair that returns \(.*; it must return one tensor"),
+        (Inner, {"route_after": ["conv"]}, "model is a Inner that returns pair; it must return one tensor"),
+        (Untraceable, {"route_after": ["conv"]}, "model is a Untraceable, which torch.fx cannot trace: TraceError"),
+        (Moody, {"route_after": ["conv"]}, "forward in training is another than in evaluation"),
+        (Tokens, {"route_after": ["flat"]}, r"'flat', which returns \(2, 3, 256\); routing takes"),
+        (Tokens, {"route_after": ["pair"]}, "'pair', which returns no tensor; routing takes"),
+        (lambda: nn.Linear(3, 3), {"input_size": None}, "input_size is None; it must be given"),
+    ],
+)
+def test_wrong_arguments(network, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        multipath(network(), **{"paths": 2, "route_after": ["stem"], "input_size": SIZE, **arguments})
+
+
+def test_a_model_must_be_a_module():
+    with pytest.raises(TypeError, match="model is a function; it must be a module"):
+        multipath(lambda x: x, 2, ["stem"])
+
+
+TIMM = ["resnet10t", "mobilenetv3_small_050"]
+TIMM_SLOW = [
+    "resnet18",
+    "vgg11_bn",
+    "efficientnet_b0",
+    "convnext_atto",
+    "regnety_002",
+    "mobilenetv2_050",
+    "densenet121",
+]
+TORCHVISION = ["resnet18", "vgg11", "efficientnet_b0", "convnext_tiny", "regnet_y_400mf", "mobilenet_v3_small"]
+
+
+def slow(names):
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", [*TIMM, *slow(TIMM_SLOW)])
+def test_timm_networks(name):
+    timm = pytest.importorskip("timm")
+    check(timm.create_model(name, num_classes=5))
+
+
+@pytest.mark.parametrize("name", slow(TORCHVISION))
+def test_torchvision_networks(name):
+    torchvision = pytest.importorskip("torchvision")
+    check(getattr(torchvision.models, name)(num_classes=5))
+
+
+def check(network):
+    """The copy computes as the network does, has routers at several resolutions, and trains."""
+    network.eval()
+    model, x = multipath(network, 2, init="copy", noise=0), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, (logits, routing) = network(x), model(x, return_routing=True)
+    assert len(routing) >= 4
+    torch.testing.assert_close(logits, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
+    model.train()(torch.randn(4, 3, 64, 64)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PHOTOGRAPHS.is_file(), reason=f"there are no photographs at {PHOTOGRAPHS}")
+@pytest.mark.parametrize(
+    "name", ["resnet18", "efficientnet_b0", "convnext_atto", "regnety_002", "mobilenetv3_small_050"]
+)
+def test_timm_networks_on_photographs(name, capsys):
+    timm = pytest.importorskip("timm")
+    images = photographs(8)
+    model = multipath(timm.create_model(name), 2)
+    logits, routing = model(images, return_routing=True)
+    loss = F.cross_entropy(logits, torch.arange(8))
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+    assert logits.shape == (8, 1000) and loss.isfinite() and 0 < norm < float("inf")
+    with capsys.disabled():
+        parameters = sum(p.numel() for p in model.parameters())
+        cuts = ", ".join(router.removesuffix("_router") for router in routing)
+        print(f"\n{name}: {parameters:,} parameters, cut at {cuts}; loss {loss:.3f}, gradient norm {norm:.3f}")
+
+
+def photographs(count):
+    from PIL import Image
+    from torchvision.transforms import v2
+
+    transform = v2.Compose(
+        [v2.ToImage(), v2.CenterCrop(224), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.45] * 3, [0.23] * 3)]
+    )
+    images = []
+    with tarfile.open(PHOTOGRAPHS) as archive:
+        for member in archive:
+            if member.isfile() and len(images) < count:
+                images.append(transform(Image.open(archive.extractfile(member)).convert("RGB")))
+    return torch.stack(images)
