@@ -3,9 +3,21 @@
 from fastroute._extras import extra
 
 with extra("train", "fastroute.training"):
+    from fastroute.training.checkpoints import Terminated, check_resume, load_weights
     from fastroute.training.classifier import RoutingClassifier
     from fastroute.training.data import ImageDataModule
-    from fastroute.training.routing import gates_table, mean_gates, routing_share
-    from fastroute.training.trainer import check_resume, fit
+    from fastroute.training.routing import gates_table, mean_gates, router_statistics, routing_share
+    from fastroute.training.trainer import fit
 
-__all__ = ["ImageDataModule", "RoutingClassifier", "check_resume", "fit", "gates_table", "mean_gates", "routing_share"]
+__all__ = [
+    "ImageDataModule",
+    "RoutingClassifier",
+    "Terminated",
+    "check_resume",
+    "fit",
+    "gates_table",
+    "load_weights",
+    "mean_gates",
+    "router_statistics",
+    "routing_share",
+]

@@ -1,24 +1,30 @@
 """What a run shows and writes."""
 
 import csv
+import datetime
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins.io import TorchCheckpointIO
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from torch import distributed as dist
 
-METRICS = ("train_loss", "train_error", "val_loss", "val_error")
+from fastroute.training.routing import RouterStatistics, add_routing
+
+METRICS = ("train_loss", "train_error", "train_aux", "val_loss", "val_error", "val_error5")
 
 
 class EpochSummary(pl.Callback):
     """One row for each epoch, in `rows` and in a CSV file: losses, errors in percent, learning rate and speed.
 
-    `lr` is that of the epoch's last step, `images_per_s` counts training alone, and `seconds` is the whole epoch with
-    its validation. Rows are part of the checkpoint, so a resumed run has those of the epochs before it.
+    `lr` is that of the epoch's last step, `images_per_s` counts training alone over all processes, `data_wait` is the
+    share of that time, in percent, which the first process waited for its batches, `skipped` the images that could not
+    be read so far, and `seconds` the whole epoch with its validation. Of an epoch that was interrupted, times are those
+    since. Rows are part of the checkpoint, so a resumed run has those of the epochs before it.
     """
 
     def __init__(self, path: Path):
@@ -30,47 +36,128 @@ class EpochSummary(pl.Callback):
     def load_state_dict(self, state_dict: dict) -> None:
         self.rows = list(state_dict["rows"])
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin()  # on_train_epoch_start does not come where a run goes on within an epoch
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._start, self._images = time.perf_counter(), 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._start = self._ready = time.perf_counter()
+        self._images, self.waited = 0, 0.0
+
+    @property
+    def images_per_s(self) -> float:
+        """Of this process, in the epoch so far."""
+        return self._images / (time.perf_counter() - self._start)
+
+    @property
+    def data_wait(self) -> float:
+        """The share of the epoch's time so far spent in waiting for batches, in percent."""
+        return 100 * self.waited / (time.perf_counter() - self._start)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        self._lr = trainer.optimizers[0].param_groups[0]["lr"]
+        self.waited += time.perf_counter() - self._ready
+        self._lr = max(group["lr"] for group in trainer.optimizers[0].param_groups)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self._images += len(batch[1])
         if trainer.is_last_batch:
             if trainer.strategy.root_device.type == "cuda":
                 torch.cuda.synchronize()
-            self._training = time.perf_counter() - self._start
+            self._speed, self._waiting = self.images_per_s, self.data_wait
+        self._ready = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        sums = torch.tensor([self._speed, getattr(trainer.datamodule, "skipped", 0)], device=pl_module.device)
+        if trainer.world_size > 1:
+            dist.all_reduce(sums)
+        speed, skipped = sums.tolist()
+        metrics = trainer.callback_metrics
         self.rows.append(
             {
                 "epoch": trainer.current_epoch + 1,
-                **{name: trainer.callback_metrics[name].item() for name in METRICS},
+                **{name: metrics[name].item() for name in METRICS if name in metrics},
                 "lr": self._lr,
-                "images_per_s": self._images / self._training,
+                "images_per_s": speed,
+                "data_wait": self._waiting,
+                "skipped": int(skipped),
                 "seconds": time.perf_counter() - self._start,
             }
         )
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.rows[0])
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(temporary, self.path)
+        if trainer.is_global_zero:
+            write_csv(self.path, self.rows)
+
+
+class RouterDiagnostics(pl.Callback):
+    """What each router does on the validation images, each epoch: in `statistics`, a CSV file and the logger.
+
+    The file has a row for each gate of each router, from path i to path j: the mean gate, the share of images for which
+    it is the largest of path i (`largest`), its highest value (`peak`), and the mean entropy of path i's gates as a share
+    of ln n. The logger also gets the fraction of a router's gates that are dead; see `RouterStatistics`.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.rows = path, []
+        self.statistics: dict[str, RouterStatistics] = {}
+
+    def state_dict(self) -> dict:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.rows = list(state_dict["rows"])
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._totals = {}
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        add_routing(self._totals, outputs or {})
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.statistics = {name: total.cpu() for name, total in self._totals.items()}
+        if trainer.world_size > 1:
+            parts: list[dict] = [{}] * trainer.world_size
+            dist.all_gather_object(parts, self.statistics)
+            self.statistics = {}
+            for part in parts:
+                add_routing(self.statistics, part)
+        if not self.statistics or not trainer.is_global_zero:
+            return
+        scalars = {}
+        for name, router in self.statistics.items():
+            scalars[f"router/{name}/dead"] = router.dead_fraction
+            scalars[f"router/{name}/entropy"] = router.mean_entropy.mean().item()
+            columns = (router.mean_gates, router.shares_of_maximum, router.peak)
+            for i, rows in enumerate(zip(*(c.tolist() for c in columns), strict=True), start=1):
+                entropy = router.mean_entropy[i - 1].item()
+                for j, (gate, largest, peak) in enumerate(zip(*rows, strict=True), start=1):
+                    place = {"epoch": trainer.current_epoch + 1, "router": name, "from": i, "to": j}
+                    self.rows.append(
+                        place | {"gate": gate, "largest": largest, "peak": peak, "entropy": entropy}
+                    )
+                    scalars |= {f"router/{name}/gate_{i}{j}": gate, f"router/{name}/largest_{i}{j}": largest}
+        write_csv(self.path, self.rows)
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=trainer.global_step)
 
 
 class EpochProgress(pl.callbacks.ProgressBar):
-    """A bar for the epoch that runs, with loss, learning rate and images/s, and one line for each that is done."""
+    """A line for the epoch that runs, and one for each that is done.
+
+    The first has the step, loss, learning rate, images/s over all processes, the share of the time spent in waiting for
+    data, and the time left in the whole run. Where the console is no terminal, it is printed at every reading of the
+    loss instead.
+    """
 
     def __init__(self, summary: EpochSummary, console: Console, log_interval: int):
         super().__init__()
         self.summary, self.console, self.log_interval = summary, console, log_interval
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
+        self._enabled = True
         self.progress = Progress(
             TextColumn("{task.description}"),
-            *columns,
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -79,28 +166,50 @@ class EpochProgress(pl.callbacks.ProgressBar):
     def disable(self) -> None:
         self.console.quiet = True
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start, self._steps = time.perf_counter(), 0
+        self._begin(trainer)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._start, self._images = time.perf_counter(), 0
+        self._begin(trainer)
+
+    def _begin(self, trainer: pl.Trainer) -> None:
+        self._stop()
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         self._task = self.progress.add_task(epoch, total=trainer.num_training_batches, status="")
         self.progress.start()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self._images += len(batch[1])
-        if batch_idx % self.log_interval == 0:  # reading the loss makes the host wait for a GPU
-            lr, speed = trainer.optimizers[0].param_groups[0]["lr"], self._images / (time.perf_counter() - self._start)
-            status = f"loss {outputs['loss'].item():.3f}  lr {lr:.3g}  {speed:,.0f} images/s"
+        self._steps += 1
+        done = batch_idx + 1
+        if done % self.log_interval == 0:  # reading the loss makes the host wait for a GPU
+            status = self._status(trainer, outputs["loss"].item(), done)
             self.progress.update(self._task, status=status)
-        self.progress.update(self._task, completed=batch_idx + 1)
+            if not self.console.is_terminal and not trainer.is_last_batch:
+                place = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {done}/{trainer.num_training_batches}"
+                self.console.print(f"{place}  {status}", highlight=False, soft_wrap=True)
+        self.progress.update(self._task, completed=done)
+
+    def _status(self, trainer: pl.Trainer, loss: float, done: int) -> str:
+        left = (trainer.max_epochs - trainer.current_epoch) * trainer.num_training_batches - done
+        seconds = left * (time.perf_counter() - self._start) / self._steps  # validation's share is in it
+        return (
+            f"loss {loss:.3f}  lr {trainer.optimizers[0].param_groups[0]['lr']:.3g}  "
+            f"{self.summary.images_per_s * trainer.world_size:,.0f} images/s  data wait {self.summary.data_wait:.1f} %  "
+            f"eta {datetime.timedelta(seconds=round(seconds))}"
+        )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop()
         row = self.summary.rows[-1]
+        top5 = f" top-5 {row['val_error5']:5.2f} %" if pl_module.hparams.get("num_classes", 0) > 10 else ""
+        skipped = f"  skipped {row['skipped']}" if row["skipped"] else ""
         self.console.print(
             f"epoch {row['epoch']:>{len(str(trainer.max_epochs))}}/{trainer.max_epochs}"
             f"  train loss {row['train_loss']:.3f} error {row['train_error']:5.2f} %"
-            f"  val loss {row['val_loss']:.3f} error {row['val_error']:5.2f} %"
-            f"  lr {row['lr']:.3g}  {row['images_per_s']:,.0f} images/s  {row['seconds']:.1f} s",
+            f"  val loss {row['val_loss']:.3f} error {row['val_error']:5.2f} %{top5}"
+            f"  lr {row['lr']:.3g}  {row['images_per_s']:,.0f} images/s"
+            f"  data wait {row['data_wait']:.1f} %{skipped}  {row['seconds']:.1f} s",
             highlight=False,
             soft_wrap=True,
         )
@@ -114,18 +223,12 @@ class EpochProgress(pl.callbacks.ProgressBar):
             self.progress.remove_task(task)
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write beside the old checkpoint and rename over it, so that at any moment there is a whole one.
-
-    Lightning's own goes by the system's temporary folder, and moving from there is a copy where that is another disk.
-    """
-
-    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options=None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+def write_csv(path: Path, rows: Sequence[dict]) -> None:
+    """Write rows of the same or of different columns, whole or not at all."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)

@@ -1,33 +1,26 @@
 """Image classification as a Lightning module."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.classification import MulticlassAccuracy
 
 from fastroute.models import create_model
+from fastroute.nn import Routing
+from fastroute.training.metrics import Totals
+from fastroute.training.optim import OPTIMIZERS, SCHEDULES, parameter_groups, scheduler
 
-SCHEDULES = ("step", "onecycle")
-
-
-class ErrorPercent(MulticlassAccuracy):
-    """The share of wrong labels, in percent, from whole counts: exact however the batches are cut."""
-
-    def __init__(self, num_classes: int):
-        super().__init__(num_classes, average="micro", validate_args=False)
-
-    def compute(self) -> Tensor:
-        return 100 * (1 - super().compute())
+RoutingLoss = Callable[[dict[str, Routing]], Tensor]
 
 
 class RoutingClassifier(pl.LightningModule):
-    """Any network from images to logits, trained by cross-entropy with the thesis's SGD (§3.4).
+    """Any network from images to logits, trained by cross-entropy; by default with the thesis's SGD (§3.4).
 
-    The optimiser has momentum, no Nesterov, and one weight decay for all parameters. It logs `train_loss`,
-    `train_error`, `val_loss` and `val_error` once an epoch; errors are in percent, over exactly the images seen.
+    It logs, once an epoch, `train_loss`, `train_error`, `val_loss`, `val_error` and `val_error5`, and `train_aux` with an
+    auxiliary loss; errors are in percent, over exactly the images seen, whatever the number of processes.
 
     Args:
         model: a name from `fastroute.models.list_models()`, or a module. A checkpoint of a named network can be loaded
@@ -35,18 +28,23 @@ class RoutingClassifier(pl.LightningModule):
         num_classes: the number of classes; like in_chans and img_size, for `create_model`.
         in_chans: the channels of the images.
         img_size: their height and width.
+        opt: "sgd", "nesterov", "rmsprop", "adam" or "adamw"; see `OPTIMIZERS`.
         lr: the learning rate at the start, or at the top of the cycle.
-        momentum: of SGD.
-        weight_decay: of SGD.
-        sched: "step" multiplies the rate by `decay_rate` after each of `decay_milestones`; "onecycle" raises it over
-            the first 30% of the steps and lowers it to nearly zero over the rest.
-        decay_milestones: epochs; by default 2/5 and 3/4 of all, the thesis's 80 and 150 of 200.
-        decay_rate: the factor of a step.
+        momentum: of SGD and RMSprop.
+        weight_decay, norm_weight_decay, gate_lr_mult, gate_wd: see `parameter_groups`.
+        sched: "step", "multistep", "cosine" or "onecycle"; like warmup_epochs, decay_epochs, decay_milestones and
+            decay_rate, see `scheduler`.
+        smoothing: of the labels, 0 to 1.
         channels_last: whether the network computes in channels_last, which is the faster on a CPU in bfloat16 and on
             tensor cores.
+        compile: whether the network is compiled by `torch.compile`.
+        aux_loss: a function of the routing, {router name: Routing}, to a scalar, which is added to the training loss
+            times `aux_weight`; its gradient reaches the gates through `scores` and `gates`. A module is trained, moved
+            and saved with the network. The network's forward must take `return_routing`.
+        aux_weight: the weight of `aux_loss`.
 
     Raises:
-        ValueError: an argument is out of range or unknown.
+        ValueError: an argument is out of range or unknown, or `model` gives no routing to `aux_loss`.
     """
 
     def __init__(
@@ -56,55 +54,114 @@ class RoutingClassifier(pl.LightningModule):
         in_chans: int = 3,
         img_size: int = 32,
         *,
+        opt: str = "sgd",
         lr: float = 0.1,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
-        sched: str = "step",
+        norm_weight_decay: float | None = None,
+        gate_lr_mult: float = 1.0,
+        gate_wd: float | None = None,
+        sched: str = "multistep",
+        warmup_epochs: int = 0,
+        decay_epochs: int = 30,
         decay_milestones: Sequence[int] | None = None,
         decay_rate: float = 0.1,
+        smoothing: float = 0.0,
         channels_last: bool = False,
+        compile: bool = False,
+        aux_loss: RoutingLoss | None = None,
+        aux_weight: float = 1.0,
     ):
         super().__init__()
-        if lr <= 0:
-            raise ValueError(f"lr is {lr}; it must be above 0")
-        if sched not in SCHEDULES:
-            raise ValueError(f"sched is {sched!r}; it must be one of {', '.join(map(repr, SCHEDULES))}")
-        self.save_hyperparameters(ignore="model")
+        for name, value in (("lr", lr), ("decay_epochs", decay_epochs), ("gate_lr_mult", gate_lr_mult)):
+            if value <= 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+        decays = {"weight_decay": weight_decay, "norm_weight_decay": norm_weight_decay, "gate_wd": gate_wd}
+        for name, value in ({"momentum": momentum, "warmup_epochs": warmup_epochs} | decays).items():
+            if value is not None and value < 0:
+                raise ValueError(f"{name} is {value}; it must be at least 0")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing is {smoothing}; it must be at least 0 and below 1")
+        for name, value, allowed in (("opt", opt, OPTIMIZERS), ("sched", sched, SCHEDULES)):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
+        self.save_hyperparameters(ignore=["model", "aux_loss"])
         self.save_hyperparameters({"model": model if isinstance(model, str) else type(model).__name__})
         if isinstance(model, str):
             model = create_model(model, num_classes, in_chans, img_size)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model = model.to(memory_format=self.memory_format)
-        self.train_error, self.val_error = ErrorPercent(num_classes), ErrorPercent(num_classes)
+        if compile:
+            self.model.compile()
+        self.routed = takes_routing(model)
+        if aux_loss is not None and not self.routed:
+            raise ValueError(f"model is {self.hparams.model}; its forward takes no return_routing, so aux_loss has none")
+        self.aux_loss = aux_loss
+        self.train_totals, self.val_totals = Totals(), Totals()
 
     def forward(self, images: Tensor, **options):
         return self.model(images.contiguous(memory_format=self.memory_format), **options)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return self._step(batch, "train", self.train_error)
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return self._step(batch, "val", self.val_error)
-
-    def _step(self, batch: tuple[Tensor, Tensor], stage: str, error: "ErrorPercent") -> Tensor:
         images, labels = batch
-        logits = self(images)
-        loss = F.cross_entropy(logits, labels)
-        error.update(logits, labels)
-        metrics = {f"{stage}_loss": loss, f"{stage}_error": error}
-        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(labels))
+        if self.aux_loss is None:
+            logits = self(images)
+        else:
+            logits, routing = self(images, return_routing=True)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams.smoothing)
+        self.train_totals.update(loss, logits, labels)
+        if self.aux_loss is not None:
+            aux = self.aux_loss(routing)
+            self.log("train_aux", aux.detach(), on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
+            loss = loss + self.hparams.aux_weight * aux
         return loss
+
+    def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
+        if self.trainer.is_last_batch:
+            totals = self.train_totals.compute()
+            self.train_totals.reset()
+            metrics = {"train_loss": totals["loss"], "train_error": totals["error"]}
+            self.log_dict(metrics, on_step=False, on_epoch=True)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Routing] | None:
+        images, labels = batch
+        if len(labels) == 0:  # this process has no share of the last images
+            return None
+        logits, routing = self(images, return_routing=True) if self.routed else (self(images), {})
+        self.val_totals.update(F.cross_entropy(logits, labels), logits, labels)
+        return routing
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict({f"val_{name}": value for name, value in self.val_totals.compute().items()})
+        self.val_totals.reset()
 
     def configure_optimizers(self):
         options = self.hparams
-        optimizer = torch.optim.SGD(
-            self.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
+        names = ("lr", "weight_decay", "norm_weight_decay", "gate_lr_mult", "gate_wd")
+        groups = parameter_groups(self, **{name: options[name] for name in names})
+        optimizer = OPTIMIZERS[options.opt](groups, options.momentum)
+        names = ("warmup_epochs", "decay_epochs", "decay_milestones", "decay_rate")
+        schedule = scheduler(
+            optimizer,
+            options.sched,
+            epochs=self.trainer.max_epochs,
+            steps=self.trainer.estimated_stepping_batches,
+            **{name: options[name] for name in names},
         )
-        if options.sched == "onecycle":
-            steps = self.trainer.estimated_stepping_batches
-            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=steps)
-            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
-        epochs = self.trainer.max_epochs
-        milestones = options.decay_milestones or (epochs * 2 // 5, epochs * 3 // 4)
-        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=options.decay_rate)
-        return [optimizer], [{"scheduler": scheduler, "interval": "epoch"}]
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """A run stopped within an epoch goes on counting it; the schedule knows for how many epochs it was made."""
+        with self.train_totals.sync_context():
+            checkpoint["train_totals"] = {name: getattr(self.train_totals, name).clone() for name in Totals.SUMS}
+        checkpoint["epochs"] = self.trainer.max_epochs
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        if self.global_rank == 0:  # the sum of all processes goes on in one
+            for name, total in checkpoint.get("train_totals", {}).items():
+                setattr(self.train_totals, name, total.to(self.device))
+
+
+def takes_routing(model: nn.Module) -> bool:
+    """Whether the network's forward takes `return_routing`."""
+    return "return_routing" in inspect.signature(model.forward).parameters

@@ -1,20 +1,24 @@
 """Small image sets, decoded once into memory."""
 
 import os
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional as TF
+
+from fastroute.training.sources import FolderSource, UnreadableImage, folder_sources, read_image
 
 
 class Split(NamedTuple):
@@ -25,16 +29,33 @@ class Split(NamedTuple):
 
 
 class ImageSet(NamedTuple):
-    """A data set in memory. `pad` and `flip` say how its training images may be shifted and mirrored."""
+    """A data set in memory.
+
+    `pad` and `flip` say how its training images may be shifted and mirrored; `skipped` counts the files that could not
+    be read.
+    """
 
     train: Split
     val: Split
     classes: list[str]
     pad: int
     flip: bool
+    skipped: int = 0
 
 
-def digits(data_dir: Path | None, img_size: int | None, num_workers: int) -> ImageSet:
+@dataclass(frozen=True)
+class Options:
+    """Where images come from and what they become; see `ImageDataModule`."""
+
+    data_dir: Path | None = None
+    img_size: int | None = None
+    num_workers: int = 1
+    download: bool = False
+    first_classes: int | None = None
+    on_bad_image: str = "stop"
+
+
+def digits(options: Options) -> ImageSet:
     """scikit-learn's 1,797 handwritten digits, 8×8 and grey, in a fixed stratified split of 1,437 and 360.
 
     They stay 8×8 unless `img_size` asks for more; a network's cost grows with the square of that. Shifts are of at
@@ -42,22 +63,44 @@ def digits(data_dir: Path | None, img_size: int | None, num_workers: int) -> Ima
     """
     source = load_digits()
     images = torch.from_numpy(source.images * (255 / 16)).to(torch.float32)[:, None]
-    size = img_size or images.shape[-1]
+    size = options.img_size or images.shape[-1]
     if size != images.shape[-1]:
         images = F.interpolate(images, size=(size, size), mode="bilinear")
     images = images.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     labels = torch.from_numpy(source.target).long()
     train, val = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=source.target, random_state=0)
-    return ImageSet(
-        Split(images[train], labels[train]),
-        Split(images[val], labels[val]),
-        [str(name) for name in source.target_names],
-        pad=max(1, size // 8),
-        flip=False,
+    splits = (Split(images[part], labels[part]) for part in (train, val))
+    return _image_set(*splits, [str(name) for name in source.target_names], options, flip=False)
+
+
+def cifar10(options: Options) -> ImageSet:
+    """CIFAR-10: 50,000 and 10,000 images, 32×32, shifted by at most four pixels and mirrored (§3.4.1)."""
+    return _cifar(torchvision.datasets.CIFAR10, options)
+
+
+def cifar100(options: Options) -> ImageSet:
+    """CIFAR-100; see `cifar10`."""
+    return _cifar(torchvision.datasets.CIFAR100, options)
+
+
+def mnist(options: Options) -> ImageSet:
+    """MNIST: 60,000 and 10,000 digits, 28×28 and grey, shifted by at most three pixels, not mirrored."""
+    parts = [_torchvision(torchvision.datasets.MNIST, options, train=train) for train in (True, False)]
+    splits = (Split(_scaled(part.data[..., None], options.img_size), part.targets) for part in parts)
+    return _image_set(*splits, [str(digit) for digit in range(10)], options, flip=False)
+
+
+def stl10(options: Options) -> ImageSet:
+    """STL-10: the 5,000 labelled training images and the 8,000 of the test, 96×96, shifted by at most 12, mirrored."""
+    parts = [_torchvision(torchvision.datasets.STL10, options, split=split) for split in ("train", "test")]
+    splits = (
+        Split(_scaled(torch.from_numpy(p.data).permute(0, 2, 3, 1), options.img_size), torch.from_numpy(p.labels).long())
+        for p in parts
     )
+    return _image_set(*splits, parts[0].classes, options, flip=True)
 
 
-def imagefolder(data_dir: Path | None, img_size: int | None, num_workers: int) -> ImageSet:
+def imagefolder(options: Options) -> ImageSet:
     """Any tree `train/<class>/*` and `val/<class>/*` of images, as RGB, 32×32 unless `img_size` says otherwise.
 
     Images of another size are scaled on their shorter side and cut to the centre square. Shifts are of at most an
@@ -67,40 +110,60 @@ def imagefolder(data_dir: Path | None, img_size: int | None, num_workers: int) -
         FileNotFoundError: the folder, its `train/` or `val/`, or the images in a class are missing.
         ValueError: `train/` and `val/` hold different classes, an image cannot be read, or memory does not suffice.
     """
-    if data_dir is None:
-        raise ValueError("data_dir is None; the dataset 'imagefolder' needs a folder with train/ and val/ in it")
-    size = img_size or 32
-    folders = {split: _image_folder(data_dir, split) for split in ("train", "val")}
-    classes = {split: set(folder.classes) for split, folder in folders.items()}
-    if classes["train"] != classes["val"]:
-        only = {s: sorted(classes[s] - classes[o]) for s, o in (("train", "val"), ("val", "train"))}
-        raise ValueError(
-            f"data_dir is {data_dir}; train/ and val/ must hold the same classes, "
-            f"but only train/ has {only['train']} and only val/ has {only['val']}"
-        )
-    _check_memory(data_dir, sum(len(folder) for folder in folders.values()), size)
-    splits = {split: _decode(folder, size, num_workers) for split, folder in folders.items()}
-    return ImageSet(splits["train"], splits["val"], folders["train"].classes, pad=max(1, size // 8), flip=True)
+    size = options.img_size or 32
+    sources = folder_sources(options.data_dir, options.first_classes)
+    _check_memory(options.data_dir, sum(len(source) for source in sources.values()), size)
+    (train, bad), (val, bad_val) = (_decode(sources[split], size, options) for split in ("train", "val"))
+    return _image_set(train, val, sources["train"].classes, options, flip=True)._replace(skipped=bad + bad_val)
 
 
-DATASETS: dict[str, Callable[[Path | None, int | None, int], ImageSet]] = {
+DATASETS: dict[str, Callable[[Options], ImageSet]] = {
     "digits": digits,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "mnist": mnist,
+    "stl10": stl10,
     "imagefolder": imagefolder,
 }
 
 
-def _image_folder(data_dir: Path, split: str) -> ImageFolder:
-    for folder in (data_dir, data_dir / split):
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"data_dir is {data_dir}; it must be a folder with train/ and val/ in it, but {folder} is missing"
-            )
+def _image_set(train: Split, val: Split, classes: list[str], options: Options, *, flip: bool) -> ImageSet:
+    """Shifts are of at most an eighth of the image; of the classes only the first are kept, where that is asked for."""
+    if (count := options.first_classes) is not None:
+        if not 1 <= count <= len(classes):
+            raise ValueError(f"first_classes is {count}; it must be 1 to {len(classes)}, the classes of the data")
+        classes = classes[:count]
+        train, val = (Split(s.images[s.labels < count], s.labels[s.labels < count]) for s in (train, val))
+    return ImageSet(train, val, classes, pad=max(1, train.images.shape[1] // 8), flip=flip)
+
+
+def _cifar(dataset: type, options: Options) -> ImageSet:
+    parts = [_torchvision(dataset, options, train=train) for train in (True, False)]
+    splits = (
+        Split(_scaled(torch.from_numpy(p.data), options.img_size), torch.tensor(p.targets)) for p in parts
+    )
+    return _image_set(*splits, parts[0].classes, options, flip=True)
+
+
+def _torchvision(dataset: type, options: Options, **split):
+    root = options.data_dir or Path("data")
     try:
-        return ImageFolder(data_dir / split)
-    except FileNotFoundError as error:
+        return dataset(root, download=options.download, **split)
+    except RuntimeError as error:
         raise FileNotFoundError(
-            f"data_dir is {data_dir}; {data_dir / split} must hold one folder of images for each class: {error}"
+            f"data_dir is {root}; {dataset.__name__} is not whole in it ({error}): --download fetches it"
         ) from None
+
+
+def _scaled(images: Tensor, size: int | None) -> Tensor:
+    """uint8 (N, H, W, C), scaled to size × size where that is another."""
+    if size is not None and size != images.shape[1]:
+        parts = [
+            TF.resize(part.permute(0, 3, 1, 2), [size, size], antialias=True).permute(0, 2, 3, 1)
+            for part in images.split(1024)
+        ]
+        images = torch.cat(parts)
+    return images.contiguous()
 
 
 def _check_memory(data_dir: Path, count: int, size: int) -> None:
@@ -108,29 +171,38 @@ def _check_memory(data_dir: Path, count: int, size: int) -> None:
     if needed > physical / 2:
         raise ValueError(
             f"data_dir is {data_dir}; its {count:,} images take {needed / 1e9:.0f} GB of memory at img_size={size}, "
-            f"and at most half of this machine's {physical / 1e9:.0f} GB may be used: choose a smaller img_size"
+            f"and at most half of this machine's {physical / 1e9:.0f} GB may be used: choose a smaller img_size, "
+            "or in_memory=False"
         )
 
 
-def _decode(folder: ImageFolder, size: int, num_workers: int) -> Split:
-    images = np.empty((len(folder.samples), size, size, 3), np.uint8)
+def _decode(source: FolderSource, size: int, options: Options) -> tuple[Split, int]:
+    images = np.empty((len(source), size, size, 3), np.uint8)
+    unreadable: list[tuple[int, str]] = []
 
     def decode(start: int) -> None:
         for i in range(start, min(start + 256, len(images))):
-            images[i] = _read(folder.samples[i][0], size)
+            try:
+                images[i] = _centre(read_image(source, i), size)
+            except UnreadableImage as error:
+                if options.on_bad_image == "stop":
+                    raise
+                unreadable.append((i, str(error)))
 
-    with ThreadPoolExecutor(num_workers) as threads:
+    with ThreadPoolExecutor(options.num_workers) as threads:
         for _ in threads.map(decode, range(0, len(images), 256)):
             pass  # taking each result raises what its thread raised
-    return Split(torch.from_numpy(images), torch.tensor(folder.targets))
+    split = Split(torch.from_numpy(images), source.labels)
+    for _, message in unreadable:
+        warnings.warn(f"{message}; it is skipped", stacklevel=2)
+    if unreadable:
+        kept = torch.ones(len(images), dtype=torch.bool)
+        kept[[i for i, _ in unreadable]] = False
+        split = Split(split.images[kept], split.labels[kept])
+    return split, len(unreadable)
 
 
-def _read(path: str, size: int) -> np.ndarray:
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's own for a PNG cut short is a SyntaxError
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+def _centre(image: Image.Image, size: int) -> np.ndarray:
     if image.size != (size, size):
         image = TF.center_crop(TF.resize(image, size), size)
     return np.asarray(image)

@@ -2,19 +2,27 @@
 
 import contextlib
 import logging
-import pickle
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.strategies import DDPStrategy
 from rich.console import Console
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from fastroute.training.callbacks import AtomicCheckpointIO, EpochProgress, EpochSummary
+from fastroute.training.callbacks import EpochProgress, EpochSummary, RouterDiagnostics
+from fastroute.training.checkpoints import AtomicCheckpointIO, RecoveryCheckpoint, check_resume
 from fastroute.training.classifier import RoutingClassifier
+from fastroute.training.distributed import world_size
+from fastroute.training.steps import BatchNormSync, NonFiniteStop, StepSeed
 
 PRECISIONS = {None: "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+DIST_BN = ("reduce", "broadcast", "")
 
 
 def fit(
@@ -23,23 +31,44 @@ def fit(
     *,
     epochs: int,
     output: str | Path,
+    seed: int = 0,
     amp_dtype: str | None = None,
+    grad_accum_steps: int = 1,
+    clip_grad: float | None = None,
+    model_ema_decay: float | None = None,
+    sync_bn: bool = False,
+    dist_bn: str = "reduce",
+    deterministic: bool = False,
     resume: str | Path | None = None,
+    recovery_interval: int | None = None,
     log_interval: int = 50,
     accelerator: str = "auto",
     console: Console | None = None,
 ) -> list[dict]:
-    """Train, and write `last.ckpt`, `best.ckpt` (of the lowest validation error) and `summary.csv` into `output`.
+    """Train, and write into `output`.
+
+    `last.ckpt` and `best.ckpt` (of the lowest validation error), `summary.csv`, `routers.csv` for a network with
+    routers, and TensorBoard's events. Started by `torchrun`, the processes train together (DistributedDataParallel).
 
     Args:
         module: what to train; its weights change, and it stays on the device.
         data: its images, such as an `ImageDataModule`.
         epochs: how many in all, with those before a checkpoint.
         output: the folder to write into, made if it is missing. A run there before is overwritten.
+        seed: of what the network draws in training; that of the data is the data module's.
         amp_dtype: autocast to "bfloat16" or "float16"; None computes in float32.
-        resume: the checkpoint to go on from, with its optimiser, schedule (milestones too) and epoch.
+        grad_accum_steps: batches for each step of the optimiser, whose gradients are averaged.
+        clip_grad: the largest norm of the gradient; None does not clip.
+        model_ema_decay: of a moving average of the weights and of batch norm's statistics, which is then what is
+            validated and what `module` holds in the end; None keeps no average.
+        sync_bn: whether batch norm takes its statistics over all processes; on GPUs alone.
+        dist_bn: before validation, the running statistics are averaged over the processes ("reduce"), taken from the
+            first ("broadcast"), or left as they are ("").
+        deterministic: whether to use deterministic algorithms alone.
+        resume: the checkpoint to go on from, with its optimiser, schedule and place, within an epoch too.
+        recovery_interval: optimiser steps between checkpoints within an epoch; None writes one at its end alone.
         log_interval: steps between readings of the loss.
-        accelerator: "auto", "cpu" or "gpu", as Lightning has it. One device is used.
+        accelerator: "auto", "cpu" or "gpu", as Lightning has it. Each process uses one device.
         console: where progress is shown.
 
     Returns:
@@ -48,68 +77,87 @@ def fit(
     Raises:
         FileNotFoundError: there is no such checkpoint.
         ValueError: an argument is out of range, or the checkpoint is of another network or finished already.
+        FloatingPointError: the loss is NaN or infinite.
+        OSError: a file cannot be written; the last whole checkpoint stays.
+        Terminated: SIGTERM came, and `last.ckpt` is written.
     """
-    for name, value in (("epochs", epochs), ("log_interval", log_interval)):
-        if value < 1:
+    counts = {
+        "epochs": epochs,
+        "log_interval": log_interval,
+        "grad_accum_steps": grad_accum_steps,
+        "recovery_interval": recovery_interval,
+    }
+    for name, value in counts.items():
+        if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     if amp_dtype not in PRECISIONS:
         raise ValueError(f"amp_dtype is {amp_dtype!r}; it must be 'bfloat16', 'float16' or None")
+    if clip_grad is not None and clip_grad <= 0:
+        raise ValueError(f"clip_grad is {clip_grad}; it must be above 0")
+    if model_ema_decay is not None and not 0 <= model_ema_decay < 1:
+        raise ValueError(f"model_ema_decay is {model_ema_decay}; it must be at least 0 and below 1")
+    if dist_bn not in DIST_BN:
+        raise ValueError(f"dist_bn is {dist_bn!r}; it must be one of {', '.join(map(repr, DIST_BN))}")
+    if sync_bn and not (torch.cuda.is_available() and accelerator != "cpu"):
+        raise ValueError("sync_bn is True; PyTorch's synchronised batch norm needs GPUs")
     if resume is not None:
         check_resume(resume, module, epochs)
 
-    output = Path(output)
+    output, processes = Path(output), world_size()
     output.mkdir(parents=True, exist_ok=True)
     summary = EpochSummary(output / "summary.csv")
+    callbacks = [StepSeed(seed), NonFiniteStop(log_interval)]
+    if model_ema_decay is not None:
+        callbacks.append(WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(model_ema_decay)))
+    if processes > 1 and dist_bn:
+        callbacks.append(BatchNormSync(dist_bn))
     checkpoint = {"dirpath": output, "enable_version_counter": False, "save_on_train_epoch_end": True}
+    callbacks += [
+        RouterDiagnostics(output / "routers.csv"),
+        summary,
+        EpochProgress(summary, console or Console(), log_interval),
+        RecoveryCheckpoint(output / "last.ckpt", recovery_interval),
+        ModelCheckpoint(filename="best", monitor="val_error", **checkpoint),
+        ModelCheckpoint(filename="last", **checkpoint),
+    ]
     with _quiet():
         trainer = pl.Trainer(
             accelerator=accelerator,
-            devices=1,
+            **_processes(processes),
             precision=PRECISIONS[amp_dtype],
             max_epochs=epochs,
-            logger=False,
-            callbacks=[
-                summary,
-                EpochProgress(summary, console or Console(), log_interval),
-                pl.callbacks.ModelCheckpoint(filename="best", monitor="val_error", **checkpoint),
-                pl.callbacks.ModelCheckpoint(filename="last", **checkpoint),
-            ],
+            accumulate_grad_batches=grad_accum_steps,
+            gradient_clip_val=clip_grad,
+            sync_batchnorm=sync_bn,
+            deterministic=deterministic,
+            logger=TensorBoardLogger(output, name="", version="", default_hp_metric=False),
+            log_every_n_steps=log_interval,
+            callbacks=callbacks,
             plugins=[AtomicCheckpointIO()],
             enable_model_summary=False,
             num_sanity_val_steps=0,
+            use_distributed_sampler=False,
         )
         trainer.fit(module, data, ckpt_path=resume)
     module.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
     return summary.rows
 
 
-def check_resume(path: str | Path, module: RoutingClassifier, epochs: int) -> None:
-    """Raise unless the checkpoint is of the same network as the module and has epochs left to train; see `fit`."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"resume is {path}; there is no such file")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        saved, done = checkpoint["hyper_parameters"], checkpoint["epoch"] + 1
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"resume is {path}; it is no checkpoint of a training run: {error!r}") from error
-    for name in ("model", "num_classes", "in_chans", "sched"):
-        if saved.get(name) != module.hparams[name]:
-            raise ValueError(
-                f"resume is {path}; it was trained with {name}={saved.get(name)!r}, "
-                f"but this run has {name}={module.hparams[name]!r}"
-            )
-    if done >= epochs:
-        raise ValueError(f"resume is {path}; it has {done} epochs behind it, so epochs={epochs} leaves none to train")
-    if module.hparams.sched == "onecycle":
-        planned = checkpoint["lr_schedulers"][0]["total_steps"] * done // checkpoint["global_step"]
-        if planned != epochs:
-            raise ValueError(f"resume is {path}; its cycle is of {planned} epochs, but this run has epochs={epochs}")
+def _processes(count: int) -> dict:
+    """Lightning's arguments for the processes that `torchrun` started."""
+    if count == 1:
+        return {"devices": 1}
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    # Buffers are not broadcast at every step: batch norm's are what BatchNormSync says, and validation, in which
+    # processes may have different numbers of images, then needs no talk between them.
+    strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return {"devices": here, "num_nodes": count // here, "strategy": strategy}
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep back Lightning's remarks on devices, workers and products."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "torch.utils.tensorboard")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -70,7 +70,7 @@ def test_folder_images_are_mirrored(image_folder):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"dataset": "digit"}, "dataset is 'digit'; it must be one of 'digits', 'imagefolder'"),
+        ({"dataset": "digit"}, "dataset is 'digit'; it must be one of 'digits', 'cifar10'"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"img_size": -8}, "img_size is -8; it must be at least 1"),
         ({"num_workers": 0}, "num_workers is 0; it must be at least 1"),

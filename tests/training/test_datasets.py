@@ -9,32 +9,32 @@ import pytest
 import torch
 from PIL import Image
 
-from fastroute.training.datasets import digits, imagefolder
+from fastroute.training.datasets import Options, digits, imagefolder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEST_DATA = Path(os.environ.get("FASTROUTE_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
 
 
 def test_digits_are_split_once_and_for_all_with_every_class_in_proportion():
-    data = digits(None, None, 1)
+    data = digits(Options())
     assert data.train.images.shape == (1437, 8, 8, 1) and data.val.images.shape == (360, 8, 8, 1)
     assert data.train.images.dtype == torch.uint8 and data.train.images.max() == 255
     assert data.classes == [str(i) for i in range(10)]
     assert (data.pad, data.flip) == (1, False)
     counts = torch.bincount(data.val.labels)
     assert counts.min() >= 35 and counts.max() <= 37
-    assert torch.equal(digits(None, None, 1).val.labels, data.val.labels)
+    assert torch.equal(digits(Options()).val.labels, data.val.labels)
     everything = torch.cat([data.train.images, data.val.images]).flatten(1).unique(dim=0)
     assert len(everything) > 1790  # hardly any image twice, so train and val are apart
 
 
 def test_digits_can_be_enlarged():
-    data = digits(None, 16, 1)
+    data = digits(Options(img_size=16))
     assert data.train.images.shape == (1437, 16, 16, 1) and data.pad == 2
 
 
 def test_image_folder_holds_the_images_as_they_are(image_folder):
-    data = imagefolder(image_folder, 8, 2)
+    data = imagefolder(Options(image_folder, 8, 2))
     assert data.classes == ["ant", "bee", "cat"]
     assert data.train.images.shape == (24, 8, 8, 3) and data.val.images.shape == (12, 8, 8, 3)
     assert data.train.labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
@@ -46,31 +46,29 @@ def test_image_folder_scales_the_shorter_side_and_cuts_the_centre(image_folder):
     pixels = np.zeros((20, 60, 3), np.uint8)
     pixels[:, 20:40] = 255
     Image.fromarray(pixels).save(image_folder / "train" / "ant" / "0.png")
-    images = imagefolder(image_folder, 10, 1).train.images
+    images = imagefolder(Options(image_folder, 10, 1)).train.images
     assert images.shape == (24, 10, 10, 3)
     assert images[0, :, 1:-1].min() > 200
 
 
 def test_missing_folders_are_named(image_folder, tmp_path):
-    with pytest.raises(ValueError, match="data_dir is None; the dataset 'imagefolder' needs a folder"):
-        imagefolder(None, 8, 1)
     with pytest.raises(FileNotFoundError, match=r"data_dir is .*nowhere; .* but .*nowhere is missing"):
-        imagefolder(tmp_path / "nowhere", 8, 1)
+        imagefolder(Options(tmp_path / "nowhere", 8, 1))
     shutil.rmtree(image_folder / "val")
     with pytest.raises(FileNotFoundError, match=r"must be a folder with train/ and val/ in it, but .*val is missing"):
-        imagefolder(image_folder, 8, 1)
+        imagefolder(Options(image_folder, 8, 1))
     (image_folder / "val").mkdir()
     with pytest.raises(FileNotFoundError, match="val must hold one folder of images for each class"):
-        imagefolder(image_folder, 8, 1)
+        imagefolder(Options(image_folder, 8, 1))
     (image_folder / "val" / "ant").mkdir()
     with pytest.raises(FileNotFoundError, match="Found no valid file for the classes ant"):
-        imagefolder(image_folder, 8, 1)
+        imagefolder(Options(image_folder, 8, 1))
 
 
 def test_classes_that_differ_are_named(image_folder):
     (image_folder / "val" / "cat").rename(image_folder / "val" / "dog")
     with pytest.raises(ValueError, match=r"only train/ has \['cat'\] and only val/ has \['dog'\]"):
-        imagefolder(image_folder, 8, 1)
+        imagefolder(Options(image_folder, 8, 1))
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
@@ -80,15 +78,15 @@ def test_an_image_cut_short_is_named(image_folder, suffix):
     broken = image_folder / "train" / "bee" / f"broken.{suffix}"
     broken.write_bytes(whole.read_bytes()[:2000])
     with pytest.raises(ValueError, match=rf"bee/broken.{suffix} cannot be read as an image: "):
-        imagefolder(image_folder, 8, 2)
+        imagefolder(Options(image_folder, 8, 2))
     broken.write_bytes(b"")
     with pytest.raises(ValueError, match=rf"bee/broken.{suffix} cannot be read as an image: "):
-        imagefolder(image_folder, 8, 2)
+        imagefolder(Options(image_folder, 8, 2))
 
 
 def test_images_that_do_not_fit_into_memory_are_refused(image_folder):
     with pytest.raises(ValueError, match=r"its 36 images take .* GB of memory at img_size=100000000"):
-        imagefolder(image_folder, 100_000_000, 1)
+        imagefolder(Options(image_folder, 100_000_000, 1))
 
 
 def test_real_images(tmp_path):
@@ -98,7 +96,7 @@ def test_real_images(tmp_path):
     with tarfile.open(archive) as tar:
         for member in itertools.islice(tar, 100):
             tar.extract(member, tmp_path, filter="data")
-    data = imagefolder(tmp_path / "cifar10", None, 2)
+    data = imagefolder(Options(tmp_path / "cifar10", None, 2))
     assert len(data.train.labels) + len(data.val.labels) == 100
     assert data.train.images.shape[1:] == (32, 32, 3) and data.pad == 4 and data.flip
     assert data.train.images.float().std() > 30

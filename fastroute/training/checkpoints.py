@@ -1,0 +1,187 @@
+"""Checkpoints: written whole or not at all, on time, and read with care."""
+
+import os
+import pickle
+import signal
+import threading
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import Tensor, nn
+from torch import distributed as dist
+
+class Terminated(SystemExit):
+    """The run got SIGTERM, has saved, and ends with the status that a shell gives for it."""
+
+    def __init__(self, message: str):
+        super().__init__(128 + signal.SIGTERM)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write beside the old checkpoint and rename over it, so that at any moment there is a whole one.
+
+    Lightning's own goes by the system's temporary folder, and moving from there is a copy where that is another disk.
+
+    Raises:
+        OSError: the checkpoint cannot be written, as on a full disk; the one before is as it was.
+    """
+
+    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options=None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:  # torch's own writer reports a full disk as a RuntimeError
+            temporary.unlink(missing_ok=True)
+            kept = "the one before is whole" if path.is_file() else "there is none before it"
+            raise OSError(f"checkpoint {path} cannot be written, {kept}: {_cause(error)}") from error
+
+
+class RecoveryCheckpoint(pl.Callback):
+    """Save within epochs: every so many steps, and when SIGTERM comes, after which the run ends.
+
+    During a validation, SIGTERM waits for its end and the checkpoint that is written then.
+
+    Args:
+        path: the checkpoint to write.
+        interval: optimiser steps between checkpoints; None writes none but at SIGTERM.
+
+    Raises:
+        Terminated: SIGTERM came, and the checkpoint is written.
+    """
+
+    STEPS_BETWEEN_AGREEMENTS = 10
+    """With several processes, all must stop at one step; agreeing on it makes the host wait, so not every step."""
+
+    def __init__(self, path: Path, interval: int | None = None):
+        self.path, self.interval, self._asked = path, interval, False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # This replaces Lightning's handler, which talks to the other processes from within the signal; Lightning puts
+        # back at the end of the run whatever was there before it.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_) -> None:
+        self._asked = True
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._agreed(trainer):
+            raise Terminated(f"stopped by SIGTERM after epoch {trainer.current_epoch}; {self.path} is whole")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
+        if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # the epoch's own checkpoint comes, or a step is half done
+        steps = trainer.global_step
+        if (trainer.world_size == 1 or steps % self.STEPS_BETWEEN_AGREEMENTS == 0) and self._agreed(trainer):
+            trainer.save_checkpoint(self.path)
+            place = f"epoch {trainer.current_epoch + 1}, step {batch_idx + 1}"
+            raise Terminated(f"stopped by SIGTERM at {place}; saved to {self.path}")
+        if self.interval and steps % self.interval == 0:
+            trainer.save_checkpoint(self.path)
+
+    def _agreed(self, trainer: pl.Trainer) -> bool:
+        if trainer.world_size == 1:
+            return self._asked
+        asked = torch.tensor(int(self._asked), device=trainer.strategy.root_device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return bool(asked)
+
+
+def read_checkpoint(path: str | Path, name: str = "resume") -> dict:
+    """A checkpoint of a training run, on the CPU.
+
+    Args:
+        path: the file.
+        name: the argument that it was given as, for messages.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint of a training run.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{name} is {path}; there is no such file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["hyper_parameters"], checkpoint["epoch"], checkpoint["state_dict"]
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{name} is {path}; it is no checkpoint of a training run: {error!r}") from error
+    return checkpoint
+
+
+def check_resume(path: str | Path, module: pl.LightningModule, epochs: int) -> None:
+    """Raise unless the checkpoint is of the same network as the module and has epochs left to train; see `fit`."""
+    checkpoint = read_checkpoint(path)
+    saved, planned = checkpoint["hyper_parameters"], checkpoint.get("epochs")
+    for name in ("model", "num_classes", "in_chans", "opt", "sched"):
+        if saved.get(name) != module.hparams[name]:
+            raise ValueError(
+                f"resume is {path}; it was trained with {name}={saved.get(name)!r}, "
+                f"but this run has {name}={module.hparams[name]!r}"
+            )
+    done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    if done >= epochs:
+        raise ValueError(f"resume is {path}; it has {done} epochs behind it, so epochs={epochs} leaves none to train")
+    endless = saved["sched"] == "step" or (saved["sched"] == "multistep" and module.hparams.decay_milestones)
+    if planned != epochs and not endless:
+        raise ValueError(f"resume is {path}; its schedule is of {planned} epochs, but this run has epochs={epochs}")
+
+
+def load_weights(model: nn.Module, path: str | Path, averaged: bool = True) -> None:
+    """Load a network's weights from a checkpoint of a training run, or from a file of its `state_dict`.
+
+    Args:
+        model: gets them.
+        path: a `.ckpt` of a run; any file of a state_dict; a `.safetensors`.
+        averaged: whether the moving average is taken where the run kept one; else the weights as trained.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no weights, or those of another network.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"initial_checkpoint is {path}; there is no such file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"initial_checkpoint is {path}; it holds no weights: {error!r}") from error
+    weights = network_weights(weights, averaged)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"initial_checkpoint is {path}; its weights are of another network: {error}") from None
+
+
+def network_weights(checkpoint: dict, averaged: bool = True) -> dict[str, Tensor]:
+    """The network's state_dict out of a checkpoint; a state_dict is given back as it is.
+
+    With a moving average, Lightning keeps that as `state_dict` and the weights as trained as `current_model_state`.
+    """
+    if "state_dict" not in checkpoint:
+        return checkpoint
+    weights = checkpoint["state_dict"] if averaged else checkpoint.get("current_model_state", checkpoint["state_dict"])
+    return {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The system's own error, where PyTorch's writer has wrapped it."""
+    while not isinstance(error, OSError) and (error.__context__ or error.__cause__):
+        error = error.__cause__ or error.__context__
+    return error

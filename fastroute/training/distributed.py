@@ -1,0 +1,44 @@
+"""Several processes, as `torchrun` starts them."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import distributed as dist
+
+
+def world_size() -> int:
+    """The number of processes that `torchrun` started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    """Whether this is the process that speaks and writes."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Processes started by `torchrun` know each other in the block: through NCCL with GPUs, else through Gloo."""
+    if world_size() == 1 or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def first_on_each_node() -> Iterator[None]:
+    """The first process of each machine runs the block before the others, as for a download."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if dist.is_initialized() and not first:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and first:
+        dist.barrier()

@@ -1,0 +1,235 @@
+"""Batches, epoch after epoch: from images in memory, or from workers that decode them.
+
+Order and augmentation are functions of the seed, the epoch and the place in it alone. A loader therefore resumes within
+an epoch by starting at a batch, and N processes see together what one process with N times the batch would see.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastroute.training.augment import normalize, shift_and_flip
+from fastroute.training.seeding import generator, seeded
+from fastroute.training.sources import Source, UnreadableImage, read_image
+from fastroute.training.transforms import pixels
+
+Finish = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def shares(order: Tensor, batch_size: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, ...]:
+    """What one process takes of each global batch of world_size · batch_size samples.
+
+    Shares are contiguous and of equal size, save in the last batch, where they differ by at most one sample and may
+    be empty: every process has as many batches, and no sample is taken twice.
+    """
+    return tuple(batch.tensor_split(world_size)[rank] for batch in order.split(batch_size * world_size))
+
+
+class EpochLoader:
+    """What loaders have in common: the order of an epoch, this process's share of it, and where to resume.
+
+    Args:
+        count: images in an epoch.
+        batch_size: of one process.
+        seed: training images are shuffled and augmented by it; None is evaluation, everything once and in order.
+        epoch: called at the start of an epoch for its number.
+        rank, world_size: this process among all. In training, where `count` is no multiple of `world_size`, the last
+            few images of an epoch are left out, so that all processes have as many.
+        finish: what is done last to a training batch (images, labels), at its own state of PyTorch's generator.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        seed: int | None,
+        epoch: Callable[[], int],
+        rank: int,
+        world_size: int,
+        finish: Finish | None,
+    ):
+        self.count = count if seed is None else count - count % world_size
+        self.batch_size, self.seed, self.epoch, self.finish = batch_size, seed, epoch, finish
+        self.rank, self.world_size = rank, world_size
+        self._start = self._done = 0
+
+    def __len__(self) -> int:
+        return -(-self.count // (self.batch_size * self.world_size))
+
+    def shares(self, order: Tensor) -> tuple[Tensor, ...]:
+        return shares(order[: self.count], self.batch_size, self.rank, self.world_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        epoch, self._done, self._start = self.epoch(), self._start, 0
+        for images, labels in self.batches(epoch, self._done):
+            if self.finish is not None:
+                with seeded(self.seed, epoch, self._done, self.rank):
+                    images, labels = self.finish(images, labels)
+            self._done += 1
+            yield images, labels
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised images and labels of the epoch, from batch `start` on."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict:
+        return {"done": self._done, "batches": len(self)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Have the next epoch start where the state was taken.
+
+        Raises:
+            ValueError: it was taken within an epoch of another number of batches.
+        """
+        done, batches = state["done"], state["batches"]
+        if done < batches and batches != len(self):
+            raise ValueError(
+                f"the run stopped at batch {done} of {batches} of an epoch, but now an epoch has {len(self)}: "
+                "go on with the same data, batch_size and number of processes"
+            )
+        self._start = done % batches
+
+
+class MemoryLoader(EpochLoader):
+    """Batches of images that lie in memory, on the device they are for.
+
+    Args:
+        images: uint8 (N, H, W, C).
+        labels: int64 (N,).
+        mean, std: (C,), in units of the uint8 values.
+        pad, flip: for training, how far images are shifted and whether they are mirrored; see `shift_and_flip`.
+        augment: for training, applied to each image, uint8 (C, H, W), after that.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        mean: Tensor,
+        std: Tensor,
+        *loader_arguments,
+        pad: int = 0,
+        flip: bool = False,
+        augment: Callable[[Tensor], Tensor] | None = None,
+    ):
+        super().__init__(len(labels), *loader_arguments)
+        self.images, self.labels, self.mean, self.std = images, labels, mean, std
+        self.pad, self.flip, self.augment = pad, flip, augment
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.seed is None:
+            for indices in self.shares(torch.arange(self.count))[start:]:
+                first, last = (int(indices[0]), int(indices[-1]) + 1) if len(indices) else (0, 0)
+                yield normalize(self.images[first:last], self.mean, self.std), self.labels[first:last]
+            return
+        # An epoch's random numbers are drawn at once, so that a step on a GPU waits for nothing from the host.
+        count, draw = len(self.labels), generator(self.seed, epoch)
+        order = torch.randperm(count, generator=draw)
+        offsets = torch.randint(0, 2 * self.pad + 1, (count, 2), generator=draw)
+        flips = (torch.rand(count, generator=draw) < 0.5) & self.flip
+        draws = [self.shares(values.to(self.images.device))[start:] for values in (order, offsets, flips)]
+        for i, (indices, shifts, mirrored) in enumerate(zip(*draws, strict=True), start):
+            images = shift_and_flip(self.images[indices], shifts, mirrored, self.pad)
+            if self.augment is not None:
+                with seeded(self.seed, epoch, i, self.rank, 1):
+                    images = torch.stack([self.augment(image.movedim(-1, 0)) for image in images]).movedim(1, -1)
+            yield normalize(images, self.mean, self.std), self.labels[indices]
+
+
+class StreamLoader(EpochLoader):
+    """Batches of images that workers read, decode and cut; copied to the device without waiting, normalised there.
+
+    Args:
+        source: the encoded images.
+        transform: PIL image → PIL image, or a tuple of crops; all of one size.
+        mean, std: (C,), in units of the uint8 values, on the device that batches are for.
+        num_workers: processes that decode; 0 decodes in this one.
+        on_bad_image: "stop" raises at an image that cannot be read; "skip" leaves it out of its batch, names it in a
+            warning and counts it in `skipped`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Callable,
+        mean: Tensor,
+        std: Tensor,
+        *loader_arguments,
+        num_workers: int = 0,
+        on_bad_image: str = "stop",
+    ):
+        super().__init__(len(source), *loader_arguments)
+        self.source, self.mean, self.std, self.skipped = source, mean, std, 0
+        self.sampler = _Sampler()
+        self.loader = DataLoader(
+            _Decoded(source, transform, self.seed, on_bad_image),
+            batch_sampler=self.sampler,
+            num_workers=num_workers,
+            collate_fn=_collate,
+            pin_memory=mean.device.type == "cuda",
+            persistent_workers=num_workers > 0 and self.seed is not None,
+            prefetch_factor=4 if num_workers else None,
+        )
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        training = self.seed is not None
+        order = self.source.order(generator(self.seed, epoch)) if training else torch.arange(self.count)
+        self.sampler.batches = [[(epoch, int(i)) for i in indices] for indices in self.shares(order)[start:]]
+        for images, labels, unreadable in self.loader:
+            for message in unreadable:
+                self.skipped += 1
+                warnings.warn(f"{message}; it is skipped", stacklevel=2)
+            if unreadable and not len(labels):
+                raise UnreadableImage(f"none of the {len(unreadable)} images of a batch can be read: {unreadable[0]}")
+            images, labels = (t.to(self.mean.device, non_blocking=True) for t in (images, labels))
+            yield self._normalize(images), labels
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        if images.dim() == 4:
+            return normalize(images, self.mean, self.std)
+        return normalize(images.flatten(0, 1), self.mean, self.std).unflatten(0, images.shape[:2])
+
+
+class _Sampler:
+    """The batches of the coming epoch, as lists of (epoch, index): workers that live on learn the epoch from it."""
+
+    def __init__(self):
+        self.batches: list[list[tuple[int, int]]] = []
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+
+class _Decoded(Dataset):
+    """(epoch, index) → (uint8 (H, W, C) or (crops, H, W, C), label), or the message of an `UnreadableImage`."""
+
+    def __init__(self, source: Source, transform: Callable, seed: int | None, on_bad_image: str):
+        self.source, self.transform, self.seed, self.on_bad_image = source, transform, seed, on_bad_image
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[np.ndarray, int] | str:
+        epoch, index = place
+        try:
+            image = read_image(self.source, index)
+        except UnreadableImage as error:
+            if self.on_bad_image == "stop":
+                raise
+            return str(error)
+        with seeded(self.seed or 0, epoch, index):
+            return pixels(self.transform(image)), int(self.source.labels[index])
+
+
+def _collate(items: list[tuple[np.ndarray, int] | str]) -> tuple[Tensor, Tensor, list[str]]:
+    unreadable = [item for item in items if isinstance(item, str)]
+    read = [item for item in items if not isinstance(item, str)]
+    images = np.stack([image for image, _ in read]) if read else np.zeros((0, 1, 1, 3), np.uint8)
+    return torch.from_numpy(images), torch.tensor([label for _, label in read], dtype=torch.long), unreadable

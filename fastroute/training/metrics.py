@@ -1,0 +1,42 @@
+"""What is counted over an epoch."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class Totals(Metric):
+    """Loss, top-1 and top-5 error over an epoch, from whole counts: exact however batches and processes are cut.
+
+    `compute()` gives a dict: "loss", the mean over the samples; "error" and "error5", in percent.
+    """
+
+    SUMS = ("loss", "samples", "wrong", "wrong5")
+    full_state_update = False
+
+    def __init__(self):
+        super().__init__()
+        for name in self.SUMS:
+            dtype = torch.float32 if name == "loss" else torch.long
+            self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """
+        Args:
+            loss: the mean over the batch.
+            logits: (N, K).
+            labels: (N,), or (N, K) shares of a mixture, of which the largest counts.
+        """
+        labels = labels.argmax(1) if labels.dim() == 2 else labels
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [N, 5]
+        self.loss += loss.detach().float() * len(labels)
+        self.samples += len(labels)
+        self.wrong += len(labels) - hits[:, 0].sum()
+        self.wrong5 += len(labels) - hits.sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        return {
+            "loss": self.loss / self.samples,
+            "error": 100 * self.wrong / self.samples,
+            "error5": 100 * self.wrong5 / self.samples,
+        }

@@ -1,0 +1,92 @@
+"""Callbacks that act on the steps of a run: randomness, losses that are no numbers, and batch norm between processes."""
+
+import math
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from fastroute.training.seeding import derived_seed
+
+
+class StepSeed(pl.Callback):
+    """Seed PyTorch's generators at every step by (seed, rank, epoch, batch).
+
+    What a network draws, as dropout does, is then a function of the step: a resumed run draws what an uninterrupted one
+    would have, and processes draw apart, with no generator's state to save.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch, batch_idx: int) -> None:
+        torch.manual_seed(derived_seed(self.seed, trainer.global_rank, trainer.current_epoch, batch_idx))
+
+
+class NonFiniteStop(pl.Callback):
+    """Stop at a loss that is NaN or infinite, with its step and learning rate, and before it gets into a checkpoint.
+
+    Args:
+        interval: on a GPU, steps between looks at the losses, each of which makes the host wait; 1 on a CPU.
+
+    Raises:
+        FloatingPointError: there was such a loss.
+    """
+
+    def __init__(self, interval: int):
+        self.interval = interval
+        self._unseen: list[tuple[int, int, float, Tensor]] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch, batch_idx: int) -> None:
+        self._rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
+        loss = outputs["loss"].detach()
+        self._unseen.append((trainer.current_epoch + 1, batch_idx + 1, self._rate, loss))
+        if loss.device.type == "cpu" or len(self._unseen) >= self.interval or trainer.is_last_batch:
+            self._look()
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        self._look()
+
+    def _look(self) -> None:
+        unseen, self._unseen = self._unseen, []
+        losses = torch.stack([loss for *_, loss in unseen]).tolist() if unseen else []
+        for (epoch, step, rate, _), loss in zip(unseen, losses, strict=True):
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss is {loss} at epoch {epoch}, step {step}, with learning rate {rate:g}: "
+                    "lower it, add warmup_epochs or clip_grad; the checkpoints from before are whole"
+                )
+
+
+class BatchNormSync(pl.Callback):
+    """Before each validation, give all processes the same running statistics of batch norm, as timm's --dist-bn does.
+
+    Args:
+        how: "reduce" averages over the processes, "broadcast" takes those of the first.
+    """
+
+    def __init__(self, how: str):
+        self.how = how
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._sync(pl_module)
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._sync(pl_module)  # by now the averaged weights are in place, where there are any
+
+    @torch.no_grad()
+    def _sync(self, pl_module: pl.LightningModule) -> None:
+        buffers = [b for name, b in pl_module.named_buffers() if name.endswith(("running_mean", "running_var"))]
+        if not buffers:
+            return
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        if self.how == "broadcast":
+            dist.broadcast(flat, src=0)
+        else:
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+        for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+            buffer.copy_(values.view_as(buffer))
