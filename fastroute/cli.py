@@ -1,14 +1,9 @@
 """The command line: `fastroute <command>`, or `python -m fastroute <command>`."""
 
-import contextlib
 import ctypes
 import platform
-import re
-import time
-from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 
@@ -18,10 +13,13 @@ from fastroute._extras import extra
 try:
     with extra("train", "the command line"):
         import typer
-        import yaml
         from rich.console import Console
         from rich.markup import escape
         from rich.table import Table
+
+        from fastroute.commands.common import plain_errors
+        from fastroute.commands.recipes import recipes
+        from fastroute.commands.train import train
 except ModuleNotFoundError as error:
     raise SystemExit(str(error)) from None
 
@@ -34,127 +32,8 @@ app = typer.Typer(
 )
 
 
-@contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
-    """End the command with one sentence where an argument is wrong; errors of the training itself keep their trace."""
-    try:
-        yield
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-
-
-def _use_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Take the values of a YAML file as defaults, which flags on the command line override."""
-    if path is None:
-        return None
-    with _plain_errors():
-        if not path.is_file():
-            raise FileNotFoundError(f"config is {path}; there is no such file")
-        values = yaml.safe_load(path.read_text()) or {}
-        if not isinstance(values, dict):
-            raise ValueError(f"config is {path}; it must hold one `name: value` for each option")
-        values = {str(name).replace("-", "_"): value for name, value in values.items()}
-        options = {option.name for option in context.command.params} - {"config"}
-        for name in values.keys() - options:
-            near = get_close_matches(name, options, n=1)
-            raise ValueError(
-                f"config is {path}; there is no option {name!r}" + f"; did you mean {near[0]!r}?" * len(near)
-            )
-    context.default_map = values
-    return path
-
-
-def _milestones(value: str | None) -> list[int] | None:
-    if value is None:
-        return None
-    items = [item for item in re.split(r"[\s,\[\]]+", value) if item]
-    if not items or not all(item.isdigit() for item in items):
-        raise typer.BadParameter(f"{value!r} is not a list of epochs, such as 80,150")
-    return [int(item) for item in items]
-
-
-@app.command()
-def train(
-    context: typer.Context,
-    model: Annotated[str, typer.Argument(help="The network; `fastroute models` lists them.")],
-    config: Annotated[
-        Path | None,
-        typer.Option("-c", "--config", is_eager=True, callback=_use_config, help="YAML file of defaults for all this."),
-    ] = None,
-    dataset: Annotated[Literal["digits", "imagefolder"], typer.Option(help="Where the images come from.")] = "digits",
-    data_dir: Annotated[Path | None, typer.Option(help="For imagefolder: a folder with train/ and val/.")] = None,
-    num_classes: Annotated[int | None, typer.Option(min=1, help="Logits. (default: the data's classes)")] = None,
-    img_size: Annotated[int | None, typer.Option(min=1, help="Size of the images. (default: 8 or 32)")] = None,
-    batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1)] = 128,
-    workers: Annotated[int | None, typer.Option("-j", "--workers", min=1, help="Threads that decode images.")] = None,
-    epochs: Annotated[int, typer.Option(min=1)] = 200,
-    lr: Annotated[float, typer.Option(help="Learning rate at the start, or at the top of the cycle.")] = 0.1,
-    momentum: Annotated[float, typer.Option()] = 0.9,
-    weight_decay: Annotated[float, typer.Option()] = 5e-4,
-    sched: Annotated[Literal["step", "onecycle"], typer.Option(help="Schedule of the learning rate.")] = "step",
-    decay_milestones: Annotated[
-        str | None, typer.Option(help="For step: epochs, such as 80,150. (default: 2/5 and 3/4 of all)")
-    ] = None,
-    decay_rate: Annotated[float, typer.Option(help="For step: the factor at each milestone.")] = 0.1,
-    amp: Annotated[bool, typer.Option("--amp/--no-amp", help="Mixed precision.")] = False,
-    amp_dtype: Annotated[Literal["bfloat16", "float16"], typer.Option()] = "bfloat16",
-    channels_last: Annotated[bool, typer.Option("--channels-last/--no-channels-last")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, order and augmentation.")] = 42,
-    output: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
-    experiment: Annotated[str | None, typer.Option(help="Folder of this run. (default: time, model, data)")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
-    log_interval: Annotated[int, typer.Option(min=1, help="Steps between readings of the loss.")] = 50,
-) -> None:
-    """Train a network; write checkpoints, summary.csv and args.yaml."""
-    console = Console()
-    with _plain_errors():
-        import pytorch_lightning as pl
-
-        from fastroute import training
-
-        milestones = _milestones(decay_milestones)
-        data = training.ImageDataModule(dataset, data_dir, batch_size, img_size, workers, seed)
-        with console.status("reading the images"):
-            data.setup()
-        if num_classes is not None and num_classes < data.num_classes:
-            raise ValueError(f"num_classes is {num_classes}; the data has {data.num_classes} classes")
-        pl.seed_everything(seed, verbose=False)
-        module = training.RoutingClassifier(
-            model,
-            num_classes or data.num_classes,
-            data.in_chans,
-            data.img_size,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            sched=sched,
-            decay_milestones=milestones,
-            decay_rate=decay_rate,
-            channels_last=channels_last,
-        )
-        if resume is not None:
-            training.check_resume(resume, module, epochs)
-        folder = output / (experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{model}-{dataset}")
-        if resume is not None and experiment is None:
-            folder = resume.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        arguments = {name: str(value) if isinstance(value, Path) else value for name, value in context.params.items()}
-        (folder / "args.yaml").write_text(yaml.safe_dump(arguments))
-
-    training.fit(
-        module,
-        data,
-        epochs=epochs,
-        output=folder,
-        amp_dtype=amp_dtype if amp else None,
-        resume=resume,
-        log_interval=log_interval,
-        console=console,
-    )
-    if gates := training.mean_gates(module.model, data.val_dataloader()):
-        console.print(training.gates_table(gates, title="mean gates over the validation images"))
-    console.print(f"last.ckpt, best.ckpt, summary.csv, args.yaml: {folder.resolve()}", soft_wrap=True)
+app.command()(train)
+app.command()(recipes)
 
 
 @app.command()
@@ -163,7 +42,7 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="For each network.")] = 20,
 ) -> None:
     """Train one path and two routed paths on real handwritten digits, and compare them."""
-    with _plain_errors():
+    with plain_errors():
         from fastroute.training.demo import demo
     demo(output, epochs)
 

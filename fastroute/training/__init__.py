@@ -3,7 +3,8 @@
 from fastroute._extras import extra
 
 with extra("train", "fastroute.training"):
-    from fastroute.training.checkpoints import Terminated, check_resume, load_weights
+    from fastroute.training.callbacks import RouterDiagnostics
+    from fastroute.training.checkpoints import Terminated, check_resume, epochs_done, load_weights
     from fastroute.training.classifier import RoutingClassifier
     from fastroute.training.data import ImageDataModule
     from fastroute.training.routing import gates_table, mean_gates, router_statistics, routing_share
@@ -11,9 +12,11 @@ with extra("train", "fastroute.training"):
 
 __all__ = [
     "ImageDataModule",
+    "RouterDiagnostics",
     "RoutingClassifier",
     "Terminated",
     "check_resume",
+    "epochs_done",
     "fit",
     "gates_table",
     "load_weights",

@@ -93,8 +93,8 @@ class RouterDiagnostics(pl.Callback):
     """What each router does on the validation images, each epoch: in `statistics`, a CSV file and the logger.
 
     The file has a row for each gate of each router, from path i to path j: the mean gate, the share of images for which
-    it is the largest of path i (`largest`), its highest value (`peak`), and the mean entropy of path i's gates as a share
-    of ln n. The logger also gets the fraction of a router's gates that are dead; see `RouterStatistics`.
+    it is the largest of path i (`largest`), its highest value (`peak`), and the mean entropy of path i's gates as a
+    share of ln n. The logger also gets the fraction of a router's gates that are dead; see `RouterStatistics`.
     """
 
     def __init__(self, path: Path):
@@ -132,9 +132,7 @@ class RouterDiagnostics(pl.Callback):
                 entropy = router.mean_entropy[i - 1].item()
                 for j, (gate, largest, peak) in enumerate(zip(*rows, strict=True), start=1):
                     place = {"epoch": trainer.current_epoch + 1, "router": name, "from": i, "to": j}
-                    self.rows.append(
-                        place | {"gate": gate, "largest": largest, "peak": peak, "entropy": entropy}
-                    )
+                    self.rows.append(place | {"gate": gate, "largest": largest, "peak": peak, "entropy": entropy})
                     scalars |= {f"router/{name}/gate_{i}{j}": gate, f"router/{name}/largest_{i}{j}": largest}
         write_csv(self.path, self.rows)
         for logger in trainer.loggers:
@@ -193,9 +191,10 @@ class EpochProgress(pl.callbacks.ProgressBar):
     def _status(self, trainer: pl.Trainer, loss: float, done: int) -> str:
         left = (trainer.max_epochs - trainer.current_epoch) * trainer.num_training_batches - done
         seconds = left * (time.perf_counter() - self._start) / self._steps  # validation's share is in it
+        speed = self.summary.images_per_s * trainer.world_size
         return (
             f"loss {loss:.3f}  lr {trainer.optimizers[0].param_groups[0]['lr']:.3g}  "
-            f"{self.summary.images_per_s * trainer.world_size:,.0f} images/s  data wait {self.summary.data_wait:.1f} %  "
+            f"{speed:,.0f} images/s  data wait {self.summary.data_wait:.1f} %  "
             f"eta {datetime.timedelta(seconds=round(seconds))}"
         )
 

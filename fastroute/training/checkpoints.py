@@ -12,6 +12,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch import distributed as dist
 
+
 class Terminated(SystemExit):
     """The run got SIGTERM, has saved, and ends with the status that a shell gives for it."""
 
@@ -114,7 +115,7 @@ def read_checkpoint(path: str | Path, name: str = "resume") -> dict:
         raise FileNotFoundError(f"{name} is {path}; there is no such file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["hyper_parameters"], checkpoint["epoch"], checkpoint["state_dict"]
+        checkpoint["hyper_parameters"], checkpoint["state_dict"], _epochs_done(checkpoint)
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{name} is {path}; it is no checkpoint of a training run: {error!r}") from error
     return checkpoint
@@ -130,12 +131,21 @@ def check_resume(path: str | Path, module: pl.LightningModule, epochs: int) -> N
                 f"resume is {path}; it was trained with {name}={saved.get(name)!r}, "
                 f"but this run has {name}={module.hparams[name]!r}"
             )
-    done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    done = _epochs_done(checkpoint)
     if done >= epochs:
         raise ValueError(f"resume is {path}; it has {done} epochs behind it, so epochs={epochs} leaves none to train")
     endless = saved["sched"] == "step" or (saved["sched"] == "multistep" and module.hparams.decay_milestones)
     if planned != epochs and not endless:
         raise ValueError(f"resume is {path}; its schedule is of {planned} epochs, but this run has epochs={epochs}")
+
+
+def epochs_done(path: str | Path) -> int:
+    """How many whole epochs a checkpoint has behind it; it raises as `read_checkpoint` does."""
+    return _epochs_done(read_checkpoint(path))
+
+
+def _epochs_done(checkpoint: dict) -> int:
+    return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
 
 
 def load_weights(model: nn.Module, path: str | Path, averaged: bool = True) -> None:

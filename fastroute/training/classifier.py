@@ -19,8 +19,8 @@ RoutingLoss = Callable[[dict[str, Routing]], Tensor]
 class RoutingClassifier(pl.LightningModule):
     """Any network from images to logits, trained by cross-entropy; by default with the thesis's SGD (§3.4).
 
-    It logs, once an epoch, `train_loss`, `train_error`, `val_loss`, `val_error` and `val_error5`, and `train_aux` with an
-    auxiliary loss; errors are in percent, over exactly the images seen, whatever the number of processes.
+    It logs, once an epoch, `train_loss`, `train_error`, `val_loss`, `val_error` and `val_error5`, and `train_aux` with
+    an auxiliary loss; errors are in percent, over exactly the images seen, whatever the number of processes.
 
     Args:
         model: a name from `fastroute.models.list_models()`, or a module. A checkpoint of a named network can be loaded
@@ -85,8 +85,8 @@ class RoutingClassifier(pl.LightningModule):
         for name, value, allowed in (("opt", opt, OPTIMIZERS), ("sched", sched, SCHEDULES)):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
-        self.save_hyperparameters(ignore=["model", "aux_loss"])
-        self.save_hyperparameters({"model": model if isinstance(model, str) else type(model).__name__})
+        self.save_hyperparameters(ignore=["model", "aux_loss"], logger=False)
+        self.save_hyperparameters({"model": model if isinstance(model, str) else type(model).__name__}, logger=False)
         if isinstance(model, str):
             model = create_model(model, num_classes, in_chans, img_size)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -95,7 +95,9 @@ class RoutingClassifier(pl.LightningModule):
             self.model.compile()
         self.routed = takes_routing(model)
         if aux_loss is not None and not self.routed:
-            raise ValueError(f"model is {self.hparams.model}; its forward takes no return_routing, so aux_loss has none")
+            raise ValueError(
+                f"model is {self.hparams.model}; its forward takes no return_routing, so aux_loss has none"
+            )
         self.aux_loss = aux_loss
         self.train_totals, self.val_totals = Totals(), Totals()
 

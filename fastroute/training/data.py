@@ -26,9 +26,9 @@ IN_MEMORY_SIZE = 64
 class ImageDataModule(pl.LightningDataModule):
     """Training and validation images, augmented as functions of the seed and the epoch.
 
-    Small sets are held in memory on the training device and augmented a batch at a time: shifted by at most an eighth of
-    their size (padded with black, then cut at random) and, where that makes sense, mirrored; they are normalised by the
-    mean and standard deviation of the training images. Large ones are decoded and cropped by workers, and normalised on
+    Small sets are held in memory on the training device and augmented a batch at a time: shifted by at most an eighth
+    of their size (padded with black, then cut at random) and, where that makes sense, mirrored; they are normalised by
+    the mean and standard deviation of the training images. Large ones are decoded and cropped by workers, and normalised on
     the device by ImageNet's mean and standard deviation.
 
     Batches are pairs of images, float32 (N, C, H, W) in channels_last strides, and labels, int64 (N,), or float32

@@ -94,7 +94,9 @@ def stl10(options: Options) -> ImageSet:
     """STL-10: the 5,000 labelled training images and the 8,000 of the test, 96×96, shifted by at most 12, mirrored."""
     parts = [_torchvision(torchvision.datasets.STL10, options, split=split) for split in ("train", "test")]
     splits = (
-        Split(_scaled(torch.from_numpy(p.data).permute(0, 2, 3, 1), options.img_size), torch.from_numpy(p.labels).long())
+        Split(
+            _scaled(torch.from_numpy(p.data).permute(0, 2, 3, 1), options.img_size), torch.from_numpy(p.labels).long()
+        )
         for p in parts
     )
     return _image_set(*splits, parts[0].classes, options, flip=True)
@@ -139,9 +141,7 @@ def _image_set(train: Split, val: Split, classes: list[str], options: Options, *
 
 def _cifar(dataset: type, options: Options) -> ImageSet:
     parts = [_torchvision(dataset, options, train=train) for train in (True, False)]
-    splits = (
-        Split(_scaled(torch.from_numpy(p.data), options.img_size), torch.tensor(p.targets)) for p in parts
-    )
+    splits = (Split(_scaled(torch.from_numpy(p.data), options.img_size), torch.tensor(p.targets)) for p in parts)
     return _image_set(*splits, parts[0].classes, options, flip=True)
 
 

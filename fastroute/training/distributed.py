@@ -3,9 +3,12 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import distributed as dist
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -42,3 +45,17 @@ def first_on_each_node() -> Iterator[None]:
     yield
     if dist.is_initialized() and first:
         dist.barrier()
+
+
+def agreed(value: T) -> T:
+    """The first process's value, in all of them."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def is_lost_process(error: RuntimeError) -> bool:
+    """Whether an error says that another process does not answer any more."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())

@@ -163,10 +163,11 @@ class StreamLoader(EpochLoader):
         on_bad_image: str = "stop",
     ):
         super().__init__(len(source), *loader_arguments)
-        self.source, self.mean, self.std, self.skipped = source, mean, std, 0
+        self.source, self.mean, self.std = source, mean, std
+        self.on_bad_image, self.skipped = on_bad_image, 0
         self.sampler = _Sampler()
         self.loader = DataLoader(
-            _Decoded(source, transform, self.seed, on_bad_image),
+            _Decoded(source, transform, self.seed),
             batch_sampler=self.sampler,
             num_workers=num_workers,
             collate_fn=_collate,
@@ -180,6 +181,8 @@ class StreamLoader(EpochLoader):
         order = self.source.order(generator(self.seed, epoch)) if training else torch.arange(self.count)
         self.sampler.batches = [[(epoch, int(i)) for i in indices] for indices in self.shares(order)[start:]]
         for images, labels, unreadable in self.loader:
+            if unreadable and self.on_bad_image == "stop":
+                raise UnreadableImage(unreadable[0])
             for message in unreadable:
                 self.skipped += 1
                 warnings.warn(f"{message}; it is skipped", stacklevel=2)
@@ -210,8 +213,8 @@ class _Sampler:
 class _Decoded(Dataset):
     """(epoch, index) → (uint8 (H, W, C) or (crops, H, W, C), label), or the message of an `UnreadableImage`."""
 
-    def __init__(self, source: Source, transform: Callable, seed: int | None, on_bad_image: str):
-        self.source, self.transform, self.seed, self.on_bad_image = source, transform, seed, on_bad_image
+    def __init__(self, source: Source, transform: Callable, seed: int | None):
+        self.source, self.transform, self.seed = source, transform, seed
 
     def __len__(self) -> int:
         return len(self.source)
@@ -221,8 +224,6 @@ class _Decoded(Dataset):
         try:
             image = read_image(self.source, index)
         except UnreadableImage as error:
-            if self.on_bad_image == "stop":
-                raise
             return str(error)
         with seeded(self.seed or 0, epoch, index):
             return pixels(self.transform(image)), int(self.source.labels[index])

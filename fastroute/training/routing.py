@@ -68,9 +68,7 @@ class RouterStatistics:
         return (self.peak < DEAD).double().mean().item()
 
 
-def add_routing(
-    totals: dict[str, RouterStatistics], routing: dict[str, Routing] | dict[str, RouterStatistics]
-) -> None:
+def add_routing(totals: dict[str, RouterStatistics], routing: dict[str, Routing] | dict[str, RouterStatistics]) -> None:
     """Add a batch, or the statistics of others, to the statistics of each router by name."""
     for name, value in routing.items():
         value = value if isinstance(value, RouterStatistics) else RouterStatistics.of(value)

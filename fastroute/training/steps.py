@@ -1,4 +1,4 @@
-"""Callbacks that act on the steps of a run: randomness, losses that are no numbers, and batch norm between processes."""
+"""Callbacks that act on a run: its randomness, losses that are no numbers, and batch norm between processes."""
 
 import math
 

@@ -1,0 +1,82 @@
+"""What commands share: errors in one sentence, and files of defaults."""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from pathlib import Path
+
+import typer
+import yaml
+from rich.console import Console
+from rich.markup import escape
+
+
+@contextlib.contextmanager
+def plain_errors(*also: type[BaseException]) -> Iterator[None]:
+    """End the command with one sentence where an argument is wrong; errors of the training itself keep their trace.
+
+    Args:
+        also: errors that are sentences too, besides those of wrong arguments and missing files.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ModuleNotFoundError, *also) as error:
+        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+def read_options(path: Path) -> dict:
+    """The `name: value` pairs of a YAML file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no YAML file of such pairs.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"config is {path}; there is no such file")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config is {path}; it is no YAML file: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"config is {path}; it must hold one `name: value` for each option")
+    return values
+
+
+def config_option(read: Callable[[str], dict] = lambda path: read_options(Path(path))) -> Callable:
+    """A callback for a `--config` option: what is read become defaults, which the command line overrides.
+
+    Args:
+        read: from the option's value to names and values of options.
+    """
+
+    def callback(context: typer.Context, config: str | None) -> str | None:
+        if config is None:
+            return None
+        with plain_errors():
+            values = {str(name).replace("-", "_"): value for name, value in read(config).items()}
+            options = {option.name for option in context.command.params} - {"config"}
+            for name in values.keys() - options:
+                near = get_close_matches(name, options, n=1)
+                raise ValueError(
+                    f"config is {config}; there is no option {name!r}" + f"; did you mean {near[0]!r}?" * len(near)
+                )
+        context.default_map = {n: str(v) if isinstance(v, list) else v for n, v in values.items() if v is not None}
+        return config
+
+    return callback
+
+
+def numbers(value: str | None, kind: type = int, what: str = "epochs, such as 80,150") -> list | None:
+    """A list of numbers from text such as "80,150", "80 150" or "[80, 150]"."""
+    if value is None:
+        return None
+    items = [item for item in re.split(r"[\s,\[\]]+", value) if item]
+    try:
+        parsed = [kind(item) for item in items]
+    except ValueError:
+        parsed = []
+    if not parsed or min(parsed) < 0:
+        raise typer.BadParameter(f"{value!r} is not a list of {what}")
+    return parsed

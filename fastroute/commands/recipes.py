@@ -1,0 +1,30 @@
+"""`fastroute recipes`."""
+
+from fnmatch import fnmatchcase
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fastroute.commands.common import plain_errors
+
+
+def recipes(pattern: Annotated[str, typer.Argument(help="A shell pattern, such as 'ilsvrc*'.")] = "*") -> None:
+    """List the recipes for `fastroute train -c NAME`, with the errors in percent that the thesis reports."""
+    with plain_errors():
+        from fastroute.training.recipes import recipes
+
+    console, experiments = Console(), {}
+    for name, recipe in recipes().items():
+        if fnmatchcase(name, pattern):
+            experiments.setdefault(recipe.about, []).append(recipe)
+    for about, found in experiments.items():
+        table = Table("recipe", title=about, title_justify="left")
+        measures = list(dict.fromkeys(measure for recipe in found for measure in recipe.reported))
+        for measure in measures:
+            table.add_column(f"{measure} %", justify="right")
+        for recipe in found:
+            reported = (recipe.reported.get(measure) for measure in measures)
+            table.add_row(recipe.name, *("" if value is None else f"{value:.2f}" for value in reported))
+        console.print(table)

@@ -1,0 +1,322 @@
+"""`fastroute train`: flags to a data module, a Lightning module and a run."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Literal
+
+import typer
+import yaml
+from rich.console import Console
+from rich.markup import escape
+
+from fastroute.commands.common import config_option, numbers, plain_errors, read_options
+
+
+def _config(value: str) -> dict:
+    """The options of a YAML file, or else of a packaged recipe."""
+    with plain_errors():
+        from fastroute.training.recipes import recipe
+
+    path = Path(value)
+    return read_options(path) if path.suffix in (".yaml", ".yml") or path.exists() else recipe(value).options
+
+
+def option(*flags: str, help: str | None = None, panel: str | None = None, **settings):
+    return typer.Option(*flags, help=help, rich_help_panel=panel, **settings)
+
+
+DATA, OPTIMISER, SCHEDULE, GATES = "Data", "Optimiser", "Learning rate", "Gates"
+AUGMENTATION, COMPUTE, RUN = "Augmentation", "Computation", "The run and its files"
+
+
+def train(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help="The network; `fastroute models` lists them.")] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            "-c",
+            "--config",
+            is_eager=True,
+            callback=config_option(_config),
+            help="YAML file of defaults for all this, or the name of a recipe; `fastroute recipes` lists them.",
+        ),
+    ] = None,
+    dataset: Annotated[
+        Literal["digits", "cifar10", "cifar100", "mnist", "stl10", "imagefolder", "webdataset"],
+        option(help="Where the images come from.", panel=DATA),
+    ] = "digits",
+    data_dir: Annotated[
+        Path | None,
+        option(help="Folder of the data: with train/ and val/, or with tar shards. (default: data)", panel=DATA),
+    ] = None,
+    download: Annotated[bool, option("--download", help="Download torchvision's sets.", panel=DATA)] = False,
+    num_classes: Annotated[int | None, option(min=1, help="Logits. (default: the data's classes)", panel=DATA)] = None,
+    first_classes: Annotated[
+        int | None, option(min=1, help="Use only the first so many classes of the data.", panel=DATA)
+    ] = None,
+    img_size: Annotated[
+        int | None, option(min=1, help="Size of the images. (default: the data's own, 32 or 224)", panel=DATA)
+    ] = None,
+    in_memory: Annotated[
+        bool | None,
+        option(
+            "--in-memory/--stream",
+            help="Hold an imagefolder decoded in memory, or have workers decode it. (default: up to size 64)",
+            panel=DATA,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, option("-b", "--batch-size", min=1, help="Images in a step of one process.", panel=DATA)
+    ] = 128,
+    workers: Annotated[
+        int | None,
+        option(
+            "-j", "--workers", min=1, help="Threads or processes that decode images. (default: all cores)", panel=DATA
+        ),
+    ] = None,
+    on_bad_image: Annotated[
+        Literal["stop", "skip"], option(help="What an image that cannot be read does.", panel=DATA)
+    ] = "stop",
+    train_crop_mode: Annotated[
+        Literal["rrc", "rkrc"],
+        option(help="Streamed: a random area, resized; or resize, keep the ratio, random crop.", panel=AUGMENTATION),
+    ] = "rrc",
+    scale: Annotated[str, option(help="For rrc: share of the image.", panel=AUGMENTATION)] = "0.08,1.0",
+    ratio: Annotated[str, option(help="For rrc: aspect ratio.", panel=AUGMENTATION)] = "0.75,1.3333",
+    crop_pct: Annotated[
+        float, option(help="Streamed: the crop's side by the resized image's.", panel=AUGMENTATION)
+    ] = 0.875,
+    aa: Annotated[
+        str | None,
+        option(help="imagenet, cifar10, svhn, trivial, augmix, or such as rand-m9-n2.", panel=AUGMENTATION),
+    ] = None,
+    reprob: Annotated[float, option(help="Probability of random erasing.", panel=AUGMENTATION)] = 0.0,
+    mixup: Annotated[float, option(help="α of mixup; 0 is off.", panel=AUGMENTATION)] = 0.0,
+    cutmix: Annotated[float, option(help="α of CutMix; 0 is off.", panel=AUGMENTATION)] = 0.0,
+    smoothing: Annotated[float, option(help="Of the labels.", panel=AUGMENTATION)] = 0.0,
+    epochs: Annotated[int, option(min=1, panel=SCHEDULE)] = 200,
+    opt: Annotated[
+        Literal["sgd", "nesterov", "rmsprop", "adam", "adamw"],
+        option(help="sgd has plain momentum, nesterov Nesterov's.", panel=OPTIMISER),
+    ] = "sgd",
+    momentum: Annotated[float, option(panel=OPTIMISER)] = 0.9,
+    weight_decay: Annotated[float, option(panel=OPTIMISER)] = 5e-4,
+    norm_weight_decay: Annotated[
+        float | None, option(help="Of normalisation layers. (default: as all)", panel=OPTIMISER)
+    ] = None,
+    clip_grad: Annotated[float | None, option(help="Largest norm of the gradient.", panel=OPTIMISER)] = None,
+    grad_accum_steps: Annotated[int, option(min=1, help="Batches for each step.", panel=OPTIMISER)] = 1,
+    model_ema: Annotated[
+        bool, option("--model-ema/--no-model-ema", help="Keep and validate a moving average.", panel=OPTIMISER)
+    ] = False,
+    model_ema_decay: Annotated[float, option(panel=OPTIMISER)] = 0.9998,
+    lr: Annotated[
+        float, option(help="Learning rate before it decays, or at the top of the cycle.", panel=SCHEDULE)
+    ] = 0.1,
+    sched: Annotated[Literal["step", "multistep", "cosine", "onecycle"], option(panel=SCHEDULE)] = "multistep",
+    warmup_epochs: Annotated[int, option(min=0, help="Epochs over which the rate rises.", panel=SCHEDULE)] = 0,
+    decay_epochs: Annotated[int, option(min=1, help="For step: epochs between decays.", panel=SCHEDULE)] = 30,
+    decay_milestones: Annotated[
+        str | None,
+        option(help="For multistep: epochs, such as 80,150. (default: 2/5 and 3/4 of all)", panel=SCHEDULE),
+    ] = None,
+    decay_rate: Annotated[float, option(help="For step and multistep: the factor.", panel=SCHEDULE)] = 0.1,
+    gate_lr_mult: Annotated[float, option(help="The gates' learning rate, as a multiple.", panel=GATES)] = 1.0,
+    gate_wd: Annotated[float | None, option(help="The gates' weight decay. (default: as all)", panel=GATES)] = None,
+    gate_reg_weight: Annotated[
+        float, option(help="Of the gates' clustering regulariser: reserved, 0 alone.", panel=GATES)
+    ] = 0.0,
+    amp: Annotated[bool, option("--amp/--no-amp", help="Mixed precision.", panel=COMPUTE)] = False,
+    amp_dtype: Annotated[Literal["bfloat16", "float16"], option(panel=COMPUTE)] = "bfloat16",
+    channels_last: Annotated[bool, option("--channels-last/--no-channels-last", panel=COMPUTE)] = False,
+    compile: Annotated[bool, option("--compile/--no-compile", help="torch.compile.", panel=COMPUTE)] = False,
+    sync_bn: Annotated[bool, option("--sync-bn/--no-sync-bn", help="On GPUs.", panel=COMPUTE)] = False,
+    dist_bn: Annotated[
+        Literal["reduce", "broadcast", ""],
+        option(help="Batch norm's statistics between processes before validation.", panel=COMPUTE),
+    ] = "reduce",
+    seed: Annotated[int, option(min=0, help="Of weights, order and augmentation.", panel=COMPUTE)] = 42,
+    deterministic: Annotated[
+        bool, option("--deterministic/--no-deterministic", help="Deterministic algorithms alone.", panel=COMPUTE)
+    ] = False,
+    output: Annotated[Path, option(help="Folder of all runs.", panel=RUN)] = Path("runs"),
+    experiment: Annotated[
+        str | None, option(help="Folder of this run. (default: time, model, data)", panel=RUN)
+    ] = None,
+    resume: Annotated[
+        str | None,
+        option(help="Checkpoint to go on from; auto: the experiment's own, if there is one.", panel=RUN),
+    ] = None,
+    initial_checkpoint: Annotated[Path | None, option(help="Weights to start from.", panel=RUN)] = None,
+    recovery_interval: Annotated[
+        int | None, option(min=1, help="Steps between checkpoints within an epoch.", panel=RUN)
+    ] = None,
+    log_interval: Annotated[int, option(min=1, help="Steps between readings of the loss.", panel=RUN)] = 50,
+) -> None:
+    """Train a network; write checkpoints, summary.csv, routers.csv, TensorBoard events and args.yaml.
+
+    Started by `torchrun`, all its processes train together.
+    """
+    with plain_errors():
+        from fastroute import training
+        from fastroute.training.distributed import is_main, process_group
+
+    options, console = SimpleNamespace(**context.params), Console(quiet=not is_main())
+    with _endings(console), process_group():
+        with plain_errors():
+            data, module, resume, folder = _prepare(options, console)
+            if is_main():
+                _write_arguments(context, folder)
+        training.fit(
+            module,
+            data,
+            epochs=options.epochs,
+            output=folder,
+            seed=options.seed,
+            amp_dtype=options.amp_dtype if options.amp else None,
+            grad_accum_steps=options.grad_accum_steps,
+            clip_grad=options.clip_grad,
+            model_ema_decay=options.model_ema_decay if options.model_ema else None,
+            sync_bn=options.sync_bn,
+            dist_bn=options.dist_bn,
+            deterministic=options.deterministic,
+            resume=resume,
+            recovery_interval=options.recovery_interval,
+            log_interval=options.log_interval,
+            console=console,
+        )
+    routers = next(c for c in module.trainer.callbacks if isinstance(c, training.RouterDiagnostics)).statistics
+    if gates := {name: router.mean_gates for name, router in routers.items()}:
+        console.print(training.gates_table(gates, title="mean gates over the validation images"))
+    console.print(f"last.ckpt, best.ckpt, summary.csv, args.yaml: {folder.resolve()}", soft_wrap=True)
+
+
+def _prepare(options: SimpleNamespace, console: Console) -> tuple:
+    """The data module, the module to train, the checkpoint to go on from if there is one, and the folder of the run."""
+    import pytorch_lightning as pl
+
+    from fastroute import training
+    from fastroute.training.distributed import agreed, first_on_each_node
+
+    if options.model is None:
+        raise ValueError("model is missing; name a network, or a recipe with --config")
+    if options.gate_reg_weight:
+        raise ValueError(f"gate_reg_weight is {options.gate_reg_weight}; it must be 0 until the gates can be clustered")
+    folder, resume = _places(options)
+    folder = agreed(folder)
+    if resume is not None and options.resume == "auto" and training.epochs_done(resume) >= options.epochs:
+        console.print(f"all {options.epochs} epochs are done: {resume}", soft_wrap=True)
+        raise typer.Exit(0)
+
+    data = training.ImageDataModule(
+        options.dataset,
+        options.data_dir,
+        options.batch_size,
+        options.img_size,
+        options.workers,
+        options.seed,
+        in_memory=options.in_memory,
+        download=options.download,
+        first_classes=options.first_classes,
+        on_bad_image=options.on_bad_image,
+        train_crop_mode=options.train_crop_mode,
+        scale=_pair("scale", options.scale),
+        ratio=_pair("ratio", options.ratio),
+        crop_pct=options.crop_pct,
+        aa=options.aa,
+        reprob=options.reprob,
+        mixup=options.mixup,
+        cutmix=options.cutmix,
+    )
+    one_by_one = first_on_each_node() if options.download else contextlib.nullcontext()
+    with one_by_one, console.status("reading the images"):
+        data.setup()
+    if options.num_classes is not None and options.num_classes < data.num_classes:
+        raise ValueError(f"num_classes is {options.num_classes}; the data has {data.num_classes} classes")
+    pl.seed_everything(options.seed, verbose=False)
+    module = training.RoutingClassifier(
+        options.model,
+        options.num_classes or data.num_classes,
+        data.in_chans,
+        data.img_size,
+        opt=options.opt,
+        lr=options.lr,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+        norm_weight_decay=options.norm_weight_decay,
+        gate_lr_mult=options.gate_lr_mult,
+        gate_wd=options.gate_wd,
+        sched=options.sched,
+        warmup_epochs=options.warmup_epochs,
+        decay_epochs=options.decay_epochs,
+        decay_milestones=numbers(options.decay_milestones),
+        decay_rate=options.decay_rate,
+        smoothing=options.smoothing,
+        channels_last=options.channels_last,
+        compile=options.compile,
+    )
+    if options.initial_checkpoint is not None:
+        training.load_weights(module.model, options.initial_checkpoint)
+    if resume is not None:
+        training.check_resume(resume, module, options.epochs)
+    return data, module, resume, folder
+
+
+def _places(options: SimpleNamespace) -> tuple[Path, Path | None]:
+    """The folder of the run, and the checkpoint to go on from if there is one."""
+    resume = None if options.resume in (None, "auto") else Path(options.resume)
+    if options.experiment is not None:
+        folder = options.output / options.experiment
+    elif options.resume == "auto":
+        raise ValueError("resume is 'auto'; it needs the run's name as --experiment")
+    elif resume is not None:
+        folder = resume.parent
+    else:
+        folder = options.output / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.model}-{options.dataset}"
+    if options.resume == "auto" and (folder / "last.ckpt").is_file():
+        resume = folder / "last.ckpt"
+    return folder, resume
+
+
+def _pair(name: str, value: str) -> tuple[float, float]:
+    pair = numbers(value, float, "numbers, such as 0.08,1")
+    if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
+        raise ValueError(f"{name} is {value}; it must be two numbers above 0, the smaller first")
+    return pair[0], pair[1]
+
+
+def _write_arguments(context: typer.Context, folder: Path) -> None:
+    """All options with their values, as a file for --config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in context.params.items()}
+    del arguments["config"]
+    (folder / "args.yaml").write_text(yaml.safe_dump(arguments))
+
+
+@contextlib.contextmanager
+def _endings(console: Console) -> Iterator[None]:
+    """How a run can end before its time: each in one sentence, with a status that is not 0."""
+    from fastroute.training import Terminated
+    from fastroute.training.distributed import is_lost_process
+
+    try:
+        yield
+    except Terminated as terminated:
+        console.print(f"{terminated}; --resume goes on from it", soft_wrap=True, highlight=False)
+        raise typer.Exit(terminated.code) from None
+    except (FloatingPointError, OSError, ValueError) as error:
+        message = str(error)
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        message = (
+            f"another process of this run is gone, so it cannot go on; --resume does, from its last.ckpt ({error})"
+        )
+    else:
+        return
+    Console(stderr=True).print(f"[red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(1) from None
