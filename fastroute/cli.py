@@ -20,6 +20,7 @@ try:
         from fastroute.commands.common import plain_errors
         from fastroute.commands.recipes import recipes
         from fastroute.commands.train import train
+        from fastroute.commands.validate import validate
 except ModuleNotFoundError as error:
     raise SystemExit(str(error)) from None
 
@@ -33,6 +34,7 @@ app = typer.Typer(
 
 
 app.command()(train)
+app.command()(validate)
 app.command()(recipes)
 
 

@@ -20,11 +20,11 @@ def recipes(pattern: Annotated[str, typer.Argument(help="A shell pattern, such a
         if fnmatchcase(name, pattern):
             experiments.setdefault(recipe.about, []).append(recipe)
     for about, found in experiments.items():
-        table = Table("recipe", title=about, title_justify="left")
+        table = Table("recipe")
         measures = list(dict.fromkeys(measure for recipe in found for measure in recipe.reported))
         for measure in measures:
             table.add_column(f"{measure} %", justify="right")
         for recipe in found:
             reported = (recipe.reported.get(measure) for measure in measures)
             table.add_row(recipe.name, *("" if value is None else f"{value:.2f}" for value in reported))
-        console.print(table)
+        console.print(f"[bold]{about}[/]", table, sep="\n", highlight=False, soft_wrap=False)

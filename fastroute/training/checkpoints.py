@@ -148,13 +148,14 @@ def _epochs_done(checkpoint: dict) -> int:
     return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
 
 
-def load_weights(model: nn.Module, path: str | Path, averaged: bool = True) -> None:
+def load_weights(model: nn.Module, path: str | Path, averaged: bool = True, name: str = "initial_checkpoint") -> None:
     """Load a network's weights from a checkpoint of a training run, or from a file of its `state_dict`.
 
     Args:
         model: gets them.
         path: a `.ckpt` of a run; any file of a state_dict; a `.safetensors`.
         averaged: whether the moving average is taken where the run kept one; else the weights as trained.
+        name: the argument that the file was given as, for messages.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -162,7 +163,7 @@ def load_weights(model: nn.Module, path: str | Path, averaged: bool = True) -> N
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"initial_checkpoint is {path}; there is no such file")
+        raise FileNotFoundError(f"{name} is {path}; there is no such file")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -171,12 +172,12 @@ def load_weights(model: nn.Module, path: str | Path, averaged: bool = True) -> N
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"initial_checkpoint is {path}; it holds no weights: {error!r}") from error
+        raise ValueError(f"{name} is {path}; it holds no weights: {error!r}") from error
     weights = network_weights(weights, averaged)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"initial_checkpoint is {path}; its weights are of another network: {error}") from None
+        raise ValueError(f"{name} is {path}; its weights are of another network: {error}") from None
 
 
 def network_weights(checkpoint: dict, averaged: bool = True) -> dict[str, Tensor]:

@@ -28,8 +28,8 @@ class ImageDataModule(pl.LightningDataModule):
 
     Small sets are held in memory on the training device and augmented a batch at a time: shifted by at most an eighth
     of their size (padded with black, then cut at random) and, where that makes sense, mirrored; they are normalised by
-    the mean and standard deviation of the training images. Large ones are decoded and cropped by workers, and normalised on
-    the device by ImageNet's mean and standard deviation.
+    the mean and standard deviation of the training images. Large ones are decoded and cropped by workers, and
+    normalised on the device by ImageNet's mean and standard deviation.
 
     Batches are pairs of images, float32 (N, C, H, W) in channels_last strides, and labels, int64 (N,), or float32
     (N, classes) with `mixup` or `cutmix`. Every image is seen once an epoch, the last batch being smaller. Order and
@@ -156,6 +156,7 @@ class ImageDataModule(pl.LightningDataModule):
             "classes": self.classes,
             "img_size": self.img_size,
             "in_chans": self.in_chans,
+            "crop_pct": 1.0 if self.in_memory else self.crop_pct,
             "mean": self.mean,
             "std": self.std,
         }

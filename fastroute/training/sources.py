@@ -176,7 +176,7 @@ def tar_sources(
     """
     sources = {}
     for split in splits:
-        shards = sorted((data_dir / split).glob("*.tar")) or sorted(data_dir.glob(f"*{split}*.tar"))
+        shards = _shards(data_dir, split)
         if not shards:
             raise FileNotFoundError(
                 f"data_dir is {data_dir}; there are no shards {split}/*.tar or *{split}*.tar in it for '{split}'"
@@ -184,6 +184,34 @@ def tar_sources(
         sources[split] = TarSource(shards, first_classes, num_workers)
     check_classes(data_dir, sources)
     return sources
+
+
+def val_source(
+    dataset: str, data_dir: Path, first_classes: int | None = None, num_workers: int = 1
+) -> FolderSource | TarSource:
+    """The images to validate on, where training images need not be at hand.
+
+    Args:
+        dataset: "imagefolder": `val/` of the folder, or else the classes' folders themselves; "webdataset": its shards
+            for `val`, or else all `*.tar` in it, or one tar file.
+        data_dir, first_classes, num_workers: as in `FolderSource` and `TarSource`.
+
+    Raises:
+        FileNotFoundError: there are no such images.
+        ValueError: a file is no tar file.
+    """
+    if not data_dir.exists():
+        raise FileNotFoundError(f"data_dir is {data_dir}; there is no such file or folder")
+    if dataset == "imagefolder":
+        return FolderSource(data_dir / "val" if (data_dir / "val").is_dir() else data_dir, first_classes)
+    shards = [data_dir] if data_dir.is_file() else _shards(data_dir, "val") or sorted(data_dir.glob("*.tar"))
+    if not shards:
+        raise FileNotFoundError(f"data_dir is {data_dir}; there are no tar shards in it")
+    return TarSource(shards, first_classes, num_workers)
+
+
+def _shards(data_dir: Path, split: str) -> list[Path]:
+    return sorted((data_dir / split).glob("*.tar")) or sorted(data_dir.glob(f"*{split}*.tar"))
 
 
 def check_classes(data_dir: Path, sources: dict[str, Source]) -> None:
