@@ -123,6 +123,8 @@ class ImageDataModule(pl.LightningDataModule):
         self.images: ImageSet | None = None
         self.sources: dict[str, Source] | None = None
         self._loaders: list[EpochLoader] = []
+        self._train_loader: EpochLoader | None = None
+        self._place: dict | None = None
 
     def setup(self, stage: str | None = None) -> None:
         if self.images is not None or self.sources is not None:
@@ -150,8 +152,9 @@ class ImageDataModule(pl.LightningDataModule):
         return streamed + (self.images.skipped if self.images else 0)
 
     def state_dict(self) -> dict:
-        """What a validation of the network needs to know of its data."""
+        """What a validation of the network needs to know of its data, and the place within the epoch."""
         return {
+            "place": self._train_loader.state_dict() if self._train_loader else None,
             "dataset": self.dataset,
             "classes": self.classes,
             "img_size": self.img_size,
@@ -162,9 +165,18 @@ class ImageDataModule(pl.LightningDataModule):
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Nothing: a run that goes on has set its data up already."""
+        """Have the training loader start at the place: what the images are is this run's own."""
+        self._place = state["place"]
 
     def train_dataloader(self) -> EpochLoader:
+        self._train_loader = self._training_images()
+        if self._place is not None:
+            # Lightning hands a loader its state too, but not where the schedule has asked for the number of steps.
+            self._train_loader.load_state_dict(self._place)
+            self._place = None
+        return self._train_loader
+
+    def _training_images(self) -> EpochLoader:
         if self.images is not None:
             augment = policy(self.aa) if self.aa else None
             augmentation = {"pad": self.images.pad, "flip": self.images.flip, "augment": augment}

@@ -165,10 +165,10 @@ class StreamLoader(EpochLoader):
         super().__init__(len(source), *loader_arguments)
         self.source, self.mean, self.std = source, mean, std
         self.on_bad_image, self.skipped = on_bad_image, 0
-        self.sampler = _Sampler()
+        self._sampler = _Sampler()
         self.loader = DataLoader(
             _Decoded(source, transform, self.seed),
-            batch_sampler=self.sampler,
+            batch_sampler=self._sampler,
             num_workers=num_workers,
             collate_fn=_collate,
             pin_memory=mean.device.type == "cuda",
@@ -179,7 +179,7 @@ class StreamLoader(EpochLoader):
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         training = self.seed is not None
         order = self.source.order(generator(self.seed, epoch)) if training else torch.arange(self.count)
-        self.sampler.batches = [[(epoch, int(i)) for i in indices] for indices in self.shares(order)[start:]]
+        self._sampler.batches = [[(epoch, int(i)) for i in indices] for indices in self.shares(order)[start:]]
         for images, labels, unreadable in self.loader:
             if unreadable and self.on_bad_image == "stop":
                 raise UnreadableImage(unreadable[0])

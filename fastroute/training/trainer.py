@@ -164,6 +164,8 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric")
+            # A 1×1 convolution's gradient has strides of either memory format; DDP remarks on the choice.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -1,20 +1,40 @@
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 CLASSES = ("ant", "bee", "cat")
 
 
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    """Networks this small are faster on one, above all beside other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_tree(folder, classes=CLASSES, sizes=((8, 8),), counts=(("train", 8), ("val", 4))):
+    """train/ and val/ of random images, each class brighter in a channel of its own; the sizes take turns."""
+    generator = np.random.default_rng(0)
+    for split, count in counts:
+        for label, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 100, (*sizes[i % len(sizes)], 3), dtype=np.uint8)
+                pixels[..., label % 3] += 150
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+    return folder
+
+
 @pytest.fixture
 def image_folder(tmp_path):
-    """train/ and val/ of three classes of 8×8 images, each class of its own colour, 8 and 4 of each."""
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 4)):
-        for label, name in enumerate(CLASSES):
-            folder = tmp_path / "images" / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = generator.integers(0, 100, (8, 8, 3), dtype=np.uint8)
-                pixels[..., label] += 150
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    return tmp_path / "images"
+    """Three classes of 8×8 images, 8 and 4 of each."""
+    return write_tree(tmp_path / "images")
+
+
+@pytest.fixture
+def large_folder(tmp_path):
+    """Three classes of images of several sizes, 8 and 4 of each."""
+    return write_tree(tmp_path / "large", sizes=((40, 30), (24, 50), (32, 32)))

@@ -1,0 +1,151 @@
+"""Runs that are stopped anywhere and go on end as the run that was not."""
+
+import os
+import signal
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from rich.console import Console
+from torch import nn
+
+from fastroute.models.cifar_resnet import cifar_resnet
+from fastroute.training import ImageDataModule, RoutingClassifier, Terminated, fit
+
+
+class Noisy(nn.Module):
+    """A routed network that draws random numbers in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = cifar_resnet(8, paths=2, num_classes=3)
+        self.dropout = nn.Dropout(0.3)
+
+    def forward(self, x, return_routing=False):
+        return self.network(self.dropout(x), return_routing=return_routing)
+
+
+class StopAt(pl.Callback):
+    """Do something before a batch of an epoch."""
+
+    def __init__(self, epoch, batch, action):
+        self.place, self.action = (epoch, batch), action
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == self.place:
+            self.action()
+
+
+def kill():
+    raise RuntimeError("killed")
+
+
+def classifier(callback=None, **options):
+    class Classifier(RoutingClassifier):
+        def configure_callbacks(self):
+            return [callback] if callback else []
+
+    pl.seed_everything(0, verbose=False)
+    return Classifier(Noisy(), num_classes=3, **{"sched": "cosine", "smoothing": 0.1} | options)
+
+
+def run(module, folder, output, epochs=3, data_options=None, **options):
+    data = ImageDataModule(
+        data_dir=folder, seed=3, **{"dataset": "imagefolder", "batch_size": 4} | (data_options or {})
+    )
+    options = {"accelerator": "cpu", "console": Console(quiet=True), "log_interval": 1} | options
+    return fit(module, data, epochs=epochs, output=output, **options)
+
+
+SETTINGS = {
+    "plain": {},
+    "everything": {
+        "model_ema_decay": 0.9,
+        "clip_grad": 1.0,
+        "data_options": {"mixup": 0.4, "cutmix": 1.0, "reprob": 0.5, "aa": "rand-m5-n1", "img_size": 16},
+    },
+    "accumulated": {"grad_accum_steps": 2, "data_options": {"img_size": 16}},
+    "streamed": {
+        "data_options": {"in_memory": False, "img_size": 16, "num_workers": 2, "aa": "trivial"},
+    },
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_run_killed_within_an_epoch_ends_as_the_uninterrupted_one(large_folder, tmp_path, setting):
+    options = {"recovery_interval": 1} | SETTINGS[setting]
+    whole = classifier()
+    rows = run(whole, large_folder, tmp_path / "whole", **options)
+
+    with pytest.raises(RuntimeError, match="killed"):
+        run(classifier(StopAt(1, 4, kill)), large_folder, tmp_path / "halves", **options)
+    last = tmp_path / "halves" / "last.ckpt"
+    steps = torch.load(last)["global_step"]
+    assert steps == (5 if setting == "accumulated" else 10)  # of 6 batches an epoch
+    resumed = classifier()
+    nn.init.zeros_(resumed.model.network.stem_router.w1)  # whatever it starts from must not matter
+    resumed_rows = run(resumed, large_folder, tmp_path / "halves", resume=last, **options)
+
+    for expected, actual in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
+        assert expected[0] == actual[0] and torch.equal(actual[1], expected[1]), expected[0]
+    clocks = {"seconds", "images_per_s", "data_wait"}
+    for expected, actual in zip(rows, resumed_rows, strict=True):
+        assert {k: v for k, v in expected.items() if k not in clocks} == {
+            k: v for k, v in actual.items() if k not in clocks
+        }
+    ends = [torch.load(tmp_path / name / "last.ckpt") for name in ("whole", "halves")]
+    for state in zip(*(end["optimizer_states"][0]["state"].values() for end in ends), strict=True):
+        assert torch.equal(state[0]["momentum_buffer"], state[1]["momentum_buffer"])
+    assert ends[0]["lr_schedulers"] == ends[1]["lr_schedulers"]
+    if "model_ema_decay" in options:
+        for name, value in ends[0]["current_model_state"].items():
+            assert torch.equal(value, ends[1]["current_model_state"][name]), name
+
+
+def test_sigterm_saves_and_ends_the_run_and_it_goes_on(image_folder, tmp_path):
+    def terminate():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    whole = classifier()
+    run(whole, image_folder, tmp_path / "whole")
+    with pytest.raises(Terminated, match=r"stopped by SIGTERM at epoch 2, step 4; saved to .*last\.ckpt") as caught:
+        run(classifier(StopAt(1, 3, terminate)), image_folder, tmp_path / "run")
+    assert caught.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+    resumed = classifier()
+    run(resumed, image_folder, tmp_path / "run", resume=tmp_path / "run" / "last.ckpt")
+    for expected, actual in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(expected, actual)
+
+
+def test_sigterm_at_the_end_of_an_epoch_waits_for_its_checkpoint(image_folder, tmp_path):
+    stop = StopAt(1, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Terminated, match="stopped by SIGTERM after epoch 2"):
+        run(classifier(stop), image_folder, tmp_path)
+    whole, resumed = classifier(), classifier()
+    run(whole, image_folder, tmp_path / "whole")
+    run(resumed, image_folder, tmp_path, resume=tmp_path / "last.ckpt")
+    for expected, actual in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(expected, actual)
+
+
+def test_going_on_within_an_epoch_needs_the_same_batches(image_folder, tmp_path):
+    with pytest.raises(RuntimeError, match="killed"):
+        run(classifier(StopAt(1, 4, kill)), image_folder, tmp_path, recovery_interval=1)
+    with pytest.raises(
+        ValueError, match="stopped at batch 4 of 6 of an epoch, but now an epoch has 3: go on with the same"
+    ):
+        run(classifier(), image_folder, tmp_path, resume=tmp_path / "last.ckpt", data_options={"batch_size": 8})
+
+
+def test_a_nan_loss_stops_with_step_and_learning_rate(image_folder, tmp_path):
+    class Broken(StopAt):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if (trainer.current_epoch, batch_idx) == self.place:
+                batch[0].fill_(float("nan"))
+
+    message = r"the loss is nan at epoch 2, step 3, with learning rate 0\.0\d+: lower it"
+    with pytest.raises(FloatingPointError, match=message):
+        run(classifier(Broken(1, 2, None)), image_folder, tmp_path, recovery_interval=1)
+    weights = torch.load(tmp_path / "last.ckpt")["state_dict"]
+    assert all(value.isfinite().all() for value in weights.values())
