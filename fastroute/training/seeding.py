@@ -10,9 +10,10 @@ import torch
 def derived_seed(*entropy: int) -> int:
     """A seed of 64 bits from several numbers, such as (seed, epoch, batch): other numbers give an unrelated one.
 
-    A sum would give run 0's second epoch to run 1 as its first.
+    A sum would give run 0's second epoch to run 1 as its first. NumPy takes missing numbers for zeros, so how many
+    there are is one of them.
     """
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+    return int(np.random.SeedSequence((len(entropy), *entropy)).generate_state(1, np.uint64)[0])
 
 
 def generator(*entropy: int) -> torch.Generator:

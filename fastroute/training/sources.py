@@ -246,8 +246,10 @@ def _members(shard: int, path: Path) -> list[tuple[int, int, int, str, int | str
                 tar.members.clear()  # tarfile keeps every header it has seen
     except (tarfile.TarError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a tar file of images: {error}") from error
-    members = []
+    members, length = [], path.stat().st_size
     for key, (offset, size, name) in images.items():
+        if offset + size > length:  # tarfile takes the end of a file for the end of the archive
+            raise ValueError(f"{path} cannot be read as a tar file of images: it ends within {name}")
         label = numbers.get(key, PurePosixPath(name).parent.name if not numbers else "")
         if label == "":
             raise ValueError(f"{path}: {name} has no class: there must be a {key}.cls, or a folder for each class")

@@ -1,0 +1,79 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastroute.models import create_model
+from fastroute.training.optim import OPTIMIZERS, parameter_groups, scheduler
+
+
+def rates(sched, epochs, per_epoch=1, lr=1.0, **options):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr, momentum=0.9)
+    schedule = scheduler(optimizer, sched, epochs=epochs, steps=epochs * per_epoch, **options)
+    found = []
+    for _ in range(epochs * per_epoch):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_step_decays_every_so_many_epochs():
+    assert rates("step", 7, 2, decay_epochs=3) == pytest.approx([1] * 6 + [0.1] * 6 + [0.01] * 2)
+
+
+def test_milestones_are_at_two_fifths_and_three_quarters_unless_given():
+    assert rates("multistep", 20, decay_rate=0.5) == pytest.approx([1] * 8 + [0.5] * 7 + [0.25] * 5)
+    assert rates("multistep", 4, 2, decay_milestones=(1, 3)) == pytest.approx([1, 1, 0.1, 0.1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_cosine_ends_at_nearly_zero():
+    assert rates("cosine", 4, 2) == pytest.approx([(1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)])
+
+
+def test_warmup_rises_and_then_leaves_the_schedule_where_it_is():
+    found = rates("multistep", 8, 2, warmup_epochs=2, decay_milestones=(4,))
+    assert found == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1] + [0.1] * 8)
+    found = rates("onecycle", 10, 10, warmup_epochs=2)
+    assert found.index(max(found)) == 19
+
+
+def test_groups_are_of_gates_norms_and_all_others():
+    model = create_model("resnet20_cc2")
+    groups = {
+        group["name"]: group
+        for group in parameter_groups(
+            model, lr=0.1, weight_decay=1e-4, norm_weight_decay=0.0, gate_lr_mult=2.0, gate_wd=1e-2
+        )
+    }
+    assert {name: (g["lr"], g["weight_decay"]) for name, g in groups.items()} == {
+        "others": (0.1, 1e-4),
+        "norms": (0.1, 0.0),
+        "gates": (0.2, 1e-2),
+    }
+    assert len(groups["gates"]["params"]) == 4 * 4 and any(p is model.stem_router.b2 for p in groups["gates"]["params"])
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(groups["norms"]["params"]) == 2 * len(norms)
+    assert sum(len(g["params"]) for g in groups.values()) == len(list(model.parameters()))
+
+
+def test_by_default_all_decay_alike_and_frozen_or_shared_parameters_come_once_or_never():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Linear(2, 2))
+    model[2].weight = model[0].weight
+    model[0].bias.requires_grad_(False)
+    groups = parameter_groups(model, lr=0.1, weight_decay=0.5)
+    assert [len(group["params"]) for group in groups] == [2, 2]
+    assert all((group["lr"], group["weight_decay"]) == (0.1, 0.5) for group in groups)
+
+
+def test_optimisers():
+    groups = {
+        name: make([{"params": [nn.Parameter(torch.zeros(1))], "lr": 0.1}], 0.8).param_groups[0]
+        for name, make in OPTIMIZERS.items()
+    }
+    assert {name: group.get("nesterov") for name, group in groups.items() if "sgd" in name or "nest" in name} == {
+        "sgd": False,
+        "nesterov": True,
+    }
+    assert {name for name, group in groups.items() if group.get("momentum") == 0.8} == {"sgd", "nesterov", "rmsprop"}
