@@ -233,7 +233,7 @@ def _first(classes: list[str], count: int | None, where: Path | str) -> list[str
 
 def _members(shard: int, path: Path) -> list[tuple[int, int, int, str, int | str]]:
     """(shard, offset, size, name, class) of every image of a tar file; the class is a number or a folder's name."""
-    images, numbers = {}, {}
+    images, numbers, end = {}, {}, 0
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -243,13 +243,15 @@ def _members(shard: int, path: Path) -> list[tuple[int, int, int, str, int | str
                     images[key] = (member.offset_data, member.size, member.name)
                 elif name.suffix == ".cls":
                     numbers[key] = int(tar.extractfile(member).read())
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 tar.members.clear()  # tarfile keeps every header it has seen
+            tar.fileobj.seek(end)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise ValueError("it is cut short")  # tarfile takes that for the end of the archive
     except (tarfile.TarError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a tar file of images: {error}") from error
-    members, length = [], path.stat().st_size
+    members = []
     for key, (offset, size, name) in images.items():
-        if offset + size > length:  # tarfile takes the end of a file for the end of the archive
-            raise ValueError(f"{path} cannot be read as a tar file of images: it ends within {name}")
         label = numbers.get(key, PurePosixPath(name).parent.name if not numbers else "")
         if label == "":
             raise ValueError(f"{path}: {name} has no class: there must be a {key}.cls, or a folder for each class")

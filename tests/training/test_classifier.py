@@ -77,6 +77,60 @@ def test_named_network_is_built_and_computes_in_channels_last():
     assert logits.shape == (2, 7) and len(routing) == 4
 
 
+def evenness(routing):
+    """A loss on the relevance scores of every router."""
+    return sum(r.scores.square().mean() for r in routing.values())
+
+
+def step(module, images, labels):
+    module.trainer = pl.Trainer(logger=False, enable_checkpointing=False, enable_model_summary=False)
+    module.log = lambda name, value, **_: module.logged.update({name: value})
+    module.logged = {}
+    return module.training_step((images, labels), 0)
+
+
+def test_an_auxiliary_loss_reaches_the_gates_through_the_scores():
+    torch.manual_seed(0)
+    images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
+    plain = RoutingClassifier("resnet20_cc2")
+    routed = RoutingClassifier("resnet20_cc2", aux_loss=evenness, aux_weight=0.5)
+    routed.load_state_dict(plain.state_dict())
+    for module in (plain, routed):
+        torch.nn.init.normal_(module.model.stack1_router.w2, generator=torch.Generator().manual_seed(1))
+    loss, with_aux = step(plain, images, labels), step(routed, images, labels)
+    _, routing = plain.model(images, return_routing=True)
+    torch.testing.assert_close(with_aux - loss, 0.5 * evenness(routing))
+    torch.testing.assert_close(routed.logged["train_aux"], evenness(routing).detach())
+    (with_aux - loss).backward()
+    router = routed.model.stack1_router
+    (expected,) = torch.autograd.grad(0.5 * evenness(routing), plain.model.stack1_router.w2)
+    torch.testing.assert_close(router.w2.grad + plain.model.stack1_router.w2.grad, expected, rtol=1e-3, atol=1e-5)
+    assert expected.abs().max() > 0.01
+
+
+def test_an_auxiliary_loss_that_is_a_module_is_part_of_it():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, routing):
+            return self.scale * evenness(routing)
+
+    module = RoutingClassifier("resnet20_cc2", aux_loss=Scaled())
+    assert "aux_loss.scale" in module.state_dict()
+    with pytest.raises(
+        ValueError, match="model is TwoPaths; its forward takes no return_routing, so aux_loss has none"
+    ):
+        RoutingClassifier(TwoPaths(), 3, aux_loss=evenness)
+
+
+def test_compiled_the_names_of_the_weights_stay():
+    module = RoutingClassifier("resnet20_cc2", compile=True)
+    assert module.state_dict().keys() == RoutingClassifier("resnet20_cc2").state_dict().keys()
+    assert module.model._compiled_call_impl is not None
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -1,4 +1,5 @@
 import io
+import math
 
 import pytest
 import torch
@@ -7,7 +8,9 @@ from torch import nn
 
 from fastroute import models
 from fastroute.models.cifar_resnet import cifar_resnet
+from fastroute.nn import Routing
 from fastroute.training import gates_table, mean_gates, routing_share
+from fastroute.training.routing import RouterStatistics, add_routing
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +42,28 @@ def test_mean_gates_weigh_every_image_the_same():
     model.eval()
     _, routing = model(torch.cat([images for images, _ in data]), return_routing=True)
     torch.testing.assert_close(gates["stem_router"].float(), routing["stem_router"].gates.mean(0))
+
+
+def test_statistics_of_known_gates():
+    gates = torch.tensor([[[0.5, 0.5], [1.0, 0.0]], [[0.9, 0.1], [0.97, 0.03]]])  # 2 samples, 2 paths in, 2 out
+    found = RouterStatistics.of(Routing(gates, gates.log())).cpu()
+    torch.testing.assert_close(found.mean_gates.float(), torch.tensor([[0.7, 0.3], [0.985, 0.015]]))
+    assert found.shares_of_maximum.tolist() == [[1, 0], [1, 0]]
+    row = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1)) / math.log(2)
+    assert found.mean_entropy[0].item() == pytest.approx((1 + row) / 2)
+    assert found.dead_fraction == 1 / 4
+
+
+def test_statistics_add_up_over_batches_and_processes():
+    gates = torch.rand(6, 2, 3).softmax(2)
+    whole, parts = {}, {}
+    add_routing(whole, {"a": Routing(gates, gates)})
+    for part in gates.split([1, 2, 3]):
+        add_routing(parts, {"a": Routing(part, part)})
+    add_routing(parts, {})
+    for name in ("mean_gates", "mean_entropy", "shares_of_maximum", "peak"):
+        torch.testing.assert_close(getattr(parts["a"], name), getattr(whole["a"], name))
+    assert parts["a"].samples == 6
 
 
 def test_networks_without_routers_have_no_gates():

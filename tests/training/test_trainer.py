@@ -1,13 +1,15 @@
 import csv
+import io
+import re
 import warnings
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastroute.training import ImageDataModule, RoutingClassifier, check_resume, fit
-from fastroute.training.checkpoints import AtomicCheckpointIO
+from fastroute.training import ImageDataModule, RoutingClassifier, fit, router_statistics
 
 
 @pytest.fixture
@@ -23,7 +25,8 @@ def classifier(cls=RoutingClassifier, model="resnet20_cc2", **options):
 
 
 def run(module, data, output, epochs=4, **options):
-    return fit(module, data, epochs=epochs, output=output, accelerator="cpu", console=Console(quiet=True), **options)
+    options = {"console": Console(quiet=True), "accelerator": "cpu"} | options
+    return fit(module, data, epochs=epochs, output=output, **options)
 
 
 def assert_equal(actual, expected):
@@ -70,7 +73,8 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(data, tmp_path, sched):
 def test_a_run_writes_its_summary_and_the_last_and_best_checkpoints(data, tmp_path):
     module = classifier()
     rows = run(module, data, tmp_path / "run", epochs=3)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best.ckpt", "last.ckpt", "summary.csv"]
+    names = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith("events")}
+    assert names == {"best.ckpt", "last.ckpt", "summary.csv", "routers.csv", "hparams.yaml"}
     with (tmp_path / "run" / "summary.csv").open() as file:
         written = list(csv.DictReader(file))
     assert list(written[0]) == [
@@ -79,8 +83,11 @@ def test_a_run_writes_its_summary_and_the_last_and_best_checkpoints(data, tmp_pa
         "train_error",
         "val_loss",
         "val_error",
+        "val_error5",
         "lr",
         "images_per_s",
+        "data_wait",
+        "skipped",
         "seconds",
     ]
     assert [{name: float(value) for name, value in row.items()} for row in written] == rows
@@ -103,6 +110,68 @@ def test_val_error_is_over_exactly_the_validation_images(data, tmp_path):
     assert rows[-1]["val_error"] == pytest.approx(100 * wrong / 12, abs=1e-4)
 
 
+def test_routers_are_described_each_epoch(data, tmp_path):
+    module = classifier()
+    run(module, data, tmp_path, epochs=2)
+    with (tmp_path / "routers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * (2 + 3 * 4) and [row["epoch"] for row in rows] == ["1"] * 14 + ["2"] * 14
+    expected = router_statistics(module.model, data.val_dataloader())
+    for row in rows[14:]:
+        router, i, j = expected[row["router"]], int(row["from"]) - 1, int(row["to"]) - 1
+        found = [float(row[name]) for name in ("gate", "largest", "peak", "entropy")]
+        matrices = (router.mean_gates, router.shares_of_maximum, router.peak)
+        assert found == pytest.approx([m[i, j].item() for m in matrices] + [router.mean_entropy[i].item()], abs=1e-5)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"val_error", "train_loss", "router/stack1_router/dead", "router/stem_router/gate_12"} <= tags
+
+
+def test_a_moving_average_is_what_is_validated_and_kept(data, tmp_path):
+    module = classifier(lr=0.02)
+    rows = run(module, data, tmp_path, epochs=2, model_ema_decay=0.5)
+    saved = torch.load(tmp_path / "last.ckpt")
+    trained, averaged = saved["current_model_state"], saved["state_dict"]
+    name = "model.stem.0.0.weight"
+    assert not torch.equal(trained[name], averaged[name]) and torch.equal(module.state_dict()[name], averaged[name])
+    module.eval()
+    with torch.no_grad():
+        wrong = sum((module(images).argmax(1) != labels).sum().item() for images, labels in data.val_dataloader())
+    assert rows[-1]["val_error"] == pytest.approx(100 * wrong / 12, abs=1e-4)
+
+
+def test_accumulated_batches_are_one_step_of_the_mean_gradient(image_folder, tmp_path):
+    def trained(batch_size, **options):
+        data = ImageDataModule("imagefolder", image_folder, batch_size, 8, seed=1)
+        pl.seed_everything(0, verbose=False)
+        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
+        run(RoutingClassifier(network, 3, decay_milestones=(9,)), data, tmp_path, epochs=1, **options)
+        return network[1].weight
+
+    torch.testing.assert_close(trained(4, grad_accum_steps=3), trained(12))
+    assert not torch.allclose(trained(4), trained(12))
+    assert not torch.allclose(trained(12, clip_grad=0.01), trained(12))
+
+
+def test_what_the_console_shows(data, tmp_path):
+    console = Console(file=io.StringIO(), width=200, force_terminal=False)
+    run(classifier(), data, tmp_path, epochs=2, log_interval=2, console=console)
+    lines = console.file.getvalue().splitlines()
+    step = r"epoch 1/2  2/3  loss \d\.\d+  lr 0\.1  [\d,]+ images/s  data wait \d+\.\d %  eta \d:\d\d:\d\d"
+    assert re.fullmatch(step, lines[0]) and len(lines) == 4
+    epoch = r"epoch 2/2  train loss .* error .* %  val loss .* error .* %  lr .* images/s  data wait .* %  [\d.]+ s"
+    assert re.fullmatch(epoch, lines[3])
+
+
+def test_skipped_images_are_counted(image_folder, tmp_path):
+    (image_folder / "train" / "bee" / "3.png").write_bytes(b"")
+    options = {"in_memory": False, "on_bad_image": "skip", "num_workers": 1}
+    data = ImageDataModule("imagefolder", image_folder, 10, 8, **options)
+    with pytest.warns(UserWarning, match="it is skipped"):
+        rows = run(classifier(), data, tmp_path, epochs=2)
+    assert [row["skipped"] for row in rows] == [1, 2]
+
+
 def test_bfloat16_in_channels_last_trains(data, tmp_path):
     rows = run(classifier(channels_last=True), data, tmp_path, epochs=1, amp_dtype="bfloat16")
     assert 0 < rows[0]["train_loss"] < 5
@@ -118,53 +187,19 @@ def test_says_nothing_but_its_own(data, tmp_path, capfd):
     assert out == "" and err == ""
 
 
-def test_a_checkpoint_cut_off_while_writing_leaves_the_one_before(tmp_path, monkeypatch):
-    io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
-    io.save_checkpoint({"epoch": 1}, path)
-
-    def fail(checkpoint, file):
-        file.write(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="No space left"):
-        io.save_checkpoint({"epoch": 2}, path)
-    assert torch.load(path) == {"epoch": 1}
-
-
 def test_wrong_arguments(data, tmp_path):
     for options, message in (
         ({"epochs": 0}, "epochs is 0; it must be at least 1"),
         ({"epochs": -3}, "epochs is -3"),
         ({"log_interval": 0}, "log_interval is 0; it must be at least 1"),
+        ({"grad_accum_steps": 0}, "grad_accum_steps is 0; it must be at least 1"),
+        ({"recovery_interval": 0}, "recovery_interval is 0; it must be at least 1"),
+        ({"clip_grad": 0}, "clip_grad is 0; it must be above 0"),
+        ({"model_ema_decay": 1.0}, r"model_ema_decay is 1\.0; it must be at least 0 and below 1"),
+        ({"dist_bn": "mean"}, "dist_bn is 'mean'; it must be one of 'reduce', 'broadcast', ''"),
+        ({"sync_bn": True}, "sync_bn is True; PyTorch's synchronised batch norm needs GPUs"),
         ({"amp_dtype": "int8"}, "amp_dtype is 'int8'; it must be 'bfloat16', 'float16' or None"),
     ):
         with pytest.raises(ValueError, match=message):
             run(classifier(), data, tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_checkpoint_that_does_not_fit_is_refused(data, tmp_path):
-    run(classifier(sched="onecycle"), data, tmp_path, epochs=1)
-    last = tmp_path / "last.ckpt"
-    with pytest.raises(FileNotFoundError, match=r"resume is .*none\.ckpt; there is no such file"):
-        check_resume(tmp_path / "none.ckpt", classifier(), 4)
-    for module, epochs, message in (
-        (
-            classifier(model="resnet20_cc3"),
-            4,
-            "trained with model='resnet20_cc2', but .* model='resnet20_cc3'",
-        ),
-        (RoutingClassifier("resnet20_cc2", 5), 4, "trained with num_classes=3, but this run has num_classes=5"),
-        (classifier(), 4, "trained with sched='onecycle', but this run has sched='multistep'"),
-        (classifier(sched="onecycle"), 4, "its schedule is of 1 epochs, but this run has epochs=4"),
-        (classifier(sched="onecycle"), 1, "it has 1 epochs behind it, so epochs=1 leaves none to train"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            check_resume(last, module, epochs)
-    (tmp_path / "cut.ckpt").write_bytes(last.read_bytes()[:10000])
-    torch.save({"weights": 1}, tmp_path / "other.ckpt")
-    (tmp_path / "empty.ckpt").touch()
-    for name in ("cut.ckpt", "other.ckpt", "empty.ckpt"):
-        with pytest.raises(ValueError, match=f"resume is .*{name}; it is no checkpoint of a training run"):
-            check_resume(tmp_path / name, classifier(), 4)

@@ -1,0 +1,133 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastroute.models import create_model
+from fastroute.training import RoutingClassifier, check_resume, epochs_done, load_weights
+from fastroute.training.checkpoints import AtomicCheckpointIO, read_checkpoint
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+SAVES_FOREVER = """
+import itertools, sys, torch
+from fastroute.training.checkpoints import AtomicCheckpointIO
+io = AtomicCheckpointIO()
+for i in itertools.count():
+    io.save_checkpoint({"number": i, "weights": torch.full((1_000_000,), float(i))}, sys.argv[1])
+    if i == 0:
+        print("saved", flush=True)
+"""
+
+
+def checkpoint(epochs=4, done=1, averaged=False, **hyper_parameters):
+    module = RoutingClassifier("resnet20_cc2", **hyper_parameters)
+    state = {f"model.{name}": value.clone() for name, value in module.model.state_dict().items()}
+    progress = {"epoch_progress": {"current": {"processed": done}}}
+    found = {"state_dict": state, "hyper_parameters": dict(module.hparams), "epochs": epochs}
+    if averaged:
+        found["current_model_state"] = {name: value + 1 for name, value in state.items()}
+    return module, found | {"loops": {"fit_loop": progress}}
+
+
+def test_killed_at_any_moment_it_leaves_a_whole_checkpoint(tmp_path):
+    path = tmp_path / "last.ckpt"
+    for i in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVES_FOREVER, path], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
+        )
+        assert process.stdout.readline() == "saved\n"
+        time.sleep(0.05 + 0.037 * i)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        saved = torch.load(path)
+        assert (saved["weights"] == saved["number"]).all() and len(saved["weights"]) == 1_000_000
+
+
+def test_a_full_disk_is_reported_and_leaves_the_checkpoint_before(tmp_path):
+    path = tmp_path / "last.ckpt"
+    io = AtomicCheckpointIO()
+    (tmp_path / "last.ckpt.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"last\.ckpt cannot be written, there is none before it: .*No space left"):
+        io.save_checkpoint({"weights": torch.ones(1000)}, path)
+    io.save_checkpoint({"epoch": 1}, path)
+    (tmp_path / "last.ckpt.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"last\.ckpt cannot be written, the one before is whole: .*No space left"):
+        io.save_checkpoint({"epoch": 2, "weights": torch.ones(1_000_000)}, path)
+    assert torch.load(path) == {"epoch": 1} and os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    path = tmp_path / "last.ckpt"
+    module, saved = checkpoint(epochs=4, sched="onecycle")
+    torch.save(saved, path)
+    assert epochs_done(path) == 1
+    check_resume(path, module, 4)
+    for options, epochs, message in (
+        ({"model": "resnet20_cc3"}, 4, "trained with model='resnet20_cc2', but this run has model='resnet20_cc3'"),
+        ({"num_classes": 5}, 4, "trained with num_classes=10, but this run has num_classes=5"),
+        ({"opt": "adam"}, 4, "trained with opt='sgd', but this run has opt='adam'"),
+        ({"sched": "step"}, 4, "trained with sched='onecycle', but this run has sched='step'"),
+        ({}, 5, "its schedule is of 4 epochs, but this run has epochs=5"),
+        ({}, 1, "it has 1 epochs behind it, so epochs=1 leaves none to train"),
+    ):
+        other = RoutingClassifier(**{"model": "resnet20_cc2", "sched": "onecycle"} | options)
+        with pytest.raises(ValueError, match=message):
+            check_resume(path, other, epochs)
+
+
+def test_only_schedules_that_do_not_depend_on_the_epochs_can_be_lengthened(tmp_path):
+    path = tmp_path / "last.ckpt"
+    for options in ({"sched": "step"}, {"sched": "multistep", "decay_milestones": [2, 3]}):
+        module, saved = checkpoint(epochs=4, **options)
+        torch.save(saved, path)
+        check_resume(path, module, 8)
+    for options in ({"sched": "multistep"}, {"sched": "cosine"}):
+        module, saved = checkpoint(epochs=4, **options)
+        torch.save(saved, path)
+        with pytest.raises(ValueError, match="its schedule is of 4 epochs, but this run has epochs=8"):
+            check_resume(path, module, 8)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    _, saved = checkpoint()
+    torch.save(saved, tmp_path / "whole.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "whole.ckpt").read_bytes()[:10000])
+    torch.save({"weights": 1}, tmp_path / "other.ckpt")
+    (tmp_path / "empty.ckpt").touch()
+    for name in ("cut.ckpt", "other.ckpt", "empty.ckpt"):
+        with pytest.raises(ValueError, match=f"resume is .*{name}; it is no checkpoint of a training run"):
+            read_checkpoint(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"resume is .*none\.ckpt; there is no such file"):
+        read_checkpoint(tmp_path / "none.ckpt")
+
+
+def test_weights_come_from_a_checkpoint_averaged_or_not_or_from_a_state_dict(tmp_path):
+    path, model = tmp_path / "weights.ckpt", create_model("resnet20_cc2")
+    module, saved = checkpoint(averaged=True)
+    torch.save(saved, path)
+    load_weights(model, path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), module.model.parameters(), strict=True))
+    load_weights(model, path, averaged=False)
+    assert all(torch.equal(a, b + 1) for a, b in zip(model.parameters(), module.model.parameters(), strict=True))
+    torch.save(module.model.state_dict(), path)
+    load_weights(model, path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), module.model.parameters(), strict=True))
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    path, model = tmp_path / "weights.pt", create_model("resnet20")
+    torch.save(checkpoint()[1], path)
+    with pytest.raises(ValueError, match=r"initial_checkpoint is .*weights\.pt; its weights are of another network"):
+        load_weights(model, path)
+    path.write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"initial_checkpoint is .*weights\.pt; it holds no weights"):
+        load_weights(model, path)
+    with pytest.raises(FileNotFoundError, match="checkpoint is none; there is no such file"):
+        load_weights(model, "none", name="checkpoint")
