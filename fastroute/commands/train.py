@@ -301,22 +301,13 @@ def _write_arguments(context: typer.Context, folder: Path) -> None:
 def _endings(console: Console) -> Iterator[None]:
     """How a run can end before its time: each in one sentence, with a status that is not 0."""
     from fastroute.training import Terminated
-    from fastroute.training.distributed import is_lost_process
+    from fastroute.training.distributed import ProcessLost
 
     try:
         yield
     except Terminated as terminated:
         console.print(f"{terminated}; --resume goes on from it", soft_wrap=True, highlight=False)
         raise typer.Exit(terminated.code) from None
-    except (FloatingPointError, OSError, ValueError) as error:
-        message = str(error)
-    except RuntimeError as error:
-        if not is_lost_process(error):
-            raise
-        message = (
-            f"another process of this run is gone, so it cannot go on; --resume does, from its last.ckpt ({error})"
-        )
-    else:
-        return
-    Console(stderr=True).print(f"[red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
-    raise typer.Exit(1) from None
+    except (FloatingPointError, OSError, ValueError, ProcessLost) as error:
+        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None

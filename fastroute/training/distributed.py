@@ -11,6 +11,10 @@ from torch import distributed as dist
 T = TypeVar("T")
 
 
+class ProcessLost(RuntimeError):
+    """Another process of the run does not answer any more."""
+
+
 def world_size() -> int:
     """The number of processes that `torchrun` started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))

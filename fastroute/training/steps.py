@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from fastroute.training.distributed import ProcessLost, is_lost_process
 from fastroute.training.seeding import derived_seed
 
 
@@ -59,6 +60,24 @@ class NonFiniteStop(pl.Callback):
                     f"the loss is {loss} at epoch {epoch}, step {step}, with learning rate {rate:g}: "
                     "lower it, add warmup_epochs or clip_grad; the checkpoints from before are whole"
                 )
+
+
+class LostProcess(pl.Callback):
+    """Say in a sentence that another process of the run is gone, where PyTorch speaks of sockets.
+
+    It raises at once, ahead of Lightning's own ending, which would give SIGTERM back its default: `torchrun` sends that
+    as soon as it sees a process gone, and nothing would be said at all.
+
+    Raises:
+        ProcessLost: talking to another process has failed.
+    """
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, RuntimeError) and is_lost_process(exception):
+            raise ProcessLost(
+                f"another process of this run is gone, so process {trainer.global_rank} cannot go on; "
+                f"the last checkpoint is whole, for resume: {exception}"
+            ) from exception
 
 
 class BatchNormSync(pl.Callback):

@@ -19,7 +19,7 @@ from fastroute.training.callbacks import EpochProgress, EpochSummary, RouterDiag
 from fastroute.training.checkpoints import AtomicCheckpointIO, RecoveryCheckpoint, check_resume
 from fastroute.training.classifier import RoutingClassifier
 from fastroute.training.distributed import world_size
-from fastroute.training.steps import BatchNormSync, NonFiniteStop, StepSeed
+from fastroute.training.steps import BatchNormSync, LostProcess, NonFiniteStop, StepSeed
 
 PRECISIONS = {None: "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 DIST_BN = ("reduce", "broadcast", "")
@@ -79,6 +79,7 @@ def fit(
         ValueError: an argument is out of range, or the checkpoint is of another network or finished already.
         FloatingPointError: the loss is NaN or infinite.
         OSError: a file cannot be written; the last whole checkpoint stays.
+        ProcessLost: another process of the run is gone.
         Terminated: SIGTERM came, and `last.ckpt` is written.
     """
     counts = {
@@ -117,6 +118,7 @@ def fit(
         summary,
         EpochProgress(summary, console or Console(), log_interval),
         RecoveryCheckpoint(output / "last.ckpt", recovery_interval),
+        LostProcess(),
         ModelCheckpoint(filename="best", monitor="val_error", **checkpoint),
         ModelCheckpoint(filename="last", **checkpoint),
     ]

@@ -1,0 +1,57 @@
+"""A run of `test_distributed.py`, for one process or for `torchrun`: arguments as JSON."""
+
+import json
+import os
+import sys
+
+import pytorch_lightning as pl
+import torch
+from rich.console import Console
+from torch import nn
+
+from fastroute.nn import CrossConnection
+from fastroute.training import ImageDataModule, RoutingClassifier, fit
+from fastroute.training.distributed import process_group
+
+
+class Network(nn.Module):
+    """Two routed paths without batch norm, whose outputs do not depend on how a batch is cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.split = CrossConnection(8, 1, 2)
+        self.paths = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.router = CrossConnection(8, 2, 2)
+        self.heads = nn.ModuleList(nn.Linear(8, 3) for _ in range(2))
+
+    def forward(self, x, return_routing=False):
+        xs, split = self.split([self.stem(x).relu()], return_routing=True)
+        xs, router = self.router([path(x).relu() for path, x in zip(self.paths, xs, strict=True)], return_routing=True)
+        logits = sum(head(x.mean((2, 3))) for head, x in zip(self.heads, xs, strict=True)) / 2
+        return (logits, {"split": split, "router": router}) if return_routing else logits
+
+
+class Normed(Network):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(self.stem, nn.BatchNorm2d(8))
+
+
+def scores_squared(routing):
+    return sum(r.scores.square().mean() for r in routing.values())
+
+
+def main(folder, output, batch_size, network="Network", save_ranks=False, **options):
+    torch.set_num_threads(1)
+    with process_group():
+        data = ImageDataModule("imagefolder", folder, batch_size, 8, 1, seed=1)
+        pl.seed_everything(0, verbose=False)
+        module = RoutingClassifier(globals()[network](), 3, aux_loss=scores_squared, sched="cosine")
+        fit(module, data, epochs=3, output=output, accelerator="cpu", console=Console(quiet=True), **options)
+        if save_ranks:
+            torch.save(module.state_dict(), f"{output}/rank{os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))

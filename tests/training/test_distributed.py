@@ -1,0 +1,91 @@
+"""Two processes on the CPU, through Gloo."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def start(command):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=300)
+
+
+def run(*launcher, **arguments):
+    module = ("-m", "tests.training.distributed_run", json.dumps(arguments, default=str))
+    return start((*(launcher or (sys.executable,)), *module))
+
+
+def rows(path):
+    with path.open() as file:
+        return [{name: float(value) for name, value in row.items() if name != "router"} for row in csv.DictReader(file)]
+
+
+def test_two_processes_do_what_one_does_with_twice_the_batch(image_folder, tmp_path):
+    one = run(folder=image_folder, output=tmp_path / "one", batch_size=8)
+    two = run(*TORCHRUN, folder=image_folder, output=tmp_path / "two", batch_size=4, save_ranks=True)
+    assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
+    assert "unused" not in two.stderr and "Grad strides" not in two.stderr
+    clocks = {"images_per_s", "data_wait", "seconds"}
+    for name in ("summary.csv", "routers.csv"):
+        expected, actual = rows(tmp_path / "one" / name), rows(tmp_path / "two" / name)
+        assert len(expected) == len(actual) > 0 and expected[0].keys() >= {"epoch"}
+        for row, other in zip(expected, actual, strict=True):
+            assert {k: v for k, v in other.items() if k not in clocks} == pytest.approx(
+                {k: v for k, v in row.items() if k not in clocks}, rel=1e-4, abs=1e-5
+            )
+    assert "train_aux" in rows(tmp_path / "two" / "summary.csv")[0]
+    first, second = (torch.load(tmp_path / "two" / f"rank{rank}.pt") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    whole = torch.load(tmp_path / "one" / "last.ckpt")["state_dict"]
+    for name, value in whole.items():
+        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how, same", [("reduce", True), ("broadcast", True), ("", False)])
+def test_batch_norm_is_the_same_in_both_processes_where_that_is_asked_for(image_folder, tmp_path, how, same):
+    options = {"network": "Normed", "model_ema_decay": 0.5, "dist_bn": how, "save_ranks": True}
+    result = run(*TORCHRUN, folder=image_folder, output=tmp_path, batch_size=4, **options)
+    assert result.returncode == 0, result.stderr
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert torch.equal(first["model.stem.1.running_mean"], second["model.stem.1.running_mean"]) == same
+
+
+def test_a_lost_process_ends_the_run_with_a_clear_message_and_the_run_goes_on_from_its_checkpoint(
+    image_folder, tmp_path
+):
+    arguments = ("train", "resnet20_cc2", "--dataset", "imagefolder", "--data-dir", image_folder, "--img-size", "8")
+    arguments += ("-b", "4", "-j", "1", "--epochs", "2", "--output", tmp_path, "--experiment", "run")
+    arguments = tuple(map(str, arguments))
+    lost = start((*TORCHRUN, "-m", "tests.training.distributed_cli", "kill", *arguments))
+    assert lost.returncode != 0
+    assert "another process of this run is gone, so process 0 cannot go on" in " ".join(lost.stderr.split()), (
+        lost.stderr
+    )
+    result = start((*TORCHRUN, "-m", "fastroute", *arguments, "--resume", "auto"))
+    assert result.returncode == 0, result.stderr
+    assert [row["epoch"] for row in rows(tmp_path / "run" / "summary.csv")] == [1, 2]
+
+
+def test_validation_counts_each_image_once(image_folder, tmp_path):
+    (image_folder / "val" / "ant" / "0.png").unlink()  # 11 images in batches of 2 · 4
+    results = {}
+    for name, launcher in (("one", (sys.executable,)), ("two", TORCHRUN)):
+        arguments = ("validate", "--model", "resnet20_x2", "--dataset", "imagefolder", "--data-dir", image_folder)
+        file = tmp_path / f"{name}.json"
+        arguments += ("--img-size", "8", "-b", "4", "-j", "1", "--num-classes", "10", "--results-file", file)
+        result = start((*launcher, "-m", "tests.training.distributed_cli", *map(str, arguments)))
+        assert result.returncode == 0, result.stderr
+        results[name] = json.loads(file.read_text())[0]
+    assert results["one"]["images"] == results["two"]["images"] == 11
+    for measure in ("loss", "error", "error5"):
+        assert results["one"][measure] == pytest.approx(results["two"][measure], rel=1e-5)
