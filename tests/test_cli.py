@@ -1,4 +1,7 @@
 import csv
+import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -6,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import fastroute
 from fastroute.cli import app
+from fastroute.training.recipes import recipes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -28,7 +34,8 @@ def test_trains_on_digits_and_goes_on_from_a_checkpoint(tmp_path):
     assert result.exit_code == 0, result.output
     assert "epoch 1/1" in result.output and "stack3_router" in result.output and str(tmp_path / "run") in result.output
     folder = tmp_path / "run"
-    assert {path.name for path in folder.iterdir()} == {"args.yaml", "best.ckpt", "last.ckpt", "summary.csv"}
+    names = {path.name for path in folder.iterdir() if not path.name.startswith("events")}
+    assert names == {"args.yaml", "hparams.yaml", "best.ckpt", "last.ckpt", "summary.csv", "routers.csv"}
 
     result = run(*common, "--epochs", 2, "--resume", folder / "last.ckpt")
     assert result.exit_code == 0, result.output
@@ -57,6 +64,167 @@ def test_config_file_sets_defaults_and_flags_win(tmp_path):
     config.write_text("- 1")
     assert "it must hold one `name: value` for each option" in run("train", "resnet20", "-c", config).output
     assert "there is no such file" in run("train", "resnet20", "-c", tmp_path / "none.yaml").output
+    config.write_text("a: [1")
+    assert "it is no YAML file" in run("train", "resnet20", "-c", config).output
+    assert "did you mean cifar10_resnet20" in run("train", "-c", "cifar_resnet20").output
+
+
+def test_a_run_s_arguments_are_a_config_file(tmp_path):
+    first = ("train", "resnet20", "-b", 512, "--epochs", 1, "--sched", "step", "--decay-epochs", 3, "--smoothing", 0.1)
+    assert run(*first, "--output", tmp_path, "--experiment", "first").exit_code == 0
+    again = run("train", "-c", tmp_path / "first" / "args.yaml", "--experiment", "second")
+    assert again.exit_code == 0, again.output
+    arguments = [yaml.safe_load((tmp_path / name / "args.yaml").read_text()) for name in ("first", "second")]
+    assert arguments[0] == arguments[1] | {"experiment": "first"}
+    weights = [torch.load(tmp_path / name / "last.ckpt")["state_dict"] for name in ("first", "second")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_recipe_is_named_and_flags_win(tmp_path):
+    result = run(
+        *("train", "-c", "cifar10_resnet20_cc2_short", "--dataset", "digits", "--epochs", 1, "-b", 512),
+        *("--no-amp", "--first-classes", 3, "--output", tmp_path, "--experiment", "run"),
+    )
+    assert result.exit_code == 0, result.output
+    arguments = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
+    expected = {"model": "resnet20_cc2", "dataset": "digits", "epochs": 1, "sched": "onecycle", "amp": False}
+    assert expected.items() <= arguments.items()
+    assert torch.load(tmp_path / "run" / "last.ckpt")["hyper_parameters"]["num_classes"] == 3
+
+
+def test_every_recipe_holds_options_of_train():
+    train = get_command(app).commands["train"]
+    options = {option.name for option in train.params}
+    for recipe in recipes().values():
+        assert recipe.options.keys() <= options, recipe.name
+
+
+def test_recipes_are_listed_with_what_the_thesis_reports():
+    result = run("recipes", "ilsvrc2012*")
+    assert result.exit_code == 0 and "ilsvrc2012_resnet18_cc2" in result.output and "cifar10" not in result.output
+    assert all(number in result.output for number in ("26.48", "8.60", "24.50", "7.34"))
+
+
+def test_resume_auto_starts_goes_on_and_is_done(tmp_path):
+    common = ("train", "resnet20", "-b", 512, "--sched", "step", "--output", tmp_path, "--resume", "auto")
+    assert "resume is 'auto'; it needs the run's name as --experiment" in run(*common, "--epochs", 1).output
+    for epochs, shown in ((1, "epoch 1/1"), (2, "epoch 2/2"), (2, "all 2 epochs are done")):
+        result = run(*common, "--epochs", epochs, "--experiment", "run")
+        assert result.exit_code == 0 and shown in result.output, result.output
+
+
+def test_starts_from_weights(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.manual_seed(1)
+    network = fastroute.models.create_model("resnet20", in_chans=1)
+    torch.save(network.state_dict(), path)
+    arguments = (
+        "train",
+        "resnet20",
+        "-b",
+        2000,
+        "--epochs",
+        1,
+        "--lr",
+        1e-9,
+        "--output",
+        tmp_path,
+        "--experiment",
+        "run",
+    )
+    assert run(*arguments, "--initial-checkpoint", path).exit_code == 0
+    trained = torch.load(tmp_path / "run" / "last.ckpt")["state_dict"]
+    for name, value in network.named_parameters():
+        torch.testing.assert_close(trained[f"model.{name}"], value)
+
+
+def test_a_diverging_run_ends_in_a_sentence(tmp_path):
+    result = run(
+        "train", "resnet20", "-b", 512, "--lr", 1e30, "--epochs", 3, "--output", tmp_path, "--experiment", "run"
+    )
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert re.search(r"error: the loss is (nan|inf) at epoch \d, step \d, with learning rate 1e\+30", result.output)
+
+
+def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_later(tmp_path):
+    common = ("train", "resnet20", "-b", 512, "--sched", "step", "--output", tmp_path, "--experiment", "run")
+    assert run(*common, "--epochs", 1).exit_code == 0
+    (tmp_path / "run" / "last.ckpt.tmp").symlink_to("/dev/full")
+    result = run(*common, "--epochs", 2, "--resume", "auto")
+    assert result.exit_code == 1 and "last.ckpt cannot be written, the one before is whole" in result.output
+    assert "No space left on device" in result.output and "Traceback" not in result.output
+    result = run(*common, "--epochs", 2, "--resume", "auto")
+    assert result.exit_code == 0 and "epoch 2/2" in result.output
+
+
+def test_sigterm_ends_with_its_status_and_the_run_goes_on(tmp_path):
+    common = ("train", "resnet20", "-b", "64", "--first-classes", "4", "--sched", "step", "--output", tmp_path)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = (
+        sys.executable,
+        "-m",
+        "fastroute",
+        *common,
+        "--experiment",
+        "run",
+        "--epochs",
+        "50",
+        "--log-interval",
+        "1",
+    )
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment) as process:
+        process.stdout.readline()
+        process.terminate()
+        output = process.stdout.read()
+    assert process.returncode == 143 and "stopped by SIGTERM" in output and "--resume goes on from it" in output
+    result = run(*common, "--experiment", "run", "--epochs", 3, "--resume", "auto")
+    assert result.exit_code == 0 and "epoch 3/3" in result.output, result.output
+
+
+def test_validates_a_checkpoint_and_a_folder_of_them(tmp_path):
+    common = ("-b", 256, "--epochs", 1, "--output", tmp_path, "--experiment", "run")
+    assert run("train", "resnet20_cc2", *common, "--model-ema", "--model-ema-decay", 0.5).exit_code == 0
+    with (tmp_path / "run" / "summary.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    results = {}
+    for file, options in (("ema.csv", ()), ("raw.json", ("--no-use-ema",))):
+        result = run("validate", tmp_path / "run", "--results-file", tmp_path / file, *options)
+        assert result.exit_code == 0 and "best.ckpt" in result.output and "last.ckpt" in result.output, result.output
+        text = (tmp_path / file).read_text()
+        results[file] = json.loads(text) if file.endswith("json") else list(csv.DictReader(text.splitlines()))
+    best, last = results["ema.csv"]
+    assert float(last["loss"]) == pytest.approx(float(row["val_loss"]), rel=1e-5) and int(last["images"]) == 360
+    assert float(last["error"]) == pytest.approx(float(row["val_error"])) and best["model"] == "resnet20_cc2"
+    assert results["raw.json"][1]["loss"] != pytest.approx(float(row["val_loss"]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "checkpoint is missing; name one, or a network with --model for fresh weights"),
+        (("/nowhere.ckpt",), "checkpoint is /nowhere.ckpt; there is no such file"),
+        (("--model", "resnet20"), "dataset is missing; the checkpoint does not say on what it was trained"),
+        (("--model", "resnet20", "--dataset", "digits", "--ten-crop"), "ten_crop is True; it is for imagefolder"),
+        (("--model", "resnet20", "--dataset", "imagefolder"), "data_dir is None; the dataset 'imagefolder' needs one"),
+        (("--model", "resnet20", "--dataset", "digits", "--results-file", "r.txt"), "it must end in .csv or .json"),
+    ],
+)
+def test_validate_with_wrong_arguments(arguments, message):
+    result = run("validate", *arguments)
+    assert result.exit_code == 2 and message in result.output, result.output
+
+
+def test_a_folder_without_checkpoints_and_another_data_set_are_refused(tmp_path):
+    assert "there is no .ckpt in this folder" in run("validate", tmp_path).output
+    assert (
+        run("train", "resnet20", "-b", 512, "--epochs", 1, "--output", tmp_path, "--experiment", "run").exit_code == 0
+    )
+    for name in ("x", "y"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "0.png")
+    arguments = ("--dataset", "imagefolder", "--data-dir", tmp_path / "images")
+    result = run("validate", tmp_path / "run" / "last.ckpt", *arguments)
+    assert result.exit_code == 2 and "its 2 classes (x, …) are not the 10 of the training (0, …)" in result.output
 
 
 def test_demo_compares_both_networks(tmp_path):
@@ -97,6 +265,16 @@ def test_models_lists_parameters_and_macs_beside_the_thesis():
             "data_dir is /nowhere; it must be a folder",
         ),
         (("resnet20", "--resume", "/nowhere.ckpt"), "resume is /nowhere.ckpt; there is no such file"),
+        ((), "model is missing; name a network, or a recipe with --config"),
+        (("resnet20", "--gate-reg-weight", 0.01), "gate_reg_weight is 0.01; it must be 0 until"),
+        (("resnet20", "--first-classes", 11), "first_classes is 11; it must be 1 to 10"),
+        (("resnet20", "--aa", "fast"), "aa is 'fast'; it must be one of"),
+        (("resnet20", "--reprob", 2), "reprob is 2.0; it must be between 0 and 1"),
+        (("resnet20", "--scale", "0.5"), "scale is 0.5; it must be two numbers above 0"),
+        (("resnet20", "--stream"), "in_memory is False; it can be chosen for the dataset 'imagefolder' alone"),
+        (("resnet20", "--initial-checkpoint", "/nowhere.pt"), "initial_checkpoint is /nowhere.pt; there is no such"),
+        (("resnet20", "--dataset", "cifar10", "--data-dir", "/nowhere"), "data_dir is /nowhere; CIFAR10 is not whole"),
+        (("resnet20", "--dataset", "webdataset", "--data-dir", "/tmp"), "there are no shards train/*.tar"),
     ],
 )
 def test_wrong_arguments_end_in_a_sentence(arguments, message, tmp_path):

@@ -1,5 +1,7 @@
+import tarfile
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,8 +76,101 @@ def test_folder_images_are_mirrored(image_folder):
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"img_size": -8}, "img_size is -8; it must be at least 1"),
         ({"num_workers": 0}, "num_workers is 0; it must be at least 1"),
+        ({"on_bad_image": "ignore"}, "on_bad_image is 'ignore'; it must be one of 'stop', 'skip'"),
+        ({"train_crop_mode": "full"}, "train_crop_mode is 'full'; it must be one of 'rrc', 'rkrc'"),
+        ({"crop_pct": 0}, "crop_pct is 0; it must be between 0 and 1"),
+        ({"reprob": -0.1}, "reprob is -0.1; it must be between 0 and 1"),
+        ({"mixup": -1}, "mixup is -1; it must be at least 0"),
+        ({"dataset": "webdataset"}, "data_dir is None; the dataset 'webdataset' needs a folder with tar shards"),
+        ({"dataset": "webdataset", "data_dir": ".", "in_memory": True}, "in_memory is True; it can be chosen for"),
     ],
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         ImageDataModule(**arguments)
+
+
+def test_first_classes(image_folder):
+    data = prepared(first_classes=3)
+    assert data.num_classes == 3 and data.images.train.labels.max() == data.images.val.labels.max() == 2
+    for options in ({}, {"in_memory": False}):
+        data = prepared(dataset="imagefolder", data_dir=image_folder, img_size=8, first_classes=2, **options)
+        assert data.classes == ["ant", "bee"]
+        assert sum(len(labels) for _, labels in data.val_dataloader()) == 8
+
+
+def test_an_imagefolder_is_in_memory_up_to_a_size_or_as_asked(image_folder):
+    for options, in_memory in (({}, True), ({"img_size": 65}, False), ({"in_memory": False}, False)):
+        data = prepared(dataset="imagefolder", data_dir=image_folder, batch_size=8, num_workers=1, **options)
+        assert (data.images is not None) == in_memory
+        images, labels = next(iter(data.train_dataloader()))
+        size = options.get("img_size", 32 if in_memory else 224)
+        assert images.shape == (8, 3, size, size) and images.is_contiguous(memory_format=torch.channels_last)
+        assert labels.dtype == torch.int64 and data.num_classes == 3
+
+
+def test_shards_are_streamed(image_folder, tmp_path):
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            tar.add(image_folder / split, split)
+    shards = prepared(dataset="webdataset", data_dir=tmp_path, img_size=8, crop_pct=1.0, num_workers=1)
+    files = prepared(dataset="imagefolder", data_dir=image_folder, img_size=8, in_memory=False, crop_pct=1.0)
+    assert shards.classes == files.classes == ["ant", "bee", "cat"]
+    ours, theirs = (
+        {
+            (int(label), image.sum().item())
+            for images, labels in d.val_dataloader()
+            for image, label in zip(images, labels, strict=True)
+        }
+        for d in (shards, files)
+    )
+    assert ours == theirs and len(ours) == 12
+
+
+def test_mixed_batches_have_labels_of_two_classes_and_the_same_images_every_time():
+    data = prepared(batch_size=1437, mixup=1.0, cutmix=1.0, reprob=0.5)
+    images, labels = next(iter(data.train_dataloader()))
+    assert labels.shape == (1437, 10) and torch.allclose(labels.sum(1), torch.ones(1437))
+    assert 0 < ((labels > 0).sum(1) == 2).float().mean() <= 1
+    assert torch.equal(next(iter(data.train_dataloader()))[0], images)
+    assert next(iter(data.val_dataloader()))[1].dtype == torch.int64
+
+
+def test_torchvisions_sets_are_read_into_memory(monkeypatch, tmp_path):
+    class Fake:
+        classes = ("a", "b")
+
+        def __init__(self, root, download, train=True):
+            assert (root, download) == (tmp_path, True)
+            count = 6 if train else 4
+            self.data = np.arange(count * 32 * 32 * 3, dtype=np.uint8).reshape(count, 32, 32, 3)
+            self.targets = [0, 1] * (count // 2)
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Fake)
+    data = prepared(dataset="cifar10", data_dir=tmp_path, download=True)
+    assert data.images.train.images.shape == (6, 32, 32, 3) and data.images.val.labels.tolist() == [0, 1, 0, 1]
+    assert (data.images.pad, data.images.flip, data.num_classes) == (4, True, 2)
+    data = prepared(dataset="cifar10", data_dir=tmp_path, download=True, img_size=16)
+    assert data.images.train.images.shape == (6, 16, 16, 3)
+
+
+def test_mnist_and_stl10_are_read_into_memory(monkeypatch):
+    class Mnist:
+        def __init__(self, root, download, train):
+            self.data = torch.zeros(5, 28, 28, dtype=torch.uint8) + train
+            self.targets = torch.arange(5)
+
+    class Stl:
+        classes = ("a", "b", "c")
+
+        def __init__(self, root, download, split):
+            self.data = np.zeros((4, 3, 96, 96), np.uint8) + (split == "train")
+            self.labels = np.array([0, 1, 2, 0], np.uint8)
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", Mnist)
+    monkeypatch.setattr("torchvision.datasets.STL10", Stl)
+    for name, shape, pad, flip in (("mnist", (5, 28, 28, 1), 3, False), ("stl10", (4, 96, 96, 3), 12, True)):
+        images = prepared(dataset=name).images
+        assert images.train.images.shape == images.val.images.shape == shape
+        assert (images.train.images == 1).all() and (images.val.images == 0).all()
+        assert (images.pad, images.flip) == (pad, flip) and images.train.labels.dtype == torch.int64

@@ -1,0 +1,61 @@
+import pytest
+import torch
+from torch import nn
+
+from fastroute.training.evaluation import evaluate, validation_loader
+
+
+class Corner(nn.Module):
+    """Classes by the colour of one pixel, which crops differ in, so that averaging probabilities is not averaging logits."""
+
+    def forward(self, x):
+        return 3 * x[:, :, 0, 0]
+
+
+def loader(folder, **options):
+    options = {"dataset": "imagefolder", "data_dir": folder, "img_size": 16, "crop_pct": 0.8, "batch_size": 5} | options
+    return validation_loader(**options, num_workers=0)[0]
+
+
+def test_single_crop_error_is_over_every_image(large_folder):
+    batches = list(loader(large_folder))
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    logits = Corner()(images)
+    result = evaluate(Corner(), loader(large_folder))
+    assert (result["images"], result["skipped"]) == (12, 0)
+    assert result["error"] == pytest.approx(100 * (logits.argmax(1) != labels).float().mean().item())
+    assert result["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+def test_ten_crops_are_judged_by_their_mean_probability(large_folder):
+    batches = list(loader(large_folder, ten_crop=True))
+    crops, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    shares = Corner()(crops.flatten(0, 1)).softmax(1).unflatten(0, (12, 10)).mean(1)
+    result = evaluate(Corner(), loader(large_folder, ten_crop=True))
+    assert result["loss"] == pytest.approx(-shares[range(12), labels].log().mean().item(), rel=1e-5)
+    assert result["error"] == pytest.approx(100 * (shares.argmax(1) != labels).float().mean().item())
+    single = evaluate(Corner(), loader(large_folder))
+    assert single["loss"] != pytest.approx(result["loss"], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*it is skipped")
+def test_images_that_cannot_be_read_are_counted(large_folder):
+    (large_folder / "val" / "bee" / "0.png").write_bytes(b"")
+    result = evaluate(Corner(), loader(large_folder, on_bad_image="skip"))
+    assert (result["images"], result["skipped"]) == (11, 1)
+
+
+def test_a_set_in_memory_is_normalised_by_the_given_statistics():
+    mean, std = torch.tensor([10.0]), torch.tensor([2.0])
+    ours, classes, in_chans = validation_loader("digits", None, mean=mean, std=std)
+    own, _, _ = validation_loader("digits", None)
+    assert len(classes) == 10 and in_chans == 1
+    images, plain = next(iter(ours))[0], next(iter(own))[0]
+    torch.testing.assert_close(images * 2 + 10, plain * own.std + own.mean, atol=1e-3, rtol=0)
+
+
+def test_ten_crops_need_larger_images(large_folder):
+    with pytest.raises(ValueError, match="ten_crop is True; crop_pct is 1, and must be below 1 for crops to differ"):
+        loader(large_folder, ten_crop=True, crop_pct=1)
+    with pytest.raises(ValueError, match="ten_crop is True; it is for imagefolder and webdataset"):
+        validation_loader("digits", None, ten_crop=True)
