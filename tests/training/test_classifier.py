@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastroute.nn import CrossConnection
-from fastroute.training import RoutingClassifier
+from fastroute.training import ImageDataModule, RoutingClassifier
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(does not have many workers|LeafSpec)")  # Lightning's own
 
@@ -75,6 +75,16 @@ def test_named_network_is_built_and_computes_in_channels_last():
     assert module.model.stack2[0][1].residual[0].weight.is_contiguous(memory_format=torch.channels_last)
     logits, routing = module(torch.randn(2, 1, 8, 8), return_routing=True)
     assert logits.shape == (2, 7) and len(routing) == 4
+
+
+def test_ten_lines_of_lightning_train_ones_own_network_on_our_images():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), TwoPaths())
+    data = ImageDataModule("digits", batch_size=256, first_classes=3)
+    module = RoutingClassifier(network, num_classes=3, lr=0.05, sched="onecycle")
+    trainer = pl.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, barebones=True)
+    before = network[2].router.w1.clone()
+    trainer.fit(module, data)
+    assert not torch.equal(network[2].router.w1, before)
 
 
 def evenness(routing):

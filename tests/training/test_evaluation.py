@@ -6,7 +6,7 @@ from fastroute.training.evaluation import evaluate, validation_loader
 
 
 class Corner(nn.Module):
-    """Classes by the colour of one pixel, which crops differ in, so that averaging probabilities is not averaging logits."""
+    """Classes by the colour of one pixel, which crops differ in: the mean of probabilities is not that of logits."""
 
     def forward(self, x):
         return 3 * x[:, :, 0, 0]
