@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
+import torch
 import typer
 import yaml
 from rich.console import Console
@@ -108,12 +109,12 @@ def train(
     norm_weight_decay: Annotated[
         float | None, option(help="Of normalisation layers. (default: as all)", panel=OPTIMISER)
     ] = None,
-    clip_grad: Annotated[float | None, option(help="Largest norm of the gradient.", panel=OPTIMISER)] = None,
+    clip_grad: Annotated[float | None, option(min=1e-9, help="Largest norm of the gradient.", panel=OPTIMISER)] = None,
     grad_accum_steps: Annotated[int, option(min=1, help="Batches for each step.", panel=OPTIMISER)] = 1,
     model_ema: Annotated[
         bool, option("--model-ema/--no-model-ema", help="Keep and validate a moving average.", panel=OPTIMISER)
     ] = False,
-    model_ema_decay: Annotated[float, option(panel=OPTIMISER)] = 0.9998,
+    model_ema_decay: Annotated[float, option(min=0, max=0.9999999, panel=OPTIMISER)] = 0.9998,
     lr: Annotated[
         float, option(help="Learning rate before it decays, or at the top of the cycle.", panel=SCHEDULE)
     ] = 0.1,
@@ -206,6 +207,8 @@ def _prepare(options: SimpleNamespace, console: Console) -> tuple:
         raise ValueError("model is missing; name a network, or a recipe with --config")
     if options.gate_reg_weight:
         raise ValueError(f"gate_reg_weight is {options.gate_reg_weight}; it must be 0 until the gates can be clustered")
+    if options.sync_bn and not torch.cuda.is_available():
+        raise ValueError("sync_bn is True; PyTorch's synchronised batch norm needs GPUs")
     folder, resume = _places(options)
     folder = agreed(folder)
     if resume is not None and options.resume == "auto" and training.epochs_done(resume) >= options.epochs:
@@ -299,15 +302,17 @@ def _write_arguments(context: typer.Context, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _endings(console: Console) -> Iterator[None]:
-    """How a run can end before its time: each in one sentence, with a status that is not 0."""
+    """How a run can end before its time, each in one sentence, with a status that is not 0; a bug keeps its trace."""
     from fastroute.training import Terminated
     from fastroute.training.distributed import ProcessLost
+    from fastroute.training.loaders import PlaceMismatch
+    from fastroute.training.sources import UnreadableImage
 
     try:
         yield
     except Terminated as terminated:
         console.print(f"{terminated}; --resume goes on from it", soft_wrap=True, highlight=False)
         raise typer.Exit(terminated.code) from None
-    except (FloatingPointError, OSError, ValueError, ProcessLost) as error:
+    except (FloatingPointError, OSError, UnreadableImage, PlaceMismatch, ProcessLost) as error:
         Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None

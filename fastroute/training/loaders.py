@@ -20,6 +20,10 @@ from fastroute.training.transforms import pixels
 Finish = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+class PlaceMismatch(ValueError):
+    """A run cannot go on within an epoch that is cut into other batches."""
+
+
 def shares(order: Tensor, batch_size: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, ...]:
     """What one process takes of each global batch of world_size · batch_size samples.
 
@@ -60,7 +64,11 @@ class EpochLoader:
     def __len__(self) -> int:
         return -(-self.count // (self.batch_size * self.world_size))
 
-    def shares(self, order: Tensor) -> tuple[Tensor, ...]:
+    class PlaceMismatch(ValueError):
+    """A run cannot go on within an epoch that is cut into other batches."""
+
+
+def shares(self, order: Tensor) -> tuple[Tensor, ...]:
         return shares(order[: self.count], self.batch_size, self.rank, self.world_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -83,11 +91,11 @@ class EpochLoader:
         """Have the next epoch start where the state was taken.
 
         Raises:
-            ValueError: it was taken within an epoch of another number of batches.
+            PlaceMismatch: it was taken within an epoch of another number of batches.
         """
         done, batches = state["done"], state["batches"]
         if done < batches and batches != len(self):
-            raise ValueError(
+            raise PlaceMismatch(
                 f"the run stopped at batch {done} of {batches} of an epoch, but now an epoch has {len(self)}: "
                 "go on with the same data, batch_size and number of processes"
             )

@@ -81,7 +81,8 @@ def test_ten_lines_of_lightning_train_ones_own_network_on_our_images():
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), TwoPaths())
     data = ImageDataModule("digits", batch_size=256, first_classes=3)
     module = RoutingClassifier(network, num_classes=3, lr=0.05, sched="onecycle")
-    trainer = pl.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, barebones=True)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, **quiet)
     before = network[2].router.w1.clone()
     trainer.fit(module, data)
     assert not torch.equal(network[2].router.w1, before)
