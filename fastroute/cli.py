@@ -56,7 +56,7 @@ def models(pattern: Annotated[str, typer.Argument(help="A shell pattern, such as
     for column in ("parameters", "thesis, M", "MACs, M", "table"):
         table.add_column(column, justify="right")
     registry = fastroute.models
-    with torch.device("meta"), _plain_errors():
+    with torch.device("meta"), plain_errors():
         for name in registry.list_models(pattern):
             info, model = registry.model_info(name), registry.create_model(name)
             count = sum(parameter.numel() for parameter in model.parameters())

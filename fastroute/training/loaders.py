@@ -64,11 +64,7 @@ class EpochLoader:
     def __len__(self) -> int:
         return -(-self.count // (self.batch_size * self.world_size))
 
-    class PlaceMismatch(ValueError):
-    """A run cannot go on within an epoch that is cut into other batches."""
-
-
-def shares(self, order: Tensor) -> tuple[Tensor, ...]:
+    def shares(self, order: Tensor) -> tuple[Tensor, ...]:
         return shares(order[: self.count], self.batch_size, self.rank, self.world_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

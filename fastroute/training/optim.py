@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
+from fastroute.nn import Router, SparseRouter
+
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda groups, momentum: torch.optim.SGD(groups, momentum=momentum),
     "nesterov": lambda groups, momentum: torch.optim.SGD(groups, momentum=momentum, nesterov=True),
@@ -22,12 +24,8 @@ look-ahead (timm's "momentum"); "nesterov" has it (timm's "sgd")."""
 
 SCHEDULES = ("step", "multistep", "cosine", "onecycle")
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+ROUTERS = (Router, SparseRouter)
 GATE_PARAMETERS = ("w1", "b1", "w2", "b2")
-
-
-def is_router(module: nn.Module) -> bool:
-    """Whether a module routes: it has `in_paths` and `out_paths`, as the routing layers of `fastroute.nn` do."""
-    return hasattr(module, "in_paths") and hasattr(module, "out_paths")
 
 
 def parameter_groups(
@@ -41,7 +39,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The parameters in up to three groups: of gates, of normalisation layers, and all others.
 
-    Gates are the parameters `GATE_PARAMETERS` of routers (`is_router`).
+    Gates are the parameters `GATE_PARAMETERS` of `ROUTERS`.
 
     Args:
         lr, weight_decay: of all that is not said otherwise.
@@ -54,7 +52,7 @@ def parameter_groups(
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
-            if is_router(module) and name in GATE_PARAMETERS:
+            if isinstance(module, ROUTERS) and name in GATE_PARAMETERS:
                 gates.append(parameter)
             elif isinstance(module, NORMS):
                 norms.append(parameter)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastroute.nn import Routing
+from fastroute.nn import Routing, SparseRouting
 
 DEAD = 0.05
 """A gate that exceeds this for no image is dead: its path gets nothing from there."""
@@ -34,8 +34,10 @@ class RouterStatistics:
     peak: Tensor
 
     @classmethod
-    def of(cls, routing: Routing) -> "RouterStatistics":
+    def of(cls, routing: Routing | SparseRouting) -> "RouterStatistics":
         gates = routing.gates.detach().float()
+        if gates.dim() == 2:  # a sparse router has one incoming path
+            gates = gates[:, None]
         n = gates.shape[2]
         entropy = -torch.xlogy(gates, gates).sum(2) / math.log(n) if n > 1 else torch.ones_like(gates[..., 0])
         wins = F.one_hot(gates.argmax(2), n).sum(0)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fastroute.models import create_model
+from fastroute.nn import CrossPrediction2d
 from fastroute.training.optim import OPTIMIZERS, parameter_groups, scheduler
 
 
@@ -56,6 +57,13 @@ def test_groups_are_of_gates_norms_and_all_others():
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(groups["norms"]["params"]) == 2 * len(norms)
     assert sum(len(g["params"]) for g in groups.values()) == len(list(model.parameters()))
+
+
+def test_of_a_cross_prediction_the_gates_alone_are_gates():
+    model = create_model("resnet20_cp2")
+    groups = {group["name"]: group["params"] for group in parameter_groups(model, lr=1.0, weight_decay=0.0)}
+    routers = [module for module in model.modules() if isinstance(module, CrossPrediction2d)]
+    assert {id(p) for p in groups["gates"]} == {id(p) for r in routers for p in (r.w1, r.b1, r.w2, r.b2)}
 
 
 def test_by_default_all_decay_alike_and_frozen_or_shared_parameters_come_once_or_never():

@@ -1,5 +1,6 @@
 import pytest
 
+from fastroute.models import list_models
 from fastroute.training.recipes import recipe, recipes
 
 
@@ -33,6 +34,10 @@ def test_every_experiment_of_the_thesis_has_its_recipe():
         assert options["weight_decay"] == (1e-4 if dataset == "imagefolder" else 5e-4)
     assert recipe("ilsvrc100_resnet50_cc2").options["first_classes"] == 100
     assert recipe("ilsvrc2012_resnet18_cc2").options["decay_epochs"] == 30
+
+
+def test_every_recipe_is_of_a_network_there_is():
+    assert {recipe.options["model"] for recipe in recipes().values()} <= set(list_models())
 
 
 def test_every_experiment_has_a_short_recipe():

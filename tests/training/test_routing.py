@@ -8,7 +8,7 @@ from torch import nn
 
 from fastroute import models
 from fastroute.models.cifar_resnet import cifar_resnet
-from fastroute.nn import Routing
+from fastroute.nn import Routing, SparseRouting
 from fastroute.training import gates_table, mean_gates, routing_share
 from fastroute.training.routing import RouterStatistics, add_routing
 
@@ -52,6 +52,12 @@ def test_statistics_of_known_gates():
     row = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1)) / math.log(2)
     assert found.mean_entropy[0].item() == pytest.approx((1 + row) / 2)
     assert found.dead_fraction == 1 / 4
+
+
+def test_a_sparse_router_is_one_of_one_incoming_path():
+    gates = torch.tensor([[0.75, 0.0, 0.25], [0.0, 0.0, 1.0]])
+    found = RouterStatistics.of(SparseRouting(gates, gates, None, None)).cpu()
+    assert found.mean_gates.tolist() == [[0.375, 0, 0.625]] and found.dead_fraction == pytest.approx(1 / 3)
 
 
 def test_statistics_add_up_over_batches_and_processes():
