@@ -2,5 +2,6 @@
 
 from fastroute.ops.cross_connect import Routed, cross_connect
 from fastroute.ops.mix import mix
+from fastroute.ops.mixture_em import MixtureEM, mixture_em_loss
 
-__all__ = ["Routed", "cross_connect", "mix"]
+__all__ = ["MixtureEM", "Routed", "cross_connect", "mix", "mixture_em_loss"]
