@@ -65,7 +65,7 @@ cudaError_t outer_sums(const OuterSums<A>& sums, int64_t samples, cudaStream_t s
 // mixture_em.cu: the mixture-EM loss of scores (N, m, K), up to 1024 clusters, and its gradient. Absent tensors are null.
 struct MixtureSizes {
   int64_t samples;
-  int mixtures, clusters;
+  int mixtures, clusters, views;  // views: original scores, or these and augmented ones
 
   __host__ __device__ int64_t stride() const { return static_cast<int64_t>(mixtures) * clusters; }
   __host__ __device__ double weight() const { return 1.0 / static_cast<double>(samples ? samples : 1); }
@@ -73,7 +73,7 @@ struct MixtureSizes {
 
 template <typename T>
 struct MixtureForward {
-  const T* scores[2];  // original and augmented
+  const T* scores[2];
   const accumulate_t<T> *prior, *mean, *std;
   MixtureSizes sizes;
   double over_gamma;

@@ -9,7 +9,7 @@ namespace fastroute::cuda {
 namespace {
 
 MixtureSizes sizes_of(const Mixtures& g) {
-  return {g.samples, static_cast<int>(g.mixtures), static_cast<int>(g.clusters)};
+  return {g.samples, static_cast<int>(g.mixtures), static_cast<int>(g.clusters), static_cast<int>(g.statistics[0])};
 }
 
 MixtureResult mixture_em_loss(

@@ -50,7 +50,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) mixture_em_forward_kernel(const __grid_constant__ MixtureForward<T> args) {
   using A = accumulate_t<T>;
   const MixtureSizes& g = args.sizes;
-  const int K = g.clusters, views = args.scores[1] ? 2 : 1;
+  const int K = g.clusters, views = g.views;
   const int64_t own = static_cast<int64_t>(blockIdx.x) * K, stride = g.stride();
   const A weight = static_cast<A>(g.weight()), over_gamma = static_cast<A>(args.over_gamma);
   A* const mu = static_cast<A*>(dynamic_shared());  // [2][K]
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     mixture_em_backward_kernel(const __grid_constant__ MixtureBackward<T> args) {
   using A = accumulate_t<T>;
   const MixtureSizes& g = args.sizes;
-  const int K = g.clusters, views = args.scores[1] ? 2 : 1;
+  const int K = g.clusters, views = g.views;
   const int64_t own = static_cast<int64_t>(blockIdx.x) * K, stride = g.stride();
   const A weight = static_cast<A>(g.weight()), over_gamma = static_cast<A>(args.over_gamma);
   const A factor = -args.grad_loss[blockIdx.x] * weight * over_gamma;

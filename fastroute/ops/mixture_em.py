@@ -26,7 +26,7 @@ def mixture_em_loss(
     std: Tensor | None = None,
     scores_aug: Tensor | None = None,
 ) -> MixtureEM:
-    """One EM step's loss for relevance scores a of N samples to K clusters, and the posteriors p that it holds constant.
+    """One EM step's loss of the relevance scores a of N samples to K clusters, and the posteriors p it holds constant.
 
         a*_ij = (a_ij − μ_j) / σ_j                                   (Eq. 4.11)
         p_ij  = softmax_j(a*_ij + log π_j)                           (Eq. 4.18, 4.20)
@@ -71,7 +71,8 @@ def _check_scores(name: str, scores: Tensor) -> None:
     shape = scores.shape
     if len(shape) not in (2, 3) or not 1 <= shape[-1] <= MAX_CLUSTERS or shape[1] == 0:
         raise ValueError(
-            f"{name} has shape {tuple(shape)}; it must be (N, K), or (N, m, K) for m gates, with K from 1 to {MAX_CLUSTERS}"
+            f"{name} has shape {tuple(shape)}; "
+            f"it must be (N, K), or (N, m, K) for m gates, with K from 1 to {MAX_CLUSTERS}"
         )
 
 
@@ -182,7 +183,7 @@ class _MixtureEMLoss(torch.autograd.Function):
 
 def _no_second_derivative(ctx, *grads):
     raise RuntimeError(
-        "mixture_em_loss has no second derivative: its gradient holds the posteriors constant, which depend on the scores"
+        "mixture_em_loss has no second derivative: its gradient holds the posteriors constant, and they are not"
     )
 
 

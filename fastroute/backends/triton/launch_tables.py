@@ -174,8 +174,8 @@ SAMPLES, ROWS, COLUMNS, WEIGHT_GRAD_WARPS = 128, 4, 16, 8
 
 MAX_GRID_Y = 65535
 
-# Scores that a program of the mixture-EM loss holds at once: 128 samples of 16 clusters go in one step, 8 to a thread. Up
-# to five such tiles are alive.
+# Scores that a program of the mixture-EM loss holds at once: 128 samples of 16 clusters go in one step, 8 to a thread.
+# Up to five such tiles are alive.
 MIXTURE_VALUES, MIXTURE_WARPS = 2048, 8
 
 
