@@ -1,6 +1,7 @@
 """The neural mixture model as a scikit-learn estimator (§4.4)."""
 
 import copy
+import itertools
 import math
 import numbers
 import warnings
@@ -20,6 +21,8 @@ from fastroute.nn import MixtureEMLoss, RelevanceNorm
 from fastroute.ops.mixture_em import MAX_CLUSTERS
 
 INFERENCE_BATCH = 4096
+# Features with less than this share of the typical spread are not stretched to 1: border pixels of digits are noise.
+LEAST_SPREAD = 0.7
 # The priors are a moving average of the posteriors' means, over some 20 batches.
 PRIOR_MOMENTUM = 0.05
 # The seeds of k-means++ are only where EM begins: a few passes teach them to the network.
@@ -36,8 +39,8 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
 
     Args:
         n_clusters: K, 1 to 1024.
-        network: a module from samples (N, …) to scores (N, K), which is copied, never changed. The first run starts from
-            its weights; further ones draw them anew where a layer has `reset_parameters`. None is a perceptron.
+        network: a module from samples (N, …) to scores (N, K), which is copied, never changed. The first run starts
+            from its weights; further ones draw them anew where a layer has `reset_parameters`. None is a perceptron.
         hidden: widths of the perceptron's hidden layers.
         prior: "even": clusters weigh 1/K each; "learned": by the samples they get, for clusters of uneven size; or K
             numbers with sum 1 (Eq. 4.18).
@@ -49,7 +52,10 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         batch_size: samples in an EM step. Batches are of equal size, up to half as large again.
         learning_rate: of Adam.
         gamma: γ of Eq. 4.12.
-        standardize: whether features are centred, and divided by the one spread of all of them, before the network.
+        noise: standard deviation of the Gaussian noise, after standardisation, that makes augmented samples (Eq. 4.23).
+            Borders then keep away from samples. 0 trains on the samples alone.
+        standardize: whether features are centred and brought to spread 1 before the network; those that vary little,
+            beside what is typical, stay below 1.
         random_state: int, RandomState or None: weights, order and seeds.
         device: where the network lives. Samples go there a batch at a time, so data need not fit.
 
@@ -72,7 +78,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         n_clusters: int = 8,
         *,
         network: nn.Module | None = None,
-        hidden: Sequence[int] = (32, 32),
+        hidden: Sequence[int] = (128, 128),
         prior: str | Sequence[float] = "even",
         init: str = "auto",
         n_init: int = 3,
@@ -80,6 +86,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         batch_size: int = 128,
         learning_rate: float = 1e-3,
         gamma: float = 5.0,
+        noise: float = 0.3,
         standardize: bool = True,
         random_state=None,
         device: torch.device | str = "cpu",
@@ -94,6 +101,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         self.batch_size = batch_size
         self.learning_rate = learning_rate
         self.gamma = gamma
+        self.noise = noise
         self.standardize = standardize
         self.random_state = random_state
         self.device = device
@@ -205,10 +213,14 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
                 raise ValueError(f"{name} is {value!r}; it must be an integer from {least} on")
         if self.n_clusters > MAX_CLUSTERS:
             raise ValueError(f"n_clusters is {self.n_clusters}; it must be 1 to {MAX_CLUSTERS}")
+        if not all(isinstance(width, numbers.Integral) and width >= 1 for width in self.hidden):
+            raise ValueError(f"hidden is {self.hidden!r}; it must be the widths of layers, each at least 1")
         for name in ("learning_rate", "gamma"):
             value = getattr(self, name)
             if not (isinstance(value, numbers.Real) and 0 < value < math.inf):
                 raise ValueError(f"{name} is {value!r}; it must be greater than 0")
+        if not (isinstance(self.noise, numbers.Real) and 0 <= self.noise < math.inf):
+            raise ValueError(f"noise is {self.noise!r}; it must be 0 or greater")
         if self.init not in ("auto", "random", "k-means++"):
             raise ValueError(f"init is {self.init!r}; it must be 'auto', 'random' or 'k-means++'")
         if isinstance(self.prior, str):
@@ -218,7 +230,8 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             prior = np.asarray(self.prior, dtype=float)
             if prior.shape != (self.n_clusters,) or not (prior >= 0).all() or abs(prior.sum() - 1) > 1e-3:
                 raise ValueError(
-                    f"prior is {self.prior!r}; it must be {self.n_clusters} numbers, one for each cluster, from 0 on with sum 1"
+                    f"prior is {self.prior!r}; "
+                    f"it must be {self.n_clusters} numbers, one for each cluster, from 0 on with sum 1"
                 )
         if n_samples < self.n_clusters:
             raise ValueError(f"n_samples={n_samples} should be >= n_clusters={self.n_clusters}")
@@ -229,17 +242,19 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         return self.init
 
     def _measure(self, X: np.ndarray) -> None:
-        """The centre of each feature, and the spread of all, by batches: X may lie on disk."""
+        """The centre and the scale of each feature, by batches: X may lie on disk."""
         if not self.standardize:
             self._center, self._scale = X.dtype.type(0), X.dtype.type(1)
             return
         parts = [X[i : i + INFERENCE_BATCH] for i in range(0, len(X), INFERENCE_BATCH)]
         center = sum(part.sum(0, dtype=np.float64) for part in parts) / len(X)
-        square = sum(np.square(part - center, dtype=np.float64).sum() for part in parts) / X.size
+        variance = sum(np.square(part - center, dtype=np.float64).sum(0) for part in parts) / len(X)
+        typical = math.sqrt(variance.mean())
         # A spread within the rounding of the values is that of a constant.
-        scale = math.sqrt(square)
-        constant = scale <= np.finfo(X.dtype).eps * np.abs(center).max()
-        self._center, self._scale = center.astype(X.dtype), X.dtype.type(0 if constant else 1 / scale)
+        constant = typical <= np.finfo(X.dtype).eps * np.abs(center).max()
+        spread = np.maximum(np.sqrt(variance), LEAST_SPREAD * typical)
+        self._center = center.astype(X.dtype)
+        self._scale = np.zeros_like(self._center) if constant else (1 / spread).astype(X.dtype)
 
 
 class _Model:
@@ -284,8 +299,14 @@ class _Model:
     def scores(self, x: Tensor) -> Tensor:
         scores, clusters = self.network(x), self.options.n_clusters
         if scores.shape != (len(x), clusters):
-            raise ValueError(f"network gives {tuple(scores.shape)}; it must give (N, n_clusters) = ({len(x)}, {clusters})")
+            raise ValueError(
+                f"network gives {tuple(scores.shape)}; it must give (N, n_clusters) = ({len(x)}, {clusters})"
+            )
         return scores
+
+    def _noisy(self, x: Tensor) -> Tensor:
+        noise = torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
+        return x + self.options.noise * noise.to(x.device)
 
     def _step(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -313,7 +334,8 @@ class _Model:
         self.norm.train()
         for _, x in self.batches(X):
             scores = self.scores(x)
-            loss, posterior = self.criterion(scores, prior=self.prior if self.uses_prior else None)
+            augmented = self.scores(self._noisy(x)) if self.options.noise else None
+            loss, posterior = self.criterion(scores, augmented, self.prior if self.uses_prior else None)
             self._step(loss)
             if self.learns_prior:  # of the previous steps' posteriors (§4.4.2)
                 prior = self.prior.lerp(posterior.mean(0), PRIOR_MOMENTUM)
@@ -353,8 +375,8 @@ class _Model:
 
 
 def perceptron(features: int, hidden: Sequence[int], clusters: int) -> nn.Sequential:
-    """Dense layers with ReLU between, such as that of §4.5.1: two of 32, and one score for each cluster."""
+    """Dense layers with ReLU between, as in §4.5.1, and one score for each cluster."""
     layers, widths = [], [features, *hidden]
-    for width, following in zip(widths, widths[1:], strict=False):
+    for width, following in itertools.pairwise(widths):
         layers += [nn.Linear(width, following), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], clusters))
