@@ -22,6 +22,8 @@ try:
         from rich.console import Console
         from rich.markup import escape
         from rich.table import Table
+
+        from fastroute.commands.cluster import cluster
 except ModuleNotFoundError as error:
     raise SystemExit(str(error)) from None
 
@@ -166,6 +168,9 @@ def demo(
     with _plain_errors():
         from fastroute.training.demo import demo
     demo(output, epochs)
+
+
+app.command()(cluster)
 
 
 @app.command()

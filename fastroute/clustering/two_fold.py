@@ -54,7 +54,7 @@ class TwoFoldClustering(pl.LightningModule):
         self.lr_em, self.lr_consistency = lr_em, lr_consistency
         self.normalize = RelevanceNorm(num_clusters, training_statistics=training_statistics)
         self.em_loss, self.consistency_loss = MixtureEMLoss(gamma, self.normalize), ConsistencyLoss()
-        self._seen = []
+        self.sizes, self._seen = [], []  # samples of each cluster at the last validation
 
     def configure_optimizers(self):
         adam = torch.optim.Adam
@@ -95,6 +95,7 @@ class TwoFoldClustering(pl.LightningModule):
         self._seen.clear()
         clusters = posterior.argmax(1)
         sizes = torch.bincount(clusters, minlength=self.num_clusters)
+        self.sizes = sizes.tolist()
         entropy = torch.special.entr(posterior).sum(1).mean() / torch.tensor(self.num_clusters).log()
         empty = int((sizes == 0).sum())
         metrics = {
