@@ -26,6 +26,12 @@ void for_mixtures(const Mixtures& g, F f) {
   });
 }
 
+// From row to row of samples: whole registers, and one more, since rows a power of two apart would share few cache lines.
+template <typename V>
+int64_t row_pitch(int64_t samples) {
+  return (samples / V::size() + 2) * V::size();
+}
+
 // Memory of one mixture for the length of a call: kept by the thread, since calls are short and many.
 template <typename A>
 A* scratch(int64_t count) {
@@ -109,7 +115,7 @@ MixtureResult mixture_em_loss(
     A *losses = loss.mutable_data_ptr<A>(), *posteriors = posterior.mutable_data_ptr<A>();
     A *mus = means.mutable_data_ptr<A>(), *rhos = scales.mutable_data_ptr<A>();
     const int64_t K = g.clusters, views = g.statistics[0], stride = g.stride();
-    const int64_t pitch = (g.samples + V::size() - 1) / V::size() * V::size();
+    const int64_t pitch = row_pitch<V>(g.samples);
     const A weight = static_cast<A>(g.weight()), over_gamma = static_cast<A>(1 / gamma);
 
     for_mixtures(g, [&](int64_t i) {
@@ -178,7 +184,7 @@ std::tuple<at::Tensor, at::Tensor> mixture_em_loss_backward(
     const A *posteriors = posterior.const_data_ptr<A>(), *grads = grad_loss.const_data_ptr<A>();
     const A *mus = means.const_data_ptr<A>(), *rhos = scales.const_data_ptr<A>();
     const int64_t K = g.clusters, views = g.statistics[0], stride = g.stride();
-    const int64_t pitch = (g.samples + V::size() - 1) / V::size() * V::size();
+    const int64_t pitch = row_pitch<V>(g.samples);
     const A weight = static_cast<A>(g.weight()), over_gamma = static_cast<A>(1 / gamma);
 
     for_mixtures(g, [&](int64_t i) {
