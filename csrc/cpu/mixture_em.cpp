@@ -86,11 +86,10 @@ void statistics(const A* column, int64_t samples, A weight, A& mean, A& scale) {
   scale = variance == 0 ? A(0) : 1 / std::sqrt(variance);  // a NaN stays one
 }
 
-// log sigmoid(x)
+// log sigmoid(x), up to a rounding of 1: with log1p, exact for the smallest too, the forward took 2 to 4 times as long.
 template <typename V>
 V log_sigmoid(const V& x) {
-  const V zero(0);
-  return at::vec::minimum(x, zero) - x.abs().neg().exp().log1p();
+  return at::vec::minimum(x, V(0)) - (V(1) + x.abs().neg().exp()).log();
 }
 
 template <typename V>
