@@ -17,6 +17,12 @@ TORCH_LIBRARY(fastroute_native, m) {
   m.def(
       "mix_backward(Tensor[] grad_outputs, Tensor[] xs, Tensor gates, bool grad_inputs)"
       " -> (Tensor[] grad_xs, Tensor grad_gates)");
+  m.def(
+      "mixture_em_loss(Tensor scores, Tensor? scores_aug, Tensor? prior, Tensor? mean, Tensor? std, float gamma)"
+      " -> (Tensor loss, Tensor posterior, Tensor means, Tensor scales)");
+  m.def(
+      "mixture_em_loss_backward(Tensor scores, Tensor? scores_aug, Tensor posterior, Tensor means, Tensor scales,"
+      " Tensor grad_loss, float gamma, bool batch_statistics) -> (Tensor grad_scores, Tensor grad_scores_aug)");
   // Which of its passes the CPU backward takes for m inputs x and their n gradients, all alike: past the caches or
   // through them, a channel's value by rows or by elements, and whether the next sample is asked for meanwhile; and
   // whether in the forward all threads take each sample together.

@@ -17,6 +17,7 @@ try:
         from rich.markup import escape
         from rich.table import Table
 
+        from fastroute.commands.cluster import cluster
         from fastroute.commands.common import plain_errors
         from fastroute.commands.recipes import recipes
         from fastroute.commands.train import train
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(validate)
 app.command()(recipes)
+app.command()(cluster)
 
 
 @app.command()

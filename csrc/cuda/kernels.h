@@ -62,6 +62,40 @@ struct OuterSums {
 template <typename A>
 cudaError_t outer_sums(const OuterSums<A>& sums, int64_t samples, cudaStream_t stream);
 
+// mixture_em.cu: the mixture-EM loss of scores (N, m, K), up to 1024 clusters, and its gradient. Absent tensors are null.
+struct MixtureSizes {
+  int64_t samples;
+  int mixtures, clusters, views;  // views: original scores, or these and augmented ones
+
+  __host__ __device__ int64_t stride() const { return static_cast<int64_t>(mixtures) * clusters; }
+  __host__ __device__ double weight() const { return 1.0 / static_cast<double>(samples ? samples : 1); }
+};
+
+template <typename T>
+struct MixtureForward {
+  const T* scores[2];
+  const accumulate_t<T> *prior, *mean, *std;
+  MixtureSizes sizes;
+  double over_gamma;
+  accumulate_t<T> *loss, *posterior, *means, *scales;
+};
+
+template <typename T>
+struct MixtureBackward {
+  const T* scores[2];
+  const accumulate_t<T> *posterior, *means, *scales, *grad_loss;
+  MixtureSizes sizes;
+  double over_gamma;
+  bool batch_statistics;
+  T* grads[2];
+};
+
+template <typename T>
+cudaError_t mixture_em_forward(const MixtureForward<T>& args, cudaStream_t stream);
+
+template <typename T>
+cudaError_t mixture_em_backward(const MixtureBackward<T>& args, cudaStream_t stream);
+
 // cluster.cu: the whole of forward, or of backward up to dA and dH, a cluster of blocks to a sample that is held in their
 // shared memory; T is not double. `fits_vectors` must hold of all paths.
 template <typename T>

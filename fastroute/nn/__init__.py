@@ -3,17 +3,21 @@
 from fastroute.nn.cross_connection import CrossConnection
 from fastroute.nn.cross_prediction import CrossPrediction2d, CrossPredictionLinear
 from fastroute.nn.cross_stitch import CrossStitch
+from fastroute.nn.mixture_em import ConsistencyLoss, MixtureEMLoss, RelevanceNorm
 from fastroute.nn.multipath import MultiPathNetwork, ParallelPaths
 from fastroute.nn.router import Router, Routing
 from fastroute.nn.sparse import SparseRouter, SparseRouting
 
 __all__ = [
+    "ConsistencyLoss",
     "CrossConnection",
     "CrossPrediction2d",
     "CrossPredictionLinear",
     "CrossStitch",
+    "MixtureEMLoss",
     "MultiPathNetwork",
     "ParallelPaths",
+    "RelevanceNorm",
     "Router",
     "Routing",
     "SparseRouter",

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import math
 import random
 import re
 import shutil
@@ -17,10 +18,18 @@ import torch
 from fastroute.backends import native
 from fastroute.backends.reference import kernels as reference
 from fastroute.ops._paths import accumulate_dtype
+from tests.ops.mixture_cases import make_case as mixture_case
 
 CSRC = Path(__file__).parents[2] / "csrc"
 TORCH = Path(torch.__file__).parent
-OPERATORS = ("cross_connect", "cross_connect_backward", "mix", "mix_backward")
+OPERATORS = (
+    "cross_connect",
+    "cross_connect_backward",
+    "mix",
+    "mix_backward",
+    "mixture_em_loss",
+    "mixture_em_loss_backward",
+)
 PLAN, TWO_PASSES = -1, 0
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -174,7 +183,7 @@ def check(kernels, name, args):
     rough = tensors(getattr(reference, name)(*args))
     for i, (got, right, near) in enumerate(zip(converted(results[0], device="cpu"), exact, rough, strict=True)):
         assert (got.shape, got.dtype) == (right.shape, near.dtype), (name, i)
-        if got.shape == args[0][0].shape:
+        if isinstance(args[0], list) and got.shape == args[0][0].shape:
             assert got.stride() == near.stride(), (name, i)
         if got.numel():
             error, allowed = (got - right).abs().max(), 2 * (near - right).abs().max()
@@ -242,6 +251,29 @@ def test_mix(kernels, sizes, dtype, shared, grad_inputs):
     gates = torch.randn(m, n, dtype=gates.dtype) if shared else gates
     check(kernels, "mix", (xs, gates))
     check(kernels, "mix_backward", (grad_outputs, xs, gates, grad_inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("priors", "statistics", "augmented"), [(False, False, False), (True, True, True), (True, False, True)]
+)
+def test_mixture_em(kernels, dtype, priors, statistics, augmented):
+    for shape in [(70, 10), (19, 2, 4), (5, 300), (0, 2, 3), (20, 1)]:
+        scores, gamma, prior, mean, std, scores_aug = mixture_case(shape, dtype, priors, statistics, augmented)
+        arguments = (scores, scores_aug, prior, mean, std, gamma)
+        check(kernels, "mixture_em_loss", arguments)
+        loss, posterior, means, scales = reference.mixture_em_loss(*arguments)
+        grad_loss = torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+        saved = (scores, scores_aug, posterior, means, scales, grad_loss, gamma, mean is None)
+        check(kernels, "mixture_em_loss_backward", saved)
+
+
+def test_mixture_em_of_a_constant_and_of_nan(kernels):
+    scores = torch.full((128, 2, 3), 0.1, device=kernels.device)
+    scores[5, 1, 1] = torch.nan
+    loss, posterior, _, scales = kernels.mixture_em_loss(scores, None, None, None, None, 5.0)
+    assert loss[0].item() == pytest.approx(math.log(2)) and not scales[:, 0].any()
+    assert loss[1].isnan() and posterior[:, 1].isnan().all()
 
 
 def random_check(kernels, seed):

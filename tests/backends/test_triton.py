@@ -12,6 +12,7 @@ from fastroute import ops, use_backend
 from fastroute.backends import _choice
 from fastroute.backends import triton as backend
 from fastroute.ops._paths import channels_first, channels_last
+from tests.ops import mixture_cases
 
 CUDA = torch.cuda.is_available()
 if importlib.util.find_spec("triton") is None:
@@ -20,9 +21,9 @@ with pytest.MonkeyPatch.context() as environment:
     if not CUDA:  # Triton decides when it is imported whether it interprets
         assert "triton" not in sys.modules, "Triton was imported before it could be told to interpret"
         environment.setenv("TRITON_INTERPRET", "1")
-    cc, mx, tables = (
+    cc, mx, em, tables = (
         importlib.import_module(f"fastroute.backends.triton.{name}")
-        for name in ("cross_connect", "mix", "launch_tables")
+        for name in ("cross_connect", "mix", "mixture_em", "launch_tables")
     )
 
 on_host = pytest.mark.skipif(CUDA, reason="the interpreter is off where there is a card")
@@ -100,7 +101,7 @@ def launches(monkeypatch):
 
             return launch
 
-    for module in (cc, mx):
+    for module in (cc, mx, em):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Spy(getattr(module, name)))
     return seen
@@ -354,6 +355,43 @@ def test_mix(device, case, poison, launches):
     assert [x.data_ptr() for x in launches[0].args[0]] == [x.data_ptr() for x in xs]
     if "portions" in case:
         assert launches[0].grid[1] > 1
+
+
+MIXTURE_CASES = {  # shape, dtype, priors, statistics, augmented
+    "one mixture": ((128, 10), torch.float32, False, False, False),
+    "gates": ((19, 3, 4), torch.bfloat16, True, False, True),
+    "given statistics": ((40, 2, 5), torch.float16, True, True, True),
+    "one cluster": ((9, 1), torch.float32, False, False, True),
+    "many clusters": ((9, 300), torch.float32, True, False, False),
+}
+
+
+@pytest.mark.parametrize("values", [2048, 64])  # one step for most of the cases, and many
+@pytest.mark.parametrize("case", MIXTURE_CASES)
+def test_mixture_em(device, case, values, monkeypatch, poison, launches):
+    monkeypatch.setattr(tables, "MIXTURE_VALUES", values)
+    case = mixture_cases.make_case(*MIXTURE_CASES[case])
+    case = [t.to(device) if isinstance(t, torch.Tensor) else t for t in case]
+    with use_backend("triton"):
+        results = mixture_cases.differentiate(ops.mixture_em_loss, case)
+        again = mixture_cases.differentiate(ops.mixture_em_loss, case)
+    plain = [mixture_cases.differentiate(mixture_cases.eager_loss, case, dtype) for dtype in (None, torch.float64)]
+    assert_as_exact_as_eager(*({str(i): t for i, t in enumerate(values)} for values in (results, *plain)))
+    assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
+    assert [launch.kernel for launch in launches] == ["mixture_em_fwd_kernel", "mixture_em_bwd_kernel"] * 2
+
+
+def test_mixture_em_of_a_constant_nothing_and_nan(device, launches):
+    scores = torch.full((128, 2, 3), 0.1, device=device)
+    scores[5, 1, 1] = torch.nan
+    with use_backend("triton"):
+        loss, posterior = ops.mixture_em_loss(scores)
+        empty = scores[:0].clone().requires_grad_()
+        none = ops.mixture_em_loss(empty).loss
+        none.sum().backward()
+    torch.testing.assert_close(loss[0], torch.full_like(loss[0], 2).log())
+    assert loss[1].isnan() and posterior[:, 1].isnan().all() and not posterior[:, 0].isnan().any()
+    assert not none.any() and len(launches) == 1
 
 
 def test_offsets_beyond_int32(device, monkeypatch):

@@ -40,7 +40,12 @@ ACCESSES = {
     "mix_fwd_kernel": lambda m, n: {"block": (m, n)},
     "mix_bwd_kernel": lambda m, n: {"block": (m + n, 0)},
 }
-OTHERS = {"cross_connect_weights_bwd_kernel", "sum_parts_kernel"}
+OTHERS = {
+    "cross_connect_weights_bwd_kernel",
+    "sum_parts_kernel",
+    "mixture_em_fwd_kernel",
+    "mixture_em_bwd_kernel",
+}
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -63,6 +68,7 @@ def compile_all(architecture: int) -> list[dict]:
     from fastroute.backends.triton import cross_connect as cc
     from fastroute.backends.triton import launch_tables as tables
     from fastroute.backends.triton import mix as mx
+    from fastroute.backends.triton import mixture_em as em
 
     class Driver:
         def get_current_device(self):
@@ -117,7 +123,25 @@ def compile_all(architecture: int) -> list[dict]:
                 mx.mix_backward(outputs, xs, gates[0], True)
         return [report | {"case": case, "m": m, "n": n, "itemsize": xs[0].itemsize} for report in reports]
 
+    def run_mixtures(shape, dtype, given):
+        reports.clear()
+        with torch.device("meta"):
+            scores = torch.empty(shape, dtype=getattr(torch, dtype))
+            rows = [torch.empty(shape[1:])] * 3 if given else [None] * 3
+            _, posterior, means, scales = em.mixture_em_loss(scores, scores if given else None, *rows, 5.0)
+            grad = torch.empty(shape[1:-1])
+            em.mixture_em_loss_backward(
+                scores, scores if given else None, posterior, means, scales, grad, 5.0, not given
+            )
+        return [report | {"case": str(shape), "m": 2, "n": 2, "itemsize": scores.itemsize} for report in reports]
+
     every = [report for case in CASES for report in run(case)]
+    for shape, dtype, given in [
+        ((128, 10), "float32", False),
+        ((128, 4, 4), "bfloat16", True),
+        ((64, 1024), "float32", False),
+    ]:
+        every += run_mixtures(shape, dtype, given)
     changes["maxnreg"] = 32
     return [*every, run("three paths")[1]]  # the last one has to spill
 

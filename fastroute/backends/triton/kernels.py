@@ -2,5 +2,13 @@
 
 from fastroute.backends.triton.cross_connect import cross_connect, cross_connect_backward
 from fastroute.backends.triton.mix import mix, mix_backward
+from fastroute.backends.triton.mixture_em import mixture_em_loss, mixture_em_loss_backward
 
-__all__ = ["cross_connect", "cross_connect_backward", "mix", "mix_backward"]
+__all__ = [
+    "cross_connect",
+    "cross_connect_backward",
+    "mix",
+    "mix_backward",
+    "mixture_em_loss",
+    "mixture_em_loss_backward",
+]

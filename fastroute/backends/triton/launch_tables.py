@@ -174,6 +174,10 @@ SAMPLES, ROWS, COLUMNS, WEIGHT_GRAD_WARPS = 128, 4, 16, 8
 
 MAX_GRID_Y = 65535
 
+# Scores that a program of the mixture-EM loss holds at once: 128 samples of 16 clusters go in one step, 8 to a thread.
+# Up to five such tiles are alive.
+MIXTURE_VALUES, MIXTURE_WARPS = 2048, 8
+
 
 def plan(problem: Problem, chip: Chip) -> Resident | Fused | Split:
     """The tier and its settings."""
@@ -231,6 +235,13 @@ def elementwise(m: int, n: int, size: int, backward: bool) -> Elementwise:
     block = min(triton.next_power_of_2(size), 32 * LOOP_WARPS * elements)
     portion = max(PORTION, triton.next_power_of_2(triton.cdiv(size, MAX_GRID_Y)))
     return Elementwise(block, portion, min(LOOP_WARPS, max(1, block // 32)))
+
+
+def mixture(samples: int, clusters: int) -> dict[str, int]:
+    """Settings of the mixture-EM loss: samples and clusters of a tile, and warps."""
+    columns = triton.next_power_of_2(clusters)
+    rows = min(triton.next_power_of_2(samples), max(1, MIXTURE_VALUES // columns))
+    return {"BN": rows, "BK": columns, "num_warps": min(MIXTURE_WARPS, max(1, rows * columns // 32))}
 
 
 def most_warps(m: int, n: int) -> int:

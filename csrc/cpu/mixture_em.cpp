@@ -1,0 +1,230 @@
+// The mixture-EM loss of one or m mixtures (Eq. 4.11 to 4.23), and its gradient with the posteriors held constant.
+//
+// A mixture's scores are turned once so that each cluster's lie next to each other: all arithmetic then goes over samples,
+// whose number is large, and not over clusters, whose number is small and odd.
+
+#include "cpu/pack.h"
+#include "mixture.h"
+
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace fastroute {
+namespace {
+
+// f(mixture) of each.
+template <typename F>
+void for_mixtures(const Mixtures& g, F f) {
+  const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(g.samples * g.clusters, 1));
+  at::parallel_for(0, g.mixtures, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+// From row to row of samples: whole registers, and one more, since rows a power of two apart would share few cache lines.
+template <typename V>
+int64_t row_pitch(int64_t samples) {
+  return (samples / V::size() + 2) * V::size();
+}
+
+// Memory of one mixture for the length of a call: kept by the thread, since calls are short and many.
+template <typename A>
+A* scratch(int64_t count) {
+  static thread_local std::vector<A> memory;
+  if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
+  return memory.data();
+}
+
+// (samples, clusters) to [cluster][sample], rows `pitch` apart; lanes past the samples are left as they are.
+template <typename T, typename A>
+void turn(const T* from, const Mixtures& g, int64_t pitch, A* to) {
+  for (int64_t s = 0; s < g.samples; ++s) {
+    for (int64_t j = 0; j < g.clusters; ++j) to[j * pitch + s] = static_cast<A>(from[s * g.stride() + j]);
+  }
+}
+
+template <typename T, typename A>
+void turn_back(const A* from, const Mixtures& g, int64_t pitch, T* to) {
+  for (int64_t s = 0; s < g.samples; ++s) {
+    for (int64_t j = 0; j < g.clusters; ++j) to[s * g.stride() + j] = static_cast<T>(from[j * pitch + s]);
+  }
+}
+
+// Σ f(s) over vectors of samples; lanes past the samples count as 0.
+template <typename A, typename F>
+A sum_over(int64_t samples, F f) {
+  using V = at::vec::Vectorized<A>;
+  V total(0);
+  for (int64_t s = 0; s < samples; s += V::size()) {
+    const V value = f(s);
+    total = total + (samples - s >= V::size() ? value : V::set(V(0), value, samples - s));
+  }
+  return horizontal_sum(total);
+}
+
+// μ and 1/σ of one column, 0 where σ is (Eq. 4.11). What is summed is the distance from the first sample, so that a
+// constant column has exactly none.
+template <typename A>
+void statistics(const A* column, int64_t samples, A weight, A& mean, A& scale) {
+  using V = at::vec::Vectorized<A>;
+  if (samples == 0) {
+    mean = scale = 0;
+    return;
+  }
+  const V first(column[0]);
+  const A shift = weight * sum_over<A>(samples, [&](int64_t s) { return V::loadu(column + s) - first; });
+  const A variance = weight * sum_over<A>(samples, [&](int64_t s) {
+                       const V d = V::loadu(column + s) - first - V(shift);
+                       return d * d;
+                     });
+  mean = column[0] + shift;
+  scale = variance == 0 ? A(0) : 1 / std::sqrt(variance);  // a NaN stays one
+}
+
+// log sigmoid(x), up to a rounding of 1: with log1p, exact for the smallest too, the forward took 2 to 4 times as long.
+template <typename V>
+V log_sigmoid(const V& x) {
+  return at::vec::minimum(x, V(0)) - (V(1) + x.abs().neg().exp()).log();
+}
+
+template <typename V>
+V sigmoid(const V& x) {
+  return V(1) / (V(1) + x.neg().exp());
+}
+
+MixtureResult mixture_em_loss(
+    const at::Tensor& scores, const OptionalTensor& scores_aug, const OptionalTensor& prior, const OptionalTensor& mean,
+    const OptionalTensor& std, double gamma) {
+  const Mixtures g(scores, scores_aug);
+  for (const auto* t : {&prior, &mean, &std}) {
+    if (t->has_value()) check_mixture(**t, scores, g.columns, g.type);
+  }
+  MixtureResult result = empty_mixture(g, scores);
+  auto& [loss, posterior, means, scales] = result;
+  dispatch(scores.scalar_type(), [&]<typename T>() {
+    using A = accumulate_t<T>;
+    using V = at::vec::Vectorized<A>;
+    const T* from[2] = {scores.const_data_ptr<T>(), data<T>(scores_aug)};
+    const A *given[2] = {data<A>(mean), data<A>(std)}, *priors = data<A>(prior);
+    A *losses = loss.mutable_data_ptr<A>(), *posteriors = posterior.mutable_data_ptr<A>();
+    A *mus = means.mutable_data_ptr<A>(), *rhos = scales.mutable_data_ptr<A>();
+    const int64_t K = g.clusters, views = g.statistics[0], stride = g.stride();
+    const int64_t pitch = row_pitch<V>(g.samples);
+    const A weight = static_cast<A>(g.weight()), over_gamma = static_cast<A>(1 / gamma);
+
+    for_mixtures(g, [&](int64_t i) {
+      A* const a = scratch<A>((views + 1) * K * pitch + K);  // [views][K][pitch], then p [K][pitch] and log π [K]
+      A *const p = a + views * K * pitch, *const log_prior = p + K * pitch;
+      for (int64_t j = 0; j < K; ++j) {
+        // The bound makes 0 · log 0 the 0 that it tends to.
+        log_prior[j] = priors ? std::log(std::max(priors[i * K + j], A(std::numeric_limits<float>::min()))) : A(0);
+      }
+      for (int64_t v = 0; v < views; ++v) {
+        turn(from[v] + i * K, g, pitch, a + v * K * pitch);
+        for (int64_t j = 0; j < K; ++j) {
+          A *column = a + (v * K + j) * pitch, &mu = mus[v * stride + i * K + j], &rho = rhos[v * stride + i * K + j];
+          if (given[0]) {
+            mu = given[0][i * K + j];
+            rho = given[1][i * K + j] == 0 ? A(0) : 1 / given[1][i * K + j];
+          } else {
+            statistics(column, g.samples, weight, mu, rho);
+          }
+          for (int64_t s = 0; s < g.samples; s += V::size()) {
+            ((V::loadu(column + s) - V(mu)) * V(rho)).store(column + s);  // Eq. 4.11
+          }
+        }
+      }
+      const A total = sum_over<A>(g.samples, [&](int64_t s) {
+        V top(-std::numeric_limits<A>::infinity()), sum(0), joint(0);
+        for (int64_t j = 0; j < K; ++j) top = at::vec::maximum(top, V::loadu(a + j * pitch + s) + V(log_prior[j]));
+        for (int64_t j = 0; j < K; ++j) {
+          const V e = (V::loadu(a + j * pitch + s) + V(log_prior[j]) - top).exp();
+          e.store(p + j * pitch + s);
+          sum = sum + e;
+        }
+        for (int64_t j = 0; j < K; ++j) {
+          const V posterior = V::loadu(p + j * pitch + s) / sum;  // Eq. 4.18, 4.20
+          posterior.store(p + j * pitch + s);
+          for (int64_t v = 0; v < views; ++v) {
+            const V log_likelihood = log_sigmoid(V::loadu(a + (v * K + j) * pitch + s) * V(over_gamma));
+            joint = joint + posterior * (V(log_prior[j]) + log_likelihood);  // Eq. 4.21, 4.23
+          }
+        }
+        return joint;
+      });
+      losses[i] = -weight * total;
+      turn_back(p, g, pitch, posteriors + i * K);
+    });
+  });
+  return result;
+}
+
+std::tuple<at::Tensor, at::Tensor> mixture_em_loss_backward(
+    const at::Tensor& scores, const OptionalTensor& scores_aug, const at::Tensor& posterior, const at::Tensor& means,
+    const at::Tensor& scales, const at::Tensor& grad_loss, double gamma, bool batch_statistics) {
+  const Mixtures g(scores, scores_aug);
+  check_mixture(posterior, scores, scores.sizes(), g.type);
+  check_mixture(means, scores, g.statistics, g.type);
+  check_mixture(scales, scores, g.statistics, g.type);
+  check_mixture(grad_loss, scores, g.losses(), g.type);
+  auto result = empty_mixture_grads(scores, scores_aug);
+  auto& [grad, grad_aug] = result;
+
+  dispatch(scores.scalar_type(), [&]<typename T>() {
+    using A = accumulate_t<T>;
+    using V = at::vec::Vectorized<A>;
+    const T* from[2] = {scores.const_data_ptr<T>(), data<T>(scores_aug)};
+    T* to[2] = {grad.mutable_data_ptr<T>(), grad_aug.mutable_data_ptr<T>()};
+    const A *posteriors = posterior.const_data_ptr<A>(), *grads = grad_loss.const_data_ptr<A>();
+    const A *mus = means.const_data_ptr<A>(), *rhos = scales.const_data_ptr<A>();
+    const int64_t K = g.clusters, views = g.statistics[0], stride = g.stride();
+    const int64_t pitch = row_pitch<V>(g.samples);
+    const A weight = static_cast<A>(g.weight()), over_gamma = static_cast<A>(1 / gamma);
+
+    for_mixtures(g, [&](int64_t i) {
+      // [K][pitch] of scores, then of p, and [pitch] of dL/da*
+      A *const a = scratch<A>((2 * K + 1) * pitch), *const p = a + K * pitch, *const inner = p + K * pitch;
+      const V factor(-grads[i] * weight * over_gamma);
+      turn(posteriors + i * K, g, pitch, p);
+      for (int64_t v = 0; v < views; ++v) {
+        turn(from[v] + i * K, g, pitch, a);
+        for (int64_t j = 0; j < K; ++j) {
+          A* column = a + j * pitch;
+          const V mu(mus[v * stride + i * K + j]), rho(rhos[v * stride + i * K + j]);
+          for (int64_t s = 0; s < g.samples; s += V::size()) {
+            const V z = (V::loadu(column + s) - mu) * rho;
+            z.store(column + s);
+            // dL/da* = −p sigmoid(−a*/γ) / (N γ), p being a constant.
+            (factor * V::loadu(p + j * pitch + s) * sigmoid(z.neg() * V(over_gamma))).store(inner + s);
+          }
+          A along_one = 0, along_a = 0;  // through μ and σ these parts are taken out of each column
+          if (batch_statistics) {
+            along_one = weight * sum_over<A>(g.samples, [&](int64_t s) { return V::loadu(inner + s); });
+            along_a = weight * sum_over<A>(g.samples, [&](int64_t s) {
+                        return V::loadu(column + s) * V::loadu(inner + s);
+                      });
+          }
+          for (int64_t s = 0; s < g.samples; s += V::size()) {
+            const V d = V::loadu(inner + s) - V(along_one) - V::loadu(column + s) * V(along_a);
+            (d * rho).store(column + s);
+          }
+        }
+        turn_back(a, g, pitch, to[v] + i * K);
+      }
+    });
+  });
+  return result;
+}
+
+}  // namespace
+}  // namespace fastroute
+
+TORCH_LIBRARY_IMPL(fastroute_native, CPU, m) {
+  m.impl("mixture_em_loss", &fastroute::mixture_em_loss);
+  m.impl("mixture_em_loss_backward", &fastroute::mixture_em_loss_backward);
+}

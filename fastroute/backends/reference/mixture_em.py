@@ -1,0 +1,42 @@
+"""The mixture-EM loss (Eq. 4.11 to 4.23) and its gradient with the posteriors held constant, equation by equation."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from fastroute.ops._paths import accumulate_dtype
+
+
+def _statistics(a: Tensor) -> tuple[Tensor, Tensor]:
+    """μ and σ of each column, exact for a constant one: what is summed is the distance from the first sample."""
+    if a.shape[0] == 0:
+        return a.new_zeros(a.shape[1:]), a.new_zeros(a.shape[1:])
+    shift = (a - a[0]).mean(0)
+    return a[0] + shift, ((a - a[0]) - shift).square().mean(0).sqrt()  # Eq. 4.11
+
+
+def mixture_em_loss(scores, scores_aug, prior, mean, std, gamma):
+    views = [a.to(accumulate_dtype(scores.dtype)) for a in (scores, scores_aug) if a is not None]
+    statistics = [_statistics(a) if mean is None else (mean, std) for a in views]
+    means = torch.stack([mean for mean, _ in statistics])
+    scales = torch.stack([torch.where(std == 0, 0, 1 / std) for _, std in statistics])
+    normalized = [(a - mean) * scale for a, mean, scale in zip(views, means, scales, strict=True)]  # Eq. 4.11
+
+    # The clamp makes 0 · log 0 the 0 that it tends to.
+    log_prior = 0 if prior is None else prior.clamp(min=torch.finfo(torch.float32).tiny).log()
+    posterior = torch.softmax(normalized[0] + log_prior, dim=-1)  # Eq. 4.18, 4.20
+    log_joint = sum(log_prior + logsigmoid(a / gamma) for a in normalized)  # Eq. 4.21, 4.23
+    loss = -(posterior * log_joint).sum((0, -1)) / max(scores.shape[0], 1)  # Eq. 4.22
+    return loss, posterior, means, scales
+
+
+def mixture_em_loss_backward(scores, scores_aug, posterior, means, scales, grad_loss, gamma, batch_statistics):
+    grads = []
+    for view, mean, scale in zip((scores, scores_aug), means, scales, strict=False):
+        a = (view.to(posterior.dtype) - mean) * scale
+        # d/dx of log sigmoid(x) is sigmoid(−x); p is a constant.
+        grad = -(grad_loss.unsqueeze(-1) / (gamma * max(len(view), 1))) * posterior * torch.sigmoid(-a / gamma)
+        if batch_statistics:  # through μ and σ: the parts along 1 and along a* are taken out of each column
+            grad = grad - grad.mean(0) - a * (grad * a).mean(0)
+        grads.append((grad * scale).to(view.dtype))
+    return grads[0], grads[1] if scores_aug is not None else scores.new_empty(0)

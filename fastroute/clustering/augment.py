@@ -1,0 +1,48 @@
+"""The transform T of §4.4.3, a batch at a time on the device that trains."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random shift, rotation, scale and mirroring of each image, in one resampling, then brightness and contrast.
+
+    Attributes:
+        shift: the most, as a share of the image.
+        degrees: of rotation, the most either way.
+        scale: the most by which an image grows or shrinks, as a share.
+        brightness, contrast: the most by which they change, as a share.
+        flip: whether half of the images are mirrored left to right.
+    """
+
+    shift: float = 0.1
+    degrees: float = 20.0
+    scale: float = 0.15
+    brightness: float = 0.2
+    contrast: float = 0.2
+    flip: bool = False
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Augmented copies of images (N, C, H, W), values from 0 to 1; what enters at a border is black."""
+        count = len(images)
+        # Seven numbers from −1 to 1 for each image, drawn where the generator is.
+        draws = 2 * torch.rand(7, count, generator=generator) - 1
+        angle, scale, right, down, mirror, brightness, contrast = draws.to(images.device)
+        angle, scale = angle * math.radians(self.degrees), 1 / (1 + self.scale * scale)
+        sign = torch.where(mirror < 0, -1.0, 1.0) if self.flip else torch.ones_like(mirror)
+        cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
+        rows = (cos * sign, -sin, 2 * self.shift * right), (sin * sign, cos, 2 * self.shift * down)
+        theta = torch.stack([torch.stack(row, -1) for row in rows], 1)  # [N, 2, 3]
+        grid = F.affine_grid(theta.to(images.dtype), list(images.shape), align_corners=False)
+        moved = F.grid_sample(images, grid, align_corners=False)
+        shape = (-1, 1, 1, 1)
+        brightness, contrast = (
+            (1 + most * by).view(shape) for most, by in ((self.brightness, brightness), (self.contrast, contrast))
+        )
+        mean = moved.mean((1, 2, 3), keepdim=True)
+        return ((moved - mean) * contrast + mean * brightness).clamp(0, 1)

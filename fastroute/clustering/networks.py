@@ -1,0 +1,68 @@
+"""The image clustering networks of Table 4.2."""
+
+import re
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ARCHITECTURES = {
+    "mnist": "C64 M C128 M C256 F32",
+    "cifar": "C64 C64 M C128 C128 M C256 C256",
+    "stl10": "C64 C64 M C128 C128 M C256 C256 M C256 C256",
+}
+
+
+class Sobel(nn.Module):
+    """Grey edges, horizontal and vertical, in place of an image's colours (§4.5.2): (N, C, H, W) to (N, 2, H, W).
+
+    C is 1, or 3 for red, green and blue.
+    """
+
+    def __init__(self):
+        super().__init__()
+        across = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
+        self.register_buffer("kernels", torch.stack([across, across.T])[:, None], persistent=False)
+        self.register_buffer("luma", torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        grey = images if images.shape[1] == 1 else (images * self.luma).sum(1, keepdim=True)
+        return F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), self.kernels.to(grey.dtype))
+
+
+def clustering_network(architecture: str, num_clusters: int, img_size: int, batch_norm: bool = True) -> nn.Sequential:
+    """Sobel edges, then a network of Table 4.2: 3×3 convolutions of the same size, ReLU, 2×2 max-pooling, flattened.
+
+    Args:
+        architecture: "mnist", "cifar" or "stl10", or layers written as in the table, without the last: "C64 M F32".
+        num_clusters: K, the nodes of the last layer.
+        img_size: height and width of the images.
+        batch_norm: whether batch norm follows each convolution. The table has none.
+
+    Raises:
+        ValueError: the architecture is unknown, or the image too small for its pools.
+    """
+    layers, channels, size, features = [Sobel()], 2, img_size, None
+    for layer in ARCHITECTURES.get(architecture, architecture).split():
+        kind, width = layer[0], int(layer[1:] or 0) if re.fullmatch(r"[CF][1-9]\d*|M", layer) else None
+        if width is None or (kind != "F" and features is not None):
+            names = ", ".join(map(repr, ARCHITECTURES))
+            raise ValueError(
+                f"architecture is {architecture!r}; it must be {names}, or layers such as 'C64 M C128 F32'"
+            )
+        if kind == "M":
+            layers.append(nn.MaxPool2d(2))
+            size //= 2
+        elif kind == "C":
+            layers.append(nn.Conv2d(channels, width, 3, padding=1, bias=not batch_norm))
+            layers += [nn.BatchNorm2d(width)] if batch_norm else []
+            layers.append(nn.ReLU())
+            channels = width
+        else:
+            layers += [nn.Flatten()] if features is None else []
+            layers += [nn.Linear(features or channels * size**2, width), nn.ReLU()]
+            features = width
+    if size < 1:
+        raise ValueError(f"img_size is {img_size}; it is too small for the pools of {architecture!r}")
+    layers += [nn.Flatten()] if features is None else []
+    return nn.Sequential(*layers, nn.Linear(features or channels * size**2, num_clusters))

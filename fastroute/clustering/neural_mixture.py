@@ -1,0 +1,382 @@
+"""The neural mixture model as a scikit-learn estimator (§4.4)."""
+
+import copy
+import itertools
+import math
+import numbers
+import warnings
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin
+from sklearn.cluster import kmeans_plusplus
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fastroute.nn import MixtureEMLoss, RelevanceNorm
+from fastroute.ops.mixture_em import MAX_CLUSTERS
+
+INFERENCE_BATCH = 4096
+# Features with less than this share of the typical spread are not stretched to 1: border pixels of digits are noise.
+LEAST_SPREAD = 0.7
+# The priors are a moving average of the posteriors' means, over some 20 batches.
+PRIOR_MOMENTUM = 0.05
+# The seeds of k-means++ are only where EM begins: a few passes teach them to the network.
+SEEDING_EPOCHS = 3
+
+
+class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
+    """Cluster samples by a network that models the clusters' distributions, trained by mixture EM (§4.4, Eq. 4.22).
+
+    What a Gaussian mixture does with Gaussians, a network does here with whatever it can express: its outputs, one for
+    each cluster and normalised over the data, are the samples' relevance scores. Clusters are regions of space that are
+    dense or far apart. Shapes that only connectivity tells from each other, such as rings in each other, are out of its
+    reach. Without a learned prior, clusters come out of about equal size.
+
+    Args:
+        n_clusters: K, 1 to 1024.
+        network: a module from samples (N, …) to scores (N, K), which is copied, never changed. The first run starts
+            from its weights; further ones draw them anew where a layer has `reset_parameters`. None is a perceptron.
+        hidden: widths of the perceptron's hidden layers.
+        prior: "even": clusters weigh 1/K each; "learned": by the samples they get, for clusters of uneven size; or K
+            numbers with sum 1 (Eq. 4.18).
+        init: "random": the random network's first posteriors; "k-means++": the network first learns the regions around
+            seeds that lie far apart; "auto": k-means++ with a learned prior, which random posteriors, all even, would
+            leave even, else random.
+        n_init: runs from different starts. The one with the lowest EM loss is kept; no label is needed for that.
+        epochs: passes over the data of each run.
+        batch_size: samples in an EM step. Batches are of equal size, up to half as large again.
+        learning_rate: of Adam.
+        gamma: γ of Eq. 4.12.
+        noise: standard deviation of the Gaussian noise, after standardisation, that makes augmented samples (Eq. 4.23).
+            Borders then keep away from samples. 0 trains on the samples alone.
+        standardize: whether features are centred and brought to spread 1 before the network; those that vary little,
+            beside what is typical, stay below 1.
+        random_state: int, RandomState or None: weights, order and seeds.
+        device: where the network lives. Samples go there a batch at a time, so data need not fit.
+
+    Attributes:
+        labels_: (N,), the cluster of each sample of `fit`, or of the last `partial_fit`.
+        priors_: (K,), the weight of each cluster.
+        loss_: the mean EM loss of the samples of `fit`.
+        network_: the trained network.
+        n_features_in_, feature_names_in_: as everywhere in scikit-learn.
+
+    `X` is an array, a memory map or a tensor: float32 or float64, in which everything is computed, (n_samples,
+    n_features), or with a network of your own (n_samples, …), such as images. An array on disk is read by the batch.
+
+    Example:
+        >>> labels = NeuralMixture(n_clusters=10, random_state=0).fit_predict(X)
+    """
+
+    def __init__(
+        self,
+        n_clusters: int = 8,
+        *,
+        network: nn.Module | None = None,
+        hidden: Sequence[int] = (128, 128),
+        prior: str | Sequence[float] = "even",
+        init: str = "auto",
+        n_init: int = 3,
+        epochs: int = 30,
+        batch_size: int = 128,
+        learning_rate: float = 1e-3,
+        gamma: float = 5.0,
+        noise: float = 0.3,
+        standardize: bool = True,
+        random_state=None,
+        device: torch.device | str = "cpu",
+    ):
+        self.n_clusters = n_clusters
+        self.network = network
+        self.hidden = hidden
+        self.prior = prior
+        self.init = init
+        self.n_init = n_init
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.gamma = gamma
+        self.noise = noise
+        self.standardize = standardize
+        self.random_state = random_state
+        self.device = device
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        tags.non_deterministic = False
+        return tags
+
+    def fit(self, X, y=None):
+        """Train on X; y is ignored.
+
+        Raises:
+            ValueError: X has NaN, infinity or fewer samples than clusters, or a parameter is out of its range.
+        """
+        X = self._validate(X, reset=True)
+        self._check_parameters(len(X))
+        random = check_random_state(self.random_state)
+        self._measure(X)
+        best = None
+        for run in range(self.n_init):
+            seed = random.randint(2**31 - 1)
+            model = _Model(self, X, seed, fresh=run > 0)
+            if self._init() == "k-means++":
+                model.learn_seeds(X)
+            for _ in range(self.epochs):
+                model.train_epoch(X)
+            model.calibrate(X)
+            loss = model.loss(X)
+            if best is None or loss < best[0]:
+                best = loss, model
+        self.loss_, self._model = best
+        return self._finish(X)
+
+    def partial_fit(self, X, y=None):
+        """One pass of EM steps over X, which may be one of many parts of the data; y is ignored.
+
+        The first part sets the standardisation, the seeds and the network; there is one run, whatever n_init.
+        """
+        first = not hasattr(self, "_model")
+        X = self._validate(X, reset=first)
+        if first:
+            self._check_parameters(len(X))
+            self._measure(X)
+            self._model = _Model(self, X, check_random_state(self.random_state).randint(2**31 - 1), fresh=False)
+            if self._init() == "k-means++":
+                self._model.learn_seeds(X)
+        self._model.train_epoch(X, track=True)
+        self.loss_ = self._model.loss(X)
+        return self._finish(X)
+
+    def predict(self, X) -> np.ndarray:
+        """The most probable cluster of each sample: (n_samples,)."""
+        return self.predict_proba(X).argmax(1)
+
+    def predict_proba(self, X) -> np.ndarray:
+        """The posteriors: (n_samples, K), rows with sum 1 (Eq. 4.18, 4.20)."""
+        return self._infer(X)[0]
+
+    def transform(self, X) -> np.ndarray:
+        """The normalised relevance scores a*: (n_samples, K) (Eq. 4.11)."""
+        return self._infer(X)[1]
+
+    def score(self, X, y=None) -> float:
+        """The mean EM objective of X, the negative of the loss of Eq. 4.22: greater is better; y is ignored."""
+        check_is_fitted(self)
+        return -self._model.loss(self._validate(X, reset=False))
+
+    @property
+    def _n_features_out(self) -> int:
+        return self.n_clusters
+
+    def _infer(self, X) -> tuple[np.ndarray, np.ndarray]:
+        check_is_fitted(self)
+        parts = [self._model.posterior(x) for x in self._model.in_order(self._validate(X, reset=False))]
+        return tuple(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+
+    def _finish(self, X):
+        self.network_ = self._model.network
+        self.priors_ = self._model.prior.cpu().numpy()
+        self.labels_ = self.predict(X)
+        empty = self.n_clusters - len(np.unique(self.labels_))
+        if empty:
+            warnings.warn(
+                f"{empty} of {self.n_clusters} clusters are empty: there may be fewer groups in the data, or training "
+                "has not found them (another learning_rate, more epochs or a greater n_init may)",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+        return self
+
+    def _validate(self, X, reset: bool) -> np.ndarray:
+        if isinstance(X, Tensor):
+            X = X.detach().cpu().numpy()
+        return validate_data(
+            self,
+            X,
+            reset=reset,
+            dtype=[np.float64, np.float32],
+            allow_nd=self.network is not None,
+            ensure_min_samples=2 if reset else 1,
+        )
+
+    def _check_parameters(self, n_samples: int) -> None:
+        for name, least in (("n_clusters", 1), ("n_init", 1), ("epochs", 0), ("batch_size", 2)):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Integral) or value < least:
+                raise ValueError(f"{name} is {value!r}; it must be an integer from {least} on")
+        if self.n_clusters > MAX_CLUSTERS:
+            raise ValueError(f"n_clusters is {self.n_clusters}; it must be 1 to {MAX_CLUSTERS}")
+        if not all(isinstance(width, numbers.Integral) and width >= 1 for width in self.hidden):
+            raise ValueError(f"hidden is {self.hidden!r}; it must be the widths of layers, each at least 1")
+        for name in ("learning_rate", "gamma"):
+            value = getattr(self, name)
+            if not (isinstance(value, numbers.Real) and 0 < value < math.inf):
+                raise ValueError(f"{name} is {value!r}; it must be greater than 0")
+        if not (isinstance(self.noise, numbers.Real) and 0 <= self.noise < math.inf):
+            raise ValueError(f"noise is {self.noise!r}; it must be 0 or greater")
+        if self.init not in ("auto", "random", "k-means++"):
+            raise ValueError(f"init is {self.init!r}; it must be 'auto', 'random' or 'k-means++'")
+        if isinstance(self.prior, str):
+            if self.prior not in ("even", "learned"):
+                raise ValueError(f"prior is {self.prior!r}; it must be 'even', 'learned' or {self.n_clusters} numbers")
+        else:
+            prior = np.asarray(self.prior, dtype=float)
+            if prior.shape != (self.n_clusters,) or not (prior >= 0).all() or abs(prior.sum() - 1) > 1e-3:
+                raise ValueError(
+                    f"prior is {self.prior!r}; "
+                    f"it must be {self.n_clusters} numbers, one for each cluster, from 0 on with sum 1"
+                )
+        if n_samples < self.n_clusters:
+            raise ValueError(f"n_samples={n_samples} should be >= n_clusters={self.n_clusters}")
+
+    def _init(self) -> str:
+        if self.init == "auto":
+            return "k-means++" if isinstance(self.prior, str) and self.prior == "learned" else "random"
+        return self.init
+
+    def _measure(self, X: np.ndarray) -> None:
+        """The centre and the scale of each feature, by batches: X may lie on disk."""
+        if not self.standardize:
+            self._center, self._scale = X.dtype.type(0), X.dtype.type(1)
+            return
+        parts = [X[i : i + INFERENCE_BATCH] for i in range(0, len(X), INFERENCE_BATCH)]
+        center = sum(part.sum(0, dtype=np.float64) for part in parts) / len(X)
+        variance = sum(np.square(part - center, dtype=np.float64).sum(0) for part in parts) / len(X)
+        typical = math.sqrt(variance.mean())
+        # A spread within the rounding of the values is that of a constant.
+        constant = typical <= np.finfo(X.dtype).eps * np.abs(center).max()
+        spread = np.maximum(np.sqrt(variance), LEAST_SPREAD * typical)
+        self._center = center.astype(X.dtype)
+        self._scale = np.zeros_like(self._center) if constant else (1 / spread).astype(X.dtype)
+
+
+class _Model:
+    """One run: the network, its statistics and priors, and how they are trained."""
+
+    def __init__(self, estimator: NeuralMixture, X: np.ndarray, seed: int, fresh: bool):
+        self.options, self.device = estimator, torch.device(estimator.device)
+        self.generator, self.seed = torch.Generator().manual_seed(seed), seed
+        dtype = torch.float64 if X.dtype == np.float64 else torch.float32
+        clusters = estimator.n_clusters
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            if estimator.network is None:
+                network = perceptron(X.shape[1], estimator.hidden, clusters)
+            else:
+                network = copy.deepcopy(estimator.network)
+                for module in network.modules() if fresh else ():
+                    if hasattr(module, "reset_parameters"):
+                        module.reset_parameters()
+        self.network = network.to(self.device, dtype)
+        self.norm = RelevanceNorm(clusters, device=self.device, dtype=dtype)
+        self.criterion = MixtureEMLoss(estimator.gamma)
+        self.learns_prior = isinstance(estimator.prior, str) and estimator.prior == "learned"
+        self.uses_prior = not isinstance(estimator.prior, str) or self.learns_prior
+        prior = np.full(clusters, 1 / clusters) if isinstance(estimator.prior, str) else np.asarray(estimator.prior)
+        self.prior = torch.as_tensor(prior, dtype=dtype, device=self.device)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=estimator.learning_rate, fused=True)
+
+    def _load(self, X: np.ndarray) -> Tensor:
+        return torch.from_numpy((X - self.options._center) * self.options._scale).to(self.device)
+
+    def in_order(self, X: np.ndarray) -> Iterator[Tensor]:
+        for first in range(0, len(X), INFERENCE_BATCH):
+            yield self._load(X[first : first + INFERENCE_BATCH])
+
+    def batches(self, X: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """The samples in random order and batches of equal size, each with their indices."""
+        order = torch.randperm(len(X), generator=self.generator).numpy()
+        for index in np.array_split(order, max(1, len(X) // self.options.batch_size)):
+            yield index, self._load(X[index])
+
+    def scores(self, x: Tensor) -> Tensor:
+        scores, clusters = self.network(x), self.options.n_clusters
+        if scores.shape != (len(x), clusters):
+            raise ValueError(
+                f"network gives {tuple(scores.shape)}; it must give (N, n_clusters) = ({len(x)}, {clusters})"
+            )
+        return scores
+
+    def _noisy(self, x: Tensor) -> Tensor:
+        noise = torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
+        return x + self.options.noise * noise.to(x.device)
+
+    def _step(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def learn_seeds(self, X: np.ndarray) -> None:
+        """Teach the network which of K samples, drawn far apart, is the nearest."""
+        draw = np.random.default_rng(self.seed)
+        some = X[np.sort(draw.choice(len(X), min(len(X), INFERENCE_BATCH), replace=False))].reshape(-1, X[0].size)
+        seeds, _ = kmeans_plusplus(some, self.options.n_clusters, random_state=self.seed % 2**32)
+        seeds = self._load(seeds.reshape(-1, *X.shape[1:])).flatten(1)
+        counts = torch.ones_like(self.prior)
+        for _ in range(SEEDING_EPOCHS):
+            for _, x in self.batches(X):
+                nearest = torch.cdist(x.flatten(1), seeds).argmin(1)
+                counts += torch.bincount(nearest, minlength=len(counts))
+                self._step(cross_entropy(self.scores(x), nearest))
+        if self.learns_prior:
+            self.prior = counts / counts.sum()
+
+    def train_epoch(self, X: np.ndarray, track: bool = False) -> None:
+        """EM steps over X (Eq. 4.22). With `track`, the running statistics follow; else `calibrate` sets them later."""
+        self.network.train()
+        self.norm.train()
+        for _, x in self.batches(X):
+            scores = self.scores(x)
+            augmented = self.scores(self._noisy(x)) if self.options.noise else None
+            loss, posterior = self.criterion(scores, augmented, self.prior if self.uses_prior else None)
+            self._step(loss)
+            if self.learns_prior:  # of the previous steps' posteriors (§4.4.2)
+                prior = self.prior.lerp(posterior.mean(0), PRIOR_MOMENTUM)
+                self.prior = prior / prior.sum()
+            if track:
+                self.norm(scores.detach())
+
+    @torch.no_grad()
+    def calibrate(self, X: np.ndarray) -> None:
+        """The mean and spread of the trained network's scores over all of X."""
+        self.network.eval()
+        count, mean, square = 0, 0.0, 0.0
+        for x in self.in_order(X):  # Chan's update, batch by batch
+            scores = self.scores(x)
+            variance, part = torch.var_mean(scores, 0, correction=0)
+            total = count + len(x)
+            delta = part - mean
+            square = square + variance * len(x) + delta.square() * (count * len(x) / total)
+            mean, count = mean + delta * (len(x) / total), total
+        self.norm.running_mean.copy_(mean)
+        self.norm.running_std.copy_((square / count).sqrt())
+
+    @torch.no_grad()
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Posteriors and normalised scores."""
+        self.network.eval()
+        normalized = self.norm.eval()(self.scores(x))
+        return torch.softmax(normalized + (self.prior.log() if self.uses_prior else 0), 1), normalized
+
+    @torch.no_grad()
+    def loss(self, X: np.ndarray) -> float:
+        """The mean loss under the running statistics (Eq. 4.22)."""
+        self.network.eval()
+        criterion = MixtureEMLoss(self.options.gamma, self.norm.eval())
+        prior = self.prior if self.uses_prior else None
+        return sum(criterion(self.scores(x), prior=prior).loss.item() * len(x) for x in self.in_order(X)) / len(X)
+
+
+def perceptron(features: int, hidden: Sequence[int], clusters: int) -> nn.Sequential:
+    """Dense layers with ReLU between, as in §4.5.1, and one score for each cluster."""
+    layers, widths = [], [features, *hidden]
+    for width, following in itertools.pairwise(widths):
+        layers += [nn.Linear(width, following), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], clusters))

@@ -1,0 +1,162 @@
+"""A clustering run on images: data in memory, training with checkpoints and a table, or a classical method."""
+
+import csv
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from rich.console import Console
+from sklearn.cluster import KMeans, SpectralClustering
+from sklearn.datasets import load_digits
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.mixture import GaussianMixture
+from torch import Tensor
+from torchvision.datasets import MNIST
+
+from fastroute.clustering.metrics import cluster_accuracy
+from fastroute.clustering.two_fold import TwoFoldClustering
+
+NETWORK_METHODS = ("two-fold", "em", "consistency")
+CLASSICAL = {
+    "kmeans": lambda clusters, seed: KMeans(clusters, n_init=10, random_state=seed),
+    "gmm": lambda clusters, seed: GaussianMixture(clusters, reg_covar=1e-3, random_state=seed),
+    "spectral": lambda clusters, seed: SpectralClustering(
+        clusters, affinity="nearest_neighbors", assign_labels="cluster_qr", random_state=seed
+    ),
+}
+
+
+def load_images(dataset: str, data_dir: Path | None, limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """Images float32 (N, C, H, W) from 0 to 1, and labels (N,): the first `limit`.
+
+    "digits" is scikit-learn's, "mnist" the training images that lie in torchvision's layout in data_dir.
+
+    Raises:
+        ValueError: mnist comes without data_dir, or limit is not positive.
+        FileNotFoundError: the images are not there.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; it must be at least 1")
+    if dataset == "digits":
+        pixels, labels = load_digits(return_X_y=True)
+        images, labels = torch.tensor(pixels / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(labels)
+    else:
+        if data_dir is None:
+            raise ValueError("data_dir is None; the dataset 'mnist' needs the folder that holds MNIST/raw")
+        try:
+            source = MNIST(data_dir, train=True)
+        except RuntimeError as error:
+            raise FileNotFoundError(f"data_dir is {data_dir}; it must hold MNIST/raw: {error}") from None
+        images, labels = source.data[:limit, None].float() / 255, source.targets
+    return images[:limit], labels[:limit]
+
+
+class Batches:
+    """Images that lie in memory, on the training device, by the batch; shuffled, they come in batches of equal size."""
+
+    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, shuffle: bool = False):
+        self.images, self.labels, self.batch_size, self.shuffle = images, labels, batch_size, shuffle
+
+    def __len__(self) -> int:
+        count = len(self.labels)
+        return max(1, count // self.batch_size) if self.shuffle else -(-count // self.batch_size)
+
+    def __iter__(self):
+        order = torch.randperm(len(self.labels)) if self.shuffle else torch.arange(len(self.labels))
+        for index in np.array_split(order.numpy(), len(self)):
+            index = torch.from_numpy(index).to(self.images.device)
+            yield self.images[index], self.labels[index]
+
+
+class Table(pl.Callback):
+    """One row for each epoch, on the console and in a CSV file; rows are part of the checkpoint."""
+
+    def __init__(self, path: Path, console: Console):
+        self.path, self.console, self.rows = path, console, []
+
+    def state_dict(self) -> dict:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.rows = list(state_dict["rows"])
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        values = {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
+        row = {"epoch": trainer.current_epoch + 1, **values, "seconds": time.perf_counter() - self._start}
+        row["sizes"] = " ".join(map(str, pl_module.sizes))
+        self.rows.append(row)
+        write_rows(self.path, self.rows)
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        self.console.print(
+            f"epoch {row['epoch']}/{trainer.max_epochs}  {shown}  {row['seconds']:.1f} s", soft_wrap=True
+        )
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
+
+
+def fit(
+    module: TwoFoldClustering,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    batch_size: int,
+    output: Path,
+    console: Console,
+    amp: bool = False,
+    resume: Path | None = None,
+) -> list[dict]:
+    """Train on all images, and write `last.ckpt` and `summary.csv` into `output`; returns the rows of the summary."""
+    if resume is not None and not resume.is_file():
+        raise FileNotFoundError(f"resume is {resume}; there is no such file")
+    output.mkdir(parents=True, exist_ok=True)
+    table = Table(output / "summary.csv", console)
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        devices=1,
+        precision="bf16-mixed" if amp else "32-true",
+        logger=False,
+        callbacks=[
+            table,
+            pl.callbacks.ModelCheckpoint(output, "last", enable_version_counter=False, save_on_train_epoch_end=True),
+        ],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    images, labels = (t.to(trainer.strategy.root_device) for t in (images, labels))
+    training, validation = Batches(images, labels, batch_size, shuffle=True), Batches(images, labels, 1000)
+    trainer.fit(module, training, validation, ckpt_path=resume)
+    return table.rows
+
+
+def fit_classical(
+    method: str, images: Tensor, labels: Tensor, clusters: int, seed: int, output: Path, console: Console
+) -> list[dict]:
+    """Cluster the pixels by a method of scikit-learn, and write `summary.csv` as `fit` does."""
+    start = time.perf_counter()
+    found = CLASSICAL[method](clusters, seed).fit_predict(images.flatten(1).numpy())
+    row = {
+        "acc": cluster_accuracy(labels, found),
+        "nmi": normalized_mutual_info_score(labels, found),
+        "ari": adjusted_rand_score(labels, found),
+        "seconds": time.perf_counter() - start,
+        "sizes": " ".join(map(str, np.bincount(found, minlength=clusters))),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    write_rows(output / "summary.csv", [row])
+    console.print("  ".join(f"{name} {row[name]:.3f}" for name in ("acc", "nmi", "ari", "seconds")))
+    return [row]

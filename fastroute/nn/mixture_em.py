@@ -1,0 +1,183 @@
+"""The neural mixture model's losses, and the running statistics that make its clusters hold for any batch (§4.4)."""
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+
+from fastroute.ops import MixtureEM, mixture_em_loss
+from fastroute.ops.mixture_em import MAX_CLUSTERS
+
+
+class RelevanceNorm(nn.Module):
+    """Normalise the relevance scores of each cluster: a*_j = (a_j − μ_j) / σ_j (Eq. 4.11).
+
+    In training mode each batch moves running μ and σ, over all processes where `torch.distributed` runs; the first
+    batches count alike, so that no start value is left in them. In evaluation mode they stand still. A column with
+    σ = 0 becomes 0.
+
+    With running statistics, training and evaluation are one function of the scores, but the gradient still goes through
+    the batch's own (as in batch renormalisation, Ioffe 2017). Were μ and σ constants of it, the mixture-EM loss would
+    have a way out that is no clustering: −log sigmoid falls wherever any score rises, so every score of every cluster
+    is raised, for ever ahead of the running mean, by what all samples have in common. What tells samples apart fades
+    against that: the posteriors become even, and the loss goes to log 2, or 2 log 2 with augmented samples.
+
+    Args:
+        num_clusters: K, 1 to 1024.
+        momentum: the weight of a new batch in the running statistics, above 0 and up to 1; None is a plain average.
+        num_gates: m, where the scores are (N, m, K).
+        training_statistics: what training mode normalises by: "running", as the thesis does (§4.5.1), or "batch", the
+            batch's own. Either has its gradient through the batch's; under DDP each process has its own batch there.
+
+    Shape:
+        scores: (N, K), or (N, m, K) with num_gates=m.
+        output: the same, float32 for half-precision scores.
+
+    Raises:
+        ValueError: an argument is out of its range, scores have another shape, or a batch of one sample comes in
+            training mode: it has no spread.
+    """
+
+    def __init__(
+        self,
+        num_clusters: int,
+        momentum: float | None = 0.1,
+        *,
+        num_gates: int | None = None,
+        training_statistics: Literal["running", "batch"] = "running",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if not 1 <= num_clusters <= MAX_CLUSTERS:
+            raise ValueError(f"num_clusters is {num_clusters}; it must be 1 to {MAX_CLUSTERS}")
+        if momentum is not None and not 0 < momentum <= 1:
+            raise ValueError(f"momentum is {momentum}; it must be above 0 and up to 1, or None")
+        if num_gates is not None and num_gates < 1:
+            raise ValueError(f"num_gates is {num_gates}; it must be at least 1, or None")
+        if training_statistics not in ("running", "batch"):
+            raise ValueError(f"training_statistics is {training_statistics!r}; it must be 'running' or 'batch'")
+        self.num_clusters, self.num_gates, self.momentum = num_clusters, num_gates, momentum
+        self.training_statistics = training_statistics
+        shape = (num_clusters,) if num_gates is None else (num_gates, num_clusters)
+        self.register_buffer("running_mean", torch.zeros(shape, device=device, dtype=dtype))
+        self.register_buffer("running_std", torch.ones(shape, device=device, dtype=dtype))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=device))
+
+    def reset_running_stats(self) -> None:
+        """Forget all batches."""
+        self.running_mean.zero_()
+        self.running_std.fill_(1)
+        self.num_batches_tracked.zero_()
+
+    def forward(self, scores: Tensor, track: bool = True) -> Tensor:
+        """The normalised scores; without `track`, such as for augmented ones, they leave the running statistics."""
+        if scores.dim() < 2 or scores.shape[1:] != self.running_mean.shape:
+            expected = ", ".join(map(str, self.running_mean.shape))
+            raise ValueError(f"scores have shape {tuple(scores.shape)}; they must be (N, {expected})")
+        scores = scores.to(self.running_mean.dtype)
+        if not self.training:
+            return (scores - self.running_mean) * _inverse(self.running_std)
+        shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if scores.shape[0] < 2 and not shared:
+            raise ValueError(f"scores have {scores.shape[0]} samples; in training mode there must be at least 2")
+        std, mean = torch.std_mean(scores, dim=0, correction=0)
+        if track:
+            self._track(scores.detach(), mean.detach(), std.detach(), shared)
+        normalized = (scores - mean) * _inverse(std)
+        if self.training_statistics == "batch":
+            return normalized
+        scale = _inverse(self.running_std)
+        return torch.addcmul((mean.detach() - self.running_mean) * scale, normalized, std.detach() * scale)
+
+    @torch.no_grad()
+    def _track(self, scores: Tensor, mean: Tensor, std: Tensor, shared: bool) -> None:
+        if shared:
+            # Sums about the running mean, which all processes have in common: squares about 0 may lose the spread.
+            distance = scores - self.running_mean
+            sums = torch.stack([torch.ones_like(distance), distance, distance.square()]).sum(1)
+            dist.all_reduce(sums)
+            shift, square = sums[1] / sums[0], sums[2] / sums[0]
+            mean, std = self.running_mean + shift, (square - shift.square()).clamp(min=0).sqrt()
+        self.num_batches_tracked += 1
+        weight = 1 / self.num_batches_tracked
+        if self.momentum is not None:
+            weight = weight.clamp(min=self.momentum)
+        self.running_mean.lerp_(mean, weight.to(mean.dtype))
+        self.running_std.lerp_(std, weight.to(std.dtype))
+
+    def extra_repr(self) -> str:
+        gates = "" if self.num_gates is None else f", num_gates={self.num_gates}"
+        batch = "" if self.training_statistics == "running" else ", training_statistics='batch'"
+        return f"{self.num_clusters}, momentum={self.momentum}{gates}{batch}"
+
+
+def _inverse(std: Tensor) -> Tensor:
+    return torch.where(std == 0, 0, 1 / std.masked_fill(std == 0, 1))  # the mask keeps 1/0 out of the gradient too
+
+
+class MixtureEMLoss(nn.Module):
+    """The mixture-EM loss of relevance scores, with the posteriors as constants (Eq. 4.22, 4.23).
+
+    Args:
+        gamma: γ, which keeps the scores of a batch in the linear part of the sigmoid; 5 suits 128 samples.
+        norm: normalises the scores. Without one, every batch is normalised by its own statistics.
+        norm_aug: the same for the augmented scores; without one they share the running statistics of `norm`.
+
+    Shape:
+        scores, scores_aug: (N, K), or (N, m, K) for m gates.
+        prior: (K,) or (m, K); None is the even prior.
+        output: `MixtureEM(loss, posterior)`: loss (), or (m,); posterior as scores.
+
+    Example:
+        >>> criterion = MixtureEMLoss(norm=RelevanceNorm(10))
+        >>> loss, posterior = criterion(network(x), network(augment(x)))
+        >>> loss.backward()
+
+    Raises:
+        ValueError: gamma is not positive; norm_aug comes without norm; or as `fastroute.ops.mixture_em_loss`.
+    """
+
+    def __init__(self, gamma: float = 5.0, norm: RelevanceNorm | None = None, norm_aug: RelevanceNorm | None = None):
+        super().__init__()
+        if not 0 < gamma < float("inf"):
+            raise ValueError(f"gamma is {gamma}; it must be greater than 0")
+        if norm is None and norm_aug is not None:
+            raise ValueError("norm_aug is given without norm; both are needed, or norm alone, or neither")
+        self.gamma, self.norm, self.norm_aug = gamma, norm, norm_aug
+
+    def forward(self, scores: Tensor, scores_aug: Tensor | None = None, prior: Tensor | None = None) -> MixtureEM:
+        if self.norm is None:
+            return mixture_em_loss(scores, self.gamma, prior, scores_aug=scores_aug)
+        scores = self.norm(scores)
+        if scores_aug is not None:
+            scores_aug = self.norm(scores_aug, track=False) if self.norm_aug is None else self.norm_aug(scores_aug)
+        zero = scores.new_zeros(scores.shape[1:])
+        return mixture_em_loss(scores, self.gamma, prior, zero, zero + 1, scores_aug)
+
+    def extra_repr(self) -> str:
+        return f"gamma={self.gamma}"
+
+
+class ConsistencyLoss(nn.Module):
+    """KL divergence of the augmented samples' posteriors q from the originals' p, which is a constant (Eq. 4.24).
+
+    Shape:
+        posterior: p, (N, K) or (N, m, K).
+        normalized_aug: normalised relevance scores a* of the augmented samples, shaped as p; q is their softmax.
+        output: mean over samples, () or (m,).
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+
+    def forward(self, posterior: Tensor, normalized_aug: Tensor) -> Tensor:
+        if posterior.shape != normalized_aug.shape:
+            raise ValueError(
+                f"normalized_aug has shape {tuple(normalized_aug.shape)}; "
+                f"it must have the shape of posterior, {tuple(posterior.shape)}"
+            )
+        p = posterior.detach()
+        return (torch.xlogy(p, p) - p * log_softmax(normalized_aug, dim=-1)).sum(-1).mean(0)

@@ -1,0 +1,191 @@
+"""The mixture-EM loss of a neural mixture model (§4.4): clustering by the relevance scores that a network gives."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastroute.ops._library import LIBRARY, define
+from fastroute.ops._paths import DTYPES, accumulate_dtype
+
+MAX_CLUSTERS = 1024
+
+
+class MixtureEM(NamedTuple):
+    """What `mixture_em_loss` returns; see there for the shapes."""
+
+    loss: Tensor
+    posterior: Tensor
+
+
+def mixture_em_loss(
+    scores: Tensor,
+    gamma: float = 5.0,
+    prior: Tensor | None = None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    scores_aug: Tensor | None = None,
+) -> MixtureEM:
+    """One EM step's loss of the relevance scores a of N samples to K clusters, and the posteriors p it holds constant.
+
+        a*_ij = (a_ij − μ_j) / σ_j                                   (Eq. 4.11)
+        p_ij  = softmax_j(a*_ij + log π_j)                           (Eq. 4.18, 4.20)
+        loss  = −1/N Σ_i Σ_j p_ij (log π_j + log sigmoid(a*_ij / γ))   (Eq. 4.22)
+
+    Without a prior, the terms in log π are left out. With augmented scores, the loss is the sum of two such terms, both
+    under the posteriors of the original scores (Eq. 4.23). (N, m, K) holds the scores of m gates: each is a mixture of
+    its own, with its own loss.
+
+    | argument | shape | type |
+    |---|---|---|
+    | scores | (N, K) or (N, m, K), 1 ≤ K ≤ 1024 | float32, bfloat16, float16, float64 |
+    | gamma | number, greater than 0 | |
+    | prior | π: (K,) or (m, K), each ≥ 0, with sum 1 over K; None is the even prior | the scores' or float32 |
+    | mean, std | μ, σ ≥ 0: (K,) or (m, K); None is the batch's own | the scores' or float32 |
+    | scores_aug | scores of the augmented samples, shaped as scores | the scores' |
+
+    The statistics of the batch are those of Eq. 4.11, σ with 1/N; the augmented scores have their own. Given statistics
+    hold for both. A column with σ = 0 says nothing of its cluster: its a* and its gradient are 0.
+
+    The gradient goes to scores and scores_aug, by hand, with p held constant (§4.4.2), and through the statistics where
+    they are the batch's: it then sums to 0 over each column. Given statistics and the prior are constants.
+
+    Returns:
+        loss: () for scores (N, K), (m,) for (N, m, K); 0 where N = 0. Sums are taken in one order: bitwise repeatable.
+        posterior: p, in the shape of scores; not differentiable. Both are float32 for half-precision scores.
+
+    Raises:
+        TypeError: a tensor has a dtype that is not served.
+        ValueError: shapes or devices do not agree, gamma is not positive, mean comes without std, or, where they lie on
+            the CPU, the prior is not a distribution or std is negative. On a GPU that check would wait for the device.
+        RuntimeError: a second derivative is asked for; or the backend asked for by name cannot serve these tensors.
+    """
+    loss, posterior, _, _ = _FORWARD(scores, scores_aug, prior, mean, std, gamma)
+    return MixtureEM(loss, posterior)
+
+
+def _check_scores(name: str, scores: Tensor) -> None:
+    if scores.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{name} has dtype {scores.dtype}; it must be one of {names}")
+    shape = scores.shape
+    if len(shape) not in (2, 3) or not 1 <= shape[-1] <= MAX_CLUSTERS or shape[1] == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(shape)}; "
+            f"it must be (N, K), or (N, m, K) for m gates, with K from 1 to {MAX_CLUSTERS}"
+        )
+
+
+def _per_column(name: str, value: Tensor, scores: Tensor) -> Tensor:
+    """One number for each cluster, in the form that every backend takes: contiguous, in the accumulation type."""
+    shape = scores.shape[1:]
+    if value.shape != shape and value.shape != shape[-1:]:
+        allowed = " or ".join(dict.fromkeys((str(tuple(shape[-1:])), str(tuple(shape)))))
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must have shape {allowed}")
+    if value.device != scores.device:
+        raise ValueError(f"{name} is on {value.device}; it must be on the device of the scores, {scores.device}")
+    if value.dtype != torch.float32 and value.dtype != scores.dtype:
+        allowed = " or ".join(dict.fromkeys((str(scores.dtype), "torch.float32")))
+        raise TypeError(f"{name} has dtype {value.dtype}; it must be {allowed} for scores of {scores.dtype}")
+    return value.to(accumulate_dtype(scores.dtype)).expand(shape).contiguous()
+
+
+def _readable(value: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device: not so for the fake tensors of a compiler."""
+    return value.device.type == "cpu" and type(value) is Tensor
+
+
+def _check_prior(prior: Tensor) -> None:
+    for row in prior.reshape(-1, prior.shape[-1]).tolist():
+        if not (min(row) >= 0 and abs(sum(row) - 1) <= 1e-3):
+            raise ValueError(f"prior is {row}; it must be numbers from 0 on with sum 1")
+
+
+def _prepare_forward(scores, scores_aug, prior, mean, std, gamma):
+    _check_scores("scores", scores)
+    if not 0 < gamma < float("inf"):
+        raise ValueError(f"gamma is {gamma}; it must be greater than 0")
+    if scores_aug is not None:
+        for what in ("shape", "dtype", "device"):
+            ours, theirs = getattr(scores_aug, what), getattr(scores, what)
+            if ours != theirs:
+                error = TypeError if what == "dtype" else ValueError
+                raise error(f"scores_aug has {what} {ours}; it must have the {what} of scores, {theirs}")
+        scores_aug = scores_aug.contiguous()
+    if (mean is None) != (std is None):
+        given, absent = ("mean", "std") if std is None else ("std", "mean")
+        raise ValueError(f"{given} is given without {absent}; both are needed, or neither")
+    if mean is not None:
+        mean, std = _per_column("mean", mean, scores), _per_column("std", std, scores)
+        if _readable(std) and std.min() < 0:
+            raise ValueError(f"std is {std.tolist()}; it must be 0 or greater")
+    if prior is not None:
+        prior = _per_column("prior", prior, scores)
+        if _readable(prior):
+            _check_prior(prior)
+    return scores.contiguous(), scores_aug, prior, mean, std, gamma
+
+
+def _fake_forward(scores, scores_aug, prior, mean, std, gamma):
+    def empty(*shape):
+        return scores.new_empty(shape, dtype=accumulate_dtype(scores.dtype))
+
+    statistics = 1 if scores_aug is None else 2, *scores.shape[1:]
+    return empty(*scores.shape[1:-1]), empty(*scores.shape), empty(*statistics), empty(*statistics)
+
+
+def _prepare_backward(scores, scores_aug, posterior, means, scales, grad_loss, *rest):
+    scores_aug = None if scores_aug is None else scores_aug.contiguous()
+    return scores.contiguous(), scores_aug, posterior.contiguous(), means, scales, grad_loss.contiguous(), *rest
+
+
+def _fake_backward(scores, scores_aug, *rest):
+    def empty_like(t):
+        return scores.new_empty(0) if t is None else scores.new_empty(t.shape)
+
+    return empty_like(scores), empty_like(scores_aug)
+
+
+# means μ and scales 1/σ (0 where σ is 0), (1, K) or (1, m, K), have a second row for augmented scores.
+_FORWARD = define(
+    "mixture_em_loss(Tensor scores, Tensor? scores_aug, Tensor? prior, Tensor? mean, Tensor? std, float gamma)"
+    " -> (Tensor loss, Tensor posterior, Tensor means, Tensor scales)",
+    _prepare_forward,
+    _fake_forward,
+)
+
+_BACKWARD = define(
+    "mixture_em_loss_backward(Tensor scores, Tensor? scores_aug, Tensor posterior, Tensor means, Tensor scales,"
+    " Tensor grad_loss, float gamma, bool batch_statistics) -> (Tensor grad_scores, Tensor grad_scores_aug)",
+    _prepare_backward,
+    _fake_backward,
+)
+
+
+class _MixtureEMLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores, scores_aug, prior, mean, std, gamma):
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, posterior, means, scales = _FORWARD(scores, scores_aug, prior, mean, std, gamma)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(posterior, means, scales)
+        ctx.save_for_backward(scores, scores_aug, posterior, means, scales)
+        ctx.gamma, ctx.batch_statistics = gamma, mean is None
+        return loss, posterior, means, scales
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return (None,) * 6
+        grad_scores, grad_aug = _BACKWARD(*ctx.saved_tensors, grad_loss, ctx.gamma, ctx.batch_statistics)
+        return grad_scores, grad_aug if ctx.needs_input_grad[1] else None, None, None, None, None
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "mixture_em_loss has no second derivative: its gradient holds the posteriors constant, and they are not"
+    )
+
+
+LIBRARY.impl("mixture_em_loss", lambda *args: _MixtureEMLoss.apply(*args), "Autograd")
+torch.library.register_autograd("fastroute::mixture_em_loss_backward", _no_second_derivative, lib=LIBRARY)

@@ -1,0 +1,23 @@
+import pytest
+
+from fastroute.clustering import cluster_accuracy
+
+
+def test_the_best_matching_counts():
+    assert cluster_accuracy([0, 0, 1, 1, 2], [5, 5, 3, 3, 0]) == 1
+    assert cluster_accuracy([0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 0]) == pytest.approx(4 / 6)
+
+
+def test_other_numbers_of_clusters_than_labels():
+    assert cluster_accuracy([0, 0, 1, 1], [0, 0, 0, 0]) == 0.5  # one cluster is matched to one label
+    assert cluster_accuracy([0, 0, 1, 1], [0, 1, 2, 3]) == 0.5  # and so each of two
+
+
+def test_names_are_labels_too():
+    assert cluster_accuracy(["ant", "bee", "bee"], [1, 0, 0]) == 1
+
+
+@pytest.mark.parametrize(("labels", "clusters"), [([0, 1], [0]), ([], [])])
+def test_bad_input(labels, clusters):
+    with pytest.raises(ValueError, match=r"inconsistent|empty"):
+        cluster_accuracy(labels, clusters)

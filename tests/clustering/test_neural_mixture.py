@@ -1,0 +1,209 @@
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.cluster import KMeans
+from sklearn.datasets import load_digits, make_blobs, make_moons
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.mixture import GaussianMixture
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+from torch import nn
+
+from fastroute.clustering import NeuralMixture, cluster_accuracy
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # there, samples are few and random
+@parametrize_with_checks([NeuralMixture(), NeuralMixture(prior="learned", n_init=1)])
+def test_scikit_learns_own_checks(estimator, check):
+    check(estimator)
+
+
+def blobs(samples=600, **options):
+    X, y = make_blobs(samples, centers=3, cluster_std=0.6, random_state=3, **options)
+    return X.astype(np.float32), y
+
+
+def uneven():
+    """Groups of 1,000, 300 and 100."""
+    return make_blobs([1000, 300, 100], centers=[[0, 0], [6, 1], [-1, 6]], random_state=0)
+
+
+def mean_accuracy(X, y, seeds=5, **options):
+    clusters = len(np.unique(y))
+    runs = [NeuralMixture(clusters, random_state=seed, **options).fit_predict(X) for seed in range(seeds)]
+    return np.mean([cluster_accuracy(y, run) for run in runs])
+
+
+def test_finds_blobs_and_says_how_sure_it_is():
+    X, y = blobs()
+    model = NeuralMixture(3, n_init=1, random_state=0)
+    labels = model.fit_predict(X)
+    assert cluster_accuracy(y, labels) > 0.98
+    proba, scores = model.predict_proba(X), model.transform(X)
+    assert proba.shape == scores.shape == (600, 3) and proba.dtype == np.float32
+    np.testing.assert_allclose(proba.sum(1), 1, rtol=1e-5)
+    assert np.array_equal(labels, proba.argmax(1)) and np.array_equal(labels, scores.argmax(1))
+    np.testing.assert_allclose(scores.mean(0), 0, atol=1e-4)  # Eq. 4.11, over all of the data
+    np.testing.assert_allclose(scores.std(0), 1, atol=1e-4)
+    assert model.score(X) == pytest.approx(-model.loss_) and model.loss_ < np.log(2)
+    assert model.score(X) > NeuralMixture(3, n_init=1, epochs=0, random_state=0).fit(X).score(X)
+
+
+def test_uneven_groups_need_a_learned_prior():
+    X, y = uneven()
+    model = NeuralMixture(3, prior="learned", random_state=0).fit(X)
+    assert cluster_accuracy(y, model.labels_) > 0.97
+    # Posteriors are soft, so that priors are evener than 1000 : 300 : 100.
+    small, middle, large = np.sort(model.priors_)
+    assert small < 0.2 < middle < 0.4 < large and model.priors_.sum() == pytest.approx(1)
+    assert np.bincount(model.labels_).argmax() == model.priors_.argmax()
+    even = NeuralMixture(3, n_init=1, random_state=0).fit(X)
+    assert cluster_accuracy(y, even.labels_) < 0.8 and np.allclose(even.priors_, 1 / 3)
+
+
+def test_a_given_prior_moves_the_borders():
+    X, _ = make_blobs(400, centers=1, random_state=0)
+    sizes = [
+        np.bincount(NeuralMixture(2, prior=p, n_init=1, epochs=5, random_state=0).fit_predict(X), minlength=2)
+        for p in ([0.5, 0.5], [0.8, 0.2])
+    ]
+    assert sizes[1][0] > sizes[0][0] + 40
+
+
+def test_the_run_of_the_lowest_loss_is_kept():
+    X, _ = make_moons(400, noise=0.05, random_state=0)
+    random = np.random.RandomState(7)
+    losses = [NeuralMixture(2, n_init=1, epochs=3, random_state=random).fit(X).loss_ for _ in range(3)]
+    best = NeuralMixture(2, n_init=3, epochs=3, random_state=np.random.RandomState(7)).fit(X)
+    assert best.loss_ == pytest.approx(min(losses)) and len(set(losses)) == 3
+
+
+def test_same_seed_same_clusters_and_the_global_generator_is_left_alone():
+    X, _ = blobs()
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    first, second, other = (
+        NeuralMixture(3, n_init=1, epochs=3, random_state=seed).fit(X).predict_proba(X) for seed in (1, 1, 2)
+    )
+    assert np.array_equal(first, second) and not np.array_equal(first, other)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_partial_fit_streams():
+    X, y = blobs(3000)
+    model = NeuralMixture(3, random_state=0)
+    for _ in range(4):
+        for part in np.array_split(X, 10):
+            model.partial_fit(part)
+    assert cluster_accuracy(y, model.predict(X)) > 0.98 and len(model.labels_) == 300
+    with pytest.raises(ValueError, match="X has 3 features, but NeuralMixture is expecting 2"):
+        model.partial_fit(np.zeros((10, 3)))
+
+
+def test_reads_a_file_by_the_batch(tmp_path):
+    X, y = blobs(2000)
+    np.save(tmp_path / "x.npy", X)
+    model = NeuralMixture(3, n_init=1, random_state=0).fit(np.load(tmp_path / "x.npy", mmap_mode="r"))
+    assert np.array_equal(model.labels_, NeuralMixture(3, n_init=1, random_state=0).fit_predict(X))
+    assert cluster_accuracy(y, model.labels_) > 0.98
+
+
+def test_tensors_and_networks_of_ones_own():
+    X, y = blobs()
+    network = nn.Sequential(nn.Flatten(), nn.Linear(2, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    images = torch.from_numpy(X)[:, None, None, :]
+    model = NeuralMixture(3, network=network, n_init=2, epochs=15, random_state=0).fit(images)
+    assert cluster_accuracy(y, model.labels_) > 0.98
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    # Whatever batch a sample comes in, and in whatever mode the network was left.
+    model.network_.train()
+    assert np.array_equal(np.concatenate([model.predict(images[i : i + 1]) for i in range(50)]), model.labels_[:50])
+    with pytest.raises(ValueError, match=r"network gives \(.*, 3\); it must give \(N, n_clusters\)"):
+        clone(model).set_params(n_clusters=4).fit(images)
+
+
+def test_pickles_clones_and_pipelines():
+    X, _ = blobs()
+    model = make_pipeline(StandardScaler(), NeuralMixture(3, n_init=1, epochs=3, random_state=0)).fit(X)
+    assert np.array_equal(pickle.loads(pickle.dumps(model)).predict(X), model.predict(X))
+    assert model.set_output(transform="default").get_feature_names_out().tolist() == [
+        "neuralmixture0",
+        "neuralmixture1",
+        "neuralmixture2",
+    ]
+    with pytest.raises(NotFittedError):
+        clone(model[-1]).predict(X)
+
+
+def test_one_cluster():
+    X, _ = blobs()
+    model = NeuralMixture(1, n_init=1, epochs=2, random_state=0).fit(X)
+    assert not model.labels_.any() and np.array_equal(model.predict_proba(X), np.ones((600, 1)))
+
+
+@pytest.mark.parametrize("prior", ["even", "learned"])
+def test_constant_features_are_one_cluster(prior):
+    with pytest.warns(ConvergenceWarning, match="2 of 3 clusters are empty"):
+        labels = NeuralMixture(3, n_init=1, epochs=2, prior=prior, random_state=0).fit_predict(np.full((50, 4), 0.1))
+    assert len(set(labels)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "X", "message"),
+    [
+        ({}, np.full((20, 2), np.nan), "contains NaN"),
+        ({}, np.full((20, 2), np.inf), "infinity"),
+        ({"n_clusters": 30}, np.zeros((20, 2)), "n_samples=20 should be >= n_clusters=30"),
+        ({}, np.zeros((1, 2)), "minimum of 2 is required"),
+        ({}, np.zeros((20, 2, 2)), "Found array with dim 3"),
+        ({"n_clusters": 0}, np.zeros((20, 2)), "n_clusters is 0; it must be an integer from 1 on"),
+        ({"n_clusters": 1025}, np.zeros((2000, 2)), "n_clusters is 1025; it must be 1 to 1024"),
+        ({"batch_size": 1}, np.zeros((20, 2)), "batch_size is 1; it must be an integer from 2 on"),
+        ({"learning_rate": 0}, np.zeros((20, 2)), "learning_rate is 0; it must be greater than 0"),
+        ({"noise": -1}, np.zeros((20, 2)), "noise is -1; it must be 0 or greater"),
+        ({"hidden": (0,)}, np.zeros((20, 2)), r"hidden is \(0,\)"),
+        ({"init": "first"}, np.zeros((20, 2)), "init is 'first'; it must be 'auto', 'random' or 'k-means\\+\\+'"),
+        ({"prior": "flat"}, np.zeros((20, 2)), "prior is 'flat'; it must be 'even', 'learned'"),
+        ({"prior": [0.5, 0.6, -0.1]}, np.zeros((20, 2)), r"prior is \[0.5, 0.6, -0.1\]; .* sum 1"),
+        ({"prior": [1.0, 1.0, 1.0]}, np.zeros((20, 2)), r"prior is .* sum 1"),
+        ({"prior": [0.5, 0.5]}, np.zeros((20, 2)), "it must be 3 numbers, one for each cluster"),
+    ],
+)
+def test_bad_input(options, X, message):
+    with pytest.raises(ValueError, match=message):
+        NeuralMixture(**{"n_clusters": 3, **options}).fit(X)
+
+
+def test_without_scikit_learn_one_sentence_names_the_extra():
+    code = "import sys; sys.modules['sklearn'] = None; sys.modules['scipy'] = None\nimport fastroute.clustering"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "fastroute.clustering needs the package" in done.stderr and "pip install 'fastroute[cluster]'" in done.stderr
+
+
+@pytest.mark.slow
+def test_shapes_by_default_settings():
+    X, y = make_blobs(1500, centers=5, cluster_std=0.7, random_state=0)
+    assert mean_accuracy(X, y) >= 0.98
+    X, y = make_moons(1500, noise=0.05, random_state=30)
+    gaussian = GaussianMixture(2, random_state=0).fit_predict(X)
+    means = KMeans(2, n_init=10, random_state=0).fit_predict(X)
+    assert mean_accuracy(X, y) >= max(cluster_accuracy(y, gaussian), cluster_accuracy(y, means))
+    assert mean_accuracy(*uneven(), prior="learned") >= 0.95
+    X, y = make_blobs(1500, random_state=170)
+    assert mean_accuracy(X @ np.array([[0.6, -0.6], [-0.4, 0.8]]), y) >= 0.95
+
+
+@pytest.mark.slow
+def test_digits_by_default_settings():
+    X, y = load_digits(return_X_y=True)
+    X = X.astype(np.float32)
+    means = KMeans(10, n_init=10, random_state=0).fit_predict(X)
+    assert mean_accuracy(X, y) >= max(0.79, cluster_accuracy(y, means))
