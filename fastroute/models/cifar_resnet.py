@@ -20,16 +20,12 @@ def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     return nn.Identity() if same else nn.Sequential(*conv_bn(in_channels, out_channels, 1, stride))
 
 
-class BasicBlock(nn.Module):
-    """Two 3×3 convolutions around a shortcut (He et al., 2016)."""
+class ResidualBlock(nn.Module):
+    """relu(residual(x) + shortcut(x)) (He et al., 2016)."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int):
+    def __init__(self, residual: list[nn.Module], in_channels: int, out_channels: int, stride: int):
         super().__init__()
-        self.residual = nn.Sequential(
-            *conv_bn(in_channels, out_channels, stride=stride),
-            nn.ReLU(inplace=True),
-            *conv_bn(out_channels, out_channels),
-        )
+        self.residual = nn.Sequential(*residual)
         self.shortcut = shortcut(in_channels, out_channels, stride)
         self.relu = nn.ReLU(inplace=True)
 
@@ -37,21 +33,31 @@ class BasicBlock(nn.Module):
         return self.relu(self.residual(x) + self.shortcut(x))
 
 
-class Bottleneck(BasicBlock):
+class BasicBlock(ResidualBlock):
+    """Two 3×3 convolutions around a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        residual = [
+            *conv_bn(in_channels, out_channels, stride=stride),
+            nn.ReLU(inplace=True),
+            *conv_bn(out_channels, out_channels),
+        ]
+        super().__init__(residual, in_channels, out_channels, stride)
+
+
+class Bottleneck(ResidualBlock):
     """1×1, 3×3 and 1×1 convolutions around a shortcut, the inner ones with a quarter of the channels."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
-        nn.Module.__init__(self)
         width = out_channels // 4
-        self.residual = nn.Sequential(
+        residual = [
             *conv_bn(in_channels, width, 1),
             nn.ReLU(inplace=True),
             *conv_bn(width, width, stride=stride),
             nn.ReLU(inplace=True),
             *conv_bn(width, out_channels, 1),
-        )
-        self.shortcut = shortcut(in_channels, out_channels, stride)
-        self.relu = nn.ReLU(inplace=True)
+        ]
+        super().__init__(residual, in_channels, out_channels, stride)
 
 
 class PreActivationBlock(nn.Module):
@@ -94,7 +100,10 @@ def blocks_per_stack(depth: int, layers_per_block: int = 2, others: int = 2) -> 
     return blocks
 
 
-def stack(block: Callable[..., nn.Module], in_channels: int, out_channels: int, blocks: int, stride: int):
+def stack(
+    block: Callable[..., nn.Module], in_channels: int, out_channels: int, blocks: int, stride: int
+) -> nn.Sequential:
+    """Blocks of one width, the first of which has the stride."""
     first = block(in_channels, out_channels, stride)
     return nn.Sequential(first, *(block(out_channels, out_channels, 1) for _ in range(blocks - 1)))
 

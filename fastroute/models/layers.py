@@ -5,12 +5,15 @@ from torch import Tensor, nn
 from fastroute.nn import Routing
 
 
-def conv_bn(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, bias: bool = False):
+def conv_bn(
+    in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, bias: bool = False
+) -> list[nn.Module]:
     """A convolution that keeps the resolution but for its stride, and its batch normalisation."""
     return [conv(in_channels, out_channels, kernel_size, stride, bias), nn.BatchNorm2d(out_channels)]
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, bias: bool = False) -> nn.Conv2d:
+    """A convolution that keeps the resolution but for its stride, with He's initial weights."""
     layer = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias)
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return layer
