@@ -62,7 +62,7 @@ struct OuterSums {
 template <typename A>
 cudaError_t outer_sums(const OuterSums<A>& sums, int64_t samples, cudaStream_t stream);
 
-// mixture_em.cu: the mixture-EM loss of scores (N, m, K), up to 1024 clusters, and its gradient. Absent tensors are null.
+// mixture_em_kernels.cu: the mixture-EM loss of scores (N, m, K), up to 1024 clusters, and its gradient. Absent tensors are null.
 struct MixtureSizes {
   int64_t samples;
   int mixtures, clusters, views;  // views: original scores, or these and augmented ones
