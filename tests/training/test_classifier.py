@@ -23,6 +23,7 @@ class TwoPaths(nn.Module):
 
 
 def train(module, epochs=4, batches=5):
+    torch.manual_seed(0)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -45,11 +46,14 @@ def train(module, epochs=4, batches=5):
 
 
 def test_trains_a_network_of_ones_own():
+    torch.manual_seed(0)
     module = RoutingClassifier(TwoPaths(), num_classes=3)
-    before = module.model.router.w1.clone()
-    trainer, _ = train(module)
+    before, losses = module.model.router.w1.clone(), []
+    for _ in range(2):  # over the same images
+        trainer, _ = train(module)
+        losses.append(trainer.callback_metrics["train_loss"])
     assert not torch.equal(module.model.router.w1, before)
-    assert trainer.callback_metrics["train_loss"] < 1.1
+    assert losses[1] < losses[0]
     assert module.hparams.model == "TwoPaths"
 
 
