@@ -23,6 +23,20 @@ TORCH_LIBRARY(fastroute_native, m) {
   m.def(
       "mixture_em_loss_backward(Tensor scores, Tensor? scores_aug, Tensor posterior, Tensor means, Tensor scales,"
       " Tensor grad_loss, float gamma, bool batch_statistics) -> (Tensor grad_scores, Tensor grad_scores_aug)");
+  m.def(
+      "gate(Tensor[] xs, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2)"
+      " -> (Tensor gates, Tensor scores, Tensor pooled, Tensor hidden)");
+  m.def(
+      "gate_backward(Tensor? grad_gates, Tensor? grad_scores, Tensor[] xs, Tensor? w1, Tensor? b1, Tensor w2,"
+      " Tensor? b2, Tensor gates, Tensor pooled, Tensor hidden)"
+      " -> (Tensor shares, Tensor grad_w1, Tensor grad_b1, Tensor grad_w2, Tensor grad_b2)");
+  // The passes around the convolutions of cross-prediction; their sources say what each of them does.
+  m.def(
+      "sum_predictions(Tensor[] predictions, Tensor gates, Tensor? offsets, bool relu, Tensor(a!)[] outputs) -> ()");
+  m.def(
+      "scale_paths(Tensor[] paths, Tensor[] masks, Tensor weights, bool sums, Tensor(a!)[] masked,"
+      " Tensor(b!)[] scaled) -> Tensor totals");
+  m.def("sum_gradients(Tensor[] terms, Tensor[] xs, Tensor gates, Tensor(a!)[] grad_xs) -> Tensor products");
   // Which of its passes the CPU backward takes for m inputs x and their n gradients, all alike: past the caches or
   // through them, a channel's value by rows or by elements, and whether the next sample is asked for meanwhile; and
   // whether in the forward all threads take each sample together.

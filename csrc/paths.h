@@ -21,6 +21,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 using Forward = std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Backward = std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
 inline bool sample_is_dense(const at::Tensor& x, bool channels_last) {
   int64_t expected = 1;
   const auto matches = [&](int64_t dim) {

@@ -5,16 +5,10 @@
 #include "cpu/route.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 namespace fastroute {
 namespace {
-
-template <typename A>
-Gate<A> gate_of(const Parameters& p) {
-  return {p.m, p.n, p.channels, p.hidden, data<A>(p.w1), data<A>(p.b1), data<A>(p.w2), data<A>(p.b2)};
-}
 
 template <typename T>
 void forward_kernel(
@@ -22,13 +16,10 @@ void forward_kernel(
     accumulate_t<T>* gates, accumulate_t<T>* scores, accumulate_t<T>* pooled, accumulate_t<T>* hidden) {
   using A = accumulate_t<T>;
   const bool stream = streamable(ys, g);
-  constexpr int64_t kTransposeFrom = 8;  // samples
-  const bool transposes = g.batch >= kTransposeFrom && gate.hidden;
-  const std::vector<A> w1 =
-      transposes ? transposed(gate.w1, gate.m, gate.hidden, gate.channels) : std::vector<A>();
+  const std::vector<A> w1 = gate.w1_for(g.batch);
   const auto gate_sample = [&](int64_t s) {
     gate.forward(
-        pooled + s * gate.m * g.channels, transposes ? w1.data() : nullptr, hidden + s * gate.m * gate.hidden, scores + s * gate.m * gate.n,
+        pooled + s * gate.m * g.channels, w1, hidden + s * gate.m * gate.hidden, scores + s * gate.m * gate.n,
         gates + s * gate.m * gate.n);
   };
   if (shares_samples(g, gate.m + gate.n, sizeof(T))) {
@@ -75,47 +66,6 @@ Forward cross_connect(
         scores.mutable_data_ptr<A>(), pooled.mutable_data_ptr<A>(), hidden.mutable_data_ptr<A>());
   });
   return {std::move(outputs), gates, scores, pooled, hidden};
-}
-
-// out[i][r][c] = Σ_s a[s][i][r] b[s][i][c] and sum[i][r] = Σ_s a[s][i][r], samples in order (Eq. 3.14).
-template <typename A>
-void outer_sums(
-    const A* a, const A* b, int64_t batch, int64_t m, int64_t rows, int64_t columns, A* out, A* sum) {
-  using V = at::vec::Vectorized<A>;
-  constexpr int64_t kGroup = 128;  // so that rounding grows with a group and their number
-  constexpr int kVectors = 4;
-  const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, batch * columns));
-  at::parallel_for(0, m * rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t i = row / rows;
-      const A* a_row = a + row;
-      const A* b_row = b + i * columns;
-      double total = 0;
-      for (int64_t s = 0; s < batch; ++s) total += static_cast<double>(a_row[s * m * rows]);
-      sum[row] = static_cast<A>(total);
-      A* to = out + row * columns;
-      std::fill_n(to, columns, A(0));
-      for (int64_t c = 0; c < columns; c += kVectors * V::size()) {
-        for (int64_t first = 0; first < batch; first += kGroup) {
-          V acc[kVectors] = {V(0), V(0), V(0), V(0)};
-          const auto lanes = [&](int v) {
-            return std::clamp<int64_t>(columns - c - v * V::size(), 0, V::size());
-          };
-          for (int64_t s = first; s < std::min(batch, first + kGroup); ++s) {
-            const V scale(a_row[s * m * rows]);
-            const A* from = b_row + s * m * columns + c;
-            for (int v = 0; v < kVectors && lanes(v) > 0; ++v) {
-              acc[v] = at::vec::fmadd(scale, V::loadu(from + v * V::size(), lanes(v)), acc[v]);
-            }
-          }
-          for (int v = 0; v < kVectors && lanes(v) > 0; ++v) {
-            A* at = to + c + v * V::size();
-            (V::loadu(at, lanes(v)) + acc[v]).store(at, static_cast<int>(lanes(v)));
-          }
-        }
-      }
-    }
-  });
 }
 
 template <typename T>
@@ -173,9 +123,7 @@ Backward cross_connect_backward(
   const auto options = x.options().dtype(type);
   std::vector<at::Tensor> grad_xs = allocate_paths(x, grad_inputs ? p.m : 0);
   at::Tensor d_scores = at::empty({g.batch, p.m, p.n}, options), d_hidden = at::empty({g.batch, p.m, p.hidden}, options);
-  at::Tensor grad_w1 = p.hidden ? at::empty_like(p.w1) : at::empty({0}, options);
-  at::Tensor grad_b1 = p.hidden ? at::empty({p.m, p.hidden}, options) : at::empty({0}, options);
-  at::Tensor grad_w2 = at::empty_like(p.w2), grad_b2 = at::empty({p.m, p.n}, options);
+  ParameterGradients grads(p);
 
   dispatch(x.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
@@ -183,17 +131,9 @@ Backward cross_connect_backward(
     backward_kernel<T>(
         g, Paths<const T>(grad_outputs), Paths<const T>(xs), gate_of<A>(p), data<A>(dg), data<A>(da), data<A>(gates_),
         data<A>(hidden_), grad_inputs ? &dxs : nullptr, d_scores.mutable_data_ptr<A>(), d_hidden.mutable_data_ptr<A>());
-    const int64_t width = p.hidden ? p.hidden : g.channels;
-    outer_sums(
-        data<A>(d_scores), p.hidden ? data<A>(hidden_) : data<A>(pooled_), g.batch, p.m, p.n, width,
-        grad_w2.mutable_data_ptr<A>(), grad_b2.mutable_data_ptr<A>());
-    if (p.hidden) {
-      outer_sums(
-          data<A>(d_hidden), data<A>(pooled_), g.batch, p.m, p.hidden, g.channels, grad_w1.mutable_data_ptr<A>(),
-          grad_b1.mutable_data_ptr<A>());
-    }
+    grads.compute<A>(d_scores, d_hidden, pooled_, hidden_);
   });
-  return {std::move(grad_xs), grad_w1, grad_b1, grad_w2, grad_b2};
+  return {std::move(grad_xs), grads.w1, grads.b1, grads.w2, grads.b2};
 }
 
 std::tuple<bool, bool, bool, bool> cpu_plan(const at::Tensor& x, int64_t m, int64_t n) {

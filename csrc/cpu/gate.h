@@ -3,6 +3,11 @@
 #pragma once
 
 #include "cpu/pack.h"
+#include "cpu/route.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <cmath>
@@ -82,15 +87,20 @@ struct Gate {
   int64_t m, n, channels, hidden;  // hidden is 0 for the linear gate
   const A *w1, *b1, *w2, *b2;      // (m, G, C), (m, G), (m, n, G), (m, n); absent ones null
 
-  // pooled (m, C) -> h (m, G), scores (m, n), gates (m, n); w1_transposed is (m, C, G), or null for few samples, for
-  // which to transpose it does not pay
-  void forward(const A* pooled, const A* w1_transposed, A* h, A* scores, A* gates) const {
+  // w1 as (m, C, G), or nothing where the samples are too few to pay for transposing it.
+  std::vector<A> w1_for(int64_t batch) const {
+    constexpr int64_t kTransposeFrom = 8;
+    return batch >= kTransposeFrom ? transposed(w1, m, hidden, channels) : std::vector<A>();
+  }
+
+  // pooled (m, C) -> h (m, G), scores (m, n), gates (m, n); w1_transposed is what w1_for returned
+  void forward(const A* pooled, const std::vector<A>& w1_transposed, A* h, A* scores, A* gates) const {
     const int64_t width = hidden ? hidden : channels;
     for (int64_t i = 0; i < m; ++i) {
       const A* z = pooled + i * channels;
       A* layer = h + i * hidden;
-      if (w1_transposed) {
-        weighted_rows(z, w1_transposed + i * channels * hidden, channels, hidden, layer);
+      if (!w1_transposed.empty()) {
+        weighted_rows(z, w1_transposed.data() + i * channels * hidden, channels, hidden, layer);
       } else {
         for (int64_t k = 0; k < hidden; ++k) layer[k] = dot(w1 + (i * hidden + k) * channels, z, channels);
       }
@@ -132,6 +142,80 @@ struct Gate {
         weighted_rows(da, w2 + i * n * channels, n, channels, dz);
       }
       for (int64_t c = 0; c < channels; ++c) dz[c] /= size;
+    }
+  }
+};
+
+template <typename A>
+Gate<A> gate_of(const Parameters& p) {
+  return {p.m, p.n, p.channels, p.hidden, data<A>(p.w1), data<A>(p.b1), data<A>(p.w2), data<A>(p.b2)};
+}
+
+// out[i][r][c] = Σ_s a[s][i][r] b[s][i][c] and sum[i][r] = Σ_s a[s][i][r], samples in order (Eq. 3.14).
+template <typename A>
+void outer_sums(
+    const A* a, const A* b, int64_t batch, int64_t m, int64_t rows, int64_t columns, A* out, A* sum) {
+  using V = at::vec::Vectorized<A>;
+  constexpr int64_t kGroup = 128;  // so that rounding grows with a group and their number
+  constexpr int kVectors = 4;
+  const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, batch * columns));
+  at::parallel_for(0, m * rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t i = row / rows;
+      const A* a_row = a + row;
+      const A* b_row = b + i * columns;
+      double total = 0;
+      for (int64_t s = 0; s < batch; ++s) total += static_cast<double>(a_row[s * m * rows]);
+      sum[row] = static_cast<A>(total);
+      A* to = out + row * columns;
+      std::fill_n(to, columns, A(0));
+      for (int64_t c = 0; c < columns; c += kVectors * V::size()) {
+        for (int64_t first = 0; first < batch; first += kGroup) {
+          V acc[kVectors] = {V(0), V(0), V(0), V(0)};
+          const auto lanes = [&](int v) {
+            return std::clamp<int64_t>(columns - c - v * V::size(), 0, V::size());
+          };
+          for (int64_t s = first; s < std::min(batch, first + kGroup); ++s) {
+            const V scale(a_row[s * m * rows]);
+            const A* from = b_row + s * m * columns + c;
+            for (int v = 0; v < kVectors && lanes(v) > 0; ++v) {
+              acc[v] = at::vec::fmadd(scale, V::loadu(from + v * V::size(), lanes(v)), acc[v]);
+            }
+          }
+          for (int v = 0; v < kVectors && lanes(v) > 0; ++v) {
+            A* at = to + c + v * V::size();
+            (V::loadu(at, lanes(v)) + acc[v]).store(at, static_cast<int>(lanes(v)));
+          }
+        }
+      }
+    }
+  });
+}
+
+// The gradients of a gate's parameters.
+struct ParameterGradients {
+  const Parameters& p;
+  at::Tensor w1, b1, w2, b2;
+
+  explicit ParameterGradients(const Parameters& parameters) : p(parameters) {
+    const auto options = p.w2.options();
+    w1 = p.hidden ? at::empty_like(p.w1) : at::empty({0}, options);
+    b1 = p.hidden ? at::empty({p.m, p.hidden}, options) : at::empty({0}, options);
+    w2 = at::empty_like(p.w2);
+    b2 = at::empty({p.m, p.n}, options);
+  }
+
+  // From d_scores (N, m, n), d_hidden (N, m, G), pooled (N, m, C) and hidden (N, m, G), all contiguous.
+  template <typename A>
+  void compute(const at::Tensor& d_scores, const at::Tensor& d_hidden, const at::Tensor& pooled, const at::Tensor& hidden) {
+    const int64_t batch = pooled.size(0), width = p.hidden ? p.hidden : p.channels;
+    outer_sums(
+        data<A>(d_scores), data<A>(p.hidden ? hidden : pooled), batch, p.m, p.n, width, w2.mutable_data_ptr<A>(),
+        b2.mutable_data_ptr<A>());
+    if (p.hidden) {
+      outer_sums(
+          data<A>(d_hidden), data<A>(pooled), batch, p.m, p.hidden, p.channels, w1.mutable_data_ptr<A>(),
+          b1.mutable_data_ptr<A>());
     }
   }
 };

@@ -49,12 +49,6 @@ int64_t cluster_for(int64_t paths, const Shape& shape, int64_t extra, bool align
   return last_cluster = forced < 0 ? cluster : forced;
 }
 
-template <typename A>
-Gate<A> gate_of(const Parameters& p) {
-  return {data<A>(p.w1), data<A>(p.b1), data<A>(p.w2), data<A>(p.b2), static_cast<int>(p.m), static_cast<int>(p.n),
-          p.channels, p.hidden};
-}
-
 Forward cross_connect(
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
     const OptionalTensor& b2) {
@@ -85,14 +79,8 @@ Forward cross_connect(
         return;
       }
     }
-    // 32 warps to a multiprocessor, each with 4 vectors or more for a lane; or 4 blocks, each with 64 pixels or more.
-    const int64_t paths = shape.samples * p.m, multiprocessors = device().multiprocessors;
-    const int64_t slices = shape.channels_last
-        ? choose_slices(paths, 4 * multiprocessors, shape.space, 64)
-        : choose_slices(paths * p.channels, 32 * multiprocessors, shape.space, 128 * kVector<T>);
-    at::Tensor sums = at::empty({slices, shape.samples, p.m, p.channels}, options);
-    C10_CUDA_CHECK(pool<T>(from, shape, slices, sums.mutable_data_ptr<A>(), stream));
-    C10_CUDA_CHECK(gates_forward<A>(gate, shape, slices, data<A>(sums), z, h, a, g, stream));
+    const at::Tensor sums = sums_over_space<T>(from, shape, options, stream);
+    C10_CUDA_CHECK(gates_forward<A>(gate, shape, sums.size(0), data<A>(sums), z, h, a, g, stream));
     C10_CUDA_CHECK(weighted_sums<T>(from, {g, p.m * p.n, static_cast<int>(p.n), 1}, nullptr, shape, to, stream));
   });
   return {std::move(ys), gates, scores, pooled, hidden};
@@ -121,9 +109,7 @@ Backward cross_connect_backward(
 
   std::vector<at::Tensor> grad_xs = empty_paths(x, grad_inputs ? p.m : 0);
   at::Tensor d_scores = at::empty_like(gates), d_hidden = at::empty_like(hidden);
-  at::Tensor grad_w2 = at::empty_like(p.w2), grad_b2 = at::empty({p.m, p.n}, options);
-  at::Tensor grad_w1 = p.hidden ? at::empty_like(p.w1) : at::empty({0}, options);
-  at::Tensor grad_b1 = p.hidden ? at::empty({p.m, p.hidden}, options) : at::empty({0}, options);
+  ParameterGradients grads(p);
 
   dispatch(x.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
@@ -152,17 +138,9 @@ Backward cross_connect_backward(
           dA, dH, grad_inputs ? shares.mutable_data_ptr<A>() : nullptr, stream));
       if (grad_inputs) C10_CUDA_CHECK(weighted_sums<T>(inputs<T>(grad_outputs), weights, data<A>(shares), shape, to, stream));
     }
-    const auto out = [](at::Tensor& t) { return t.mutable_data_ptr<A>(); };
-    const at::Tensor& below = p.hidden ? hidden : pooled;
-    C10_CUDA_CHECK(outer_sums<A>(
-        {{{dA, data<A>(below), p.m, p.n, below.size(2), out(grad_w2)},
-          {dA, nullptr, p.m, p.n, 1, out(grad_b2)},
-          {dH, data<A>(pooled), p.m, p.hidden, p.channels, out(grad_w1)},
-          {dH, nullptr, p.m, p.hidden, 1, out(grad_b1)}},
-         p.hidden ? 4 : 2},
-        shape.samples, stream));
+    grads.compute<A>(d_scores, d_hidden, pooled, hidden, stream);
   });
-  return {std::move(grad_xs), grad_w1, grad_b1, grad_w2, grad_b2};
+  return {std::move(grad_xs), grads.w1, grads.b1, grads.w2, grads.b2};
 }
 
 }  // namespace

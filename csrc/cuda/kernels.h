@@ -96,6 +96,26 @@ cudaError_t mixture_em_forward(const MixtureForward<T>& args, cudaStream_t strea
 template <typename T>
 cudaError_t mixture_em_backward(const MixtureBackward<T>& args, cudaStream_t stream);
 
+// cross_predict_kernels.cu: out_j = Σ_i gates[s][i][j] predictions_i[part j] + offsets[s][j][channel], at least 0 with relu.
+template <typename T>
+cudaError_t sum_predictions(
+    const Paths<const T>& predictions, const accumulate_t<T>* gates, const accumulate_t<T>* offsets, bool relu,
+    const Shape& shape, const Paths<T>& outputs, cudaStream_t stream);
+
+// cross_predict_kernels.cu: masked_p = paths_p where masks_p > 0, or all of it without masks, and scaled_q[part p] =
+// weights[s][p][q] masked_p. `masked` may have no paths.
+template <typename T>
+cudaError_t scale_paths(
+    const Paths<const T>& paths, const Paths<const T>& masks, const accumulate_t<T>* weights, const Shape& shape,
+    const Paths<T>& masked, const Paths<T>& scaled, cudaStream_t stream);
+
+// cross_predict_kernels.cu: products[slice][s][i][j] = <terms_j[part i], X_i> over one of `slices` parts of the sample, and
+// dX_i = Σ_j gates[s][i][j] terms_j[part i]. `grad_xs` may have no paths.
+template <typename T>
+cudaError_t sum_gradients(
+    const Paths<const T>& terms, const Paths<const T>& xs, const accumulate_t<T>* gates, const Shape& shape,
+    int64_t slices, accumulate_t<T>* products, const Paths<T>& grad_xs, cudaStream_t stream);
+
 // cluster.cu: the whole of forward, or of backward up to dA and dH, a cluster of blocks to a sample that is held in their
 // shared memory; T is not double. `fits_vectors` must hold of all paths.
 template <typename T>

@@ -90,7 +90,7 @@ def _choose(override: str | None, device: torch.device, dtype: torch.dtype) -> B
 def _serve(name: str, prepare: Callable) -> Callable:
     def kernel(*args):
         args = prepare(*args)
-        x = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+        x = next((arg[0] for arg in args if isinstance(arg, list)), args[0])
         backend = _choose(_override or os.environ.get("FASTROUTE_BACKEND"), x.device, x.dtype)
         return getattr(backend.kernels(), name)(*args)
 

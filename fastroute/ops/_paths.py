@@ -44,6 +44,16 @@ def empty_path(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, (math.prod(x.shape[1:]), *x.stride()[1:]), dtype=x.dtype, device=x.device)
 
 
+def empty_map(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """An unwritten tensor (N, C', *S') of x's dtype and memory format, [C', *S'] where x could be either."""
+    order = range(len(shape) - 1, 0, -1) if channels_first(x) else (1, *range(len(shape) - 1, 1, -1))
+    strides, expected = [0] * len(shape), 1
+    for dim in (*order, 0):
+        strides[dim] = expected
+        expected *= shape[dim]
+    return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
+
+
 def path_list(name: str, xs: Sequence[Tensor]) -> list[Tensor]:
     """xs as a list, after the check that it is one of tensors."""
     if not isinstance(xs, (list, tuple)):
@@ -124,3 +134,26 @@ def check_weight(name: str, weight: Tensor, shape: tuple[int, ...], x: Tensor) -
     if weight.dtype != torch.float32 and weight.dtype != x.dtype:
         allowed = " or ".join(dict.fromkeys((str(x.dtype), "torch.float32")))
         raise TypeError(f"{name} has dtype {weight.dtype}; it must be {allowed} for paths of {x.dtype}")
+
+
+def check_gate(xs: Sequence[Tensor], w1, b1, w2, b2) -> None:
+    """Raise unless these are the parameters of gates for the paths, as `cross_connect` takes them."""
+    x, m, channels = xs[0], len(xs), xs[0].shape[1]
+    if w2.dim() != 3 or not 1 <= w2.shape[1] <= MAX_PATHS:
+        raise ValueError(
+            f"w2 has shape {tuple(w2.shape)}; it must be (m, n, G), from m = {m} paths to n = 1 to {MAX_PATHS}"
+        )
+    if w1 is None:
+        if b1 is not None:
+            raise ValueError("b1 is given without w1; the linear gate (w1=None) has the bias b2 alone")
+        hidden = channels
+    else:
+        if w1.dim() != 3 or w1.shape[1] == 0:
+            raise ValueError(f"w1 has shape {tuple(w1.shape)}; it must be (m, G, C) = ({m}, G, {channels})")
+        hidden = w1.shape[1]
+        check_weight("w1", w1, (m, hidden, channels), x)
+        if b1 is not None:
+            check_weight("b1", b1, (m, hidden), x)
+    check_weight("w2", w2, (m, w2.shape[1], hidden), x)
+    if b2 is not None:
+        check_weight("b2", b2, (m, w2.shape[1]), x)

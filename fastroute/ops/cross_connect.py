@@ -8,12 +8,11 @@ from torch import Tensor
 
 from fastroute.ops._library import LIBRARY, define
 from fastroute.ops._paths import (
-    MAX_PATHS,
     accumulate_dtype,
     align_like,
     align_paths,
+    check_gate,
     check_paths,
-    check_weight,
     empty_path,
     path_list,
 )
@@ -60,31 +59,9 @@ def cross_connect(xs: Sequence[Tensor], w1: Tensor | None, b1: Tensor | None, w2
     return Routed(outputs, gates, scores)
 
 
-def _check_parameters(xs: Sequence[Tensor], w1, b1, w2, b2) -> None:
-    x, m, channels = xs[0], len(xs), xs[0].shape[1]
-    if w2.dim() != 3 or not 1 <= w2.shape[1] <= MAX_PATHS:
-        raise ValueError(
-            f"w2 has shape {tuple(w2.shape)}; it must be (m, n, G), from m = {m} paths to n = 1 to {MAX_PATHS}"
-        )
-    if w1 is None:
-        if b1 is not None:
-            raise ValueError("b1 is given without w1; the linear gate (w1=None) has the bias b2 alone")
-        hidden = channels
-    else:
-        if w1.dim() != 3 or w1.shape[1] == 0:
-            raise ValueError(f"w1 has shape {tuple(w1.shape)}; it must be (m, G, C) = ({m}, G, {channels})")
-        hidden = w1.shape[1]
-        check_weight("w1", w1, (m, hidden, channels), x)
-        if b1 is not None:
-            check_weight("b1", b1, (m, hidden), x)
-    check_weight("w2", w2, (m, w2.shape[1], hidden), x)
-    if b2 is not None:
-        check_weight("b2", b2, (m, w2.shape[1]), x)
-
-
 def _prepare_forward(xs, w1, b1, w2, b2):
     check_paths("xs", xs)
-    _check_parameters(xs, w1, b1, w2, b2)
+    check_gate(xs, w1, b1, w2, b2)
     return align_paths("xs", xs), w1, b1, w2, b2
 
 

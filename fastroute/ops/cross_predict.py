@@ -5,7 +5,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastroute.ops._paths import check_paths, path_list
+from fastroute.ops._library import LIBRARY, define
+from fastroute.ops._paths import (
+    DTYPES,
+    MAX_PATHS,
+    accumulate_dtype,
+    align_like,
+    align_paths,
+    check_paths,
+    check_weight,
+    empty_map,
+    empty_path,
+    path_list,
+)
+
+FORMS = ("predict", "gate")
 
 
 def cross_predict(
@@ -17,22 +31,166 @@ def cross_predict(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     activation: str | None = "relu",
+    *,
+    form: str = "predict",
 ) -> list[Tensor]:
-    """Y_j = ReLU(Σ_i g_ij (W_ij X_i + b_ij)), W_ij being a convolution or a dense layer (Eq. 3.1, 3.6; Alg. 1)."""
-    xs = path_list("xs", xs)
+    """Route m parallel tensors to n by gated predictions from each to each (Alg. 1).
+
+    Y_j = ReLU(Σ_i g_ij U_ij) with U_ij = W_ij X_i + b_ij, a convolution or a dense layer (Eq. 3.1, 3.6). Neither form
+    keeps anything of the size of the m·n predictions for the backward, which takes their gradients through
+    <dY_j, U_ij> = <W_ijᵀ dY_j, X_i>. A second derivative is taken through the reference in plain PyTorch.
+
+    | argument | shape | type |
+    |---|---|---|
+    | xs | m tensors (N, C_in, *S), 1 ≤ m ≤ 8, up to three spatial sizes | float32, bfloat16, float16, float64 |
+    | weight | (m, n, C_out, C_in, *k), a kernel size for each spatial size; 1 ≤ n ≤ 8 | the paths' or float32 |
+    | bias | (m, n, C_out) or None | the paths' or float32 |
+    | gates | (N, m, n) | the paths' or float32 |
+
+    Args:
+        stride, padding, dilation: as for `torch.nn.functional.conv2d`, in numbers; without meaning for dense layers.
+        activation: "relu", or None for the sum as it is.
+        form: "predict" sums gated predictions, as Alg. 1 says. "gate" predicts from gated inputs, one output at a time:
+            conv(concat_i g_ij X_i; W_·j) + Σ_i g_ij b_ij, which is equal, and where C_in is small beside C_out holds
+            less in memory at once. On a CPU "predict" is the faster.
+
+    Under autocast the paths and the weight are cast as those of a convolution are.
+
+    Returns:
+        n tensors (N, C_out, *S') of the paths' dtype and memory format. Differentiable in all tensors.
+
+    Raises:
+        TypeError: xs is not a list of floating-point tensors of one dtype, or a parameter has another dtype.
+        ValueError: shapes, devices or memory formats do not agree, an option is unknown, or more than 8 paths.
+        RuntimeError: the backend asked for by name cannot serve these tensors.
+    """
+    if activation not in ("relu", None):
+        raise ValueError(f"activation is {activation!r}; it must be 'relu' or None")
+    if form not in FORMS:
+        raise ValueError(f"form is {form!r}; it must be {' or '.join(map(repr, FORMS))}")
+    xs = _autocast(path_list("xs", xs))
+    rank = max(weight.dim() - 4, 0)
+    geometry = [
+        _numbers(name, value, rank, least)
+        for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
+    ]
+    return _FORWARD(xs, weight, bias, gates, *geometry, activation == "relu", form)
+
+
+def _autocast(xs: list[Tensor]) -> list[Tensor]:
+    """The paths as autocast hands them to a convolution; the kernels cast the weight to the paths' dtype anyway."""
+    device = xs[0].device.type if xs else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return xs
+    dtype = torch.get_autocast_dtype(device)
+    return [x.to(dtype) if x.dtype in DTYPES and x.dtype != torch.float64 else x for x in xs]
+
+
+def _numbers(name: str, value: int | Sequence[int], count: int, least: int) -> list[int]:
+    values = [value] * count if isinstance(value, int) else list(value)
+    if len(values) != count:
+        raise ValueError(f"{name} is {value}; it must be one number, or one for each of {count} spatial sizes")
+    if any(number < least for number in values):
+        raise ValueError(f"{name} is {value}; it must be at least {least}")
+    return values
+
+
+def _prepare_forward(xs, weight, bias, gates, stride, padding, dilation, relu, form):
     check_paths("xs", xs)
-    x, (m, n) = xs[0], weight.shape[:2]
-    outputs = []
-    for j in range(n):
-        terms = []
-        for i in range(m):
-            w, b = weight[i, j].to(x.dtype), None if bias is None else bias[i, j].to(x.dtype)
-            if weight.dim() == 4:
-                u = torch.nn.functional.linear(xs[i], w, b)
-            else:
-                convolve = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)
-                u = convolve[weight.dim() - 5](xs[i], w, b, stride, padding, dilation)
-            terms.append(gates[:, i, j].reshape(-1, *[1] * (u.dim() - 1)).to(x.dtype) * u)
-        y = sum(terms)
-        outputs.append(torch.relu(y) if activation == "relu" else y)
-    return outputs
+    x, m = xs[0], len(xs)
+    rank = x.dim() - 2
+    if weight.dim() != 4 + rank or not 1 <= weight.shape[1] <= MAX_PATHS or 0 in weight.shape:
+        kernel = ", *k" if rank else ""
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; it must be (m, n, C_out, C_in{kernel}) = "
+            f"({m}, n, C_out, {x.shape[1]}{kernel}), from m paths to n = 1 to {MAX_PATHS}, "
+            f"with {rank} kernel sizes for paths of shape {tuple(x.shape)}"
+        )
+    n, width, _, *kernel = weight.shape[1:]
+    check_weight("weight", weight, (m, n, width, x.shape[1], *kernel), x)
+    if bias is not None:
+        check_weight("bias", bias, (m, n, width), x)
+    check_weight("gates", gates, (x.shape[0], m, n), x)
+    for size, k, p, d in zip(x.shape[2:], kernel, padding, dilation, strict=True):
+        if size + 2 * p < d * (k - 1) + 1:
+            raise ValueError(
+                f"xs[0] has shape {tuple(x.shape)}; with padding={list(padding)} and dilation={list(dilation)} it is "
+                f"smaller than a kernel of {tuple(kernel)}"
+            )
+    return align_paths("xs", xs), weight, bias, gates, stride, padding, dilation, relu, form
+
+
+def output_shape(x: Tensor, weight: Tensor, stride, padding, dilation) -> tuple[int, ...]:
+    """(N, C_out, *S')."""
+    sizes = zip(x.shape[2:], weight.shape[4:], stride, padding, dilation, strict=True)
+    return x.shape[0], weight.shape[2], *((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes)
+
+
+def _fake_forward(xs, weight, bias, gates, stride, padding, dilation, relu, form):
+    shape = output_shape(xs[0], weight, stride, padding, dilation)
+    return [empty_map(xs[0], shape) for _ in range(weight.shape[1])]
+
+
+def _prepare_backward(grad_outputs, outputs, xs, *rest):
+    xs = align_paths("xs", xs)
+    like = empty_map(xs[0], grad_outputs[0].shape)
+    return align_like(grad_outputs, like), align_like(outputs, like), xs, *rest
+
+
+def _fake_backward(grad_outputs, outputs, xs, weight, bias, gates, stride, padding, dilation, grad_inputs):
+    def empty(shape):
+        return gates.new_empty(shape, dtype=accumulate_dtype(xs[0].dtype))
+
+    grad_xs = [empty_path(x) for x in xs] if grad_inputs else []
+    return grad_xs, empty(weight.shape), empty((0,) if bias is None else bias.shape), empty(gates.shape)
+
+
+_FORWARD = define(
+    "cross_predict(Tensor[] xs, Tensor weight, Tensor? bias, Tensor gates, int[] stride, int[] padding, int[] dilation,"
+    " bool relu, str form) -> Tensor[]",
+    _prepare_forward,
+    _fake_forward,
+)
+
+# `outputs` are those of the forward where it had a ReLU, else there are none.
+_BACKWARD = define(
+    "cross_predict_backward(Tensor[] grad_outputs, Tensor[] outputs, Tensor[] xs, Tensor weight, Tensor? bias,"
+    " Tensor gates, int[] stride, int[] padding, int[] dilation, bool grad_inputs)"
+    " -> (Tensor[] grad_xs, Tensor grad_weight, Tensor grad_bias, Tensor grad_gates)",
+    _prepare_backward,
+    _fake_backward,
+)
+
+
+class _CrossPredict(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, bias, gates, geometry, relu, form, *xs):
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = _FORWARD(xs, weight, bias, gates, *geometry, relu, form)
+        ctx.set_materialize_grads(False)
+        ctx.geometry, ctx.m = geometry, len(xs)
+        ctx.save_for_backward(weight, bias, gates, *xs, *(outputs if relu else ()))
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        weight, bias, gates, *paths = ctx.saved_tensors
+        xs, outputs = paths[: ctx.m], paths[ctx.m :]
+        grad_inputs = any(ctx.needs_input_grad[6:])
+        given = next((grad for grad in grad_outputs if grad is not None), None)
+        if given is None:
+            return (None,) * len(ctx.needs_input_grad)
+        grad_outputs = [torch.zeros_like(given) if grad is None else grad for grad in grad_outputs]
+        grad_xs, *grads = _BACKWARD(grad_outputs, outputs, xs, weight, bias, gates, *ctx.geometry, grad_inputs)
+        grads = [
+            None if parameter is None else grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
+            for parameter, grad in zip((weight, bias, gates), grads, strict=True)
+        ]
+        return *grads, None, None, None, *(grad_xs if grad_inputs else [None] * len(xs))
+
+
+def _autograd(xs, weight, bias, gates, stride, padding, dilation, relu, form):
+    return list(_CrossPredict.apply(weight, bias, gates, (stride, padding, dilation), relu, form, *xs))
+
+
+LIBRARY.impl("cross_predict", _autograd, "Autograd")

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastroute.ops._paths import accumulate_dtype, check_paths, path_list
-from fastroute.ops.cross_connect import _check_parameters
+from fastroute.ops._library import LIBRARY, define
+from fastroute.ops._paths import accumulate_dtype, align_paths, check_gate, check_paths, path_list
 
 
 class Gates(NamedTuple):
@@ -18,7 +18,7 @@ class Gates(NamedTuple):
 
 
 def gate(xs: Sequence[Tensor], w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Gates:
-    """The gates that m parallel tensors compute for n outputs, as `cross_connect` has them, without its mixing.
+    """The gates that m parallel tensors compute for n outputs: what `cross_connect` has, without its mixing.
 
     Args:
         xs, w1, b1, w2, b2: as for `cross_connect`.
@@ -28,18 +28,75 @@ def gate(xs: Sequence[Tensor], w1: Tensor | None, b1: Tensor | None, w2: Tensor,
         scores: (N, m, n), the scores before softmax. Both are float32 for half-precision paths, and differentiable.
 
     Raises:
-        TypeError, ValueError: as for `cross_connect`.
+        TypeError, ValueError, RuntimeError: as `cross_connect`.
     """
-    xs = path_list("xs", xs)
+    gates, scores, _, _ = _FORWARD(path_list("xs", xs), w1, b1, w2, b2)
+    return Gates(gates, scores)
+
+
+def _prepare_forward(xs, w1, b1, w2, b2):
     check_paths("xs", xs)
-    _check_parameters(xs, w1, b1, w2, b2)
-    dtype = accumulate_dtype(xs[0].dtype)
-    w1, b1, w2, b2 = (None if p is None else p.to(dtype) for p in (w1, b1, w2, b2))
-    scores = []
-    for i, x in enumerate(xs):
-        z = x.flatten(2).mean(2, dtype=dtype) if x.dim() > 2 else x.to(dtype)  # Eq. 3.3
-        if w1 is not None:
-            z = torch.relu(z @ w1[i].T + (0 if b1 is None else b1[i]))
-        scores.append(z @ w2[i].T + (0 if b2 is None else b2[i]))  # Eq. 3.4
-    scores = torch.stack(scores, 1)
-    return Gates(torch.softmax(scores, -1), scores)  # Eq. 3.5
+    check_gate(xs, w1, b1, w2, b2)
+    return align_paths("xs", xs), w1, b1, w2, b2
+
+
+def _fake_forward(xs, w1, b1, w2, b2):
+    x, (m, n, _) = xs[0], w2.shape
+    widths = (n, n, x.shape[1], 0 if w1 is None else w1.shape[1])
+    return tuple(x.new_empty((x.shape[0], m, width), dtype=accumulate_dtype(x.dtype)) for width in widths)
+
+
+def _prepare_backward(grad_gates, grad_scores, xs, *rest):
+    return grad_gates, grad_scores, align_paths("xs", xs), *rest
+
+
+def _fake_backward(grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden):
+    m, n, _ = w2.shape
+    shapes = ((0,), (0,)) if w1 is None else (w1.shape, w1.shape[:2])
+    return tuple(gates.new_empty(shape) for shape in (pooled.shape, *shapes, w2.shape, (m, n)))
+
+
+# pooled Z (N, m, C) and hidden H (N, m, G), after its ReLU, are what the backward needs beside the arguments.
+_FORWARD = define(
+    "gate(Tensor[] xs, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2)"
+    " -> (Tensor gates, Tensor scores, Tensor pooled, Tensor hidden)",
+    _prepare_forward,
+    _fake_forward,
+)
+
+# shares (N, m, C) are what every pixel of dX gets, the second term of Eq. 3.15. The paths themselves, and the biases,
+# are arguments only for the second derivative, which computes the forward anew.
+_BACKWARD = define(
+    "gate_backward(Tensor? grad_gates, Tensor? grad_scores, Tensor[] xs, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2,"
+    " Tensor gates, Tensor pooled, Tensor hidden)"
+    " -> (Tensor shares, Tensor grad_w1, Tensor grad_b1, Tensor grad_w2, Tensor grad_b2)",
+    _prepare_backward,
+    _fake_backward,
+)
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w1, b1, w2, b2, *xs):
+        with torch._C._AutoDispatchBelowAutograd():
+            gates, scores, pooled, hidden = _FORWARD(xs, w1, b1, w2, b2)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(pooled, hidden)
+        ctx.save_for_backward(w1, b1, w2, b2, gates, pooled, hidden, *xs)
+        return gates, scores, pooled, hidden
+
+    @staticmethod
+    def backward(ctx, grad_gates, grad_scores, *_):
+        w1, b1, w2, b2, gates, pooled, hidden, *xs = ctx.saved_tensors
+        shares, *grads = _BACKWARD(grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden)
+        grads = [
+            None if parameter is None else grad.to(parameter.dtype)
+            for parameter, grad in zip((w1, b1, w2, b2), grads, strict=True)
+        ]
+        shares = shares.to(xs[0].dtype)
+        shares = shares.reshape(*shares.shape, *[1] * (xs[0].dim() - 2)).unbind(1)
+        # No map of its own: what adds it to the other gradients of X broadcasts it over space.
+        return *grads, *(share.expand_as(x) for share, x in zip(shares, xs, strict=True))
+
+
+LIBRARY.impl("gate", lambda xs, w1, b1, w2, b2: _Gate.apply(w1, b1, w2, b2, *xs), "Autograd")

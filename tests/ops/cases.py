@@ -55,9 +55,9 @@ def differentiate(function, inputs, incoming=None):
     return [out.detach() for out in outputs], list(gradients), incoming
 
 
-def check_against_eager(function, eager, inputs):
+def check_against_eager(function, eager, inputs, incoming=None):
     """Run both, and eager in float64, and hold all outputs and gradients to the rule; returns function's."""
-    outputs, gradients, incoming = differentiate(function, inputs)
+    outputs, gradients, incoming = differentiate(function, inputs, incoming)
     plain = differentiate(eager, inputs, incoming)
     exact = differentiate(eager, [None if t is None else t.double() for t in inputs], incoming)
     assert_as_good_as_eager(outputs, plain[0], exact[0])

@@ -35,7 +35,7 @@ def _plan(problem: tables.Problem, chip: tables.Chip) -> tables.Resident | table
     return tables.plan(problem, chip)
 
 
-def _problem(x: torch.Tensor, m: int, n: int, w1: torch.Tensor | None, backward: bool) -> tables.Problem:
+def problem_of(x: torch.Tensor, m: int, n: int, w1: torch.Tensor | None, backward: bool) -> tables.Problem:
     return tables.Problem(
         batch=x.shape[0],
         m=m,
@@ -49,26 +49,92 @@ def _problem(x: torch.Tensor, m: int, n: int, w1: torch.Tensor | None, backward:
     )
 
 
-def _gate(w1, b1, w2, b2) -> tuple[torch.Tensor | None, ...]:
+def gate_of(w1, b1, w2, b2) -> tuple[torch.Tensor | None, ...]:
     """`gate` of the kernels: parameters in float32, whatever the paths are."""
     w1, b1, w2, b2 = (None if p is None else p.float().contiguous() for p in (w1, b1, w2, b2))
     return w2 if w1 is None else w1, b1, w2, b2
 
 
-def _program(problem: tables.Problem, settings: tables.Resident | tables.Fused | tables.Split) -> dict[str, int]:
+def program_of(problem: tables.Problem, settings: tables.Resident | tables.Fused | tables.Split) -> dict[str, int]:
     """Warps and registers of every program of a launch."""
     return {"num_warps": settings.num_warps, "maxnreg": tables.max_registers(problem.m, problem.n)}
 
 
-def _tile(problem: tables.Problem, settings: tables.Resident | tables.Fused | tables.Split) -> dict[str, int]:
+def tile_of_problem(problem: tables.Problem, settings: tables.Resident | tables.Fused | tables.Split) -> dict[str, int]:
     """The tiles of a kernel that walks over [C, S], and its programs."""
     tile = {"BC": settings.block_c, "BS": settings.block_s, "LAST": problem.channels_last}
-    return tile | _program(problem, settings)
+    return tile | program_of(problem, settings)
+
+
+class Pooling:
+    """The first launch of the split tier, for chunks of samples: Z, and w·Z in parts that all programs add up."""
+
+    def __init__(self, problem: tables.Problem, settings: tables.Split, x: torch.Tensor, pooled: torch.Tensor):
+        self.problem, self.settings, self.pooled = problem, settings, pooled
+        self.blocks = triton.cdiv(problem.channels, settings.block_c)
+        self.spans = triton.cdiv(problem.space, settings.span)
+        self.parts = self.blocks * self.spans
+        rows = (problem.batch, problem.m)
+        k = problem.gate_channels or problem.n
+        self.partials = x.new_empty((*rows, self.parts, k), dtype=torch.float32)
+        self.sums = pooled
+        if self.spans > 1:
+            self.sums = x.new_empty((*rows, self.spans, problem.channels), dtype=torch.float32)
+
+    def launch(self, paths: tuple, w: torch.Tensor, first: int, chunk: int) -> None:
+        problem = self.problem
+        cross_connect_pool_fwd_kernel[(chunk, self.parts, problem.m)](
+            *paths,
+            w,
+            self.sums,
+            self.partials,
+            (problem.channels, problem.space, problem.channels * problem.space),
+            self.blocks,
+            self.settings.span,
+            first,
+            K=w.shape[1],
+            **tile_of_problem(problem, self.settings),
+        )
+
+    def finish(self) -> None:
+        """Z of all samples, where it came in parts."""
+        if self.spans > 1:
+            rows = self.problem.batch * self.problem.m
+            launch_sum_parts(self.sums, self.pooled, rows, self.spans, self.problem.channels)
+
+
+def empty_gradients(gates: torch.Tensor, w1: torch.Tensor | None, w2: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    shapes = ((0,), (0,)) if w1 is None else (w1.shape, w1.shape[:2])
+    return tuple(gates.new_empty(shape) for shape in (*shapes, w2.shape, w2.shape[:2]))
+
+
+def launch_weights(d_saved: tuple, pooled: torch.Tensor, hidden: torch.Tensor, grads: tuple, problem: tables.Problem):
+    """The gradients of all parameters, from dA and dH."""
+    tiles = [
+        triton.cdiv(rows, tables.ROWS) * triton.cdiv(columns, tables.COLUMNS)
+        for rows, columns in (grads[0].shape[1:] or (0, 0), grads[2].shape[1:])
+    ]
+    cross_connect_weights_bwd_kernel[(sum(tiles), problem.m)](
+        d_saved,
+        pooled,
+        hidden,
+        grads,
+        tiles[0],
+        problem.batch,
+        problem.m,
+        problem.n,
+        problem.channels,
+        G=problem.gate_channels,
+        SAMPLES=tables.SAMPLES,
+        ROWS=tables.ROWS,
+        COLUMNS=tables.COLUMNS,
+        num_warps=tables.WEIGHT_GRAD_WARPS,
+    )
 
 
 def cross_connect(xs, w1, b1, w2, b2):
     x, m, n = xs[0], len(xs), w2.shape[1]
-    problem = _problem(x, m, n, w1, backward=False)
+    problem = problem_of(x, m, n, w1, backward=False)
     batch, channels, size = problem.batch, problem.channels, problem.channels * problem.space
     outputs = [empty_path(x) for _ in range(n)]
     rows = (n, n, channels, problem.gate_channels)
@@ -76,40 +142,26 @@ def cross_connect(xs, w1, b1, w2, b2):
     if batch == 0:
         return outputs, *saved
     settings = _plan(problem, _chip(x.device))
-    program, tile = _program(problem, settings), _tile(problem, settings)
+    program, tile = program_of(problem, settings), tile_of_problem(problem, settings)
     sizes, g = (channels, problem.space, size), problem.gate_channels
-    paths, ys, gate = (tuple(xs), batch_strides(xs)), tuple(outputs), _gate(w1, b1, w2, b2)
+    paths, ys, gate = (tuple(xs), batch_strides(xs)), tuple(outputs), gate_of(w1, b1, w2, b2)
     with torch.cuda.device_of(x):
         if isinstance(settings, tables.Resident):
             cross_connect_resident_fwd_kernel[(batch,)](*paths, ys, gate, saved, sizes, G=g, **tile)
         elif isinstance(settings, tables.Fused):
             cross_connect_fused_fwd_kernel[(batch,)](*paths, ys, gate, saved, sizes, G=g, BLOCK=settings.block, **tile)
         else:
-            w, k = gate[0], gate[0].shape[1]
-            blocks, spans = triton.cdiv(channels, settings.block_c), triton.cdiv(problem.space, settings.span)
-            partials = x.new_empty((batch, m, blocks * spans, k), dtype=torch.float32)
-            pooled = saved[2] if spans == 1 else x.new_empty((batch, m, spans, channels), dtype=torch.float32)
+            pooling = Pooling(problem, settings, x, saved[2])
             for first in range(0, batch, settings.chunk):
                 chunk = min(settings.chunk, batch - first)
-                cross_connect_pool_fwd_kernel[(chunk, blocks * spans, m)](
-                    *paths,
-                    w,
-                    pooled,
-                    partials,
-                    sizes,
-                    blocks,
-                    settings.span,
-                    first,
-                    K=k,
-                    **tile,
-                )
+                pooling.launch(paths, gate[0], first, chunk)
                 cross_connect_mix_fwd_kernel[(chunk, triton.cdiv(size, settings.portion))](
                     *paths,
                     ys,
                     gate,
                     saved,
-                    partials,
-                    blocks * spans,
+                    pooling.partials,
+                    pooling.parts,
                     size,
                     settings.portion,
                     first,
@@ -118,8 +170,7 @@ def cross_connect(xs, w1, b1, w2, b2):
                     BLOCK=settings.block,
                     **program,
                 )
-            if spans > 1:
-                launch_sum_parts(pooled, saved[2], batch * m, spans, channels)
+            pooling.finish()
     return outputs, *saved
 
 
@@ -127,21 +178,20 @@ def cross_connect_backward(
     grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden, grad_inputs
 ):
     x, m, n = xs[0], len(xs), len(grad_outputs)
-    problem = _problem(x, m, n, w1, backward=True)
+    problem = problem_of(x, m, n, w1, backward=True)
     batch, channels, size = problem.batch, problem.channels, problem.channels * problem.space
     grad_xs = [empty_path(x) for _ in xs] if grad_inputs else []
-    shapes = ((0,), (0,)) if w1 is None else (w1.shape, w1.shape[:2])
-    grads = tuple(gates.new_empty(shape) for shape in (*shapes, w2.shape, w2.shape[:2]))
+    grads = empty_gradients(gates, w1, w2)
     if batch == 0:
         return grad_xs, *(grad.zero_() for grad in grads)
     settings = _plan(problem, _chip(x.device))
-    program, tile = _program(problem, settings), _tile(problem, settings)
+    program, tile = program_of(problem, settings), tile_of_problem(problem, settings)
     sizes, g = (channels, problem.space, size), problem.gate_channels
     paths, dys = (tuple(xs), batch_strides(xs)), (tuple(grad_outputs), batch_strides(grad_outputs))
     dxs = tuple(grad_xs if grad_inputs else xs)  # without GRAD_INPUTS nothing is written there
     incoming = tuple(None if grad is None else grad.contiguous() for grad in (grad_gates, grad_scores))
     d_saved = (torch.empty_like(gates), torch.empty_like(hidden))  # dA, dH
-    common = (_gate(w1, b1, w2, b2), (gates, hidden), incoming, d_saved)
+    common = (gate_of(w1, b1, w2, b2), (gates, hidden), incoming, d_saved)
     with torch.cuda.device_of(x):
         if isinstance(settings, tables.Resident):
             cross_connect_resident_bwd_kernel[(batch,)](
@@ -189,24 +239,5 @@ def cross_connect_backward(
                     PARTS=tables.PARTIAL_VALUES // triton.next_power_of_2(n),
                     **tile,
                 )
-        tiles = [
-            triton.cdiv(rows, tables.ROWS) * triton.cdiv(columns, tables.COLUMNS)
-            for rows, columns in (grads[0].shape[1:] or (0, 0), w2.shape[1:])
-        ]
-        cross_connect_weights_bwd_kernel[(sum(tiles), m)](
-            d_saved,
-            pooled,
-            hidden,
-            grads,
-            tiles[0],
-            batch,
-            m,
-            n,
-            channels,
-            G=g,
-            SAMPLES=tables.SAMPLES,
-            ROWS=tables.ROWS,
-            COLUMNS=tables.COLUMNS,
-            num_warps=tables.WEIGHT_GRAD_WARPS,
-        )
+        launch_weights(d_saved, pooled, hidden, grads, problem)
     return grad_xs, *grads

@@ -1,12 +1,18 @@
 """One function for each operator."""
 
 from fastroute.backends.triton.cross_connect import cross_connect, cross_connect_backward
+from fastroute.backends.triton.cross_predict import cross_predict, cross_predict_backward
+from fastroute.backends.triton.gate import gate, gate_backward
 from fastroute.backends.triton.mix import mix, mix_backward
 from fastroute.backends.triton.mixture_em import mixture_em_loss, mixture_em_loss_backward
 
 __all__ = [
     "cross_connect",
     "cross_connect_backward",
+    "cross_predict",
+    "cross_predict_backward",
+    "gate",
+    "gate_backward",
     "mix",
     "mix_backward",
     "mixture_em_loss",

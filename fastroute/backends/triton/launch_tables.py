@@ -12,7 +12,7 @@ is tuned at the user's first step. The tiers of `cross_connect`, for N samples o
 In the backward it is dY that is needed twice, and X once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 
@@ -216,17 +216,22 @@ def fused(problem: Problem, chip: Chip) -> Fused:
 
 def split(problem: Problem, chip: Chip) -> Split:
     """Settings of the split tier."""
+    settings = tiles(problem)
+    # As many samples as L2 holds; more, where two programs for each multiprocessor need more. All chunks alike.
+    portions = triton.cdiv(problem.channels * problem.space, settings.portion)
+    parts = triton.cdiv(problem.channels, settings.block_c) * triton.cdiv(problem.space, settings.span)
+    programs = min(portions, parts if problem.backward else parts * problem.m)
+    samples = max(chip.reread_bytes // problem.twice_bytes, triton.cdiv(2 * chip.sms, programs))
+    return replace(settings, chunk=triton.cdiv(problem.batch, triton.cdiv(problem.batch, samples)))
+
+
+def tiles(problem: Problem) -> Split:
+    """Settings of kernels of which many share a sample, all samples in one launch."""
     block_c, block_s = _tile(problem, 32 * LOOP_WARPS * _elements(problem.twice if problem.backward else 1))
     spans = max(1, block_c * problem.space // (PORTION if problem.backward else SLAB))
     span = triton.cdiv(triton.cdiv(problem.space, block_s), spans) * block_s
     flat = elementwise(problem.m, problem.n, problem.channels * problem.space, problem.backward)
-    # As many samples as L2 holds; more, where two programs for each multiprocessor need more. All chunks alike.
-    portions = triton.cdiv(problem.channels * problem.space, flat.portion)
-    parts = triton.cdiv(problem.channels, block_c) * triton.cdiv(problem.space, span)
-    programs = min(portions, parts if problem.backward else parts * problem.m)
-    samples = max(chip.reread_bytes // problem.twice_bytes, triton.cdiv(2 * chip.sms, programs))
-    chunk = triton.cdiv(problem.batch, triton.cdiv(problem.batch, samples))
-    return Split(block_c, block_s, span, flat.block, flat.portion, chunk, LOOP_WARPS)
+    return Split(block_c, block_s, span, flat.block, flat.portion, max(1, problem.batch), LOOP_WARPS)
 
 
 def elementwise(m: int, n: int, size: int, backward: bool) -> Elementwise:

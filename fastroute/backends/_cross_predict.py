@@ -1,0 +1,137 @@
+"""Cross-prediction (Alg. 1) from PyTorch's convolutions and a backend's passes between them.
+
+The backward works on the side of the inputs, whatever form the forward had. With dP_j the gradient before the ReLU:
+
+    T_ij = W_ijᵀ dP_j, for all i at once
+    dg_ij = <T_ij, X_i> + <b_ij, Σ dP_j>, since <dP_j, W_ij X_i> = <W_ijᵀ dP_j, X_i>
+    dX_i = Σ_j g_ij T_ij
+    dW_ij, from X_i and g_ij dP_j
+    db_ij = Σ_s g_ij Σ dP_j
+
+so that nothing of the size of the m·n predictions is kept from the forward.
+"""
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastroute.backends._convolution import Convolution
+from fastroute.ops._paths import accumulate_dtype, channels_first, channels_last, empty_map, empty_path
+from fastroute.ops.cross_predict import output_shape
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What a backend brings to cross-prediction.
+
+    A joined tensor has several paths side by side in its channels. `kernels` has
+
+        sum_predictions(predictions, gates, offsets, relu, outputs)
+            outputs_j = ReLU(Σ_i g_ij U_ij + offsets_j); predictions are, for each i, the joined U_ij of all j.
+        scale_paths(paths, masks, weights, sums, masked, scaled) -> totals
+            masked_p = paths_p where masks_p > 0, or all of it without masks; scaled_q are the joined w_pq masked_p of
+            all p, or, if there are as many as weights, each w_pq masked_p for itself. With `sums`, totals (N, P, C) are
+            those of masked over space.
+        sum_gradients(terms, xs, gates, grad_xs) -> products
+            products_ij = <T_ij, X_i>, and grad_xs_i = Σ_j g_ij T_ij unless there are none; terms are, for each j, the
+            joined T_ij of all i.
+
+    channels_last: whether the convolutions are given channels_last tensors whatever the paths are, and the kernels
+        convert from and to the paths' format; else they have the paths' format.
+    chunk_bytes: how many bytes of predictions are computed at once, of as many samples as that allows.
+    split_weights: whether convolutions take the weights' gradient faster one by one than joined.
+    """
+
+    kernels: ModuleType
+    channels_last: bool
+    chunk_bytes: int
+    split_weights: bool
+
+    def _convolution(self, x: Tensor, geometry: tuple) -> Convolution:
+        return Convolution(*geometry, self.channels_last or not channels_first(x))
+
+    def _arranged(self, convolution: Convolution, xs: list[Tensor]) -> list[Tensor]:
+        """The paths in the format of the convolutions."""
+        if not self.channels_last or channels_last(xs[0]):
+            return [convolution.arrange(x) for x in xs]
+        arranged = [convolution.empty(x, x.shape[1]) for x in xs]
+        none = xs[0].new_empty((xs[0].shape[0], len(xs), 0), dtype=accumulate_dtype(xs[0].dtype))
+        self.kernels.scale_paths(xs, [], none, False, arranged, [])
+        return arranged
+
+    def _chunks(self, bytes_of_all: int, batch: int) -> list[slice]:
+        """Slices of equal numbers of samples."""
+        count = max(1, -(-bytes_of_all // self.chunk_bytes))
+        size = max(1, -(-batch // count))
+        return [slice(first, first + size) for first in range(0, batch, size)]
+
+    def forward(self, xs, weight, bias, gates, stride, padding, dilation, relu, form):
+        x, (m, n) = xs[0], weight.shape[:2]
+        dtype = accumulate_dtype(x.dtype)
+        convolution = self._convolution(x, (stride, padding, dilation))
+        shape = output_shape(x, weight, stride, padding, dilation)
+        outputs = [empty_map(x, shape) for _ in range(n)]
+        weight, gates = weight.to(x.dtype), gates.to(dtype)
+        numel = outputs[0].numel() * n if form == "predict" else x.numel()
+        compute = self._predict if form == "predict" else self._gate
+        for chunk in self._chunks(numel * m * x.itemsize, shape[0]):
+            part, ys = [x[chunk] for x in xs], [y[chunk] for y in outputs]
+            compute(convolution, part, weight, bias, gates[chunk], relu, ys)
+        return outputs
+
+    def _predict(self, convolution, xs, weight, bias, gates, relu, outputs):
+        biases = [None] * len(xs) if bias is None else bias.to(weight.dtype).flatten(1)
+        predictions = [
+            convolution.forward(x, w.flatten(0, 1), b)
+            for x, w, b in zip(self._arranged(convolution, xs), weight, biases, strict=True)
+        ]
+        self.kernels.sum_predictions(predictions, gates, None, relu, outputs)
+
+    def _gate(self, convolution, xs, weight, bias, gates, relu, outputs):
+        offsets = None if bias is None else (gates[..., None] * bias.to(gates.dtype)).sum(1)
+        gated = [convolution.empty(xs[0], len(xs) * xs[0].shape[1]) for _ in outputs]
+        self.kernels.scale_paths(xs, [], gates, False, [], gated)
+        ones = gates.new_ones(gates.shape[0], 1, 1)
+        for j, y in enumerate(outputs):
+            prediction = convolution.forward(gated[j], weight[:, j].transpose(0, 1).flatten(1, 2), None)
+            gated[j] = None
+            offset = None if offsets is None else offsets[:, j : j + 1]
+            self.kernels.sum_predictions([prediction], ones, offset, relu, [y])
+
+    def backward(self, grad_outputs, outputs, xs, weight, bias, gates, stride, padding, dilation, grad_inputs):
+        x, (m, n, width, channels) = xs[0], weight.shape[:4]
+        dtype = accumulate_dtype(x.dtype)
+        convolution = self._convolution(x, (stride, padding, dilation))
+        weight, gates = weight.to(x.dtype), gates.to(dtype)
+        to_inputs = [weight[:, j].transpose(0, 1).flatten(1, 2) for j in range(n)]  # (C_out, m·C_in, *k)
+        grad_xs = [empty_path(x) for x in xs] if grad_inputs else []
+        grad_weight = gates.new_zeros(weight.shape)
+        products, totals = [gates.new_empty(0, m, n)], [gates.new_empty(0, n, width)]
+        bytes_of_all = max(grad_outputs[0].numel(), x.numel()) * m * n * x.itemsize
+        for chunk in self._chunks(bytes_of_all, x.shape[0]):
+            part, g = [x[chunk] for x in xs], gates[chunk]
+            dys, ys = [dy[chunk] for dy in grad_outputs], [y[chunk] for y in outputs]
+            split = m * n if self.split_weights else m
+            dps = [convolution.empty(dys[0], width) for _ in range(n)]
+            dus = [convolution.empty(dys[0], width * (1 if self.split_weights else n)) for _ in range(split)]
+            totals.append(self.kernels.scale_paths(dys, ys, g.mT, bias is not None, dps, dus))
+            arranged = self._arranged(convolution, part)
+            for i in range(m):
+                if self.split_weights:
+                    for j in range(n):
+                        grad_weight[i, j] += convolution.to_weight(dus[j * m + i], arranged[i], weight[i, j])
+                else:
+                    w = weight[i].flatten(0, 1)
+                    grad_weight[i] += convolution.to_weight(dus[i], arranged[i], w).view_as(weight[i])
+            del dus
+            like = convolution.empty(part[0], m * channels)
+            terms = [convolution.to_inputs(dp, like, w) for dp, w in zip(dps, to_inputs, strict=True)]
+            del dps, like
+            products.append(self.kernels.sum_gradients(terms, part, g, [dx[chunk] for dx in grad_xs]))
+        grad_gates, totals = torch.cat(products), torch.cat(totals)
+        if bias is None:
+            return grad_xs, grad_weight, gates.new_empty(0), grad_gates
+        grad_gates += (totals[:, None] * bias.to(dtype)).sum(-1)
+        return grad_xs, grad_weight, (gates[..., None] * totals[:, None]).sum(0), grad_gates

@@ -1,0 +1,320 @@
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from fastroute import ops, use_backend
+from fastroute.backends import BACKENDS
+from fastroute.backends.native import cross_predict as native
+from tests.ops.cases import check_against_eager, differentiate, paths
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+LAYOUTS = ["contiguous", "channels_last", "stacked", "sliced"]
+FORMS = ["predict", "gate"]
+
+
+def draw(*shape, dtype=torch.float32, scale=1.0, seed=4):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def parameters(m, n, width, channels, kernel, batch, dtype=torch.float32, bias=True):
+    """weight, bias and gates."""
+    weight = draw(m, n, width, channels, *kernel, dtype=dtype, scale=0.3)
+    gates = torch.softmax(draw(batch, m, n, dtype=dtype, seed=5), -1)
+    return [weight, draw(m, n, width, dtype=dtype, seed=6) if bias else None, gates]
+
+
+def predicted(form="predict", activation="relu", **geometry):
+    def run(weight, bias, gates, *xs):
+        return ops.cross_predict(list(xs), weight, bias, gates, **geometry, activation=activation, form=form)
+
+    return run
+
+
+def eager(activation="relu", **geometry):
+    """Alg. 1 as a user of PyTorch would write it, in the dtype of xs."""
+
+    def run(weight, bias, gates, *xs):
+        layer = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)[xs[0].dim() - 2]
+        options = geometry if xs[0].dim() > 2 else {}
+        dtype, shape = xs[0].dtype, (-1, *[1] * (xs[0].dim() - 1))
+        outputs = []
+        for j in range(weight.shape[1]):
+            y = 0
+            for i, x in enumerate(xs):
+                u = layer(x, weight[i, j].to(dtype), None if bias is None else bias[i, j].to(dtype), **options)
+                y = y + gates[:, i, j].reshape(shape).to(dtype) * u
+            outputs.append(torch.relu(y) if activation == "relu" else y)
+        return outputs
+
+    return run
+
+
+def check(xs, ps, form="predict", activation="relu", **geometry):
+    inputs = [*ps, *xs]
+    incoming = None
+    if activation == "relu":
+        # Beside the kink rounding alone decides whether a gradient passes, so that none is sent there.
+        sums = eager(None, **geometry)(*(None if t is None else t.double() for t in inputs))
+        near = [4 * torch.finfo(xs[0].dtype).eps * (1 + y.abs().amax()) if y.numel() else 0 for y in sums]
+        incoming = [draw(*y.shape, seed=7 + j) * (y.abs() > near[j]) for j, y in enumerate(sums)]
+        incoming = [grad.to(xs[0].dtype) for grad in incoming]
+    return check_against_eager(predicted(form, activation, **geometry), eager(activation, **geometry), inputs, incoming)
+
+
+# m, n, C_out, kernel, (N, C_in, *S), geometry: whole and broken registers, rows and tiles, strides, no space at all.
+CASES = [
+    (2, 2, 16, (3, 3), (3, 16, 8, 8), {"padding": 1}),
+    (3, 2, 5, (3, 2), (2, 7, 9, 6), {"stride": (2, 1), "padding": (1, 0)}),
+    (1, 3, 33, (1, 1), (3, 3, 13, 5), {}),
+    (2, 3, 32, (3, 3), (2, 48, 17, 16), {"padding": 2, "dilation": 2}),
+    (2, 2, 7, (), (5, 9), {}),
+    (2, 1, 4, (3,), (2, 6, 11), {"stride": 2}),
+    (1, 2, 3, (2, 2, 2), (2, 4, 3, 4, 5), {}),
+    (8, 8, 2, (1, 1), (2, 3, 4, 4), {}),
+    (2, 2, 4, (3, 3), (0, 6, 5, 5), {"padding": 1}),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_outputs_and_every_gradient(backend, layout, dtype, form):
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    choices = itertools.cycle([(True, "relu"), (False, "relu"), (True, None)])
+    for (m, n, width, kernel, shape, geometry), (bias, activation) in zip(CASES, choices, strict=False):
+        ps = parameters(m, n, width, shape[1], kernel, shape[0], precise, bias)
+        check(paths(m, shape, dtype, layout), ps, form, activation, **geometry)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    m=st.integers(1, 4),
+    n=st.integers(1, 4),
+    batch=st.integers(0, 4),
+    channels=st.integers(1, 40),
+    width=st.integers(1, 40),
+    space=st.lists(st.integers(3, 20), min_size=2, max_size=2),
+    layout=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from([torch.float32, torch.float64]),  # in half precision eager is exact by luck on few elements
+    form=st.sampled_from(FORMS),
+    activation=st.sampled_from(["relu", None]),
+)
+def test_random_shapes(backend, m, n, batch, channels, width, space, layout, dtype, form, activation):
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    ps = parameters(m, n, width, channels, (3, 3), batch, precise)
+    check(paths(m, (batch, channels, *space), dtype, layout), ps, form, activation, padding=1)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_large_maps_and_chunks(backend, layout, monkeypatch):
+    """Outputs past the caches go through other stores than small ones, and few predictions at a time give the same."""
+    xs, ps = paths(2, (5, 16, 64, 64), layout=layout), parameters(2, 2, 32, 16, (3, 3), 5)
+    whole = check(xs, ps, padding=1)
+    passes = native._passes
+    for form in FORMS:
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "_passes", lambda x: dataclasses.replace(passes(x), chunk_bytes=2**22))
+            parts = check(xs, ps, form, padding=1)
+        for a, b in zip((*whole[0], *whole[1]), (*parts[0], *parts[1]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("activation", ["relu", None])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck(backend, form, activation):
+    inputs = [*parameters(2, 2, 3, 2, (2, 2), 2, torch.float64), *paths(2, (2, 2, 3, 3), torch.float64)]
+    inputs = tuple(t.requires_grad_() for t in inputs)
+    function = predicted(form, activation, padding=1, stride=2)
+    assert torch.autograd.gradcheck(lambda *a: tuple(function(*a)), inputs)
+    assert torch.autograd.gradgradcheck(lambda *a: tuple(function(*a)), inputs)
+
+
+def test_only_some_need_gradients(backend):
+    xs, ps = paths(2, (3, 5, 4, 4)), parameters(2, 2, 6, 5, (3, 3), 3)
+    expected = differentiate(eager(padding=1), [*ps, *xs])
+    for wanted in ([0], [1], [2], [3, 4]):
+        leaves = [t.detach().requires_grad_(k in wanted) for k, t in enumerate([*ps, *xs])]
+        outputs = predicted(padding=1)(*leaves)
+        gradients = torch.autograd.grad(outputs, [leaves[k] for k in wanted], expected[2])
+        for k, gradient in zip(wanted, gradients, strict=True):
+            torch.testing.assert_close(gradient, expected[1][k], rtol=1e-4, atol=1e-4)
+
+
+def test_absent_incoming_gradients(backend):
+    inputs = [*parameters(2, 3, 6, 5, (3, 3), 3), *paths(2, (3, 5, 4, 4))]
+    ours = differentiate(lambda *a: predicted(padding=1)(*a)[1:2], inputs)
+    theirs = differentiate(lambda *a: eager(padding=1)(*a)[1:2], inputs)
+    for actual, expected in zip((*ours[0], *ours[1]), (*theirs[0], *theirs[1]), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_outputs_take_the_layout_of_the_inputs(backend, layout, form):
+    xs, ps = paths(2, (3, 6, 5, 4), layout=layout), parameters(2, 2, 7, 6, (3, 3), 3)
+    wanted = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    assert all(y.is_contiguous(memory_format=wanted) for y in predicted(form)(*ps, *xs))
+
+
+def test_nan_is_not_hidden(backend):
+    xs, ps = paths(2, (2, 6, 5, 4)), parameters(2, 2, 7, 6, (3, 3), 2)
+    xs[0][1, 2, 3, 1] = float("nan")
+    y = predicted(padding=1)(*ps, *xs)[0]
+    assert y[1].isnan().any() and not y[0].isnan().any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bitwise_repeatable(backend, form):
+    inputs = [*parameters(3, 3, 16, 33, (3, 3), 7), *paths(3, (7, 33, 7, 7))]
+    first, second = (differentiate(predicted(form, padding=1), inputs) for _ in range(2))
+    for a, b in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_element_is_written(backend, form):
+    """Fresh memory is full of NaN, so that an element nobody wrote shows."""
+    inputs = [*parameters(2, 3, 17, 33, (3, 3), 3), *paths(2, (3, 33, 7, 5))]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = differentiate(predicted(form), inputs)
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+    assert all(torch.isfinite(t).all() for part in results for t in part)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_nothing_is_mutated_and_nothing_aliased(backend, layout):
+    xs, (weight, bias, gates) = paths(2, (3, 5, 4, 6), layout=layout), parameters(2, 2, 6, 5, (3, 3), 3)
+    geometry = ([2, 1], [1, 1], [1, 1])
+    for form in FORMS:
+        arguments = (
+            [x.clone().requires_grad_() for x in xs],
+            weight.requires_grad_(),
+            None,
+            gates,
+            *geometry,
+            True,
+            form,
+        )
+        torch.library.opcheck(torch.ops.fastroute.cross_predict.default, arguments)
+    with torch.no_grad():
+        outputs = torch.ops.fastroute.cross_predict(xs, weight, bias, gates, *geometry, True, "predict")
+    for masks in (outputs, []):
+        arguments = (outputs, masks, xs, weight.detach(), bias, gates, *geometry, True)
+        torch.library.opcheck(torch.ops.fastroute.cross_predict_backward.default, arguments)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_compiles_whole_with_a_changing_batch(backend, layout):
+    torch._dynamo.reset()
+    weight, bias, _ = parameters(2, 2, 6, 5, (3, 3), 1)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(xs, gates):
+        outputs = ops.cross_predict([x.relu() for x in xs], weight, bias, gates, padding=1)
+        return sum(y.sum() for y in outputs), outputs
+
+    for batch in (2, 3, 5, 8):
+        xs = [x.requires_grad_() for x in paths(2, (batch, 5, 4, 4), layout=layout)]
+        gates = torch.softmax(draw(batch, 2, 2), -1)
+        loss, outputs = step(xs, gates)
+        loss.backward()
+        expected = eager(padding=1)(weight, bias, gates, *(x.detach().relu() for x in xs))
+        torch.testing.assert_close(outputs[0], expected[0])
+        assert outputs[0].is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
+        assert all(x.grad is not None for x in xs)
+
+
+def test_autocast_casts_as_for_a_convolution(backend):
+    xs, ps = paths(2, (3, 5, 4, 4)), [p.requires_grad_() for p in parameters(2, 2, 6, 5, (3, 3), 3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = ops.cross_predict(xs, *ps)
+        half = ops.cross_predict([x.bfloat16() for x in xs], *ps)
+    assert all(y.dtype == torch.bfloat16 for y in (*outputs, *half))
+    assert all(map(torch.equal, outputs, half))
+    outputs[0].float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in ps)
+
+
+def saved_bytes(function, *inputs):
+    """Bytes of the distinct memory that autograd keeps for the backward."""
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(*inputs)
+    return sum(kept.values())
+
+
+def test_keeps_no_predictions_for_the_backward(backend):
+    inputs = [t.requires_grad_() for t in (*parameters(3, 3, 16, 16, (3, 3), 8), *paths(3, (8, 16, 16, 16)))]
+    ours, theirs = saved_bytes(predicted(padding=1), *inputs), saved_bytes(eager(padding=1), *inputs)
+    path, others = inputs[-1].nbytes, sum(t.nbytes for t in inputs[:3])
+    assert ours == 6 * path + others  # X and Y
+    assert theirs >= 15 * path  # U too
+
+
+def test_the_plan_of_the_native_passes():
+    """That the cases of this file take the way that they are there for."""
+    if reason := BACKENDS["native"].reason_against(torch.device("cpu"), torch.float32):
+        pytest.skip(reason)
+    with use_backend("native"):
+        ops.mix([torch.zeros(1, 1)], torch.ones(1, 1))  # loads the library
+    single, half = (native._passes(torch.zeros(1, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
+    assert single.channels_last and half.channels_last
+    assert single.split_weights and not half.split_weights
+
+
+x = torch.zeros(4, 3, 6, 6)
+weight, bias, gates = torch.zeros(2, 2, 5, 3, 3, 3), torch.zeros(2, 2, 5), torch.zeros(4, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "changes"),
+    [
+        (TypeError, "xs is a Tensor", {"xs": x}),
+        (ValueError, "xs has 0 paths", {"xs": []}),
+        (
+            ValueError,
+            r"weight has shape \(2, 2, 5, 3, 3, 3\); it must have shape \(3, 2, 5, 3, 3, 3\)",
+            {"xs": [x] * 3},
+        ),
+        (ValueError, r"weight has shape \(2, 2, 5, 3\).*2 kernel sizes", {"weight": weight[..., 0, 0]}),
+        (ValueError, r"weight has shape \(2, 9", {"weight": weight[:, :1].repeat(1, 9, 1, 1, 1, 1)}),
+        (ValueError, r"bias has shape \(2, 2\); it must have shape \(2, 2, 5\)", {"bias": bias[..., 0]}),
+        (ValueError, r"gates has shape \(2, 2\); it must have shape \(4, 2, 2\)", {"gates": gates[0]}),
+        (TypeError, "weight has dtype torch.float64", {"weight": weight.double()}),
+        (ValueError, "stride is 0; it must be at least 1", {"stride": 0}),
+        (ValueError, r"padding is \(1,\); it must be one number, or one for each of 2", {"padding": (1,)}),
+        (ValueError, "dilation is -1", {"dilation": -1}),
+        (ValueError, "smaller than a kernel of", {"dilation": 4}),
+        (ValueError, "activation is 'gelu'; it must be 'relu' or None", {"activation": "gelu"}),
+        (ValueError, "form is 'both'; it must be 'predict' or 'gate'", {"form": "both"}),
+    ],
+)
+def test_bad_input(error, message, changes):
+    arguments = {"xs": [x] * 2, "weight": weight, "bias": bias, "gates": gates, **changes}
+    with pytest.raises(error, match=message):
+        ops.cross_predict(**arguments)
+
+
+def test_backends_agree_on_strides():
+    for layout, shape in itertools.product(("contiguous", "channels_last"), [(2, 1, 4, 4), (2, 5, 1, 1), (1, 3, 4, 4)]):
+        xs, ps = paths(2, shape, layout=layout), parameters(2, 2, 4, shape[1], (3, 3), shape[0])
+        strides = []
+        for name in ("reference", "native"):
+            with use_backend(name):
+                strides.append([y.stride() for y in predicted(padding=1)(*ps, *xs)])
+        assert strides[0] == strides[1]
