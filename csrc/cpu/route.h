@@ -30,10 +30,9 @@ void for_samples(const Geometry& g, int64_t paths, int64_t itemsize, const F& f)
   at::parallel_for(0, g.batch, std::max<int64_t>(1, kGrainBytes / bytes), f);
 }
 
-// Outputs of the paths' shape, on huge pages where they are large: memory fresh from the system is mapped page by page
+// Asks for huge pages under large tensors that nobody has written yet: memory fresh from the system is mapped page by page
 // as it is first written, and with pages of 4 KiB that takes several times as long as the routing itself.
-inline std::vector<at::Tensor> allocate_paths(const at::Tensor& x, int64_t count) {
-  std::vector<at::Tensor> paths = empty_paths(x, count);
+inline void on_huge_pages(at::TensorList paths) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{4} << 10, kHugePage = uintptr_t{2} << 20;
   for (const at::Tensor& path : paths) {
@@ -42,6 +41,12 @@ inline std::vector<at::Tensor> allocate_paths(const at::Tensor& x, int64_t count
     if (path.nbytes() >= kHugePage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
   }
 #endif
+}
+
+// Outputs of the paths' shape.
+inline std::vector<at::Tensor> allocate_paths(const at::Tensor& x, int64_t count) {
+  std::vector<at::Tensor> paths = empty_paths(x, count);
+  on_huge_pages(paths);
   return paths;
 }
 

@@ -11,6 +11,7 @@ The backward works on the side of the inputs, whatever form the forward had. Wit
 so that nothing of the size of the m·n predictions is kept from the forward.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -40,23 +41,31 @@ class Passes:
 
     channels_last: whether the convolutions are given channels_last tensors whatever the paths are, and the kernels
         convert from and to the paths' format; else they have the paths' format.
-    chunk_bytes: how many bytes of predictions are computed at once, of as many samples as that allows.
+    chunk_bytes: how many bytes of predictions, or of T, are computed at once, of as many samples as that allows.
     split_weights: whether convolutions take the weights' gradient faster one by one than joined.
+    prepare: called with tensors that are about to be written for the first time.
     """
 
     kernels: ModuleType
     channels_last: bool
     chunk_bytes: int
     split_weights: bool
+    prepare: Callable[[list[Tensor]], None] = lambda tensors: None
 
     def _convolution(self, x: Tensor, geometry: tuple) -> Convolution:
         return Convolution(*geometry, self.channels_last or not channels_first(x))
+
+    def _empty(self, convolution: Convolution, x: Tensor, channels: int, count: int) -> list[Tensor]:
+        """Unwritten tensors of x's samples and space, in the format of the convolutions."""
+        tensors = [convolution.empty(x, channels) for _ in range(count)]
+        self.prepare(tensors)
+        return tensors
 
     def _arranged(self, convolution: Convolution, xs: list[Tensor]) -> list[Tensor]:
         """The paths in the format of the convolutions."""
         if not self.channels_last or channels_last(xs[0]):
             return [convolution.arrange(x) for x in xs]
-        arranged = [convolution.empty(x, x.shape[1]) for x in xs]
+        arranged = self._empty(convolution, xs[0], xs[0].shape[1], len(xs))
         none = xs[0].new_empty((xs[0].shape[0], len(xs), 0), dtype=accumulate_dtype(xs[0].dtype))
         self.kernels.scale_paths(xs, [], none, False, arranged, [])
         return arranged
@@ -73,6 +82,7 @@ class Passes:
         convolution = self._convolution(x, (stride, padding, dilation))
         shape = output_shape(x, weight, stride, padding, dilation)
         outputs = [empty_map(x, shape) for _ in range(n)]
+        self.prepare(outputs)
         weight, gates = weight.to(x.dtype), gates.to(dtype)
         numel = outputs[0].numel() * n if form == "predict" else x.numel()
         compute = self._predict if form == "predict" else self._gate
@@ -91,7 +101,7 @@ class Passes:
 
     def _gate(self, convolution, xs, weight, bias, gates, relu, outputs):
         offsets = None if bias is None else (gates[..., None] * bias.to(gates.dtype)).sum(1)
-        gated = [convolution.empty(xs[0], len(xs) * xs[0].shape[1]) for _ in outputs]
+        gated = self._empty(convolution, xs[0], len(xs) * xs[0].shape[1], len(outputs))
         self.kernels.scale_paths(xs, [], gates, False, [], gated)
         ones = gates.new_ones(gates.shape[0], 1, 1)
         for j, y in enumerate(outputs):
@@ -101,37 +111,49 @@ class Passes:
             self.kernels.sum_predictions([prediction], ones, offset, relu, [y])
 
     def backward(self, grad_outputs, outputs, xs, weight, bias, gates, stride, padding, dilation, grad_inputs):
-        x, (m, n, width, channels) = xs[0], weight.shape[:4]
-        dtype = accumulate_dtype(x.dtype)
+        x, dtype = xs[0], accumulate_dtype(xs[0].dtype)
         convolution = self._convolution(x, (stride, padding, dilation))
         weight, gates = weight.to(x.dtype), gates.to(dtype)
-        to_inputs = [weight[:, j].transpose(0, 1).flatten(1, 2) for j in range(n)]  # (C_out, m·C_in, *k)
         grad_xs = [empty_path(x) for x in xs] if grad_inputs else []
-        grad_weight = gates.new_zeros(weight.shape)
-        products, totals = [gates.new_empty(0, m, n)], [gates.new_empty(0, n, width)]
-        bytes_of_all = max(grad_outputs[0].numel(), x.numel()) * m * n * x.itemsize
-        for chunk in self._chunks(bytes_of_all, x.shape[0]):
-            part, g = [x[chunk] for x in xs], gates[chunk]
-            dys, ys = [dy[chunk] for dy in grad_outputs], [y[chunk] for y in outputs]
-            split = m * n if self.split_weights else m
-            dps = [convolution.empty(dys[0], width) for _ in range(n)]
-            dus = [convolution.empty(dys[0], width * (1 if self.split_weights else n)) for _ in range(split)]
-            totals.append(self.kernels.scale_paths(dys, ys, g.mT, bias is not None, dps, dus))
-            arranged = self._arranged(convolution, part)
-            for i in range(m):
-                if self.split_weights:
-                    for j in range(n):
-                        grad_weight[i, j] += convolution.to_weight(dus[j * m + i], arranged[i], weight[i, j])
-                else:
-                    w = weight[i].flatten(0, 1)
-                    grad_weight[i] += convolution.to_weight(dus[i], arranged[i], w).view_as(weight[i])
-            del dus
-            like = convolution.empty(part[0], m * channels)
-            terms = [convolution.to_inputs(dp, like, w) for dp, w in zip(dps, to_inputs, strict=True)]
-            del dps, like
-            products.append(self.kernels.sum_gradients(terms, part, g, [dx[chunk] for dx in grad_xs]))
-        grad_gates, totals = torch.cat(products), torch.cat(totals)
+        self.prepare(grad_xs)
+        grads, totals = self._grads_of_sums(convolution, grad_outputs, outputs, gates, bias is not None)
+        grad_weight = self._grad_weight(convolution, grads, xs, weight, gates)
+        grad_gates = self._grad_inputs(convolution, grads, xs, weight, gates, grad_xs)
         if bias is None:
             return grad_xs, grad_weight, gates.new_empty(0), grad_gates
         grad_gates += (totals[:, None] * bias.to(dtype)).sum(-1)
         return grad_xs, grad_weight, (gates[..., None] * totals[:, None]).sum(0), grad_gates
+
+    def _grads_of_sums(self, convolution, grad_outputs, outputs, gates, sums):
+        """dP_j in the format of the convolutions, and with `sums` their totals over space."""
+        if not outputs and not sums:
+            return self._arranged(convolution, grad_outputs), None
+        grad = grad_outputs[0]
+        grads = self._empty(convolution, grad, grad.shape[1], len(grad_outputs))
+        none = gates.new_empty(gates.shape[0], len(grads), 0)
+        return grads, self.kernels.scale_paths(grad_outputs, outputs, none, sums, grads, [])
+
+    def _grad_weight(self, convolution, grads, xs, weight, gates):
+        """dW, input by input, so that only n of the m·n g_ij dP_j exist at a time."""
+        n, width = weight.shape[1:3]
+        grad_weight = torch.empty_like(weight, dtype=gates.dtype)
+        parts, count = (1, n) if self.split_weights else (n, 1)
+        scaled = self._empty(convolution, grads[0], parts * width, count)
+        for i, x in enumerate(xs):
+            self.kernels.scale_paths(grads, [], gates[:, i, :, None], False, [], scaled)
+            [x] = self._arranged(convolution, [x])
+            for part, w, grad in zip(scaled, weight[i].split(parts), grad_weight[i].split(parts), strict=True):
+                grad.copy_(convolution.to_weight(part, x, w.flatten(0, 1)).view_as(grad))
+        return grad_weight
+
+    def _grad_inputs(self, convolution, grads, xs, weight, gates, grad_xs):
+        """The inner products <T_ij, X_i>, and dX unless grad_xs is empty."""
+        x, (m, n, _, channels) = xs[0], weight.shape[:4]
+        weights = [weight[:, j].transpose(0, 1).flatten(1, 2) for j in range(n)]  # (C_out, m·C_in, *k)
+        products = [gates.new_empty(0, m, n)]
+        for chunk in self._chunks(x.numel() * m * n * x.itemsize, x.shape[0]):
+            part = [x[chunk] for x in xs]
+            like = convolution.empty(part[0], m * channels)
+            terms = [convolution.to_inputs(grad[chunk], like, w) for grad, w in zip(grads, weights, strict=True)]
+            products.append(self.kernels.sum_gradients(terms, part, gates[chunk], [dx[chunk] for dx in grad_xs]))
+        return torch.cat(products)

@@ -16,6 +16,7 @@ def _passes(x: torch.Tensor) -> Passes:
         channels_last=on_cpu,
         split_weights=on_cpu and x.dtype == torch.float32,
         chunk_bytes=2**30,
+        prepare=torch.ops.fastroute_native.on_huge_pages if on_cpu else lambda tensors: None,
     )
 
 
