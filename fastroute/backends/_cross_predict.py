@@ -115,7 +115,8 @@ class Passes:
         convolution = self._convolution(x, (stride, padding, dilation))
         weight, gates = weight.to(x.dtype), gates.to(dtype)
         grad_xs = [empty_path(x) for x in xs] if grad_inputs else []
-        self.prepare(grad_xs)
+        if grad_xs:
+            self.prepare(grad_xs)
         grads, totals = self._grads_of_sums(convolution, grad_outputs, outputs, gates, bias is not None)
         grad_weight = self._grad_weight(convolution, grads, xs, weight, gates)
         grad_gates = self._grad_inputs(convolution, grads, xs, weight, gates, grad_xs)
