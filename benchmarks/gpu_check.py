@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+DEVICE = "cuda"
 sys.path.insert(0, str(ROOT))  # from a checkout, nothing need be installed
 
 from fastroute import benchmark  # noqa: E402
@@ -54,7 +55,7 @@ def main() -> int:
         parser.exit(2, "gpu_check: this machine has no CUDA device that torch can use\n")
     # The last case to be begun may take a minute, with its compilation.
     end = time.monotonic() + 60 * arguments.minutes - 60
-    device = torch.device("cuda")
+    device = torch.device(DEVICE)
     tests = test_suite(60 * arguments.minutes / 2)
     cases = ordered(benchmark.all_cases(device))
     result = benchmark.Result.here(device, rounds=arguments.rounds or benchmark.ROUNDS, tests=tests)

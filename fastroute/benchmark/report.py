@@ -51,9 +51,9 @@ def _mib(value: int | None) -> str:
     return "" if value is None else f"{value / 2**20:.1f}"
 
 
-def _means(rows: Sequence[Row], peers: Iterable[str]) -> list[str]:
+def _means(rows: Sequence[Row], peers: Iterable[str]) -> list[float | None]:
     columns = ([r for row in rows if (r := row.times_as_fast_as(peer)) is not None] for peer in peers)
-    return [_ratio(geometric_mean(column)) if column else "" for column in columns]
+    return [geometric_mean(column) if column else None for column in columns]
 
 
 def tables(rows: Iterable[Row]) -> str:
@@ -77,7 +77,7 @@ def _suite_table(rows: list[Row]) -> str:
     for name, memory in (("saved", "saved_bytes"), ("peak", "peak_bytes")):
         if any(any(getattr(row, memory).values()) for row in rows):
             columns[f"{name} MiB"] = lambda row, memory=memory: _mib(getattr(row, memory).get("fastroute"))
-            columns["eager's"] = lambda row, memory=memory: _mib(getattr(row, memory).get("eager"))
+            columns[f"eager's {name} MiB"] = lambda row, memory=memory: _mib(getattr(row, memory).get("eager"))
     for fact in facts:
         columns[fact.replace("_", " ")] = lambda row, fact=fact: _fact(row.facts.get(fact))
     labels = list(rows[0].labels)
@@ -86,7 +86,7 @@ def _suite_table(rows: list[Row]) -> str:
         means = dict(
             zip(["share of copy", *(f"× {peer}" for peer in peers)], _means(rows, ["copy", *peers]), strict=True)
         )
-        lines.append(["geometric mean", *[""] * (len(labels) - 1), *(means.get(name, "") for name in columns)])
+        lines.append(["geometric mean", *[""] * (len(labels) - 1), *(_ratio(means.get(name)) for name in columns)])
     return table([*labels, *columns], lines, words=len(labels))
 
 
@@ -154,7 +154,7 @@ def readme_section(result: Result, name: str) -> str:
         groups.setdefault((row.labels["dtype"], row.labels["layout"]), []).append(row)
     for (dtype, layout), group in groups.items():
         eager, compiled, copied = _means(group, ("eager", "compile", "copy"))
-        lines.append([f"{dtype}, {layout}", f"{float(eager):.1f}", compiled, copied])
+        lines.append([f"{dtype}, {layout}", f"{eager:.1f}", _ratio(compiled), _ratio(copied)])
     least = {peer: min(row.times_as_fast_as(peer) for row in rows) for peer in ("eager", "compile")}
     paths = sorted({label_text(row.labels["paths"]) for row in rows})
     shapes = dict.fromkeys(label_text(row.labels["shape"]).replace("x", "×") for row in rows)
@@ -200,7 +200,7 @@ def rewrite_readme(readme: Path, result: Path) -> str:
     images = [f"![{path.stem}]({Path(name).with_name(path.name).as_posix()})" for path in plots if path.is_file()]
     text = "\n\n".join([body, *images])
     return section.string[: section.start()] + (
-        f"<!-- speed: {name} -->\n{text}\n<!-- end of speed -->" + section.string[section.end() :]
+        f"<!-- speed: {name} -->\n\n{text}\n\n<!-- end of speed -->" + section.string[section.end() :]
     )
 
 
