@@ -4,7 +4,7 @@
 
 Needs torch and the built kernels; pytest for the first part, which is `pytest -m gpu`. Every benchmark checks its
 results before it times them, with or without pytest. The default selection comes first, then what README states, then
-all other cases in random order until the time is over: the last lines say how many were left.
+all other cases in random order until the time is over.
 """
 
 import argparse
@@ -60,19 +60,11 @@ def main() -> int:
     cases = ordered(benchmark.all_cases(device))
     result = benchmark.Result.here(device, rounds=arguments.rounds or benchmark.ROUNDS, tests=tests)
     path = arguments.output / f"{arguments.name}.json"
-    wrong = []
-    for case, row in benchmark.run(cases, arguments.rounds, end - time.monotonic()):
-        print(case.id, row if isinstance(row, str) else f"{row.ms['fastroute']:.3f} ms", flush=True)
-        if isinstance(row, str):
-            wrong.append(f"{case.id}: {row}")
-        else:
-            result.rows.append(row)
-    result.settings["wrong"] = wrong
+    benchmark.run(result, cases, arguments.rounds, end - time.monotonic())
     result.save(path)
     print(f"\n{report.tables(result.rows)}\n\ntests: {tests}")
-    print(f"{len(wrong)} cases without a result, {len(cases) - len(wrong) - len(result.rows)} left for want of time")
     print(f"wrote {path}")
-    return int(bool(wrong) or tests.startswith(("failed", "not finished")))
+    return int(bool(result.settings["failures"]) or tests.startswith(("failed", "not finished")))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Measures the operators and networks on this machine: what `fastroute bench` and `pytest benchmarks/` share."""
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -41,19 +42,32 @@ def measure(case: Case, rounds: int | None = None) -> Row:
 
 
 def run(
-    cases: Iterable[Case], rounds: int | None = None, seconds: float | None = None
-) -> Iterator[tuple[Case, Row | str]]:
-    """Measure case after case, each with its row or the reason why there is none.
+    result: Result,
+    cases: Sequence[Case],
+    rounds: int | None = None,
+    seconds: float | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Measure case after case into a result, and say each.
+
+    A case whose results are wrong, or that does not run, has no row: `result.settings["failures"]` says why.
 
     Args:
         rounds: timed rounds of each case; by default those of its suite.
         seconds: when these are over, no further case is begun.
     """
-    end = None if seconds is None else time.monotonic() + seconds
-    for case in cases:
-        if end is not None and time.monotonic() > end:
+    failures = result.settings["failures"] = []
+    end = math.inf if seconds is None else time.monotonic() + seconds
+    for position, case in enumerate(cases, 1):
+        if time.monotonic() > end:
+            say(f"{len(cases) - position + 1} cases are left for want of time")
             return
         try:
-            yield case, measure(case, rounds)
-        except (AssertionError, torch.OutOfMemoryError) as error:
-            yield case, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            row = measure(case, rounds)
+        except (AssertionError, RuntimeError) as error:  # wrong; out of memory, or not to be compiled
+            failures.append(f"{case.id}: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}")
+            say(f"{position}/{len(cases)} {failures[-1]}")
+        else:
+            result.rows.append(row)
+            ratios = "".join(f", × {name} {row.times_as_fast_as(name):.2f}" for name in row.ms if name != OURS)
+            say(f"{position}/{len(cases)} {case.id}: {row.ms[OURS]:.3f} ms{ratios}")

@@ -1,7 +1,6 @@
 """`fastroute bench`: measure on this machine, compare, draw, and write README's section on speed."""
 
 import time
-from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated
@@ -56,9 +55,9 @@ def bench(
     if keep_freed_memory:
         keep()
     result = benchmark.Result.here(device, rounds=rounds or benchmark.ROUNDS, keep_freed_memory=keep_freed_memory)
-    wrong = record(result, benchmark.run(cases, rounds), len(cases), typer.echo)
-    save(result, output, name or f"{device.type}_{time.strftime('%Y%m%d-%H%M%S')}", typer.echo)
-    if wrong:
+    benchmark.run(result, cases, rounds, say=typer.echo)
+    save(result, output, name or f"{device.type}_{time.strftime('%Y%m%d-%H%M%S')}")
+    if result.settings["failures"]:
         raise typer.Exit(1)
 
 
@@ -114,33 +113,17 @@ def select(cases: list, only: list[str] | None, full: bool, stated: bool) -> lis
     return cases
 
 
-def record(result, measured, count: int, say: Callable[[str], None]) -> list[str]:
-    """Add rows to a result as they come, and say each; returns the cases without a row, with the reason."""
-    from fastroute.benchmark import Row
-
-    wrong = []
-    for position, (case, row) in enumerate(measured, 1):
-        if isinstance(row, Row):
-            result.rows.append(row)
-            ratios = "".join(f", × {name} {row.times_as_fast_as(name):.2f}" for name in row.ms if name != "fastroute")
-            say(f"{position}/{count} {case.id}: {row.ms['fastroute']:.3f} ms{ratios}")
-        else:
-            wrong.append(f"{case.id}: {row}")
-            say(f"{position}/{count} {wrong[-1]}")
-    return wrong
-
-
-def save(result, folder: Path, stem: str, say: Callable[[str], None]) -> None:
+def save(result, folder: Path, stem: str) -> None:
     """Print the tables of a result; write it, and its figures where matplotlib is installed."""
     from fastroute.benchmark import report
 
-    say("\n" + report.tables(result.rows) + "\n")
+    typer.echo("\n" + report.tables(result.rows) + "\n")
     result.save(folder / f"{stem}.json")
-    say(f"wrote {folder / stem}.json")
+    typer.echo(f"wrote {folder / stem}.json")
     try:
         from fastroute.benchmark.plots import draw
     except ModuleNotFoundError as error:
-        say(str(error))
+        typer.echo(str(error))
         return
     for path in draw(result, folder, stem):
-        say(f"wrote {path}")
+        typer.echo(f"wrote {path}")

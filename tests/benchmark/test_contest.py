@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from fastroute.benchmark import Case, Contest, measure, run
+from fastroute.benchmark import Case, Contest, Result, measure, run
 from fastroute.benchmark.contest import saved_bytes
 
 
@@ -48,9 +48,12 @@ def test_nothing_is_timed_after_a_wrong_result():
     with pytest.raises(AssertionError, match="result 0 is off"):
         measure(wrong, 1)
     assert not called
-    (_, reason), (_, row) = run([wrong, right], 1)
-    assert reason == "AssertionError: fastroute: result 0 is off" and row.labels == {"kind": "right"}
-    assert list(run([right], 1, seconds=-1)) == []
+    result, said = Result({}, {}, None, {}), []
+    run(result, [wrong, right], 1, say=said.append)
+    assert result.settings["failures"] == ["wrong: AssertionError: fastroute: result 0 is off"]
+    assert [row.id for row in result.rows] == ["right"] and said[1].startswith("2/2 right: ")
+    run(result, [right, right], 1, seconds=-1, say=said.append)
+    assert len(result.rows) == 1 and said[-1] == "2 cases are left for want of time"
 
 
 def test_saved_bytes_count_each_storage_once():
