@@ -81,20 +81,28 @@ def test_networks_are_checked_and_timed(uncompiled):
     assert measured(alone).ms.keys() == {"fastroute"}
 
 
-@pytest.mark.parametrize("direction, what", [(networks.FORWARD, "logits"), (networks.STEP, "logits")])
-def test_a_wrong_network_fails_the_check(direction, what, monkeypatch):
+def _other_logits(network):
+    with torch.no_grad():
+        network.stack1_router.b2[0, 0] += 1
+
+
+def _other_gradients(network):
+    network.stack1_router.w1.register_hook(lambda grad: 2 * grad)
+
+
+@pytest.mark.parametrize("wrong, what", [(_other_logits, "logits"), (_other_gradients, "gradients")])
+def test_a_wrong_network_fails_the_check(wrong, what, monkeypatch):
     right = networks.without_kernels
 
-    def wrong(model):
+    def without_kernels(model):
         model = right(model)
-        with torch.no_grad():
-            model.stack1_router.b2[0, 0] += 1
+        wrong(model)
         return model
 
-    monkeypatch.setattr(networks, "without_kernels", wrong)
+    monkeypatch.setattr(networks, "without_kernels", without_kernels)
     monkeypatch.setattr(networks, "_routing_share", lambda *_: 0.0)
     with pytest.raises(AssertionError, match=f"fastroute: {what} are off by"):
-        networks.contest({**LABELS, "direction": direction}, 10, 8, False, CPU).warm_up()
+        networks.contest({**LABELS, "direction": networks.STEP}, 10, 8, False, CPU).warm_up()
 
 
 @pytest.mark.parametrize("direction", [overhead.FORWARD, overhead.FORWARD_BACKWARD])
