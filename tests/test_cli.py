@@ -300,9 +300,16 @@ def test_import_needs_torch_alone():
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("package, module", [("typer", "fastroute.cli"), ("pytorch_lightning", "fastroute.training")])
-def test_a_missing_package_names_the_extra(package, module):
+@pytest.mark.parametrize(
+    "package, module, extra",
+    [
+        ("typer", "fastroute.cli", "train"),
+        ("pytorch_lightning", "fastroute.training", "train"),
+        ("matplotlib", "fastroute.benchmark.plots", "bench"),
+    ],
+)
+def test_a_missing_package_names_the_extra(package, module, extra):
     result = python(f"import sys; sys.modules[{package!r}] = None; import {module}")
     assert result.returncode == 1
-    sentence = f"needs the package {package}, which is not installed: pip install 'fastroute[train]'"
+    sentence = f"needs the package {package}, which is not installed: pip install 'fastroute[{extra}]'"
     assert sentence in result.stderr.strip().splitlines()[-1]

@@ -27,11 +27,14 @@ def _mix(xs, gates, *_, **__) -> int:
     return 2 * len(xs) * gates[-1] * math.prod(xs[0])
 
 
-def _cross_connect(xs, w1, b1, w2, b2, **__) -> int:
-    """Pooling, which is one addition for each element; the gates' two layers; the sums."""
+def _gate(xs, w1, b1, w2, b2, **__) -> int:
+    """Pooling, which is one addition for each element, and the two layers."""
     pool = len(xs) * math.prod(xs[0])
-    gates = 2 * xs[0][0] * (math.prod(w2) + (math.prod(w1) if w1 else 0))
-    return pool + gates + _mix(xs, w2[:2])
+    return pool + 2 * xs[0][0] * (math.prod(w2) + (math.prod(w1) if w1 else 0))
+
+
+def _cross_connect(xs, w1, b1, w2, b2, **__) -> int:
+    return _gate(xs, w1, b1, w2, b2) + _mix(xs, w2[:2])
 
 
 def _cross_predict(xs, weight, *_, out_shape, **__) -> int:
@@ -39,5 +42,5 @@ def _cross_predict(xs, weight, *_, out_shape, **__) -> int:
     return 2 * len(xs) * (math.prod(weight[3:]) + 1) * sum(map(math.prod, out_shape))
 
 
-_FORMULAS = {"cross_connect": _cross_connect, "cross_predict": _cross_predict, "mix": _mix}
+_FORMULAS = {"cross_connect": _cross_connect, "cross_predict": _cross_predict, "gate": _gate, "mix": _mix}
 _FLOPS = {getattr(torch.ops.fastroute, name): _FORMULAS[name] for name in OPERATORS.keys() & _FORMULAS.keys()}

@@ -1,6 +1,8 @@
-"""Random inputs of the routing operators, and the rule by which a result is right."""
+"""Random inputs of the routing operators, and their results held to the rule."""
 
 import torch
+
+from fastroute.testing import assert_as_good_as_eager
 
 
 def paths(count, shape, dtype=torch.float32, layout="contiguous", seed=0):
@@ -63,21 +65,6 @@ def check_against_eager(function, eager, inputs, incoming=None):
     assert_as_good_as_eager(outputs, plain[0], exact[0])
     assert_as_good_as_eager(gradients, plain[1], exact[1])
     return outputs, gradients
-
-
-def assert_as_good_as_eager(actual, eager, exact):
-    """Error against float64 at most twice eager PyTorch's in the same dtype, plus a tiny absolute term."""
-    for position, (ours, theirs, truth) in enumerate(zip(actual, eager, exact, strict=True)):
-        assert ours.shape == truth.shape
-        if truth.numel() == 0:
-            continue
-        ours_off = (ours.double() - truth).abs().max()
-        theirs_off = (theirs.double() - truth).abs().max()
-        # A few roundings of the sums, and that of the result itself: with few elements eager may be exact by luck.
-        sums = 16 * torch.finfo(torch.float32).eps if ours.dtype != torch.float64 else 1e-12
-        result = torch.finfo(ours.dtype).eps / 2
-        allowed = 2 * theirs_off + sums * (1 + truth.abs().max()) + result * truth.abs().max()
-        assert ours_off <= allowed, f"result {position} is off by {ours_off}, eager by {theirs_off}"
 
 
 def eager_cross_connect(xs, w1, b1, w2, b2):

@@ -1,0 +1,66 @@
+"""`pytest benchmarks/`: a test for each case, timed by pytest-benchmark, the peers in turn between its rounds."""
+
+import pytest
+import torch
+
+from fastroute import benchmark as measuring
+from fastroute.benchmark import report
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("fastroute")
+    group.addoption(
+        "--full", action="store_true", help="every case: hours; the default selection takes under 5 minutes"
+    )
+    group.addoption("--rounds", type=int, help="timed rounds of each case, by default those of its suite")
+    group.addoption("--device", help="cpu or cuda; by default cuda where there is one")
+
+
+ROWS = pytest.StashKey[list]()
+
+
+def pytest_configure(config):
+    config.stash[ROWS] = []
+
+
+def pytest_generate_tests(metafunc):
+    if "case" not in metafunc.fixturenames:
+        return
+    option = metafunc.config.getoption
+    device = torch.device(option("--device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    suite = metafunc.module.SUITE
+    cases = [case for case in measuring.SUITES[suite](device) if case.quick or option("--full")]
+    metafunc.parametrize("case", cases, ids=lambda case: case.id)
+
+
+@pytest.fixture
+def race(benchmark, request):
+    """Measures a case: the time of pytest-benchmark is ours, and `extra_info` has the row with the peers'."""
+
+    def run(case):
+        rounds = request.config.getoption("--rounds") or measuring.ROUNDS[case.suite]
+        contest = case.build()
+        contest.warm_up()
+        turns = contest.turns(rounds)
+
+        def peers_before_us():
+            for name in turns:
+                if name == measuring.OURS:
+                    break
+                contest.time(name)
+            contest.prepare()
+
+        benchmark.group = case.suite
+        benchmark.pedantic(contest.call, args=(measuring.OURS,), setup=peers_before_us, rounds=rounds)
+        for name in turns:
+            contest.time(name)
+        row = contest.row(case.suite, case.labels)
+        benchmark.extra_info.update(vars(row), calls_in_a_round=contest.repeats)
+        request.config.stash[ROWS].append(row)
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if rows := config.stash[ROWS]:
+        terminalreporter.write_line("\n" + report.tables(rows))

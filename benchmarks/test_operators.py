@@ -1,0 +1,7 @@
+"""Operators on the maps of the thesis's networks."""
+
+SUITE = "operators"
+
+
+def test_operators(case, race):
+    race(case)

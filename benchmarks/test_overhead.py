@@ -1,0 +1,7 @@
+"""What the host spends on one call."""
+
+SUITE = "overhead"
+
+
+def test_overhead(case, race):
+    race(case)

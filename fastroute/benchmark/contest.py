@@ -1,0 +1,151 @@
+"""Contenders for one job: checked, then timed in turns."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from fastroute.benchmark.results import Row
+
+OURS = "fastroute"
+
+
+@dataclass
+class Contest:
+    """What one case races: contenders for the same job on the same tensors.
+
+    Rounds of all, in random order, are interleaved, so that ratios of their medians hold when the machine's speed
+    drifts. Each leaves the caches and the heap as it used them, so everybody comes after everybody else in turn.
+
+    contenders: name → a call that does the job once. `OURS` is among them.
+    check: raises AssertionError unless all contenders have the same result.
+    device: where they compute.
+    floor_bytes: the bytes that must move at least, or None where no copy is a bound.
+    host: whether the time of the host is meant, with work on a GPU going on beside it.
+    repeats: calls in each timing, for jobs of microseconds.
+    facts: what else a row should say.
+    """
+
+    contenders: dict[str, Callable[[], object]]
+    check: Callable[[], None]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    floor_bytes: int | None = None
+    host: bool = False
+    repeats: int = 1
+    facts: dict = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(init=False)
+
+    def __post_init__(self):
+        if self.floor_bytes is not None:
+            # A copy moves every byte twice: it reads one half and writes the other.
+            source = torch.ones(self.floor_bytes // 2, dtype=torch.uint8, device=self.device)
+            target = torch.empty_like(source)
+            self.contenders = {**self.contenders, "copy": lambda: target.copy_(source)}
+        self.seconds = {name: [] for name in self.contenders}
+        self._clock = (_HostClock if self.host or self.device.type != "cuda" else _DeviceClock)(self.device)
+
+    def warm_up(self, calls: int = 2) -> None:
+        """Check the results, then call everybody in turn, unmeasured."""
+        self.check()
+        for name in self.turns(calls):
+            self.time(name)
+        self.seconds = {name: [] for name in self.contenders}
+
+    def turns(self, rounds: int) -> Iterator[str]:
+        """The names in the order in which they are to be timed: each once a round, at random."""
+        for _ in range(rounds):
+            yield from random.sample(sorted(self.contenders), len(self.contenders))
+
+    def prepare(self) -> None:
+        """Bring the device to rest, before `call`."""
+        self._clock.prepare()
+
+    def call(self, name: str) -> None:
+        """Time one contender, once."""
+        self.seconds[name].append(self._clock.time(self.contenders[name], self.repeats) / self.repeats)
+
+    def time(self, name: str) -> None:
+        self.prepare()
+        self.call(name)
+
+    def run(self, rounds: int) -> None:
+        for name in self.turns(rounds):
+            self.time(name)
+
+    def row(self, suite: str, labels: dict) -> Row:
+        """The medians so far, with the memory of each contender, which is measured now."""
+        peers = [name for name in self.contenders if name != "copy"]
+        return Row(
+            suite=suite,
+            labels=labels,
+            ms={name: 1e3 * statistics.median(seconds) for name, seconds in self.seconds.items()},
+            floor_bytes=self.floor_bytes,
+            saved_bytes={name: saved_bytes(self.contenders[name]) for name in peers},
+            peak_bytes={name: peak_bytes(self.contenders[name], self.device) for name in peers}
+            if self.device.type == "cuda"
+            else {},
+            facts=self.facts,
+        )
+
+
+class _HostClock:
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def prepare(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def time(self, function: Callable[[], object], repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        return time.perf_counter() - start
+
+
+class _DeviceClock:
+    """Time between two events on the stream, with nothing of the inputs left in L2."""
+
+    def __init__(self, device: torch.device):
+        # Writing these 256 MiB also keeps the device busy until the host has queued what is to be timed.
+        self.device, self.flush = device, torch.empty(256 << 20, dtype=torch.uint8, device=device)
+
+    def prepare(self) -> None:
+        torch.cuda.synchronize(self.device)
+        self.flush.zero_()
+
+    def time(self, function: Callable[[], object], repeats: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def saved_bytes(function: Callable[[], object]) -> int:
+    """The bytes of all storages that autograd saves for backward while `function` runs, each counted once."""
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(storages.values())
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """The most memory that `function` has at once on a GPU, beyond what was allocated before."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before

@@ -1,0 +1,44 @@
+"""The operators as a user of PyTorch would write them: lists, `mean`, `softmax` and Python sums."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fastroute.nn import CrossConnection
+from fastroute.nn.cross_connection import Routing
+
+
+def mix(xs: list[Tensor], gates: Tensor) -> list[Tensor]:
+    """Eq. 3.7, with gates (N, m, n)."""
+    return _weighted_sums(xs, gates.unbind(1))
+
+
+def cross_connect(xs: list[Tensor], w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> list[Tensor]:
+    """Alg. 2; the gates are computed in the dtype of the weights."""
+    return _weighted_sums(xs, _gates(xs, w1, b1, w2, b2)[0])
+
+
+def _gates(xs, w1, b1, w2, b2):
+    gates, scores = [], []
+    for i, x in enumerate(xs):
+        pooled = x.to(w1.dtype).mean((2, 3))
+        hidden = torch.relu(linear(pooled, w1[i], b1[i]))
+        scores.append(linear(hidden, w2[i], b2[i]))
+        gates.append(torch.softmax(scores[-1], dim=-1))
+    return gates, scores
+
+
+def _weighted_sums(xs, gates):
+    outputs = []
+    for j in range(gates[0].shape[1]):
+        outputs.append(sum(g[:, j, None, None, None].to(x.dtype) * x for g, x in zip(gates, xs, strict=True)))
+    return outputs
+
+
+class PlainCrossConnection(CrossConnection):
+    """The router in plain PyTorch. The gates and scores of its `Routing` are lists, since nobody reads them here."""
+
+    def forward(self, xs, return_routing=False):
+        gates, scores = _gates(xs, self.w1, self.b1, self.w2, self.b2)
+        outputs = _weighted_sums(xs, gates)
+        return (outputs, Routing(gates, scores)) if return_routing else outputs

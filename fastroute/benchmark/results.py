@@ -1,0 +1,133 @@
+"""What a benchmark run measured, and the file it is kept in."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+import fastroute
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case.
+
+    suite: the kind of case: rows of a suite have the same labels.
+    labels: what the case is, such as `{"operator": "mix", "dtype": "float32", …}`.
+    ms: contender → median milliseconds. "fastroute" is this package, "copy" a copy of `floor_bytes`.
+    floor_bytes: the bytes that must be read and written at least, where that bounds the time.
+    saved_bytes: contender → bytes saved for backward.
+    peak_bytes: contender → bytes allocated at once, where the device can tell.
+    facts: what else was measured.
+    """
+
+    suite: str
+    labels: dict
+    ms: dict[str, float]
+    floor_bytes: int | None = None
+    saved_bytes: dict[str, int] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    facts: dict = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return case_id(self.labels)
+
+    @property
+    def gb_per_s(self) -> float | None:
+        """The floor's bytes in the time that it took: what a user gets of the memory's bandwidth."""
+        return self.floor_bytes / self.ms["fastroute"] / 1e6 if self.floor_bytes is not None else None
+
+    def times_as_fast_as(self, peer: str) -> float | None:
+        """The peer's time over ours. Of the copy, this is the share of its speed."""
+        return self.ms[peer] / self.ms["fastroute"] if peer in self.ms else None
+
+
+@dataclass
+class Result:
+    """The rows of a run, and where they come from."""
+
+    machine: dict
+    versions: dict
+    commit: str | None
+    settings: dict
+    rows: list[Row] = field(default_factory=list)
+
+    @classmethod
+    def here(cls, device: torch.device, **settings) -> "Result":
+        """A result without rows, for this machine and this checkout."""
+        versions = {"fastroute": fastroute.__version__, "torch": str(torch.__version__)}
+        versions |= {"python": platform.python_version()}
+        if device.type == "cuda":
+            versions["cuda"] = torch.version.cuda
+        return cls(machine(device), versions, commit(), settings)
+
+    def save(self, path: str | Path) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Result":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not the result of a benchmark.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"result is {path}; there is no such file")
+        try:
+            values = json.loads(path.read_text())
+            return cls(**{**values, "rows": [Row(**row) for row in values["rows"]]})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"result is {path}; it must be a file that `fastroute bench` wrote ({error})") from None
+
+
+def case_id(labels: Mapping[str, object]) -> str:
+    """The labels in one word, such as "mix-forward-native-float32-contiguous-128x16x32x32-2x2"."""
+    return "-".join(label_text(value) for value in labels.values())
+
+
+def label_text(value: object) -> str:
+    return "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def machine(device: torch.device) -> dict:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return {
+            "device": "cuda",
+            "processor": properties.name,
+            "capability": f"sm_{properties.major}{properties.minor}",
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+        }
+    return {
+        "device": device.type,
+        "processor": torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package lies in, "+changes" where files differ; None without git."""
+    root = Path(fastroute.__file__).parents[1]
+    if not (root / ".git").exists():  # installed, perhaps into a folder of somebody else's repository
+        return None
+
+    def git(*arguments):
+        return subprocess.run(
+            ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

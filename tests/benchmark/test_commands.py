@@ -1,0 +1,128 @@
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fastroute import benchmark
+from fastroute.benchmark import Result, overhead
+from fastroute.cli import app
+
+REPOSITORY = Path(__file__).parents[2]
+TINY = "*-1x16x4x4-2x2"
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+def test_bench_measures_shows_and_compares(tmp_path, monkeypatch):
+    monkeypatch.setattr(overhead, "REPEATS", 1)
+    result = run("-k", TINY, "--device", "cpu", "--rounds", 1, "--output", tmp_path, "--name", "a")
+    assert result.exit_code == 0, result.output
+    assert "1/2 cross_connect-forward-" in result.output and "geometric mean" in result.output
+    written = Result.load(tmp_path / "a.json")
+    assert [row.suite for row in written.rows] == ["overhead"] * 2 and written.settings["rounds"] == 1
+    assert written.machine["device"] == "cpu" and written.versions["torch"] == str(torch.__version__)
+    result = run("compare", tmp_path / "a.json", tmp_path / "a.json")
+    assert result.exit_code == 0 and "1.00" in result.output, result.output
+    assert "× kernel" in run("show", tmp_path / "a.json").output
+
+
+def test_bench_writes_the_readme(tmp_path, make_result):
+    make_result().save(tmp_path / "a.json")
+    (tmp_path / "README.md").write_text("<!-- speed: a.json -->\n<!-- end of speed -->\n")
+    result = run("readme", tmp_path / "a.json", "--readme", tmp_path / "README.md")
+    assert result.exit_code == 0 and "A Processor" in (tmp_path / "README.md").read_text(), result.output
+
+
+def test_a_wrong_result_is_said_and_fails(tmp_path, monkeypatch):
+    def wrong(xs, *parameters):
+        return [2 * x + 0 * sum(p.sum() for p in parameters) for x in xs]
+
+    monkeypatch.setattr(overhead.plain, "cross_connect", wrong)
+    result = run("-k", TINY, "--device", "cpu", "--output", tmp_path, "--name", "a")
+    assert result.exit_code == 1 and result.output.count("AssertionError: result 0 is off") == 2, result.output
+    assert Result.load(tmp_path / "a.json").rows == []
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("-k", "none*"), "no case matches 'none*': --full --list prints them all"),
+        (("--device", "nonsense"), "nonsense"),
+        (("--rounds", 0), "--rounds"),
+        (("show", "/nowhere.json"), "result is /nowhere.json; there is no such file"),
+        (("readme", "/nowhere.json", "--readme", "/nowhere.md"), "readme is /nowhere.md; there is no such file"),
+    ],
+)
+def test_wrong_arguments_end_in_a_sentence(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output, result.output
+
+
+def test_selections_are_listed():
+    quick, stated = (run("--list", "--device", "cpu", *more).output.split() for more in ((), ("--stated",)))
+    assert 4 < len(quick) <= 25 and len(stated) == 48
+    assert set(stated) < set(run("--list", "--device", "cpu", "--full").output.split())
+
+
+def test_stated_cases_are_those_of_the_committed_result():
+    committed = Result.load(REPOSITORY / "benchmarks" / "results" / "cpu_epyc_2core.json")
+    assert {row.id for row in committed.rows} == set(run("--list", "--device", "cpu", "--stated").output.split())
+
+
+def test_pytest_measures_the_same_cases(tmp_path):
+    path = tmp_path / "b.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_overhead.py", "--rounds=2", "--device=cpu"]
+    ended = subprocess.run([*command, f"--benchmark-json={path}"], capture_output=True, text=True, cwd=REPOSITORY)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "| cross_connect" in ended.stdout and "× kernel" in ended.stdout
+    measured = json.loads(path.read_text())["benchmarks"]
+    assert len(measured) == 2 and measured[0]["stats"]["rounds"] == 2
+    info = measured[0]["extra_info"]
+    assert info["ms"].keys() == {"fastroute", "kernel", "eager"}
+    once = 1e3 * measured[0]["stats"]["median"] / info["calls_in_a_round"]
+    assert info["ms"]["fastroute"] <= once
+
+
+@pytest.fixture
+def gpu_check():
+    specification = importlib.util.spec_from_file_location("gpu_check", REPOSITORY / "benchmarks" / "gpu_check.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_gpu_check_begins_with_what_matters(gpu_check):
+    cases = benchmark.all_cases(torch.device("cpu"))
+    ordered = gpu_check.ordered(cases)
+    quick = sum(case.quick for case in cases)
+    assert all(case.quick for case in ordered[:quick]) and ordered[quick].stated
+    assert sorted(case.id for case in ordered) == sorted(case.id for case in cases)
+
+
+def test_gpu_check_writes_one_result(gpu_check, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(overhead, "REPEATS", 1)
+    monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_check, "test_suite", lambda seconds: "passed")
+    tiny = [case for case in benchmark.all_cases(torch.device("cpu")) if case.suite == "overhead"]
+    monkeypatch.setattr(gpu_check.benchmark, "all_cases", lambda device: tiny)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--output", str(tmp_path), "--rounds", "1"])
+    assert gpu_check.main() == 0
+    written = Result.load(tmp_path / "gpu_check.json")
+    assert len(written.rows) == 2 and written.settings["tests"] == "passed" and written.settings["failures"] == []
+    assert "tests: passed" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says so where there is no card")
+def test_gpu_check_needs_a_card(gpu_check, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main()
+    assert ended.value.code == 2 and "no CUDA device" in capsys.readouterr().err

@@ -1,0 +1,64 @@
+import time
+
+import pytest
+import torch
+
+from fastroute.benchmark import Case, Contest, Result, measure, run
+from fastroute.benchmark.contest import saved_bytes
+
+
+def contest(check=lambda: None, **contenders):
+    return Contest({"fastroute": lambda: None, **contenders}, check)
+
+
+def test_every_contender_has_its_turn_in_each_round_and_in_any_order():
+    turns = list(contest(eager=lambda: None, compile=lambda: None).turns(50))
+    rounds = [turns[i : i + 3] for i in range(0, 150, 3)]
+    assert all(sorted(names) == ["compile", "eager", "fastroute"] for names in rounds)
+    assert len({tuple(names) for names in rounds}) == 6
+
+
+def test_times_are_medians_of_a_single_call():
+    pauses = iter([0, 0, 0.001, 0.002, 0.5])  # two to warm up; the last is an outlier
+    measured = contest(eager=lambda: time.sleep(next(pauses, 0)))
+    measured.warm_up()
+    measured.run(3)
+    assert 2 <= measured.row("suite", {}).ms["eager"] < 400
+    repeated = Contest({"fastroute": lambda: time.sleep(0.001)}, lambda: None, repeats=5)
+    repeated.run(1)
+    assert 0.001 <= repeated.seconds["fastroute"][0] < 0.005
+
+
+def test_a_copy_of_the_floor_is_a_contender():
+    measured = Contest({"fastroute": lambda: None}, lambda: None, floor_bytes=1 << 20)
+    assert measured.contenders["copy"]().nbytes == 1 << 19
+    measured.run(1)
+    row = measured.row("suite", {"shape": (2, 3), "kind": "x"})
+    assert row.id == "2x3-x" and row.floor_bytes == 1 << 20 and row.ms.keys() == {"fastroute", "copy"}
+    assert row.times_as_fast_as("copy") == row.ms["copy"] / row.ms["fastroute"] and row.times_as_fast_as("none") is None
+
+
+def test_nothing_is_timed_after_a_wrong_result():
+    def check():
+        raise AssertionError("fastroute: result 0 is off")
+
+    called = []
+    wrong = Case("sparse", {"kind": "wrong"}, lambda: contest(check, eager=lambda: called.append(1)))
+    right = Case("sparse", {"kind": "right"}, contest)
+    with pytest.raises(AssertionError, match="result 0 is off"):
+        measure(wrong, 1)
+    assert not called
+    result, said = Result({}, {}, None, {}), []
+    run(result, [wrong, right], 1, say=said.append)
+    assert result.settings["failures"] == ["wrong: AssertionError: fastroute: result 0 is off"]
+    assert [row.id for row in result.rows] == ["right"] and said[1].startswith("2/2 right: ")
+    run(result, [right, right], 1, seconds=-1, say=said.append)
+    assert len(result.rows) == 1 and said[-1] == "2 cases are left for want of time"
+
+
+def test_saved_bytes_count_each_storage_once():
+    a, b = torch.ones(10, requires_grad=True), torch.ones(10, requires_grad=True)
+    assert saved_bytes(lambda: a * b) == 80
+    assert saved_bytes(lambda: a * a) == 40
+    assert saved_bytes(lambda: a + b) == 0
+    assert saved_bytes(lambda: a[:5] * a[5:]) == 40
