@@ -13,7 +13,7 @@ import fastroute
 from fastroute.models import multipath
 from fastroute.nn import CrossConnection, CrossStitch, MultiPathNetwork
 
-PHOTOGRAPHS = Path("/work/shared/data/imagenet-sample.tar")
+PHOTOGRAPHS = Path(__file__).parents[3] / "shared/data/imagenet-sample.tar"
 SIZE = (3, 16, 16)
 
 
