@@ -234,6 +234,19 @@ def test_demo_compares_both_networks(tmp_path):
     assert (tmp_path / "resnet20" / "summary.csv").is_file() and (tmp_path / "resnet20_cc2" / "best.ckpt").is_file()
 
 
+def test_gates_are_clustered_beside_the_task(tmp_path):
+    arguments = ("resnet20_cc2", "--epochs", 1, "--output", tmp_path, "--experiment", "run", "-b", 256)
+    result = run("train", *arguments, "--gate-reg-weight", 0.01)
+    assert result.exit_code == 0, result.output
+    state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"]
+    priors = state["aux_loss._extra_state"]
+    assert set(priors) == {"stem_router", "stack1_router", "stack2_router", "stack3_router"}
+    assert priors["stack1_router"].shape == (2, 2)
+    from fastroute.training import RoutingClassifier
+
+    RoutingClassifier.load_from_checkpoint(tmp_path / "run" / "last.ckpt")
+
+
 def test_info_names_every_backend():
     result = run("info")
     assert result.exit_code == 0, result.output
@@ -266,7 +279,7 @@ def test_models_lists_parameters_and_macs_beside_the_thesis():
         ),
         (("resnet20", "--resume", "/nowhere.ckpt"), "resume is /nowhere.ckpt; there is no such file"),
         ((), "model is missing; name a network, or a recipe with --config"),
-        (("resnet20", "--gate-reg-weight", 0.01), "gate_reg_weight is 0.01; it must be 0 until"),
+        (("resnet20", "--gate-reg-weight", 0.01), "gate_reg_weight is 0.01, but resnet20 has no gates"),
         (("resnet20", "--first-classes", 11), "first_classes is 11; it must be 1 to 10"),
         (("resnet20", "--aa", "fast"), "aa is 'fast'; it must be one of"),
         (("resnet20", "--reprob", 2), "reprob is 2.0; it must be between 0 and 1"),

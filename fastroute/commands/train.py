@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fastroute.commands.common import config_option, numbers, plain_errors, read_options
+from fastroute.nn import GateClusteringLoss, Router
 
 
 def _config(value: str) -> dict:
@@ -129,8 +130,14 @@ def train(
     gate_lr_mult: Annotated[float, option(help="The gates' learning rate, as a multiple.", panel=GATES)] = 1.0,
     gate_wd: Annotated[float | None, option(help="The gates' weight decay. (default: as all)", panel=GATES)] = None,
     gate_reg_weight: Annotated[
-        float, option(help="Of the gates' clustering regulariser: reserved, 0 alone.", panel=GATES)
+        float, option(min=0, help="Of the gates' clustering loss (§5.1: 0.01); 0 is off.", panel=GATES)
     ] = 0.0,
+    gate_reg_prior: Annotated[
+        bool,
+        option(
+            "--gate-reg-prior/--no-gate-reg-prior", help="Clusters as large as they were, or even ones.", panel=GATES
+        ),
+    ] = True,
     amp: Annotated[bool, option("--amp/--no-amp", help="Mixed precision.", panel=COMPUTE)] = False,
     amp_dtype: Annotated[Literal["bfloat16", "float16"], option(panel=COMPUTE)] = "bfloat16",
     channels_last: Annotated[bool, option("--channels-last/--no-channels-last", panel=COMPUTE)] = False,
@@ -205,8 +212,6 @@ def _prepare(options: SimpleNamespace, console: Console) -> tuple:
 
     if options.model is None:
         raise ValueError("model is missing; name a network, or a recipe with --config")
-    if options.gate_reg_weight:
-        raise ValueError(f"gate_reg_weight is {options.gate_reg_weight}; it must be 0 until the gates can be clustered")
     if options.sync_bn and not torch.cuda.is_available():
         raise ValueError("sync_bn is True; PyTorch's synchronised batch norm needs GPUs")
     folder, resume = _places(options)
@@ -261,12 +266,22 @@ def _prepare(options: SimpleNamespace, console: Console) -> tuple:
         smoothing=options.smoothing,
         channels_last=options.channels_last,
         compile=options.compile,
+        aux_loss=_gate_clustering(options),
+        aux_weight=options.gate_reg_weight,
     )
+    if options.gate_reg_weight and not any(isinstance(layer, Router) for layer in module.model.modules()):
+        raise ValueError(f"gate_reg_weight is {options.gate_reg_weight}, but {options.model} has no gates")
     if options.initial_checkpoint is not None:
         training.load_weights(module.model, options.initial_checkpoint)
     if resume is not None:
         training.check_resume(resume, module, options.epochs)
     return data, module, resume, folder
+
+
+def _gate_clustering(options: SimpleNamespace) -> GateClusteringLoss | None:
+    if not options.gate_reg_weight:
+        return None
+    return GateClusteringLoss() if options.gate_reg_prior else GateClusteringLoss(prior_momentum=None)
 
 
 def _places(options: SimpleNamespace) -> tuple[Path, Path | None]:

@@ -3,6 +3,7 @@
 from fastroute.nn.cross_connection import CrossConnection
 from fastroute.nn.cross_prediction import CrossPrediction2d, CrossPredictionLinear
 from fastroute.nn.cross_stitch import CrossStitch
+from fastroute.nn.gate_clustering import GateClusteringLoss
 from fastroute.nn.mixture_em import ConsistencyLoss, MixtureEMLoss, RelevanceNorm
 from fastroute.nn.multipath import MultiPathNetwork, ParallelPaths
 from fastroute.nn.router import Router, Routing
@@ -14,6 +15,7 @@ __all__ = [
     "CrossPrediction2d",
     "CrossPredictionLinear",
     "CrossStitch",
+    "GateClusteringLoss",
     "MixtureEMLoss",
     "MultiPathNetwork",
     "ParallelPaths",

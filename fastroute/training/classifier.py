@@ -159,6 +159,9 @@ class RoutingClassifier(pl.LightningModule):
         checkpoint["epochs"] = self.trainer.max_epochs
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        if self.aux_loss is None:  # the network of a run with one can be loaded without it
+            weights = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("aux_loss.")}
         if self.global_rank == 0:  # the sum of all processes goes on in one
             for name, total in checkpoint.get("train_totals", {}).items():
                 setattr(self.train_totals, name, total.to(self.device))

@@ -1,0 +1,94 @@
+"""The mixture-EM loss as a regulariser of gates (§5.1)."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastroute.nn.router import Routing
+from fastroute.nn.sparse import SparseRouting
+from fastroute.ops import mixture_em_loss
+
+
+class GateClusteringLoss(nn.Module):
+    """Have every gate cluster what it sees, beside what the task asks of it (§5.1).
+
+    To the relevance scores of each gating vector, one for each incoming path of each router, the mixture-EM loss is
+    applied on its own (Eq. 4.22), normalised by the batch's statistics (Eq. 4.11); the losses are added up. The thesis
+    weighs the sum by 0.01 beside the loss of the task, and less with more paths. Gating vectors with one way to go are
+    left out.
+
+    Being normalised, the loss is the same for scores with another mean or scale: it shapes which samples go together,
+    and has no gradient to the last layer's bias.
+
+    Gates cluster unevenly, so the prior of each cluster is its share of the posteriors of the steps before. The priors
+    move in training mode alone, are saved with the module, and with several processes are those of all together.
+
+    Args:
+        gamma: γ of Eq. 4.12.
+        prior_momentum: the weight of the last step's posteriors in the priors, up to 1, which is the last step alone;
+            None keeps the even prior.
+
+    Shape:
+        routing: {router name: Routing}, as networks return it, with scores (N, m, n), or a `SparseRouting`'s (N, n).
+        output: (), float32 or better.
+
+    Example:
+        >>> logits, routing = model(images, return_routing=True)
+        >>> loss = cross_entropy(logits, labels) + 0.01 * gate_clustering(routing)
+
+    Raises:
+        ValueError: an argument is out of its range, or there is no gating vector to cluster.
+    """
+
+    def __init__(self, gamma: float = 5.0, prior_momentum: float | None = 0.1):
+        super().__init__()
+        if not 0 < gamma < float("inf"):
+            raise ValueError(f"gamma is {gamma}; it must be greater than 0")
+        if prior_momentum is not None and not 0 < prior_momentum <= 1:
+            raise ValueError(f"prior_momentum is {prior_momentum}; it must be above 0 and up to 1, or None")
+        self.gamma, self.prior_momentum = gamma, prior_momentum
+        self.priors: dict[str, Tensor] = {}
+
+    def forward(self, routing: Mapping[str, Routing | SparseRouting]) -> Tensor:
+        losses = []
+        for name, router in routing.items():
+            if router.scores.shape[-1] == 1:
+                continue
+            prior = None if self.prior_momentum is None else self._prior(name, router.scores)
+            loss, posterior = mixture_em_loss(router.scores, self.gamma, prior)
+            losses.append(loss.sum())
+            if prior is not None and self.training:
+                self._move(prior, posterior)
+        if not losses:
+            raise ValueError(
+                f"routing has {len(routing)} routers; it must have at least one with two outgoing paths or more"
+            )
+        return torch.stack(losses).sum()
+
+    def _prior(self, name: str, scores: Tensor) -> Tensor:
+        shape, dtype = scores.shape[1:], torch.promote_types(scores.dtype, torch.float32)
+        prior = self.priors.get(name)
+        if prior is None or prior.shape != shape:
+            prior = scores.new_full(shape, 1 / shape[-1], dtype=dtype)
+        self.priors[name] = prior = prior.to(scores.device, dtype)
+        return prior
+
+    @torch.no_grad()
+    def _move(self, prior: Tensor, posterior: Tensor) -> None:
+        sums, count = posterior.sum(0), posterior.new_tensor(float(len(posterior)))
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            for total in (sums, count):
+                dist.all_reduce(total)
+        if count > 0:
+            prior.lerp_(sums / count, self.prior_momentum)
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        return dict(self.priors)
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        self.priors = {name: prior.clone() for name, prior in state.items()}
+
+    def extra_repr(self) -> str:
+        return f"gamma={self.gamma}, prior_momentum={self.prior_momentum}"

@@ -1,0 +1,111 @@
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fastroute.nn import CrossConnection, GateClusteringLoss, Routing, SparseRouter
+from fastroute.ops import mixture_em_loss
+
+
+def scores(*shape, skew=0.0, seed=0):
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    drawn[..., 0] += skew
+    return drawn.requires_grad_()
+
+
+def routing(*tensors):
+    return {f"router{i}": Routing(t.softmax(-1), t) for i, t in enumerate(tensors)}
+
+
+def test_the_losses_of_all_gating_vectors_are_added():
+    a, b = scores(16, 2, 3), scores(16, 1, 2, seed=1)
+    loss = GateClusteringLoss(prior_momentum=None)(routing(a, b))
+    vectors = [a[:, 0], a[:, 1], b[:, 0]]
+    torch.testing.assert_close(loss, torch.stack([mixture_em_loss(v).loss for v in vectors]).sum())
+
+
+def test_one_way_to_go_is_no_clustering():
+    criterion, a = GateClusteringLoss(), scores(16, 2, 3)
+    with_one = criterion(routing(a, scores(16, 2, 1)))
+    torch.testing.assert_close(with_one, GateClusteringLoss()(routing(a)))
+    for nothing in ({}, routing(scores(16, 2, 1))):
+        with pytest.raises(ValueError, match=f"routing has {len(nothing)} routers; it must have at least one"):
+            criterion(nothing)
+
+
+def test_priors_follow_the_posteriors_of_the_steps_before():
+    criterion, a = GateClusteringLoss(prior_momentum=0.25), scores(64, 1, 2).detach()
+    a[:40, 0, 0] += 4.0  # two groups of uneven size
+    posterior = mixture_em_loss(a, prior=torch.full((1, 2), 0.5)).posterior
+    first = criterion(routing(a))
+    expected = 0.75 * 0.5 + 0.25 * posterior.mean(0)
+    torch.testing.assert_close(criterion.priors["router0"], expected)
+    torch.testing.assert_close(criterion(routing(a)), mixture_em_loss(a, prior=expected).loss.sum())
+    assert criterion(routing(a)) != first
+    before = criterion.priors["router0"].clone()
+    criterion.eval()(routing(a))
+    assert torch.equal(criterion.priors["router0"], before)
+
+
+def test_priors_are_saved():
+    criterion = GateClusteringLoss()
+    criterion(routing(scores(32, 2, 3)))
+    copy = GateClusteringLoss()
+    copy.load_state_dict(criterion.state_dict())
+    assert torch.equal(copy.priors["router0"], criterion.priors["router0"])
+    criterion(routing(scores(32, 2, 3)))
+    assert not torch.equal(copy.priors["router0"], criterion.priors["router0"])
+
+
+def test_its_gradient_reaches_the_gates():
+    torch.manual_seed(0)
+    router, criterion = CrossConnection(6, 1, 2), GateClusteringLoss()
+    torch.nn.init.normal_(router.w2)
+    optimizer, x = torch.optim.SGD([router.w1, router.b1, router.w2], lr=0.5), torch.randn(256, 6, 3, 3)
+    losses = []
+    for _ in range(50):
+        router.zero_grad()
+        losses.append(criterion({"router": router([x], return_routing=True)[1]}))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] - 0.01
+    assert all(parameter.grad.abs().max() > 0 for parameter in (router.w1, router.b1, router.w2))
+    # Normalised scores do not show what all samples have in common.
+    assert router.b2.grad.abs().max() < 1e-6
+
+
+def test_counted_once_under_activation_checkpointing():
+    torch.manual_seed(0)
+    router, x = CrossConnection(6, 1, 2), torch.randn(32, 6, 3, 3)
+    gradients = []
+    for recompute in (False, True):
+        criterion = GateClusteringLoss()
+        router.zero_grad()
+
+        def routed(x):
+            return router([x], return_routing=True)[1]
+
+        decided = checkpoint(routed, x, use_reentrant=False) if recompute else routed(x)
+        criterion({"router": decided}).backward()
+        gradients.append([p.grad.clone() for p in router.parameters()] + [criterion.priors["router"]])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_sparse_routers():
+    router = SparseRouter(4, [torch.nn.Identity() for _ in range(3)])
+    _, decided = router(torch.randn(16, 4, 2, 2), return_routing=True)
+    GateClusteringLoss()({"sparse": decided}).backward()
+    assert router.w2.grad is not None
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"gamma": 0}, "gamma is 0; it must be greater than 0"),
+        ({"prior_momentum": 0.0}, "prior_momentum is 0.0; it must be above 0 and up to 1, or None"),
+        ({"prior_momentum": 1.5}, "prior_momentum is 1.5; it must be above 0"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GateClusteringLoss(**arguments)
