@@ -117,9 +117,17 @@ class Passes:
         grad_xs = [empty_path(x) for x in xs] if grad_inputs else []
         if grad_xs:
             self.prepare(grad_xs)
-        grads, totals = self._grads_of_sums(convolution, grad_outputs, outputs, gates, bias is not None)
-        grad_weight = self._grad_weight(convolution, grads, xs, weight, gates)
-        grad_gates = self._grad_inputs(convolution, grads, xs, weight, gates, grad_xs)
+        m, n = weight.shape[:2]
+        grad_weight = gates.new_zeros(weight.shape)
+        products, totals = [gates.new_empty(0, m, n)], [gates.new_empty(0, n, weight.shape[2])]
+        for chunk in self._chunks(x.numel() * m * n * x.itemsize, x.shape[0]):
+            part, g = [x[chunk] for x in xs], gates[chunk]
+            dys, ys = [dy[chunk] for dy in grad_outputs], [y[chunk] for y in outputs]
+            grads, total = self._grads_of_sums(convolution, dys, ys, g, bias is not None)
+            totals.append(total)
+            self._grad_weight(convolution, grads, part, weight, g, grad_weight)
+            products.append(self._grad_inputs(convolution, grads, part, weight, g, [dx[chunk] for dx in grad_xs]))
+        grad_gates, totals = torch.cat(products), torch.cat(totals)
         if bias is None:
             return grad_xs, grad_weight, gates.new_empty(0), grad_gates
         grad_gates += (totals[:, None] * bias.to(dtype)).sum(-1)
@@ -134,27 +142,21 @@ class Passes:
         none = gates.new_empty(gates.shape[0], len(grads), 0)
         return grads, self.kernels.scale_paths(grad_outputs, outputs, none, sums, grads, [])
 
-    def _grad_weight(self, convolution, grads, xs, weight, gates):
+    def _grad_weight(self, convolution, grads, xs, weight, gates, grad_weight):
         """dW, input by input, so that only n of the m·n g_ij dP_j exist at a time."""
         n, width = weight.shape[1:3]
-        grad_weight = torch.empty_like(weight, dtype=gates.dtype)
         parts, count = (1, n) if self.split_weights else (n, 1)
         scaled = self._empty(convolution, grads[0], parts * width, count)
         for i, x in enumerate(xs):
             self.kernels.scale_paths(grads, [], gates[:, i, :, None], False, [], scaled)
             [x] = self._arranged(convolution, [x])
             for part, w, grad in zip(scaled, weight[i].split(parts), grad_weight[i].split(parts), strict=True):
-                grad.copy_(convolution.to_weight(part, x, w.flatten(0, 1)).view_as(grad))
-        return grad_weight
+                grad += convolution.to_weight(part, x, w.flatten(0, 1)).view_as(grad)
 
     def _grad_inputs(self, convolution, grads, xs, weight, gates, grad_xs):
         """The inner products <T_ij, X_i>, and dX unless grad_xs is empty."""
         x, (m, n, _, channels) = xs[0], weight.shape[:4]
         weights = [weight[:, j].transpose(0, 1).flatten(1, 2) for j in range(n)]  # (C_out, m·C_in, *k)
-        products = [gates.new_empty(0, m, n)]
-        for chunk in self._chunks(x.numel() * m * n * x.itemsize, x.shape[0]):
-            part = [x[chunk] for x in xs]
-            like = convolution.empty(part[0], m * channels)
-            terms = [convolution.to_inputs(grad[chunk], like, w) for grad, w in zip(grads, weights, strict=True)]
-            products.append(self.kernels.sum_gradients(terms, part, gates[chunk], [dx[chunk] for dx in grad_xs]))
-        return torch.cat(products)
+        like = convolution.empty(x, m * channels)
+        terms = [convolution.to_inputs(grad, like, w) for grad, w in zip(grads, weights, strict=True)]
+        return self.kernels.sum_gradients(terms, xs, gates, grad_xs)

@@ -13,6 +13,7 @@ from fastroute.backends import _choice
 from fastroute.backends import triton as backend
 from fastroute.ops._paths import channels_first, channels_last
 from tests.ops import mixture_cases
+from tests.ops.cases import eager_cross_connect, eager_cross_predict
 
 CUDA = torch.cuda.is_available()
 if importlib.util.find_spec("triton") is None:
@@ -21,9 +22,9 @@ with pytest.MonkeyPatch.context() as environment:
     if not CUDA:  # Triton decides when it is imported whether it interprets
         assert "triton" not in sys.modules, "Triton was imported before it could be told to interpret"
         environment.setenv("TRITON_INTERPRET", "1")
-    cc, mx, em, tables = (
+    cc, mx, em, cp, gt, tables = (
         importlib.import_module(f"fastroute.backends.triton.{name}")
-        for name in ("cross_connect", "mix", "mixture_em", "launch_tables")
+        for name in ("cross_connect", "mix", "mixture_em", "cross_predict", "gate", "launch_tables")
     )
 
 on_host = pytest.mark.skipif(CUDA, reason="the interpreter is off where there is a card")
@@ -101,7 +102,7 @@ def launches(monkeypatch):
 
             return launch
 
-    for module in (cc, mx, em):
+    for module in (cc, mx, em, cp, gt):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Spy(getattr(module, name)))
     return seen
@@ -355,6 +356,98 @@ def test_mix(device, case, poison, launches):
     assert [x.data_ptr() for x in launches[0].args[0]] == [x.data_ptr() for x in xs]
     if "portions" in case:
         assert launches[0].grid[1] > 1
+
+
+def small_tiles(monkeypatch):
+    """Every loop of the kernels that share a sample takes several steps, the last of them partial."""
+    tiles = tables.tiles
+    changes = {"block_c": 4, "block_s": 8, "span": 16, "num_warps": 1}
+    monkeypatch.setattr(tables, "tiles", lambda problem: dataclasses.replace(tiles(problem), **changes))
+    monkeypatch.setattr(tables, "PARTIAL_VALUES", 8)
+    monkeypatch.setattr(tables, "WEIGHT_VALUES", 16)
+
+
+def check_operator(function, eager, inputs, kink=False):
+    """Outputs and every gradient of function(*inputs), by the rule; with `kink`, none sent beside a ReLU's."""
+    exact = eager(*(None if t is None else t.double() for t in inputs))
+    grads = [torch.randn(y.shape, device=y.device) for y in exact]
+    if kink:
+        near = 4 * torch.finfo(inputs[-1].dtype).eps
+        grads = [grad * (y > near * (1 + y.max())) for grad, y in zip(grads, exact, strict=True)]
+
+    def run(function, dtype=None):
+        leaves = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
+        with use_backend("triton"):
+            outputs = function(*leaves)
+            given = [grad.to(y.dtype) for grad, y in zip(grads, outputs, strict=True)]
+            gradients = torch.autograd.grad(outputs, [leaf for leaf in leaves if leaf is not None], given)
+        return {str(k): t.detach() for k, t in enumerate((*outputs, *gradients))}
+
+    got = run(function)
+    assert_as_exact_as_eager(got, run(eager), run(eager, torch.float64))
+    assert all(torch.equal(again, got[name]) for name, again in run(function).items())
+    return got
+
+
+@pytest.mark.parametrize("steps", ["one", "several"])
+@pytest.mark.parametrize("case", [name for name in CASES if name != "eight paths"])
+def test_gate(device, case, steps, monkeypatch, poison, launches):
+    torch.manual_seed(11)
+    m, n, shape, dtype, layout, hidden, bias = CASES[case]
+    if steps == "several":
+        small_tiles(monkeypatch)
+    gate = make_gate(m, n, shape[1], hidden, device, bias)
+    inputs = [*gate, *make_paths(m, shape, dtype, device, layout)]
+    check_operator(
+        lambda *a: tuple(ops.gate(list(a[4:]), *a[:4])), lambda *a: eager_cross_connect(a[4:], *a[:4])[-2:], inputs
+    )
+    assert "gate_shares_kernel" in {launch.kernel for launch in launches}
+
+
+PREDICT_CASES = {  # m, n, C_out, kernel, (N, C_in, *S), dtype, layout, form, bias, activation
+    "one to many": (1, 3, 6, (3, 3), (2, 3, 7, 5), torch.float32, "first", "predict", True, "relu"),
+    "channels_last": (3, 2, 17, (3, 3), (2, 9, 6, 5), torch.float32, "last", "predict", False, "relu"),
+    "gated inputs": (2, 3, 5, (2, 3), (3, 6, 7, 5), torch.float32, "stacked", "gate", True, None),
+    "gated channels_last": (2, 2, 16, (1, 1), (2, 16, 5, 7), torch.bfloat16, "last", "gate", True, "relu"),
+    "dense": (2, 2, 7, (), (3, 9), torch.float32, "first", "predict", True, "relu"),
+    "eight paths": (8, 8, 2, (), (2, 3), torch.float32, "first", "predict", True, None),
+}
+
+
+@pytest.mark.parametrize("steps", ["one", "several"])
+@pytest.mark.parametrize("case", PREDICT_CASES)
+def test_cross_predict(device, case, steps, monkeypatch, poison, launches):
+    torch.manual_seed(12)
+    m, n, width, kernel, shape, dtype, layout, form, bias, activation = PREDICT_CASES[case]
+    if steps == "several":
+        small_tiles(monkeypatch)
+    weight, offset = torch.randn(m, n, width, shape[1], *kernel, device=device), torch.randn(m, n, width, device=device)
+    gates = torch.rand(shape[0], m, n, device=device)
+
+    def predict(weight, bias, gates, *xs):
+        return ops.cross_predict(list(xs), weight, bias, gates, activation=activation, form=form)
+
+    inputs = [weight, offset if bias else None, gates, *make_paths(m, shape, dtype, device, layout)]
+    got = check_operator(predict, eager_cross_predict(activation), inputs, kink=activation == "relu")
+    assert all((channels_last if layout == "last" else channels_first)(got[str(j)]) for j in range(n))
+    kernels = {launch.kernel for launch in launches}
+    assert {"sum_predictions_kernel", "scale_paths_kernel", "sum_gradients_kernel"} <= kernels
+    if steps == "several" and len(shape) > 2:
+        assert all(launch.grid[1] > 1 for launch in launches if launch.kernel == "sum_gradients_kernel")
+
+
+def test_cross_predict_of_nothing_and_of_nan(device, launches):
+    xs = make_paths(2, (0, 4, 3, 3), torch.float32, device)
+    weight = torch.randn(2, 3, 5, 4, 1, 1, device=device, requires_grad=True)
+    with use_backend("triton"):
+        outputs = ops.cross_predict(xs, weight, None, torch.rand(0, 2, 3, device=device))
+        sum(y.sum() for y in outputs).backward()
+    assert outputs[0].shape == (0, 5, 3, 3) and not weight.grad.any() and not launches
+    xs = make_paths(2, (2, 4, 3, 3), torch.float32, device)
+    xs[0][1, 2, 0, 0] = float("nan")
+    with use_backend("triton"):
+        y = ops.cross_predict(xs, weight, None, torch.rand(2, 2, 3, device=device))[0]
+    assert y[1, :, 0, 0].isnan().all() and not y[0].isnan().any()
 
 
 MIXTURE_CASES = {  # shape, dtype, priors, statistics, augmented

@@ -1,6 +1,7 @@
 """Random inputs of the routing operators, and their results held to the rule."""
 
 import torch
+from torch.nn import functional
 
 from fastroute.testing import assert_as_good_as_eager
 
@@ -83,3 +84,22 @@ def eager_cross_connect(xs, w1, b1, w2, b2):
         sum(g[:, j].reshape(shape).to(x.dtype) * x for g, x in zip(gates, xs, strict=True)) for j in range(w2.shape[1])
     ]
     return [*outputs, torch.stack(gates, 1), torch.stack(scores, 1)]
+
+
+def eager_cross_predict(activation="relu", **geometry):
+    """Alg. 1 as a user of PyTorch would write it, in the dtype of xs: a function of weight, bias, gates and paths."""
+
+    def run(weight, bias, gates, *xs):
+        layer = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)[xs[0].dim() - 2]
+        options = geometry if xs[0].dim() > 2 else {}
+        dtype, shape = xs[0].dtype, (-1, *[1] * (xs[0].dim() - 1))
+        outputs = []
+        for j in range(weight.shape[1]):
+            y = 0
+            for i, x in enumerate(xs):
+                u = layer(x, weight[i, j].to(dtype), None if bias is None else bias[i, j].to(dtype), **options)
+                y = y + gates[:, i, j].reshape(shape).to(dtype) * u
+            outputs.append(torch.relu(y) if activation == "relu" else y)
+        return outputs
+
+    return run

@@ -5,12 +5,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.nn import functional
 
 from fastroute import ops, use_backend
 from fastroute.backends import BACKENDS
 from fastroute.backends.native import cross_predict as native
 from tests.ops.cases import check_against_eager, differentiate, paths
+from tests.ops.cases import eager_cross_predict as eager
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LAYOUTS = ["contiguous", "channels_last", "stacked", "sliced"]
@@ -32,25 +32,6 @@ def parameters(m, n, width, channels, kernel, batch, dtype=torch.float32, bias=T
 def predicted(form="predict", activation="relu", **geometry):
     def run(weight, bias, gates, *xs):
         return ops.cross_predict(list(xs), weight, bias, gates, **geometry, activation=activation, form=form)
-
-    return run
-
-
-def eager(activation="relu", **geometry):
-    """Alg. 1 as a user of PyTorch would write it, in the dtype of xs."""
-
-    def run(weight, bias, gates, *xs):
-        layer = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)[xs[0].dim() - 2]
-        options = geometry if xs[0].dim() > 2 else {}
-        dtype, shape = xs[0].dtype, (-1, *[1] * (xs[0].dim() - 1))
-        outputs = []
-        for j in range(weight.shape[1]):
-            y = 0
-            for i, x in enumerate(xs):
-                u = layer(x, weight[i, j].to(dtype), None if bias is None else bias[i, j].to(dtype), **options)
-                y = y + gates[:, i, j].reshape(shape).to(dtype) * u
-            outputs.append(torch.relu(y) if activation == "relu" else y)
-        return outputs
 
     return run
 

@@ -205,7 +205,7 @@ def sum_predictions(predictions, gates, offsets, relu, outputs):
 
 def scale_paths(paths, masks, weights, sums, masked, scaled):
     x, parts = paths[0], len(paths)
-    grid, sizes, tile = _launch(x, parts, len(scaled))
+    grid, sizes, tile = _launch(x, parts, max(1, len(scaled)))
     blocks = sizes[1]
     spans = grid[1] // blocks
     shape = (x.shape[0] if sums else 0, parts, x.shape[1])
