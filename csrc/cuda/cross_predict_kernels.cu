@@ -8,8 +8,6 @@
 namespace fastroute::cuda {
 namespace {
 
-constexpr int kSteps = 4;  // as in weighted_sums
-
 // Where element `e` of the first part is in a joined tensor; part p is p * run further on.
 struct Joined {
   int64_t run, parts;

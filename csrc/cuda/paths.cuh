@@ -10,6 +10,9 @@ namespace fastroute::cuda {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
+// Vectors to a thread where blocks share a sample, so that a block's weights are loaded once for 16 KB of each path.
+constexpr int kSteps = 4;
+
 template <typename T, int V>
 struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Vec {
   T v[V];

@@ -7,8 +7,6 @@
 namespace fastroute::cuda {
 namespace {
 
-constexpr int kSteps = 4;  // vectors to a thread, so that a block's weights are loaded once for 16 KB of each path
-
 template <typename T, int V, int TILE>
 __global__ void __launch_bounds__(kThreads, 2) weighted_sums_kernel(
     const __grid_constant__ Paths<const T> from, const Weights<accumulate_t<T>> weights,

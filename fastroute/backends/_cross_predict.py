@@ -124,7 +124,8 @@ class Passes:
             part, g = [x[chunk] for x in xs], gates[chunk]
             dys, ys = [dy[chunk] for dy in grad_outputs], [y[chunk] for y in outputs]
             grads, total = self._grads_of_sums(convolution, dys, ys, g, bias is not None)
-            totals.append(total)
+            if bias is not None:
+                totals.append(total)
             self._grad_weight(convolution, grads, part, weight, g, grad_weight)
             products.append(self._grad_inputs(convolution, grads, part, weight, g, [dx[chunk] for dx in grad_xs]))
         grad_gates, totals = torch.cat(products), torch.cat(totals)
@@ -135,7 +136,7 @@ class Passes:
 
     def _grads_of_sums(self, convolution, grad_outputs, outputs, gates, sums):
         """dP_j in the format of the convolutions, and with `sums` their totals over space."""
-        if not outputs and not sums:
+        if not outputs and not sums:  # dY_j itself
             return self._arranged(convolution, grad_outputs), None
         grad = grad_outputs[0]
         grads = self._empty(convolution, grad, grad.shape[1], len(grad_outputs))

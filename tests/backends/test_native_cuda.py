@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from fastroute.backends import native
+from fastroute.backends._cross_predict import Passes
 from fastroute.backends.reference import kernels as reference
 from fastroute.ops._paths import accumulate_dtype
 from tests.ops.mixture_cases import make_case as mixture_case
@@ -29,7 +30,10 @@ OPERATORS = (
     "mix_backward",
     "mixture_em_loss",
     "mixture_em_loss_backward",
+    "gate",
+    "gate_backward",
 )
+PASSES = ("sum_predictions", "scale_paths", "sum_gradients")
 PLAN, TWO_PASSES = -1, 0
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -89,9 +93,15 @@ def emulated(tmp_path_factory):
     schemas = torch.library.Library("fastroute_emulated", "DEF")
     for name in OPERATORS:
         schemas.define(str(getattr(torch.ops.fastroute, name).default._schema).removeprefix("fastroute::"))
+    if reason := native.reason_against(torch.device("cpu"), torch.float32):
+        pytest.skip(reason)
+    for name in PASSES:
+        schemas.define(str(getattr(torch.ops.fastroute_native, name).default._schema).partition("::")[2])
     torch.ops.load_library(library)
     namespace, key = torch.ops.fastroute_emulated, torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    operators = {name: functools.partial(getattr(namespace, name).default.redispatch, key) for name in OPERATORS}
+    operators = {
+        name: functools.partial(getattr(namespace, name).default.redispatch, key) for name in (*OPERATORS, *PASSES)
+    }
     order = ctypes.CDLL(str(library)).emulator_order
     yield SimpleNamespace(**operators, namespace=namespace, device="cpu", clusters=True, order=order, keep=schemas)
 
@@ -101,7 +111,7 @@ def card():
     if reason := native.reason_against(torch.device("cuda"), torch.float32):
         pytest.skip(reason)
     namespace = torch.ops.fastroute_native
-    operators = {name: getattr(namespace, name).default for name in OPERATORS}
+    operators = {name: getattr(namespace, name).default for name in (*OPERATORS, *PASSES)}
     clusters = torch.cuda.get_device_capability() >= (9, 0)
     return SimpleNamespace(**operators, namespace=namespace, device="cuda", clusters=clusters, order=lambda order: None)
 
@@ -251,6 +261,91 @@ def test_mix(kernels, sizes, dtype, shared, grad_inputs):
     gates = torch.randn(m, n, dtype=gates.dtype) if shared else gates
     check(kernels, "mix", (xs, gates))
     check(kernels, "mix_backward", (grad_outputs, xs, gates, grad_inputs))
+
+
+@grid(sizes=ALIGNED + ODD, dtype=DTYPES, layout=LAYOUTS)
+def test_gate(kernels, sizes, dtype, layout):
+    xs, parameters, _, grads = make_case(*sizes, dtype, layout)
+    check(kernels, "gate", (xs, *parameters))
+    gates, _, pooled, hidden = reference.gate(xs, *parameters)
+    for given in (grads, [grads[0], None], [None, grads[1]]):
+        check(kernels, "gate_backward", (*given, xs, *parameters, gates, pooled, hidden))
+
+
+def joined(parts):
+    """[i][j] as tensors i with all j side by side in their channels, in float64."""
+    return [torch.cat([part.double() for part in row], 1) for row in parts]
+
+
+@grid(sizes=ALIGNED + ODD, dtype=DTYPES, layout=LAYOUTS)
+def test_passes_of_cross_prediction(kernels, sizes, dtype, layout):
+    m, n, shape, *_ = sizes
+    batch, channels, *space = shape
+    xs, _, grad_outputs, (gates, _) = make_case(*sizes, dtype, layout)
+    generator = torch.Generator().manual_seed(3)
+    predictions, masks = (
+        make_paths(count, (batch, width, *space), dtype, layout, generator)
+        for count, width in ((m, n * channels), (n, channels))
+    )
+    terms = make_paths(n, (batch, m * channels, *space), dtype, layout, generator)
+    offsets = torch.randn(batch, n, channels, generator=generator).to(gates.dtype)
+    g = gates.double().reshape(*gates.shape, *[1] * (len(space) + 1))
+    u = [p.double().split(channels, 1) for p in predictions]
+    t = [p.double().split(channels, 1) for p in terms]
+    unshifted = [sum(g[:, i, j] * u[i][j] for i in range(m)) for j in range(n)]
+    sums = [y + offsets[:, j].double().reshape(batch, channels, *[1] * len(space)) for j, y in enumerate(unshifted)]
+    masked = [torch.where(y <= 0, 0, dy.double()) for y, dy in zip(masks, grad_outputs, strict=True)]
+    scaled = joined([[g[:, i, j] * masked[j] for j in range(n)] for i in range(m)])
+    rows = [torch.stack([(t[j][i] * x).flatten(1).sum(1) for j in range(n)], 1) for i, x in enumerate(xs)]
+    products = torch.stack(rows, 1)
+    grad_xs = [sum(g[:, i, j] * t[j][i] for j in range(n)) for i in range(m)]
+    totals = torch.stack([y.flatten(2).sum(2) if space else y for y in masked], 1)
+
+    def unwritten(values):
+        return [make_paths(1, v.shape, dtype, layout, generator)[0].to(kernels.device).fill_(torch.nan) for v in values]
+
+    xs_, predictions, masks, terms, grad_outputs, gates, offsets = converted(
+        [xs, predictions, masks, terms, grad_outputs, gates, offsets], device=kernels.device
+    )
+    results = []
+    for order in (0, 1, 2):
+        kernels.order(order)
+        with poisoned_allocations():
+            ys, plain, dps, dus, dxs = map(unwritten, (sums, sums, masked, scaled, grad_xs))
+            kernels.sum_predictions(predictions, gates, offsets, True, ys)
+            kernels.sum_predictions(predictions, gates, None, False, plain)
+            sums_over_space = kernels.scale_paths(grad_outputs, masks, gates.mT, True, dps, dus)
+            dots = kernels.sum_gradients(terms, xs_, gates, dxs)
+            again = kernels.sum_gradients(terms, xs_, gates, [])
+        results.append([*ys, *plain, *dps, *dus, *dxs, sums_over_space, dots, again])
+    exact = [*(y.relu() for y in sums), *unshifted, *masked, *scaled, *grad_xs, totals, products, products]
+    for k, (first, second, third, right) in enumerate(zip(*results, exact, strict=True)):
+        assert torch.equal(first, second) and torch.equal(first, third), k
+        if right.numel():
+            # One rounding to the paths' type, and some of the sums.
+            largest = max(1, right.abs().max())
+            allowed = (torch.finfo(first.dtype).eps + 64 * torch.finfo(gates.dtype).eps) * largest
+            assert (first.cpu() - right).abs().max() <= allowed, k
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("form", "bias", "relu"), [("predict", True, True), ("gate", False, True), ("predict", False, False)]
+)
+def test_cross_predict(kernels, monkeypatch, form, bias, relu, layout):
+    """With convolutions in the paths' format, as on a card."""
+    generator = torch.Generator().manual_seed(1)
+    weight, offset = torch.randn(2, 3, 5, 4, 3, 3, generator=generator), torch.randn(2, 3, 5, generator=generator)
+    gates, xs = torch.rand(2, 2, 3, generator=generator), make_paths(2, (2, 4, 4, 3), torch.float32, layout, generator)
+    grad_outputs = make_paths(3, (2, 5, 2, 3), torch.float32, layout, generator)
+    passes = Passes(kernels, channels_last=False, chunk_bytes=1000, split_weights=False)
+    monkeypatch.setattr(kernels, "cross_predict", passes.forward, raising=False)
+    monkeypatch.setattr(kernels, "cross_predict_backward", passes.backward, raising=False)
+    arguments = (xs, weight, offset if bias else None, gates, [2, 1], [1, 1], [1, 1])
+    check(kernels, "cross_predict", (*arguments, relu, form))
+    outputs = reference.cross_predict(*arguments, True, form) if relu else []
+    for grad_inputs in (True, False):
+        check(kernels, "cross_predict_backward", (grad_outputs, outputs, *arguments, grad_inputs))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -408,7 +503,7 @@ def test_compiles_without_spills(source, architecture, tmp_path):
 def test_library_loads_without_a_card():
     if reason := native.reason_against(torch.device("cuda"), torch.float32):
         pytest.skip(reason)
-    for name in OPERATORS:
+    for name in (*OPERATORS, *PASSES):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastroute_native::{name}", "CUDA")
     assert torch.ops.fastroute_native.cuda_plan(2, 1 << 16, 4096, 128, 80, 108, 163 << 10, 164 << 10) == TWO_PASSES
 

@@ -39,10 +39,14 @@ ACCESSES = {
     "cross_connect_inputs_bwd_kernel": lambda m, n: {"tile": (n, m)},
     "mix_fwd_kernel": lambda m, n: {"block": (m, n)},
     "mix_bwd_kernel": lambda m, n: {"block": (m + n, 0)},
+    "sum_predictions_kernel": lambda m, n: {"tile": (m * n, n)},
+    "scale_paths_kernel": lambda m, n: {"tile": (2 * n, n + m * n)},
+    "sum_gradients_kernel": lambda m, n: {"tile": (m + m * n, m)},
 }
 OTHERS = {
     "cross_connect_weights_bwd_kernel",
     "sum_parts_kernel",
+    "gate_shares_kernel",
     "mixture_em_fwd_kernel",
     "mixture_em_bwd_kernel",
 }
@@ -66,6 +70,8 @@ def compile_all(architecture: int) -> list[dict]:
     from triton.runtime.jit import JITFunction
 
     from fastroute.backends.triton import cross_connect as cc
+    from fastroute.backends.triton import cross_predict as cp
+    from fastroute.backends.triton import gate as gt
     from fastroute.backends.triton import launch_tables as tables
     from fastroute.backends.triton import mix as mx
     from fastroute.backends.triton import mixture_em as em
@@ -121,6 +127,16 @@ def compile_all(architecture: int) -> list[dict]:
             if case == "ImageNet, NCHW":
                 mx.mix(xs, gates)
                 mx.mix_backward(outputs, xs, gates[0], True)
+            if case in ("ResNet 8 × 8", "ImageNet, NCHW", "eight paths"):
+                gt.gate(xs, *gate)
+                gt.gate_backward(gates, scores, xs, *gate, gates, pooled, hidden)
+                us, ts = (
+                    [torch.cat([x] * b, 1).to(memory_format=memory_format) for x in xs[:1] * a]
+                    for a, b in [(m, n), (n, m)]
+                )
+                cp.sum_predictions(us, gates, pooled.new_empty(shape[0], n, channels), True, outputs)
+                cp.scale_paths(outputs, outputs, gates.mT, True, [torch.empty_like(y) for y in outputs], us)
+                cp.sum_gradients(ts, xs, gates, [torch.empty_like(x) for x in xs])
         return [report | {"case": case, "m": m, "n": n, "itemsize": xs[0].itemsize} for report in reports]
 
     def run_mixtures(shape, dtype, given):
@@ -181,6 +197,8 @@ def test_registers_and_shared_memory(reports):
 def test_paths_move_in_16_bytes(reports):
     for report in reports[:-1]:
         if report["kernel"] not in ACCESSES or report["case"] == "eight paths":  # 64 accumulators leave one element
+            continue
+        if report["kernel"] == "cross_connect_inputs_bwd_kernel" and not report["GRAD_INPUTS"]:  # the gates alone
             continue
         values = {"tile": report.get("BC", 0) * report.get("BS", 0), "block": report.get("BLOCK", 0)}
         loads = stores = 0

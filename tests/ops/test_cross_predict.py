@@ -67,7 +67,7 @@ CASES = [
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_outputs_and_every_gradient(backend, layout, dtype, form):
     precise = torch.float64 if dtype == torch.float64 else torch.float32
-    choices = itertools.cycle([(True, "relu"), (False, "relu"), (True, None)])
+    choices = itertools.cycle([(True, "relu"), (False, "relu"), (True, None), (False, None)])
     for (m, n, width, kernel, shape, geometry), (bias, activation) in zip(CASES, choices, strict=False):
         ps = parameters(m, n, width, shape[1], kernel, shape[0], precise, bias)
         check(paths(m, shape, dtype, layout), ps, form, activation, **geometry)
