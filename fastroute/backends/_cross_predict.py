@@ -43,7 +43,7 @@ class Passes:
         convert from and to the paths' format; else they have the paths' format.
     chunk_bytes: how many bytes of predictions, or of T, are computed at once, of as many samples as that allows.
     split_weights: whether convolutions take the weights' gradient faster one by one than joined.
-    prepare: called with tensors that are about to be written for the first time.
+    prepare: called with one or more tensors that are about to be written for the first time.
     """
 
     kernels: ModuleType
@@ -101,12 +101,11 @@ class Passes:
 
     def _gate(self, convolution, xs, weight, bias, gates, relu, outputs):
         offsets = None if bias is None else (gates[..., None] * bias.to(gates.dtype)).sum(1)
-        gated = self._empty(convolution, xs[0], len(xs) * xs[0].shape[1], len(outputs))
-        self.kernels.scale_paths(xs, [], gates, False, [], gated)
+        [gated] = self._empty(convolution, xs[0], len(xs) * xs[0].shape[1], 1)
         ones = gates.new_ones(gates.shape[0], 1, 1)
         for j, y in enumerate(outputs):
-            prediction = convolution.forward(gated[j], weight[:, j].transpose(0, 1).flatten(1, 2), None)
-            gated[j] = None
+            self.kernels.scale_paths(xs, [], gates[:, :, j, None], False, [], [gated])
+            prediction = convolution.forward(gated, weight[:, j].transpose(0, 1).flatten(1, 2), None)
             offset = None if offsets is None else offsets[:, j : j + 1]
             self.kernels.sum_predictions([prediction], ones, offset, relu, [y])
 

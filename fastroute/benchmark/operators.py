@@ -63,6 +63,8 @@ class Operator:
     shapes: device type → the shapes of a path.
     quick: those of the default selection, with the first of `paths`, the first of them in both directions.
     paths: (m, n); backends that are not the first choice are measured with the first.
+    rectified: whether the outputs come from a ReLU; beside its kink, where it is chance whether a gradient passes, none
+        is sent.
     """
 
     fused: Callable[..., Sequence[Tensor]]
@@ -74,11 +76,22 @@ class Operator:
     paths: Sequence[tuple[int, int]] = ((2, 2), (3, 3), (1, 2), (4, 4))
     dtypes: Sequence[str] = ("float32", "bfloat16")
     layouts: Sequence[str] = ("contiguous", "channels_last")
+    rectified: bool = False
 
 
 def _gate_parameters(problem: Problem) -> list[Tensor]:
     (m, n), channels = problem.paths, problem.shape[1]
     return [0.1 * torch.randn(size) for size in ((m, 16, channels), (m, 16), (m, n, 16), (m, n))]
+
+
+def _cross_predict(xs: list[Tensor], weight: Tensor, bias: Tensor, *gate: Tensor) -> list[Tensor]:
+    return ops.cross_predict(xs, weight, bias, ops.gate(xs, *gate).gates, padding=1)
+
+
+def _prediction_parameters(problem: Problem) -> list[Tensor]:
+    paths, channels = problem.paths, problem.shape[1]
+    sizes = (*paths, channels, channels, 3, 3), (*paths, channels)
+    return [*(0.1 * torch.randn(size) for size in sizes), *_gate_parameters(problem)]
 
 
 def _gates(problem: Problem) -> list[Tensor]:
@@ -100,6 +113,16 @@ OPERATORS = {
     "mix": Operator(
         fused=ops.mix, plain=plain.mix, parameters=_gates, maps=_routed_maps, quick=_maps(128, CIFAR_RESNET[:1])
     ),
+    "cross_predict": Operator(
+        fused=_cross_predict,
+        plain=plain.cross_predict,
+        parameters=_prediction_parameters,
+        maps=None,
+        shapes=lambda device: _maps(128, CIFAR_RESNET[:2]),
+        quick=_maps(128, CIFAR_RESNET[:1]),
+        paths=((2, 2), (3, 3)),
+        rectified=True,
+    ),
 }
 
 
@@ -111,7 +134,11 @@ def contest(problem: Problem, device: torch.device) -> Contest:
     xs = [draw(problem.shape, dtype, problem.layout, device) for _ in range(m)]
     parameters = [p.to(device) for p in operator.parameters(problem)]
     with torch.no_grad():
-        incoming = [torch.randn_like(y) for y in operator.plain(xs, *parameters)]
+        outputs = operator.plain(xs, *parameters)
+        incoming = [torch.randn_like(y) for y in outputs]
+        if operator.rectified:
+            near = 4 * torch.finfo(dtype).eps
+            incoming = [grad * (y > near * (1 + y.max())) for grad, y in zip(incoming, outputs, strict=True)]
 
     def job(function, xs=xs, parameters=parameters, incoming=incoming):
         if problem.direction == FORWARD:

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import conv2d, linear
 
 from fastroute.nn import CrossConnection
 from fastroute.nn.cross_connection import Routing
@@ -16,6 +16,21 @@ def mix(xs: list[Tensor], gates: Tensor) -> list[Tensor]:
 def cross_connect(xs: list[Tensor], w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> list[Tensor]:
     """Alg. 2; the gates are computed in the dtype of the weights."""
     return _weighted_sums(xs, _gates(xs, w1, b1, w2, b2)[0])
+
+
+def cross_predict(
+    xs: list[Tensor], weight: Tensor, bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+) -> list[Tensor]:
+    """Alg. 1 with its gates, by 3 × 3 convolutions that keep the size of the maps."""
+    dtype = xs[0].dtype
+    predictions = []
+    for x, weights, biases in zip(xs, weight.to(dtype), bias.to(dtype), strict=True):
+        predictions.append([conv2d(x, w, b, padding=1) for w, b in zip(weights, biases, strict=True)])
+    gates = [g[:, :, None, None, None].to(dtype) for g in _gates(xs, w1, b1, w2, b2)[0]]
+    outputs = []
+    for j in range(weight.shape[1]):
+        outputs.append(torch.relu(sum(g[:, j] * u[j] for g, u in zip(gates, predictions, strict=True))))
+    return outputs
 
 
 def _gates(xs, w1, b1, w2, b2):
