@@ -42,14 +42,14 @@ class Passes:
     channels_last: whether the convolutions are given channels_last tensors whatever the paths are, and the kernels
         convert from and to the paths' format; else they have the paths' format.
     chunk_bytes: how many bytes of predictions, or of T, are computed at once, of as many samples as that allows.
-    split_weights: whether convolutions take the weights' gradient faster one by one than joined.
+    pairwise: whether predictions and their gradients are convolved one by one, and not joined.
     prepare: called with one or more tensors that are about to be written for the first time.
     """
 
     kernels: ModuleType
     channels_last: bool
     chunk_bytes: int
-    split_weights: bool
+    pairwise: bool
     prepare: Callable[[list[Tensor]], None] = lambda tensors: None
 
     def _convolution(self, x: Tensor, geometry: tuple) -> Convolution:
@@ -92,12 +92,19 @@ class Passes:
         return outputs
 
     def _predict(self, convolution, xs, weight, bias, gates, relu, outputs):
-        biases = [None] * len(xs) if bias is None else bias.to(weight.dtype).flatten(1)
-        predictions = [
-            convolution.forward(x, w.flatten(0, 1), b)
-            for x, w, b in zip(self._arranged(convolution, xs), weight, biases, strict=True)
-        ]
-        self.kernels.sum_predictions(predictions, gates, None, relu, outputs)
+        xs = self._arranged(convolution, xs)
+        if bias is not None:
+            bias = bias.to(weight.dtype)
+        if self.pairwise:
+            for j, y in enumerate(outputs):
+                biases = [None] * len(xs) if bias is None else bias[:, j]
+                us = [convolution.forward(x, w, b) for x, w, b in zip(xs, weight[:, j], biases, strict=True)]
+                self.kernels.sum_predictions(us, gates[:, :, j, None], None, relu, [y])
+                del us  # its memory, still in the caches, is what the next predictions are given
+            return
+        biases = [None] * len(xs) if bias is None else bias.flatten(1)
+        us = [convolution.forward(x, w.flatten(0, 1), b) for x, w, b in zip(xs, weight, biases, strict=True)]
+        self.kernels.sum_predictions(us, gates, None, relu, outputs)
 
     def _gate(self, convolution, xs, weight, bias, gates, relu, outputs):
         offsets = None if bias is None else (gates[..., None] * bias.to(gates.dtype)).sum(1)
@@ -145,7 +152,7 @@ class Passes:
     def _grad_weight(self, convolution, grads, xs, weight, gates, grad_weight):
         """dW, input by input, so that only n of the m·n g_ij dP_j exist at a time."""
         n, width = weight.shape[1:3]
-        parts, count = (1, n) if self.split_weights else (n, 1)
+        parts, count = (1, n) if self.pairwise else (n, 1)
         scaled = self._empty(convolution, grads[0], parts * width, count)
         for i, x in enumerate(xs):
             self.kernels.scale_paths(grads, [], gates[:, i, :, None], False, [], scaled)
@@ -155,8 +162,15 @@ class Passes:
 
     def _grad_inputs(self, convolution, grads, xs, weight, gates, grad_xs):
         """The inner products <T_ij, X_i>, and dX unless grad_xs is empty."""
-        x, (m, n, _, channels) = xs[0], weight.shape[:4]
-        weights = [weight[:, j].transpose(0, 1).flatten(1, 2) for j in range(n)]  # (C_out, m·C_in, *k)
-        like = convolution.empty(x, m * channels)
+        channels = weight.shape[3]
+        if self.pairwise:
+            like, products = convolution.empty(xs[0], channels), []
+            for i, x in enumerate(xs):
+                terms = [convolution.to_inputs(grad, like, w) for grad, w in zip(grads, weight[i], strict=True)]
+                products.append(self.kernels.sum_gradients(terms, [x], gates[:, i : i + 1], grad_xs[i : i + 1]))
+                del terms  # as in `_predict`
+            return torch.cat(products, 1)
+        weights = [w.transpose(0, 1).flatten(1, 2) for w in weight.unbind(1)]  # (C_out, m·C_in, *k)
+        like = convolution.empty(xs[0], len(xs) * channels)
         terms = [convolution.to_inputs(grad, like, w) for grad, w in zip(grads, weights, strict=True)]
         return self.kernels.sum_gradients(terms, xs, gates, grad_xs)

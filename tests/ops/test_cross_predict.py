@@ -263,7 +263,7 @@ def test_the_plan_of_the_native_passes():
         ops.mix([torch.zeros(1, 1)], torch.ones(1, 1))  # loads the library
     single, half = (native._passes(torch.zeros(1, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
     assert single.channels_last and half.channels_last
-    assert single.split_weights and not half.split_weights
+    assert single.pairwise and not half.pairwise
 
 
 x = torch.zeros(4, 3, 6, 6)

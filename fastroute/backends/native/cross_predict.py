@@ -8,17 +8,18 @@ from fastroute.backends._cross_predict import Passes
 def _passes(x: torch.Tensor) -> Passes:
     """On a CPU PyTorch's convolutions are fastest in channels_last, whose cost their other formats have inside.
 
-    In float32 they take the gradients of 9 weights of 16 channels 20 % faster one by one; in bfloat16, joined.
+    One by one, each result is used while it is in the caches, and its memory by the next one: in float32 that took 15 %
+    off 3 paths of 16 channels to 3. In bfloat16 joined convolutions are faster by as much as that is worth.
     """
     if x.device.type == "cpu":
         return Passes(
             torch.ops.fastroute_native,
             channels_last=True,
             chunk_bytes=2**27,
-            split_weights=x.dtype == torch.float32,
+            pairwise=x.dtype == torch.float32,
             prepare=torch.ops.fastroute_native.on_huge_pages,
         )
-    return Passes(torch.ops.fastroute_native, channels_last=False, chunk_bytes=2**30, split_weights=False)
+    return Passes(torch.ops.fastroute_native, channels_last=False, chunk_bytes=2**30, pairwise=False)
 
 
 def cross_predict(xs, *rest):

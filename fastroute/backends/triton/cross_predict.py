@@ -260,5 +260,5 @@ def sum_gradients(terms, xs, gates, grad_xs):
 
 
 # All samples at once up to 1 GiB of predictions: a card wants large launches.
-PASSES = Passes(sys.modules[__name__], channels_last=False, chunk_bytes=2**30, split_weights=False)
+PASSES = Passes(sys.modules[__name__], channels_last=False, chunk_bytes=2**30, pairwise=False)
 cross_predict, cross_predict_backward = PASSES.forward, PASSES.backward
