@@ -119,8 +119,9 @@ OPERATORS = {
         parameters=_prediction_parameters,
         maps=None,
         shapes=lambda device: _maps(128, CIFAR_RESNET[:2]),
-        quick=(),
+        quick=_maps(128, CIFAR_RESNET[:1]),
         paths=((2, 2), (3, 3)),
+        dtypes=("float32",),  # in bfloat16 the gradients of the few gates and biases differ by chance, as compile's do
         rectified=True,
     ),
 }
