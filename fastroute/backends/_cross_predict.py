@@ -43,6 +43,7 @@ class Passes:
         convert from and to the paths' format; else they have the paths' format.
     chunk_bytes: how many bytes of predictions, or of T, are computed at once, of as many samples as that allows.
     pairwise: whether predictions and their gradients are convolved one by one, and not joined.
+    compute_dtype: what the convolutions are computed in, if not in the dtype of the paths.
     prepare: called with one or more tensors that are about to be written for the first time.
     """
 
@@ -50,10 +51,11 @@ class Passes:
     channels_last: bool
     chunk_bytes: int
     pairwise: bool
+    compute_dtype: torch.dtype | None = None
     prepare: Callable[[list[Tensor]], None] = lambda tensors: None
 
     def _convolution(self, x: Tensor, geometry: tuple) -> Convolution:
-        return Convolution(*geometry, self.channels_last or not channels_first(x))
+        return Convolution(*geometry, self.channels_last or not channels_first(x), self.compute_dtype)
 
     def _empty(self, convolution: Convolution, x: Tensor, channels: int, count: int) -> list[Tensor]:
         """Unwritten tensors of x's samples and space, in the format of the convolutions."""
