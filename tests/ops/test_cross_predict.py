@@ -67,18 +67,10 @@ CASES = [
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_outputs_and_every_gradient(backend, layout, dtype, form):
     precise = torch.float64 if dtype == torch.float64 else torch.float32
-    choices = itertools.cycle([(True, "relu"), (False, "relu"), (True, None)])
+    choices = itertools.cycle(itertools.product([True, False], ["relu", None]))
     for (m, n, width, kernel, shape, geometry), (bias, activation) in zip(CASES, choices, strict=False):
         ps = parameters(m, n, width, shape[1], kernel, shape[0], precise, bias)
         check(paths(m, shape, dtype, layout), ps, form, activation, **geometry)
-
-
-@pytest.mark.parametrize("form", ["predict", "gate"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_neither_bias_nor_activation(backend, layout, form):
-    for m, n, width, kernel, shape, geometry in CASES:
-        ps = parameters(m, n, width, shape[1], kernel, shape[0], torch.float32, False)
-        check(paths(m, shape, torch.float32, layout), ps, form, None, **geometry)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
