@@ -1,24 +1,17 @@
 """Image clustering by two-fold optimisation (Alg. 3), as a Lightning module."""
 
-import warnings
 from typing import Literal
 
-import pytorch_lightning as pl
 import torch
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor, nn
 
 from fastroute.clustering.augment import Augmentation
-from fastroute.clustering.metrics import cluster_accuracy
+from fastroute.clustering.module import ClusteringModule
 from fastroute.nn import ConsistencyLoss, MixtureEMLoss, RelevanceNorm
 
 
-class TwoFoldClustering(pl.LightningModule):
+class TwoFoldClustering(ClusteringModule):
     """Cluster images by a network that is trained for the mixture-EM loss and for consistency in turn (§4.4.3, Alg. 3).
-
-    Batches are images (N, C, H, W), values from 0 to 1, and labels (N,), which are used for nothing but the metrics
-    that each validation logs: `acc`, `nmi` and `ari` over exactly the images seen, `entropy` (of the posteriors, as a
-    share of log K: 1 is no clustering at all) and `empty` (clusters without a sample). A collapse is said in a warning.
 
     Args:
         network: from images to relevance scores (N, K), such as `clustering_network` gives.
@@ -42,19 +35,18 @@ class TwoFoldClustering(pl.LightningModule):
         gamma: float = 5.0,
         training_statistics: Literal["running", "batch"] = "running",
     ):
-        super().__init__()
+        super().__init__(num_clusters)
         if method not in ("two-fold", "em", "consistency"):
             raise ValueError(f"method is {method!r}; it must be 'two-fold', 'em' or 'consistency'")
         for name, lr in (("lr_em", lr_em), ("lr_consistency", lr_consistency)):
             if not lr > 0:
                 raise ValueError(f"{name} is {lr}; it must be greater than 0")
         self.automatic_optimization = False
-        self.network, self.num_clusters, self.method = network, num_clusters, method
+        self.network, self.method = network, method
         self.augment = augmentation or Augmentation()
         self.lr_em, self.lr_consistency = lr_em, lr_consistency
         self.normalize = RelevanceNorm(num_clusters, training_statistics=training_statistics)
         self.em_loss, self.consistency_loss = MixtureEMLoss(gamma, self.normalize), ConsistencyLoss()
-        self.sizes, self._seen = [], []  # samples of each cluster at the last validation
 
     def configure_optimizers(self):
         adam = torch.optim.Adam
@@ -85,30 +77,3 @@ class TwoFoldClustering(pl.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Posteriors (N, K)."""
         return torch.softmax(self.normalize(self.network(images), track=False), -1)
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, labels = batch
-        self._seen.append((self(images).float().cpu(), labels.cpu()))
-
-    def on_validation_epoch_end(self) -> None:
-        posterior, labels = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
-        self._seen.clear()
-        clusters = posterior.argmax(1)
-        sizes = torch.bincount(clusters, minlength=self.num_clusters)
-        self.sizes = sizes.tolist()
-        entropy = torch.special.entr(posterior).sum(1).mean() / torch.tensor(self.num_clusters).log()
-        empty = int((sizes == 0).sum())
-        metrics = {
-            "acc": cluster_accuracy(labels, clusters),
-            "nmi": normalized_mutual_info_score(labels, clusters),
-            "ari": adjusted_rand_score(labels, clusters),
-            "entropy": entropy.item(),
-            "empty": float(empty),
-        }
-        self.log_dict(metrics)
-        if empty >= self.num_clusters / 2 or metrics["entropy"] > 0.98:
-            warnings.warn(
-                f"the clustering has collapsed: {empty} of {self.num_clusters} clusters are empty, and the posteriors' "
-                f"entropy is {metrics['entropy']:.0%} of that of even ones",
-                stacklevel=1,
-            )
