@@ -28,7 +28,10 @@ def cluster(
         Literal["two-fold", "em", "consistency", "iic", "dec", "kmeans", "gmm", "spectral"],
         typer.Option(help="How to cluster. (dec: the first half of the epochs trains its autoencoder)"),
     ] = "two-fold",
-    clusters: Annotated[int, typer.Option("-k", "--clusters", min=1, help="How many clusters.")] = 10,
+    clusters: Annotated[int, typer.Option("-k", "--clusters", min=1, help="How many; may exceed the classes.")] = 10,
+    heads: Annotated[
+        int, typer.Option(min=1, help="Clusterings at once, of which the lowest mixture-EM loss chooses one.")
+    ] = 1,
     architecture: Annotated[
         str | None, typer.Option(help="mnist, cifar or stl10 of Table 4.2, or its layers. (default: the data's)")
     ] = None,
@@ -61,6 +64,8 @@ def cluster(
         from fastroute.clustering.networks import clustering_network
         from fastroute.clustering.two_fold import TwoFoldClustering
 
+        if heads > 1 and method not in ("two-fold", "em", "consistency"):
+            raise ValueError(f"heads is {heads}; the method {method!r} has one")
         images, labels = run.load_images(dataset, data_dir, limit, img_size, download)
         folder = (
             resume.parent
@@ -77,7 +82,7 @@ def cluster(
                 module = DEC(images[0].numel(), clusters, pretrain_epochs=pretrain_epochs, seed=seed)
             else:
                 layers = architecture or ARCHITECTURE.get(dataset, "cifar")
-                network = clustering_network(layers, clusters, images.shape[-1], batch_norm)
+                network = clustering_network(layers, heads * clusters, images.shape[-1], batch_norm)
                 if channels_last:
                     network = network.to(memory_format=torch.channels_last)
                 if method == "iic":
@@ -86,6 +91,7 @@ def cluster(
                     module = TwoFoldClustering(
                         network,
                         clusters,
+                        heads=heads,
                         method=method,
                         augmentation=augmentation,
                         lr_em=lr_em,

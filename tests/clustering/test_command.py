@@ -46,6 +46,13 @@ def test_classical_methods(tmp_path, method):
     assert float(row["acc"]) > 0.5 and sum(map(int, row["sizes"].split())) == 600
 
 
+def test_heads_and_more_clusters_than_classes(tmp_path):
+    done = run(*QUICK, "--heads", 3, "-k", 20, "--epochs", 2, "--output", tmp_path, "--experiment", "run")
+    assert done.exit_code == 0, done.output
+    row = rows(tmp_path / "run")[-1]
+    assert len(row["sizes"].split()) == 20 and float(row["acc_many"]) > float(row["acc"])
+
+
 def test_iic(tmp_path):
     done = run(*QUICK, "--method", "iic", "--epochs", 4, "--output", tmp_path, "--experiment", "run")
     assert done.exit_code == 0, done.output
@@ -96,6 +103,7 @@ def test_superclasses_of_cifar100():
         (["--limit", "0"], "limit is 0"),
         (["--architecture", "resnet"], "architecture is 'resnet'"),
         (["--lr-em", "0"], "lr_em is 0"),
+        (["--heads", "2", "--method", "iic"], "heads is 2; the method 'iic' has one"),
         (["--resume", "nowhere.ckpt"], "there is no such file"),
     ],
 )
