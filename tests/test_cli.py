@@ -92,17 +92,19 @@ def test_a_recipe_is_named_and_flags_win(tmp_path):
     assert torch.load(tmp_path / "run" / "last.ckpt")["hyper_parameters"]["num_classes"] == 3
 
 
-def test_every_recipe_holds_options_of_train():
-    train = get_command(app).commands["train"]
-    options = {option.name for option in train.params}
-    for recipe in recipes().values():
-        assert recipe.options.keys() <= options, recipe.name
+def test_every_recipe_holds_options_of_its_command():
+    for command in ("train", "cluster"):
+        options = {option.name for option in get_command(app).commands[command].params}
+        for recipe in recipes(command).values():
+            assert recipe.options.keys() <= options, recipe.name
 
 
 def test_recipes_are_listed_with_what_the_thesis_reports():
     result = run("recipes", "ilsvrc2012*")
     assert result.exit_code == 0 and "ilsvrc2012_resnet18_cc2" in result.output and "cifar10" not in result.output
     assert all(number in result.output for number in ("26.48", "8.60", "24.50", "7.34"))
+    result = run("recipes", "cluster_*")
+    assert "cluster_stl10_two-fold" in result.output and "63.84" in result.output and "ilsvrc" not in result.output
 
 
 def test_resume_auto_starts_goes_on_and_is_done(tmp_path):

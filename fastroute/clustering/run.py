@@ -45,7 +45,7 @@ def load_images(
 ) -> tuple[Tensor, Tensor]:
     """Images float32 (N, C, H, W) from 0 to 1, and labels (N,): the first `limit`.
 
-    "digits" is all of scikit-learn's; others are the training images of `fastroute.training.datasets.DATASETS`.
+    "digits" and "stl10" are all images with labels; others the training images of `fastroute.training.datasets`.
     CIFAR-100's labels are its 20 superclasses.
 
     Raises:
@@ -57,7 +57,7 @@ def load_images(
     if dataset == "imagefolder" and data_dir is None:
         raise ValueError("data_dir is None; the dataset 'imagefolder' needs one")
     found = DATASETS[dataset](Options(data_dir, img_size, os.cpu_count() or 1, download))
-    splits = [found.train, found.val] if dataset == "digits" else [found.train]
+    splits = [found.train, found.val] if dataset in ("digits", "stl10") else [found.train]
     images, labels = (torch.cat(parts)[:limit] for parts in zip(*splits, strict=True))
     if dataset == "cifar100":
         labels = torch.tensor(CIFAR100_SUPERCLASSES)[labels]

@@ -8,12 +8,22 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from fastroute.commands.common import plain_errors
+from fastroute.commands.common import config_option, plain_errors, recipe_or_file
 
 ARCHITECTURE = {"digits": "mnist", "mnist": "mnist", "stl10": "stl10"}
 
 
 def cluster(
+    config: Annotated[
+        str | None,
+        typer.Option(
+            "-c",
+            "--config",
+            is_eager=True,
+            callback=config_option(recipe_or_file("cluster")),
+            help="YAML file of defaults for all this, or the name of a recipe; `fastroute recipes` lists them.",
+        ),
+    ] = None,
     dataset: Annotated[
         Literal["digits", "mnist", "cifar10", "cifar100", "stl10", "imagefolder"],
         typer.Option(help="Where the images come from."),

@@ -13,17 +13,8 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from fastroute.commands.common import config_option, numbers, plain_errors, read_options
+from fastroute.commands.common import config_option, numbers, plain_errors, recipe_or_file
 from fastroute.nn import GateClusteringLoss, Router
-
-
-def _config(value: str) -> dict:
-    """The options of a YAML file, or else of a packaged recipe."""
-    with plain_errors():
-        from fastroute.training.recipes import recipe
-
-    path = Path(value)
-    return read_options(path) if path.suffix in (".yaml", ".yml") or path.exists() else recipe(value).options
 
 
 def option(*flags: str, help: str | None = None, panel: str | None = None, **settings):
@@ -43,7 +34,7 @@ def train(
             "-c",
             "--config",
             is_eager=True,
-            callback=config_option(_config),
+            callback=config_option(recipe_or_file("train")),
             help="YAML file of defaults for all this, or the name of a recipe; `fastroute recipes` lists them.",
         ),
     ] = None,

@@ -53,6 +53,15 @@ def test_heads_and_more_clusters_than_classes(tmp_path):
     assert len(row["sizes"].split()) == 20 and float(row["acc_many"]) > float(row["acc"])
 
 
+def test_a_recipe_is_named_and_flags_win(tmp_path):
+    arguments = ["--dataset", "digits", "--limit", 300, "-k", 9, "--output", tmp_path, "--experiment", "run"]
+    done = run("cluster", "-c", "cluster_mnist_kmeans", *arguments)
+    assert done.exit_code == 0, done.output
+    assert len(rows(tmp_path / "run")) == 1 and len(rows(tmp_path / "run")[0]["sizes"].split()) == 9
+    done = run("cluster", "-c", "cluster_mnist_kmean")
+    assert done.exit_code == 2 and "did you mean cluster_mnist_kmeans" in done.output
+
+
 def test_iic(tmp_path):
     done = run(*QUICK, "--method", "iic", "--epochs", 4, "--output", tmp_path, "--experiment", "run")
     assert done.exit_code == 0, done.output
