@@ -198,6 +198,12 @@ def test_validates_a_checkpoint_and_a_folder_of_them(tmp_path):
     assert float(last["loss"]) == pytest.approx(float(row["val_loss"]), rel=1e-5) and int(last["images"]) == 360
     assert float(last["error"]) == pytest.approx(float(row["val_error"])) and best["model"] == "resnet20_cc2"
     assert results["raw.json"][1]["loss"] != pytest.approx(float(row["val_loss"]), rel=1e-5)
+    file = tmp_path / "gates.json"
+    result = run("validate", tmp_path / "run" / "last.ckpt", "--gates", "--results-file", file)
+    (counted,) = json.loads(file.read_text())
+    assert "never above 0.5" in result.output and counted["error"] == pytest.approx(float(row["val_error"]))
+    # Routers of one path to two, of two to two, and to one, whose gates are none; each other has its counterpart.
+    assert counted["gates"] == 14 and 0 <= counted["never_above"] == counted["never_below"] <= 7
 
 
 @pytest.mark.parametrize(
@@ -207,6 +213,7 @@ def test_validates_a_checkpoint_and_a_folder_of_them(tmp_path):
         (("/nowhere.ckpt",), "checkpoint is /nowhere.ckpt; there is no such file"),
         (("--model", "resnet20"), "dataset is missing; the checkpoint does not say on what it was trained"),
         (("--model", "resnet20", "--dataset", "digits", "--ten-crop"), "ten_crop is True; it is for imagefolder"),
+        (("--model", "vgg16", "--dataset", "digits", "--img-size", 32, "--gates"), "gates is True, but vgg16 has no"),
         (("--model", "resnet20", "--dataset", "imagefolder"), "data_dir is None; the dataset 'imagefolder' needs one"),
         (("--model", "resnet20", "--dataset", "digits", "--results-file", "r.txt"), "it must end in .csv or .json"),
     ],
@@ -244,6 +251,10 @@ def test_gates_are_clustered_beside_the_task(tmp_path):
     priors = state["aux_loss._extra_state"]
     assert set(priors) == {"stem_router", "stack1_router", "stack2_router", "stack3_router"}
     assert priors["stack1_router"].shape == (2, 2)
+    arguments = (*arguments[:-4], "--experiment", "joined", "-b", 256, "--gate-reg-scope", "router")
+    assert run("train", *arguments, "--gate-reg-weight", 0.01).exit_code == 0
+    joined = torch.load(tmp_path / "joined" / "last.ckpt", weights_only=True)["state_dict"]["aux_loss._extra_state"]
+    assert joined["stack1_router"].shape == (2,)
     from fastroute.training import RoutingClassifier
 
     RoutingClassifier.load_from_checkpoint(tmp_path / "run" / "last.ckpt")

@@ -129,6 +129,10 @@ def train(
             "--gate-reg-prior/--no-gate-reg-prior", help="Clusters as large as they were, or even ones.", panel=GATES
         ),
     ] = True,
+    gate_reg_scope: Annotated[
+        Literal["local", "router", "network"],
+        option(help="A clustering per gating vector, per router, or per vector with even load overall.", panel=GATES),
+    ] = "local",
     amp: Annotated[bool, option("--amp/--no-amp", help="Mixed precision.", panel=COMPUTE)] = False,
     amp_dtype: Annotated[Literal["bfloat16", "float16"], option(panel=COMPUTE)] = "bfloat16",
     channels_last: Annotated[bool, option("--channels-last/--no-channels-last", panel=COMPUTE)] = False,
@@ -272,7 +276,8 @@ def _prepare(options: SimpleNamespace, console: Console) -> tuple:
 def _gate_clustering(options: SimpleNamespace) -> GateClusteringLoss | None:
     if not options.gate_reg_weight:
         return None
-    return GateClusteringLoss() if options.gate_reg_prior else GateClusteringLoss(prior_momentum=None)
+    momentum = 0.1 if options.gate_reg_prior else None
+    return GateClusteringLoss(prior_momentum=momentum, scope=options.gate_reg_scope)
 
 
 def _places(options: SimpleNamespace) -> tuple[Path, Path | None]:
