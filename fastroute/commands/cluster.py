@@ -38,6 +38,12 @@ def cluster(
         Literal["two-fold", "em", "consistency", "iic", "dec", "kmeans", "gmm", "spectral"],
         typer.Option(help="How to cluster. (dec: the first half of the epochs trains its autoencoder)"),
     ] = "two-fold",
+    two_dimensional: Annotated[
+        bool,
+        typer.Option(
+            "--two-dimensional", help="Instead: points in a plane, with and without normalised scores (§4.5.1)."
+        ),
+    ] = False,
     clusters: Annotated[int, typer.Option("-k", "--clusters", min=1, help="How many; may exceed the classes.")] = 10,
     heads: Annotated[
         int, typer.Option(min=1, help="Clusterings at once, of which the lowest mixture-EM loss chooses one.")
@@ -82,6 +88,11 @@ def cluster(
             if resume and not experiment
             else output / (experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{method}-{dataset}")
         )
+        if two_dimensional:
+            from fastroute.clustering import two_dimensional as plane
+
+            plane.run(images, labels, clusters, seed, folder, console)
+            return
         if method in run.CLASSICAL:
             run.fit_classical(method, images, labels, clusters, seed, folder, console)
         else:
