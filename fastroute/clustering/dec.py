@@ -75,6 +75,12 @@ class DEC(ClusteringModule):
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [self.pretrain_epochs])
         return [optimizer], [schedule]
 
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["pretrain_epochs"] = self.pretrain_epochs
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.pretrain_epochs = checkpoint["pretrain_epochs"]  # more epochs are more of the second part
+
     def on_train_epoch_start(self) -> None:
         if self.current_epoch >= self.pretrain_epochs:
             self.cluster_sizes = student_t(self._codes(), self.centers.detach()).sum(0)

@@ -98,28 +98,27 @@ def cluster(
         else:
             pl.seed_everything(seed, verbose=False)
             augmentation = Augmentation(flip=dataset not in ("digits", "mnist"))  # a mirrored digit is no digit
-            if method == "dec":
-                pretrain_epochs = (epochs + 1) // 2
-                module = DEC(images[0].numel(), clusters, pretrain_epochs=pretrain_epochs, seed=seed)
-            else:
+            if method != "dec":
                 layers = architecture or ARCHITECTURE.get(dataset, "cifar")
                 network = clustering_network(layers, heads * clusters, images.shape[-1], batch_norm)
                 if channels_last:
                     network = network.to(memory_format=torch.channels_last)
-                if method == "iic":
-                    module = IIC(network, clusters, augmentation=augmentation, lr=lr_consistency)
-                else:
-                    module = TwoFoldClustering(
-                        network,
-                        clusters,
-                        heads=heads,
-                        method=method,
-                        augmentation=augmentation,
-                        lr_em=lr_em,
-                        lr_consistency=lr_consistency,
-                        gamma=gamma,
-                        training_statistics=statistics,
-                    )
+            if method == "dec":
+                module = DEC(images[0].numel(), clusters, pretrain_epochs=(epochs + 1) // 2, seed=seed)
+            elif method == "iic":
+                module = IIC(network, clusters, augmentation=augmentation, lr=lr_consistency)
+            else:
+                module = TwoFoldClustering(
+                    network,
+                    clusters,
+                    heads=heads,
+                    method=method,
+                    augmentation=augmentation,
+                    lr_em=lr_em,
+                    lr_consistency=lr_consistency,
+                    gamma=gamma,
+                    training_statistics=statistics,
+                )
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric")
                 run.fit(

@@ -77,8 +77,9 @@ def test_dec_trains_its_autoencoder_first_and_resumes(tmp_path):
     loss = [float(row["loss"]) for row in table]
     assert loss[2] < loss[0] and len(loss) == 6
     assert all(float(row["acc"]) > 0.4 for row in table[2:])  # k-means of the codes, then DEC's own clusters
-    again = run(*common, "--epochs", 7, "--resume", tmp_path / "run" / "last.ckpt")
-    assert again.exit_code == 0 and len(rows(tmp_path / "run")) == 7, again.output
+    again = run(*common, "--epochs", 14, "--resume", tmp_path / "run" / "last.ckpt")
+    assert again.exit_code == 0 and len(rows(tmp_path / "run")) == 14, again.output
+    assert torch.load(tmp_path / "run" / "last.ckpt")["pretrain_epochs"] == 3
 
 
 def test_images_of_a_folder(tmp_path):
