@@ -2,6 +2,7 @@
 // kernels and their autograd. All others go through Python (fastroute_python), which explains what is wrong with them or
 // brings them into form. With cold caches the Python between two layers takes longer than the routing of a small map.
 
+#include "mixture.h"
 #include "paths.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -13,6 +14,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <string>
 
@@ -31,6 +33,12 @@ using CrossConnectBackward = Backward(
 using MixForward = std::vector<at::Tensor>(at::TensorList, const at::Tensor&);
 using MixBackward =
     std::tuple<std::vector<at::Tensor>, at::Tensor>(at::TensorList, at::TensorList, const at::Tensor&, bool);
+using MixtureForward = MixtureResult(
+    const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+    double);
+using MixtureBackward = std::tuple<at::Tensor, at::Tensor>(
+    const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+    const at::Tensor&, double, bool);
 
 // An operator in each of its namespaces: as the user calls it, compiled, and by way of Python.
 template <typename Signature>
@@ -61,6 +69,14 @@ const auto& mix() {
 }
 const auto& mix_backward() {
   static const Operator<MixBackward> op("mix_backward");
+  return op;
+}
+const auto& mixture() {
+  static const Operator<MixtureForward> op("mixture_em_loss");
+  return op;
+}
+const auto& mixture_backward() {
+  static const Operator<MixtureBackward> op("mixture_em_loss_backward");
   return op;
 }
 
@@ -112,6 +128,46 @@ bool are_gates(const at::Tensor& gates, at::TensorList xs) {
       (gates.dim() == 2 ? is_weight(gates, {m, n}, xs[0]) : is_weight(gates, {xs[0].size(0), m, n}, xs[0]));
 }
 
+bool are_scores(const at::Tensor& x) {
+  const auto type = x.scalar_type();
+  return (x.dim() == 2 || x.dim() == 3) && x.size(1) >= 1 && x.size(-1) >= 1 && x.size(-1) <= kMaxClusters &&
+      x.is_contiguous() && (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble);
+}
+
+bool is_dense(const OptionalTensor& x, at::IntArrayRef sizes, at::ScalarType type, at::Device device) {
+  return !x || (x->sizes() == sizes && x->scalar_type() == type && x->device() == device && x->is_contiguous());
+}
+
+// Whether f(values, K) holds of the numbers of every mixture.
+template <typename F>
+bool holds(const at::Tensor& x, F f) {
+  return dispatch(x.scalar_type(), [&]<typename A>() {
+    const int64_t clusters = x.size(-1);
+    const A* values = x.const_data_ptr<A>();
+    for (const A* end = values + x.numel(); values != end; values += clusters) {
+      if (!f(values, clusters)) return false;
+    }
+    return true;
+  });
+}
+
+bool is_prior(const at::Tensor& x) {
+  return holds(x, [](const auto* values, int64_t clusters) {
+    double sum = 0;
+    for (int64_t j = 0; j < clusters; ++j) {
+      if (!(values[j] >= 0)) return false;
+      sum += values[j];
+    }
+    return std::abs(sum - 1) <= 1e-3;
+  });
+}
+
+bool is_std(const at::Tensor& x) {
+  return holds(x, [](const auto* values, int64_t clusters) {
+    return std::none_of(values, values + clusters, [](auto value) { return value < 0; });
+  });
+}
+
 Forward cross_connect_cpu(
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
     const OptionalTensor& b2) {
@@ -138,6 +194,29 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> mix_backward_cpu(
     at::TensorList grad_outputs, at::TensorList xs, const at::Tensor& gates, bool grad_inputs) {
   const bool direct = choice_is_open() && !xs.empty() && are_paths(xs, xs[0]) && are_paths(grad_outputs, xs[0]);
   return (direct ? mix_backward().native : mix_backward().python).call(grad_outputs, xs, gates, grad_inputs);
+}
+
+MixtureResult mixture_cpu(
+    const at::Tensor& scores, const OptionalTensor& scores_aug, const OptionalTensor& prior, const OptionalTensor& mean,
+    const OptionalTensor& std, double gamma) {
+  const auto is_column = [&](const OptionalTensor& x) {
+    return is_dense(x, scores.sizes().slice(1), accumulate_type(scores.scalar_type()), scores.device());
+  };
+  const bool direct = choice_is_open() && gamma > 0 && std::isfinite(gamma) && are_scores(scores) &&
+      is_dense(scores_aug, scores.sizes(), scores.scalar_type(), scores.device()) && is_column(prior) &&
+      is_column(mean) && is_column(std) && mean.has_value() == std.has_value() && (!prior || is_prior(*prior)) &&
+      (!std || is_std(*std));
+  return (direct ? mixture().native : mixture().python).call(scores, scores_aug, prior, mean, std, gamma);
+}
+
+std::tuple<at::Tensor, at::Tensor> mixture_backward_cpu(
+    const at::Tensor& scores, const OptionalTensor& scores_aug, const at::Tensor& posterior, const at::Tensor& means,
+    const at::Tensor& scales, const at::Tensor& grad_loss, double gamma, bool batch_statistics) {
+  const bool direct = choice_is_open() && are_scores(scores) && (!scores_aug || scores_aug->is_contiguous()) &&
+      posterior.is_contiguous();
+  return (direct ? mixture_backward().native : mixture_backward().python)
+      .call(  // the gradient of a sum of losses is one number, expanded
+          scores, scores_aug, posterior, means, scales, grad_loss.contiguous(), gamma, batch_statistics);
 }
 
 // A backward through the dispatcher: below autograd, unless it is to be differentiated itself.
@@ -256,6 +335,39 @@ std::vector<at::Tensor> mix_autograd(at::TensorList xs, const at::Tensor& gates)
   return Mix::apply(xs, gates);
 }
 
+struct Mixture : torch::autograd::Function<Mixture> {
+  static constexpr bool is_traceable = true;
+
+  static at::Tensor forward(
+      AutogradContext* ctx, const at::Tensor& scores, const OptionalTensor& scores_aug, const OptionalTensor& prior,
+      const OptionalTensor& mean, const OptionalTensor& std, double gamma, MixtureResult* result) {
+    at::AutoDispatchBelowAutograd below;
+    *result = mixture().public_.call(scores, scores_aug, prior, mean, std, gamma);
+    const auto& [loss, posterior, means, scales] = *result;
+    ctx->save_for_backward({scores, undefined_or(scores_aug), posterior, means, scales});
+    ctx->saved_data["gamma"] = gamma;
+    ctx->saved_data["batch_statistics"] = !mean.has_value();
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    auto [grad, grad_aug] = call_backward(
+        mixture_backward(), saved[0], optional(saved[1]), saved[2], saved[3], saved[4], grads[0],
+        ctx->saved_data["gamma"].toDouble(), ctx->saved_data["batch_statistics"].toBool());
+    // Nothing for the constants and the pointer.
+    return {grad, saved[1].defined() ? grad_aug : at::Tensor(), {}, {}, {}, {}, {}};
+  }
+};
+
+MixtureResult mixture_autograd(
+    const at::Tensor& scores, const OptionalTensor& scores_aug, const OptionalTensor& prior, const OptionalTensor& mean,
+    const OptionalTensor& std, double gamma) {
+  MixtureResult result;
+  std::get<0>(result) = Mixture::apply(scores, scores_aug, prior, mean, std, gamma, &result);
+  return result;
+}
+
 }  // namespace
 }  // namespace fastroute
 
@@ -264,11 +376,14 @@ TORCH_LIBRARY_IMPL(fastroute, CPU, m) {
   m.impl("cross_connect_backward", &fastroute::cross_connect_backward_cpu);
   m.impl("mix", &fastroute::mix_cpu);
   m.impl("mix_backward", &fastroute::mix_backward_cpu);
+  m.impl("mixture_em_loss", &fastroute::mixture_cpu);
+  m.impl("mixture_em_loss_backward", &fastroute::mixture_backward_cpu);
 }
 
 TORCH_LIBRARY_IMPL(fastroute, AutogradCPU, m) {
   m.impl("cross_connect", &fastroute::cross_connect_autograd);
   m.impl("mix", &fastroute::mix_autograd);
+  m.impl("mixture_em_loss", &fastroute::mixture_autograd);
 }
 
 TORCH_LIBRARY_IMPL(fastroute_native, CompositeExplicitAutograd, m) {

@@ -92,17 +92,19 @@ def test_a_recipe_is_named_and_flags_win(tmp_path):
     assert torch.load(tmp_path / "run" / "last.ckpt")["hyper_parameters"]["num_classes"] == 3
 
 
-def test_every_recipe_holds_options_of_train():
-    train = get_command(app).commands["train"]
-    options = {option.name for option in train.params}
-    for recipe in recipes().values():
-        assert recipe.options.keys() <= options, recipe.name
+def test_every_recipe_holds_options_of_its_command():
+    for command in ("train", "cluster"):
+        options = {option.name for option in get_command(app).commands[command].params}
+        for recipe in recipes(command).values():
+            assert recipe.options.keys() <= options, recipe.name
 
 
 def test_recipes_are_listed_with_what_the_thesis_reports():
     result = run("recipes", "ilsvrc2012*")
     assert result.exit_code == 0 and "ilsvrc2012_resnet18_cc2" in result.output and "cifar10" not in result.output
     assert all(number in result.output for number in ("26.48", "8.60", "24.50", "7.34"))
+    result = run("recipes", "cluster_*")
+    assert "cluster_stl10_two-fold" in result.output and "63.84" in result.output and "ilsvrc" not in result.output
 
 
 def test_resume_auto_starts_goes_on_and_is_done(tmp_path):
@@ -196,6 +198,12 @@ def test_validates_a_checkpoint_and_a_folder_of_them(tmp_path):
     assert float(last["loss"]) == pytest.approx(float(row["val_loss"]), rel=1e-5) and int(last["images"]) == 360
     assert float(last["error"]) == pytest.approx(float(row["val_error"])) and best["model"] == "resnet20_cc2"
     assert results["raw.json"][1]["loss"] != pytest.approx(float(row["val_loss"]), rel=1e-5)
+    file = tmp_path / "gates.json"
+    result = run("validate", tmp_path / "run" / "last.ckpt", "--gates", "--results-file", file)
+    (counted,) = json.loads(file.read_text())
+    assert "never above 0.5" in result.output and counted["error"] == pytest.approx(float(row["val_error"]))
+    # Routers of one path to two, of two to two, and to one, whose gates are none; each other has its counterpart.
+    assert counted["gates"] == 14 and 0 <= counted["never_above"] == counted["never_below"] <= 7
 
 
 @pytest.mark.parametrize(
@@ -205,6 +213,7 @@ def test_validates_a_checkpoint_and_a_folder_of_them(tmp_path):
         (("/nowhere.ckpt",), "checkpoint is /nowhere.ckpt; there is no such file"),
         (("--model", "resnet20"), "dataset is missing; the checkpoint does not say on what it was trained"),
         (("--model", "resnet20", "--dataset", "digits", "--ten-crop"), "ten_crop is True; it is for imagefolder"),
+        (("--model", "vgg16", "--dataset", "digits", "--img-size", 32, "--gates"), "gates is True, but vgg16 has no"),
         (("--model", "resnet20", "--dataset", "imagefolder"), "data_dir is None; the dataset 'imagefolder' needs one"),
         (("--model", "resnet20", "--dataset", "digits", "--results-file", "r.txt"), "it must end in .csv or .json"),
     ],
@@ -242,6 +251,10 @@ def test_gates_are_clustered_beside_the_task(tmp_path):
     priors = state["aux_loss._extra_state"]
     assert set(priors) == {"stem_router", "stack1_router", "stack2_router", "stack3_router"}
     assert priors["stack1_router"].shape == (2, 2)
+    arguments = (*arguments[:-4], "--experiment", "joined", "-b", 256, "--gate-reg-scope", "router")
+    assert run("train", *arguments, "--gate-reg-weight", 0.01).exit_code == 0
+    joined = torch.load(tmp_path / "joined" / "last.ckpt", weights_only=True)["state_dict"]["aux_loss._extra_state"]
+    assert joined["stack1_router"].shape == (2,)
     from fastroute.training import RoutingClassifier
 
     RoutingClassifier.load_from_checkpoint(tmp_path / "run" / "last.ckpt")

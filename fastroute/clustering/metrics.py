@@ -18,8 +18,20 @@ def cluster_accuracy(labels: Sequence, clusters: Sequence) -> float:
     Raises:
         ValueError: the two differ in length, or are empty.
     """
+    counts = _counts(labels, clusters)
+    return float(counts[linear_sum_assignment(counts, maximize=True)].sum() / len(labels))
+
+
+def many_to_one_accuracy(labels: Sequence, clusters: Sequence) -> float:
+    """The share of samples that have the most frequent label of their cluster: what over-clustering is judged by.
+
+    Arguments and errors are those of `cluster_accuracy`, than which it is never lower: it grows with the clusters.
+    """
+    return float(_counts(labels, clusters).max(0).sum() / len(labels))
+
+
+def _counts(labels: Sequence, clusters: Sequence) -> np.ndarray:
     check_consistent_length(labels, clusters)
     if len(labels) == 0:
         raise ValueError("labels are empty; there must be at least one sample")
-    counts = contingency_matrix(np.asarray(labels), np.asarray(clusters))
-    return float(counts[linear_sum_assignment(counts, maximize=True)].sum() / len(labels))
+    return contingency_matrix(np.asarray(labels), np.asarray(clusters))

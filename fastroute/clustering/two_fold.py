@@ -1,28 +1,23 @@
 """Image clustering by two-fold optimisation (Alg. 3), as a Lightning module."""
 
-import warnings
 from typing import Literal
 
-import pytorch_lightning as pl
 import torch
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor, nn
 
 from fastroute.clustering.augment import Augmentation
-from fastroute.clustering.metrics import cluster_accuracy
+from fastroute.clustering.module import ClusteringModule
 from fastroute.nn import ConsistencyLoss, MixtureEMLoss, RelevanceNorm
 
 
-class TwoFoldClustering(pl.LightningModule):
+class TwoFoldClustering(ClusteringModule):
     """Cluster images by a network that is trained for the mixture-EM loss and for consistency in turn (§4.4.3, Alg. 3).
 
-    Batches are images (N, C, H, W), values from 0 to 1, and labels (N,), which are used for nothing but the metrics
-    that each validation logs: `acc`, `nmi` and `ari` over exactly the images seen, `entropy` (of the posteriors, as a
-    share of log K: 1 is no clustering at all) and `empty` (clusters without a sample). A collapse is said in a warning.
-
     Args:
-        network: from images to relevance scores (N, K), such as `clustering_network` gives.
+        network: from images to relevance scores (N, heads·K), such as `clustering_network` gives.
         num_clusters: K.
+        heads: clusterings that share all but the last layer and are trained at once. After each validation `head` is
+            the one whose mixture-EM loss of the images seen is the lowest: a choice without labels.
         method: "two-fold" (Alg. 3), or one of its two steps alone: "em" (Eq. 4.23) or "consistency" (Eq. 4.24).
         augmentation: the transform T.
         lr_em, lr_consistency: learning rates of the two Adam optimisers; the thesis's by default.
@@ -35,6 +30,7 @@ class TwoFoldClustering(pl.LightningModule):
         network: nn.Module,
         num_clusters: int,
         *,
+        heads: int = 1,
         method: Literal["two-fold", "em", "consistency"] = "two-fold",
         augmentation: Augmentation | None = None,
         lr_em: float = 5e-5,
@@ -42,19 +38,21 @@ class TwoFoldClustering(pl.LightningModule):
         gamma: float = 5.0,
         training_statistics: Literal["running", "batch"] = "running",
     ):
-        super().__init__()
+        super().__init__(num_clusters)
         if method not in ("two-fold", "em", "consistency"):
             raise ValueError(f"method is {method!r}; it must be 'two-fold', 'em' or 'consistency'")
+        if heads < 1:
+            raise ValueError(f"heads is {heads}; it must be at least 1")
         for name, lr in (("lr_em", lr_em), ("lr_consistency", lr_consistency)):
             if not lr > 0:
                 raise ValueError(f"{name} is {lr}; it must be greater than 0")
         self.automatic_optimization = False
-        self.network, self.num_clusters, self.method = network, num_clusters, method
+        self.network, self.heads, self.method = network, heads, method
         self.augment = augmentation or Augmentation()
         self.lr_em, self.lr_consistency = lr_em, lr_consistency
-        self.normalize = RelevanceNorm(num_clusters, training_statistics=training_statistics)
+        self.normalize = RelevanceNorm(num_clusters, num_gates=heads, training_statistics=training_statistics)
         self.em_loss, self.consistency_loss = MixtureEMLoss(gamma, self.normalize), ConsistencyLoss()
-        self.sizes, self._seen = [], []  # samples of each cluster at the last validation
+        self.register_buffer("head", torch.zeros((), dtype=torch.long))
 
     def configure_optimizers(self):
         adam = torch.optim.Adam
@@ -66,49 +64,34 @@ class TwoFoldClustering(pl.LightningModule):
         em, consistency = self.optimizers()
 
         if self.method != "consistency":  # EM optimisation: relevance scores, posteriors and clustering loss
-            loss, _ = self.em_loss(self.network(x), self.network(x_tr))
-            self._step(em, loss)
-            self.log("em_loss", loss, on_step=False, on_epoch=True, batch_size=len(x))
+            losses, _ = self.em_loss(self.scores(x), self.scores(x_tr))
+            self._step(em, losses.sum())
+            self.log("em_loss", losses.mean(), on_step=False, on_epoch=True, batch_size=len(x))
 
         if self.method != "em":  # consistency optimisation, with the posteriors of the updated network
             with torch.no_grad():
-                p = torch.softmax(self.normalize(self.network(x), track=self.method == "consistency"), -1)
-            loss = self.consistency_loss(p, self.normalize(self.network(x_tr), track=False))
-            self._step(consistency, loss)
-            self.log("consistency_loss", loss, on_step=False, on_epoch=True, batch_size=len(x))
+                p = torch.softmax(self.normalize(self.scores(x), track=self.method == "consistency"), -1)
+            losses = self.consistency_loss(p, self.normalize(self.scores(x_tr), track=False))
+            self._step(consistency, losses.sum())
+            self.log("consistency_loss", losses.mean(), on_step=False, on_epoch=True, batch_size=len(x))
 
     def _step(self, optimizer, loss: Tensor) -> None:
         optimizer.zero_grad()
         self.manual_backward(loss)
         optimizer.step()
 
+    def scores(self, images: Tensor) -> Tensor:
+        """Relevance scores (N, heads, K)."""
+        return self.network(images).unflatten(1, (self.heads, self.num_clusters))
+
     def forward(self, images: Tensor) -> Tensor:
-        """Posteriors (N, K)."""
-        return torch.softmax(self.normalize(self.network(images), track=False), -1)
+        """Posteriors (N, K) of the chosen head."""
+        return torch.softmax(self.normalize(self.scores(images), track=False)[:, self.head], -1)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, labels = batch
-        self._seen.append((self(images).float().cpu(), labels.cpu()))
-
-    def on_validation_epoch_end(self) -> None:
-        posterior, labels = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
-        self._seen.clear()
-        clusters = posterior.argmax(1)
-        sizes = torch.bincount(clusters, minlength=self.num_clusters)
-        self.sizes = sizes.tolist()
-        entropy = torch.special.entr(posterior).sum(1).mean() / torch.tensor(self.num_clusters).log()
-        empty = int((sizes == 0).sum())
-        metrics = {
-            "acc": cluster_accuracy(labels, clusters),
-            "nmi": normalized_mutual_info_score(labels, clusters),
-            "ari": adjusted_rand_score(labels, clusters),
-            "entropy": entropy.item(),
-            "empty": float(empty),
-        }
-        self.log_dict(metrics)
-        if empty >= self.num_clusters / 2 or metrics["entropy"] > 0.98:
-            warnings.warn(
-                f"the clustering has collapsed: {empty} of {self.num_clusters} clusters are empty, and the posteriors' "
-                f"entropy is {metrics['entropy']:.0%} of that of even ones",
-                stacklevel=1,
-            )
+    def on_validation_epoch_start(self) -> None:
+        loss = torch.zeros(self.heads, device=self.device)
+        with torch.no_grad():
+            for images, _ in self.trainer.val_dataloaders if self.heads > 1 else ():
+                images = images.to(self.device)
+                loss += len(images) * self.em_loss(self.scores(images)).loss
+        self.head.copy_(loss.argmin())

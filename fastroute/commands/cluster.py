@@ -8,18 +8,49 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from fastroute.commands.common import plain_errors
+from fastroute.commands.common import config_option, plain_errors, recipe_or_file
+
+ARCHITECTURE = {"digits": "mnist", "mnist": "mnist", "stl10": "stl10"}
 
 
 def cluster(
-    dataset: Annotated[Literal["digits", "mnist"], typer.Option(help="Where the images come from.")] = "digits",
-    data_dir: Annotated[Path | None, typer.Option(help="For mnist: the folder that holds MNIST/raw.")] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            "-c",
+            "--config",
+            is_eager=True,
+            callback=config_option(recipe_or_file("cluster")),
+            help="YAML file of defaults for all this, or the name of a recipe; `fastroute recipes` lists them.",
+        ),
+    ] = None,
+    dataset: Annotated[
+        Literal["digits", "mnist", "cifar10", "cifar100", "stl10", "imagefolder"],
+        typer.Option(help="Where the images come from."),
+    ] = "digits",
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the data; of an imagefolder, with train/ and val/. (default: data)")
+    ] = None,
+    download: Annotated[bool, typer.Option("--download", help="Download torchvision's sets.")] = False,
+    img_size: Annotated[int | None, typer.Option(min=1, help="Scale images to it. (default: as they are)")] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many images. (default: all)")] = None,
     method: Annotated[
-        Literal["two-fold", "em", "consistency", "kmeans", "gmm", "spectral"], typer.Option(help="How to cluster.")
+        Literal["two-fold", "em", "consistency", "iic", "dec", "kmeans", "gmm", "spectral"],
+        typer.Option(help="How to cluster. (dec: the first half of the epochs trains its autoencoder)"),
     ] = "two-fold",
-    clusters: Annotated[int, typer.Option("-k", "--clusters", min=1, help="How many clusters.")] = 10,
-    architecture: Annotated[str, typer.Option(help="mnist, cifar or stl10 of Table 4.2, or its layers.")] = "mnist",
+    two_dimensional: Annotated[
+        bool,
+        typer.Option(
+            "--two-dimensional", help="Instead: points in a plane, with and without normalised scores (§4.5.1)."
+        ),
+    ] = False,
+    clusters: Annotated[int, typer.Option("-k", "--clusters", min=1, help="How many; may exceed the classes.")] = 10,
+    heads: Annotated[
+        int, typer.Option(min=1, help="Clusterings at once, of which the lowest mixture-EM loss chooses one.")
+    ] = 1,
+    architecture: Annotated[
+        str | None, typer.Option(help="mnist, cifar or stl10 of Table 4.2, or its layers. (default: the data's)")
+    ] = None,
     batch_norm: Annotated[bool, typer.Option("--batch-norm/--no-batch-norm", help="After convolutions.")] = True,
     statistics: Annotated[
         Literal["running", "batch"], typer.Option(help="What normalises relevance scores in training.")
@@ -27,7 +58,7 @@ def cluster(
     epochs: Annotated[int, typer.Option(min=1)] = 250,
     batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=2)] = 128,
     lr_em: Annotated[float, typer.Option(help="Of the mixture-EM loss.")] = 5e-5,
-    lr_consistency: Annotated[float, typer.Option(help="Of the consistency loss.")] = 1e-4,
+    lr_consistency: Annotated[float, typer.Option(help="Of the consistency loss, and of iic.")] = 1e-4,
     gamma: Annotated[float, typer.Option(help="γ of Eq. 4.12.")] = 5.0,
     amp: Annotated[bool, typer.Option("--amp/--no-amp", help="bfloat16 mixed precision.")] = False,
     channels_last: Annotated[bool, typer.Option("--channels-last/--no-channels-last")] = False,
@@ -43,31 +74,51 @@ def cluster(
         import torch
 
         from fastroute.clustering import run
+        from fastroute.clustering.augment import Augmentation
+        from fastroute.clustering.dec import DEC
+        from fastroute.clustering.iic import IIC
         from fastroute.clustering.networks import clustering_network
         from fastroute.clustering.two_fold import TwoFoldClustering
 
-        images, labels = run.load_images(dataset, data_dir, limit)
+        if heads > 1 and method not in ("two-fold", "em", "consistency"):
+            raise ValueError(f"heads is {heads}; the method {method!r} has one")
+        images, labels = run.load_images(dataset, data_dir, limit, img_size, download)
         folder = (
             resume.parent
             if resume and not experiment
             else output / (experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{method}-{dataset}")
         )
+        if two_dimensional:
+            from fastroute.clustering import two_dimensional as plane
+
+            plane.run(images, labels, clusters, seed, folder, console)
+            return
         if method in run.CLASSICAL:
             run.fit_classical(method, images, labels, clusters, seed, folder, console)
         else:
             pl.seed_everything(seed, verbose=False)
-            network = clustering_network(architecture, clusters, images.shape[-1], batch_norm)
-            if channels_last:
-                network = network.to(memory_format=torch.channels_last)
-            module = TwoFoldClustering(
-                network,
-                clusters,
-                method=method,
-                lr_em=lr_em,
-                lr_consistency=lr_consistency,
-                gamma=gamma,
-                training_statistics=statistics,
-            )
+            augmentation = Augmentation(flip=dataset not in ("digits", "mnist"))  # a mirrored digit is no digit
+            if method != "dec":
+                layers = architecture or ARCHITECTURE.get(dataset, "cifar")
+                network = clustering_network(layers, heads * clusters, images.shape[-1], batch_norm)
+                if channels_last:
+                    network = network.to(memory_format=torch.channels_last)
+            if method == "dec":
+                module = DEC(images[0].numel(), clusters, pretrain_epochs=(epochs + 1) // 2, seed=seed)
+            elif method == "iic":
+                module = IIC(network, clusters, augmentation=augmentation, lr=lr_consistency)
+            else:
+                module = TwoFoldClustering(
+                    network,
+                    clusters,
+                    heads=heads,
+                    method=method,
+                    augmentation=augmentation,
+                    lr_em=lr_em,
+                    lr_consistency=lr_consistency,
+                    gamma=gamma,
+                    training_statistics=statistics,
+                )
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric")
                 run.fit(

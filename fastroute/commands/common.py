@@ -44,6 +44,19 @@ def read_options(path: Path) -> dict:
     return values
 
 
+def recipe_or_file(command: str) -> Callable[[str], dict]:
+    """Reads the options of a YAML file, or else of a packaged recipe of the command."""
+
+    def read(value: str) -> dict:
+        from fastroute.training.recipes import recipe
+
+        path = Path(value)
+        is_file = path.suffix in (".yaml", ".yml") or path.exists()
+        return read_options(path) if is_file else recipe(value, command).options
+
+    return read
+
+
 def config_option(read: Callable[[str], dict] = lambda path: read_options(Path(path))) -> Callable:
     """A callback for a `--config` option: what is read become defaults, which the command line overrides.
 

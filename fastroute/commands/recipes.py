@@ -11,14 +11,15 @@ from fastroute.commands.common import plain_errors
 
 
 def recipes(pattern: Annotated[str, typer.Argument(help="A shell pattern, such as 'ilsvrc*'.")] = "*") -> None:
-    """List the recipes for `fastroute train -c NAME`, with the errors in percent that the thesis reports."""
+    """List the recipes for `fastroute train|cluster -c NAME`, with the percentages that the thesis reports."""
     with plain_errors():
-        from fastroute.training.recipes import recipes
+        from fastroute.training.recipes import VARIANTS, recipes
 
     console, experiments = Console(), {}
-    for name, recipe in recipes().items():
-        if fnmatchcase(name, pattern):
-            experiments.setdefault(recipe.about, []).append(recipe)
+    for command in VARIANTS:
+        for name, recipe in recipes(command).items():
+            if fnmatchcase(name, pattern):
+                experiments.setdefault(recipe.about, []).append(recipe)
     for about, found in experiments.items():
         table = Table("recipe")
         measures = list(dict.fromkeys(measure for recipe in found for measure in recipe.reported))

@@ -13,17 +13,8 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from fastroute.commands.common import config_option, numbers, plain_errors, read_options
+from fastroute.commands.common import config_option, numbers, plain_errors, recipe_or_file
 from fastroute.nn import GateClusteringLoss, Router
-
-
-def _config(value: str) -> dict:
-    """The options of a YAML file, or else of a packaged recipe."""
-    with plain_errors():
-        from fastroute.training.recipes import recipe
-
-    path = Path(value)
-    return read_options(path) if path.suffix in (".yaml", ".yml") or path.exists() else recipe(value).options
 
 
 def option(*flags: str, help: str | None = None, panel: str | None = None, **settings):
@@ -43,7 +34,7 @@ def train(
             "-c",
             "--config",
             is_eager=True,
-            callback=config_option(_config),
+            callback=config_option(recipe_or_file("train")),
             help="YAML file of defaults for all this, or the name of a recipe; `fastroute recipes` lists them.",
         ),
     ] = None,
@@ -138,6 +129,10 @@ def train(
             "--gate-reg-prior/--no-gate-reg-prior", help="Clusters as large as they were, or even ones.", panel=GATES
         ),
     ] = True,
+    gate_reg_scope: Annotated[
+        Literal["local", "router", "network"],
+        option(help="A clustering per gating vector, per router, or per vector with even load overall.", panel=GATES),
+    ] = "local",
     amp: Annotated[bool, option("--amp/--no-amp", help="Mixed precision.", panel=COMPUTE)] = False,
     amp_dtype: Annotated[Literal["bfloat16", "float16"], option(panel=COMPUTE)] = "bfloat16",
     channels_last: Annotated[bool, option("--channels-last/--no-channels-last", panel=COMPUTE)] = False,
@@ -281,7 +276,8 @@ def _prepare(options: SimpleNamespace, console: Console) -> tuple:
 def _gate_clustering(options: SimpleNamespace) -> GateClusteringLoss | None:
     if not options.gate_reg_weight:
         return None
-    return GateClusteringLoss() if options.gate_reg_prior else GateClusteringLoss(prior_momentum=None)
+    momentum = 0.1 if options.gate_reg_prior else None
+    return GateClusteringLoss(prior_momentum=momentum, scope=options.gate_reg_scope)
 
 
 def _places(options: SimpleNamespace) -> tuple[Path, Path | None]:

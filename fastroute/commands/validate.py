@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fastroute.commands.common import plain_errors
 from fastroute.models import create_model
+from fastroute.nn import Router, SparseRouter
 
 
 def validate(
@@ -54,6 +55,7 @@ def validate(
     amp: Annotated[bool, typer.Option("--amp/--no-amp", help="Mixed precision.")] = False,
     amp_dtype: Annotated[Literal["bfloat16", "float16"], typer.Option()] = "bfloat16",
     channels_last: Annotated[bool, typer.Option("--channels-last/--no-channels-last")] = False,
+    gates: Annotated[bool, typer.Option("--gates", help="Count the gates that are skewed (Figure 5.1).")] = False,
     results_file: Annotated[Path | None, typer.Option(help="Write the results to it, as .csv or .json.")] = None,
 ) -> None:
     """Measure single-crop or 10-crop errors of checkpoints.
@@ -76,11 +78,18 @@ def validate(
     table = Table("checkpoint", "network", "crops")
     for column in ("top-1 error %", "top-5 error %", "images", "skipped", "images/s"):
         table.add_column(column, justify="right")
+    counts = Table("checkpoint", "network")
+    for column in ("gates", "never above 0.5", "never below 0.5"):
+        counts.add_column(column, justify="right")
     for r in results:
         numbers = (f"{r['error']:.2f}", f"{r['error5']:.2f}", f"{r['images']:,}", f"{r['skipped']:,}")
         name = Path(r["checkpoint"]).name if r["checkpoint"] else "fresh weights"
+        if gates:
+            counts.add_row(name, r["model"], *(str(r[key]) for key in ("gates", "never_above", "never_below")))
         table.add_row(name, r["model"], str(r["crops"]), *numbers, f"{r['images_per_s']:,.0f}")
     console.print(table)
+    if gates:
+        console.print(counts)
 
 
 def _checkpoints(path: Path | None) -> list[Path | None]:
@@ -95,6 +104,7 @@ def _checkpoints(path: Path | None) -> list[Path | None]:
 def _result(path: Path | None, options: SimpleNamespace, console: Console) -> dict:
     from fastroute.training.checkpoints import load_weights, read_checkpoint
     from fastroute.training.evaluation import evaluate, validation_loader
+    from fastroute.training.routing import skewed_gates
 
     run, data = {}, {}
     if path is not None and options.model is None:
@@ -133,18 +143,21 @@ def _result(path: Path | None, options: SimpleNamespace, console: Console) -> di
         run.get("in_chans", in_chans),
         img_size or 224,
     )
+    if options.gates and not any(isinstance(layer, Router | SparseRouter) for layer in network.modules()):
+        raise ValueError(f"gates is True, but {model} has no routers")
     if path is not None:
         load_weights(network, path, averaged=options.use_ema, name="checkpoint")
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     network = network.to(device, memory_format=layout)
+    routers = {} if options.gates else None
     start = time.perf_counter()
     amp_dtype = getattr(torch, options.amp_dtype) if options.amp else None
     with console.status(f"validating {path or model}"):
-        result = evaluate(network, loader, device=device, amp_dtype=amp_dtype, memory_format=layout)
+        result = evaluate(network, loader, device=device, amp_dtype=amp_dtype, memory_format=layout, routers=routers)
     speed = result["images"] / (time.perf_counter() - start)
     crops = 10 if options.ten_crop else 1
     place = {"checkpoint": None if path is None else str(path), "model": model, "crops": crops}
-    return place | result | {"images_per_s": speed}
+    return place | result | {"images_per_s": speed} | (skewed_gates(routers) if options.gates else {})
 
 
 def _write(path: Path, results: list[dict]) -> None:

@@ -1,6 +1,7 @@
 """The mixture-EM loss as a regulariser of gates (§5.1)."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,12 @@ class GateClusteringLoss(nn.Module):
     Being normalised, the loss is the same for scores with another mean or scale: it shapes which samples go together,
     and has no gradient to the last layer's bias.
 
+    That is local: each gating vector sees itself alone. With scope "router" a router's gating vectors are joined, and
+    the router as a whole clusters by the scores Σ_i a_ij of its outgoing paths j. With scope "network" the vectors
+    cluster each on its own, and a balance term asks of the network what none of them is asked alone: that its paths
+    carry the same. It is Σ_j ḡ_j log(n ḡ_j), with ḡ_j the mean of the gates to path j over the samples and all gating
+    vectors with n ways to go, for each n: 0 where all paths get the same, log n where one gets everything.
+
     Gates cluster unevenly, so the prior of each cluster is its share of the posteriors of the steps before. The priors
     move in training mode alone, are saved with the module, and with several processes are those of all together.
 
@@ -29,6 +36,7 @@ class GateClusteringLoss(nn.Module):
         gamma: γ of Eq. 4.12.
         prior_momentum: the weight of the last step's posteriors in the priors, up to 1, which is the last step alone;
             None keeps the even prior.
+        scope: "local", "router" or "network".
 
     Shape:
         routing: {router name: Routing}, as networks return it, with scores (N, m, n), or a `SparseRouting`'s (N, n).
@@ -42,22 +50,32 @@ class GateClusteringLoss(nn.Module):
         ValueError: an argument is out of its range, or there is no gating vector to cluster.
     """
 
-    def __init__(self, gamma: float = 5.0, prior_momentum: float | None = 0.1):
+    def __init__(
+        self,
+        gamma: float = 5.0,
+        prior_momentum: float | None = 0.1,
+        scope: Literal["local", "router", "network"] = "local",
+    ):
         super().__init__()
         if not 0 < gamma < float("inf"):
             raise ValueError(f"gamma is {gamma}; it must be greater than 0")
         if prior_momentum is not None and not 0 < prior_momentum <= 1:
             raise ValueError(f"prior_momentum is {prior_momentum}; it must be above 0 and up to 1, or None")
-        self.gamma, self.prior_momentum = gamma, prior_momentum
+        if scope not in ("local", "router", "network"):
+            raise ValueError(f"scope is {scope!r}; it must be 'local', 'router' or 'network'")
+        self.gamma, self.prior_momentum, self.scope = gamma, prior_momentum, scope
         self.priors: dict[str, Tensor] = {}
 
     def forward(self, routing: Mapping[str, Routing | SparseRouting]) -> Tensor:
         losses = []
         for name, router in routing.items():
-            if router.scores.shape[-1] == 1:
+            scores = router.scores
+            if scores.shape[-1] == 1:
                 continue
-            prior = None if self.prior_momentum is None else self._prior(name, router.scores)
-            loss, posterior = mixture_em_loss(router.scores, self.gamma, prior)
+            if self.scope == "router" and scores.dim() == 3:
+                scores = scores.sum(1)
+            prior = None if self.prior_momentum is None else self._prior(name, scores)
+            loss, posterior = mixture_em_loss(scores, self.gamma, prior)
             losses.append(loss.sum())
             if prior is not None and self.training:
                 self._move(prior, posterior)
@@ -65,6 +83,8 @@ class GateClusteringLoss(nn.Module):
             raise ValueError(
                 f"routing has {len(routing)} routers; it must have at least one with two outgoing paths or more"
             )
+        if self.scope == "network":
+            losses += _balance(routing)
         return torch.stack(losses).sum()
 
     def _prior(self, name: str, scores: Tensor) -> Tensor:
@@ -91,4 +111,14 @@ class GateClusteringLoss(nn.Module):
         self.priors = {name: prior.clone() for name, prior in state.items()}
 
     def extra_repr(self) -> str:
-        return f"gamma={self.gamma}, prior_momentum={self.prior_momentum}"
+        return f"gamma={self.gamma}, prior_momentum={self.prior_momentum}, scope={self.scope!r}"
+
+
+def _balance(routing: Mapping[str, Routing | SparseRouting]) -> list[Tensor]:
+    """Σ_j ḡ_j log(n ḡ_j) of the gating vectors with n > 1 ways to go, for each n."""
+    loads: dict[int, list[Tensor]] = {}
+    for router in routing.values():
+        gates = router.gates
+        loads.setdefault(gates.shape[-1], []).extend(gates.mean(0).reshape(-1, gates.shape[-1]))
+    means = {n: torch.stack(rows).mean(0) for n, rows in loads.items() if n > 1}
+    return [torch.xlogy(mean, n * mean).sum() for n, mean in means.items()]

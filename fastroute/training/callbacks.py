@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import distributed as dist
 
-from fastroute.training.routing import RouterStatistics, add_routing
+from fastroute.training.routing import RouterStatistics, across_processes, add_routing
 
 METRICS = ("train_loss", "train_error", "train_aux", "val_loss", "val_error", "val_error5")
 
@@ -114,13 +114,7 @@ class RouterDiagnostics(pl.Callback):
         add_routing(self._totals, outputs or {})
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.statistics = {name: total.cpu() for name, total in self._totals.items()}
-        if trainer.world_size > 1:
-            parts: list[dict] = [{}] * trainer.world_size
-            dist.all_gather_object(parts, self.statistics)
-            self.statistics = {}
-            for part in parts:
-                add_routing(self.statistics, part)
+        self.statistics = across_processes(self._totals)
         if not self.statistics or not trainer.is_global_zero:
             return
         scalars = {}

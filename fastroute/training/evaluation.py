@@ -13,6 +13,7 @@ from fastroute.training.data import IMAGENET_MEAN, IMAGENET_STD, STREAMED
 from fastroute.training.datasets import DATASETS, Options
 from fastroute.training.loaders import EpochLoader, MemoryLoader, StreamLoader
 from fastroute.training.metrics import Totals
+from fastroute.training.routing import RouterStatistics, across_processes, add_routing
 from fastroute.training.sources import val_source
 from fastroute.training.transforms import eval_transform
 
@@ -25,6 +26,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     amp_dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
+    routers: dict[str, RouterStatistics] | None = None,
 ) -> dict[str, float]:
     """Error in percent over all images of the loader, of all processes.
 
@@ -36,6 +38,7 @@ def evaluate(
         device: where the model and the images are.
         amp_dtype: autocast to it.
         memory_format: of the images.
+        routers: is given the statistics of each router by name, over all crops; the model must take `return_routing`.
 
     Returns:
         "loss", "error" (top-1), "error5" (top-5), "images" and "skipped", those that could not be read.
@@ -44,17 +47,28 @@ def evaluate(
     device = torch.device(device)
     totals = Totals().to(device)
     autocast = torch.autocast(device.type, amp_dtype) if amp_dtype else contextlib.nullcontext()
+
+    def logits(images: Tensor) -> Tensor:
+        images = images.contiguous(memory_format=memory_format)
+        if routers is None:
+            return model(images)
+        scores, routing = model(images, return_routing=True)
+        add_routing(routers, routing)
+        return scores
+
     for images, labels in loader:
         if len(labels) == 0:  # this process has no share of the last images
             continue
         with autocast:
             crops = images.unbind(1) if images.dim() == 5 else (images,)
-            shares = sum(model(crop.contiguous(memory_format=memory_format)).float().softmax(1) for crop in crops)
+            shares = sum(logits(crop).float().softmax(1) for crop in crops)
         scores = (shares / len(crops)).log()
         totals.update(F.nll_loss(scores, labels), scores, labels)
     counts = torch.tensor([totals.samples, getattr(loader, "skipped", 0)], device=device)
     if dist.is_initialized():
         dist.all_reduce(counts)
+    if routers is not None:
+        routers.update(across_processes(routers))
     images, skipped = counts.tolist()
     result = {name: value.item() for name, value in totals.compute().items()}
     return result | {"images": images, "skipped": skipped}

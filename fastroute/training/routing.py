@@ -4,12 +4,13 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,7 +25,8 @@ class RouterStatistics:
     """Sums over samples of what one router decided, on its device, to be read at the end.
 
     samples: how many; gates (m, n): sums of g_ij; entropy (m,): sums of the entropy of row i, as a share of ln n, which
-    even gates have; wins (m, n): how often g_ij is the largest of row i; peak (m, n): the largest g_ij.
+    even gates have; wins (m, n): how often g_ij is the largest of row i; peak and trough (m, n): the largest and the
+    smallest g_ij.
     """
 
     samples: int
@@ -32,6 +34,7 @@ class RouterStatistics:
     entropy: Tensor
     wins: Tensor
     peak: Tensor
+    trough: Tensor
 
     @classmethod
     def of(cls, routing: Routing | SparseRouting) -> "RouterStatistics":
@@ -41,14 +44,14 @@ class RouterStatistics:
         n = gates.shape[2]
         entropy = -torch.xlogy(gates, gates).sum(2) / math.log(n) if n > 1 else torch.ones_like(gates[..., 0])
         wins = F.one_hot(gates.argmax(2), n).sum(0)
-        return cls(len(gates), gates.sum(0), entropy.sum(0), wins, gates.amax(0))
+        return cls(len(gates), gates.sum(0), entropy.sum(0), wins, gates.amax(0), gates.amin(0))
 
     def __add__(self, other: "RouterStatistics") -> "RouterStatistics":
         sums = (getattr(self, name) + getattr(other, name) for name in ("samples", "gates", "entropy", "wins"))
-        return RouterStatistics(*sums, torch.maximum(self.peak, other.peak))
+        return RouterStatistics(*sums, torch.maximum(self.peak, other.peak), torch.minimum(self.trough, other.trough))
 
     def cpu(self) -> "RouterStatistics":
-        tensors = (t.double().cpu() for t in (self.gates, self.entropy, self.wins, self.peak))
+        tensors = (t.double().cpu() for t in (self.gates, self.entropy, self.wins, self.peak, self.trough))
         return RouterStatistics(self.samples, *tensors)
 
     @property
@@ -77,6 +80,19 @@ def add_routing(totals: dict[str, RouterStatistics], routing: dict[str, Routing]
         totals[name] = totals[name] + value if name in totals else value
 
 
+def across_processes(totals: dict[str, RouterStatistics]) -> dict[str, RouterStatistics]:
+    """The statistics of all processes together, where `torch.distributed` runs; on the CPU."""
+    totals = {name: total.cpu() for name, total in totals.items()}
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return totals
+    parts: list[dict] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, totals)
+    together: dict[str, RouterStatistics] = {}
+    for part in parts:
+        add_routing(together, part)
+    return together
+
+
 @torch.no_grad()
 def router_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, RouterStatistics]:
     """The statistics of each router by name, over all images of the batches, with the network in evaluation."""
@@ -86,6 +102,21 @@ def router_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
         add_routing(totals, model(images, return_routing=True)[1])
     model.train(training)
     return {name: total.cpu() for name, total in totals.items()}
+
+
+def skewed_gates(routers: Mapping[str, RouterStatistics]) -> dict[str, int]:
+    """How many gates do not tell samples apart, as the upper one of Figure 5.1.
+
+    Returns:
+        "gates", of all routers with more than one way to go; "never_above", those that exceed 0.5 for no sample; and
+        "never_below", those that fall below it for none. With two ways to go, each of the one has its counterpart.
+    """
+    several = [router for router in routers.values() if router.peak.shape[1] > 1]
+    return {
+        "gates": sum(router.peak.numel() for router in several),
+        "never_above": sum(int((router.peak <= 0.5).sum()) for router in several),
+        "never_below": sum(int((router.trough >= 0.5).sum()) for router in several),
+    }
 
 
 def mean_gates(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

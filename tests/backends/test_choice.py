@@ -64,7 +64,18 @@ def test_what_is_right_as_it_stands_never_comes_to_python(python_calls):
     outputs, gates, scores = ops.cross_connect(xs, None, None, torch.randn(1, 2, 3), None)
     results = [*outputs, gates, scores, *ops.mix(xs, torch.ones(1, 1))]
     torch.autograd.backward(results, [torch.ones_like(result) for result in results])
+    a, prior = torch.randn(6, 2, 3, requires_grad=True), torch.full((2, 3), 1 / 3)
+    ops.mixture_em_loss(a, 5.0, prior, torch.zeros(2, 3), torch.ones(2, 3), a + 1).loss.sum().backward()
+    ops.mixture_em_loss(a.bfloat16()).loss.sum().backward()
     assert not python_calls
+
+
+@pytest.mark.parametrize(
+    ("a", "prior"), [(torch.randn(3, 6).T, None), (torch.randn(6, 2, 3), torch.full((3,), 1 / 3))], ids=str
+)
+def test_scores_and_priors_that_must_be_brought_into_form_come_to_python(python_calls, a, prior):
+    ops.mixture_em_loss(a, prior=prior)
+    assert len(python_calls) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 import csv
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from fastroute.cli import app
+from fastroute.clustering.run import CIFAR100_SUPERCLASSES, load_images
 
 QUICK = ["cluster", "--limit", "400", "--architecture", "C8 M F16", "--lr-em", "1e-3", "--lr-consistency", "1e-3"]
 
@@ -43,14 +46,74 @@ def test_classical_methods(tmp_path, method):
     assert float(row["acc"]) > 0.5 and sum(map(int, row["sizes"].split())) == 600
 
 
+def test_heads_and_more_clusters_than_classes(tmp_path):
+    done = run(*QUICK, "--heads", 3, "-k", 20, "--epochs", 2, "--output", tmp_path, "--experiment", "run")
+    assert done.exit_code == 0, done.output
+    row = rows(tmp_path / "run")[-1]
+    assert len(row["sizes"].split()) == 20 and float(row["acc_many"]) > float(row["acc"])
+
+
+def test_a_recipe_is_named_and_flags_win(tmp_path):
+    arguments = ["--dataset", "digits", "--limit", 300, "-k", 9, "--output", tmp_path, "--experiment", "run"]
+    done = run("cluster", "-c", "cluster_mnist_kmeans", *arguments)
+    assert done.exit_code == 0, done.output
+    assert len(rows(tmp_path / "run")) == 1 and len(rows(tmp_path / "run")[0]["sizes"].split()) == 9
+    done = run("cluster", "-c", "cluster_mnist_kmean")
+    assert done.exit_code == 2 and "did you mean cluster_mnist_kmeans" in done.output
+
+
+def test_iic(tmp_path):
+    done = run(*QUICK, "--method", "iic", "--epochs", 4, "--output", tmp_path, "--experiment", "run")
+    assert done.exit_code == 0, done.output
+    table = rows(tmp_path / "run")
+    assert float(table[-1]["loss"]) < float(table[0]["loss"]) < 0
+
+
+def test_dec_trains_its_autoencoder_first_and_resumes(tmp_path):
+    common = ["cluster", "--method", "dec", "--limit", 400, "-b", 32, "--output", tmp_path, "--experiment", "run"]
+    done = run(*common, "--epochs", 6)
+    assert done.exit_code == 0, done.output
+    table = rows(tmp_path / "run")
+    loss = [float(row["loss"]) for row in table]
+    assert loss[2] < loss[0] and len(loss) == 6
+    assert all(float(row["acc"]) > 0.4 for row in table[2:])  # k-means of the codes, then DEC's own clusters
+    again = run(*common, "--epochs", 14, "--resume", tmp_path / "run" / "last.ckpt")
+    assert again.exit_code == 0 and len(rows(tmp_path / "run")) == 14, again.output
+    assert torch.load(tmp_path / "run" / "last.ckpt")["pretrain_epochs"] == 3
+
+
+def test_images_of_a_folder(tmp_path):
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name, shade in (("dark", 60), ("light", 190)):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.fromarray(generator.integers(shade, shade + 60, (9, 9, 3), np.uint8)).save(folder / f"{i}.png")
+    images, labels = load_images("imagefolder", tmp_path / "data", img_size=8)
+    assert images.shape == (8, 3, 8, 8) and labels.tolist() == [0] * 4 + [1] * 4
+    arguments = ["--dataset", "imagefolder", "--data-dir", tmp_path / "data", "--img-size", 8, "-k", 2, "-b", 8]
+    done = run("cluster", *arguments, "--method", "kmeans", "--output", tmp_path, "--experiment", "kmeans")
+    assert done.exit_code == 0 and rows(tmp_path / "kmeans")[0]["acc"] == "1.0", done.output
+    done = run("cluster", *arguments, "--epochs", 1, "--output", tmp_path, "--experiment", "two-fold")
+    assert done.exit_code == 0, done.output
+
+
+def test_superclasses_of_cifar100():
+    assert (np.bincount(CIFAR100_SUPERCLASSES) == 5).all() and len(CIFAR100_SUPERCLASSES) == 100
+    # From apple, aquarium fish and baby to wolf, woman and worm.
+    assert CIFAR100_SUPERCLASSES[:3] == (4, 1, 14) and CIFAR100_SUPERCLASSES[-3:] == (8, 14, 13)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset", "mnist"], "data_dir is None"),
-        (["--dataset", "mnist", "--data-dir", "nowhere"], "data_dir is nowhere; it must hold MNIST/raw"),
+        (["--dataset", "imagefolder"], "data_dir is None"),
+        (["--dataset", "mnist", "--data-dir", "nowhere"], "data_dir is nowhere; MNIST is not whole in it"),
         (["--limit", "0"], "limit is 0"),
         (["--architecture", "resnet"], "architecture is 'resnet'"),
         (["--lr-em", "0"], "lr_em is 0"),
+        (["--heads", "2", "--method", "iic"], "heads is 2; the method 'iic' has one"),
         (["--resume", "nowhere.ckpt"], "there is no such file"),
     ],
 )
@@ -60,8 +123,6 @@ def test_bad_input(arguments, message, tmp_path):
 
 
 def test_reads_mnist(tmp_path):
-    from fastroute.clustering.run import load_images
-
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name, header, size in (("images-idx3", [0x803, 4, 28, 28], 4 * 784), ("labels-idx1", [0x801, 4], 4)):

@@ -1,6 +1,7 @@
 import pytest
 
 from fastroute.clustering import cluster_accuracy
+from fastroute.clustering.metrics import many_to_one_accuracy
 
 
 def test_the_best_matching_counts():
@@ -11,6 +12,12 @@ def test_the_best_matching_counts():
 def test_other_numbers_of_clusters_than_labels():
     assert cluster_accuracy([0, 0, 1, 1], [0, 0, 0, 0]) == 0.5  # one cluster is matched to one label
     assert cluster_accuracy([0, 0, 1, 1], [0, 1, 2, 3]) == 0.5  # and so each of two
+
+
+def test_many_clusters_to_a_label():
+    assert many_to_one_accuracy([0, 0, 1, 1], [0, 1, 2, 3]) == 1
+    assert many_to_one_accuracy([0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 2, 2]) == pytest.approx(5 / 6)
+    assert many_to_one_accuracy([0, 0, 1], [4, 4, 4]) == pytest.approx(2 / 3)
 
 
 def test_names_are_labels_too():

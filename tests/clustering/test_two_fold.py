@@ -95,6 +95,34 @@ def test_learns_digits_and_does_not_collapse_without_batch_norm():
     assert metrics["em_loss"] < 1.25  # 2 log 2 is 1.386
 
 
+def test_heads_are_clusterings_of_their_own_and_the_loss_chooses_one():
+    images, labels = digits(300)
+    module = TwoFoldClustering(clustering_network("F32", 3 * 10, 8), 10, heads=3, lr_em=1e-9, lr_consistency=1e-9)
+    torch.manual_seed(0)
+    fit(module, images, labels, epochs=1, limit_train_batches=2)
+    module.eval()
+    scores = module.scores(images)
+    assert scores.shape == (300, 3, 10)
+    normalized = (scores - module.normalize.running_mean) / module.normalize.running_std
+    losses = [-(a.softmax(1) * F.logsigmoid(a / 5)).sum(1).mean().item() for a in normalized.unbind(1)]  # Eq. 4.22
+    best = min(range(3), key=losses.__getitem__)
+    assert module.head == best
+    torch.testing.assert_close(module(images), normalized[:, best].softmax(1))
+
+
+def test_heads_do_not_mix():
+    """A step of one head's rows is what it is beside others."""
+    images, labels = digits(64)
+    torch.manual_seed(0)
+    both = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 6))
+    alone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    alone[1].load_state_dict({name: value[3:].clone() for name, value in both[1].state_dict().items()})
+    for network, heads in ((both, 2), (alone, 1)):
+        module = TwoFoldClustering(network, 3, heads=heads, augmentation=lambda x: x.flip(-1), lr_em=0.01)
+        fit(module, images, labels, epochs=1)
+    torch.testing.assert_close(both[1].weight[3:], alone[1].weight, rtol=1e-3, atol=1e-5)
+
+
 def test_a_collapse_is_said():
     images, labels = digits(200)
     module = TwoFoldClustering(clustering_network("F8", 10, 8), 10, lr_em=1e-9, lr_consistency=1e-9)
@@ -105,7 +133,11 @@ def test_a_collapse_is_said():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"method": "one-fold"}, "method is 'one-fold'"), ({"lr_em": 0}, "lr_em is 0; it must be greater than 0")],
+    [
+        ({"heads": 0}, "heads is 0; it must be at least 1"),
+        ({"method": "one-fold"}, "method is 'one-fold'"),
+        ({"lr_em": 0}, "lr_em is 0; it must be greater than 0"),
+    ],
 )
 def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message):

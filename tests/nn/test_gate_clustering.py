@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -56,6 +58,39 @@ def test_priors_are_saved():
     assert not torch.equal(copy.priors["router0"], criterion.priors["router0"])
 
 
+def test_a_router_clusters_as_a_whole():
+    a, b = scores(16, 2, 3), scores(16, 1, 2, seed=1)
+    criterion = GateClusteringLoss(scope="router")
+    even = mixture_em_loss(a[:, 0] + a[:, 1], prior=torch.full((3,), 1 / 3))
+    torch.testing.assert_close(
+        criterion(routing(a, b)), even.loss + mixture_em_loss(b[:, 0], prior=torch.full((2,), 0.5)).loss
+    )
+    torch.testing.assert_close(criterion.priors["router0"], 0.9 / 3 + 0.1 * even.posterior.mean(0))
+
+
+def test_the_balance_is_that_of_the_whole_network():
+    a, b, c, d = scores(16, 2, 3), scores(16, 1, 2, seed=1), scores(16, 2, 2, skew=3.0, seed=2), scores(16, 2, 1)
+    local, network = (GateClusteringLoss(scope=scope)(routing(a, b, c, d)) for scope in ("local", "network"))
+    threes = a.softmax(-1).mean((0, 1))
+    twos = torch.stack([v.softmax(-1).mean(0) for v in (b[:, 0], c[:, 0], c[:, 1])]).mean(0)
+    expected = sum((g * (len(g) * g).log()).sum() for g in (threes, twos))
+    torch.testing.assert_close(network - local, expected)
+
+
+def test_gates_skewed_to_opposite_sides_are_in_balance():
+    """What each gate does alone is the clustering's business."""
+    a = torch.zeros(16, 2, 2)
+    a[:, 0, 0] = a[:, 1, 1] = 9.0
+    local, network = (GateClusteringLoss(scope=scope)(routing(a)) for scope in ("local", "network"))
+    assert (network - local).abs() < 1e-6
+    a[:, 1] = a[:, 0].clone()
+    b = a.requires_grad_()
+    one_sided = GateClusteringLoss(scope="network")(routing(b))
+    assert (one_sided - local).item() == pytest.approx(math.log(2), abs=5e-3)
+    one_sided.backward()
+    assert (b.grad[..., 0] > 0).all()  # less to the path that gets everything
+
+
 def test_its_gradient_reaches_the_gates():
     torch.manual_seed(0)
     router, criterion = CrossConnection(6, 1, 2), GateClusteringLoss()
@@ -73,12 +108,13 @@ def test_its_gradient_reaches_the_gates():
     assert router.b2.grad.abs().max() < 1e-6
 
 
-def test_counted_once_under_activation_checkpointing():
+@pytest.mark.parametrize("scope", ["local", "router", "network"])
+def test_counted_once_under_activation_checkpointing(scope):
     torch.manual_seed(0)
     router, x = CrossConnection(6, 1, 2), torch.randn(32, 6, 3, 3)
     gradients = []
     for recompute in (False, True):
-        criterion = GateClusteringLoss()
+        criterion = GateClusteringLoss(scope=scope)
         router.zero_grad()
 
         def routed(x):
@@ -102,6 +138,7 @@ def test_sparse_routers():
     "arguments, message",
     [
         ({"gamma": 0}, "gamma is 0; it must be greater than 0"),
+        ({"scope": "layer"}, "scope is 'layer'; it must be 'local', 'router' or 'network'"),
         ({"prior_momentum": 0.0}, "prior_momentum is 0.0; it must be above 0 and up to 1, or None"),
         ({"prior_momentum": 1.5}, "prior_momentum is 1.5; it must be above 0"),
     ],

@@ -51,3 +51,12 @@ def test_every_experiment_has_a_short_recipe():
 def test_an_unknown_recipe_names_those_like_it():
     with pytest.raises(ValueError, match=r"config is 'cifar10_resnet20_c2'; .* did you mean .*cifar10_resnet20_cc2"):
         recipe("cifar10_resnet20_c2")
+
+
+def test_every_clustering_of_the_thesis_has_its_recipe():
+    assert recipe("cluster_mnist_two-fold", "cluster").reported == {"accuracy": 98.88, "NMI": 96.74}
+    found = recipe("cluster_cifar100_iic", "cluster")
+    assert found.reported == {"accuracy": 16.18, "NMI": 9.88} and found.options["clusters"] == 20
+    options = {"dataset": "stl10", "epochs": 250, "batch_size": 128, "lr_em": 5e-5, "lr_consistency": 1e-4}
+    assert options.items() <= recipe("cluster_stl10_em", "cluster").options.items()
+    assert not recipes("cluster").keys() & recipes("train").keys()

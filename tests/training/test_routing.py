@@ -10,7 +10,7 @@ from fastroute import models
 from fastroute.models.cifar_resnet import cifar_resnet
 from fastroute.nn import Routing, SparseRouting
 from fastroute.training import gates_table, mean_gates, routing_share
-from fastroute.training.routing import RouterStatistics, add_routing
+from fastroute.training.routing import RouterStatistics, add_routing, skewed_gates
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +57,20 @@ def test_statistics_of_known_gates():
     assert found.dead_fraction == 1 / 4
 
 
+def test_skewed_gates_are_counted():
+    first = torch.tensor([[[0.3, 0.7], [0.2, 0.8]], [[0.5, 0.5], [0.6, 0.4]]])  # path 1's first gate never above 0.5
+    routers = {
+        "a": RouterStatistics.of(Routing(first, first)),
+        "one way": RouterStatistics.of(Routing(*[first[..., :1]] * 2)),
+    }
+    assert skewed_gates(routers) == {"gates": 4, "never_above": 1, "never_below": 1}
+    parts = {}
+    for sample in first.split(1):
+        add_routing(parts, {"a": Routing(sample, sample)})
+    assert skewed_gates(parts) == skewed_gates(routers)
+    assert skewed_gates({}) == {"gates": 0, "never_above": 0, "never_below": 0}
+
+
 def test_a_sparse_router_is_one_of_one_incoming_path():
     gates = torch.tensor([[0.75, 0.0, 0.25], [0.0, 0.0, 1.0]])
     found = RouterStatistics.of(SparseRouting(gates, gates, None, None)).cpu()
@@ -70,7 +84,7 @@ def test_statistics_add_up_over_batches_and_processes():
     for part in gates.split([1, 2, 3]):
         add_routing(parts, {"a": Routing(part, part)})
     add_routing(parts, {})
-    for name in ("mean_gates", "mean_entropy", "shares_of_maximum", "peak"):
+    for name in ("mean_gates", "mean_entropy", "shares_of_maximum", "peak", "trough"):
         torch.testing.assert_close(getattr(parts["a"], name), getattr(whole["a"], name))
     assert parts["a"].samples == 6
 

@@ -1,0 +1,58 @@
+"""Invariant information clustering (IIC; Ji et al. 2019) in the setting of §4.5.2, as a Lightning module."""
+
+import torch
+from torch import Tensor, nn
+
+from fastroute.clustering.augment import Augmentation
+from fastroute.clustering.module import ClusteringModule
+
+
+def iic_loss(p: Tensor, q: Tensor) -> Tensor:
+    """−I(z, z'): the mutual information, in nats, of the clusters of samples and of their augmented copies, negated.
+
+    The joint distribution is P = 1/N Σ_i p_i q_iᵀ, made symmetric.
+
+    Args:
+        p, q: posteriors (N, K) of the samples and of the augmented ones.
+
+    Returns:
+        (), from −log K, where both agree on clusters that are certain and of one size, to 0.
+    """
+    joint = p.T @ q / len(p)
+    joint = (joint + joint.T) / 2
+    joint = joint.clamp(min=torch.finfo(joint.dtype).tiny)
+    return -(joint * (joint.log() - joint.sum(0).log() - joint.sum(1, keepdim=True).log())).sum()
+
+
+class IIC(ClusteringModule):
+    """Cluster images by a network whose posteriors shall say as much as they can of those of the augmented images.
+
+    One head, and each image augmented once for a step, as the thesis compares it.
+
+    Args:
+        network: from images to scores (N, K), whose softmax are the posteriors.
+        num_clusters: K.
+        augmentation: the transform.
+        lr: learning rate of Adam.
+    """
+
+    def __init__(
+        self, network: nn.Module, num_clusters: int, *, augmentation: Augmentation | None = None, lr: float = 1e-4
+    ):
+        super().__init__(num_clusters)
+        if not lr > 0:
+            raise ValueError(f"lr is {lr}; it must be greater than 0")
+        self.network, self.augment, self.lr = network, augmentation or Augmentation(), lr
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.network.parameters(), lr=self.lr)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, _ = batch
+        loss = iic_loss(self(x).float(), self(self.augment(x)).float())
+        self.log("loss", loss, on_step=False, on_epoch=True, batch_size=len(x))
+        return loss
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Posteriors (N, K)."""
+        return torch.softmax(self.network(images), -1)

@@ -1,0 +1,46 @@
+import math
+
+import pytest
+import torch
+
+from fastroute.clustering.dec import DEC, student_t, target_distribution
+from fastroute.clustering.iic import IIC, iic_loss
+
+
+def test_mutual_information_by_hand():
+    p, q = torch.tensor([[0.8, 0.2], [0.3, 0.7]]), torch.tensor([[0.9, 0.1], [0.4, 0.6]])
+    # Σ p qᵀ / 2 = [[.42, .13], [.23, .22]], and symmetric [[.42, .18], [.18, .22]] with margins .6 and .4.
+    information = 0.42 * math.log(0.42 / 0.36) + 2 * 0.18 * math.log(0.18 / 0.24) + 0.22 * math.log(0.22 / 0.16)
+    assert iic_loss(p, q).item() == pytest.approx(-information, rel=1e-5)
+
+
+def test_extremes_of_mutual_information():
+    certain = torch.eye(4).repeat(3, 1)
+    assert iic_loss(certain, certain).item() == pytest.approx(-math.log(4))
+    assert iic_loss(torch.full((8, 4), 0.25), certain[:8]).item() == pytest.approx(0, abs=1e-6)
+    p = certain.clone().requires_grad_()
+    iic_loss(p, certain).backward()
+    assert p.grad.isfinite().all()
+
+
+def test_assignments_and_targets_by_hand():
+    q = student_t(torch.tensor([[0.0, 0.0], [3.0, 0.0]]), torch.tensor([[0.0, 1.0], [3.0, 0.0]]))
+    # Kernels 1/2 and 1/10; 1/11 and 1.
+    torch.testing.assert_close(q, torch.tensor([[5 / 6, 1 / 6], [1 / 12, 11 / 12]]))
+    p = target_distribution(q, q.sum(0))
+    first = torch.tensor([25 / 36 / (11 / 12), 1 / 36 / (13 / 12)])
+    torch.testing.assert_close(p[0], first / first.sum())
+    assert p[0, 0] > q[0, 0] and p[1, 1] > q[1, 1]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: IIC(torch.nn.Linear(2, 3), 3, lr=0), "lr is 0; it must be greater than 0"),
+        (lambda: DEC(4, 3, pretrain_epochs=1, lr=-1), "lr is -1; it must be greater than 0"),
+        (lambda: DEC(4, 3, pretrain_epochs=0), "pretrain_epochs is 0; it must be at least 1"),
+    ],
+)
+def test_bad_input(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
