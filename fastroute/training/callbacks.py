@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import distributed as dist
 
-from fastroute.training.routing import RouterStatistics, add_routing
+from fastroute.nn.statistics import RouterStatistics, add_routing
 
 METRICS = ("train_loss", "train_error", "train_aux", "val_loss", "val_error", "val_error5")
 
