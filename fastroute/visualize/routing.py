@@ -256,7 +256,9 @@ def gate_rows(data: RoutingData) -> list[Mapping[str, str]]:
                     "router": short(name),
                     "from": str(i + 1),
                     "mean gates": "  ".join(f"{mean:.2f}" for mean in means),
-                    "largest, % of images": "  ".join(f"{100 * w:.0f}" for w in statistics.shares_of_maximum[i].tolist()),
+                    "largest, % of images": "  ".join(
+                        f"{100 * w:.0f}" for w in statistics.shares_of_maximum[i].tolist()
+                    ),
                     "entropy": f"{statistics.mean_entropy[i]:.2f}",
                     "remarks": ", ".join(found) or "–",
                 }
