@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from fastroute.visualize import clusters, curves, paths, routing
 from fastroute.visualize.collect import (
     Layer,
-    RoutingData,
     collect_flows,
     collect_responses,
     collect_routing,
@@ -114,7 +113,7 @@ def flow_data(flows: Sequence[Sequence[Layer]], images: Tensor, titles: Sequence
     """What the page's script draws the routing flow from."""
 
     def rounded(values: Tensor | None) -> list | None:
-        return None if values is None else (values * 1e4).round().div(1e4).double().mul(1e4).round().div(1e4).tolist()
+        return None if values is None else values.double().round(decimals=4).tolist()
 
     return [
         {
