@@ -188,7 +188,6 @@ def routing_report(
         f"Routing flow of {', '.join(titles[:4])} side by side.",
     )
 
-    context = data.widest(16)
     report.section(
         "What gates follow",
         "How much of a gate's variance over the images their mean colour explains, and how much their class. A gate "
@@ -197,7 +196,7 @@ def routing_report(
     shares = "; ".join(
         f"{gate}: colour {routing.colour_explained(data.values(gate), data.colours):.0%}, "
         f"class {routing.variance_explained(data.values(gate), data.labels):.0%}"
-        for gate in context
+        for gate in routing.one_per_vector(data)
     )
     report.figure("gate_context", routing.gate_context(data), f"Variance of gates explained. {shares}.")
 

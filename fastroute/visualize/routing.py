@@ -171,13 +171,18 @@ def class_histograms(
     return figure
 
 
+def one_per_vector(data: RoutingData, most: int = 16) -> list[Gate]:
+    """The widest gate of each gating vector, or of `most` of them."""
+    return data.widest(min(most, sum(gates.shape[1] for gates in data.gates.values())))
+
+
 @styled
 def gate_context(data: RoutingData) -> Figure:
     """What gates follow, by depth: how much of their variance the mean colour of an image or its class explains.
 
     Each gating vector is shown by its widest gate. The two shares may overlap, since classes have colours.
     """
-    gates = data.widest(16)
+    gates = one_per_vector(data)
     figure = Figure(figsize=(WIDTH, 0.9 + 0.28 * len(gates)), layout="constrained")
     axes = figure.subplots()
     for shift, colour, marker, name, shares in (

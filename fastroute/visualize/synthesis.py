@@ -25,7 +25,7 @@ def synthesize(
     lr: float = 0.05,
     jitter: float = 0.06,
     blur: float = 0.75,
-    total_variation: float = 0.5,
+    total_variation: float = 0.1,
     seed: int = 0,
 ) -> Tensor:
     """Images that maximise an objective, each its own, by Adam on their Fourier coefficients.
@@ -60,7 +60,7 @@ def synthesize(
     device = mean.device
     random = torch.Generator().manual_seed(seed)
     frequencies = torch.fft.fftfreq(height)[:, None].hypot(torch.fft.rfftfreq(width)).to(device)
-    scale = math.sqrt(height * width) / frequencies.clamp(min=1 / max(height, width)) / max(height, width)
+    scale = math.sqrt(height * width) / frequencies.clamp(min=1 / max(height, width)) / 4
     spectrum = 0.01 * torch.randn(count, channels, *frequencies.shape, 2, generator=random)
     spectrum = spectrum.to(device).requires_grad_()
     optimizer = torch.optim.Adam([spectrum], lr)
@@ -70,7 +70,7 @@ def synthesize(
         x = torch.fft.irfft2(torch.view_as_complex(spectrum) * blurred, s=(height, width))
         if channels == 3:
             x = torch.einsum("rc,nchw->nrhw", _COLOURS.to(device), x)
-        return torch.sigmoid(4 * x)
+        return torch.sigmoid(x)
 
     reach = max(1, round(jitter * min(height, width)))
     with torch.enable_grad():
