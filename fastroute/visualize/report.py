@@ -169,6 +169,8 @@ def routing_report(
     count = len(data.labels)
     if count < 2 * EXTREMES:
         raise ValueError(f"there are {count} images; a report shows {2 * EXTREMES} for each gate, and needs as many")
+    if classes is not None:
+        routing.class_numbers(data, images.classes, classes)
 
     if chosen is None:
         indices = torch.linspace(0, count - 1, 12).round().long()

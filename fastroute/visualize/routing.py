@@ -122,6 +122,16 @@ def distinct_classes(values: Tensor, labels: Tensor, count: int = 4) -> list[int
     return sorted(order[: count // 2] + order[len(order) - (count - count // 2) :])
 
 
+def class_numbers(data: RoutingData, classes: Sequence[str], chosen: Sequence[str]) -> list[int]:
+    """The numbers of classes by their names; it raises as `class_histograms` does."""
+    for name in chosen:
+        if name not in classes:
+            raise ValueError(f"classes names {name!r}; there is no such class: {', '.join(classes[:20])}")
+        if not (data.labels == classes.index(name)).any():
+            raise ValueError(f"classes names {name!r}, of which there are no images")
+    return [classes.index(name) for name in chosen]
+
+
 def most_distinct(data: RoutingData) -> list[Gate]:
     """Of each router the gate whose variance lies most between the classes."""
     gates = []
@@ -146,14 +156,7 @@ def class_histograms(
     Raises:
         ValueError: a class is named that does not exist, or has no images.
     """
-    numbers = None
-    if chosen is not None:
-        for name in chosen:
-            if name not in classes:
-                raise ValueError(f"classes names {name!r}; there is no such class: {', '.join(classes[:20])}")
-            if not (data.labels == classes.index(name)).any():
-                raise ValueError(f"classes names {name!r}, of which there are no images")
-        numbers = [classes.index(name) for name in chosen]
+    numbers = None if chosen is None else class_numbers(data, classes, chosen)
     figure, panels = grid(len(gates), 2, 1.9)
     for axes, gate in zip(panels, gates, strict=True):
         values = data.values(gate)
