@@ -87,7 +87,7 @@ def test_pictures_of_gates_and_clusters():
     figure = visualize.gate_maximization(images, images, images[0], "a gate")
     assert sum(len(axes.images) for axes in figure.axes) == 7 and "a gate" in words(figure)
     shown = figure.axes[1].images[0].get_array()
-    np.testing.assert_array_equal(shown[..., 0], (images[0, 0] * 255).round().byte().numpy())
+    np.testing.assert_array_equal(shown, (images[0, 0] * 255).round().byte().numpy())
     figure = visualize.cluster_images({"1": images, "2": images}, images[:2])
     assert sum(len(axes.images) for axes in figure.axes) == 8
     assert (
