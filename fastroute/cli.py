@@ -22,6 +22,7 @@ try:
         from fastroute.commands.cluster import cluster
         from fastroute.commands.common import plain_errors
         from fastroute.commands.recipes import recipes
+        from fastroute.commands.report import report, write_report
         from fastroute.commands.train import train
         from fastroute.commands.validate import validate
 except ModuleNotFoundError as error:
@@ -40,6 +41,7 @@ app.command()(train)
 app.command()(validate)
 app.command()(recipes)
 app.command()(cluster)
+app.command()(report)
 app.add_typer(bench.app, name="bench")
 
 
@@ -48,10 +50,13 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder to write into.")] = Path("runs/demo"),
     epochs: Annotated[int, typer.Option(min=1, help="For each network.")] = 20,
 ) -> None:
-    """Train one path and two routed paths on real handwritten digits, and compare them."""
+    """Train one path and two routed paths on real handwritten digits, and compare them; show what the routers do."""
     with plain_errors():
-        from fastroute.training.demo import demo
+        from fastroute.training.demo import NETWORKS, demo
     demo(output, epochs)
+    with plain_errors():
+        page = write_report(output / NETWORKS[-1] / "best.ckpt", output / "report")
+    Console().print(f"what its routers do: {page.resolve()}", soft_wrap=True)
 
 
 @app.command()

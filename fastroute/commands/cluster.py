@@ -119,6 +119,8 @@ def cluster(
                     gamma=gamma,
                     training_statistics=statistics,
                 )
+            network_of = {"architecture": layers, "clusters": clusters, "heads": heads, "batch_norm": batch_norm}
+            module.save_hyperparameters({"dataset": dataset, **network_of}, logger=False)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric")
                 run.fit(

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import distributed as dist
 
-from fastroute.training.routing import RouterStatistics, across_processes, add_routing
+from fastroute.nn.statistics import RouterStatistics, add_routing
+from fastroute.training.routing import across_processes
 
 METRICS = ("train_loss", "train_error", "train_aux", "val_loss", "val_error", "val_error5")
 

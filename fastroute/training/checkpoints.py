@@ -116,7 +116,7 @@ def read_checkpoint(path: str | Path, name: str = "resume") -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["hyper_parameters"], checkpoint["state_dict"], _epochs_done(checkpoint)
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{name} is {path}; it is no checkpoint of a training run: {error!r}") from error
     return checkpoint
 

@@ -80,6 +80,10 @@ class EpochLoader:
         """Normalised images and labels of the epoch, from batch `start` on."""
         raise NotImplementedError
 
+    def pixels(self, indices: Tensor) -> Tensor:
+        """Images by their place in an evaluation's order, not normalised: uint8 (k, H, W, C), on the CPU."""
+        raise NotImplementedError
+
     def state_dict(self) -> dict:
         return {"done": self._done, "batches": len(self)}
 
@@ -124,6 +128,9 @@ class MemoryLoader(EpochLoader):
         self.images, self.labels, self.mean, self.std = images, labels, mean, std
         self.pad, self.flip, self.augment = pad, flip, augment
 
+    def pixels(self, indices: Tensor) -> Tensor:
+        return self.images[indices.to(self.images.device)].cpu()
+
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         if self.seed is None:
             for indices in self.shares(torch.arange(self.count))[start:]:
@@ -167,7 +174,7 @@ class StreamLoader(EpochLoader):
         on_bad_image: str = "stop",
     ):
         super().__init__(len(source), *loader_arguments)
-        self.source, self.mean, self.std = source, mean, std
+        self.source, self.transform, self.mean, self.std = source, transform, mean, std
         self.on_bad_image, self.skipped = on_bad_image, 0
         self._sampler = _Sampler()
         self.loader = DataLoader(
@@ -179,6 +186,10 @@ class StreamLoader(EpochLoader):
             persistent_workers=num_workers > 0 and self.seed is not None,
             prefetch_factor=4 if num_workers else None,
         )
+
+    def pixels(self, indices: Tensor) -> Tensor:
+        images = [pixels(self.transform(read_image(self.source, index))) for index in indices.tolist()]
+        return torch.from_numpy(np.stack(images))
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         training = self.seed is not None

@@ -1,11 +1,9 @@
 """What the routers of a network do, and what they cost."""
 
 import copy
-import math
 import statistics
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from rich.table import Table
@@ -14,70 +12,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastroute.nn import Routing, SparseRouting
-
-DEAD = 0.05
-"""A gate that exceeds this for no image is dead: its path gets nothing from there."""
-
-
-@dataclass
-class RouterStatistics:
-    """Sums over samples of what one router decided, on its device, to be read at the end.
-
-    samples: how many; gates (m, n): sums of g_ij; entropy (m,): sums of the entropy of row i, as a share of ln n, which
-    even gates have; wins (m, n): how often g_ij is the largest of row i; peak and trough (m, n): the largest and the
-    smallest g_ij.
-    """
-
-    samples: int
-    gates: Tensor
-    entropy: Tensor
-    wins: Tensor
-    peak: Tensor
-    trough: Tensor
-
-    @classmethod
-    def of(cls, routing: Routing | SparseRouting) -> "RouterStatistics":
-        gates = routing.gates.detach().float()
-        if gates.dim() == 2:  # a sparse router has one incoming path
-            gates = gates[:, None]
-        n = gates.shape[2]
-        entropy = -torch.xlogy(gates, gates).sum(2) / math.log(n) if n > 1 else torch.ones_like(gates[..., 0])
-        wins = F.one_hot(gates.argmax(2), n).sum(0)
-        return cls(len(gates), gates.sum(0), entropy.sum(0), wins, gates.amax(0), gates.amin(0))
-
-    def __add__(self, other: "RouterStatistics") -> "RouterStatistics":
-        sums = (getattr(self, name) + getattr(other, name) for name in ("samples", "gates", "entropy", "wins"))
-        return RouterStatistics(*sums, torch.maximum(self.peak, other.peak), torch.minimum(self.trough, other.trough))
-
-    def cpu(self) -> "RouterStatistics":
-        tensors = (t.double().cpu() for t in (self.gates, self.entropy, self.wins, self.peak, self.trough))
-        return RouterStatistics(self.samples, *tensors)
-
-    @property
-    def mean_gates(self) -> Tensor:
-        return self.gates / self.samples
-
-    @property
-    def mean_entropy(self) -> Tensor:
-        return self.entropy / self.samples
-
-    @property
-    def shares_of_maximum(self) -> Tensor:
-        """(m, n): for which share of the samples path j gets the most of path i."""
-        return self.wins / self.samples
-
-    @property
-    def dead_fraction(self) -> float:
-        """The share of the m·n gates that are dead; see `DEAD`."""
-        return (self.peak < DEAD).double().mean().item()
-
-
-def add_routing(totals: dict[str, RouterStatistics], routing: dict[str, Routing] | dict[str, RouterStatistics]) -> None:
-    """Add a batch, or the statistics of others, to the statistics of each router by name."""
-    for name, value in routing.items():
-        value = value if isinstance(value, RouterStatistics) else RouterStatistics.of(value)
-        totals[name] = totals[name] + value if name in totals else value
+from fastroute.nn.statistics import RouterStatistics, add_routing
 
 
 def across_processes(totals: dict[str, RouterStatistics]) -> dict[str, RouterStatistics]:
@@ -114,8 +49,8 @@ def skewed_gates(routers: Mapping[str, RouterStatistics]) -> dict[str, int]:
     several = [router for router in routers.values() if router.peak.shape[1] > 1]
     return {
         "gates": sum(router.peak.numel() for router in several),
-        "never_above": sum(int((router.peak <= 0.5).sum()) for router in several),
-        "never_below": sum(int((router.trough >= 0.5).sum()) for router in several),
+        "never_above": sum(int(router.never_above.sum()) for router in several),
+        "never_below": sum(int(router.never_below.sum()) for router in several),
     }
 
 

@@ -126,17 +126,22 @@ Source = FolderSource | TarSource
 
 
 def read_image(source: Source, index: int) -> Image.Image:
-    """Decode one image, as RGB.
+    """Decode one image, as RGB; it raises as `decode_image` does."""
+    return decode_image(source.open(index), source.name(index))
+
+
+def decode_image(file: str | Path | io.BytesIO, name: str) -> Image.Image:
+    """Decode an image, as RGB.
 
     Raises:
-        UnreadableImage: it is damaged, or no image.
+        UnreadableImage: it is damaged, missing, or no image; `name` names it.
     """
     try:
-        with Image.open(source.open(index)) as file:
-            return file.convert("RGB")
+        with Image.open(file) as image:
+            return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow's own for a PNG cut short is a SyntaxError
-        raise UnreadableImage(f"{source.name(index)} cannot be read as an image: {error}") from error
+        raise UnreadableImage(f"{name} cannot be read as an image: {error}") from error
 
 
 def folder_sources(

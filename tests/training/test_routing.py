@@ -9,8 +9,9 @@ from torch import nn
 from fastroute import models
 from fastroute.models.cifar_resnet import cifar_resnet
 from fastroute.nn import Routing, SparseRouting
+from fastroute.nn.statistics import RouterStatistics, add_routing
 from fastroute.training import gates_table, mean_gates, routing_share
-from fastroute.training.routing import RouterStatistics, add_routing, skewed_gates
+from fastroute.training.routing import skewed_gates
 
 
 @pytest.fixture(autouse=True)

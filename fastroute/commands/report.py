@@ -1,0 +1,219 @@
+"""`fastroute report`: a checkpoint to one page of figures."""
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.console import Console
+from torch import nn
+
+from fastroute.commands.common import plain_errors
+from fastroute.models import create_model
+
+
+def report(
+    checkpoint: Annotated[Path, typer.Argument(help="Of `fastroute train` or `fastroute cluster`.")],
+    more_images: Annotated[list[Path] | None, typer.Argument(metavar="[IMAGE]...", hidden=True)] = None,
+    dataset: Annotated[
+        Literal["digits", "cifar10", "cifar100", "mnist", "stl10", "imagefolder", "webdataset"] | None,
+        typer.Option(help="Where the images come from. (default: as in training)"),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with val/, folder of classes, folder of tar shards, or a tar file.")
+    ] = None,
+    images: Annotated[
+        list[Path] | None, typer.Option(help="Image files for the routing flow. (default: twelve of the data)")
+    ] = None,
+    before: Annotated[
+        Path | None, typer.Option(help="A checkpoint to compare gates with, such as one without regularisation.")
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="For the histograms, such as cat,dog. (default: the most distinct)")
+    ] = None,
+    gates: Annotated[int, typer.Option(min=1, max=32, help="The most gates to maximise.")] = 8,
+    runs: Annotated[Path | None, typer.Option(help="A folder of runs, for accuracy by parameters.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of a clustering: only the first so many images.")] = None,
+    batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1)] = 128,
+    workers: Annotated[
+        int | None, typer.Option("-j", "--workers", min=1, help="Processes that decode images. (default: all cores)")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write into. (default: report, beside the checkpoint)")
+    ] = None,
+) -> None:
+    """Show what a network's routers or clusters do: one page, and its figures as PNG and SVG.
+
+    --images takes several files, one after the other.
+    """
+    with plain_errors():
+        path = write_report(
+            checkpoint,
+            output or checkpoint.parent / "report",
+            dataset=dataset,
+            data_dir=data_dir,
+            pictures=[*(images or []), *(more_images or [])],
+            before=before,
+            classes=classes.split(",") if classes else None,
+            gates=gates,
+            runs=runs,
+            limit=limit,
+            batch_size=batch_size,
+            workers=workers,
+        )
+    Console().print(f"report: {path.resolve()}", soft_wrap=True)
+
+
+def write_report(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    dataset: str | None = None,
+    data_dir: Path | None = None,
+    pictures: Sequence[Path] = (),
+    before: Path | None = None,
+    classes: Sequence[str] | None = None,
+    gates: int = 8,
+    runs: Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 128,
+    workers: int | None = None,
+) -> Path:
+    """Write the report of a checkpoint into a folder, by the arguments of the command; returns the page's path."""
+    from fastroute.training.checkpoints import read_checkpoint
+    from fastroute.training.evaluation import validation_loader
+    from fastroute.visualize import Images, Report, routing_report
+
+    saved = read_checkpoint(checkpoint, "checkpoint")
+    run, data = saved["hyper_parameters"], saved.get("ImageDataModule", {})
+    if "architecture" in run:
+        return _clustering(checkpoint, saved, folder, data_dir, limit, batch_size)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    model = _network(checkpoint).to(device)
+    dataset = dataset or data.get("dataset")
+    if dataset is None:
+        raise ValueError("dataset is missing; the checkpoint does not say on what it was trained")
+    img_size, crop_pct = data.get("img_size", run["img_size"]), data.get("crop_pct", 0.875)
+    loader, names, channels = validation_loader(
+        dataset,
+        data_dir,
+        batch_size=batch_size,
+        img_size=img_size,
+        crop_pct=crop_pct,
+        num_workers=workers or os.cpu_count() or 1,
+        mean=data.get("mean"),
+        std=data.get("std"),
+        device=device,
+    )
+    if channels != run["in_chans"]:
+        raise ValueError(
+            f"data_dir is {data_dir}; its images have {channels} channels, but {run['model']} was trained on images "
+            f"of {run['in_chans']}"
+        )
+    images = Images(lambda: loader, loader.pixels, names, loader.mean / 255, loader.std / 255)
+    chosen = None
+    if pictures:
+        chosen = _read(pictures, img_size, crop_pct, channels), [path.name for path in pictures]
+    facts = {
+        "network": run["model"],
+        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+        "checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}",
+        "images": f"{loader.count:,} of {data_dir.name if data_dir else dataset}, {len(names)} classes",
+    }
+    if before is not None:
+        facts["before"] = f"{before.parent.name}/{before.name}"
+    return routing_report(
+        Report(folder, f"Routing of {run['model']}", facts),
+        model,
+        images,
+        chosen=chosen,
+        before=None if before is None else _network(before, "before").to(device),
+        classes=classes,
+        gates=gates,
+        summaries=_summaries(checkpoint),
+        runs=None if runs is None else _sizes(runs),
+    )
+
+
+def _network(path: Path, name: str = "checkpoint") -> nn.Module:
+    from fastroute.training.checkpoints import load_weights, read_checkpoint
+
+    run = read_checkpoint(path, name)["hyper_parameters"]
+    if "model" not in run:
+        raise ValueError(f"{name} is {path}; it is no checkpoint of a network with routers")
+    model = create_model(run["model"], run["num_classes"], run["in_chans"], run["img_size"])
+    load_weights(model, path, name=name)
+    return model
+
+
+def _read(paths: Sequence[Path], img_size: int, crop_pct: float, channels: int) -> torch.Tensor:
+    """Images cut as in validation: (k, C, H, W), values from 0 to 1; grey for a network of one channel."""
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    from fastroute.training.sources import decode_image
+    from fastroute.training.transforms import eval_transform
+
+    cut = eval_transform(img_size, crop_pct)
+    decoded = [cut(decode_image(path, str(path)).convert("L" if channels == 1 else "RGB")) for path in paths]
+    return torch.stack([pil_to_tensor(image) for image in decoded]).float() / 255
+
+
+def _summaries(checkpoint: Path) -> dict[str, Path]:
+    path = checkpoint.parent / "summary.csv"
+    return {checkpoint.parent.name: path} if path.is_file() else {}
+
+
+def _sizes(folder: Path) -> dict[str, tuple[int, float]]:
+    """Parameters and best accuracy of each run in a folder, by the name of its own folder."""
+    from fastroute.training.checkpoints import read_checkpoint
+
+    sizes = {}
+    for path in sorted(folder.glob("*/best.ckpt")):
+        run = read_checkpoint(path, "runs")["hyper_parameters"]
+        with torch.device("meta"):
+            model = create_model(run["model"], run["num_classes"], run["in_chans"], run["img_size"])
+        with (path.parent / "summary.csv").open(newline="") as file:
+            error = min(float(row["val_error"]) for row in csv.DictReader(file))
+        sizes[path.parent.name] = sum(parameter.numel() for parameter in model.parameters()), 100 - error
+    if not sizes:
+        raise FileNotFoundError(f"runs is {folder}; there are no folders with best.ckpt and summary.csv in it")
+    return sizes
+
+
+def _clustering(
+    checkpoint: Path, saved: dict, folder: Path, data_dir: Path | None, limit: int | None, batch_size: int
+) -> Path:
+    from fastroute.clustering.networks import clustering_network
+    from fastroute.clustering.run import Batches, load_images
+    from fastroute.nn import RelevanceNorm
+    from fastroute.visualize import Images, Report, clustering_report
+
+    run = saved["hyper_parameters"]
+    pixels, labels = load_images(run["dataset"], data_dir, limit)
+
+    def network() -> nn.Sequential:
+        layers = clustering_network(run["architecture"], run["clusters"], pixels.shape[-1], run["batch_norm"])
+        return nn.Sequential(layers, RelevanceNorm(run["clusters"])).eval()
+
+    trained, state = network(), saved["state_dict"]
+    for place, prefix in enumerate(("network.", "normalize.")):
+        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        trained[place].load_state_dict(own)
+    images = Images(
+        lambda: Batches(pixels, labels, batch_size),
+        lambda indices: (pixels[indices].permute(0, 2, 3, 1) * 255).round().byte(),
+        [str(label) for label in range(int(labels.max()) + 1)],
+        torch.zeros(1),
+        torch.ones(1),
+    )
+    facts = {
+        "network": run["architecture"],
+        "checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}",
+        "images": f"{len(labels):,} of {run['dataset']}",
+        "clusters": str(run["clusters"]),
+    }
+    page = Report(folder, f"Clusters of {run['dataset']}", facts)
+    return clustering_report(page, trained, images, untrained=network(), summaries=_summaries(checkpoint))

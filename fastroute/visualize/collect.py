@@ -1,0 +1,265 @@
+"""What figures are drawn from: the gates of every image, and a closer look at a few."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastroute.nn import ParallelPaths, Routing
+from fastroute.nn.statistics import RouterStatistics
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+class Gate(NamedTuple):
+    """The gate of a router that sends incoming path i to outgoing path j, both counted from 0."""
+
+    router: str
+    i: int
+    j: int
+
+    def __str__(self) -> str:
+        """As in the thesis, counted from 1: "stack1 g₂₁"."""
+        subscripts = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+        return f"{short(self.router)} g{f'{self.i + 1}{self.j + 1}'.translate(subscripts)}"
+
+
+def short(router: str) -> str:
+    """The name of a router without the "_router" that `multipath` ends it with."""
+    return router.removesuffix("_router")
+
+
+@dataclass(frozen=True)
+class RoutingData:
+    """The gates of every image, in the order of the images.
+
+    Attributes:
+        gates: router → (N, m, n), float32.
+        labels: (N,), int64.
+        colours: (N, C), the mean of each image's channels, as the network sees them.
+    """
+
+    gates: dict[str, Tensor]
+    labels: Tensor
+    colours: Tensor
+
+    def values(self, gate: Gate) -> Tensor:
+        """(N,): one gate for every image."""
+        return self.gates[gate.router][:, gate.i, gate.j]
+
+    def extremes(self, gate: Gate, count: int = 10) -> tuple[Tensor, Tensor]:
+        """Indices of the images with the highest and the lowest value of a gate, the most extreme first.
+
+        Raises:
+            ValueError: there are fewer images than `count`.
+        """
+        if not 1 <= count <= len(self.labels):
+            raise ValueError(f"count is {count}; it must be 1 to {len(self.labels)}, the number of images")
+        order = self.values(gate).argsort(descending=True, stable=True)
+        return order[:count], order.flip(0)[:count]
+
+    def statistics(self) -> dict[str, RouterStatistics]:
+        return {name: RouterStatistics.of(Routing(gates, gates)).cpu() for name, gates in self.gates.items()}
+
+    def widest(self, count: int = 8) -> list[Gate]:
+        """The gates whose values differ most from image to image, in the order of depth.
+
+        One of each gating vector, since the others mirror it (§3.5.2); with more vectors than `count`, evenly spaced in
+        depth, and with fewer, the next best of each vector as well.
+        """
+        ranks: list[list[Gate]] = []
+        for name, gates in self.gates.items():
+            for i, spread in enumerate(gates.std(0, correction=0)):
+                for rank, j in enumerate(spread.argsort(descending=True, stable=True).tolist()):
+                    ranks += [[]] * (rank == len(ranks))
+                    ranks[rank] = [*ranks[rank], Gate(name, i, j)]
+        if len(ranks[0]) > count:
+            return [ranks[0][k] for k in torch.linspace(0, len(ranks[0]) - 1, count).round().int().tolist()]
+        chosen = set([gate for rank in ranks for gate in rank][:count])
+        depth = list(self.gates)
+        return sorted(chosen, key=lambda gate: (depth.index(gate.router), gate.i, gate.j))
+
+
+class Layer(NamedTuple):
+    """One router's work on one image.
+
+    gates: (m, n); before: (m,), after: (n,), what each incoming and outgoing tensor has of the mean magnitude of all,
+    or None where a router has no parallel tensors on that side.
+    """
+
+    name: str
+    gates: Tensor
+    before: Tensor | None
+    after: Tensor | None
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The network in evaluation and its parameters without gradient, and afterwards as it was."""
+    modes = {module: module.training for module in model.modules()}
+    gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter, needed in gradients.items():
+            parameter.requires_grad_(needed)
+
+
+def matrix(values: Tensor) -> Tensor:
+    """Gates or scores (N, m, n); those of a sparse router, (N, n), are of one incoming path."""
+    return values if values.dim() == 3 else values[:, None]
+
+
+@torch.no_grad()
+def collect_routing(model: nn.Module, batches: Batches) -> RoutingData:
+    """One pass over the images, of which nothing is held but gates, labels and mean colours.
+
+    Args:
+        model: `model(images, return_routing=True)` → (logits, {router: Routing}).
+        batches: images (N, C, H, W), on the model's device, and labels (N,).
+
+    Raises:
+        ValueError: the model has no routers, or there are no images.
+    """
+    gates, labels, colours = {}, [], []
+    with frozen(model):
+        for images, targets in batches:
+            routing = model(images, return_routing=True)[1]
+            if not routing:
+                raise ValueError(f"model is a {type(model).__name__} without routers; there is no routing to show")
+            for name, value in routing.items():
+                gates.setdefault(name, []).append(matrix(value.gates).float().cpu())
+            labels.append(targets.cpu())
+            colours.append(images.mean((2, 3)).cpu())
+    if not labels:
+        raise ValueError("batches are empty; there must be at least one image")
+    return RoutingData({name: torch.cat(parts) for name, parts in gates.items()}, torch.cat(labels), torch.cat(colours))
+
+
+@torch.no_grad()
+def collect_flows(model: nn.Module, images: Tensor) -> list[list[Layer]]:
+    """For each of a few images (N, C, H, W), what every router does, from the first to the last (Fig. 3.7).
+
+    Raises:
+        ValueError: the model has no routers.
+    """
+    strengths = {}
+
+    def relative(tensors) -> Tensor | None:
+        if not isinstance(tensors, list | tuple):
+            return None
+        means = torch.stack([x.abs().flatten(1).mean(1) for x in tensors], 1).float()  # [N, paths]
+        return (means / means.sum(1, keepdim=True).clamp(min=1e-12)).cpu()
+
+    with frozen(model), contextlib.ExitStack() as hooks:
+        names = model(images[:1], return_routing=True)[1]
+        if not names:
+            raise ValueError(f"model is a {type(model).__name__} without routers; there is no routing to show")
+        for name in names:
+
+            def keep(module, args, output, name=name):
+                strengths[name] = relative(args[0]), relative(output[0])
+
+            hooks.callback(model.get_submodule(name).register_forward_hook(keep).remove)
+        routing = model(images, return_routing=True)[1]
+    flows = []
+    for s in range(len(images)):
+        layers = []
+        for name, value in routing.items():
+            before, after = (None if side is None else side[s] for side in strengths[name])
+            layers.append(Layer(name, matrix(value.gates)[s].float().cpu(), before, after))
+        flows.append(layers)
+    return flows
+
+
+def parallel_layers(model: nn.Module) -> dict[str, ParallelPaths]:
+    """The layers with parameters of which each path has its own, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ParallelPaths) and len(module) > 1 and next(module.parameters(), None) is not None
+    }
+
+
+def parallel_weights(model: nn.Module) -> dict[str, list[Tensor]]:
+    """The weights of each convolution and dense layer that the paths have alike, flat: name → one tensor a path."""
+    weights = {}
+    for layer, paths in parallel_layers(model).items():
+        for name, first in paths[0].named_parameters():
+            if first.dim() > 1:
+                own = [path.get_parameter(name) for path in paths]
+                weights[f"{layer} {name.removesuffix('weight').rstrip('.')}".rstrip()] = [
+                    w.detach().float().flatten().cpu() for w in own
+                ]
+    return weights
+
+
+def weight_distance(a: Tensor, b: Tensor) -> float:
+    """The Wasserstein-1 distance between two sets of as many weights, in standard deviations of both together.
+
+    0: the same histogram, whatever the order of the weights.
+
+    Raises:
+        ValueError: there are not as many weights in one as in the other.
+    """
+    if a.numel() != b.numel():
+        raise ValueError(f"a has {a.numel()} weights and b {b.numel()}; there must be as many in both")
+    distance = (a.flatten().sort().values - b.flatten().sort().values).abs().mean()
+    return (distance / torch.cat([a.flatten(), b.flatten()]).std(correction=0).clamp(min=1e-12)).item()
+
+
+@torch.no_grad()
+def path_similarity(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
+    """Linear CKA between the feature maps of parallel paths, over minibatches: layer → (n, n), 1 for the same features.
+
+    HSIC is estimated without bias in each batch and averaged (Nguyen et al., 2021), so that no features are held and
+    independent ones come to about 0 however small a batch is.
+
+    Args:
+        model: a network with `ParallelPaths`; empty without.
+        batches: as in `collect_routing`, of at least 4 images, of mixed classes; a smaller one is left out.
+    """
+    hsic: dict[str, Tensor] = {}
+    with frozen(model), contextlib.ExitStack() as hooks:
+        for name, layer in parallel_layers(model).items():
+
+            def add(module, args, outputs, name=name):
+                grams = [x.flatten(1).float() for x in outputs]
+                grams = torch.stack([x @ x.T for x in grams]).double().cpu()
+                hsic[name] = hsic.get(name, 0) + _hsic(grams)
+
+            hooks.callback(layer.register_forward_hook(add).remove)
+        for images, _ in batches:
+            if len(images) >= 4:
+                model(images)
+    similarity = {}
+    for name, h in hsic.items():
+        own = h.diagonal().clamp(min=1e-12).sqrt()
+        similarity[name] = (h / own[:, None] / own).float()
+    return similarity
+
+
+def _hsic(grams: Tensor) -> Tensor:
+    """The unbiased HSIC (Song et al., 2012) of each pair of Gram matrices (n, N, N): (n, n)."""
+    count = grams.shape[1]
+    grams = grams - torch.diag_embed(grams.diagonal(dim1=1, dim2=2))
+    rows, totals = grams.sum(2), grams.sum((1, 2))
+    products = torch.einsum("aij,bij->ab", grams, grams)
+    products += totals[:, None] * totals / ((count - 1) * (count - 2))
+    products -= 2 / (count - 2) * (rows @ rows.T)
+    return products / (count * (count - 3))
+
+
+@torch.no_grad()
+def collect_responses(model: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
+    """The responses (N, K) of a clustering network before the softmax, and the labels (N,)."""
+    with frozen(model):
+        parts = [(model(images).float().cpu(), labels.cpu()) for images, labels in batches]
+    responses, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+    return responses, labels

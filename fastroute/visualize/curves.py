@@ -1,0 +1,80 @@
+"""Figures of training runs, from what they write (Fig. 3.6 and 4.6)."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from fastroute.visualize.style import PALETTE, WIDTH, styled
+
+# Column of a summary.csv → the axis it is drawn on.
+_CURVES = {
+    "val_error": "error %",
+    "train_error": "error %",
+    "acc": "agreement with the labels",
+    "nmi": "agreement with the labels",
+}
+
+
+def read_summary(path: Path) -> list[dict[str, str]]:
+    """The rows of a `summary.csv`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has no rows, or none of the columns that are drawn.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"summary is {path}; there is no such file")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not _CURVES.keys() & rows[0].keys():
+        raise ValueError(f"summary is {path}; it must have rows with a column of {', '.join(_CURVES)}")
+    return rows
+
+
+@styled
+def learning_curves(summaries: Mapping[str, Path]) -> Figure:
+    """Error, or a clustering's accuracy and mutual information, by epoch (Fig. 4.6).
+
+    Args:
+        summaries: a run's name → its `summary.csv`.
+
+    Raises:
+        FileNotFoundError, ValueError: as of `read_summary`.
+    """
+    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+    axes = figure.subplots()
+    for k, (name, path) in enumerate(summaries.items()):
+        rows = read_summary(path)
+        for line, column in zip(("-", "--"), (c for c in _CURVES if c in rows[0]), strict=False):
+            points = [(int(row.get("epoch", 1)), float(row[column])) for row in rows if row[column]]
+            label = f"{name} {column}" if len(summaries) > 1 else column
+            axes.plot(*zip(*points, strict=True), line, color=PALETTE[k % len(PALETTE)], label=label, marker=".")
+            axes.set_ylabel(_CURVES[column])
+    axes.set(xlabel="epoch")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid()
+    axes.legend()
+    return figure
+
+
+@styled
+def accuracy_against_parameters(runs: Mapping[str, tuple[int, float]]) -> Figure:
+    """Accuracy of networks by their size (Fig. 3.6).
+
+    Args:
+        runs: a network's name → its parameters and its accuracy in percent.
+    """
+    figure = Figure(figsize=(WIDTH, 3), layout="constrained")
+    axes = figure.subplots()
+    for name, (parameters, accuracy) in runs.items():
+        kind = next((k for k, mark in enumerate(("_cc", "_cp")) if mark in name), 2)
+        colour, marker = ((PALETTE[1], "o"), (PALETTE[2], "s"), (PALETTE[0], "^"))[kind]
+        axes.plot(parameters / 1e6, accuracy, marker, color=colour)
+        axes.annotate(name, (parameters / 1e6, accuracy), xytext=(5, 3), textcoords="offset points", fontsize=8)
+    axes.margins(x=0.2, y=0.15)
+    axes.set(xlabel="parameters (millions)", ylabel="accuracy %")
+    axes.grid()
+    return figure

@@ -1,0 +1,369 @@
+"""One page with all figures of a network, which needs nothing but itself to be viewed."""
+
+import base64
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor, nn
+
+from fastroute.visualize import clusters, curves, paths, routing
+from fastroute.visualize.collect import (
+    Layer,
+    collect_flows,
+    collect_responses,
+    collect_routing,
+    parallel_weights,
+    path_similarity,
+    short,
+)
+from fastroute.visualize.style import INK, PAPER, save, thumbnail
+from fastroute.visualize.synthesis import synthesize_filters, synthesize_gates, synthesize_outputs
+
+EXTREMES = 10
+"""The images shown for each end of a gate (Fig. 3.8)."""
+SIMILARITY_IMAGES = 512
+RESPONSES = 2560
+"""The images in a map of responses, as in Fig. 4.7."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images that a report is about.
+
+    Attributes:
+        batches: called for one pass over normalised images (N, C, H, W) and labels (N,), on the network's device.
+        pixels: indices (k,) in the order of that pass → the images as they are, uint8 (k, H, W, C).
+        classes: the names of the labels.
+        mean, std: (C,), of the normalisation, for values from 0 to 1.
+    """
+
+    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]]
+    pixels: Callable[[Tensor], Tensor]
+    classes: Sequence[str]
+    mean: Tensor
+    std: Tensor
+
+    def at(self, indices: Tensor) -> Tensor:
+        """(k, C, H, W), values from 0 to 1."""
+        return self.pixels(indices).permute(0, 3, 1, 2).float() / 255
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """What the network takes for images (k, C, H, W), values from 0 to 1, on the device of `mean`."""
+        mean, std = self.mean.view(-1, 1, 1), self.std.view(-1, 1, 1)
+        return (images.to(mean.device) - mean) / std
+
+
+@dataclass
+class Report:
+    """A page in the making; figures are written into the folder as they come.
+
+    Args:
+        folder: gets `report.html`, and each figure as PNG and SVG.
+        title: of the page.
+        facts: what the network and the images are: name → value.
+    """
+
+    folder: Path
+    title: str
+    facts: Mapping[str, str]
+    sections: list[dict] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.folder = Path(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def section(self, title: str, text: str, **content) -> None:
+        """Begin a section; `content`: `table`, a list of dicts of text, or `flow`, of `flow_data`."""
+        self.sections.append({"title": title, "text": text, "figures": [], **content})
+
+    def figure(self, name: str, figure: Figure, description: str) -> None:
+        """Add a figure to the last section; the description stands for it where it cannot be seen."""
+        svg = save(figure, self.folder, name)
+        svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "transparent")
+        width = round(figure.get_size_inches()[0] * 96)
+        svg = svg.replace("<svg", '<svg aria-hidden="true"', 1)
+        self.sections[-1]["figures"].append({"name": name, "svg": svg, "description": description, "width": width})
+
+    def write(self) -> Path:
+        environment = jinja2.Environment(
+            loader=jinja2.PackageLoader("fastroute.visualize"), autoescape=True, undefined=jinja2.StrictUndefined
+        )
+        page = environment.get_template("report.html").render(
+            title=self.title, facts=self.facts, sections=self.sections
+        )
+        path = self.folder / "report.html"
+        path.write_text(page, encoding="utf-8")
+        return path
+
+
+def data_uri(image: Tensor) -> str:
+    """An image (C, H, W), values from 0 to 1, as a PNG within a link."""
+    pixels, file = thumbnail(image), io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, "png")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def flow_data(flows: Sequence[Sequence[Layer]], images: Tensor, titles: Sequence[str]) -> list[dict]:
+    """What the page's script draws the routing flow from."""
+
+    def rounded(values: Tensor | None) -> list | None:
+        return None if values is None else values.double().round(decimals=4).tolist()
+
+    return [
+        {
+            "title": title,
+            "picture": data_uri(image),
+            "layers": [
+                {
+                    "name": short(layer.name),
+                    "gates": rounded(layer.gates),
+                    "before": rounded(layer.before),
+                    "after": rounded(layer.after),
+                }
+                for layer in flow
+            ],
+        }
+        for flow, image, title in zip(flows, images, titles, strict=True)
+    ]
+
+
+def routing_report(
+    report: Report,
+    model: nn.Module,
+    images: Images,
+    *,
+    chosen: tuple[Tensor, Sequence[str]] | None = None,
+    before: nn.Module | None = None,
+    classes: Sequence[str] | None = None,
+    gates: int = 8,
+    summaries: Mapping[str, Path] | None = None,
+    runs: Mapping[str, tuple[int, float]] | None = None,
+) -> Path:
+    """Write the page of a network with routers.
+
+    Args:
+        report: an empty one.
+        model: `model(images, return_routing=True)` → (logits, {router: Routing}).
+        images: what it is shown.
+        chosen: images (k, C, H, W), values from 0 to 1, and their names, for the routing flow; by default twelve of
+            `images`.
+        before: a network to compare gates with, such as the same without regularisation.
+        classes: those of the class-wise histograms; by default the most distinct for each gate.
+        gates: how many gates are maximised at most.
+        summaries: for `learning_curves`.
+        runs: for `accuracy_against_parameters`.
+
+    Returns:
+        the path of the page.
+
+    Raises:
+        ValueError: the network has no routers, there are fewer images than each gate shows, or a class does not exist.
+    """
+    data = collect_routing(model, images.batches())
+    count = len(data.labels)
+    if count < 2 * EXTREMES:
+        raise ValueError(f"there are {count} images; a report shows {2 * EXTREMES} for each gate, and needs as many")
+    if classes is not None:
+        routing.class_numbers(data, images.classes, classes)
+
+    if chosen is None:
+        indices = torch.linspace(0, count - 1, 12).round().long()
+        chosen = images.at(indices), [images.classes[label] for label in data.labels[indices].tolist()]
+    pictures, titles = chosen
+    flows = collect_flows(model, images.normalized(pictures))
+    report.section(
+        "Routing flow",
+        "Each router is two rows of nodes: the parallel tensors that enter it and those that leave it. The redder a "
+        "node, the larger its tensor's share of the mean magnitude of all; the wider and bluer an edge, the stronger "
+        "the gate.",
+        flow=flow_data(flows, pictures, titles),
+    )
+    report.figure(
+        "routing_flow",
+        routing.routing_flow(flows[:4], pictures[:4], titles[:4]),
+        f"Routing flow of {', '.join(titles[:4])} side by side.",
+    )
+
+    report.section(
+        "What gates follow",
+        "How much of a gate's variance over the images their mean colour explains, and how much their class. A gate "
+        "that follows colour more than class answers to something shallow.",
+    )
+    shares = "; ".join(
+        f"{gate}: colour {routing.colour_explained(data.values(gate), data.colours):.0%}, "
+        f"class {routing.variance_explained(data.values(gate), data.labels):.0%}"
+        for gate in routing.one_per_vector(data)
+    )
+    report.figure("gate_context", routing.gate_context(data), f"Variance of gates explained. {shares}.")
+
+    widest = data.widest(gates)
+    channels, height, width = images.at(torch.tensor([0])).shape[1:]
+    made = synthesize_gates(model, widest, (channels, height, width), images.mean, images.std)
+    report.section(
+        "What maximises a gate",
+        f"The {EXTREMES} images for which a gate is highest and lowest, and an image made by gradient ascent on its "
+        "score before the softmax.",
+    )
+    for k, gate in enumerate(widest):
+        highest, lowest = data.extremes(gate, EXTREMES)
+        ends = [[images.classes[label] for label in data.labels[end].tolist()] for end in (highest, lowest)]
+        report.figure(
+            f"gate_{short(gate.router)}_{gate.i + 1}_{gate.j + 1}",
+            routing.gate_maximization(images.at(highest), images.at(lowest), made[k], str(gate)),
+            f"{gate} is highest for {', '.join(ends[0])}, and lowest for {', '.join(ends[1])}; "
+            "at the right the image made to maximise it.",
+        )
+
+    distinct = routing.most_distinct(data)
+    report.section(
+        "Gates by class",
+        "How the values of a gate are distributed over the images of a few classes: of each router the gate that tells "
+        "classes apart best" + ("." if classes else ", with the classes for which it is lowest and highest."),
+    )
+    report.figure(
+        "class_histograms",
+        routing.class_histograms(data, distinct, images.classes, classes),
+        f"Histograms by class of {', '.join(map(str, distinct))}.",
+    )
+
+    earlier = collect_routing(before, images.batches()) if before is not None else None
+    report.section(
+        "Gate health",
+        "Each gate over all images. Entropy is a share of that of even gates. A gate is dead if it exceeds "
+        f"{routing.DEAD} for no image, and skewed if it is above 0.5 for none, or below 0.5 for none (Figure 5.1).",
+        table=routing.gate_rows(data),
+    )
+    report.figure("gate_health", routing.gate_health(data, earlier), "Mean and range of every gate; see the table.")
+
+    weights = parallel_weights(model)
+    if weights:
+        _report_paths(report, model, images, weights, count)
+    _report_runs(report, summaries, runs)
+    return report.write()
+
+
+def _report_paths(report: Report, model: nn.Module, images: Images, weights: dict, count: int) -> None:
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:SIMILARITY_IMAGES]
+    labels = torch.zeros(128, dtype=torch.long)
+    mixed = ((images.normalized(images.at(part)), labels[: len(part)]) for part in order.split(128))
+    similarity = path_similarity(model, mixed)
+    report.section(
+        "Parallel paths",
+        "Paths that collapse into one learn nothing from being parallel. Weights: the Wasserstein distance between the "
+        "paths' histograms, in standard deviations; it says nothing of the order of the weights. Features: linear CKA "
+        f"over {min(count, SIMILARITY_IMAGES)} images, 1 where they are alike up to rotation and scale.",
+        table=[
+            {"layer": name, "weights": f"{w[0].numel():,}", "distance, σ": f"{paths.mean_distance(w):.3f}"}
+            for name, w in weights.items()
+        ],
+    )
+    names = list(weights)
+    kept = torch.linspace(0, len(names) - 1, min(6, len(names))).round().int().tolist()
+    some = {names[k]: weights[names[k]] for k in kept}
+    report.figure(
+        "weight_histograms", paths.weight_histograms(some), f"Histograms of the paths' weights in {', '.join(some)}."
+    )
+    values = "; ".join(f"{name}: {_between_paths(cka):.2f}" for name, cka in similarity.items())
+    report.figure(
+        "path_similarity", paths.similarity_matrices(similarity), f"Mean CKA between different paths. {values}."
+    )
+
+
+def _between_paths(cka: Tensor) -> float:
+    n = len(cka)
+    return ((cka.sum() - cka.diagonal().sum()) / (n * (n - 1))).item()
+
+
+def _report_runs(
+    report: Report, summaries: Mapping[str, Path] | None, runs: Mapping[str, tuple[int, float]] | None
+) -> None:
+    if summaries:
+        report.section("Training", "What the run's summary.csv says, epoch by epoch.")
+        report.figure(
+            "learning_curves", curves.learning_curves(summaries), f"Learning curves of {', '.join(summaries)}."
+        )
+    if runs:
+        report.section("Accuracy and size", "The best validation accuracy of each run, by the network's parameters.")
+        values = "; ".join(f"{name}: {size / 1e6:.2f} M, {accuracy:.2f} %" for name, (size, accuracy) in runs.items())
+        report.figure("accuracy_against_parameters", curves.accuracy_against_parameters(runs), f"{values}.")
+
+
+def clustering_report(
+    report: Report,
+    model: nn.Module,
+    images: Images,
+    *,
+    untrained: nn.Module | None = None,
+    summaries: Mapping[str, Path] | None = None,
+) -> Path:
+    """Write the page of a clustering network.
+
+    Args:
+        report: an empty one.
+        model: images (N, C, H, W) → responses (N, K) before the softmax.
+        images: what it is shown.
+        untrained: the same network with random weights, to compare responses with.
+        summaries: for `learning_curves`.
+
+    Returns:
+        the path of the page.
+
+    Raises:
+        ValueError: there are fewer images than each cluster shows.
+    """
+    responses, labels = collect_responses(model, images.batches())
+    count = len(labels)
+    if count < EXTREMES:
+        raise ValueError(f"there are {count} images; a report shows {EXTREMES} for each cluster, and needs as many")
+    found = responses.argmax(1)
+    some = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:RESPONSES]
+    maps = {"trained network": responses[some]}
+    if untrained is not None:
+        shown = [(images.normalized(images.at(part)), labels[part]) for part in some.split(256)]
+        maps = {"random network": collect_responses(untrained, shown)[0]} | maps
+    report.section("Responses", f"t-SNE of the responses to {len(some):,} images, before the softmax.")
+    sizes = torch.bincount(found, minlength=responses.shape[1]).tolist()
+    report.figure(
+        "responses",
+        clusters.response_map(maps),
+        f"Map of responses, coloured by cluster. Images in each cluster: {', '.join(map(str, sizes))}.",
+    )
+
+    size = images.at(torch.tensor([0])).shape[1:]
+    options = {"mean": images.mean, "std": images.std}
+    nodes = list(range(min(10, responses.shape[1])))
+    top = {f"cluster {k + 1}": images.at(responses[:, k].topk(EXTREMES).indices) for k in nodes}
+    report.section(
+        "Clusters",
+        f"The {EXTREMES} images with the highest relevance score of each cluster, and at the right an image made to "
+        "maximise it.",
+    )
+    mains = "; ".join(
+        f"{k + 1}: mostly {images.classes[labels[found == k].mode().values]}" if sizes[k] else f"{k + 1}: empty"
+        for k in nodes
+    )
+    report.figure(
+        "clusters",
+        clusters.cluster_images(top, synthesize_outputs(model, nodes, size, **options)),
+        f"Clusters: {mains}.",
+    )
+    report.section(
+        "Against the labels", "In percent of each class, the clusters its images came to. The labels were not used."
+    )
+    report.figure("confusion", clusters.confusion(labels, found, images.classes), f"Clusters by class: {mains}.")
+
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    report.section("Filters", "Images made to maximise filters of the first and of the last convolution.")
+    made = {}
+    for where, (_, layer) in {"first": layers[0], "last": layers[-1]}.items():
+        filters = torch.linspace(0, layer.out_channels - 1, min(16, layer.out_channels)).round().int().tolist()
+        made[f"{where} convolution"] = synthesize_filters(model, layer, [int(f) for f in filters], size, **options)
+    report.figure("filters", clusters.filter_images(made), "Images that maximise filters of the first and last layer.")
+    _report_runs(report, summaries, None)
+    return report.write()

@@ -1,0 +1,270 @@
+"""Figures of what routers do (§3.5, Fig. 3.7 to 3.9 and 5.1)."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from fastroute.nn.statistics import DEAD, RouterStatistics
+from fastroute.visualize.collect import Gate, Layer, RoutingData, short
+from fastroute.visualize.style import BLUE, INK, ORANGE, PALETTE, RED, WIDTH, grid, show, styled
+
+
+@styled
+def routing_flow(flows: Sequence[Sequence[Layer]], images: Tensor, titles: Sequence[str] | None = None) -> Figure:
+    """Images side by side, each above its way through the routers (Fig. 3.7).
+
+    A router is two rows of nodes, its incoming and outgoing tensors; the redder a node, the larger its share of the
+    mean magnitude. An edge is a gate; the stronger, the wider and the bluer. Grey edges are the layers between.
+
+    Args:
+        flows: for each image, what `collect_flows` gives.
+        images: (N, C, H, W), values from 0 to 1.
+        titles: for each image.
+    """
+    depth = len(flows[0])
+    figure = Figure(figsize=(max(2.0, 1.5 * len(flows)), 1.6 + 0.95 * depth), layout="constrained")
+    axes = figure.subplots(2, len(flows), squeeze=False, height_ratios=[1.4, 0.95 * depth])
+    for column, (flow, image) in enumerate(zip(flows, images, strict=True)):
+        show(axes[0, column], image)
+        if titles is not None:
+            axes[0, column].set_title(titles[column])
+        below = axes[1, column]
+        below.set(xlim=(-0.75, 0.75), ylim=(-2 * depth + 0.5, 0.6))
+        below.set_axis_off()
+        for place, layer in enumerate(flow):
+            _draw_layer(below, layer, 2 * place)
+            if place + 1 < depth:
+                for x in _places(layer.gates.shape[1]):
+                    below.plot([x, x], [-2 * place - 1.2, -2 * place - 1.8], color=INK, alpha=0.25, linewidth=5)
+            if column == 0:
+                below.text(-0.72, -2 * place - 0.5, short(layer.name), rotation=90, va="center", ha="center")
+    return figure
+
+
+def _places(count: int) -> list[float]:
+    return [0.0] if count == 1 else np.linspace(-0.45, 0.45, count).tolist()
+
+
+def _draw_layer(axes, layer: Layer, top: float) -> None:
+    m, n = layer.gates.shape
+    for i, x in enumerate(_places(m)):
+        for j, y in enumerate(_places(n)):
+            gate = layer.gates[i, j].item()
+            axes.plot([x, y], [-top, -top - 1], color=BLUE, alpha=max(0.05, gate), linewidth=0.5 + 5 * gate, zorder=1)
+    for row, (count, strengths) in enumerate(((m, layer.before), (n, layer.after))):
+        for k, x in enumerate(_places(count)):
+            share = 0.0 if strengths is None else min(1.0, strengths[k].item() * count / 2)
+            style = {"markersize": 11, "marker": "s", "markeredgecolor": INK, "markeredgewidth": 0.6}
+            axes.plot(x, -top - row, markerfacecolor="#f4f4f4", zorder=2, **style)
+            axes.plot(x, -top - row, markerfacecolor=(RED, share), zorder=3, **style)
+
+
+@styled
+def gate_maximization(highest: Tensor, lowest: Tensor, synthesized: Tensor | None = None, title: str = "") -> Figure:
+    """The images that a gate answers to most (above) and least (below), and one made to maximise it (Fig. 3.8).
+
+    Args:
+        highest, lowest: (N, C, H, W), values from 0 to 1, the most extreme first.
+        synthesized: (C, H, W), values from 0 to 1.
+        title: such as the gate's name.
+    """
+    count = len(highest)
+    wide = 0 if synthesized is None else 2.1
+    size = WIDTH / (count + 1.1 + wide)
+    figure = Figure(figsize=(WIDTH, 2 * size + 0.3), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, hspace=0, wspace=0)
+    spec = figure.add_gridspec(2, count + 2, width_ratios=[1.1, *[1] * count, max(wide, 0.01)])
+    for row, (name, images) in enumerate((("highest", highest), ("lowest", lowest))):
+        label = figure.add_subplot(spec[row, 0])
+        label.set_axis_off()
+        label.text(1, 0.5, name, ha="right", va="center", fontsize=8)
+        for k, image in enumerate(images):
+            show(figure.add_subplot(spec[row, k + 1]), image)
+    if synthesized is not None:
+        show(figure.add_subplot(spec[:, -1]), synthesized)
+    if title:
+        figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def variance_explained(values: Tensor, labels: Tensor) -> float:
+    """The share of a gate's variance over images that lies between classes (η²): values (N,), labels (N,) int64."""
+    values = values.double()
+    counts = torch.bincount(labels).double()
+    means = torch.zeros_like(counts).index_add(0, labels, values) / counts.clamp(min=1)
+    between = (counts * (means - values.mean()).square()).sum()
+    return (between / (values - values.mean()).square().sum().clamp(min=1e-12)).item()
+
+
+def colour_explained(values: Tensor, colours: Tensor) -> float:
+    """The share of a gate's variance that a linear function of the images' mean colours explains (R²)."""
+    values = (values - values.mean()).double()
+    total = values.square().sum()
+    if total < 1e-12:
+        return 0.0
+    x = torch.cat([colours, torch.ones(len(colours), 1)], 1).double()
+    rest = values - x @ torch.linalg.lstsq(x, values[:, None], driver="gelsd").solution[:, 0]
+    return (1 - rest.square().sum() / total).item()
+
+
+def distinct_classes(values: Tensor, labels: Tensor, count: int = 4) -> list[int]:
+    """The classes whose mean gate is the highest and the lowest, half of each, by their numbers."""
+    present = labels.unique().tolist()
+    order = sorted(present, key=lambda label: values[labels == label].mean().item())
+    if len(order) <= count:
+        return sorted(order)
+    return sorted(order[: count // 2] + order[len(order) - (count - count // 2) :])
+
+
+def class_numbers(data: RoutingData, classes: Sequence[str], chosen: Sequence[str]) -> list[int]:
+    """The numbers of classes by their names; it raises as `class_histograms` does."""
+    for name in chosen:
+        if name not in classes:
+            raise ValueError(f"classes names {name!r}; there is no such class: {', '.join(classes[:20])}")
+        if not (data.labels == classes.index(name)).any():
+            raise ValueError(f"classes names {name!r}, of which there are no images")
+    return [classes.index(name) for name in chosen]
+
+
+def most_distinct(data: RoutingData) -> list[Gate]:
+    """Of each router the gate whose variance lies most between the classes."""
+    gates = []
+    for name, values in data.gates.items():
+        own = [Gate(name, i, j) for i in range(values.shape[1]) for j in range(values.shape[2])]
+        gates.append(max(own, key=lambda gate: variance_explained(data.values(gate), data.labels)))
+    return gates
+
+
+@styled
+def class_histograms(
+    data: RoutingData, gates: Sequence[Gate], classes: Sequence[str], chosen: Sequence[str] | None = None
+) -> Figure:
+    """Histograms of gates over the images of a few classes (Fig. 3.9).
+
+    Args:
+        data: the gates of every image.
+        gates: one panel each.
+        classes: the names of all classes, by their numbers.
+        chosen: the names of those to show; by default, for each gate, the four of `distinct_classes`.
+
+    Raises:
+        ValueError: a class is named that does not exist, or has no images.
+    """
+    numbers = None if chosen is None else class_numbers(data, classes, chosen)
+    figure, panels = grid(len(gates), 2, 1.9)
+    for axes, gate in zip(panels, gates, strict=True):
+        values = data.values(gate)
+        low, high = values.min().item(), values.max().item()
+        # A gate that hardly moves is shown as what it is: near the one value, not spread over the panel.
+        bins = np.linspace(*((low, high) if high - low > 0.02 else (low - 0.01, high + 0.01)), 31)
+        for k, label in enumerate(numbers or distinct_classes(values, data.labels)):
+            own = values[data.labels == label].numpy()
+            colour, line = PALETTE[k % len(PALETTE)], ("-", "--", "-.", ":")[k % 4]
+            weights = np.full(len(own), 100 / len(own))
+            style = {"histtype": "stepfilled", "linewidth": 1.3, "linestyle": line, "edgecolor": colour}
+            axes.hist(own, bins, weights=weights, facecolor=(colour, 0.15), label=classes[label], **style)
+        axes.set(title=str(gate), ylabel="% of the class")
+        axes.legend(handlelength=1.6)
+    return figure
+
+
+def one_per_vector(data: RoutingData, most: int = 16) -> list[Gate]:
+    """The widest gate of each gating vector, or of `most` of them."""
+    return data.widest(min(most, sum(gates.shape[1] for gates in data.gates.values())))
+
+
+@styled
+def gate_context(data: RoutingData) -> Figure:
+    """What gates follow, by depth: how much of their variance the mean colour of an image or its class explains.
+
+    Each gating vector is shown by its widest gate. The two shares may overlap, since classes have colours.
+    """
+    gates = one_per_vector(data)
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.28 * len(gates)), layout="constrained")
+    axes = figure.subplots()
+    for shift, colour, marker, name, shares in (
+        (-0.12, ORANGE, "s", "mean colour (R²)", [colour_explained(data.values(g), data.colours) for g in gates]),
+        (0.12, BLUE, "o", "class (η²)", [variance_explained(data.values(g), data.labels) for g in gates]),
+    ):
+        places = np.arange(len(gates)) + shift
+        axes.hlines(places, 0, shares, color=colour, linewidth=2)
+        axes.plot(shares, places, marker, color=colour, label=name, markersize=5)
+    axes.set_yticks(range(len(gates)), list(map(str, gates)))
+    axes.set(xlim=(0, 1), ylim=(len(gates) - 0.5, -0.5), xlabel="share of the gate's variance explained")
+    axes.grid(axis="x")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    return figure
+
+
+def gate_remarks(statistics: RouterStatistics) -> list[list[str]]:
+    """For each gate (m, n): "dead", "skewed" (above 0.5 for no image, or below it for none) or ""."""
+    dead, skewed = statistics.peak < DEAD, statistics.never_above | statistics.never_below
+    return [
+        ["dead" if dead[i, j] else "skewed" if skewed[i, j] else "" for j in range(dead.shape[1])]
+        for i in range(dead.shape[0])
+    ]
+
+
+@styled
+def gate_health(after: RoutingData, before: RoutingData | None = None) -> Figure:
+    """Each gate over all images: its mean, the middle 80 % and the whole range; dead and skewed ones are named.
+
+    Args:
+        after: the network's gates.
+        before: those of another network with the same routers, such as the same without regularisation (Fig. 5.1).
+
+    Raises:
+        ValueError: the two have other routers.
+    """
+    runs = [(after, BLUE, "o", "after" if before else "")]
+    if before is not None:
+        shapes = [{name: gates.shape[1:] for name, gates in data.gates.items()} for data in (after, before)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"before has the routers {list(before.gates)}; they must be those of the network, alike")
+        runs.insert(0, (before, ORANGE, "s", "before"))
+    gates = [Gate(name, i, j) for name, g in after.gates.items() for i in range(g.shape[1]) for j in range(g.shape[2])]
+    figure = Figure(figsize=(WIDTH, 0.8 + 0.2 * len(runs) * len(gates)), layout="constrained")
+    axes = figure.subplots()
+    step = 0.8 / len(runs)
+    for k, (data, colour, marker, name) in enumerate(runs):
+        places = np.arange(len(gates)) + (k - (len(runs) - 1) / 2) * step
+        values = torch.stack([data.values(gate) for gate in gates]).numpy()
+        low, p10, p90, high = np.quantile(values, [0, 0.1, 0.9, 1], axis=1)
+        axes.hlines(places, low, high, color=colour, linewidth=1)
+        axes.hlines(places, p10, p90, color=colour, linewidth=4, alpha=0.45)
+        axes.plot(values.mean(1), places, marker, color=colour, markersize=4, label=name)
+        statistics = data.statistics()
+        for place, gate in zip(places, gates, strict=True):
+            if remark := gate_remarks(statistics[gate.router])[gate.i][gate.j]:
+                axes.text(1.02, place, remark, va="center", fontsize=8)
+    axes.set_yticks(range(len(gates)), list(map(str, gates)))
+    axes.set(xlim=(0, 1), ylim=(len(gates) - 0.4, -0.6), xlabel="gate: mean, middle 80 % and range over the images")
+    axes.grid(axis="x")
+    if before is not None:
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    return figure
+
+
+def gate_rows(data: RoutingData) -> list[Mapping[str, str]]:
+    """A table of the gating vectors: router, from, mean gates, entropy, and how often each gate is the largest."""
+    rows = []
+    for name, statistics in data.statistics().items():
+        remarks = gate_remarks(statistics)
+        for i, means in enumerate(statistics.mean_gates.tolist()):
+            found = [f"{remark} to {j + 1}" for j, remark in enumerate(remarks[i]) if remark]
+            rows.append(
+                {
+                    "router": short(name),
+                    "from": str(i + 1),
+                    "mean gates": "  ".join(f"{mean:.2f}" for mean in means),
+                    "largest, % of images": "  ".join(
+                        f"{100 * w:.0f}" for w in statistics.shares_of_maximum[i].tolist()
+                    ),
+                    "entropy": f"{statistics.mean_entropy[i]:.2f}",
+                    "remarks": ", ".join(found) or "–",
+                }
+            )
+    return rows

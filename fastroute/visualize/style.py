@@ -1,0 +1,92 @@
+"""How all figures look. Colours are Okabe and Ito's, which colour-blind readers can tell apart."""
+
+import functools
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional as F
+
+BLUE, RED, GREEN, ORANGE = "#0072b2", "#d55e00", "#009e73", "#e69f00"
+PALETTE = (BLUE, RED, GREEN, ORANGE, "#56b4e9", "#cc79a7", "#8c8c8c", "#a6761d")
+# On the page, ink becomes the colour of the text and paper transparent: figures then suit a light and a dark theme.
+INK, PAPER = "#1b1f24", "#fffffe"
+WIDTH = 6.4
+"""Of a figure, in inches."""
+THUMBNAIL = 64
+"""The most pixels, in height and width, that a picture within a figure keeps."""
+
+_STYLE = {
+    "figure.facecolor": PAPER,
+    "axes.facecolor": "none",
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": INK,
+    "grid.alpha": 0.15,
+    "legend.framealpha": 0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "font.size": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "savefig.facecolor": PAPER,
+    "svg.fonttype": "none",  # text as text
+}
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draw in the style of all figures, whatever the program around has set."""
+
+    @functools.wraps(draw)
+    def wrapper(*args, **kwargs):
+        with matplotlib.rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return wrapper
+
+
+def grid(count: int, columns: int, height: float, **options) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` axes in rows of `columns`, each row `height` inches."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(WIDTH, rows * height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options).flatten()
+    for unused in axes[count:]:
+        unused.set_axis_off()
+    return figure, list(axes[:count])
+
+
+def thumbnail(image: Tensor) -> np.ndarray:
+    """An image (C, H, W), values from 0 to 1, as uint8 (H, W, 3 or 1), no larger than `THUMBNAIL`."""
+    if max(image.shape[1:]) > THUMBNAIL:
+        scale = THUMBNAIL / max(image.shape[1:])
+        size = [max(1, round(side * scale)) for side in image.shape[1:]]
+        image = F.interpolate(image[None].float(), size=size, mode="area")[0]
+    return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def show(axes: Axes, image: Tensor) -> None:
+    """Draw an image (C, H, W), values from 0 to 1, without axes."""
+    axes.imshow(thumbnail(image), cmap="gray", vmin=0, vmax=255, interpolation="none")
+    axes.set_axis_off()
+
+
+def save(figure: Figure, folder: Path, name: str) -> str:
+    """Write `NAME.png` and `NAME.svg`; returns the SVG's text."""
+    text = io.StringIO()
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):  # equal files for equal figures, ids of their own
+        figure.savefig(text, format="svg", metadata={"Date": None})
+        figure.savefig(folder / f"{name}.png", dpi=150)
+    (folder / f"{name}.svg").write_text(text.getvalue())
+    return text.getvalue()

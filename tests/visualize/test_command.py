@@ -1,0 +1,114 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+class Links(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.pictures = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.links += [attributes[name] for name in ("src", "href", "xlink:href") if attributes.get(name)]
+        if attributes.get("role") == "img":
+            self.pictures.append(attributes.get("aria-label"))
+
+
+def test_the_page_is_whole_in_itself(page):
+    text = page.read_text()
+    found = Links(text)
+    assert found.links and all(link.startswith(("data:", "#")) for link in found.links)
+    assert not re.search(r"url\((?!#)", text) and "@import" not in text and len(text) < 8e6
+    assert len(found.pictures) >= 9 and all(found.pictures)
+    names = {path.stem for path in page.parent.glob("*.svg")}
+    assert names == {path.stem for path in page.parent.glob("*.png")} and len(names) == len(found.pictures)
+    assert {"routing_flow", "gate_health", "class_histograms", "path_similarity", "learning_curves"} <= names
+    assert "accuracy_against_parameters" in names and "360 of digits" in text
+    flow = json.loads(re.search(r'<script id="flow-data"[^>]*>(.*?)</script>', text, re.S)[1])
+    assert len(flow) == 12 and [layer["name"] for layer in flow[0]["layers"]] == ["stem", "stack1", "stack2", "stack3"]
+    assert sum(flow[0]["layers"][1]["gates"][0]) == pytest.approx(1, abs=2e-4)
+
+
+def test_images_of_the_user_s_own(checkpoint, run, tmp_path):
+    files = [tmp_path / "a <b>.png", tmp_path / "grey.png"]
+    Image.fromarray(np.full((30, 40, 3), 200, np.uint8)).save(files[0])
+    Image.fromarray(np.full((8, 8), 100, np.uint8)).save(files[1])
+    done = run(
+        *("report", checkpoint, "--gates", 1, "--classes", "3,8", "--output", tmp_path / "out"), "--images", *files
+    )
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "2. grey.png" in text and "a &lt;b&gt;.png" in text and "3. " not in text and "a <b>" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "nowhere.png"], "nowhere.png cannot be read as an image"),
+        (["--classes", "three"], "classes names 'three'; there is no such class: 0, 1"),
+        (["--before", "nowhere.ckpt"], "before is nowhere.ckpt; there is no such file"),
+        (["--runs", "nowhere"], "there are no folders with best.ckpt"),
+        (["--dataset", "imagefolder"], "data_dir is None"),
+    ],
+)
+def test_bad_input(checkpoint, run, tmp_path, arguments, message):
+    done = run("report", checkpoint, *arguments, "--gates", 1, "--output", tmp_path)
+    assert done.exit_code == 2 and message in done.output, done.output
+
+
+def test_other_images_than_the_network_s(checkpoint, run, tmp_path):
+    for i in range(3):
+        (tmp_path / "val" / "ant").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), 9, np.uint8)).save(tmp_path / "val" / "ant" / f"{i}.png")
+    done = run("report", checkpoint, "--dataset", "imagefolder", "--data-dir", tmp_path)
+    assert done.exit_code == 2 and "its images have 3 channels" in done.output
+
+
+def test_networks_without_routers(run, tmp_path):
+    train = run("train", "resnet20", "-b", 512, "--epochs", 1, "--output", tmp_path, "--experiment", "run")
+    assert train.exit_code == 0, train.output
+    done = run("report", tmp_path / "run" / "best.ckpt")
+    assert done.exit_code == 2 and "without routers; there is no routing to show" in done.output
+    done = run("report", tmp_path / "run" / "summary.csv")
+    assert done.exit_code == 2 and "it is no checkpoint of a training run" in done.output
+
+
+def test_too_few_images(run, tmp_path):
+    for split, count in (("train", 8), ("val", 4)):
+        for name in ("ant", "bee"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.random.default_rng(i).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
+    data = ("--dataset", "imagefolder", "--data-dir", tmp_path / "data")
+    train = run(
+        *("train", "resnet20_cc2", "--epochs", 1, "--img-size", 8), *data, "--output", tmp_path, "--experiment", "run"
+    )
+    assert train.exit_code == 0, train.output
+    done = run("report", tmp_path / "run" / "best.ckpt", "--data-dir", tmp_path / "data", "-j", 1)
+    assert done.exit_code == 2 and "there are 8 images; a report shows 20 for each gate" in done.output
+    (tmp_path / "data" / "val" / "ant" / "0.png").write_bytes(b"no image")
+    done = run("report", tmp_path / "run" / "best.ckpt", "--data-dir", tmp_path / "data", "-j", 1)
+    assert done.exit_code == 2 and "0.png cannot be read as an image" in done.output
+
+
+def test_clusterings(run, tmp_path):
+    quick = ("--limit", 300, "--architecture", "C8 M F16", "--lr-em", 1e-3, "--clusters", 4, "--epochs", 1)
+    done = run("cluster", *quick, "--output", tmp_path, "--experiment", "run")
+    assert done.exit_code == 0, done.output
+    done = run("report", tmp_path / "run" / "last.ckpt", "--limit", 300)
+    assert done.exit_code == 0, done.output
+    found = {path.stem for path in (tmp_path / "run" / "report").glob("*.png")}
+    assert found == {"responses", "clusters", "confusion", "filters", "learning_curves"}
+    text = (tmp_path / "run" / "report" / "report.html").read_text()
+    assert all(Links(text).pictures) and "300 of digits" in text
+    sizes = (tmp_path / "run" / "summary.csv").read_text().split(",")[-1].strip()
+    assert f"Images in each cluster: {', '.join(sizes.split())}." in text  # the network is the one that was trained
+    done = run("report", tmp_path / "run" / "last.ckpt", "--limit", 5)
+    assert done.exit_code == 2 and "there are 5 images; a report shows 10 for each cluster" in done.output

@@ -1,0 +1,135 @@
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from fastroute import visualize
+from fastroute.visualize import Gate, Layer, RoutingData
+from fastroute.visualize.routing import distinct_classes, gate_rows
+from fastroute.visualize.style import save
+
+CLASSES = ("ant", "bee", "cat", "dog", "eel")
+GATE = Gate("a_router", 0, 0)
+
+
+@pytest.fixture
+def data():
+    """One gate of 100 images, which follows their class, and another that is dead."""
+    torch.manual_seed(0)
+    labels = torch.arange(100) % 5
+    first = (0.1 + 0.15 * labels + 0.01 * torch.rand(100))[:, None, None]
+    dead = torch.full((100, 1, 2), 0.01)
+    dead[..., 1] = 0.99
+    return RoutingData({"a_router": torch.cat([first, 1 - first], 2), "b_router": dead}, labels, torch.rand(100, 3))
+
+
+def words(figure: Figure) -> str:
+    return " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+
+
+def test_variance_explained(data):
+    values = data.values(GATE)
+    assert visualize.variance_explained(values, data.labels) > 0.99
+    assert visualize.variance_explained(values, data.labels[torch.randperm(100)]) < 0.2
+    assert visualize.variance_explained(torch.ones(100), data.labels) == 0
+    assert visualize.colour_explained(data.colours @ torch.tensor([1.0, 2, 3]) + 5, data.colours) == pytest.approx(1)
+    assert visualize.colour_explained(values, data.colours) < 0.2
+    assert visualize.colour_explained(torch.ones(100), data.colours) == 0
+
+
+def test_distinct_classes_are_the_lowest_and_the_highest(data):
+    assert distinct_classes(data.values(GATE), data.labels) == [0, 1, 3, 4]
+    assert distinct_classes(data.values(GATE), data.labels % 2) == [0, 1]
+
+
+def test_class_histograms(data):
+    figure = visualize.class_histograms(data, [GATE, Gate("b_router", 0, 0)], CLASSES, ["cat", "ant"])
+    panel = figure.axes[0]
+    assert panel.get_title() == "a g₁₁" and [t.get_text() for t in panel.get_legend().texts] == ["cat", "ant"]
+    heights = [patch.get_xy()[:, 1].max() for patch in panel.patches]
+    assert len(heights) == 2 and all(0 < height <= 100 for height in heights)
+    assert "cat" not in words(visualize.class_histograms(data, [GATE], CLASSES))
+    with pytest.raises(ValueError, match="classes names 'yak'; there is no such class: ant, bee"):
+        visualize.class_histograms(data, [GATE], CLASSES, ["yak"])
+    with pytest.raises(ValueError, match="'fox', of which there are no images"):
+        visualize.class_histograms(data, [GATE], (*CLASSES, "fox"), ["fox"])
+
+
+def test_gate_health_names_dead_and_skewed_gates(data):
+    figure = visualize.gate_health(data, data)
+    assert words(figure).count("dead") == 2 and words(figure).count("skewed") == 2 and "before" in words(figure)
+    row = gate_rows(data)[1]
+    assert row["router"] == "b" and row["mean gates"] == "0.01  0.99" and row["remarks"] == "dead to 1, skewed to 2"
+    assert gate_rows(data)[0]["remarks"] == "–"
+    other = RoutingData({"a_router": data.gates["a_router"]}, data.labels, data.colours)
+    with pytest.raises(ValueError, match=r"before has the routers \['a_router'\]"):
+        visualize.gate_health(data, other)
+
+
+def test_gate_context(data):
+    figure = visualize.gate_context(data)
+    colour, by_class = figure.axes[0].lines
+    assert by_class.get_xdata()[0] > 0.99 and colour.get_xdata()[0] < 0.2 and len(by_class.get_xdata()) == 2
+
+
+def test_routing_flow():
+    layers = [Layer("a_router", torch.tensor([[0.9, 0.1]]), None, torch.tensor([0.8, 0.2]))]
+    figure = visualize.routing_flow([layers] * 2, torch.rand(2, 3, 100, 50), ["one", "two"])
+    assert len(figure.axes) == 4 and {"one", "two", "a"} <= set(words(figure).split())
+    strong, weak = figure.axes[2].lines[:2]
+    assert strong.get_linewidth() > weak.get_linewidth() and strong.get_alpha() > weak.get_alpha()
+    assert figure.axes[0].images[0].get_array().shape == (64, 32, 3)  # no larger than is seen
+
+
+def test_pictures_of_gates_and_clusters():
+    images = torch.rand(3, 1, 8, 8)
+    figure = visualize.gate_maximization(images, images, images[0], "a gate")
+    assert sum(len(axes.images) for axes in figure.axes) == 7 and "a gate" in words(figure)
+    shown = figure.axes[1].images[0].get_array()
+    np.testing.assert_array_equal(shown, (images[0, 0] * 255).round().byte().numpy())
+    figure = visualize.cluster_images({"1": images, "2": images}, images[:2])
+    assert sum(len(axes.images) for axes in figure.axes) == 8
+    assert (
+        sum(len(axes.images) for axes in visualize.filter_images({"first": images}).findobj(matplotlib.axes.Axes)) == 3
+    )
+
+
+def test_confusion_counts_each_class():
+    labels, clusters = torch.tensor([0, 0, 0, 1]), torch.tensor([1, 1, 0, 0])
+    axes = visualize.confusion(labels, clusters, ["ant", "bee"]).axes[0]
+    np.testing.assert_allclose(axes.images[0].get_array(), [[200 / 3, 100 / 3], [0, 100]], rtol=1e-5)
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["2", "1"]
+
+
+def test_response_map_has_every_cluster():
+    torch.manual_seed(0)
+    scores = 10 * torch.eye(3)[torch.arange(30) % 3] + torch.rand(30, 3)
+    assert {"1", "2", "3"} <= set(words(visualize.response_map({"trained": scores})).split())
+
+
+def test_paths():
+    figure = visualize.weight_histograms({"conv": [torch.randn(50), torch.randn(50) + 9]})
+    assert "σ" in words(figure) and "path 2" in words(figure)
+    assert "0.25" in words(visualize.similarity_matrices({"conv": torch.tensor([[1, 0.25], [0.25, 1]])}))
+
+
+def test_runs(tmp_path):
+    path = tmp_path / "summary.csv"
+    path.write_text("epoch,val_error,train_error\n1,50,60\n2,40,\n")
+    error, training = visualize.learning_curves({"a": path}).axes[0].lines
+    assert error.get_ydata().tolist() == [50, 40] and training.get_ydata().tolist() == [60]
+    figure = visualize.accuracy_against_parameters({"resnet20": (270_000, 91.0), "resnet20_cc2": (550_000, 92.0)})
+    assert "resnet20_cc2" in words(figure)
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        visualize.learning_curves({"a": tmp_path / "none.csv"})
+    path.write_text("epoch,speed\n1,2\n")
+    with pytest.raises(ValueError, match="it must have rows with a column of val_error"):
+        visualize.learning_curves({"a": path})
+
+
+def test_equal_figures_are_equal_files_and_leave_the_style_alone(tmp_path, data):
+    before = dict(matplotlib.rcParams)
+    texts = [save(visualize.gate_context(data), tmp_path, "context") for _ in range(2)]
+    assert texts[0] == texts[1] == (tmp_path / "context.svg").read_text() and (tmp_path / "context.png").is_file()
+    assert before == dict(matplotlib.rcParams)
