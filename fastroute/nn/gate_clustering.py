@@ -121,4 +121,5 @@ def _balance(routing: Mapping[str, Routing | SparseRouting]) -> list[Tensor]:
         gates = router.gates
         loads.setdefault(gates.shape[-1], []).extend(gates.mean(0).reshape(-1, gates.shape[-1]))
     means = {n: torch.stack(rows).mean(0) for n, rows in loads.items() if n > 1}
-    return [torch.xlogy(mean, n * mean).sum() for n, mean in means.items()]
+    # The bound keeps the gradient of a path that gets nothing, as from sparse routers, finite.
+    return [(mean * (n * mean).clamp(min=torch.finfo(mean.dtype).tiny).log()).sum() for n, mean in means.items()]

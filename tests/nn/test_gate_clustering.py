@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fastroute.nn import CrossConnection, GateClusteringLoss, Routing, SparseRouter
+from fastroute.nn import CrossConnection, GateClusteringLoss, Routing, SparseRouter, SparseRouting
 from fastroute.ops import mixture_em_loss
 
 
@@ -132,6 +132,10 @@ def test_sparse_routers():
     _, decided = router(torch.randn(16, 4, 2, 2), return_routing=True)
     GateClusteringLoss()({"sparse": decided}).backward()
     assert router.w2.grad is not None
+    a = scores(16, 3)
+    gates = a.softmax(-1) * torch.tensor([1.0, 1.0, 0.0])  # no sample goes to the last path
+    GateClusteringLoss(scope="network")({"sparse": SparseRouting(gates, a, None, None)}).backward()
+    assert a.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(
