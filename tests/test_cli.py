@@ -236,11 +236,13 @@ def test_a_folder_without_checkpoints_and_another_data_set_are_refused(tmp_path)
     assert result.exit_code == 2 and "its 2 classes (x, …) are not the 10 of the training (0, …)" in result.output
 
 
-def test_demo_compares_both_networks(tmp_path):
+def test_demo_compares_both_networks_and_shows_one(tmp_path):
     result = run("demo", "--epochs", 1, "--output", tmp_path)
     assert result.exit_code == 0, result.output
     assert "272,186" in result.output and "548,386" in result.output and "stem_router" in result.output
     assert (tmp_path / "resnet20" / "summary.csv").is_file() and (tmp_path / "resnet20_cc2" / "best.ckpt").is_file()
+    page = tmp_path / "report" / "report.html"
+    assert page.is_file() and str(page) in result.output
 
 
 def test_gates_are_clustered_beside_the_task(tmp_path):
