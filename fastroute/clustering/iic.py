@@ -53,6 +53,10 @@ class IIC(ClusteringModule):
         self.log("loss", loss, on_step=False, on_epoch=True, batch_size=len(x))
         return loss
 
+    def responses(self, images: Tensor) -> Tensor:
+        """Scores (N, K)."""
+        return self.network(images)
+
     def forward(self, images: Tensor) -> Tensor:
         """Posteriors (N, K)."""
-        return torch.softmax(self.network(images), -1)
+        return torch.softmax(self.responses(images), -1)

@@ -84,9 +84,13 @@ class TwoFoldClustering(ClusteringModule):
         """Relevance scores (N, heads, K)."""
         return self.network(images).unflatten(1, (self.heads, self.num_clusters))
 
+    def responses(self, images: Tensor) -> Tensor:
+        """Normalised relevance scores (N, K) of the chosen head."""
+        return self.normalize(self.scores(images), track=False)[:, self.head]
+
     def forward(self, images: Tensor) -> Tensor:
         """Posteriors (N, K) of the chosen head."""
-        return torch.softmax(self.normalize(self.scores(images), track=False)[:, self.head], -1)
+        return torch.softmax(self.responses(images), -1)
 
     def on_validation_epoch_start(self) -> None:
         loss = torch.zeros(self.heads, device=self.device)

@@ -98,8 +98,8 @@ def cluster(
         else:
             pl.seed_everything(seed, verbose=False)
             augmentation = Augmentation(flip=dataset not in ("digits", "mnist"))  # a mirrored digit is no digit
+            layers = architecture or ARCHITECTURE.get(dataset, "cifar")
             if method != "dec":
-                layers = architecture or ARCHITECTURE.get(dataset, "cifar")
                 network = clustering_network(layers, heads * clusters, images.shape[-1], batch_norm)
                 if channels_last:
                     network = network.to(memory_format=torch.channels_last)
@@ -119,8 +119,9 @@ def cluster(
                     gamma=gamma,
                     training_statistics=statistics,
                 )
+            data = {"dataset": dataset, "img_size": img_size, "method": method}
             network_of = {"architecture": layers, "clusters": clusters, "heads": heads, "batch_norm": batch_norm}
-            module.save_hyperparameters({"dataset": dataset, **network_of}, logger=False)
+            module.save_hyperparameters(data | network_of, logger=False)  # what `fastroute report` makes it from
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric")
                 run.fit(

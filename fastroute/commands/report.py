@@ -186,22 +186,26 @@ def _sizes(folder: Path) -> dict[str, tuple[int, float]]:
 def _clustering(
     checkpoint: Path, saved: dict, folder: Path, data_dir: Path | None, limit: int | None, batch_size: int
 ) -> Path:
+    from fastroute.clustering.iic import IIC
     from fastroute.clustering.networks import clustering_network
     from fastroute.clustering.run import Batches, load_images
-    from fastroute.nn import RelevanceNorm
+    from fastroute.clustering.two_fold import TwoFoldClustering
     from fastroute.visualize import Images, Report, clustering_report
 
     run = saved["hyper_parameters"]
-    pixels, labels = load_images(run["dataset"], data_dir, limit)
+    clusters, heads = run["clusters"], run["heads"]
+    if run["method"] == "dec":
+        raise ValueError(
+            f"checkpoint is {checkpoint}; a report shows networks of Table 4.2, not the autoencoder of dec"
+        )
+    pixels, labels = load_images(run["dataset"], data_dir, limit, run["img_size"])
 
-    def network() -> nn.Sequential:
-        layers = clustering_network(run["architecture"], run["clusters"], pixels.shape[-1], run["batch_norm"])
-        return nn.Sequential(layers, RelevanceNorm(run["clusters"])).eval()
+    def network() -> IIC | TwoFoldClustering:
+        layers = clustering_network(run["architecture"], heads * clusters, pixels.shape[-1], run["batch_norm"])
+        return IIC(layers, clusters) if run["method"] == "iic" else TwoFoldClustering(layers, clusters, heads=heads)
 
-    trained, state = network(), saved["state_dict"]
-    for place, prefix in enumerate(("network.", "normalize.")):
-        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        trained[place].load_state_dict(own)
+    trained = network()
+    trained.load_state_dict(saved["state_dict"])
     images = Images(
         lambda: Batches(pixels, labels, batch_size),
         lambda indices: (pixels[indices].permute(0, 2, 3, 1) * 255).round().byte(),
@@ -213,7 +217,20 @@ def _clustering(
         "network": run["architecture"],
         "checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}",
         "images": f"{len(labels):,} of {run['dataset']}",
-        "clusters": str(run["clusters"]),
+        "clusters": f"{clusters}, by {run['method']}",
     }
     page = Report(folder, f"Clusters of {run['dataset']}", facts)
-    return clustering_report(page, trained, images, untrained=network(), summaries=_summaries(checkpoint))
+    return clustering_report(
+        page, _Responses(trained), images, untrained=_Responses(network()), summaries=_summaries(checkpoint)
+    )
+
+
+class _Responses(nn.Module):
+    """A clustering network by what its softmax is taken of."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.module.responses(images)

@@ -98,8 +98,10 @@ def test_too_few_images(run, tmp_path):
     assert done.exit_code == 2 and "0.png cannot be read as an image" in done.output
 
 
-def test_clusterings(run, tmp_path):
+@pytest.mark.parametrize("method", [("two-fold", "--heads", 2), ("iic",)])
+def test_clusterings(run, tmp_path, method):
     quick = ("--limit", 300, "--architecture", "C8 M F16", "--lr-em", 1e-3, "--clusters", 4, "--epochs", 1)
+    quick = ("--method", *method, *quick)
     done = run("cluster", *quick, "--output", tmp_path, "--experiment", "run")
     assert done.exit_code == 0, done.output
     done = run("report", tmp_path / "run" / "last.ckpt", "--limit", 300)
@@ -112,3 +114,11 @@ def test_clusterings(run, tmp_path):
     assert f"Images in each cluster: {', '.join(sizes.split())}." in text  # the network is the one that was trained
     done = run("report", tmp_path / "run" / "last.ckpt", "--limit", 5)
     assert done.exit_code == 2 and "there are 5 images; a report shows 10 for each cluster" in done.output
+
+
+def test_an_autoencoder_is_no_network_of_table_4_2(run, tmp_path):
+    options = ("--method", "dec", "--limit", 100, "--clusters", 3, "--epochs", 2)
+    done = run("cluster", *options, "--output", tmp_path, "--experiment", "run")
+    assert done.exit_code == 0, done.output
+    done = run("report", tmp_path / "run" / "last.ckpt")
+    assert done.exit_code == 2 and "not the autoencoder of dec" in done.output
