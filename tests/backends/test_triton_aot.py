@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-CASES = {  # tier or None for the plan's choice, m, n, (N, C, H, W), dtype, channels_last
+CASES = {  # tier or None for the plan's choice, m, n, (N, C, H, W), dtype, channels_last; all again after a ReLU
     "ResNet 32 × 32": (None, 2, 2, (128, 16, 32, 32), "float32", False),
     "ResNet 8 × 8": (None, 2, 2, (128, 64, 8, 8), "bfloat16", True),
     "three paths": ("fused", 3, 3, (256, 32, 16, 16), "float32", False),
@@ -122,8 +122,9 @@ def compile_all(architecture: int) -> list[dict]:
         with torch.device("meta"):
             xs = [torch.empty(shape, dtype=getattr(torch, dtype)).to(memory_format=memory_format) for _ in range(m)]
             gate = [torch.empty(size) for size in ((m, 16, channels), (m, 16), (m, n, 16), (m, n))]
-            outputs, gates, scores, pooled, hidden = cc.cross_connect(xs, *gate)
-            cc.cross_connect_backward(outputs, gates, scores, xs, *gate, gates, pooled, hidden, True)
+            for relu in (False, True):
+                outputs, gates, scores, pooled, hidden = cc.cross_connect(xs, *gate, relu)
+                cc.cross_connect_backward(outputs, gates, scores, xs, *gate, gates, pooled, hidden, relu, True)
             if case == "ImageNet, NCHW":
                 mx.mix(xs, gates)
                 mx.mix_backward(outputs, xs, gates[0], True)
@@ -208,6 +209,8 @@ def test_paths_move_in_16_bytes(reports):
             loads, stores = loads + loaded * accesses, stores + stored * accesses
         if report.get("GRAD_INPUTS") and report["kernel"] == "mix_bwd_kernel":
             stores += report["m"] * accesses
+        if report.get("RELU") and report.get("GRAD_INPUTS"):  # X once more, for the signs
+            loads += report["m"] * values["tile"] * report["itemsize"] // (16 * 32 * report["num_warps"])
         assert report["wide_loads"] >= loads and report["wide_stores"] == stores, (report, loads, stores)
 
 

@@ -38,7 +38,7 @@ def gate(xs, w1, b1, w2, b2):
     paths, parameters = (tuple(xs), batch_strides(xs)), cc.gate_of(w1, b1, w2, b2)
     with torch.cuda.device_of(x):
         pooling = cc.Pooling(problem, settings, x, saved[2])
-        pooling.launch(paths, parameters[0], 0, problem.batch)
+        pooling.launch(paths, parameters[0], 0, problem.batch, relu=False)
         cross_connect_mix_fwd_kernel[(problem.batch, 1)](  # with nothing to mix
             *paths,
             (x,) * n,
