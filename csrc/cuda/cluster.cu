@@ -163,7 +163,7 @@ cluster_forward_kernel(const __grid_constant__ ClusterForward<T> args) {
     copy(scores, mn, args.scores + s * mn);
     copy(gates, mn, args.gates + s * mn);
   }
-  mix_held(held, size, share, gate.m, gates, gate.n, 1, nullptr, shape, nullptr, args.outputs, s);
+  mix_held<T>(held, size, share, gate.m, gates, gate.n, 1, nullptr, shape, nullptr, args.outputs, s);
   cluster_wait();
 #endif
 }
