@@ -28,9 +28,9 @@ def tile_of(c0, s0, channels, space, BC: tl.constexpr, BS: tl.constexpr, LAST: t
 
 @triton.jit
 def rectified(x, RELU: tl.constexpr):
-    """max(x, 0), or x without RELU."""
+    """max(x, 0), NaN staying NaN, or x without RELU."""
     if RELU:
-        return tl.where(x < 0, 0.0, x)  # a maximum with 0 would hide a NaN
+        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)  # one instruction for two halves, without a mask
     else:
         return x
 

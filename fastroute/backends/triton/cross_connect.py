@@ -35,7 +35,9 @@ def _plan(problem: tables.Problem, chip: tables.Chip) -> tables.Resident | table
     return tables.plan(problem, chip)
 
 
-def problem_of(x: torch.Tensor, m: int, n: int, w1: torch.Tensor | None, backward: bool) -> tables.Problem:
+def problem_of(
+    x: torch.Tensor, m: int, n: int, w1: torch.Tensor | None, backward: bool, relu: bool = False
+) -> tables.Problem:
     return tables.Problem(
         batch=x.shape[0],
         m=m,
@@ -46,6 +48,7 @@ def problem_of(x: torch.Tensor, m: int, n: int, w1: torch.Tensor | None, backwar
         itemsize=x.itemsize,
         channels_last=x.dim() == 2 or not channels_first(x),
         backward=backward,
+        relu=relu,
     )
 
 
@@ -135,7 +138,7 @@ def launch_weights(d_saved: tuple, pooled: torch.Tensor, hidden: torch.Tensor, g
 
 def cross_connect(xs, w1, b1, w2, b2, relu):
     x, m, n = xs[0], len(xs), w2.shape[1]
-    problem = problem_of(x, m, n, w1, backward=False)
+    problem = problem_of(x, m, n, w1, backward=False, relu=relu)
     batch, channels, size = problem.batch, problem.channels, problem.channels * problem.space
     outputs = [empty_path(x) for _ in range(n)]
     rows = (n, n, channels, problem.gate_channels)
@@ -181,7 +184,7 @@ def cross_connect_backward(
     grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden, relu, grad_inputs
 ):
     x, m, n = xs[0], len(xs), len(grad_outputs)
-    problem = problem_of(x, m, n, w1, backward=True)
+    problem = problem_of(x, m, n, w1, backward=True, relu=relu)
     batch, channels, size = problem.batch, problem.channels, problem.channels * problem.space
     grad_xs = [empty_path(x) for _ in xs] if grad_inputs else []
     grads = empty_gradients(gates, w1, w2)
