@@ -62,7 +62,8 @@ Forward cross_connect(
   dispatch(x.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
     const auto run = relu ? &forward_kernel<true, T> : &forward_kernel<false, T>;
-    run(g, Paths<const T>(xs), gate_of<A>(p), Paths<T>(outputs), gates.mutable_data_ptr<A>(),
+    run(
+        g, Paths<const T>(xs), gate_of<A>(p), Paths<T>(outputs), gates.mutable_data_ptr<A>(),
         scores.mutable_data_ptr<A>(), pooled.mutable_data_ptr<A>(), hidden.mutable_data_ptr<A>());
   });
   return {std::move(outputs), gates, scores, pooled, hidden};

@@ -27,14 +27,14 @@ __device__ Vec<T, V> load(const T* from) {
 template <typename T, int V>
 __device__ void rectify(Vec<T, V>& x, bool relu) {
 #pragma unroll
-  for (int k = 0; k < V; ++k) x.v[k] = relu && static_cast<float>(x.v[k]) < 0 ? T(0) : x.v[k];
+  for (int k = 0; k < V; ++k) x.v[k] = relu && static_cast<accumulate_t<T>>(x.v[k]) < 0 ? T(0) : x.v[k];
 }
 
 // Zero where x is not above zero.
 template <typename A, typename T, int V>
 __device__ void keep_where_positive(A (&values)[V], const Vec<T, V>& x) {
 #pragma unroll
-  for (int k = 0; k < V; ++k) values[k] = static_cast<float>(x.v[k]) > 0 ? values[k] : A(0);
+  for (int k = 0; k < V; ++k) values[k] = static_cast<accumulate_t<T>>(x.v[k]) > 0 ? values[k] : A(0);
 }
 
 template <typename A, typename T, int V>

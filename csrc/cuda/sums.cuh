@@ -14,7 +14,8 @@ __device__ A warp_sum(A value) {
   return value;
 }
 
-// The sum of data[begin, end), or of what is positive of it, by one warp. Begin, end and the address of data are multiples of V elements.
+// The sum of data[begin, end), with relu of max(x, 0), by one warp. Begin, end and the address of data are multiples of
+// V elements.
 template <typename T, int V, typename A>
 __device__ A row_sum(const T* data, int64_t begin, int64_t end, bool relu) {
   A sums[V] = {};
