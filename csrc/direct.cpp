@@ -25,11 +25,11 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 using CrossConnectForward =
-    Forward(at::TensorList, const OptionalTensor&, const OptionalTensor&, const at::Tensor&, const OptionalTensor&);
+    Forward(at::TensorList, const OptionalTensor&, const OptionalTensor&, const at::Tensor&, const OptionalTensor&, bool);
 using CrossConnectBackward = Backward(
     at::TensorList, const OptionalTensor&, const OptionalTensor&, at::TensorList, const OptionalTensor&,
     const OptionalTensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&,
-    const at::Tensor&, bool);
+    const at::Tensor&, bool, bool);
 using MixForward = std::vector<at::Tensor>(at::TensorList, const at::Tensor&);
 using MixBackward =
     std::tuple<std::vector<at::Tensor>, at::Tensor>(at::TensorList, at::TensorList, const at::Tensor&, bool);
@@ -170,19 +170,19 @@ bool is_std(const at::Tensor& x) {
 
 Forward cross_connect_cpu(
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
-    const OptionalTensor& b2) {
+    const OptionalTensor& b2, bool relu) {
   const bool direct = choice_is_open() && !xs.empty() && are_paths(xs, xs[0]) && are_parameters(xs, w1, b1, w2, b2);
-  return (direct ? cross_connect().native : cross_connect().python).call(xs, w1, b1, w2, b2);
+  return (direct ? cross_connect().native : cross_connect().python).call(xs, w1, b1, w2, b2, relu);
 }
 
 Backward cross_connect_backward_cpu(
     at::TensorList grad_outputs, const OptionalTensor& grad_gates, const OptionalTensor& grad_scores,
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
     const OptionalTensor& b2, const at::Tensor& gates, const at::Tensor& pooled, const at::Tensor& hidden,
-    bool grad_inputs) {
+    bool relu, bool grad_inputs) {
   const bool direct = choice_is_open() && !xs.empty() && are_paths(xs, xs[0]) && are_paths(grad_outputs, xs[0]);
   return (direct ? cross_connect_backward().native : cross_connect_backward().python)
-      .call(grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden, grad_inputs);
+      .call(grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden, relu, grad_inputs);
 }
 
 std::vector<at::Tensor> mix_cpu(at::TensorList xs, const at::Tensor& gates) {
@@ -255,9 +255,10 @@ struct CrossConnect : torch::autograd::Function<CrossConnect> {
   // What cannot be differentiated goes out by pointer: compiled autograd knows no `mark_non_differentiable`.
   static variable_list forward(
       AutogradContext* ctx, at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1,
-      const at::Tensor& w2, const OptionalTensor& b2, at::Tensor* pooled, at::Tensor* hidden) {
+      const at::Tensor& w2, const OptionalTensor& b2, bool relu, at::Tensor* pooled, at::Tensor* hidden) {
     at::AutoDispatchBelowAutograd below;
-    auto [results, gates, scores, pooled_, hidden_] = cross_connect().public_.call(xs, w1, b1, w2, b2);
+    auto [results, gates, scores, pooled_, hidden_] = cross_connect().public_.call(xs, w1, b1, w2, b2, relu);
+    ctx->saved_data["relu"] = relu;
     ctx->set_materialize_grads(false);
     variable_list saved = {undefined_or(w1), undefined_or(b1), w2, undefined_or(b2), gates, pooled_, hidden_};
     saved.insert(saved.end(), xs.begin(), xs.end());
@@ -280,7 +281,7 @@ struct CrossConnect : torch::autograd::Function<CrossConnect> {
     const bool grad_inputs = any_needs_grad(ctx, xs.size());
     auto [results, grad_w1, grad_b1, grad_w2, grad_b2] = call_backward(
         cross_connect_backward(), at::TensorList(grads), grad_gates, grad_scores, xs, w1, b1, w2, b2, saved[4],
-        saved[5], saved[6], grad_inputs);
+        saved[5], saved[6], ctx->saved_data["relu"].toBool(), grad_inputs);
     results.resize(xs.size());
     const auto add = [&](const at::Tensor& grad, const OptionalTensor& of) {
       results.push_back(of ? grad.to(of->scalar_type()) : at::Tensor());
@@ -289,16 +290,16 @@ struct CrossConnect : torch::autograd::Function<CrossConnect> {
     add(grad_b1, b1);
     add(grad_w2, w2);
     add(grad_b2, b2);
-    results.resize(results.size() + 2);  // nothing for the pointers
+    results.resize(results.size() + 3);  // nothing for relu and the pointers
     return std::move(results);
   }
 };
 
 Forward cross_connect_autograd(
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
-    const OptionalTensor& b2) {
+    const OptionalTensor& b2, bool relu) {
   at::Tensor pooled, hidden;
-  variable_list results = CrossConnect::apply(xs, w1, b1, w2, b2, &pooled, &hidden);
+  variable_list results = CrossConnect::apply(xs, w1, b1, w2, b2, relu, &pooled, &hidden);
   const size_t n = results.size() - 2;
   Forward forward{{}, results[n], results[n + 1], pooled, hidden};
   results.resize(n);

@@ -7,11 +7,12 @@
 
 TORCH_LIBRARY(fastroute_native, m) {
   m.def(
-      "cross_connect(Tensor[] xs, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2)"
+      "cross_connect(Tensor[] xs, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, bool relu)"
       " -> (Tensor[] outputs, Tensor gates, Tensor scores, Tensor pooled, Tensor hidden)");
   m.def(
       "cross_connect_backward(Tensor[] grad_outputs, Tensor? grad_gates, Tensor? grad_scores, Tensor[] xs,"
-      " Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor gates, Tensor pooled, Tensor hidden, bool grad_inputs)"
+      " Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor gates, Tensor pooled, Tensor hidden, bool relu,"
+      " bool grad_inputs)"
       " -> (Tensor[] grad_xs, Tensor grad_w1, Tensor grad_b1, Tensor grad_w2, Tensor grad_b2)");
   m.def("mix(Tensor[] xs, Tensor gates) -> Tensor[]");
   m.def(

@@ -1,5 +1,5 @@
 // Cross-connection routing (Alg. 2) and its backward (Eq. 3.10 to 3.15), one sample at a time, so that the second read
-// of a sample comes from cache.
+// of a sample comes from cache. With relu, the paths are max(x, 0) of those given, taken at each read.
 
 #include "cpu/gate.h"
 #include "cpu/route.h"
@@ -10,7 +10,7 @@
 namespace fastroute {
 namespace {
 
-template <typename T>
+template <bool kRelu, typename T>
 void forward_kernel(
     const Geometry& g, const Paths<const T>& xs, const Gate<accumulate_t<T>>& gate, const Paths<T>& ys,
     accumulate_t<T>* gates, accumulate_t<T>* scores, accumulate_t<T>* pooled, accumulate_t<T>* hidden) {
@@ -23,9 +23,9 @@ void forward_kernel(
         gates + s * gate.m * gate.n);
   };
   if (shares_samples(g, gate.m + gate.n, sizeof(T))) {
-    pool_together(xs, g, pooled);
+    pool_together<kRelu>(xs, g, pooled);
     for (int64_t s = 0; s < g.batch; ++s) gate_sample(s);
-    mix_together(xs, gates, gate.m * gate.n, ys, g, stream);
+    mix_together<kRelu>(xs, gates, gate.m * gate.n, ys, g, stream);
     return;
   }
   for_samples(g, gate.m + gate.n, sizeof(T), [&](int64_t begin, int64_t end) {
@@ -34,14 +34,14 @@ void forward_kernel(
     for (int64_t s = begin; s < end; ++s) {
       const auto x = xs.sample(s);
       A* z = pooled + s * gate.m * g.channels;
-      for (int64_t i = 0; i < gate.m; ++i) pool(x[i], g, z + i * g.channels, scratch.data());
+      for (int64_t i = 0; i < gate.m; ++i) pool<kRelu>(x[i], g, z + i * g.channels, scratch.data());
       gate_sample(s);
       sums.xs = x;
       sums.ys = ys.sample(s);
       sums.n = gate.n;
       transpose_weights(gates + s * gate.m * gate.n, gate.m, gate.n, sums.weights);
       look_ahead(sums, {&xs}, s, g);
-      mix_sample(sums, gate.m, g, stream);
+      mix_sample<kRelu>(sums, gate.m, g, stream);
     }
     stream_fence();
   });
@@ -49,7 +49,7 @@ void forward_kernel(
 
 Forward cross_connect(
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
-    const OptionalTensor& b2) {
+    const OptionalTensor& b2, bool relu) {
   check_paths(xs, xs[0]);
   const at::Tensor& x = xs[0];
   const Geometry g(x);
@@ -61,14 +61,15 @@ Forward cross_connect(
   at::Tensor hidden = at::empty({g.batch, p.m, p.hidden}, options);
   dispatch(x.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
-    forward_kernel<T>(
+    const auto run = relu ? &forward_kernel<true, T> : &forward_kernel<false, T>;
+    run(
         g, Paths<const T>(xs), gate_of<A>(p), Paths<T>(outputs), gates.mutable_data_ptr<A>(),
         scores.mutable_data_ptr<A>(), pooled.mutable_data_ptr<A>(), hidden.mutable_data_ptr<A>());
   });
   return {std::move(outputs), gates, scores, pooled, hidden};
 }
 
-template <typename T>
+template <bool kRelu, typename T>
 void backward_kernel(
     const Geometry& g, const Paths<const T>& dys, const Paths<const T>& xs, const Gate<accumulate_t<T>>& gate,
     const accumulate_t<T>* grad_gates, const accumulate_t<T>* grad_scores, const accumulate_t<T>* gates,
@@ -81,9 +82,9 @@ void backward_kernel(
     A d_gates[kMaxPaths * kMaxPaths];
     WeightedSums<T> sums;
     for (int64_t s = begin; s < end; ++s) {
-      const auto dy = dys.sample(s);
+      const auto x = xs.sample(s), dy = dys.sample(s);
       const A* sample_gates = gates + s * m * n;
-      const auto products = inner_products_of_sample(xs.sample(s), m, dy, n, g);  // Eq. 3.10
+      const auto products = inner_products_of_sample<kRelu>(x, m, dy, n, g);  // Eq. 3.10
       for (int64_t k = 0; k < m * n; ++k) {
         d_gates[k] = static_cast<A>(products[k / n][k % n]) + (grad_gates ? grad_gates[s * m * n + k] : A(0));
       }
@@ -93,10 +94,11 @@ void backward_kernel(
       if (!dxs) continue;
       sums.xs = dy;
       sums.ys = dxs->sample(s);
+      sums.masks = x;
       sums.n = m;
       copy_weights(sample_gates, m, n, sums.weights);
       look_ahead(sums, {&xs, &dys}, s, g);
-      mix_sample(sums, d_pooled.data(), n, g, stream, scratch);  // Eq. 3.15
+      mix_sample<kRelu>(sums, d_pooled.data(), n, g, stream, scratch);  // Eq. 3.15
     }
     stream_fence();
   });
@@ -106,7 +108,7 @@ Backward cross_connect_backward(
     at::TensorList grad_outputs, const OptionalTensor& grad_gates, const OptionalTensor& grad_scores,
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
     const OptionalTensor& b2, const at::Tensor& gates, const at::Tensor& pooled, const at::Tensor& hidden,
-    bool grad_inputs) {
+    bool relu, bool grad_inputs) {
   check_paths(xs, xs[0]);
   check_paths(grad_outputs, xs[0]);
   const at::Tensor& x = xs[0];
@@ -128,7 +130,8 @@ Backward cross_connect_backward(
   dispatch(x.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
     const Paths<T> dxs(grad_xs);
-    backward_kernel<T>(
+    const auto run = relu ? &backward_kernel<true, T> : &backward_kernel<false, T>;
+    run(
         g, Paths<const T>(grad_outputs), Paths<const T>(xs), gate_of<A>(p), data<A>(dg), data<A>(da), data<A>(gates_),
         data<A>(hidden_), grad_inputs ? &dxs : nullptr, d_scores.mutable_data_ptr<A>(), d_hidden.mutable_data_ptr<A>());
     grads.compute<A>(d_scores, d_hidden, pooled_, hidden_);

@@ -1,4 +1,5 @@
-// The three passes over a sample that routing is made of: pool, weighted sums, inner products.
+// The three passes over a sample that routing is made of: pool, weighted sums, inner products. With kRelu, they take
+// max(x, 0) for every x that they read of a path.
 
 #pragma once
 
@@ -44,7 +45,7 @@ Pointers<T> advance(Pointers<T> at, int64_t count, int64_t offset) {
 }
 
 // Sum of `count` neighbouring elements.
-template <typename T>
+template <bool kRelu, typename T>
 accumulate_t<T> sum(const T* x, int64_t count) {
   using P = Pack<T>;
   constexpr int kUnroll = 4;
@@ -56,10 +57,10 @@ accumulate_t<T> sum(const T* x, int64_t count) {
   int64_t e = 0;
   for (; e + kUnroll * P::kSize <= count; e += kUnroll * P::kSize) {
 #pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) add(u, P::load(x + e + u * P::kSize));
+    for (int u = 0; u < kUnroll; ++u) add(u, P::template load<kRelu>(x + e + u * P::kSize));
   }
-  for (; e + P::kSize <= count; e += P::kSize) add(0, P::load(x + e));
-  if (e < count) add(1, P::load(x + e, count - e));
+  for (; e + P::kSize <= count; e += P::kSize) add(0, P::template load<kRelu>(x + e));
+  if (e < count) add(1, P::template load<kRelu>(x + e, count - e));
   return horizontal_sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
@@ -69,7 +70,7 @@ constexpr int kRowVectors = Pack<T>::Part::size() >= 16 ? 8 : 8 / Pack<T>::kPart
 
 // Sums over rows: total[c] += Σ_r x[r][c], r < rows. Rows are added in groups that L1 holds while their columns are taken
 // in turn, so that memory is read in order; and rounding grows with a group and the number of groups, not their product.
-template <typename T>
+template <bool kRelu, typename T>
 void add_rows(const T* x, int64_t rows, int64_t width, accumulate_t<T>* total) {
   using P = Pack<T>;
   constexpr int64_t kGroupBytes = 16 << 10;
@@ -83,7 +84,7 @@ void add_rows(const T* x, int64_t rows, int64_t width, accumulate_t<T>* total) {
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) {
           const T* from = x + r * width + c + v * P::kSize;
-          const P p = tail ? P::load(from, tail) : P::load(from);
+          const P p = tail ? P::template load<kRelu>(from, tail) : P::template load<kRelu>(from);
           for (int h = 0; h < P::kParts; ++h) acc[v].part[h] = acc[v].part[h] + p.part[h];
         }
       }
@@ -118,18 +119,18 @@ int64_t fold_of(const Geometry& g) {
 }
 
 // z[c] = mean over space of one sample (Eq. 3.3). scratch holds fold_of<T>(g) * channels elements.
-template <typename T>
+template <bool kRelu = false, typename T>
 void pool(const T* x, const Geometry& g, accumulate_t<T>* z, accumulate_t<T>* scratch) {
   using A = accumulate_t<T>;
   const A size = static_cast<A>(g.size);
   if (!g.channels_last) {
-    for (int64_t c = 0; c < g.channels; ++c) z[c] = sum(x + c * g.size, g.size) / size;
+    for (int64_t c = 0; c < g.channels; ++c) z[c] = sum<kRelu>(x + c * g.size, g.size) / size;
     return;
   }
   const int64_t fold = fold_of<T>(g), width = fold * g.channels, rows = g.size / fold;
   std::fill_n(scratch, width, A(0));
-  add_rows(x, rows, width, scratch);
-  add_rows(x + rows * width, g.size - rows * fold, g.channels, scratch);
+  add_rows<kRelu>(x, rows, width, scratch);
+  add_rows<kRelu>(x + rows * width, g.size - rows * fold, g.channels, scratch);
   for (int64_t c = 0; c < g.channels; ++c) {
     A total = 0;
     for (int64_t f = 0; f < fold; ++f) total += scratch[f * g.channels + c];
@@ -151,20 +152,25 @@ struct WeightedSums {
   std::array<std::array<A, kMaxPaths>, kMaxPaths> weights;  // [j][i] is the weight of input i in output j
   const A* addend;
   int64_t addend_stride;
+  Pointers<const T> masks;
   // What is asked for from memory meanwhile: the next sample, so that reading it overlaps with writing this one.
   std::array<const T*, 2 * kMaxPaths> ahead;
   int64_t ahead_count = 0;
 
-  // y_j = Σ_i weights[j][i] x_i + addend over rows of neighbouring elements from `begin` (Eq. 3.7, 3.15).
-  template <int M, Addend kAddend, bool kStream>
+  // y_j = Σ_i weights[j][i] x_i + addend over rows of neighbouring elements from `begin` (Eq. 3.7, 3.15). With kRelu, it
+  // is x_i that is rectified in the forward, which has no addend, and in the backward y_j is 0 where masks_j is not above 0.
+  template <int M, Addend kAddend, bool kStream, bool kRelu>
   void run(int64_t begin, int64_t rows, int64_t length) const {
     using P = Pack<T>;
     using Part = typename P::Part;
+    constexpr bool kRectify = kRelu && kAddend == Addend::kNone, kMask = kRelu && kAddend != Addend::kNone;
     const auto step = [&](int64_t at, int64_t row, int64_t e, int64_t tail) __attribute__((always_inline)) {
       for (int64_t i = 0; i < ahead_count; ++i) __builtin_prefetch(ahead[i] + at, 0, 2);
       P x[M];
 #pragma GCC unroll 8
-      for (int i = 0; i < M; ++i) x[i] = tail ? P::load(xs[i] + at, tail) : P::load(xs[i] + at);
+      for (int i = 0; i < M; ++i) {
+        x[i] = tail ? P::template load<kRectify>(xs[i] + at, tail) : P::template load<kRectify>(xs[i] + at);
+      }
       for (int64_t j = 0; j < n; ++j) {
         P y;
 #pragma GCC unroll 2
@@ -182,6 +188,7 @@ struct WeightedSums {
 #pragma GCC unroll 8
           for (int i = 1; i < M; ++i) y.part[h] = at::vec::fmadd(x[i].part[h], Part(weights[j][i]), y.part[h]);
         }
+        if constexpr (kMask) y = y.where_positive(tail ? P::load(masks[j] + at, tail) : P::load(masks[j] + at));
         if (tail) {
           y.store(ys[j] + at, tail);
         } else if constexpr (kStream) {
@@ -201,18 +208,18 @@ struct WeightedSums {
 
   using Run = void (WeightedSums::*)(int64_t, int64_t, int64_t) const;
 
-  template <Addend kAddend>
+  template <Addend kAddend, bool kRelu = false>
   static Run choose(int64_t m, bool stream) {
     return [&]<int... I>(std::integer_sequence<int, I...>) {
       static constexpr Run table[2][kMaxPaths] = {
-          {&WeightedSums::run<I + 1, kAddend, false>...}, {&WeightedSums::run<I + 1, kAddend, true>...}};
+          {&WeightedSums::run<I + 1, kAddend, false, kRelu>...}, {&WeightedSums::run<I + 1, kAddend, true, kRelu>...}};
       return table[stream][m - 1];
     }(std::make_integer_sequence<int, kMaxPaths>());
   }
 };
 
 // Inner products of M paths with N paths over `count` elements, added to total[i][j] (Eq. 3.10).
-template <typename T, int M, int N>
+template <bool kRelu, typename T, int M, int N>
 void inner_products_tile(
     const T* const* xs, const T* const* ys, int64_t count, std::array<double, kMaxPaths>* total, int64_t column) {
   using P = Pack<T>;
@@ -225,7 +232,7 @@ void inner_products_tile(
   const auto step = [&](int64_t e, int u, int64_t tail) {
     P x[M];
 #pragma GCC unroll 4
-    for (int i = 0; i < M; ++i) x[i] = tail ? P::load(xs[i] + e, tail) : P::load(xs[i] + e);
+    for (int i = 0; i < M; ++i) x[i] = tail ? P::template load<kRelu>(xs[i] + e, tail) : P::template load<kRelu>(xs[i] + e);
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
       const P y = tail ? P::load(ys[j] + e, tail) : P::load(ys[j] + e);
@@ -252,14 +259,14 @@ void inner_products_tile(
   }
 }
 
-template <typename T>
+template <bool kRelu, typename T>
 void inner_products(
     const Pointers<const T>& xs, int64_t m, const Pointers<const T>& ys, int64_t n, int64_t count,
     std::array<std::array<double, kMaxPaths>, kMaxPaths>& total) {
   constexpr int kTile = 4;
   using Run = void (*)(const T* const*, const T* const*, int64_t, std::array<double, kMaxPaths>*, int64_t);
   static constexpr auto table = []<int... I>(std::integer_sequence<int, I...>) {
-    return std::array<Run, kTile * kTile>{&inner_products_tile<T, I / kTile + 1, I % kTile + 1>...};
+    return std::array<Run, kTile * kTile>{&inner_products_tile<kRelu, T, I / kTile + 1, I % kTile + 1>...};
   }(std::make_integer_sequence<int, kTile * kTile>());
   for (int64_t i = 0; i < m; i += kTile) {
     for (int64_t j = 0; j < n; j += kTile) {

@@ -21,6 +21,8 @@ struct Pack {
 
   Part part[kParts];
 
+  // With kRelu, of max(x, 0) for every x; NaN stays NaN.
+  template <bool kRelu = false>
   static Pack of(const Vector& v) {
     Pack p;
     if constexpr (kReduced) {
@@ -28,11 +30,27 @@ struct Pack {
     } else {
       p.part[0] = v;
     }
+    if constexpr (kRelu) {
+      for (Part& x : p.part) x = at::vec::clamp_min(x, Part(0));
+    }
     return p;
   }
-  static Pack load(const T* from) { return of(Vector::loadu(from)); }
+  template <bool kRelu = false>
+  static Pack load(const T* from) {
+    return of<kRelu>(Vector::loadu(from));
+  }
   // Lanes past count are zero.
-  static Pack load(const T* from, int64_t count) { return of(Vector::loadu(from, count)); }
+  template <bool kRelu = false>
+  static Pack load(const T* from, int64_t count) {
+    return of<kRelu>(Vector::loadu(from, count));
+  }
+
+  // Zero where x is not above zero.
+  Pack where_positive(const Pack& x) const {
+    Pack p;
+    for (int h = 0; h < kParts; ++h) p.part[h] = part[h] & (x.part[h] > Part(0));
+    return p;
+  }
 
   Vector vector() const {
 #if defined(__AVX512BF16__)

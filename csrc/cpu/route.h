@@ -111,7 +111,7 @@ inline bool shares_samples(const Geometry& g, int64_t paths, int64_t itemsize) {
 }
 
 // The means over space (N, m, C), each sample taken by all threads.
-template <typename T>
+template <bool kRelu, typename T>
 void pool_together(const Paths<const T>& xs, const Geometry& g, accumulate_t<T>* pooled) {
   using A = accumulate_t<T>;
   const A size = static_cast<A>(g.size);
@@ -121,7 +121,7 @@ void pool_together(const Paths<const T>& xs, const Geometry& g, accumulate_t<T>*
     const int64_t grain = std::max<int64_t>(1, kGrainBytes / (g.size * static_cast<int64_t>(sizeof(T))));
     at::parallel_for(0, maps * g.channels, grain, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
-        pooled[k] = sum(map(k / g.channels) + k % g.channels * g.size, g.size) / size;
+        pooled[k] = sum<kRelu>(map(k / g.channels) + k % g.channels * g.size, g.size) / size;
       }
     });
     return;
@@ -133,7 +133,7 @@ void pool_together(const Paths<const T>& xs, const Geometry& g, accumulate_t<T>*
   at::parallel_for(0, maps * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       const int64_t first = k % blocks * pixels;
-      add_rows(
+      add_rows<kRelu>(
           map(k / blocks) + first * g.channels, std::min(pixels, g.size - first), g.channels,
           parts.data() + k * g.channels);
     }
@@ -148,11 +148,11 @@ void pool_together(const Paths<const T>& xs, const Geometry& g, accumulate_t<T>*
 }
 
 // y_j = Σ_i weights[i][j] x_i with weights (m, n) for each sample, which all threads take together (Eq. 3.7).
-template <typename T>
+template <bool kRelu = false, typename T>
 void mix_together(
     const Paths<const T>& xs, const accumulate_t<T>* weights, int64_t weights_stride, const Paths<T>& ys,
     const Geometry& g, bool stream) {
-  const auto run = WeightedSums<T>::template choose<Addend::kNone>(xs.count, stream);
+  const auto run = WeightedSums<T>::template choose<Addend::kNone, kRelu>(xs.count, stream);
   const int64_t blocks = (g.elements() + kBlock - 1) / kBlock;
   at::parallel_for(0, g.batch * blocks, 1, [&](int64_t begin, int64_t end) {
     WeightedSums<T> sums;
@@ -173,21 +173,21 @@ void mix_together(
 }
 
 // y_j = Σ_i weights[j][i] x_i over one sample (Eq. 3.7).
-template <typename T>
+template <bool kRelu = false, typename T>
 void mix_sample(const WeightedSums<T>& sums, int64_t m, const Geometry& g, bool stream) {
-  const auto run = WeightedSums<T>::template choose<Addend::kNone>(m, stream);
+  const auto run = WeightedSums<T>::template choose<Addend::kNone, kRelu>(m, stream);
   backwards(g.elements(), kBlock, [&](int64_t e, int64_t count) { (sums.*run)(e, 1, count); });
 }
 
 // y_j = Σ_i weights[j][i] x_i + values[j][channel] over one sample (Eq. 3.15). scratch is free for use.
-template <typename T>
+template <bool kRelu, typename T>
 void mix_sample(
     WeightedSums<T>& sums, const accumulate_t<T>* values, int64_t m, const Geometry& g, bool stream,
     std::vector<accumulate_t<T>>& scratch) {
   using W = WeightedSums<T>;
   constexpr int64_t kAlignment = Pack<T>::kSize;
   if (addend_of<T>(g) == Addend::kRow) {
-    const auto run = W::template choose<Addend::kRow>(m, stream && g.size % kAlignment == 0);
+    const auto run = W::template choose<Addend::kRow, kRelu>(m, stream && g.size % kAlignment == 0);
     const int64_t channels = std::clamp<int64_t>(kBlock / g.size, 1, g.channels);
     sums.addend_stride = g.channels;
     backwards(g.channels, channels, [&](int64_t c, int64_t count) {
@@ -214,7 +214,7 @@ void mix_sample(
   }
   sums.addend = scratch.data();
   sums.addend_stride = width;
-  const auto run = W::template choose<Addend::kElement>(m, stream && width % kAlignment == 0);
+  const auto run = W::template choose<Addend::kElement, kRelu>(m, stream && width % kAlignment == 0);
   const int64_t whole = g.elements() / width;
   if (const int64_t rest = g.elements() - whole * width) (sums.*run)(whole * width, 1, rest);
   backwards(whole, std::max<int64_t>(1, kBlock / width), [&](int64_t row, int64_t count) {
@@ -223,12 +223,12 @@ void mix_sample(
 }
 
 // Inner products of every path with every path over one sample (Eq. 3.10).
-template <typename T>
+template <bool kRelu = false, typename T>
 std::array<std::array<double, kMaxPaths>, kMaxPaths> inner_products_of_sample(
     const Pointers<const T>& xs, int64_t m, const Pointers<const T>& ys, int64_t n, const Geometry& g) {
   std::array<std::array<double, kMaxPaths>, kMaxPaths> total{};
   for (int64_t e = 0; e < g.elements(); e += kBlock) {
-    inner_products(advance(xs, m, e), m, advance(ys, n, e), n, std::min(kBlock, g.elements() - e), total);
+    inner_products<kRelu>(advance(xs, m, e), m, advance(ys, n, e), n, std::min(kBlock, g.elements() - e), total);
   }
   return total;
 }

@@ -54,11 +54,22 @@ __device__ void hold(const Paths<const T>& paths, int64_t s, const Share& share,
   }
 }
 
-// to_b = Σ_a weights[a * from_step + b * to_step] held_a + shares[b][channel] on the share (Eq. 3.7, 3.15).
+// max(x, 0) of what the calling thread has copied.
+template <typename T>
+__device__ void rectify_held(int paths, const Share& share, int64_t size, uint4* held) {
+  for (int p = 0; p < paths; ++p) {
+    for (int v = threadIdx.x; v < share.vectors; v += kThreads) {
+      rectify(*reinterpret_cast<Vec<T, kVector<T>>*>(held + p * size + v), true);
+    }
+  }
+}
+
+// to_b = Σ_a weights[a * from_step + b * to_step] held_a + shares[b][channel] on the share (Eq. 3.7, 3.15), zero where
+// masks_b is not above zero if there are masks.
 template <typename T>
 __device__ void mix_held(
     const uint4* held, int64_t size, const Share& share, int from, const float* weights, int from_step, int to_step,
-    const float* shares, const Shape& shape, const Paths<T>& to, int64_t s) {
+    const float* shares, const Shape& shape, const Paths<const T>* masks, const Paths<T>& to, int64_t s) {
   constexpr int V = kVector<T>;
   for (int v = threadIdx.x; v < share.vectors; v += kThreads) {
     const int64_t element = (share.first + v) * V;
@@ -72,6 +83,7 @@ __device__ void mix_held(
         for (int k = 0; k < V; ++k) acc[k] += weight * static_cast<float>(x.v[k]);
       }
       if (shares) add_shares(acc, shares + b * shape.channels, shape, element);
+      if (masks) keep_where_positive(acc, load<T, V>(masks->sample(b, s) + element));
       store<float, T, V>(to.sample(b, s) + element, acc);
     }
   }
@@ -85,14 +97,14 @@ __device__ void pool_held(
   const auto path = [&](int64_t i) { return reinterpret_cast<const T*>(held + i * size); };
   if (shape.channels_last) {
     for (int i = 0; i < m; ++i) {
-      column_sums<T, V>(path(i), begin, end, shape.channels, scratch, sums + i * shape.channels);
+      column_sums<T, V>(path(i), begin, end, shape.channels, false, scratch, sums + i * shape.channels);
     }
   } else {
     for (int64_t r = threadIdx.x / 32; r < m * shape.channels; r += kWarps) {
       const Division at(r, shape.channels);
       const int64_t row = at.remainder * shape.space;
       const float sum =
-          row_sum<T, V, float>(path(at.quotient), max(row, begin) - begin, min(row + shape.space, end) - begin);
+          row_sum<T, V, float>(path(at.quotient), max(row, begin) - begin, min(row + shape.space, end) - begin, false);
       if (threadIdx.x % 32 == 0) sums[r] = sum;
     }
   }
@@ -127,6 +139,7 @@ cluster_forward_kernel(const __grid_constant__ ClusterForward<T> args) {
 
   hold(args.xs, s, share, size, held);
   copies_wait();
+  if (args.xs.relu) rectify_held<T>(gate.m, share, size, held);
   __syncthreads();
   const int64_t unit = shape.channels_last ? shape.channels : shape.space;
   if (unit % V == 0) {
@@ -150,7 +163,7 @@ cluster_forward_kernel(const __grid_constant__ ClusterForward<T> args) {
     copy(scores, mn, args.scores + s * mn);
     copy(gates, mn, args.gates + s * mn);
   }
-  mix_held(held, size, share, gate.m, gates, gate.n, 1, nullptr, shape, args.outputs, s);
+  mix_held<T>(held, size, share, gate.m, gates, gate.n, 1, nullptr, shape, nullptr, args.outputs, s);
   cluster_wait();
 #endif
 }
@@ -196,6 +209,10 @@ cluster_backward_kernel(const __grid_constant__ ClusterBackward<T> args) {
       const int v = first + step * kThreads;
       if (v < share.vectors) {
 #pragma unroll
+        for (int i = 0; i < TILE; ++i) {
+          if (i < m) rectify(x[step][i], args.xs.relu);
+        }
+#pragma unroll
         for (int j = 0; j < TILE; ++j) {
           if (j < n) {
             const auto dy = load<T, V>(reinterpret_cast<const T*>(held + j * size + v));
@@ -230,7 +247,7 @@ cluster_backward_kernel(const __grid_constant__ ClusterBackward<T> args) {
     copy(d_scores, mn, args.d_scores + s * mn);
     copy(d_hidden, mg, args.d_hidden + s * mg);
   }
-  mix_held(held, size, share, n, gates, 1, n, shares, shape, args.grad_xs, s);
+  mix_held(held, size, share, n, gates, 1, n, shares, shape, args.xs.relu ? &args.xs : nullptr, args.grad_xs, s);
   cluster_wait();
 #endif
 }

@@ -1,5 +1,5 @@
 // Cross-connection routing (Alg. 2) and its backward (Eq. 3.10 to 3.15): one read by clusters where the sample fits, else
-// two passes.
+// two passes. With relu, the paths are max(x, 0) of those given, taken at each read.
 
 #include "cuda/tensors.h"
 
@@ -51,7 +51,7 @@ int64_t cluster_for(int64_t paths, const Shape& shape, int64_t extra, bool align
 
 Forward cross_connect(
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
-    const OptionalTensor& b2) {
+    const OptionalTensor& b2, bool relu) {
   check_paths(xs, xs[0]);
   const at::Tensor& x = xs[0];
   const c10::cuda::CUDAGuard guard(x.device());
@@ -66,7 +66,7 @@ Forward cross_connect(
 
   dispatch(x.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
-    const Paths<const T> from = inputs<T>(xs);
+    const Paths<const T> from = inputs<T>(xs, relu);
     const Paths<T> to = outputs<T>(ys);
     const Gate<A> gate = gate_of<A>(p);
     A *z = pooled.mutable_data_ptr<A>(), *h = hidden.mutable_data_ptr<A>();
@@ -81,7 +81,7 @@ Forward cross_connect(
     }
     const at::Tensor sums = sums_over_space<T>(from, shape, options, stream);
     C10_CUDA_CHECK(gates_forward<A>(gate, shape, sums.size(0), data<A>(sums), z, h, a, g, stream));
-    C10_CUDA_CHECK(weighted_sums<T>(from, {g, p.m * p.n, static_cast<int>(p.n), 1}, nullptr, shape, to, stream));
+    C10_CUDA_CHECK(weighted_sums<T>(from, {g, p.m * p.n, static_cast<int>(p.n), 1}, nullptr, shape, {}, to, stream));
   });
   return {std::move(ys), gates, scores, pooled, hidden};
 }
@@ -90,7 +90,7 @@ Backward cross_connect_backward(
     at::TensorList grad_outputs, const OptionalTensor& grad_gates, const OptionalTensor& grad_scores,
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
     const OptionalTensor& b2, const at::Tensor& gates_, const at::Tensor& pooled_, const at::Tensor& hidden_,
-    bool grad_inputs) {
+    bool relu, bool grad_inputs) {
   check_paths(xs, xs[0]);
   check_paths(grad_outputs, xs[0]);
   const at::Tensor& x = xs[0];
@@ -118,7 +118,7 @@ Backward cross_connect_backward(
     A *dA = d_scores.mutable_data_ptr<A>(), *dH = d_hidden.mutable_data_ptr<A>();
     int64_t cluster = 0;
     if constexpr (kVector<T> > 1) {
-      const Paths<const T> from = inputs<T>(xs), dys = inputs<T>(grad_outputs);
+      const Paths<const T> from = inputs<T>(xs, relu), dys = inputs<T>(grad_outputs);
       const int64_t elements = shape.elements();
       const bool aligned = fits_vectors(from, elements) && fits_vectors(dys, elements) && fits_vectors(to, elements);
       const int64_t extra = cluster_backward_extra(shape, p.m, p.n, p.hidden);
@@ -131,12 +131,15 @@ Backward cross_connect_backward(
     }
     if (!cluster) {
       const Weights<A> weights{data<A>(gates), p.m * p.n, 1, static_cast<int>(p.n)};
-      const at::Tensor products = inner_products<T>(xs, grad_outputs, weights, nullptr, stream);
+      const at::Tensor products = inner_products<T>(xs, relu, grad_outputs, weights, nullptr, stream);
       at::Tensor shares = grad_inputs ? at::empty({shape.samples, p.m, p.channels}, options) : at::Tensor();
       C10_CUDA_CHECK(gates_backward<A>(
           gate, shape, products.size(0), data<A>(products), data<A>(dg), data<A>(da), data<A>(gates), data<A>(hidden),
           dA, dH, grad_inputs ? shares.mutable_data_ptr<A>() : nullptr, stream));
-      if (grad_inputs) C10_CUDA_CHECK(weighted_sums<T>(inputs<T>(grad_outputs), weights, data<A>(shares), shape, to, stream));
+      if (grad_inputs) {
+        const Paths<const T> masks = relu ? inputs<T>(xs) : Paths<const T>();
+        C10_CUDA_CHECK(weighted_sums<T>(inputs<T>(grad_outputs), weights, data<A>(shares), shape, masks, to, stream));
+      }
     }
     grads.compute<A>(d_scores, d_hidden, pooled, hidden, stream);
   });

@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(kThreads, TILE == 8 ? 1 : 2) inner_products_ke
 #pragma unroll
     for (int i = 0; i < TILE; ++i) {
       if (i < m) {
-        const auto x = load<T, V>(xs.sample(i, s) + v * V);
+        auto x = load<T, V>(xs.sample(i, s) + v * V);
+        rectify(x, xs.relu);
         A dx[V] = {};
 #pragma unroll
         for (int j = 0; j < TILE; ++j) {

@@ -12,7 +12,8 @@ template <typename T>
 cudaError_t pool(
     const Paths<const T>& xs, const Shape& shape, int64_t slices, accumulate_t<T>* sums, cudaStream_t stream);
 
-// weighted_sums.cu: to_b = Σ_a weights[s * batch + a * from + b * to] from_a + shares[s][b][channel] (Eq. 3.7, 3.15).
+// weighted_sums.cu: to_b = Σ_a weights[s * batch + a * from + b * to] from_a + shares[s][b][channel] (Eq. 3.7, 3.15),
+// zero where masks_b is not above zero. `masks` may have no paths.
 template <typename A>
 struct Weights {
   const A* data;
@@ -23,7 +24,7 @@ struct Weights {
 template <typename T>
 cudaError_t weighted_sums(
     const Paths<const T>& from, const Weights<accumulate_t<T>>& weights, const accumulate_t<T>* shares,
-    const Shape& shape, const Paths<T>& to, cudaStream_t stream);
+    const Shape& shape, const Paths<const T>& masks, const Paths<T>& to, cudaStream_t stream);
 
 // inner_products.cu: products[slice][s][i][j] = <dY_j, X_i> over one of `slices` parts of the sample (Eq. 3.10). With
 // grad_xs, in the same read, dX_i = Σ_j weights dY_j: where the gates do not depend on X, that is all of dX.

@@ -29,7 +29,7 @@ std::vector<at::Tensor> mix(at::TensorList xs, const at::Tensor& gates_) {
   dispatch(x.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
     const Weights<A> weights{data<A>(gates), batch_stride(gates), static_cast<int>(n), 1};
-    C10_CUDA_CHECK(weighted_sums<T>(inputs<T>(xs), weights, nullptr, shape_of(x), outputs<T>(ys), stream));
+    C10_CUDA_CHECK(weighted_sums<T>(inputs<T>(xs), weights, nullptr, shape_of(x), {}, outputs<T>(ys), stream));
   });
   return ys;
 }
@@ -49,7 +49,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> mix_backward(
     using A = accumulate_t<T>;
     const Weights<A> weights{data<A>(gates), batch_stride(gates), 1, static_cast<int>(n)};
     const Paths<T> to = outputs<T>(grad_xs);
-    const at::Tensor products = inner_products<T>(xs, grad_outputs, weights, grad_inputs ? &to : nullptr, stream);
+    const at::Tensor products = inner_products<T>(xs, false, grad_outputs, weights, grad_inputs ? &to : nullptr, stream);
     // (slices, N, m, n), summed over slices, and for one matrix of gates over samples too.
     const int64_t terms = gates.dim() == 2 ? products.size(0) * products.size(1) : products.size(0);
     const int64_t numbers = gates.numel();

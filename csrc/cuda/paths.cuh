@@ -23,6 +23,20 @@ __device__ Vec<T, V> load(const T* from) {
   return *reinterpret_cast<const Vec<T, V>*>(from);
 }
 
+// max(x, 0) of every element where relu, NaN staying NaN. Without a branch, so that loads are not held up.
+template <typename T, int V>
+__device__ void rectify(Vec<T, V>& x, bool relu) {
+#pragma unroll
+  for (int k = 0; k < V; ++k) x.v[k] = relu && static_cast<accumulate_t<T>>(x.v[k]) < 0 ? T(0) : x.v[k];
+}
+
+// Zero where x is not above zero.
+template <typename A, typename T, int V>
+__device__ void keep_where_positive(A (&values)[V], const Vec<T, V>& x) {
+#pragma unroll
+  for (int k = 0; k < V; ++k) values[k] = static_cast<accumulate_t<T>>(x.v[k]) > 0 ? values[k] : A(0);
+}
+
 template <typename A, typename T, int V>
 __device__ void store(T* to, const A (&values)[V]) {
   Vec<T, V> out;

@@ -17,7 +17,7 @@ pool_rows_kernel(const __grid_constant__ Paths<const T> xs, const Shape shape, i
   if (slice >= slices) return;
   const T* row = xs.sample(i.remainder, s.remainder) + c.remainder * shape.space;
   const int64_t begin = slice * vectors / slices * V, end = (slice + 1) * vectors / slices * V;
-  const auto sum = row_sum<T, V, accumulate_t<T>>(row, begin, end);
+  const auto sum = row_sum<T, V, accumulate_t<T>>(row, begin, end, xs.relu);
   if (threadIdx.x % 32 == 0) sums[warp] = sum;
 }
 
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, 2) pool_columns_kernel(
   const int64_t slice = s.quotient, begin = slice * shape.space / slices, end = (slice + 1) * shape.space / slices;
   const T* rows = xs.sample(i.remainder, s.remainder) + begin * shape.channels;
   column_sums<T, V>(
-      rows, 0, (end - begin) * shape.channels, shape.channels, scratch, sums + blockIdx.x * shape.channels);
+      rows, 0, (end - begin) * shape.channels, shape.channels, xs.relu, scratch, sums + blockIdx.x * shape.channels);
 }
 
 }  // namespace

@@ -14,13 +14,15 @@ __device__ A warp_sum(A value) {
   return value;
 }
 
-// The sum of data[begin, end), by one warp. Begin, end and the address of data are multiples of V elements.
+// The sum of data[begin, end), with relu of max(x, 0), by one warp. Begin, end and the address of data are multiples of
+// V elements.
 template <typename T, int V, typename A>
-__device__ A row_sum(const T* data, int64_t begin, int64_t end) {
+__device__ A row_sum(const T* data, int64_t begin, int64_t end, bool relu) {
   A sums[V] = {};
 #pragma unroll 4
   for (int64_t e = begin + threadIdx.x % 32 * V; e < end; e += 32 * V) {
-    const auto x = load<T, V>(data + e);
+    auto x = load<T, V>(data + e);
+    rectify(x, relu);
 #pragma unroll
     for (int k = 0; k < V; ++k) sums[k] += static_cast<A>(x.v[k]);
   }
@@ -33,7 +35,8 @@ __device__ A row_sum(const T* data, int64_t begin, int64_t end) {
 // sums[c] = Σ of the elements c, c + channels, … within [begin, end) of a sample, by one block; `data` points to element
 // `begin`. Channels and begin are multiples of V, scratch holds blockDim.x * V values. All threads leave together.
 template <typename T, int V, typename A>
-__device__ void column_sums(const T* data, int64_t begin, int64_t end, int64_t channels, A* scratch, A* sums) {
+__device__ void column_sums(
+    const T* data, int64_t begin, int64_t end, int64_t channels, bool relu, A* scratch, A* sums) {
   const int thread = threadIdx.x, threads = blockDim.x;
   for (int64_t first = 0; first < channels / V; first += threads) {
     const int width = min(channels / V - first, static_cast<int64_t>(threads));
@@ -45,7 +48,8 @@ __device__ void column_sums(const T* data, int64_t begin, int64_t end, int64_t c
       if (e < begin) e += step;
 #pragma unroll 4
       for (; e < end; e += step) {
-        const auto x = load<T, V>(data + (e - begin));
+        auto x = load<T, V>(data + (e - begin));
+        rectify(x, relu);
 #pragma unroll
         for (int k = 0; k < V; ++k) sum[k] += static_cast<A>(x.v[k]);
       }

@@ -19,8 +19,9 @@ inline Shape shape_of(const at::Tensor& x) {
 }
 
 template <typename T>
-Paths<const T> inputs(at::TensorList tensors) {
+Paths<const T> inputs(at::TensorList tensors, bool relu = false) {
   Paths<const T> paths;
+  paths.relu = relu;
   for (const auto& x : tensors) {
     paths.data[paths.count] = x.const_data_ptr<T>();
     paths.stride[paths.count++] = x.stride(0);
@@ -101,15 +102,15 @@ int64_t product_slices(const Shape& shape) {
 // inner_products, with the scratch that it needs: (slices, N, m, n).
 template <typename T>
 at::Tensor inner_products(
-    at::TensorList xs, at::TensorList grad_outputs, const Weights<accumulate_t<T>>& weights, const Paths<T>* grad_xs,
-    cudaStream_t stream) {
+    at::TensorList xs, bool relu, at::TensorList grad_outputs, const Weights<accumulate_t<T>>& weights,
+    const Paths<T>* grad_xs, cudaStream_t stream) {
   const Shape shape = shape_of(xs[0]);
   const int64_t slices = product_slices<T>(shape);
   at::Tensor products = at::empty(
       {slices, shape.samples, static_cast<int64_t>(xs.size()), static_cast<int64_t>(grad_outputs.size())},
       xs[0].options().dtype(accumulate_type(xs[0].scalar_type())));
   C10_CUDA_CHECK(inner_products<T>(
-      inputs<T>(xs), inputs<T>(grad_outputs), shape, slices, products.mutable_data_ptr<accumulate_t<T>>(), weights,
+      inputs<T>(xs, relu), inputs<T>(grad_outputs), shape, slices, products.mutable_data_ptr<accumulate_t<T>>(), weights,
       grad_xs, stream));
   return products;
 }

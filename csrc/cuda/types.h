@@ -22,6 +22,7 @@ struct Paths {
   T* data[kMaxPaths] = {};
   int64_t stride[kMaxPaths] = {};
   int count = 0;
+  bool relu = false;  // of inputs: each element x counts as max(x, 0)
 
   __host__ __device__ T* sample(int path, int64_t s) const { return data[path] + s * stride[path]; }
 };

@@ -54,6 +54,8 @@ class PlainCrossConnection(CrossConnection):
     """The router in plain PyTorch. The gates and scores of its `Routing` are lists, since nobody reads them here."""
 
     def forward(self, xs, return_routing=False):
+        if self.activation:
+            xs = [torch.relu(x) for x in xs]
         gates, scores = _gates(xs, self.w1, self.b1, self.w2, self.b2)
         outputs = _weighted_sums(xs, gates)
         return (outputs, Routing(gates, scores)) if return_routing else outputs

@@ -33,7 +33,7 @@ def _gate(xs, w1, b1, w2, b2, **__) -> int:
     return pool + 2 * xs[0][0] * (math.prod(w2) + (math.prod(w1) if w1 else 0))
 
 
-def _cross_connect(xs, w1, b1, w2, b2, **__) -> int:
+def _cross_connect(xs, w1, b1, w2, b2, *_, **__) -> int:
     return _gate(xs, w1, b1, w2, b2) + _mix(xs, w2[:2])
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastroute.nn.router import Router, Routing
 from fastroute.ops import cross_connect
+from fastroute.ops._paths import check_activation
 
 
 class CrossConnection(Router):
@@ -28,6 +29,8 @@ class CrossConnection(Router):
         gate_channels: G, the width of the gate's hidden layer. None or 0 leaves that out: A_i = W2_i Z_i + b2_i, the
             linear gate of Eq. 3.9.
         bias: whether the gate's layers have biases.
+        activation: "relu" routes ReLU(X_i) in the place of X_i. The kernels take it as they read, and nothing is stored
+            for it: for paths that would end in a ReLU. None routes the paths as they are.
         temperature: T > 0, an attribute that may be changed at any time: high for even gates, low for sharp ones.
 
     Parameters: w1 (m, G, C), b1 (m, G), w2 (m, n, G), b2 (m, n); w2 is (m, n, C), and w1 and b1 are None, without a
@@ -58,27 +61,30 @@ class CrossConnection(Router):
         gate_channels: int | None = 16,
         bias: bool = True,
         *,
+        activation: str | None = None,
         temperature: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         if channels < 1:
             raise ValueError(f"channels is {channels}; it must be at least 1")
+        check_activation(activation)
         super().__init__(channels, in_paths, out_paths, gate_channels, bias, temperature, device, dtype)
-        self.channels = channels
+        self.channels, self.activation = channels, activation
         self.reset_parameters()
 
     def forward(
         self, xs: Sequence[Tensor], return_routing: bool = False
     ) -> list[Tensor] | tuple[list[Tensor], Routing]:
         xs = self._checked(xs, self.channels, "channels")
-        outputs, gates, scores = cross_connect(xs, *self._gate())
+        outputs, gates, scores = cross_connect(xs, *self._gate(), self.activation)
         return (outputs, self._routing(gates, scores)) if return_routing else outputs
 
     def extra_repr(self) -> str:
         bias = "" if self.b2 is not None else ", bias=False"
+        activation = "" if self.activation is None else f", activation={self.activation!r}"
         temperature = "" if self.temperature == 1 else f", temperature={self.temperature}"
         return (
             f"{self.channels}, in_paths={self.in_paths}, out_paths={self.out_paths}, "
-            f"gate_channels={self.gate_channels}{bias}{temperature}"
+            f"gate_channels={self.gate_channels}{bias}{activation}{temperature}"
         )

@@ -9,6 +9,7 @@ from torch.nn.modules.utils import _pair
 
 from fastroute.nn.router import Router, Routing
 from fastroute.ops import cross_predict, gate
+from fastroute.ops._paths import check_activation
 
 
 class _CrossPrediction(Router):
@@ -34,8 +35,7 @@ class _CrossPrediction(Router):
         for name, width in zip(self.WIDTHS, (in_width, out_width), strict=True):
             if width < 1:
                 raise ValueError(f"{name} is {width}; it must be at least 1")
-        if activation not in ("relu", None):
-            raise ValueError(f"activation is {activation!r}; it must be 'relu' or None")
+        check_activation(activation)
         super().__init__(in_width, in_paths, out_paths, gate_channels, True, temperature, device, dtype)
         shape = (in_paths, out_paths, out_width, in_width, *kernel)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))

@@ -64,6 +64,11 @@ def path_list(name: str, xs: Sequence[Tensor]) -> list[Tensor]:
     return list(xs)
 
 
+def check_activation(activation: str | None) -> None:
+    if activation not in ("relu", None):
+        raise ValueError(f"activation is {activation!r}; it must be 'relu' or None")
+
+
 def check_paths(name: str, xs: Sequence[Tensor]) -> None:
     """Raise unless xs are 1 to 8 floating-point tensors (N, C, *S) of one shape, type and device."""
     if not 1 <= len(xs) <= MAX_PATHS:

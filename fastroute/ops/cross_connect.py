@@ -11,6 +11,7 @@ from fastroute.ops._paths import (
     accumulate_dtype,
     align_like,
     align_paths,
+    check_activation,
     check_gate,
     check_paths,
     empty_path,
@@ -26,7 +27,14 @@ class Routed(NamedTuple):
     scores: Tensor
 
 
-def cross_connect(xs: Sequence[Tensor], w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Routed:
+def cross_connect(
+    xs: Sequence[Tensor],
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str | None = None,
+) -> Routed:
     """Route m parallel tensors to n by gates computed from the tensors themselves (Alg. 2).
 
     Each path is averaged over space (Eq. 3.3), two dense layers with a ReLU between give n relevance scores (Eq. 3.4),
@@ -44,6 +52,10 @@ def cross_connect(xs: Sequence[Tensor], w1: Tensor | None, b1: Tensor | None, w2
     Each sample of a path may lie in memory as [C, *S] or as [*S, C] (channels_last), with any stride between samples;
     the outputs take the layout of the inputs. Any other layout costs one `.contiguous()`.
 
+    Args:
+        activation: "relu" routes X_i = max(xs[i], 0), which is never stored: the kernels take it as they read, forward
+            and backward, and dX_i is zero where xs[i] is not above 0. None routes the paths as they are.
+
     Returns:
         outputs: n tensors (N, C, *S) of the paths' dtype.
         gates: (N, m, n), `gates[s, i, j]` is the weight of input i in output j; each row i sums to 1.
@@ -52,20 +64,22 @@ def cross_connect(xs: Sequence[Tensor], w1: Tensor | None, b1: Tensor | None, w2
 
     Raises:
         TypeError: xs is not a list of floating-point tensors of one dtype, or a parameter has another dtype.
-        ValueError: shapes, devices or memory formats do not agree, or there are more than 8 paths.
+        ValueError: shapes, devices or memory formats do not agree, there are more than 8 paths, or the activation is
+            unknown.
         RuntimeError: the backend asked for by name cannot serve these tensors.
     """
-    outputs, gates, scores, _, _ = _FORWARD(path_list("xs", xs), w1, b1, w2, b2)
+    check_activation(activation)
+    outputs, gates, scores, _, _ = _FORWARD(path_list("xs", xs), w1, b1, w2, b2, activation == "relu")
     return Routed(outputs, gates, scores)
 
 
-def _prepare_forward(xs, w1, b1, w2, b2):
+def _prepare_forward(xs, w1, b1, w2, b2, relu):
     check_paths("xs", xs)
     check_gate(xs, w1, b1, w2, b2)
-    return align_paths("xs", xs), w1, b1, w2, b2
+    return align_paths("xs", xs), w1, b1, w2, b2, relu
 
 
-def _fake_forward(xs, w1, b1, w2, b2):
+def _fake_forward(xs, w1, b1, w2, b2, relu):
     x, (m, n, _) = xs[0], w2.shape
     batch, channels, hidden = x.shape[0], x.shape[1], 0 if w1 is None else w1.shape[1]
 
@@ -81,7 +95,7 @@ def _prepare_backward(grad_outputs, grad_gates, grad_scores, xs, *rest):
     return align_like(grad_outputs, xs[0]), grad_gates, grad_scores, xs, *rest
 
 
-def _fake_backward(grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden, grad_inputs):
+def _fake_backward(grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden, relu, grad_inputs):
     m, n, _ = w2.shape
 
     def empty(*shape):
@@ -96,7 +110,7 @@ def _fake_backward(grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, ga
 
 # pooled Z (N, m, C) and hidden H (N, m, G), after its ReLU, are what the backward needs beside the arguments.
 _FORWARD = define(
-    "cross_connect(Tensor[] xs, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2)"
+    "cross_connect(Tensor[] xs, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, bool relu)"
     " -> (Tensor[] outputs, Tensor gates, Tensor scores, Tensor pooled, Tensor hidden)",
     _prepare_forward,
     _fake_forward,
@@ -105,7 +119,8 @@ _FORWARD = define(
 # The biases are arguments only for the second derivative, which computes the forward anew.
 _BACKWARD = define(
     "cross_connect_backward(Tensor[] grad_outputs, Tensor? grad_gates, Tensor? grad_scores, Tensor[] xs,"
-    " Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor gates, Tensor pooled, Tensor hidden, bool grad_inputs)"
+    " Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor gates, Tensor pooled, Tensor hidden, bool relu,"
+    " bool grad_inputs)"
     " -> (Tensor[] grad_xs, Tensor grad_w1, Tensor grad_b1, Tensor grad_w2, Tensor grad_b2)",
     _prepare_backward,
     _fake_backward,
@@ -114,9 +129,10 @@ _BACKWARD = define(
 
 class _CrossConnect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w1, b1, w2, b2, *xs):
+    def forward(ctx, relu, w1, b1, w2, b2, *xs):
         with torch._C._AutoDispatchBelowAutograd():
-            outputs, gates, scores, pooled, hidden = _FORWARD(xs, w1, b1, w2, b2)
+            outputs, gates, scores, pooled, hidden = _FORWARD(xs, w1, b1, w2, b2, relu)
+        ctx.relu = relu
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(pooled, hidden)
         ctx.save_for_backward(w1, b1, w2, b2, gates, pooled, hidden, *xs)
@@ -126,20 +142,20 @@ class _CrossConnect(torch.autograd.Function):
     def backward(ctx, *grads):
         *grad_outputs, grad_gates, grad_scores, _, _ = grads
         w1, b1, w2, b2, gates, pooled, hidden, *xs = ctx.saved_tensors
-        grad_inputs = any(ctx.needs_input_grad[4:])
+        grad_inputs = any(ctx.needs_input_grad[5:])
         grad_outputs = [torch.zeros_like(xs[0]) if grad is None else grad for grad in grad_outputs]
         grad_xs, *grad_parameters = _BACKWARD(
-            grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden, grad_inputs
+            grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden, ctx.relu, grad_inputs
         )
         grad_parameters = [
             None if parameter is None else grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
             for parameter, grad in zip((w1, b1, w2, b2), grad_parameters, strict=True)
         ]
-        return *grad_parameters, *(grad_xs if grad_inputs else [None] * len(xs))
+        return None, *grad_parameters, *(grad_xs if grad_inputs else [None] * len(xs))
 
 
-def _autograd(xs, w1, b1, w2, b2):
-    *outputs, gates, scores, pooled, hidden = _CrossConnect.apply(w1, b1, w2, b2, *xs)
+def _autograd(xs, w1, b1, w2, b2, relu):
+    *outputs, gates, scores, pooled, hidden = _CrossConnect.apply(relu, w1, b1, w2, b2, *xs)
     return outputs, gates, scores, pooled, hidden
 
 

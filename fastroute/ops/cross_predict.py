@@ -12,6 +12,7 @@ from fastroute.ops._paths import (
     accumulate_dtype,
     align_like,
     align_paths,
+    check_activation,
     check_paths,
     check_weight,
     empty_map,
@@ -64,8 +65,7 @@ def cross_predict(
         ValueError: shapes, devices or memory formats do not agree, an option is unknown, or more than 8 paths.
         RuntimeError: the backend asked for by name cannot serve these tensors.
     """
-    if activation not in ("relu", None):
-        raise ValueError(f"activation is {activation!r}; it must be 'relu' or None")
+    check_activation(activation)
     if form not in FORMS:
         raise ValueError(f"form is {form!r}; it must be {' or '.join(map(repr, FORMS))}")
     xs = _autocast(path_list("xs", xs))

@@ -201,29 +201,29 @@ def check(kernels, name, args):
             assert error <= allowed + tiny, (name, i, error, allowed)
 
 
-def check_cross_connect(kernels, case, absent_grads=False, grad_inputs=True):
+def check_cross_connect(kernels, case, absent_grads=False, grad_inputs=True, relu=False):
     xs, parameters, grad_outputs, grads = case
-    check(kernels, "cross_connect", (xs, *parameters))
-    _, gates, _, pooled, hidden = reference.cross_connect(xs, *parameters)
+    check(kernels, "cross_connect", (xs, *parameters, relu))
+    _, gates, _, pooled, hidden = reference.cross_connect(xs, *parameters, relu)
     grads = [None, None] if absent_grads else grads
     check(
         kernels,
         "cross_connect_backward",
-        (grad_outputs, *grads, xs, *parameters, gates, pooled, hidden, grad_inputs),
+        (grad_outputs, *grads, xs, *parameters, gates, pooled, hidden, relu, grad_inputs),
     )
 
 
-@grid(sizes=ALIGNED + ODD, dtype=DTYPES, layout=LAYOUTS)
-def test_two_passes(kernels, sizes, dtype, layout):
+@grid(sizes=ALIGNED + ODD, dtype=DTYPES, layout=LAYOUTS, relu=(False, True))
+def test_two_passes(kernels, sizes, dtype, layout, relu):
     force(kernels, TWO_PASSES)
-    check_cross_connect(kernels, make_case(*sizes, dtype, layout))
+    check_cross_connect(kernels, make_case(*sizes, dtype, layout), relu=relu)
     assert kernels.namespace.cuda_last_cluster() == TWO_PASSES
 
 
-@grid(sizes=ALIGNED, cluster=(1, 2, 4, 8), dtype=DTYPES[:3], layout=LAYOUTS)
-def test_clusters(kernels, sizes, cluster, dtype, layout):
+@grid(sizes=ALIGNED, cluster=(1, 2, 4, 8), dtype=DTYPES[:3], layout=LAYOUTS, relu=(False, True))
+def test_clusters(kernels, sizes, cluster, dtype, layout, relu):
     force(kernels, cluster)
-    check_cross_connect(kernels, make_case(*sizes, dtype, layout))
+    check_cross_connect(kernels, make_case(*sizes, dtype, layout), relu=relu)
     assert kernels.namespace.cuda_last_cluster() == cluster
 
 
@@ -379,7 +379,7 @@ def random_check(kernels, seed):
     layout, dtype = draw.choice(LAYOUTS), draw.choice(DTYPES)
     case = make_case(m, n, shape, draw.choice([0, 1, 5, 16, 40]), draw.random() < 0.5, dtype, layout, seed)
     force(kernels, PLAN)
-    check_cross_connect(kernels, case, draw.random() < 0.3, draw.random() < 0.8)
+    check_cross_connect(kernels, case, draw.random() < 0.3, draw.random() < 0.8, draw.random() < 0.5)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -415,14 +415,14 @@ def test_plan_of_large_maps(emulated):
     expected = {(2, torch.float32): 8, (3, torch.float32): TWO_PASSES, (2, torch.bfloat16): 8, (3, torch.bfloat16): 8}
     for (m, dtype), cluster in expected.items():
         xs, parameters, _, _ = make_case(m, 2, (1, 64, 56, 56), 16, True, dtype, "contiguous")
-        emulated.cross_connect(xs, *parameters)
+        emulated.cross_connect(xs, *parameters, False)
         assert emulated.namespace.cuda_last_cluster() == cluster, (m, dtype)
     xs, parameters, _, _ = make_case(2, 2, (1, 3, 5, 7), 16, True, torch.float32, "contiguous")
-    emulated.cross_connect(xs, *parameters)
+    emulated.cross_connect(xs, *parameters, False)
     assert emulated.namespace.cuda_last_cluster() == TWO_PASSES
     emulated.namespace.cuda_force_cluster(2)
     with pytest.raises(RuntimeError, match="cannot hold these paths"):
-        emulated.cross_connect(xs, *parameters)
+        emulated.cross_connect(xs, *parameters, False)
     emulated.namespace.cuda_force_cluster(PLAN)
 
 
@@ -515,8 +515,10 @@ def test_graph_capture(card, cluster):
     xs, parameters, grad_outputs, grads = converted(make_case(*ALIGNED[0], torch.float32, "contiguous"), device="cuda")
 
     def step():
-        outputs, gates, _scores, pooled, hidden = card.cross_connect(xs, *parameters)
-        return outputs, card.cross_connect_backward(grad_outputs, *grads, xs, *parameters, gates, pooled, hidden, True)
+        outputs, gates, _scores, pooled, hidden = card.cross_connect(xs, *parameters, False)
+        return outputs, card.cross_connect_backward(
+            grad_outputs, *grads, xs, *parameters, gates, pooled, hidden, False, True
+        )
 
     expected = tensors(step())
     graph = torch.cuda.CUDAGraph()

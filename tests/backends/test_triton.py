@@ -150,13 +150,13 @@ def make_gate(m, n, channels, hidden, device, bias=True, dtype=torch.float32):
     return (w1, b1, w2, b2) if bias else (w1, None, w2, None)
 
 
-def route(backend_name, xs, gate, grads, dtype=None):
+def route(backend_name, xs, gate, grads, dtype=None, activation=None):
     """Outputs, gates, scores and every gradient of cross_connect, by name; in `dtype` if given."""
     convert = {} if dtype is None else {"dtype": dtype}
     xs = [x.detach().to(**convert).requires_grad_() if convert else x.detach().requires_grad_() for x in xs]
     gate = [None if p is None else p.detach().to(**convert).requires_grad_() for p in gate]
     with use_backend(backend_name):
-        outputs, gates, scores = ops.cross_connect(xs, *gate)
+        outputs, gates, scores = ops.cross_connect(xs, *gate, activation)
         results = [*outputs, gates, scores]
         given = [(r, g.to(r.dtype)) for r, g in zip(results, grads, strict=True) if g is not None]
         torch.autograd.backward([r for r, _ in given], [g for _, g in given])
@@ -176,7 +176,7 @@ def assert_as_exact_as_eager(got, eager, exact):
         assert error <= 2 * allowed + floor, f"{name}: error {error:.2e}, eager's {allowed:.2e}"
 
 
-def check_routing(xs, gate, present=(True, True, True)):
+def check_routing(xs, gate, present=(True, True, True), activation=None):
     """Run forward and backward, compare with float64, and return the result. `present`: dY, dgates, dscores."""
     m, n = len(xs), gate[2].shape[1]
     shapes = [xs[0].shape] * n + [(xs[0].shape[0], m, n)] * 2
@@ -185,8 +185,8 @@ def check_routing(xs, gate, present=(True, True, True)):
         torch.randn(shape, device=xs[0].device).to(xs[0].dtype) if g else None
         for shape, g in zip(shapes, given, strict=True)
     ]
-    got = route("triton", xs, gate, grads)
-    exact, eager = route("reference", xs, gate, grads, torch.float64), route("reference", xs, gate, grads)
+    got = route("triton", xs, gate, grads, None, activation)
+    exact, eager = (route("reference", xs, gate, grads, dtype, activation) for dtype in (torch.float64, None))
     assert_as_exact_as_eager(got, eager, exact)
     return got
 
@@ -202,14 +202,15 @@ CASES = {  # m, n, (N, C, *S), dtype, layout, hidden, bias
 }
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("tier", KERNELS)
 @pytest.mark.parametrize("case", CASES)
-def test_every_tier(device, tier, case, monkeypatch, poison, launches):
+def test_every_tier(device, tier, case, activation, monkeypatch, poison, launches):
     torch.manual_seed(0)
     m, n, shape, dtype, layout, hidden, bias = CASES[case]
     xs = make_paths(m, shape, dtype, device, layout)
     force(monkeypatch, tier)
-    got = check_routing(xs, make_gate(m, n, shape[1], hidden, device, bias))
+    got = check_routing(xs, make_gate(m, n, shape[1], hidden, device, bias), activation=activation)
     assert [launch.kernel for launch in launches] == [*KERNELS[tier], "cross_connect_weights_bwd_kernel"]
     in_layout = channels_last if layout == "last" else channels_first
     assert all(in_layout(got[name]) for name in got if name[0] == "y" or name[:2] == "dx")
@@ -220,15 +221,17 @@ def test_every_tier(device, tier, case, monkeypatch, poison, launches):
 SMALL_STEPS = {"block_c": 4, "block_s": 8, "block": 64, "portion": 192, "span": 16, "chunk": 2, "num_warps": 1}
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("layout", ["first", "last"])
 @pytest.mark.parametrize("tier", ["fused", "split"])
-def test_loops_and_chunks(device, tier, layout, monkeypatch, poison, launches):
+def test_loops_and_chunks(device, tier, layout, activation, monkeypatch, poison, launches):
     """Every loop takes several steps, the last of them partial, and the batch several chunks."""
     torch.manual_seed(1)
     force(monkeypatch, tier, **SMALL_STEPS)
     monkeypatch.setattr(tables, "PARTIAL_VALUES", 8)
     monkeypatch.setattr(tables, "SAMPLES", 2)
-    check_routing(make_paths(2, (5, 10, 7, 5), torch.float32, device, layout), make_gate(2, 3, 10, 5, device))
+    xs, gate = make_paths(2, (5, 10, 7, 5), torch.float32, device, layout), make_gate(2, 3, 10, 5, device)
+    check_routing(xs, gate, activation=activation)
     kernels = [launch.kernel for launch in launches]
     if tier == "split":
         assert kernels == [*KERNELS["split"][:2] * 3, "sum_parts_kernel", *KERNELS["split"][2:] * 3, kernels[-1]]
@@ -271,13 +274,14 @@ def test_extreme_scores(device, tier, monkeypatch):
     assert got["gates"][:, 0].eq(torch.tensor([1.0, 0.0, 0.0], device=device)).all()
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("tier", KERNELS)
-def test_nan_is_not_hidden(device, tier, monkeypatch):
+def test_nan_is_not_hidden(device, tier, activation, monkeypatch):
     force(monkeypatch, tier)
     xs, gate = make_paths(1, (2, 4, 3), torch.float32, device), make_gate(1, 2, 4, 3, device)
     xs[0][1, 2, 0] = float("nan")
     with use_backend("triton"):
-        outputs, gates, _ = ops.cross_connect(xs, *gate)
+        outputs, gates, _ = ops.cross_connect(xs, *gate, activation)
     assert gates[1].isnan().all() and outputs[0][1].isnan().all()
     assert not gates[0].isnan().any() and not outputs[0][0].isnan().any()
 
@@ -509,8 +513,8 @@ def test_offsets_beyond_int32(device, monkeypatch):
         force(monkeypatch, tier)
         results = []
         for x, dy in (far, near):
-            outputs, gates, _, pooled, hidden = cc.cross_connect([x], *gate)
-            backward = cc.cross_connect_backward([dy], None, None, [x], *gate, gates, pooled, hidden, True)
+            outputs, gates, _, pooled, hidden = cc.cross_connect([x], *gate, True)
+            backward = cc.cross_connect_backward([dy], None, None, [x], *gate, gates, pooled, hidden, True, True)
             results.append([*outputs, gates, pooled, hidden, *backward[0], *backward[1:]])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), tier
     gates = torch.ones(3, 1, 1, device=device)
@@ -519,9 +523,13 @@ def test_offsets_beyond_int32(device, monkeypatch):
 
 
 @on_host
+@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("tier", KERNELS)
-def test_bytes(tier, monkeypatch):
-    """The resident tier reads and writes every path once; the others read once more what is needed twice."""
+def test_bytes(tier, relu, monkeypatch):
+    """The resident tier reads and writes every path once; the others read once more what is needed twice.
+
+    The backward of a ReLU reads X once more, to see where it is above zero.
+    """
     from triton.runtime.interpreter import InterpreterBuilder
 
     torch.manual_seed(10)
@@ -557,12 +565,12 @@ def test_bytes(tier, monkeypatch):
         return counts
 
     again = 1 if tier == "resident" else 2
-    outputs, gates, _, pooled, hidden = cc.cross_connect(xs, *gate)
+    outputs, gates, _, pooled, hidden = cc.cross_connect(xs, *gate, relu)
     assert passes("load", xs) == [again] * m and passes("store", outputs) == [1] * n
     for kind in touched.values():
         kind.clear()
-    grad_xs, *_ = cc.cross_connect_backward(dys, None, None, xs, *gate, gates, pooled, hidden, True)
-    assert passes("load", xs) == [1] * m and passes("load", dys) == [again] * n
+    grad_xs, *_ = cc.cross_connect_backward(dys, None, None, xs, *gate, gates, pooled, hidden, relu, True)
+    assert passes("load", xs) == [1 + relu] * m and passes("load", dys) == [again] * n
     assert passes("store", grad_xs) == [1] * m
 
 
@@ -629,9 +637,9 @@ def test_graph_capture(device, tier, monkeypatch):
     """No launch waits for the host: a captured step gives the same result when it is replayed."""
     force(monkeypatch, tier)
     xs, gate = make_paths(2, (4, 16, 8, 8), torch.float32, device), make_gate(2, 2, 16, 4, device)
-    expected = cc.cross_connect(xs, *gate)
+    expected = cc.cross_connect(xs, *gate, False)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs, gates, *_ = cc.cross_connect(xs, *gate)
+        outputs, gates, *_ = cc.cross_connect(xs, *gate, False)
     graph.replay()
     assert torch.equal(gates, expected[1]) and all(map(torch.equal, outputs, expected[0]))

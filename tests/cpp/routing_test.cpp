@@ -11,7 +11,7 @@ namespace {
 using Outputs = std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Forward = Outputs(
     at::TensorList, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, const at::Tensor&,
-    const std::optional<at::Tensor>&);
+    const std::optional<at::Tensor>&, bool);
 
 auto cross_connect() {
   static const auto op =
@@ -32,7 +32,7 @@ void routes_as_the_equations_say(at::MemoryFormat format) {
   for (int64_t i = 0; i < m; ++i) xs.push_back(at::randn({batch, channels, 7, 6}).contiguous(format));
   const at::Tensor w1 = at::randn({m, hidden, channels}), b1 = at::randn({m, hidden});
   const at::Tensor w2 = at::randn({m, n, hidden}), b2 = at::randn({m, n});
-  const auto [outputs, gates, scores, pooled, hiddens] = cross_connect().call(xs, w1, b1, w2, b2);
+  const auto [outputs, gates, scores, pooled, hiddens] = cross_connect().call(xs, w1, b1, w2, b2, /*relu=*/false);
 
   double worst = 0;
   for (int64_t s = 0; s < batch; ++s) {
@@ -58,7 +58,7 @@ void refuses_what_it_cannot_read() {
   try {
     cross_connect().call(
         std::vector<at::Tensor>{at::randn({2, 3, 4, 4}), at::randn({2, 3, 5, 4})}, std::nullopt, std::nullopt,
-        at::randn({2, 2, 3}), std::nullopt);
+        at::randn({2, 2, 3}), std::nullopt, /*relu=*/false);
   } catch (const c10::Error&) {
     refused = true;
   }

@@ -1,3 +1,6 @@
+import copy
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -23,6 +26,25 @@ def test_routers_stand_after_the_stem_and_every_stack():
         (32, 3, 3),
         (64, 3, 3),
     ]
+
+
+def test_routers_take_the_relu_of_the_paths_before_them():
+    model = cifar_resnet(8, paths=2).double()
+    apart = copy.deepcopy(model)
+    for paths, router in pairwise(apart.children()):
+        if isinstance(router, CrossConnection):
+            assert router.activation == "relu"
+            router.activation = None
+            for path in paths:
+                path.append(nn.ReLU())
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    results = []
+    for network in (model, apart):
+        logits = network(x)
+        gradients = torch.autograd.grad(nn.functional.cross_entropy(logits, torch.arange(4)), network.parameters())
+        results.append([logits, *gradients])
+    for fused, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain)
 
 
 def test_cross_predictions_are_the_stem_and_stand_before_the_later_stacks():

@@ -23,6 +23,8 @@ def drawn(router):
 def plain(router, xs):
     """Alg. 2 for one router, in plain PyTorch."""
     gates = []
+    if router.activation:
+        xs = [torch.relu(x) for x in xs]
     for i, x in enumerate(xs):
         hidden = x.flatten(2).mean(-1)
         if router.w1 is not None:
@@ -35,7 +37,7 @@ def plain(router, xs):
 @pytest.mark.parametrize("in_paths, out_paths", [(1, 2), (2, 2), (3, 1), (2, 5)])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"gate_channels": None}, {"gate_channels": 5, "bias": False}, {"temperature": 0.3}],
+    [{}, {"gate_channels": None}, {"gate_channels": 5, "bias": False}, {"temperature": 0.3}, {"activation": "relu"}],
     ids=str,
 )
 def test_is_algorithm_2(in_paths, out_paths, options):
@@ -143,9 +145,21 @@ def test_compiles_without_a_break():
         torch.testing.assert_close(actual, expected)
 
 
+def test_decomposes_with_its_activation():
+    router, xs = drawn(CrossConnection(6, 2, 3, activation="relu")), paths(2, 4, 6, 5, 5)
+    operator = torch.ops.fastroute.cross_connect.default
+    program = torch.export.export(router, (xs,))
+    program = program.run_decompositions({operator: torch._decomp.decomposition_table[operator]})
+    assert not any(node.target == operator for node in program.graph.nodes)
+    with torch.no_grad():
+        for ours, expected in zip(program.module()(xs), plain(router, xs), strict=True):
+            torch.testing.assert_close(ours, expected)
+
+
 def test_repr_is_its_arguments():
     assert repr(CrossConnection(6, 2, 3)) == "CrossConnection(6, in_paths=2, out_paths=3, gate_channels=16)"
     assert "gate_channels=None, bias=False" in repr(CrossConnection(6, 2, 3, gate_channels=0, bias=False))
+    assert repr(CrossConnection(6, 2, 3, activation="relu")).endswith("gate_channels=16, activation='relu')")
     assert repr(CrossConnection(6, 2, 3, temperature=2)).endswith("gate_channels=16, temperature=2.0)")
 
 
@@ -156,6 +170,7 @@ def test_repr_is_its_arguments():
         ({"in_paths": 0}, "in_paths is 0; it must be 1 to 8"),
         ({"out_paths": 9}, "out_paths is 9; it must be 1 to 8"),
         ({"gate_channels": -1}, "gate_channels is -1"),
+        ({"activation": "gelu"}, "activation is 'gelu'; it must be 'relu' or None"),
         ({"temperature": 0}, "temperature is 0; it must be positive and finite"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": math.inf}, "temperature is inf"),

@@ -13,9 +13,12 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LAYOUTS = ["contiguous", "channels_last", "stacked", "sliced"]
 
 
-def routed(m):
+ACTIVATIONS = [None, "relu"]
+
+
+def routed(m, activation=None):
     def run(w1, b1, w2, b2, *xs):
-        result = ops.cross_connect(list(xs[:m]), w1, b1, w2, b2)
+        result = ops.cross_connect(list(xs[:m]), w1, b1, w2, b2, activation)
         return [*result.outputs, result.gates, result.scores]
 
     return run
@@ -25,8 +28,13 @@ def eager(w1, b1, w2, b2, *xs):
     return eager_cross_connect(xs, w1, b1, w2, b2)
 
 
-def check(xs, ps):
-    return check_against_eager(routed(len(xs)), eager, [*ps, *xs])
+def eager_after_relu(*inputs):
+    return eager(*inputs[:4], *map(torch.relu, inputs[4:]))
+
+
+def check(xs, ps, activation=None):
+    plain = eager_after_relu if activation else eager
+    return check_against_eager(routed(len(xs), activation), plain, [*ps, *xs])
 
 
 # Every H, W, C, N and path count that is asked for, in few cases: odd sizes beside even ones, rows shorter and longer
@@ -44,19 +52,22 @@ SHAPES = [
 COUNTS = [(1, 2), (2, 2), (3, 1), (5, 4), (8, 8)]
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_outputs_and_every_gradient(backend, layout, dtype):
+def test_outputs_and_every_gradient(backend, layout, dtype, activation):
     for (shape, (m, n)), bias in zip(itertools.product(SHAPES, COUNTS), itertools.cycle([True, True, False])):
         precise = torch.float64 if dtype == torch.float64 else torch.float32
-        check(paths(m, shape, dtype, layout), parameters(m, n, shape[1], bias=bias, dtype=precise, scale=0.3))
+        ps = parameters(m, n, shape[1], bias=bias, dtype=precise, scale=0.3)
+        check(paths(m, shape, dtype, layout), ps, activation)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 9), (2, 5, 3, 4, 7)], ids=str)
 @pytest.mark.parametrize("hidden", [None, 1, 7])
-def test_other_ranks_and_gates(backend, shape, hidden):
+def test_other_ranks_and_gates(backend, shape, hidden, activation):
     for layout in ("contiguous", "channels_last"):
-        check(paths(3, shape, layout=layout), parameters(3, 2, shape[1], hidden))
+        check(paths(3, shape, layout=layout), parameters(3, 2, shape[1], hidden), activation)
 
 
 def test_parameters_of_the_paths_dtype(backend):
@@ -71,9 +82,31 @@ def test_extreme_scores(backend):
     assert torch.allclose(gates.sum(-1), torch.ones(3, 2))
 
 
-def test_large_maps_are_streamed(backend):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_large_maps_are_streamed(backend, activation):
     """Outputs past the caches go through other stores than small ones."""
-    check(paths(2, (5, 64, 64, 64)), parameters(2, 2, 64, scale=0.2))
+    check(paths(2, (5, 64, 64, 64)), parameters(2, 2, 64, scale=0.2), activation)
+
+
+def test_relu_at_zero_and_beyond_numbers(backend):
+    """Zeros of either sign have no gradient, infinities count as they are, and a NaN does not vanish."""
+    xs, ps = paths(2, (2, 3, 4, 5)), parameters(2, 2, 3)
+    xs[0][0, :, 0] = torch.tensor([0.0, -0.0, 1.0])[:, None]
+    xs[1][0, 1] = float("-inf")
+    _, gradients = check(xs, ps, "relu")
+    assert not gradients[4][0, :2, 0].any() and not gradients[5][0, 1].any()
+    xs[0][1, 2, 3, 4] = float("nan")
+    *outputs, gates, _ = routed(2, "relu")(*ps, *xs)
+    assert all(y[1].isnan().all() and y[0].isfinite().all() for y in outputs)
+    assert gates[1, 0].isnan().all() and gates[1, 1].isfinite().all()
+
+
+def test_relu_saves_nothing_but_what_is_given(backend):
+    xs = [x.requires_grad_() for x in paths(2, (4, 5, 8, 8))]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ops.cross_connect(xs, *parameters(2, 2, 5), activation="relu")
+    assert {t.data_ptr() for t in saved if t.numel() >= xs[0].numel()} == {x.data_ptr() for x in xs}
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -86,20 +119,22 @@ def test_large_maps_are_streamed(backend):
     layout=st.sampled_from(LAYOUTS),
     dtype=st.sampled_from(DTYPES),
     hidden=st.sampled_from([None, 1, 16, 19]),
+    activation=st.sampled_from(ACTIVATIONS),
 )
-def test_random_shapes(backend, m, n, batch, channels, space, layout, dtype, hidden):
+def test_random_shapes(backend, m, n, batch, channels, space, layout, dtype, hidden, activation):
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     ps = parameters(m, n, channels, hidden, dtype=precise, scale=0.3)
-    check(paths(m, (batch, channels, *space), dtype, layout), ps)
+    check(paths(m, (batch, channels, *space), dtype, layout), ps, activation)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("hidden", [None, 3])
-def test_gradcheck(backend, hidden):
+def test_gradcheck(backend, hidden, activation):
     ps = parameters(2, 3, 4, hidden, dtype=torch.float64)
     inputs = [*ps, *paths(2, (2, 4, 3, 2), torch.float64)]
     inputs = tuple(None if t is None else t.requires_grad_() for t in inputs)
-    assert torch.autograd.gradcheck(lambda *a: tuple(routed(2)(*a)), inputs)
-    assert torch.autograd.gradgradcheck(lambda *a: tuple(routed(2)(*a)), inputs)
+    assert torch.autograd.gradcheck(lambda *a: tuple(routed(2, activation)(*a)), inputs)
+    assert torch.autograd.gradgradcheck(lambda *a: tuple(routed(2, activation)(*a)), inputs)
 
 
 @pytest.mark.parametrize("use", [["outputs"], ["gates"], ["scores"], ["outputs", "scores"], ["one output"]])
@@ -157,28 +192,30 @@ def test_every_element_is_written(backend):
     assert all(torch.isfinite(t).all() for part in results for t in part)
 
 
-def test_nothing_is_mutated_and_nothing_aliased(backend):
+@pytest.mark.parametrize("relu", [False, True])
+def test_nothing_is_mutated_and_nothing_aliased(backend, relu):
     xs, ps = paths(2, (3, 5, 4, 4)), parameters(2, 2, 5)
     for hidden in (ps, parameters(2, 2, 5, None)):
-        torch.library.opcheck(torch.ops.fastroute.cross_connect.default, (xs, *hidden))
+        torch.library.opcheck(torch.ops.fastroute.cross_connect.default, (xs, *hidden, relu))
         needed = [x.clone().requires_grad_() for x in xs], *(None if p is None else p.requires_grad_() for p in hidden)
-        torch.library.opcheck(torch.ops.fastroute.cross_connect.default, needed)
+        torch.library.opcheck(torch.ops.fastroute.cross_connect.default, (*needed, relu))
     with torch.no_grad():
-        outputs, gates, _, pooled, hidden = torch.ops.fastroute.cross_connect(xs, *ps)
-    arguments = (outputs, gates, None, xs, *ps, gates, pooled, hidden, True)
+        outputs, gates, _, pooled, hidden = torch.ops.fastroute.cross_connect(xs, *ps, relu)
+    arguments = (outputs, gates, None, xs, *ps, gates, pooled, hidden, relu, True)
     arguments = [[t.detach() for t in a] if isinstance(a, list) else a for a in arguments]
     arguments = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
     torch.library.opcheck(torch.ops.fastroute.cross_connect_backward.default, arguments)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_compiles_whole_with_a_changing_batch(backend, layout):
+def test_compiles_whole_with_a_changing_batch(backend, layout, activation):
     torch._dynamo.reset()
     ps = parameters(2, 2, 5)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(xs):
-        result = ops.cross_connect([x.relu() for x in xs], *ps)
+        result = ops.cross_connect([x.relu() if activation is None else x + 0 for x in xs], *ps, activation)
         return sum(y.sum() for y in result.outputs) + result.scores.square().sum(), result.outputs
 
     for batch in (2, 3, 5, 8):
@@ -243,6 +280,7 @@ w1, b1, w2, b2 = torch.zeros(2, 5, 3), torch.zeros(2, 5), torch.zeros(2, 2, 5), 
         (ValueError, r"b2 has shape \(2, 3\)", ([x] * 2, w1, b1, w2, b2.new_zeros(2, 3))),
         (ValueError, "b1 is given without w1", ([x] * 2, None, b1, w2.new_zeros(2, 2, 3), b2)),
         (TypeError, "w1 has dtype torch.float64", ([x] * 2, w1.double(), b1, w2, b2)),
+        (ValueError, "activation is 'gelu'; it must be 'relu' or None", ([x] * 2, w1, b1, w2, b2, "gelu")),
     ],
 )
 def test_bad_input(error, message, arguments):
@@ -268,12 +306,13 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_one_large_sample(two_threads, layout, dtype):
+def test_one_large_sample(two_threads, layout, dtype, activation):
     """Which all threads take together."""
     precise = torch.float64 if dtype == torch.float64 else torch.float32
-    check(paths(2, (1, 24, 56, 57), dtype, layout), parameters(2, 3, 24, dtype=precise))
+    check(paths(2, (1, 24, 56, 57), dtype, layout), parameters(2, 3, 24, dtype=precise), activation)
 
 
 def test_plan_of_the_native_passes(two_threads):

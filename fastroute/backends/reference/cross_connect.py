@@ -26,9 +26,10 @@ def gate(xs, w1, b1, w2, b2):
     return tuple(torch.stack(values, dim=1) for values in (gates, scores, pooled, hidden))
 
 
-def cross_connect(xs, w1, b1, w2, b2):
-    gates, scores, pooled, hidden = gate(xs, w1, b1, w2, b2)
-    outputs = [dense_like(y, xs[0]) for y in weighted_sums(xs, gates)]  # Eq. 3.7
+def cross_connect(xs, w1, b1, w2, b2, relu):
+    paths = [torch.relu(x) for x in xs] if relu else xs
+    gates, scores, pooled, hidden = gate(paths, w1, b1, w2, b2)
+    outputs = [dense_like(y, xs[0]) for y in weighted_sums(paths, gates)]  # Eq. 3.7
     return outputs, gates, scores, pooled, hidden
 
 
@@ -58,9 +59,10 @@ def gate_backward(grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hi
 
 
 def cross_connect_backward(
-    grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden, grad_inputs
+    grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden, relu, grad_inputs
 ):
-    d_gates = inner_products(xs, grad_outputs, gates)  # Eq. 3.10
+    paths = [torch.relu(x) for x in xs] if relu else xs
+    d_gates = inner_products(paths, grad_outputs, gates)  # Eq. 3.10
     if grad_gates is not None:
         d_gates = d_gates + grad_gates
     shares, *grads = gate_backward(d_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden)
@@ -68,13 +70,16 @@ def cross_connect_backward(
     if grad_inputs:
         direct = weighted_sums(grad_outputs, gates.mT)
         shares = shares.reshape(*shares.shape, *[1] * (xs[0].dim() - 2)).unbind(1)
-        grad_xs = [dense_like(term + share, xs[0]) for term, share in zip(direct, shares, strict=True)]  # Eq. 3.15
+        grad_xs = [term + share for term, share in zip(direct, shares, strict=True)]  # Eq. 3.15
+        if relu:
+            grad_xs = [grad * (x > 0) for grad, x in zip(grad_xs, xs, strict=True)]
+        grad_xs = [dense_like(grad, xs[0]) for grad in grad_xs]
     return grad_xs, *grads
 
 
 def _setup(ctx, inputs, output):
-    grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, *_ = inputs
-    ctx.n = len(grad_outputs)
+    grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, *_, relu, _ = inputs
+    ctx.n, ctx.relu = len(grad_outputs), relu
     ctx.save_for_backward(grad_gates, grad_scores, w1, b1, w2, b2, *grad_outputs, *xs)
 
 
@@ -87,7 +92,7 @@ def _second_order(ctx, grad_xs, *grad_parameters):
     grad_gates, grad_scores, *parameters = leaves[:6]
     grad_outputs, xs = leaves[6 : 6 + ctx.n], leaves[6 + ctx.n :]
     with torch.enable_grad():
-        outputs, gates, scores, _, _ = cross_connect(xs, *parameters)
+        outputs, gates, scores, _, _ = cross_connect(xs, *parameters, ctx.relu)
         results = zip([*outputs, gates, scores], [*grad_outputs, grad_gates, grad_scores], strict=True)
         objective = sum((result * grad).sum() for result, grad in results if grad is not None)
         wanted = [(x, g) for x, g in zip(xs, grad_xs or [None] * len(xs), strict=True) if g is not None]
@@ -97,7 +102,7 @@ def _second_order(ctx, grad_xs, *grad_parameters):
     present = [t for t in leaves if t is not None]
     second = iter(torch.autograd.grad(objective, present, allow_unused=True))
     d = [None if t is None else next(second) for t in leaves]
-    return d[6 : 6 + ctx.n], *d[:2], d[6 + ctx.n :], *d[2:6], None, None, None, None
+    return d[6 : 6 + ctx.n], *d[:2], d[6 + ctx.n :], *d[2:6], None, None, None, None, None
 
 
 torch.library.register_autograd("fastroute::cross_connect_backward", _second_order, setup_context=_setup)

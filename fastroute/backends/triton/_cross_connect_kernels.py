@@ -1,7 +1,7 @@
 """The kernels of cross-connection routing (Alg. 2) and its backward, in the tiers that `launch_tables` describes.
 
 In them, `gate` is (w, b1, w2, b2), w (m, K, C) being what multiplies the pooled paths: W1, or W2 of the linear gate,
-for which G is 0. `sizes` is (channels, space, channels · space).
+for which G is 0. `sizes` is (channels, space, channels · space). With RELU, X_i is max(x, 0) of what is loaded.
 """
 
 import triton
@@ -12,6 +12,7 @@ from fastroute.backends.triton._tiles import (
     entries,
     load_scalars,
     load_tiles,
+    rectified,
     sum_parts,
     tile_of,
     weighted_sum,
@@ -69,26 +70,36 @@ def store_pooled(z, sample, i, c0, channels, saved, M: tl.constexpr, BC: tl.cons
 
 
 @triton.jit
-def pool(x, c0, start, stop, sizes, BC: tl.constexpr, BS: tl.constexpr, LAST: tl.constexpr):
+def pool(x, c0, start, stop, sizes, BC: tl.constexpr, BS: tl.constexpr, LAST: tl.constexpr, RELU: tl.constexpr):
     """What the positions from start to stop give to Z [C] of one path of one sample, for the channels from c0 on."""
     channels, space, _ = sizes
     total = tl.zeros([BC, BS], tl.float32)
     for s0 in range(start, stop, BS):
         corner, offsets, mask = tile_of(c0, s0, channels, space, BC, BS, LAST)
-        total += tl.load(x + corner + offsets, mask=mask, other=0.0).to(tl.float32)  # [C, S]
+        total += rectified(tl.load(x + corner + offsets, mask=mask, other=0.0), RELU).to(tl.float32)  # [C, S]
     return tl.div_rn(tl.sum(total, 1), tl.cast(space, tl.float32))  # Eq. 3.3
 
 
 @triton.jit
 def cross_connect_resident_fwd_kernel(
-    xs, x_strides, ys, gate, saved, sizes, G: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, LAST: tl.constexpr
+    xs,
+    x_strides,
+    ys,
+    gate,
+    saved,
+    sizes,
+    RELU: tl.constexpr,
+    G: tl.constexpr,
+    BC: tl.constexpr,
+    BS: tl.constexpr,
+    LAST: tl.constexpr,
 ):
     M: tl.constexpr = len(xs)
     N: tl.constexpr = len(ys)
     channels, space, size = sizes
     sample = tl.program_id(0).to(tl.int64)
     _, offsets, mask = tile_of(0, 0, channels, space, BC, BS, LAST)
-    x = load_tiles(xs, x_strides, sample, offsets, mask, "evict_first")  # m × [C, S]
+    x = load_tiles(xs, x_strides, sample, offsets, mask, "evict_first", RELU)  # m × [C, S]
     g = ()
     for i in tl.static_range(M):
         z = tl.div_rn(tl.sum(x[i].to(tl.float32), 1), tl.cast(space, tl.float32))  # Eq. 3.3
@@ -107,6 +118,7 @@ def cross_connect_fused_fwd_kernel(
     gate,
     saved,
     sizes,
+    RELU: tl.constexpr,
     G: tl.constexpr,
     BC: tl.constexpr,
     BS: tl.constexpr,
@@ -122,12 +134,12 @@ def cross_connect_fused_fwd_kernel(
     for i in tl.static_range(M):
         products = tl.zeros([triton.next_power_of_2(K), BC], tl.float32)
         for c0 in range(0, channels, BC):
-            z = pool(xs[i] + sample * x_strides[i], c0, 0, space, sizes, BC, BS, LAST)
+            z = pool(xs[i] + sample * x_strides[i], c0, 0, space, sizes, BC, BS, LAST, RELU)
             store_pooled(z, sample, i, c0, channels, saved, M, BC)
             products += weight_tile(gate[0], i, c0, channels, K, BC) * z[None, :]
         g += gate_row(tl.sum(products, 1), sample, i, gate, saved, True, M, N, G)
     for start in range(0, size, BLOCK):
-        mix_block(xs, x_strides, ys, g, sample, size, start, BLOCK)
+        mix_block(xs, x_strides, ys, g, sample, size, start, BLOCK, RELU)
 
 
 @triton.jit
@@ -148,6 +160,7 @@ def cross_connect_pool_fwd_kernel(
     blocks,
     span,
     first,
+    RELU: tl.constexpr,
     K: tl.constexpr,
     BC: tl.constexpr,
     BS: tl.constexpr,
@@ -166,7 +179,7 @@ def cross_connect_pool_fwd_kernel(
     k = tl.arange(0, triton.next_power_of_2(K))
     for i in tl.static_range(M):
         if tl.program_id(2) == i:
-            z = pool(xs[i] + sample * x_strides[i], c0, start, stop, sizes, BC, BS, LAST)
+            z = pool(xs[i] + sample * x_strides[i], c0, start, stop, sizes, BC, BS, LAST, RELU)
             row = (sample * M + i) * (parts // blocks) + part // blocks
             tl.store(pooled + row * channels + c, z, mask=c < channels)
             share = tl.sum(weight_tile(w, i, c0, channels, K, BC) * z[None, :], 1)
@@ -185,6 +198,7 @@ def cross_connect_mix_fwd_kernel(
     size,
     portion,
     first,
+    RELU: tl.constexpr,
     G: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -201,7 +215,7 @@ def cross_connect_mix_fwd_kernel(
         g += gate_row(projected, sample, i, gate, saved, tl.program_id(1) == 0, M, N, G)
     start = tl.program_id(1).to(tl.int64) * portion
     for block in range(start, tl.minimum(start + portion, size), BLOCK):
-        mix_block(xs, x_strides, ys, g, sample, size, block, BLOCK)
+        mix_block(xs, x_strides, ys, g, sample, size, block, BLOCK, RELU)
 
 
 @triton.jit
@@ -244,14 +258,20 @@ def shares_of(d_projected, w, c0, sizes, K: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def store_grad_inputs(dxs, dy, g, shares, offsets, mask):
-    """One tile of dX_i = Σ_j g_ij dY_j + share_i (Eq. 3.15)."""
+def store_grad_inputs(xs, x_strides, dxs, dy, g, shares, sample, size, offsets, mask, RELU: tl.constexpr):
+    """One tile of dX_i = Σ_j g_ij dY_j + share_i (Eq. 3.15); with RELU, zero where x is not above zero."""
     for i in tl.static_range(len(dxs)):
-        tl.store(dxs[i] + offsets, weighted_sum(dy, g, i * len(dy), 1) + shares[i], mask=mask)
+        dx = weighted_sum(dy, g, i * len(dy), 1) + shares[i]
+        if RELU:
+            x = tl.load(xs[i] + sample * x_strides[i] + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+            dx = tl.where(x > 0, dx, 0.0)
+        tl.store(dxs[i] + sample * size + offsets, dx, mask=mask)
 
 
 @triton.jit
 def walk_grad_inputs(
+    xs,
+    x_strides,
     dys,
     dy_strides,
     dxs,
@@ -265,13 +285,14 @@ def walk_grad_inputs(
     BC: tl.constexpr,
     BS: tl.constexpr,
     LAST: tl.constexpr,
+    RELU: tl.constexpr,
 ):
     """dX of every path, for the channels from c0 on and the positions from start to stop."""
     channels, space, size = sizes
     for s0 in range(start, stop, BS):
         corner, offsets, mask = tile_of(c0, s0, channels, space, BC, BS, LAST)
         dy = load_tiles(dys, dy_strides, sample, corner + offsets, mask, "evict_first")  # n × [C, S]
-        store_grad_inputs(dxs, dy, g, shares, sample * size + corner + offsets, mask)
+        store_grad_inputs(xs, x_strides, dxs, dy, g, shares, sample, size, corner + offsets, mask, RELU)
 
 
 @triton.jit
@@ -287,6 +308,7 @@ def cross_connect_resident_bwd_kernel(
     d_saved,
     sizes,
     GRAD_INPUTS: tl.constexpr,
+    RELU: tl.constexpr,
     G: tl.constexpr,
     BC: tl.constexpr,
     BS: tl.constexpr,
@@ -301,7 +323,8 @@ def cross_connect_resident_bwd_kernel(
     j = tl.arange(0, triton.next_power_of_2(N))
     d_projected = ()
     for i in tl.static_range(M):
-        x = tl.load(xs[i] + sample * x_strides[i] + offsets, mask=mask, other=0.0).to(tl.float32)  # [C, S]
+        x = tl.load(xs[i] + sample * x_strides[i] + offsets, mask=mask, other=0.0)
+        x = rectified(x, RELU).to(tl.float32)  # [C, S]
         d_gates = tl.zeros([triton.next_power_of_2(N)], tl.float32)
         for k in tl.static_range(N):
             d_gates = tl.where(j == k, tl.sum(x * dy[k].to(tl.float32)), d_gates)  # Eq. 3.10
@@ -309,7 +332,7 @@ def cross_connect_resident_bwd_kernel(
     if GRAD_INPUTS:
         g = load_scalars(saved[0] + sample * (M * N), M * N)
         shares = shares_of(d_projected, gate[0], 0, sizes, G if G else N, BC)
-        store_grad_inputs(dxs, dy, g, shares, sample * size + offsets, mask)
+        store_grad_inputs(xs, x_strides, dxs, dy, g, shares, sample, size, offsets, mask, RELU)
 
 
 @triton.jit
@@ -325,6 +348,7 @@ def cross_connect_fused_bwd_kernel(
     d_saved,
     sizes,
     GRAD_INPUTS: tl.constexpr,
+    RELU: tl.constexpr,
     G: tl.constexpr,
     BC: tl.constexpr,
     BS: tl.constexpr,
@@ -338,7 +362,7 @@ def cross_connect_fused_bwd_kernel(
     totals = zero_totals(M * N, BLOCK)
     for start in range(0, size, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        x = load_tiles(xs, x_strides, sample, at, at < size, "evict_first")  # m × [C·S]
+        x = load_tiles(xs, x_strides, sample, at, at < size, "evict_first", RELU)  # m × [C·S]
         dy = load_tiles(dys, dy_strides, sample, at, at < size, "")  # n × [C·S]
         totals = add_products(totals, x, dy)  # Eq. 3.10
     j = tl.arange(0, triton.next_power_of_2(N))
@@ -352,11 +376,15 @@ def cross_connect_fused_bwd_kernel(
         g = load_scalars(saved[0] + sample * (M * N), M * N)
         for c0 in range(0, channels, BC):
             shares = shares_of(d_projected, gate[0], c0, sizes, G if G else N, BC)
-            walk_grad_inputs(dys, dy_strides, dxs, g, shares, sample, c0, 0, space, sizes, BC, BS, LAST)
+            walk_grad_inputs(
+                xs, x_strides, dys, dy_strides, dxs, g, shares, sample, c0, 0, space, sizes, BC, BS, LAST, RELU
+            )
 
 
 @triton.jit(do_not_specialize=["first"])
 def cross_connect_inputs_bwd_kernel(
+    xs,
+    x_strides,
     dys,
     dy_strides,
     dxs,
@@ -371,6 +399,7 @@ def cross_connect_inputs_bwd_kernel(
     span,
     first,
     GRAD_INPUTS: tl.constexpr,
+    RELU: tl.constexpr,
     G: tl.constexpr,
     PARTS: tl.constexpr,
     BC: tl.constexpr,
@@ -393,7 +422,9 @@ def cross_connect_inputs_bwd_kernel(
         g = load_scalars(saved[0] + sample * (M * N), M * N)
         c0, start, stop = corner_of(tl.program_id(1), blocks, span, sizes[1], BC)
         shares = shares_of(d_projected, gate[0], c0, sizes, G if G else N, BC)
-        walk_grad_inputs(dys, dy_strides, dxs, g, shares, sample, c0, start, stop, sizes, BC, BS, LAST)
+        walk_grad_inputs(
+            xs, x_strides, dys, dy_strides, dxs, g, shares, sample, c0, start, stop, sizes, BC, BS, LAST, RELU
+        )
 
 
 @triton.jit

@@ -27,11 +27,21 @@ def tile_of(c0, s0, channels, space, BC: tl.constexpr, BS: tl.constexpr, LAST: t
 
 
 @triton.jit
-def load_tiles(paths, strides, sample, offsets, mask, EVICT: tl.constexpr):
+def rectified(x, RELU: tl.constexpr):
+    """max(x, 0), NaN staying NaN, or x without RELU."""
+    if RELU:
+        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)  # one instruction for two halves, without a mask
+    else:
+        return x
+
+
+@triton.jit
+def load_tiles(paths, strides, sample, offsets, mask, EVICT: tl.constexpr, RELU: tl.constexpr = False):
     """The same tile of every path, in the paths' dtype: what is held in half precision takes half the registers."""
     tiles = ()
     for i in tl.static_range(len(paths)):
-        tiles += (tl.load(paths[i] + sample * strides[i] + offsets, mask=mask, other=0.0, eviction_policy=EVICT),)
+        x = tl.load(paths[i] + sample * strides[i] + offsets, mask=mask, other=0.0, eviction_policy=EVICT)
+        tiles += (rectified(x, RELU),)
     return tiles
 
 

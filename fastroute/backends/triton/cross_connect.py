@@ -35,7 +35,9 @@ def _plan(problem: tables.Problem, chip: tables.Chip) -> tables.Resident | table
     return tables.plan(problem, chip)
 
 
-def problem_of(x: torch.Tensor, m: int, n: int, w1: torch.Tensor | None, backward: bool) -> tables.Problem:
+def problem_of(
+    x: torch.Tensor, m: int, n: int, w1: torch.Tensor | None, backward: bool, relu: bool = False
+) -> tables.Problem:
     return tables.Problem(
         batch=x.shape[0],
         m=m,
@@ -46,6 +48,7 @@ def problem_of(x: torch.Tensor, m: int, n: int, w1: torch.Tensor | None, backwar
         itemsize=x.itemsize,
         channels_last=x.dim() == 2 or not channels_first(x),
         backward=backward,
+        relu=relu,
     )
 
 
@@ -81,7 +84,7 @@ class Pooling:
         if self.spans > 1:
             self.sums = x.new_empty((*rows, self.spans, problem.channels), dtype=torch.float32)
 
-    def launch(self, paths: tuple, w: torch.Tensor, first: int, chunk: int) -> None:
+    def launch(self, paths: tuple, w: torch.Tensor, first: int, chunk: int, relu: bool) -> None:
         problem = self.problem
         cross_connect_pool_fwd_kernel[(chunk, self.parts, problem.m)](
             *paths,
@@ -92,6 +95,7 @@ class Pooling:
             self.blocks,
             self.settings.span,
             first,
+            RELU=relu,
             K=w.shape[1],
             **tile_of_problem(problem, self.settings),
         )
@@ -132,9 +136,9 @@ def launch_weights(d_saved: tuple, pooled: torch.Tensor, hidden: torch.Tensor, g
     )
 
 
-def cross_connect(xs, w1, b1, w2, b2):
+def cross_connect(xs, w1, b1, w2, b2, relu):
     x, m, n = xs[0], len(xs), w2.shape[1]
-    problem = problem_of(x, m, n, w1, backward=False)
+    problem = problem_of(x, m, n, w1, backward=False, relu=relu)
     batch, channels, size = problem.batch, problem.channels, problem.channels * problem.space
     outputs = [empty_path(x) for _ in range(n)]
     rows = (n, n, channels, problem.gate_channels)
@@ -143,18 +147,20 @@ def cross_connect(xs, w1, b1, w2, b2):
         return outputs, *saved
     settings = _plan(problem, _chip(x.device))
     program, tile = program_of(problem, settings), tile_of_problem(problem, settings)
-    sizes, g = (channels, problem.space, size), problem.gate_channels
+    sizes, options = (channels, problem.space, size), {"RELU": relu, "G": problem.gate_channels}
     paths, ys, gate = (tuple(xs), batch_strides(xs)), tuple(outputs), gate_of(w1, b1, w2, b2)
     with torch.cuda.device_of(x):
         if isinstance(settings, tables.Resident):
-            cross_connect_resident_fwd_kernel[(batch,)](*paths, ys, gate, saved, sizes, G=g, **tile)
+            cross_connect_resident_fwd_kernel[(batch,)](*paths, ys, gate, saved, sizes, **options, **tile)
         elif isinstance(settings, tables.Fused):
-            cross_connect_fused_fwd_kernel[(batch,)](*paths, ys, gate, saved, sizes, G=g, BLOCK=settings.block, **tile)
+            cross_connect_fused_fwd_kernel[(batch,)](
+                *paths, ys, gate, saved, sizes, BLOCK=settings.block, **options, **tile
+            )
         else:
             pooling = Pooling(problem, settings, x, saved[2])
             for first in range(0, batch, settings.chunk):
                 chunk = min(settings.chunk, batch - first)
-                pooling.launch(paths, gate[0], first, chunk)
+                pooling.launch(paths, gate[0], first, chunk, relu)
                 cross_connect_mix_fwd_kernel[(chunk, triton.cdiv(size, settings.portion))](
                     *paths,
                     ys,
@@ -165,7 +171,7 @@ def cross_connect(xs, w1, b1, w2, b2):
                     size,
                     settings.portion,
                     first,
-                    G=g,
+                    **options,
                     PARTS=max(1, tables.PARTIAL_VALUES // problem.gate_block),
                     BLOCK=settings.block,
                     **program,
@@ -175,10 +181,10 @@ def cross_connect(xs, w1, b1, w2, b2):
 
 
 def cross_connect_backward(
-    grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden, grad_inputs
+    grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden, relu, grad_inputs
 ):
     x, m, n = xs[0], len(xs), len(grad_outputs)
-    problem = problem_of(x, m, n, w1, backward=True)
+    problem = problem_of(x, m, n, w1, backward=True, relu=relu)
     batch, channels, size = problem.batch, problem.channels, problem.channels * problem.space
     grad_xs = [empty_path(x) for _ in xs] if grad_inputs else []
     grads = empty_gradients(gates, w1, w2)
@@ -186,7 +192,8 @@ def cross_connect_backward(
         return grad_xs, *(grad.zero_() for grad in grads)
     settings = _plan(problem, _chip(x.device))
     program, tile = program_of(problem, settings), tile_of_problem(problem, settings)
-    sizes, g = (channels, problem.space, size), problem.gate_channels
+    sizes = (channels, problem.space, size)
+    options = {"GRAD_INPUTS": grad_inputs, "RELU": relu, "G": problem.gate_channels}
     paths, dys = (tuple(xs), batch_strides(xs)), (tuple(grad_outputs), batch_strides(grad_outputs))
     dxs = tuple(grad_xs if grad_inputs else xs)  # without GRAD_INPUTS nothing is written there
     incoming = tuple(None if grad is None else grad.contiguous() for grad in (grad_gates, grad_scores))
@@ -194,12 +201,10 @@ def cross_connect_backward(
     common = (gate_of(w1, b1, w2, b2), (gates, hidden), incoming, d_saved)
     with torch.cuda.device_of(x):
         if isinstance(settings, tables.Resident):
-            cross_connect_resident_bwd_kernel[(batch,)](
-                *paths, *dys, dxs, *common, sizes, GRAD_INPUTS=grad_inputs, G=g, **tile
-            )
+            cross_connect_resident_bwd_kernel[(batch,)](*paths, *dys, dxs, *common, sizes, **options, **tile)
         elif isinstance(settings, tables.Fused):
             cross_connect_fused_bwd_kernel[(batch,)](
-                *paths, *dys, dxs, *common, sizes, GRAD_INPUTS=grad_inputs, G=g, BLOCK=settings.block, **tile
+                *paths, *dys, dxs, *common, sizes, BLOCK=settings.block, **options, **tile
             )
         else:
             parts = triton.cdiv(size, settings.portion)
@@ -222,9 +227,11 @@ def cross_connect_backward(
                     GRAD_INPUTS=False,
                     BLOCK=settings.block,
                     EVICT_DY="",
+                    RELU=relu,
                     **program,
                 )
                 cross_connect_inputs_bwd_kernel[(chunk, blocks * spans)](
+                    *paths,
                     *dys,
                     dxs,
                     *common,
@@ -234,8 +241,7 @@ def cross_connect_backward(
                     blocks,
                     settings.span,
                     first,
-                    GRAD_INPUTS=grad_inputs,
-                    G=g,
+                    **options,
                     PARTS=tables.PARTIAL_VALUES // triton.next_power_of_2(n),
                     **tile,
                 )

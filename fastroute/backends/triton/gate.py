@@ -38,7 +38,7 @@ def gate(xs, w1, b1, w2, b2):
     paths, parameters = (tuple(xs), batch_strides(xs)), cc.gate_of(w1, b1, w2, b2)
     with torch.cuda.device_of(x):
         pooling = cc.Pooling(problem, settings, x, saved[2])
-        pooling.launch(paths, parameters[0], 0, problem.batch)
+        pooling.launch(paths, parameters[0], 0, problem.batch, relu=False)
         cross_connect_mix_fwd_kernel[(problem.batch, 1)](  # with nothing to mix
             *paths,
             (x,) * n,
@@ -49,6 +49,7 @@ def gate(xs, w1, b1, w2, b2):
             0,
             0,
             0,
+            RELU=False,
             G=problem.gate_channels,
             PARTS=max(1, tables.PARTIAL_VALUES // problem.gate_block),
             BLOCK=settings.block,
@@ -73,6 +74,8 @@ def gate_backward(grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hi
     block_c = min(triton.next_power_of_2(problem.channels), max(1, tables.WEIGHT_VALUES // problem.gate_block))
     with torch.cuda.device_of(x):
         cross_connect_inputs_bwd_kernel[(problem.batch, 1)](  # of no inner products, and so of the incoming alone
+            tuple(xs),
+            (0,) * m,
             (x,) * n,
             (0,) * n,
             tuple(xs),
@@ -87,6 +90,7 @@ def gate_backward(grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hi
             settings.span,
             0,
             GRAD_INPUTS=False,
+            RELU=False,
             G=problem.gate_channels,
             PARTS=tables.PARTIAL_VALUES // triton.next_power_of_2(n),
             **cc.tile_of_problem(problem, settings),

@@ -44,7 +44,7 @@ INTERPRETED = H100  # CPU tensors are planned for as if they lay on this card
 
 @dataclass(frozen=True)
 class Problem:
-    """The sizes of one call; gate_channels is 0 for the linear gate."""
+    """The sizes of one call; gate_channels is 0 for the linear gate, and relu is whether one is taken of the paths."""
 
     batch: int
     m: int
@@ -55,6 +55,7 @@ class Problem:
     itemsize: int
     channels_last: bool
     backward: bool
+    relu: bool = False
 
     @property
     def twice(self) -> int:
@@ -121,8 +122,10 @@ MAX_WARPS = 16
 # half the warps, and its threads up to 255 registers. By the compiler's report 8 paths to 8 take 204 in the forward.
 FEW_PATHS = 6
 
-# Of 128 registers, what a resident sample may take. The other half is for addresses, sums and the gates.
+# Of 128 registers, what a resident sample may take. The other half is for addresses, sums and the gates. By the
+# compiler's report, 64 are too many for four paths, which spill up to 104 bytes, and for three after a ReLU, up to 32.
 RESIDENT_REGISTERS = 64
+CROWDED_REGISTERS = 32
 
 # Warps of a program that loops: two such programs may share a multiprocessor at 128 registers a thread.
 LOOP_WARPS = 8
@@ -195,10 +198,9 @@ def resident(problem: Problem) -> Resident | None:
     block_c, block_s = triton.next_power_of_2(problem.channels), triton.next_power_of_2(problem.space)
     tiles = problem.twice + (1 if problem.backward else 0)  # X_i passes by
     registers = tiles * block_c * block_s
-    if (
-        registers > 32 * most_warps(problem.m, problem.n) * RESIDENT_REGISTERS
-        or block_c * problem.gate_block > WEIGHT_VALUES
-    ):
+    crowded = problem.m + problem.n <= FEW_PATHS and problem.twice + problem.relu > 3
+    limit = CROWDED_REGISTERS if crowded else RESIDENT_REGISTERS
+    if registers > 32 * most_warps(problem.m, problem.n) * limit or block_c * problem.gate_block > WEIGHT_VALUES:
         return None
     warps = _power_of_2_up_to(registers // (32 * RESIDENT_REGISTERS // 2))  # half of the limit, while there are warps
     return Resident(block_c, block_s, min(most_warps(problem.m, problem.n), warps))

@@ -20,11 +20,11 @@ from fastroute.ops._paths import empty_path
 
 
 @triton.jit
-def mix_block(xs, x_strides, ys, g, sample, size, start, BLOCK: tl.constexpr):
+def mix_block(xs, x_strides, ys, g, sample, size, start, BLOCK: tl.constexpr, RELU: tl.constexpr = False):
     """One block of every output; g holds the m·n gates of the sample as scalars."""
     at = start + tl.arange(0, BLOCK)
     mask = at < size
-    x = load_tiles(xs, x_strides, sample, at, mask, "evict_first")  # m × [C·S]
+    x = load_tiles(xs, x_strides, sample, at, mask, "evict_first", RELU)  # m × [C·S]
     for j in tl.static_range(len(ys)):
         tl.store(ys[j] + sample * size + at, weighted_sum(x, g, j, len(ys)), mask=mask)  # Eq. 3.7
 
@@ -55,6 +55,7 @@ def mix_bwd_kernel(
     GRAD_INPUTS: tl.constexpr,
     BLOCK: tl.constexpr,
     EVICT_DY: tl.constexpr,
+    RELU: tl.constexpr,
 ):
     """<dY_j, X_i> over one portion of a sample, into partials (N, parts, m, n), and with GRAD_INPUTS dX of it."""
     M: tl.constexpr = len(xs)
@@ -67,7 +68,7 @@ def mix_bwd_kernel(
     for block in range(start, tl.minimum(start + portion, size), BLOCK):
         at = block + tl.arange(0, BLOCK)
         mask = at < size
-        x = load_tiles(xs, x_strides, sample, at, mask, "evict_first")  # m × [C·S]
+        x = load_tiles(xs, x_strides, sample, at, mask, "evict_first", RELU)  # m × [C·S]
         dy = load_tiles(dys, dy_strides, sample, at, mask, EVICT_DY)  # n × [C·S]
         totals = add_products(totals, x, dy)  # Eq. 3.10
         if GRAD_INPUTS:
@@ -152,6 +153,7 @@ def mix_backward(grad_outputs, xs, gates, grad_inputs):
             GRAD_INPUTS=grad_inputs,
             BLOCK=settings.block,
             EVICT_DY="evict_first",
+            RELU=False,
             num_warps=settings.num_warps,
             maxnreg=registers,
         )
