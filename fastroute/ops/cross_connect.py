@@ -73,7 +73,7 @@ def cross_connect(
     return Routed(outputs, gates, scores)
 
 
-def _prepare_forward(xs, w1, b1, w2, b2, relu):
+def _prepare_forward(xs, w1, b1, w2, b2, relu=False):
     check_paths("xs", xs)
     check_gate(xs, w1, b1, w2, b2)
     return align_paths("xs", xs), w1, b1, w2, b2, relu
@@ -110,7 +110,7 @@ def _fake_backward(grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, ga
 
 # pooled Z (N, m, C) and hidden H (N, m, G), after its ReLU, are what the backward needs beside the arguments.
 _FORWARD = define(
-    "cross_connect(Tensor[] xs, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, bool relu)"
+    "cross_connect(Tensor[] xs, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, bool relu=False)"
     " -> (Tensor[] outputs, Tensor gates, Tensor scores, Tensor pooled, Tensor hidden)",
     _prepare_forward,
     _fake_forward,
@@ -154,7 +154,7 @@ class _CrossConnect(torch.autograd.Function):
         return None, *grad_parameters, *(grad_xs if grad_inputs else [None] * len(xs))
 
 
-def _autograd(xs, w1, b1, w2, b2, relu):
+def _autograd(xs, w1, b1, w2, b2, relu=False):
     *outputs, gates, scores, pooled, hidden = _CrossConnect.apply(relu, w1, b1, w2, b2, *xs)
     return outputs, gates, scores, pooled, hidden
 
