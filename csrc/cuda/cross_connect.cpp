@@ -168,6 +168,11 @@ TORCH_LIBRARY_FRAGMENT(fastroute_native, m) {
       });
   m.def("cuda_force_cluster(int size) -> ()", [](int64_t size) { fastroute::cuda::forced_cluster = size; });
   m.def("cuda_last_cluster() -> int", [] { return fastroute::cuda::last_cluster.load(); });
-  // A hash of the sources that this library was built from.
-  m.def("cuda_build() -> str", [] { return std::string(FASTROUTE_CUDA_BUILD); });
+}
+
+// The sources that this library was built from. It is read from the file, since loading beside a library of operators
+// with other schemas ends the process.
+extern "C" {
+extern const char fastroute_cuda_build[];
+__attribute__((used)) const char fastroute_cuda_build[] = "fastroute_cuda_build " FASTROUTE_CUDA_BUILD;
 }

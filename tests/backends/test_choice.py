@@ -151,9 +151,14 @@ def test_a_missing_or_foreign_library_is_a_reason(monkeypatch, tmp_path):
     assert "does not load" in native._load.__wrapped__("_C")
 
 
-def test_a_stale_library_is_a_reason():
-    if native._SOURCES.is_dir():
-        assert "older than the sources" in native._reason_if_stale("another hash", "cpu")
+@pytest.mark.parametrize("operators", ["_operators", "_cuda_operators"])
+def test_a_stale_library_is_a_reason(operators, monkeypatch, tmp_path):
+    reason = getattr(native, operators).__wrapped__
+    if operators == "_cuda_operators":  # not so much as loaded
+        monkeypatch.setattr(native, "_FOLDER", tmp_path)
+        (tmp_path / "_C_cuda.so").write_bytes(b"fastroute_cuda_build of other sources")
+    monkeypatch.setattr(native, "_SOURCES", tmp_path)
+    assert "older than the sources" in reason()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -1,7 +1,7 @@
 """The compiled kernels of csrc: C++ for the CPU, CUDA for the GPU.
 
-A library is loaded when a tensor first asks for it. One that is missing, or was built from other sources or for another
-torch, is a reason not to serve, never an error at import.
+A library is loaded when a tensor first asks for it. One that is missing, or was built for another torch or, in a
+checkout, from other sources than those beside the package, is a reason not to serve, never an error at import.
 """
 
 from functools import cache
@@ -14,6 +14,7 @@ from fastroute.backends.native._hash import source_hash
 _FOLDER = Path(__file__).parent
 _SOURCES = _FOLDER.parents[2] / "csrc"
 _REBUILD = "build it anew with `python setup.py build_ext --inplace` or `pip install`"
+_STALE = f"the compiled library is older than the sources in csrc; {_REBUILD}"
 
 
 def cpu_library() -> str:
@@ -44,19 +45,18 @@ def _operators() -> str | None:
     sources, built_for = torch.ops.fastroute_native.build()
     if built_for != torch.__version__:
         return f"the compiled library was built for torch {built_for}, and this is {torch.__version__}; {_REBUILD}"
-    return _reason_if_stale(sources, "cpu")
+    return _STALE if _SOURCES.is_dir() and sources != source_hash(_SOURCES, "cpu") else None
 
 
 @cache
 def _cuda_operators() -> str | None:
-    return _load("_C_cuda") or _reason_if_stale(torch.ops.fastroute_native.cuda_build(), "cuda")
-
-
-def _reason_if_stale(built_from: str, folder: str) -> str | None:
-    """In a checkout, where the sources lie beside the package, a library must have been built from them."""
-    if _SOURCES.is_dir() and built_from != source_hash(_SOURCES, folder):
-        return f"the compiled library is older than the sources in csrc; {_REBUILD}"
-    return None
+    path = _FOLDER / "_C_cuda.so"
+    if _SOURCES.is_dir() and path.exists():
+        built_from = f"fastroute_cuda_build {source_hash(_SOURCES, 'cuda')}".encode()
+        # Read from the file: loading it beside operators of other schemas would end the process.
+        if built_from not in path.read_bytes():
+            return _STALE
+    return _load("_C_cuda")
 
 
 _backend_is_named = False
