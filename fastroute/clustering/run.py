@@ -56,8 +56,9 @@ def load_images(
         raise ValueError(f"limit is {limit}; it must be at least 1")
     if dataset == "imagefolder" and data_dir is None:
         raise ValueError("data_dir is None; the dataset 'imagefolder' needs one")
-    found = DATASETS[dataset](Options(data_dir, img_size, os.cpu_count() or 1, download))
-    splits = [found.train, found.val] if dataset in ("digits", "stl10") else [found.train]
+    both = dataset in ("digits", "stl10")
+    found = DATASETS[dataset](Options(data_dir, img_size, os.cpu_count() or 1, download, train_only=not both))
+    splits = [found.train, found.val] if both else [found.train]
     images, labels = (torch.cat(parts)[:limit] for parts in zip(*splits, strict=True))
     if dataset == "cifar100":
         labels = torch.tensor(CIFAR100_SUPERCLASSES)[labels]

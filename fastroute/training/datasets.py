@@ -45,7 +45,10 @@ class ImageSet(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """Where images come from and what they become; see `ImageDataModule`."""
+    """Where images come from and what they become; see `ImageDataModule`.
+
+    With `train_only`, torchvision's sets come without images for validation, which then need not be there.
+    """
 
     data_dir: Path | None = None
     img_size: int | None = None
@@ -53,6 +56,7 @@ class Options:
     download: bool = False
     first_classes: int | None = None
     on_bad_image: str = "stop"
+    train_only: bool = False
 
 
 def digits(options: Options) -> ImageSet:
@@ -69,8 +73,8 @@ def digits(options: Options) -> ImageSet:
     images = images.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     labels = torch.from_numpy(source.target).long()
     train, val = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=source.target, random_state=0)
-    splits = (Split(images[part], labels[part]) for part in (train, val))
-    return _image_set(*splits, [str(name) for name in source.target_names], options, flip=False)
+    splits = [Split(images[part], labels[part]) for part in (train, val)]
+    return _image_set(splits, [str(name) for name in source.target_names], options, flip=False)
 
 
 def cifar10(options: Options) -> ImageSet:
@@ -83,23 +87,31 @@ def cifar100(options: Options) -> ImageSet:
     return _cifar(torchvision.datasets.CIFAR100, options)
 
 
+class MNIST(torchvision.datasets.MNIST):
+    """torchvision's, but that it needs only the files of the half that is asked for."""
+
+    def _check_exists(self) -> bool:
+        half, raw = "train" if self.train else "t10k", Path(self.raw_folder)
+        return all((raw / f"{half}-{part}-ubyte").is_file() for part in ("images-idx3", "labels-idx1"))
+
+
 def mnist(options: Options) -> ImageSet:
     """MNIST: 60,000 and 10,000 digits, 28×28 and grey, shifted by at most three pixels, not mirrored."""
-    parts = [_torchvision(torchvision.datasets.MNIST, options, train=train) for train in (True, False)]
-    splits = (Split(_scaled(part.data[..., None], options.img_size), part.targets) for part in parts)
-    return _image_set(*splits, [str(digit) for digit in range(10)], options, flip=False)
+    parts = [_torchvision(MNIST, options, train=train) for train in _halves(options)]
+    splits = [Split(_scaled(part.data[..., None], options.img_size), part.targets) for part in parts]
+    return _image_set(splits, [str(digit) for digit in range(10)], options, flip=False)
 
 
 def stl10(options: Options) -> ImageSet:
     """STL-10: the 5,000 labelled training images and the 8,000 of the test, 96×96, shifted by at most 12, mirrored."""
     parts = [_torchvision(torchvision.datasets.STL10, options, split=split) for split in ("train", "test")]
-    splits = (
+    splits = [
         Split(
             _scaled(torch.from_numpy(p.data).permute(0, 2, 3, 1), options.img_size), torch.from_numpy(p.labels).long()
         )
         for p in parts
-    )
-    return _image_set(*splits, parts[0].classes, options, flip=True)
+    ]
+    return _image_set(splits, parts[0].classes, options, flip=True)
 
 
 def imagefolder(options: Options) -> ImageSet:
@@ -116,7 +128,7 @@ def imagefolder(options: Options) -> ImageSet:
     sources = folder_sources(options.data_dir, options.first_classes)
     _check_memory(options.data_dir, sum(len(source) for source in sources.values()), size)
     (train, bad), (val, bad_val) = (_decode(sources[split], size, options) for split in ("train", "val"))
-    return _image_set(train, val, sources["train"].classes, options, flip=True)._replace(skipped=bad + bad_val)
+    return _image_set([train, val], sources["train"].classes, options, flip=True)._replace(skipped=bad + bad_val)
 
 
 DATASETS: dict[str, Callable[[Options], ImageSet]] = {
@@ -129,8 +141,15 @@ DATASETS: dict[str, Callable[[Options], ImageSet]] = {
 }
 
 
-def _image_set(train: Split, val: Split, classes: list[str], options: Options, *, flip: bool) -> ImageSet:
+def _halves(options: Options) -> list[bool]:
+    """torchvision's `train`, for training and, unless it is left out, for validation."""
+    return [True] if options.train_only else [True, False]
+
+
+def _image_set(splits: list[Split], classes: list[str], options: Options, *, flip: bool) -> ImageSet:
     """Shifts are of at most an eighth of the image; of the classes only the first are kept, where that is asked for."""
+    train = splits[0]
+    val = splits[1] if len(splits) > 1 else Split(train.images[:0], train.labels[:0])
     if (count := options.first_classes) is not None:
         if not 1 <= count <= len(classes):
             raise ValueError(f"first_classes is {count}; it must be 1 to {len(classes)}, the classes of the data")
@@ -140,9 +159,9 @@ def _image_set(train: Split, val: Split, classes: list[str], options: Options, *
 
 
 def _cifar(dataset: type, options: Options) -> ImageSet:
-    parts = [_torchvision(dataset, options, train=train) for train in (True, False)]
-    splits = (Split(_scaled(torch.from_numpy(p.data), options.img_size), torch.tensor(p.targets)) for p in parts)
-    return _image_set(*splits, parts[0].classes, options, flip=True)
+    parts = [_torchvision(dataset, options, train=train) for train in _halves(options)]
+    splits = [Split(_scaled(torch.from_numpy(p.data), options.img_size), torch.tensor(p.targets)) for p in parts]
+    return _image_set(splits, parts[0].classes, options, flip=True)
 
 
 def _torchvision(dataset: type, options: Options, **split):

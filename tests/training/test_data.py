@@ -167,7 +167,7 @@ def test_mnist_and_stl10_are_read_into_memory(monkeypatch):
             self.data = np.zeros((4, 3, 96, 96), np.uint8) + (split == "train")
             self.labels = np.array([0, 1, 2, 0], np.uint8)
 
-    monkeypatch.setattr("torchvision.datasets.MNIST", Mnist)
+    monkeypatch.setattr("fastroute.training.datasets.MNIST", Mnist)
     monkeypatch.setattr("torchvision.datasets.STL10", Stl)
     for name, shape, pad, flip in (("mnist", (5, 28, 28, 1), 3, False), ("stl10", (4, 96, 96, 3), 12, True)):
         images = prepared(dataset=name).images
