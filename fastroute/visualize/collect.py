@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastroute.nn import ParallelPaths, Routing
+from fastroute.nn import CrossConnection, ParallelPaths, Routing
 from fastroute.nn.statistics import RouterStatistics
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -164,7 +164,10 @@ def collect_flows(model: nn.Module, images: Tensor) -> list[list[Layer]]:
         for name in names:
 
             def keep(module, args, output, name=name):
-                strengths[name] = relative(args[0]), relative(output[0])
+                xs = args[0]
+                if isinstance(module, CrossConnection) and module.activation == "relu":
+                    xs = [x.relu() for x in xs]  # the paths' own, which the router takes for them
+                strengths[name] = relative(xs), relative(output[0])
 
             hooks.callback(model.get_submodule(name).register_forward_hook(keep).remove)
         routing = model(images, return_routing=True)[1]

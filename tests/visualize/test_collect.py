@@ -89,11 +89,27 @@ def test_flows_are_the_shares_of_the_mean_magnitude(model):
     with torch.no_grad():
         stem = model.eval().stem([images])
         after = model.stem_router(stem)
-    means = torch.stack([x.abs().mean((1, 2, 3)) for x in after], 1)
+        paths = [x.relu() for x in model.stack1(after)]  # the ReLU in which they end is the router's
+    means, means_of_paths = (torch.stack([x.mean((1, 2, 3)) for x in xs], 1) for xs in (after, paths))
     for s, flow in enumerate(flows):
         assert flow[0].before.tolist() == [1]
         torch.testing.assert_close(flow[0].after, means[s] / means[s].sum())
+        torch.testing.assert_close(flow[1].before, means_of_paths[s] / means_of_paths[s].sum())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_flows_of_tensors_below_zero():
+    class Signed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router = CrossConnection(3, 2, 2)
+
+        def forward(self, x, return_routing=False):
+            outputs, routing = self.router([x, -3 * x], return_routing=True)
+            return (outputs[0].mean((2, 3)), {"router": routing}) if return_routing else outputs[0].mean((2, 3))
+
+    [[layer]] = collect_flows(Signed(), torch.randn(1, 3, 8, 8))
+    torch.testing.assert_close(layer.before, torch.tensor([0.25, 0.75]))
 
 
 @pytest.mark.parametrize(

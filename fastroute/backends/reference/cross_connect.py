@@ -72,7 +72,7 @@ def cross_connect_backward(
         shares = shares.reshape(*shares.shape, *[1] * (xs[0].dim() - 2)).unbind(1)
         grad_xs = [term + share for term, share in zip(direct, shares, strict=True)]  # Eq. 3.15
         if relu:
-            grad_xs = [grad * (x > 0) for grad, x in zip(grad_xs, xs, strict=True)]
+            grad_xs = [torch.where(x > 0, grad, 0) for grad, x in zip(grad_xs, xs, strict=True)]
         grad_xs = [dense_like(grad, xs[0]) for grad in grad_xs]
     return grad_xs, *grads
 
