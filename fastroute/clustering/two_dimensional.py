@@ -1,4 +1,4 @@
-"""Clusters in a plane (§4.5.1): why relevance scores are normalised. Needs matplotlib, as in `fastroute[bench]`."""
+"""Clusters in a plane (§4.5.1): why relevance scores are normalised. Needs matplotlib, as in `fastroute[visualize]`."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from fastroute.clustering.metrics import cluster_accuracy
 from fastroute.nn import MixtureEMLoss, RelevanceNorm
 from fastroute.ops import mixture_em_loss
 
-with extra("bench", "fastroute.clustering.two_dimensional"):
+with extra("visualize", "fastroute.clustering.two_dimensional"):
     from matplotlib.figure import Figure
 
 GAMMA, BATCH = 5.0, 128
