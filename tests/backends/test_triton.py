@@ -193,7 +193,7 @@ def check_routing(xs, gate, present=(True, True, True), activation=None):
 
 CASES = {  # m, n, (N, C, *S), dtype, layout, hidden, bias
     "odd sizes": (2, 3, (3, 5, 7, 5), torch.float32, "first", 5, True),
-    "channels_last": (3, 2, (2, 33, 13, 5), torch.bfloat16, "last", 16, True),
+    "channels_last": (3, 2, (2, 33, 7, 5), torch.bfloat16, "last", 16, True),
     "dense": (1, 2, (3, 7), torch.float32, "first", 3, True),
     "linear gate": (2, 2, (2, 6, 4, 2, 3), torch.float32, "last", 0, True),
     "stacked": (2, 2, (3, 16, 8, 8), torch.float16, "stacked", 16, True),
