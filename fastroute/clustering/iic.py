@@ -56,7 +56,3 @@ class IIC(ClusteringModule):
     def responses(self, images: Tensor) -> Tensor:
         """Scores (N, K)."""
         return self.network(images)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Posteriors (N, K)."""
-        return torch.softmax(self.responses(images), -1)

@@ -11,7 +11,7 @@ from fastroute.clustering.metrics import cluster_accuracy, many_to_one_accuracy
 
 
 class ClusteringModule(pl.LightningModule):
-    """A network that is trained to cluster images; `forward` gives posteriors (N, K).
+    """A network that is trained to cluster images; `forward` gives posteriors (N, K), by default the softmax of `responses`.
 
     Batches are images (N, C, H, W), values from 0 to 1, and labels (N,), which are used for nothing but the metrics
     that each validation logs: `acc`, `acc_many` (many clusters to a label), `nmi` and `ari` over exactly the images
@@ -25,6 +25,10 @@ class ClusteringModule(pl.LightningModule):
         super().__init__()
         self.num_clusters = num_clusters
         self.sizes, self._seen = [], []  # samples of each cluster at the last validation
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Posteriors (N, K)."""
+        return torch.softmax(self.responses(images), -1)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch

@@ -88,10 +88,6 @@ class TwoFoldClustering(ClusteringModule):
         """Normalised relevance scores (N, K) of the chosen head."""
         return self.normalize(self.scores(images), track=False)[:, self.head]
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Posteriors (N, K) of the chosen head."""
-        return torch.softmax(self.responses(images), -1)
-
     def on_validation_epoch_start(self) -> None:
         loss = torch.zeros(self.heads, device=self.device)
         with torch.no_grad():

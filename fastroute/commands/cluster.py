@@ -8,22 +8,13 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from fastroute.commands.common import config_option, plain_errors, recipe_or_file
+from fastroute.commands.common import config_option, plain_errors
 
 ARCHITECTURE = {"digits": "mnist", "mnist": "mnist", "stl10": "stl10"}
 
 
 def cluster(
-    config: Annotated[
-        str | None,
-        typer.Option(
-            "-c",
-            "--config",
-            is_eager=True,
-            callback=config_option(recipe_or_file("cluster")),
-            help="YAML file of defaults for all this, or the name of a recipe; `fastroute recipes` lists them.",
-        ),
-    ] = None,
+    config: Annotated[str | None, config_option("cluster")] = None,
     dataset: Annotated[
         Literal["digits", "mnist", "cifar10", "cifar100", "stl10", "imagefolder"],
         typer.Option(help="Where the images come from."),
@@ -99,26 +90,26 @@ def cluster(
             pl.seed_everything(seed, verbose=False)
             augmentation = Augmentation(flip=dataset not in ("digits", "mnist"))  # a mirrored digit is no digit
             layers = architecture or ARCHITECTURE.get(dataset, "cifar")
-            if method != "dec":
+            if method == "dec":
+                module = DEC(images[0].numel(), clusters, pretrain_epochs=(epochs + 1) // 2, seed=seed)
+            else:
                 network = clustering_network(layers, heads * clusters, images.shape[-1], batch_norm)
                 if channels_last:
                     network = network.to(memory_format=torch.channels_last)
-            if method == "dec":
-                module = DEC(images[0].numel(), clusters, pretrain_epochs=(epochs + 1) // 2, seed=seed)
-            elif method == "iic":
-                module = IIC(network, clusters, augmentation=augmentation, lr=lr_consistency)
-            else:
-                module = TwoFoldClustering(
-                    network,
-                    clusters,
-                    heads=heads,
-                    method=method,
-                    augmentation=augmentation,
-                    lr_em=lr_em,
-                    lr_consistency=lr_consistency,
-                    gamma=gamma,
-                    training_statistics=statistics,
-                )
+                if method == "iic":
+                    module = IIC(network, clusters, augmentation=augmentation, lr=lr_consistency)
+                else:
+                    module = TwoFoldClustering(
+                        network,
+                        clusters,
+                        heads=heads,
+                        method=method,
+                        augmentation=augmentation,
+                        lr_em=lr_em,
+                        lr_consistency=lr_consistency,
+                        gamma=gamma,
+                        training_statistics=statistics,
+                    )
             data = {"dataset": dataset, "img_size": img_size, "method": method}
             network_of = {"architecture": layers, "clusters": clusters, "heads": heads, "batch_norm": batch_norm}
             module.save_hyperparameters(data | network_of, logger=False)  # what `fastroute report` makes it from

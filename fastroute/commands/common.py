@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -44,31 +44,17 @@ def read_options(path: Path) -> dict:
     return values
 
 
-def recipe_or_file(command: str) -> Callable[[str], dict]:
-    """Reads the options of a YAML file, or else of a packaged recipe of the command."""
+def config_option(command: str):
+    """The `--config` option of a command: a YAML file, or a packaged recipe of the command by its name.
 
-    def read(value: str) -> dict:
-        from fastroute.training.recipes import recipe
-
-        path = Path(value)
-        is_file = path.suffix in (".yaml", ".yml") or path.exists()
-        return read_options(path) if is_file else recipe(value, command).options
-
-    return read
-
-
-def config_option(read: Callable[[str], dict] = lambda path: read_options(Path(path))) -> Callable:
-    """A callback for a `--config` option: what is read become defaults, which the command line overrides.
-
-    Args:
-        read: from the option's value to names and values of options.
+    What it holds become defaults, which the command line overrides.
     """
 
     def callback(context: typer.Context, config: str | None) -> str | None:
         if config is None:
             return None
         with plain_errors():
-            values = {str(name).replace("-", "_"): value for name, value in read(config).items()}
+            values = {str(name).replace("-", "_"): value for name, value in _recipe_or_file(config, command).items()}
             options = {option.name for option in context.command.params} - {"config"}
             for name in values.keys() - options:
                 near = get_close_matches(name, options, n=1)
@@ -78,7 +64,21 @@ def config_option(read: Callable[[str], dict] = lambda path: read_options(Path(p
         context.default_map = {n: str(v) if isinstance(v, list) else v for n, v in values.items() if v is not None}
         return config
 
-    return callback
+    return typer.Option(
+        "-c",
+        "--config",
+        is_eager=True,
+        callback=callback,
+        help="YAML file of defaults for all this, or the name of a recipe; `fastroute recipes` lists them.",
+    )
+
+
+def _recipe_or_file(config: str, command: str) -> dict:
+    from fastroute.training.recipes import recipe
+
+    path = Path(config)
+    is_file = path.suffix in (".yaml", ".yml") or path.exists()
+    return read_options(path) if is_file else recipe(config, command).options
 
 
 def numbers(value: str | None, kind: type = int, what: str = "epochs, such as 80,150") -> list | None:

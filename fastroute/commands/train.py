@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from fastroute.commands.common import config_option, numbers, plain_errors, recipe_or_file
+from fastroute.commands.common import config_option, numbers, plain_errors
 from fastroute.nn import GateClusteringLoss, Router
 
 
@@ -28,16 +28,7 @@ AUGMENTATION, COMPUTE, RUN = "Augmentation", "Computation", "The run and its fil
 def train(
     context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="The network; `fastroute models` lists them.")] = None,
-    config: Annotated[
-        str | None,
-        typer.Option(
-            "-c",
-            "--config",
-            is_eager=True,
-            callback=config_option(recipe_or_file("train")),
-            help="YAML file of defaults for all this, or the name of a recipe; `fastroute recipes` lists them.",
-        ),
-    ] = None,
+    config: Annotated[str | None, config_option("train")] = None,
     dataset: Annotated[
         Literal["digits", "cifar10", "cifar100", "mnist", "stl10", "imagefolder", "webdataset"],
         option(help="Where the images come from.", panel=DATA),

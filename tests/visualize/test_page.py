@@ -56,9 +56,9 @@ def test_text_stands_out_in_both_themes(opened, scheme):
         const style = getComputedStyle(document.querySelector(place));
         return place === "body" ? [style.color, style.backgroundColor] : [style.fill, ""]})"""
     (ink, paper), (text, _) = tab.evaluate(colours)
-    brightness = lambda rgb: sum(map(int, rgb[4:-1].split(", ")))  # noqa: E731
-    assert text == ink and abs(brightness(ink) - brightness(paper)) > 500
-    assert (brightness(ink) > brightness(paper)) == (scheme == "dark")
+    ink_level, paper_level = (sum(map(int, rgb[4:-1].split(", "))) for rgb in (ink, paper))
+    assert text == ink and abs(ink_level - paper_level) > 500
+    assert (ink_level > paper_level) == (scheme == "dark")
 
 
 def test_controls_choose_the_image_and_edges_say_their_gate(opened):

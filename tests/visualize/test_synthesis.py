@@ -31,7 +31,10 @@ def test_gates_answer_more_than_to_any_image():
     made = synthesize_gates(model, gates, (3, 8, 8), mean=0.5, std=0.25, steps=60)
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    scores = lambda x: model.eval()((x - 0.5) / 0.25, return_routing=True)[1]["stack1_router"].scores  # noqa: E731
+
+    def scores(x):
+        return model.eval()((x - 0.5) / 0.25, return_routing=True)[1]["stack1_router"].scores
+
     real = scores(torch.rand(64, 3, 8, 8)).detach()
     for k, gate in enumerate(gates):
         assert scores(made)[k, gate.i, gate.j] > real[:, gate.i, gate.j].max()
