@@ -11,7 +11,8 @@ from fastroute.clustering.metrics import cluster_accuracy, many_to_one_accuracy
 
 
 class ClusteringModule(pl.LightningModule):
-    """A network that is trained to cluster images; `forward` gives posteriors (N, K), by default the softmax of `responses`.
+    """A network that is trained to cluster images; `forward` gives posteriors (N, K), the softmax of `responses` if a
+    method says no other.
 
     Batches are images (N, C, H, W), values from 0 to 1, and labels (N,), which are used for nothing but the metrics
     that each validation logs: `acc`, `acc_many` (many clusters to a label), `nmi` and `ari` over exactly the images
