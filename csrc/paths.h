@@ -76,10 +76,14 @@ inline at::ScalarType accumulate_type(at::ScalarType type) {
 }
 
 // As fastroute.ops._paths.empty_path: x's sample strides, samples next to each other.
-inline at::Tensor empty_path(const at::Tensor& x) {
+inline std::vector<int64_t> path_strides(const at::Tensor& x) {
   std::vector<int64_t> strides = x.strides().vec();
   strides[0] = Geometry(x).elements();
-  return at::empty_strided(x.sizes(), strides, x.options());
+  return strides;
+}
+
+inline at::Tensor empty_path(const at::Tensor& x) {
+  return at::empty_strided(x.sizes(), path_strides(x), x.options());
 }
 
 inline std::vector<at::Tensor> empty_paths(const at::Tensor& x, int64_t count) {

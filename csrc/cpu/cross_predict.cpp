@@ -433,5 +433,4 @@ TORCH_LIBRARY_IMPL(fastroute_native, CPU, m) {
   m.impl("sum_predictions", &fastroute::sum_predictions);
   m.impl("scale_paths", &fastroute::scale_paths);
   m.impl("sum_gradients", &fastroute::sum_gradients);
-  m.impl("on_huge_pages", &fastroute::on_huge_pages);
 }

@@ -224,38 +224,50 @@ void inner_products_tile(
     const T* const* xs, const T* const* ys, int64_t count, std::array<double, kMaxPaths>* total, int64_t column) {
   using P = Pack<T>;
   using Part = typename P::Part;
-  // Enough sums in flight to hide the latency of a fused multiply-add.
+  // Enough sums in flight to hide the latency of a fused multiply-add; each of so few terms that what rounds off is
+  // mostly a product's share, since gradients of the gate are what is left of many products that cancel.
   constexpr int kUnroll = M * N >= 8 ? 1 : (M * N >= 4 ? 2 : 4);
-  Part acc[M][N][kUnroll];
-  for (auto& row : acc)
-    for (auto& cell : row) std::fill(std::begin(cell), std::end(cell), Part(0));
-  const auto step = [&](int64_t e, int u, int64_t tail) {
-    P x[M];
-#pragma GCC unroll 4
-    for (int i = 0; i < M; ++i) x[i] = tail ? P::template load<kRelu>(xs[i] + e, tail) : P::template load<kRelu>(xs[i] + e);
-#pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) {
-      const P y = tail ? P::load(ys[j] + e, tail) : P::load(ys[j] + e);
+  constexpr int64_t kGroup = 16 * kUnroll * P::kSize;
+  Part sums[M][N];
+  for (auto& row : sums) std::fill(std::begin(row), std::end(row), Part(0));
+  for (int64_t e = 0; e < count; e += kGroup) {
+    Part acc[M][N][kUnroll];
+    for (auto& row : acc)
+      for (auto& cell : row) std::fill(std::begin(cell), std::end(cell), Part(0));
+    const auto step = [&](int64_t e, int u, int64_t tail) {
+      P x[M];
 #pragma GCC unroll 4
       for (int i = 0; i < M; ++i) {
+        x[i] = tail ? P::template load<kRelu>(xs[i] + e, tail) : P::template load<kRelu>(xs[i] + e);
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) {
+        const P y = tail ? P::load(ys[j] + e, tail) : P::load(ys[j] + e);
+#pragma GCC unroll 4
+        for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
-        for (int h = 0; h < P::kParts; ++h) acc[i][j][u] = at::vec::fmadd(x[i].part[h], y.part[h], acc[i][j][u]);
+          for (int h = 0; h < P::kParts; ++h) acc[i][j][u] = at::vec::fmadd(x[i].part[h], y.part[h], acc[i][j][u]);
+        }
+      }
+    };
+    const int64_t end = std::min(count, e + kGroup);
+    int64_t at = e;
+    for (; at + kUnroll * P::kSize <= end; at += kUnroll * P::kSize) {
+#pragma GCC unroll 4
+      for (int u = 0; u < kUnroll; ++u) step(at + u * P::kSize, u, 0);
+    }
+    for (; at + P::kSize <= end; at += P::kSize) step(at, 0, 0);
+    if (at < end) step(at, 0, end - at);
+    for (int i = 0; i < M; ++i) {
+      for (int j = 0; j < N; ++j) {
+        Part sum = acc[i][j][0];
+        for (int u = 1; u < kUnroll; ++u) sum = sum + acc[i][j][u];
+        sums[i][j] = sums[i][j] + sum;
       }
     }
-  };
-  int64_t e = 0;
-  for (; e + kUnroll * P::kSize <= count; e += kUnroll * P::kSize) {
-#pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) step(e + u * P::kSize, u, 0);
   }
-  for (; e + P::kSize <= count; e += P::kSize) step(e, 0, 0);
-  if (e < count) step(e, 0, count - e);
   for (int i = 0; i < M; ++i) {
-    for (int j = 0; j < N; ++j) {
-      Part sum = acc[i][j][0];
-      for (int u = 1; u < kUnroll; ++u) sum = sum + acc[i][j][u];
-      total[i][column + j] += static_cast<double>(horizontal_sum(sum));
-    }
+    for (int j = 0; j < N; ++j) total[i][column + j] += static_cast<double>(horizontal_sum(sums[i][j]));
   }
 }
 

@@ -3,14 +3,11 @@
 #pragma once
 
 #include "cpu/loops.h"
+#include "cpu/memory.h"
 
 #include <ATen/Parallel.h>
 
 #include <vector>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace fastroute {
 
@@ -28,26 +25,6 @@ template <typename F>
 void for_samples(const Geometry& g, int64_t paths, int64_t itemsize, const F& f) {
   const int64_t bytes = std::max<int64_t>(1, paths * g.elements() * itemsize);
   at::parallel_for(0, g.batch, std::max<int64_t>(1, kGrainBytes / bytes), f);
-}
-
-// Asks for huge pages under large tensors that nobody has written yet: memory fresh from the system is mapped page by page
-// as it is first written, and with pages of 4 KiB that takes several times as long as the routing itself.
-inline void on_huge_pages(at::TensorList paths) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = uintptr_t{4} << 10, kHugePage = uintptr_t{2} << 20;
-  for (const at::Tensor& path : paths) {
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(path.mutable_data_ptr()) + kPage - 1) / kPage * kPage;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(path.mutable_data_ptr()) + path.nbytes()) / kPage * kPage;
-    if (path.nbytes() >= kHugePage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  }
-#endif
-}
-
-// Outputs of the paths' shape.
-inline std::vector<at::Tensor> allocate_paths(const at::Tensor& x, int64_t count) {
-  std::vector<at::Tensor> paths = empty_paths(x, count);
-  on_huge_pages(paths);
-  return paths;
 }
 
 // Whether these outputs are written past the caches: they are large and every sample starts on a register's boundary.

@@ -35,6 +35,10 @@ def stages(device: str) -> list[tuple[int, ...]]:
     return small + _maps(imagenet, RESNET18 + RESNET50)
 
 
+# The error of torch.compile's result, in eager's, that passes for the same result: the sums that its code takes at once
+# leave the gradients of a gate's few parameters with 1.5 to 8 times eager's error (rms over draws), and one draw varies.
+COMPILE_TIMES = 32
+
 # What README states: the stages of the CIFAR ResNets at batch 128, and the first three of ResNet18 at batch 32.
 STATED = _maps(128, CIFAR_RESNET) + _maps(32, RESNET18[:3])
 
@@ -165,9 +169,9 @@ def contest(problem: Problem, device: torch.device) -> Contest:
         doubles = [leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in leaves]
         exact = job(operator.plain, doubles[:m], doubles[m:], [grad.double() for grad in incoming])
         eager = contenders["eager"]()
-        for name in (OURS, "compile"):
+        for name, times in ((OURS, 2), ("compile", COMPILE_TIMES)):
             try:
-                assert_as_good_as_eager(contenders[name](), eager, exact)
+                assert_as_good_as_eager(contenders[name](), eager, exact, times)
             except AssertionError as error:
                 raise AssertionError(f"{name}: {error}") from None
 
