@@ -40,7 +40,7 @@ void forward_kernel(
       sums.ys = ys.sample(s);
       sums.n = gate.n;
       transpose_weights(gates + s * gate.m * gate.n, gate.m, gate.n, sums.weights);
-      look_ahead(sums, {&xs}, s, g);
+      look_ahead(sums, {&xs}, s + 1, g);
       mix_sample<kRelu>(sums, gate.m, g, stream);
     }
     stream_fence();
@@ -81,7 +81,7 @@ void backward_kernel(
     std::vector<A> scratch, d_pooled(m * g.channels);
     A d_gates[kMaxPaths * kMaxPaths];
     WeightedSums<T> sums;
-    for (int64_t s = begin; s < end; ++s) {
+    for (int64_t s = end; s-- > begin;) {  // what the forward and the layer after it touched last comes first
       const auto x = xs.sample(s), dy = dys.sample(s);
       const A* sample_gates = gates + s * m * n;
       const auto products = inner_products_of_sample<kRelu>(x, m, dy, n, g);  // Eq. 3.10
@@ -97,7 +97,7 @@ void backward_kernel(
       sums.masks = x;
       sums.n = m;
       copy_weights(sample_gates, m, n, sums.weights);
-      look_ahead(sums, {&xs, &dys}, s, g);
+      look_ahead(sums, {&xs, &dys}, s - 1, g);
       mix_sample<kRelu>(sums, d_pooled.data(), n, g, stream, scratch);  // Eq. 3.15
     }
     stream_fence();
@@ -144,7 +144,7 @@ std::tuple<bool, bool, bool, bool> cpu_plan(const at::Tensor& x, int64_t m, int6
   return dispatch(x.scalar_type(), [&]<typename T>() {
     const std::vector<at::Tensor> inputs(m, x);
     return std::make_tuple(
-        streamable(Paths<T>(inputs), g), addend_of<T>(g) == Addend::kRow, looks_ahead(g, m + n, sizeof(T), 0),
+        streamable(Paths<T>(inputs), g), addend_of<T>(g) == Addend::kRow, looks_ahead(g, m + n, sizeof(T)),
         shares_samples(g, m + n, sizeof(T)));
   });
 }

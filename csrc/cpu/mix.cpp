@@ -73,7 +73,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> mix_backward(
     const bool stream = grad_inputs && streamable(dx, g);
     for_samples(g, 2 * m + n, sizeof(T), [&](int64_t begin, int64_t end) {
       WeightedSums<T> sums;
-      for (int64_t s = begin; s < end; ++s) {
+      for (int64_t s = end; s-- > begin;) {  // what the forward and the layer after it touched last comes first
         const auto products = inner_products_of_sample(x.sample(s), m, dy.sample(s), n, g);  // Eq. 3.10
         for (int64_t k = 0; k < m * n; ++k) d_gates[s * m * n + k] = static_cast<A>(products[k / n][k % n]);
         if (!grad_inputs) continue;
@@ -81,7 +81,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> mix_backward(
         sums.ys = dx.sample(s);
         sums.n = m;
         copy_weights(values + s * gates.batch_stride, m, n, sums.weights);
-        look_ahead(sums, {&x, &dy}, s, g);
+        look_ahead(sums, {&x, &dy}, s - 1, g);
         mix_sample(sums, n, g, stream);  // the first term of Eq. 3.15
       }
       stream_fence();

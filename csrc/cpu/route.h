@@ -46,9 +46,9 @@ Addend addend_of(const Geometry& g) {
   return !g.channels_last && g.size >= 2 * Pack<T>::kSize ? Addend::kRow : Addend::kElement;
 }
 
-// Whether sample s is followed by one that fits in the cache beside it.
-inline bool looks_ahead(const Geometry& g, int64_t paths, int64_t itemsize, int64_t s) {
-  return s + 1 < g.batch && 2 * paths * g.elements() * itemsize <= kCacheBytes;
+// Whether a sample fits in the cache beside the one before it.
+inline bool looks_ahead(const Geometry& g, int64_t paths, int64_t itemsize) {
+  return g.batch > 1 && 2 * paths * g.elements() * itemsize <= kCacheBytes;
 }
 
 // Runs f(begin, count) over [0, total) in blocks, the last first: the pass before went forward, so that the end of the
@@ -58,15 +58,16 @@ void backwards(int64_t total, int64_t block, const F& f) {
   for (int64_t begin = (total - 1) / block * block; begin >= 0; begin -= block) f(begin, std::min(block, total - begin));
 }
 
-// While sample s is written, asks for the next one where two fit in the cache together.
+// While a sample is written, asks for the next one, if there is one, where two fit in the cache together.
 template <typename T>
-void look_ahead(WeightedSums<T>& sums, std::initializer_list<const Paths<const T>*> inputs, int64_t s, const Geometry& g) {
+void look_ahead(
+    WeightedSums<T>& sums, std::initializer_list<const Paths<const T>*> inputs, int64_t next, const Geometry& g) {
   int64_t paths = 0;
   for (const auto* input : inputs) paths += input->count;
   sums.ahead_count = 0;
-  if (!looks_ahead(g, paths, sizeof(T), s)) return;
+  if (next < 0 || next >= g.batch || !looks_ahead(g, paths, sizeof(T))) return;
   for (const auto* input : inputs) {
-    for (int64_t i = 0; i < input->count; ++i) sums.ahead[sums.ahead_count++] = input->sample(s + 1)[i];
+    for (int64_t i = 0; i < input->count; ++i) sums.ahead[sums.ahead_count++] = input->sample(next)[i];
   }
 }
 
