@@ -138,7 +138,7 @@ void pool(const T* x, const Geometry& g, accumulate_t<T>* z, accumulate_t<T>* sc
   }
 }
 
-// What a weighted sum adds to output j in row r at element e: nothing, values[j * stride + r] or values[j * stride + e].
+// What a weighted sum adds to output j at element e of row r: nothing, values[j * stride + r] or values[j * stride + e].
 enum class Addend { kNone, kRow, kElement };
 
 // The weighted sums of one sample.
@@ -157,14 +157,16 @@ struct WeightedSums {
   std::array<const T*, 2 * kMaxPaths> ahead;
   int64_t ahead_count = 0;
 
-  // y_j = Σ_i weights[j][i] x_i + addend over rows of neighbouring elements from `begin` (Eq. 3.7, 3.15). With kRelu, it
-  // is x_i that is rectified in the forward, which has no addend, and in the backward y_j is 0 where masks_j is not above 0.
+  // y_j = Σ_i weights[j][i] x_i + addend over `count` elements from `begin`, in rows of `length` (Eq. 3.7, 3.15). With kRelu,
+  // it is x_i that is rectified in the forward, which has no addend, and in the backward y_j is 0 where masks_j is not above 0.
+  // For kElement the elements are whole rows. For kRow a vector may reach from a row into the next, so that all but the
+  // last are whole and aligned whatever the rows' length.
   template <int M, Addend kAddend, bool kStream, bool kRelu>
-  void run(int64_t begin, int64_t rows, int64_t length) const {
+  void run(int64_t begin, int64_t count, int64_t length) const {
     using P = Pack<T>;
     using Part = typename P::Part;
     constexpr bool kRectify = kRelu && kAddend == Addend::kNone, kMask = kRelu && kAddend != Addend::kNone;
-    const auto step = [&](int64_t at, int64_t row, int64_t e, int64_t tail) __attribute__((always_inline)) {
+    const auto step = [&](int64_t at, int64_t tail, const auto& added) __attribute__((always_inline)) {
       for (int64_t i = 0; i < ahead_count; ++i) __builtin_prefetch(ahead[i] + at, 0, 2);
       P x[M];
 #pragma GCC unroll 8
@@ -178,12 +180,8 @@ struct WeightedSums {
           const Part first = x[0].part[h], weight(weights[j][0]);
           if constexpr (kAddend == Addend::kNone) {
             y.part[h] = first * weight;
-          } else if constexpr (kAddend == Addend::kRow) {
-            y.part[h] = at::vec::fmadd(first, weight, Part(addend[j * addend_stride + row]));
           } else {
-            const A* from = addend + j * addend_stride + e + h * Part::size();
-            const int64_t lanes = std::clamp<int64_t>(tail - h * Part::size(), 0, Part::size());
-            y.part[h] = at::vec::fmadd(first, weight, tail ? Part::loadu(from, lanes) : Part::loadu(from));
+            y.part[h] = at::vec::fmadd(first, weight, added(j, h * Part::size()));
           }
 #pragma GCC unroll 8
           for (int i = 1; i < M; ++i) y.part[h] = at::vec::fmadd(x[i].part[h], Part(weights[j][i]), y.part[h]);
@@ -198,11 +196,36 @@ struct WeightedSums {
         }
       }
     };
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t at = begin + row * length;
-      int64_t e = 0;
-      for (; e + P::kSize <= length; e += P::kSize) step(at + e, row, e, 0);
-      if (e < length) step(at + e, row, e, length - e);
+    const int64_t end = begin + count;
+    if constexpr (kAddend == Addend::kRow) {
+      for (int64_t e = begin; e < end;) {
+        const int64_t row = e / length, next = (row + 1) * length;
+        const auto of_row = [&](int64_t j, int64_t) { return Part(addend[j * addend_stride + row]); };
+        for (; e + P::kSize <= std::min(next, end); e += P::kSize) step(e, 0, of_row);
+        if (e >= std::min(next, end)) continue;
+        if (next >= end) {
+          step(e, end - e, of_row);
+          return;
+        }
+        const auto of_both = [&](int64_t j, int64_t lane) {
+          const A* value = addend + j * addend_stride + row;
+          return Part::set(Part(value[1]), Part(value[0]), std::clamp<int64_t>(next - e - lane, 0, Part::size()));
+        };
+        const int64_t tail = e + P::kSize <= end ? 0 : end - e;
+        step(e, tail, of_both);
+        e += tail ? tail : P::kSize;
+      }
+    } else {
+      for (int64_t row = begin; row < end; row += length) {
+        int64_t e = 0, tail = 0;
+        const auto of_element = [&](int64_t j, int64_t lane) {
+          const A* from = addend + j * addend_stride + e + lane;
+          return tail ? Part::loadu(from, std::clamp<int64_t>(tail - lane, 0, Part::size())) : Part::loadu(from);
+        };
+        for (; e + P::kSize <= length; e += P::kSize) step(row + e, 0, of_element);
+        tail = length - e;
+        if (tail) step(row + e, tail, of_element);
+      }
     }
   }
 

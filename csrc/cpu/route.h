@@ -144,7 +144,8 @@ void mix_together(
         transpose_weights(weights + s * weights_stride, xs.count, ys.count, sums.weights);
         prepared = s;
       }
-      (sums.*run)(first, 1, std::min(kBlock, g.elements() - first));
+      const int64_t count = std::min(kBlock, g.elements() - first);
+      (sums.*run)(first, count, count);
     }
     stream_fence();
   });
@@ -154,7 +155,7 @@ void mix_together(
 template <bool kRelu = false, typename T>
 void mix_sample(const WeightedSums<T>& sums, int64_t m, const Geometry& g, bool stream) {
   const auto run = WeightedSums<T>::template choose<Addend::kNone, kRelu>(m, stream);
-  backwards(g.elements(), kBlock, [&](int64_t e, int64_t count) { (sums.*run)(e, 1, count); });
+  backwards(g.elements(), kBlock, [&](int64_t e, int64_t count) { (sums.*run)(e, count, count); });
 }
 
 // y_j = Σ_i weights[j][i] x_i + values[j][channel] over one sample (Eq. 3.15). scratch is free for use.
@@ -165,13 +166,10 @@ void mix_sample(
   using W = WeightedSums<T>;
   constexpr int64_t kAlignment = Pack<T>::kSize;
   if (addend_of<T>(g) == Addend::kRow) {
-    const auto run = W::template choose<Addend::kRow, kRelu>(m, stream && g.size % kAlignment == 0);
-    const int64_t channels = std::clamp<int64_t>(kBlock / g.size, 1, g.channels);
+    const auto run = W::template choose<Addend::kRow, kRelu>(m, stream);
+    sums.addend = values;
     sums.addend_stride = g.channels;
-    backwards(g.channels, channels, [&](int64_t c, int64_t count) {
-      sums.addend = values + c;
-      (sums.*run)(c * g.size, count, g.size);
-    });
+    backwards(g.elements(), kBlock, [&](int64_t e, int64_t count) { (sums.*run)(e, count, g.size); });
     return;
   }
   // The values are written out to rows of several pixels (channels_last) or of the whole sample, so that vectors are
@@ -194,9 +192,9 @@ void mix_sample(
   sums.addend_stride = width;
   const auto run = W::template choose<Addend::kElement, kRelu>(m, stream && width % kAlignment == 0);
   const int64_t whole = g.elements() / width;
-  if (const int64_t rest = g.elements() - whole * width) (sums.*run)(whole * width, 1, rest);
+  if (const int64_t rest = g.elements() - whole * width) (sums.*run)(whole * width, rest, rest);
   backwards(whole, std::max<int64_t>(1, kBlock / width), [&](int64_t row, int64_t count) {
-    (sums.*run)(row * width, count, width);
+    (sums.*run)(row * width, count * width, width);
   });
 }
 
