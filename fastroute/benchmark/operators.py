@@ -35,8 +35,8 @@ def stages(device: str) -> list[tuple[int, ...]]:
     return small + _maps(imagenet, RESNET18 + RESNET50)
 
 
-# The error of torch.compile's result, in eager's, that passes for the same result: the sums that its code takes at once
-# leave the gradients of a gate's few parameters with 1.5 to 8 times eager's error (rms over draws), and one draw varies.
+# The error of torch.compile's result, in eager's, that passes for the same result: summing as its code does leaves the
+# gradients of a gate's few parameters with 1.5 to 8 times the error of eager (rms over draws), and one draw varies.
 COMPILE_TIMES = 32
 
 # What README states: the stages of the CIFAR ResNets at batch 128, and the first three of ResNet18 at batch 32.

@@ -1,0 +1,95 @@
+"""The memory of outputs, which is kept from one call to the next."""
+
+import resource
+import threading
+
+import pytest
+import torch
+
+from fastroute import ops, use_backend
+from fastroute.backends import BACKENDS
+
+LARGE = (2, 8, 128, 128)  # 1 MiB in float32
+
+
+@pytest.fixture(autouse=True)
+def native():
+    if reason := BACKENDS["native"].reason_against(torch.device("cpu"), torch.float32):
+        pytest.skip(reason)
+    with use_backend("native"):
+        yield
+
+
+def mixed(shape=LARGE, paths=2, dtype=torch.float32):
+    xs = [torch.randn(shape, dtype=dtype) for _ in range(paths)]
+    return xs, ops.mix(xs, torch.full((paths, paths), 1 / paths))
+
+
+def addresses(tensors):
+    return {t.data_ptr() for t in tensors}
+
+
+def test_the_next_call_takes_the_memory_that_the_last_left():
+    first = addresses(mixed()[1])
+    assert addresses(mixed()[1]) == first
+    assert all(address % 64 == 0 for address in first)
+
+
+def test_memory_in_use_is_left_alone():
+    _, kept = mixed()
+    copies = [y.clone() for y in kept]
+    view = mixed()[1][0][0, 0]  # holds the memory of an output that is gone otherwise
+    copy = view.clone()
+    for _ in range(3):
+        assert not addresses(mixed()[1]) & (addresses(kept) | addresses([view]))
+    assert all(torch.equal(y, c) for y, c in zip(kept, copies, strict=True)) and torch.equal(view, copy)
+
+
+def test_no_more_than_256_mib_is_kept():
+    before = resident()
+    for height in range(256, 1024, 64):  # each size is new: 460 MiB in all
+        x = torch.zeros(1, 64, height, 128)
+        ops.mix([x, x], torch.full((2, 2), 0.5))
+        del x
+    assert 128 << 20 < resident() - before < 320 << 20
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def test_threads_do_not_share_outputs():
+    wrong = []
+
+    def work(seed):
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(20):
+            xs = [torch.randn(LARGE, generator=generator) for _ in range(2)]
+            ys = ops.mix(xs, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+            if not all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True)):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_an_output_can_grow():
+    _, (y, _) = mixed()
+    before = y[0].clone()
+    y.resize_(4, *LARGE[1:])
+    assert torch.equal(y[0], before)
+
+
+def test_where_fresh_memory_is_to_be_filled_none_is_kept_memory():
+    left = addresses(mixed()[1])
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # with it, torch.utils.deterministic.fill_uninitialized_memory holds
+    try:
+        assert not addresses(mixed()[1]) & left
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
