@@ -257,14 +257,15 @@ class _Shapes(fx.Interpreter):
 
 
 def _shapes(model: nn.Module, graph: fx.Graph, input_size: Sequence[int]) -> dict[fx.Node, tuple[int, ...] | None]:
-    """The shape of each node's value for two images, None where it is not a tensor; nothing is computed."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    """The shape of each node's value for two images, None where it is not a tensor.
 
+    Two black images are sooner computed than torch's compiler is imported, which fake or meta tensors take.
+    """
     like = next(model.parameters(), torch.empty(0))
     modes = _modes(model)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            x = torch.empty(2, *input_size, dtype=like.dtype, device=like.device)
+        with torch.no_grad():
+            x = torch.zeros(2, *input_size, dtype=like.dtype, device=like.device)
             _Shapes(fx.GraphModule(model.eval(), graph)).run(x)
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
