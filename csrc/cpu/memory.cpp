@@ -60,6 +60,10 @@ class Pool {
   }
 
   void give(Block block) {
+    if (block.size > kKeptBytes) {
+      munmap(block.data, block.size);
+      return;
+    }
     std::vector<Block> oldest;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
