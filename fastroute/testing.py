@@ -9,7 +9,7 @@ from torch import Tensor
 def assert_as_good_as_eager(
     actual: Iterable[Tensor], eager: Iterable[Tensor], exact: Iterable[Tensor], times: float = 2
 ) -> None:
-    """Hold results to an error against float64 of at most twice that of eager PyTorch in the same dtype.
+    """Hold results to an error against float64 of at most `times` that of eager PyTorch in the same dtype.
 
     A tiny absolute term is allowed beside that: a few roundings of the sums, and that of the result itself, since with
     few elements eager may be exact by luck.
@@ -18,7 +18,7 @@ def assert_as_good_as_eager(
         actual: the results to be judged.
         eager: the same from plain PyTorch, in the dtypes of `actual`.
         exact: the same from plain PyTorch in float64.
-        times: the multiple of eager's error, where it is not twice.
+        times: the multiple of eager's error that is allowed; the rule is twice.
 
     Raises:
         AssertionError: a shape differs or an error is too large; the message has the position of the result.
