@@ -38,8 +38,8 @@ TORCH_LIBRARY(fastroute_native, m) {
       "scale_paths(Tensor[] paths, Tensor[] masks, Tensor weights, bool sums, Tensor(a!)[] masked,"
       " Tensor(b!)[] scaled) -> Tensor totals");
   m.def("sum_gradients(Tensor[] terms, Tensor[] xs, Tensor gates, Tensor(a!)[] grad_xs) -> Tensor products");
-  // For tensors that are unwritten yet; without effect on what they hold.
-  m.def("on_huge_pages(Tensor(a!)[] paths) -> ()");
+  // As Tensor.new_empty_strided, in the memory that outputs keep from one call to the next.
+  m.def("new_empty_strided(Tensor x, int[] size, int[] stride) -> Tensor");
   // Which of its passes the CPU backward takes for m inputs x and their n gradients, all alike: past the caches or
   // through them, a channel's value by rows or by elements, and whether the next sample is asked for meanwhile; and
   // whether in the forward all threads take each sample together.

@@ -364,15 +364,19 @@ at::Tensor scale_paths(
 }
 
 // products[i][j] = <terms_j[part i], x_i> over each sample (Eq. 3.10) and, unless there are none,
-// grad_xs_i = Σ_j gates[i][j] terms_j[part i].
+// grad_xs_i = Σ_j gates[i][j] terms_j[part i], whose format need not be that of xs.
 at::Tensor sum_gradients(at::TensorList terms, at::TensorList xs, const at::Tensor& gates_, at::TensorList grad_xs) {
   const at::Tensor& x0 = xs[0];
   check_paths(xs, x0);
   const Geometry g(x0);
   const int64_t m = static_cast<int64_t>(xs.size()), n = static_cast<int64_t>(terms.size());
   check_joined(terms, x0, m);
-  if (!grad_xs.empty()) check_paths(grad_xs, x0);
-  TORCH_CHECK(grad_xs.empty() || static_cast<int64_t>(grad_xs.size()) == m, "as many gradients as paths are needed");
+  if (!grad_xs.empty()) check_paths(grad_xs, grad_xs[0]);
+  TORCH_CHECK(
+      grad_xs.empty() || (static_cast<int64_t>(grad_xs.size()) == m && grad_xs[0].sizes() == x0.sizes() &&
+                          grad_xs[0].scalar_type() == x0.scalar_type()),
+      "as many gradients as paths, of their shape and type, are needed");
+  const Geometry to_g = grad_xs.empty() ? g : Geometry(grad_xs[0]);
   const at::Tensor gates = checked(gates_, {g.batch, m, n}, x0);
   at::Tensor products = at::empty({g.batch, m, n}, gates.options());
   dispatch(x0.scalar_type(), [&]<typename T>() {
@@ -380,9 +384,9 @@ at::Tensor sum_gradients(at::TensorList terms, at::TensorList xs, const at::Tens
     const Paths<const T> ts(terms), paths(xs);
     const Paths<T> to(grad_xs);
     const int64_t pitch = m * g.channels;
-    const bool stream = streams(to, g);
+    const bool stream = streams(to, to_g);
     for_samples(g, (n + 2) * m, sizeof(T), [&](int64_t begin, int64_t end) {
-      Blocks<T> blocks(g, 3);
+      Blocks<T> blocks(g.channels_last ? to_g : g, 3);
       for (int64_t s = begin; s < end; ++s) {
         const auto t = ts.sample(s), x = paths.sample(s);
         const auto dx = to.sample(s);
@@ -392,7 +396,7 @@ at::Tensor sum_gradients(at::TensorList terms, at::TensorList xs, const at::Tens
           for (int64_t i = 0; i < m; ++i) {
             const auto from = read_rows(x[i], g, row, rows, blocks.tile(0));
             const bool mixes = dx[i] != nullptr;
-            const auto sum = mixes ? rows_to_write(dx[i], g, row, blocks.tile(1)) : Rows<T>{};
+            const auto sum = mixes ? rows_to_write(dx[i], to_g, row, blocks.tile(1)) : Rows<T>{};
             with_count(n, [&](auto count) {
               typename Pack<T>::Part dot[count()];
               for (auto& part : dot) part = typename Pack<T>::Part(0);
@@ -409,12 +413,12 @@ at::Tensor sum_gradients(at::TensorList terms, at::TensorList xs, const at::Tens
                       dot[j] = at::vec::fmadd(term.part[h], p.part[h], dot[j]);
                     }
                   }
-                  if (mixes) d.store(sum.data + r * sum.pitch + c, tail, stream && g.channels_last);
+                  if (mixes) d.store(sum.data + r * sum.pitch + c, tail, stream && to_g.channels_last);
                 });
               }
               for (int j = 0; j < count(); ++j) total[i][j] += static_cast<double>(horizontal_sum(dot[j]));
             });
-            if (mixes) written(sum, dx[i], g, row, rows, stream, blocks.tile(2));
+            if (mixes) written(sum, dx[i], to_g, row, rows, stream, blocks.tile(2));
           }
         });
         A* out = products.mutable_data_ptr<A>() + s * m * n;

@@ -3,7 +3,9 @@
 #include "paths.h"
 
 #include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
@@ -93,50 +95,42 @@ void give_back(void* context) {
   pool().give(*block);
 }
 
-at::Tensor allocate_path(const at::Tensor& x) {
-  const size_t bytes = x.numel() * x.element_size(), size = (bytes + kPage - 1) / kPage * kPage;
-  const auto& context = at::globalContext();
-  const bool filled = context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
-  if (size < kLeastBytes || filled) return empty_path(x);
-  const Block block = pool().take(size);
-  if (!block.data) return empty_path(x);
-  at::DataPtr data(block.data, new Block(block), &give_back, at::kCPU);
-  at::Tensor path = at::empty({0}, x.options());
-  const c10::Storage storage(
-      c10::Storage::use_byte_size_t(), static_cast<int64_t>(bytes), std::move(data), c10::GetCPUAllocator(), true);
-  path.set_(storage, 0, x.sizes(), path_strides(x));
-  return path;
-}
-
 }  // namespace
 
-void on_huge_pages(at::TensorList paths) {
-  for (const at::Tensor& path : paths) {
-    const auto data = reinterpret_cast<uintptr_t>(path.mutable_data_ptr());
-    const uintptr_t begin = (data + kPage - 1) / kPage * kPage, end = (data + path.nbytes()) / kPage * kPage;
-    if (path.nbytes() >= kHugePage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  }
-}
-
-std::vector<at::Tensor> allocate_paths(const at::Tensor& x, int64_t count) {
-  std::vector<at::Tensor> paths;
-  paths.reserve(count);
-  for (int64_t i = 0; i < count; ++i) paths.push_back(allocate_path(x));
-  return paths;
+at::Tensor allocate(const at::Tensor& x, at::IntArrayRef sizes, at::IntArrayRef strides) {
+  const size_t bytes = at::detail::computeStorageNbytes(sizes, strides, x.element_size());
+  const size_t size = (bytes + kPage - 1) / kPage * kPage;
+  const auto& context = at::globalContext();
+  const bool filled = context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
+  if (size < kLeastBytes || filled) return at::empty_strided(sizes, strides, x.options());
+  const Block block = pool().take(size);
+  if (!block.data) return at::empty_strided(sizes, strides, x.options());
+  at::DataPtr data(block.data, new Block(block), &give_back, at::kCPU);
+  at::Tensor tensor = at::empty({0}, x.options());
+  const c10::Storage storage(
+      c10::Storage::use_byte_size_t(), static_cast<int64_t>(bytes), std::move(data), c10::GetCPUAllocator(), true);
+  tensor.set_(storage, 0, sizes, strides);
+  return tensor;
 }
 
 #else
 
-void on_huge_pages(at::TensorList paths) {}
-
-std::vector<at::Tensor> allocate_paths(const at::Tensor& x, int64_t count) {
-  return empty_paths(x, count);
+at::Tensor allocate(const at::Tensor& x, at::IntArrayRef sizes, at::IntArrayRef strides) {
+  return at::empty_strided(sizes, strides, x.options());
 }
 
 #endif
 
+std::vector<at::Tensor> allocate_paths(const at::Tensor& x, int64_t count) {
+  const std::vector<int64_t> strides = path_strides(x);
+  std::vector<at::Tensor> paths;
+  paths.reserve(count);
+  for (int64_t i = 0; i < count; ++i) paths.push_back(allocate(x, x.sizes(), strides));
+  return paths;
+}
+
 }  // namespace fastroute
 
 TORCH_LIBRARY_IMPL(fastroute_native, CPU, m) {
-  m.impl("on_huge_pages", &fastroute::on_huge_pages);
+  m.impl("new_empty_strided", &fastroute::allocate);
 }

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastroute.backends._convolution import Convolution
-from fastroute.ops._paths import accumulate_dtype, channels_first, channels_last, empty_map, empty_path
+from fastroute.ops._paths import accumulate_dtype, channels_first, channels_last, dense_strides, empty_map, empty_path
 from fastroute.ops.cross_predict import output_shape
 
 
@@ -37,14 +37,14 @@ class Passes:
             those of masked over space.
         sum_gradients(terms, xs, gates, grad_xs) -> products
             products_ij = <T_ij, X_i>, and grad_xs_i = Σ_j g_ij T_ij unless there are none; terms are, for each j, the
-            joined T_ij of all i.
+            joined T_ij of all i. xs have the format of the convolutions, and grad_xs that of the paths.
 
     channels_last: whether the convolutions are given channels_last tensors whatever the paths are, and the kernels
         convert from and to the paths' format; else they have the paths' format.
     chunk_bytes: how many bytes of predictions, or of T, are computed at once, of as many samples as that allows.
     pairwise: whether predictions and their gradients are convolved one by one, and not joined.
     compute_dtype: what the convolutions are computed in, if not in the dtype of the paths.
-    prepare: called with one or more tensors that are about to be written for the first time.
+    new_empty_strided: allocates what the kernels write.
     """
 
     kernels: ModuleType
@@ -52,16 +52,16 @@ class Passes:
     chunk_bytes: int
     pairwise: bool
     compute_dtype: torch.dtype | None = None
-    prepare: Callable[[list[Tensor]], None] = lambda tensors: None
+    new_empty_strided: Callable = Tensor.new_empty_strided
 
     def _convolution(self, x: Tensor, geometry: tuple) -> Convolution:
         return Convolution(*geometry, self.channels_last or not channels_first(x), self.compute_dtype)
 
     def _empty(self, convolution: Convolution, x: Tensor, channels: int, count: int) -> list[Tensor]:
         """Unwritten tensors of x's samples and space, in the format of the convolutions."""
-        tensors = [convolution.empty(x, channels) for _ in range(count)]
-        self.prepare(tensors)
-        return tensors
+        shape = x.shape[0], channels, *x.shape[2:]
+        strides = dense_strides(shape, channels_first=not convolution.channels_last)
+        return [self.new_empty_strided(x, shape, strides) for _ in range(count)]
 
     def _arranged(self, convolution: Convolution, xs: list[Tensor]) -> list[Tensor]:
         """The paths in the format of the convolutions."""
@@ -83,8 +83,7 @@ class Passes:
         dtype = accumulate_dtype(x.dtype)
         convolution = self._convolution(x, (stride, padding, dilation))
         shape = output_shape(x, weight, stride, padding, dilation)
-        outputs = [empty_map(x, shape) for _ in range(n)]
-        self.prepare(outputs)
+        outputs = [empty_map(x, shape, self.new_empty_strided) for _ in range(n)]
         weight, gates = weight.to(x.dtype), gates.to(dtype)
         numel = outputs[0].numel() * n if form == "predict" else x.numel()
         compute = self._predict if form == "predict" else self._gate
@@ -122,14 +121,12 @@ class Passes:
         x, dtype = xs[0], accumulate_dtype(xs[0].dtype)
         convolution = self._convolution(x, (stride, padding, dilation))
         weight, gates = weight.to(x.dtype), gates.to(dtype)
-        grad_xs = [empty_path(x) for x in xs] if grad_inputs else []
-        if grad_xs:
-            self.prepare(grad_xs)
+        grad_xs = [empty_path(x, self.new_empty_strided) for x in xs] if grad_inputs else []
         m, n = weight.shape[:2]
         grad_weight = gates.new_zeros(weight.shape)
         products, totals = [gates.new_empty(0, m, n)], [gates.new_empty(0, n, weight.shape[2])]
         for chunk in self._chunks(x.numel() * m * n * x.itemsize, x.shape[0]):
-            part, g = [x[chunk] for x in xs], gates[chunk]
+            part, g = self._arranged(convolution, [x[chunk] for x in xs]), gates[chunk]
             dys, ys = [dy[chunk] for dy in grad_outputs], [y[chunk] for y in outputs]
             grads, total = self._grads_of_sums(convolution, dys, ys, g, bias is not None)
             if bias is not None:
@@ -158,7 +155,6 @@ class Passes:
         scaled = self._empty(convolution, grads[0], parts * width, count)
         for i, x in enumerate(xs):
             self.kernels.scale_paths(grads, [], gates[:, i, :, None], False, [], scaled)
-            [x] = self._arranged(convolution, [x])
             for part, w, grad in zip(scaled, weight[i].split(parts), grad_weight[i].split(parts), strict=True):
                 grad += convolution.to_weight(part, x, w.flatten(0, 1)).view_as(grad)
 

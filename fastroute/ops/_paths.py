@@ -1,7 +1,7 @@
 """What every operator asks of a list of parallel paths: the checks, and the memory format of what comes out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,22 +36,27 @@ def channels_last(x: Tensor) -> bool:
     return _sample_is_dense(x, (1, *range(x.dim() - 1, 1, -1)))
 
 
-def empty_path(x: Tensor) -> Tensor:
+def empty_path(x: Tensor, new_empty_strided: Callable = Tensor.new_empty_strided) -> Tensor:
     """An unwritten tensor of x's shape and sample layout, the samples next to each other.
 
     The strides of x are kept also where a size of 1 leaves them free: they tell later layers the memory format.
     """
-    return torch.empty_strided(x.shape, (math.prod(x.shape[1:]), *x.stride()[1:]), dtype=x.dtype, device=x.device)
+    return new_empty_strided(x, x.shape, (math.prod(x.shape[1:]), *x.stride()[1:]))
 
 
-def empty_map(x: Tensor, shape: Sequence[int]) -> Tensor:
+def empty_map(x: Tensor, shape: Sequence[int], new_empty_strided: Callable = Tensor.new_empty_strided) -> Tensor:
     """An unwritten tensor (N, C', *S') of x's dtype and memory format, [C', *S'] where x could be either."""
-    order = range(len(shape) - 1, 0, -1) if channels_first(x) else (1, *range(len(shape) - 1, 1, -1))
+    return new_empty_strided(x, shape, dense_strides(shape, channels_first(x)))
+
+
+def dense_strides(shape: Sequence[int], channels_first: bool) -> list[int]:
+    """Those of a map (N, C, *S) that is [N, C, *S] in memory, or [N, *S, C]."""
+    order = range(len(shape) - 1, 0, -1) if channels_first else (1, *range(len(shape) - 1, 1, -1))
     strides, expected = [0] * len(shape), 1
     for dim in (*order, 0):
         strides[dim] = expected
         expected *= shape[dim]
-    return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
+    return strides
 
 
 def path_list(name: str, xs: Sequence[Tensor]) -> list[Tensor]:

@@ -35,6 +35,25 @@ def test_the_next_call_takes_the_memory_that_the_last_left():
     assert all(address % 64 == 0 for address in first)
 
 
+def test_cross_prediction_takes_it_too():
+    def predicted():
+        x = torch.randn(LARGE)
+        weight = torch.randn(1, 2, *LARGE[1:2] * 2, 1, 1)
+        return ops.cross_predict([x], weight, None, torch.ones(LARGE[0], 1, 2))
+
+    first = addresses(predicted())
+    assert addresses(predicted()) == first
+
+
+@pytest.mark.parametrize(
+    "strides", [(8 * 128 * 128, 128 * 128, 128, 1), (1 << 20, 1, 8 * 128, 8)], ids=["dense", "apart"]
+)
+def test_it_comes_with_the_strides_asked_for(strides):
+    y = torch.ops.fastroute_native.new_empty_strided(torch.empty(0, dtype=torch.float64), LARGE, strides)
+    assert (y.shape, y.stride(), y.dtype) == (LARGE, strides, torch.float64)
+    assert torch.equal(y.fill_(2.0), torch.full(LARGE, 2.0, dtype=torch.float64))
+
+
 def test_memory_in_use_is_left_alone():
     _, kept = mixed()
     copies = [y.clone() for y in kept]

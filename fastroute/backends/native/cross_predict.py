@@ -19,7 +19,7 @@ def _passes(x: torch.Tensor) -> Passes:
             chunk_bytes=2**27,
             pairwise=x.dtype == torch.float32,
             compute_dtype=torch.float32 if x.dtype == torch.float16 else None,
-            prepare=torch.ops.fastroute_native.on_huge_pages,
+            new_empty_strided=torch.ops.fastroute_native.new_empty_strided,
         )
     return Passes(torch.ops.fastroute_native, channels_last=False, chunk_bytes=2**30, pairwise=False)
 
