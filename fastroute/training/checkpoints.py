@@ -173,11 +173,24 @@ def load_weights(model: nn.Module, path: str | Path, averaged: bool = True, name
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{name} is {path}; it holds no weights: {error!r}") from error
+    if not isinstance(weights, dict):
+        raise ValueError(f"{name} is {path}; it holds a {type(weights).__name__}, and must hold a state_dict")
     weights = network_weights(weights, averaged)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{name} is {path}; its weights are of another network: {error}") from None
+    if differences := _differences(model.state_dict(), weights):
+        raise ValueError(f"{name} is {path}; its weights are of another network: {differences}")
+    model.load_state_dict(weights)
+
+
+def _differences(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str:
+    """What keeps weights from being those wanted, in a line; nothing where they are."""
+    shapes = ((name, given[name].shape, value.shape) for name, value in wanted.items() if name in given)
+    kinds = {
+        "missing": [name for name in wanted if name not in given],
+        "unexpected": [name for name in given if name not in wanted],
+        "of another shape": [f"{name} {(*a,)} for {(*b,)}" for name, a, b in shapes if a != b],
+    }
+    shown = ((kind, names, ", ".join(names[:3]) + ", …" * (len(names) > 3)) for kind, names in kinds.items() if names)
+    return "; ".join(f"{len(names)} {kind} ({some})" for kind, names, some in shown)
 
 
 def network_weights(checkpoint: dict, averaged: bool = True) -> dict[str, Tensor]:

@@ -124,7 +124,18 @@ def test_weights_come_from_a_checkpoint_averaged_or_not_or_from_a_state_dict(tmp
 def test_weights_of_another_network_are_refused(tmp_path):
     path, model = tmp_path / "weights.pt", create_model("resnet20")
     torch.save(checkpoint()[1], path)
-    with pytest.raises(ValueError, match=r"initial_checkpoint is .*weights\.pt; its weights are of another network"):
+    with pytest.raises(
+        ValueError, match=r"initial_checkpoint is .*weights\.pt; its weights are of another network"
+    ) as told:
+        load_weights(model, path)
+    assert " missing (" in str(told.value) and " unexpected (" in str(told.value) and len(str(told.value)) < 600
+    torch.save(create_model("resnet20", num_classes=7).state_dict(), path)
+    with pytest.raises(
+        ValueError, match=r"network: 2 of another shape \(\S+ \(7, 64\) for \(10, 64\), \S+ \(7,\) for \(10,\)\)$"
+    ):
+        load_weights(model, path)
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match=r"weights\.pt; it holds a list, and must hold a state_dict"):
         load_weights(model, path)
     path.write_bytes(b"no weights")
     with pytest.raises(ValueError, match=r"initial_checkpoint is .*weights\.pt; it holds no weights"):
