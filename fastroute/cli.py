@@ -21,6 +21,7 @@ try:
         from fastroute.commands import bench
         from fastroute.commands.cluster import cluster
         from fastroute.commands.common import plain_errors
+        from fastroute.commands.paths import paths
         from fastroute.commands.recipes import recipes
         from fastroute.commands.report import report, write_report
         from fastroute.commands.train import train
@@ -39,6 +40,7 @@ app = typer.Typer(
 
 app.command()(train)
 app.command()(validate)
+app.command()(paths)
 app.command()(recipes)
 app.command()(cluster)
 app.command()(report)

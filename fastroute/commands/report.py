@@ -1,7 +1,6 @@
 """`fastroute report`: a checkpoint to one page of figures."""
 
 import csv
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from fastroute.commands.common import plain_errors
+from fastroute.commands.trained import trained, trained_network
 from fastroute.models import create_model
 
 
@@ -84,69 +84,38 @@ def write_report(
 ) -> Path:
     """Write the report of a checkpoint into a folder, by the arguments of the command; returns the page's path."""
     from fastroute.training.checkpoints import read_checkpoint
-    from fastroute.training.evaluation import validation_loader
     from fastroute.visualize import Images, Report, routing_report
 
     saved = read_checkpoint(checkpoint, "checkpoint")
-    run, data = saved["hyper_parameters"], saved.get("ImageDataModule", {})
+    run = saved["hyper_parameters"]
     if "architecture" in run:
         return _clustering(checkpoint, saved, folder, data_dir, limit, batch_size)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    model = _network(checkpoint).to(device)
-    dataset = dataset or data.get("dataset")
-    if dataset is None:
-        raise ValueError("dataset is missing; the checkpoint does not say on what it was trained")
-    img_size, crop_pct = data.get("img_size", run["img_size"]), data.get("crop_pct", 0.875)
-    loader, names, channels = validation_loader(
-        dataset,
-        data_dir,
-        batch_size=batch_size,
-        img_size=img_size,
-        crop_pct=crop_pct,
-        num_workers=workers or os.cpu_count() or 1,
-        mean=data.get("mean"),
-        std=data.get("std"),
-        device=device,
-    )
-    if channels != run["in_chans"]:
-        raise ValueError(
-            f"data_dir is {data_dir}; its images have {channels} channels, but {run['model']} was trained on images "
-            f"of {run['in_chans']}"
-        )
-    images = Images(lambda: loader, loader.pixels, names, loader.mean / 255, loader.std / 255)
+    given = trained(checkpoint, saved, dataset=dataset, data_dir=data_dir, batch_size=batch_size, workers=workers)
+    loader = given.loader
+    images = Images(lambda: loader, loader.pixels, given.classes, loader.mean / 255, loader.std / 255)
     chosen = None
     if pictures:
-        chosen = _read(pictures, img_size, crop_pct, channels), [path.name for path in pictures]
+        cut = _read(pictures, given.img_size, given.crop_pct, run["in_chans"])
+        chosen = cut, [path.name for path in pictures]
     facts = {
         "network": run["model"],
-        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+        "parameters": f"{sum(parameter.numel() for parameter in given.network.parameters()):,}",
         "checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}",
-        "images": f"{loader.count:,} of {data_dir.name if data_dir else dataset}, {len(names)} classes",
+        "images": f"{loader.count:,} of {data_dir.name if data_dir else given.dataset}, {len(given.classes)} classes",
     }
     if before is not None:
         facts["before"] = f"{before.parent.name}/{before.name}"
     return routing_report(
         Report(folder, f"Routing of {run['model']}", facts),
-        model,
+        given.network,
         images,
         chosen=chosen,
-        before=None if before is None else _network(before, "before").to(device),
+        before=None if before is None else trained_network(before, "before"),
         classes=classes,
         gates=gates,
         summaries=_summaries(checkpoint),
         runs=None if runs is None else _sizes(runs),
     )
-
-
-def _network(path: Path, name: str = "checkpoint") -> nn.Module:
-    from fastroute.training.checkpoints import load_weights, read_checkpoint
-
-    run = read_checkpoint(path, name)["hyper_parameters"]
-    if "model" not in run:
-        raise ValueError(f"{name} is {path}; it is no checkpoint of a network with routers")
-    model = create_model(run["model"], run["num_classes"], run["in_chans"], run["img_size"])
-    load_weights(model, path, name=name)
-    return model
 
 
 def _read(paths: Sequence[Path], img_size: int, crop_pct: float, channels: int) -> torch.Tensor:

@@ -62,6 +62,20 @@ class RouterStatistics:
         return self.wins / self.samples
 
     @property
+    def used_paths(self) -> Tensor:
+        """(m,): exp H(E g_i), among how many outgoing paths all that comes from path i is spread: 1 to n."""
+        return torch.special.entr(self.mean_gates).sum(1).exp()
+
+    @property
+    def effective_clusters(self) -> Tensor:
+        """(m,): exp(H(E g_i) - E H(g_i)), how many clusters of samples the gates of path i tell apart: 1 to n.
+
+        The exponent is the mutual information of the sample and the outgoing path. Gates that are the same for every
+        sample make one cluster, however even they are, and one-hot gates as many as the paths that they use.
+        """
+        return self.used_paths / (self.mean_entropy * math.log(self.gates.shape[1])).exp()
+
+    @property
     def never_above(self) -> Tensor:
         """(m, n): whether a gate exceeds 0.5 for no sample (Figure 5.1). A single way to go is never skewed."""
         return (self.peak <= 0.5) & (self.peak.shape[1] > 1)
@@ -75,6 +89,27 @@ class RouterStatistics:
     def dead_fraction(self) -> float:
         """The share of the m·n gates that are dead; see `DEAD`."""
         return (self.peak < DEAD).double().mean().item()
+
+
+def needed_paths(gates: Tensor) -> Tensor:
+    """How many paths the gates of a router have a use for, by the ways in which they differ from sample to sample.
+
+    K clusters of samples, each with gates of its own, span K - 1 directions. So this is one more than the effective
+    rank of the gates' covariance over the samples, the exponential of its eigenvalues' entropy (Roy & Vetterli 2007),
+    whatever the size of the differences. Gates that are the same for every sample need one path.
+
+    Args:
+        gates: (N, m, n).
+
+    Returns:
+        (m,), from 1 to n, float64: for each incoming path.
+    """
+    centred = (gates - gates.mean(0)).double()
+    variances = torch.linalg.eigvalsh(torch.einsum("sij,sik->ijk", centred, centred) / max(len(gates), 1)).clamp_min(0)
+    total = variances.sum(1, keepdim=True)
+    rank = torch.special.entr(variances / total).sum(1).exp()
+    # Float32 gates that do not differ still round differently.
+    return torch.where(total[:, 0] > torch.finfo(torch.float32).eps ** 2, 1 + rank, 1.0)
 
 
 def add_routing(totals: dict[str, RouterStatistics], routing: dict[str, Routing] | dict[str, RouterStatistics]) -> None:

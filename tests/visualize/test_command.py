@@ -77,6 +77,23 @@ def test_networks_without_routers(run, tmp_path):
     assert done.exit_code == 2 and "without routers; there is no routing to show" in done.output
     done = run("report", tmp_path / "run" / "summary.csv")
     assert done.exit_code == 2 and "it is no checkpoint of a training run" in done.output
+    done = run("paths", tmp_path / "run" / "best.ckpt")
+    assert done.exit_code == 2 and "without routers; there is no routing to show" in done.output
+
+
+def test_how_many_paths_the_gates_need(checkpoint, run, tmp_path):
+    done = run("paths", checkpoint)
+    assert done.exit_code == 0, done.output
+    rows = [line.replace("│", " ").split() for line in done.output.splitlines() if line.startswith("│")]
+    assert [row[0] for row in rows if len(row) == 6] == [
+        f"{name}_router" for name in ("stem", "stack1", "stack2", "stack3")
+    ]
+    assert all(row[2] == "2" for row in rows if len(row) == 6) and len(rows) == 7
+    for row in rows:
+        used, clusters, needed = map(float, row[-3:])
+        assert 1 <= clusters <= used <= 2 and needed == 2  # no gate is the same for every image
+    done = run("paths", tmp_path / "nowhere.ckpt")
+    assert done.exit_code == 2 and "nowhere.ckpt; there is no such file" in done.output
 
 
 def test_too_few_images(run, tmp_path):
@@ -110,6 +127,8 @@ def test_clusterings(run, tmp_path, method):
     assert found == {"responses", "clusters", "confusion", "filters", "learning_curves"}
     text = (tmp_path / "run" / "report" / "report.html").read_text()
     assert all(Links(text).pictures) and "300 of digits" in text
+    done = run("paths", tmp_path / "run" / "last.ckpt")
+    assert done.exit_code == 2 and "last.ckpt; it is no checkpoint of `fastroute train`" in done.output
     sizes = (tmp_path / "run" / "summary.csv").read_text().split(",")[-1].strip()
     assert f"Images in each cluster: {', '.join(sizes.split())}." in text  # the network is the one that was trained
     done = run("report", tmp_path / "run" / "last.ckpt", "--limit", 5)

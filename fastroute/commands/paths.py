@@ -1,0 +1,60 @@
+"""`fastroute paths`: a checkpoint to how many paths its routers need."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fastroute.commands.common import plain_errors
+from fastroute.commands.trained import trained
+
+
+def paths(
+    checkpoint: Annotated[Path, typer.Argument(help="Of `fastroute train`.")],
+    dataset: Annotated[
+        Literal["digits", "cifar10", "cifar100", "mnist", "stl10", "imagefolder", "webdataset"] | None,
+        typer.Option(help="Where the images come from. (default: as in training)"),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with val/, folder of classes, folder of tar shards, or a tar file.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1)] = 128,
+    workers: Annotated[
+        int | None, typer.Option("-j", "--workers", min=1, help="Processes that decode images. (default: all cores)")
+    ] = None,
+) -> None:
+    """Estimate how many paths each router of a network needs, from its gates over the validation images.
+
+    For each incoming path, "used" is among how many outgoing paths all images together are spread, and "clusters" how
+    many kinds of images its gates tell apart, which is near 1 for gates that differ little. "needed" counts the ways in
+    which they differ, however little: with more paths than that, two of them get the same share of every image, or
+    shares that follow from the others'.
+    """
+    with plain_errors():
+        from fastroute.nn.statistics import needed_paths
+        from fastroute.training.checkpoints import read_checkpoint
+        from fastroute.visualize.collect import collect_routing
+
+        given = trained(
+            checkpoint,
+            read_checkpoint(checkpoint, "checkpoint"),
+            dataset=dataset,
+            data_dir=data_dir,
+            batch_size=batch_size,
+            workers=workers,
+        )
+        console = Console()
+        with console.status("routing the validation images"):
+            routing = collect_routing(given.network, given.loader)
+    table = Table("router", "from", title="paths that the gates need", title_justify="left")
+    for column in ("paths", "used", "clusters", "needed"):
+        table.add_column(column, justify="right")
+    for name, statistics in routing.statistics().items():
+        numbers = statistics.used_paths, statistics.effective_clusters, needed_paths(routing.gates[name])
+        for i, row in enumerate(zip(*(column.tolist() for column in numbers), strict=True)):
+            first = ("", "") if i else (name, str(statistics.gates.shape[1]))
+            table.add_row(first[0], str(i + 1), first[1], *(f"{number:.2f}" for number in row))
+        table.add_section()
+    console.print(table)

@@ -1,0 +1,95 @@
+"""What commands take from a checkpoint of `fastroute train`: its network, and the images that it is validated on."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fastroute.models import create_model
+
+if TYPE_CHECKING:
+    from fastroute.training.loaders import EpochLoader
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network with its validation images, on the GPU where there is one.
+
+    run: the options of the training that shaped the network.
+    loader: of `validation_loader`, with the names of its `classes`.
+    """
+
+    run: dict
+    network: nn.Module
+    dataset: str
+    loader: "EpochLoader"
+    classes: list[str]
+    img_size: int
+    crop_pct: float
+
+
+def trained_network(path: Path, name: str = "checkpoint", checkpoint: dict | None = None) -> nn.Module:
+    """The network of a checkpoint, which is read unless it is given, with its averaged weights where the run kept them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint of `fastroute train`.
+    """
+    from fastroute.training.checkpoints import network_weights, read_checkpoint
+
+    checkpoint = checkpoint or read_checkpoint(path, name)
+    run = checkpoint["hyper_parameters"]
+    if "model" not in run:
+        raise ValueError(f"{name} is {path}; it is no checkpoint of `fastroute train`")
+    network = create_model(run["model"], run["num_classes"], run["in_chans"], run["img_size"])
+    network.load_state_dict(network_weights(checkpoint))
+    return network.to(_device())
+
+
+def trained(
+    path: Path,
+    checkpoint: dict,
+    *,
+    dataset: str | None = None,
+    data_dir: Path | None = None,
+    batch_size: int = 128,
+    workers: int | None = None,
+) -> Trained:
+    """The network of a checkpoint that was read, and its validation images, by default of the data of its training.
+
+    Raises:
+        FileNotFoundError: there are no such images.
+        ValueError: it is no checkpoint of `fastroute train`, or the images do not fit the network.
+    """
+    from fastroute.training.evaluation import validation_loader
+
+    network = trained_network(path, checkpoint=checkpoint)
+    run, data = checkpoint["hyper_parameters"], checkpoint.get("ImageDataModule", {})
+    dataset = dataset or data.get("dataset")
+    if dataset is None:
+        raise ValueError("dataset is missing; the checkpoint does not say on what it was trained")
+    img_size, crop_pct = data.get("img_size", run["img_size"]), data.get("crop_pct", 0.875)
+    loader, classes, channels = validation_loader(
+        dataset,
+        data_dir,
+        batch_size=batch_size,
+        img_size=img_size,
+        crop_pct=crop_pct,
+        num_workers=workers or os.cpu_count() or 1,
+        mean=data.get("mean"),
+        std=data.get("std"),
+        device=_device(),
+    )
+    if channels != run["in_chans"]:
+        raise ValueError(
+            f"data_dir is {data_dir}; its images have {channels} channels, but {run['model']} was trained on images "
+            f"of {run['in_chans']}"
+        )
+    return Trained(run, network, dataset, loader, classes, img_size, crop_pct)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
