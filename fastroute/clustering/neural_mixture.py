@@ -27,6 +27,12 @@ LEAST_SPREAD = 0.7
 PRIOR_MOMENTUM = 0.05
 # The seeds of k-means++ are only where EM begins: a few passes teach them to the network.
 SEEDING_EPOCHS = 3
+# Two clusters are one where this share of the training's noise carries more than that share of the smaller one's
+# samples across their border: over a valley between groups it carries 0 to 0.01 of them, through a group 0.02 and more.
+MERGING_NOISE = 0.3
+CROSSING = 0.015
+# Samples to be moved by noise at least, where X is passed over several times for it.
+LEAST_MOVED = 10_000
 
 
 class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
@@ -38,12 +44,16 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
     reach. Without a learned prior, clusters come out of about equal size.
 
     Args:
-        n_clusters: K, 1 to 1024.
+        n_clusters: K, 1 to 1024; or "auto": `max_clusters` to begin with, with a learned prior. Those that end up empty
+            go, and neighbours are merged as long as their border lies in no valley: a little noise carries more than
+            1.5 % of the smaller one's samples across it. Clusters can so take the shape of any chain of them. In spaces
+            of many dimensions, where training keeps borders away from noisy samples, more are left than groups.
         network: a module from samples (N, …) to scores (N, K), which is copied, never changed. The first run starts
             from its weights; further ones draw them anew where a layer has `reset_parameters`. None is a perceptron.
         hidden: widths of the perceptron's hidden layers.
         prior: "even": clusters weigh 1/K each; "learned": by the samples they get, for clusters of uneven size; or K
             numbers with sum 1 (Eq. 4.18).
+        max_clusters: the K that "auto" begins with.
         init: "random": the random network's first posteriors; "k-means++": the network first learns the regions around
             seeds that lie far apart; "auto": k-means++ with a learned prior, which random posteriors, all even, would
             leave even, else random.
@@ -60,6 +70,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         device: where the network lives. Samples go there a batch at a time, so data need not fit.
 
     Attributes:
+        n_clusters_: K.
         labels_: (N,), the cluster of each sample of `fit`, or of the last `partial_fit`.
         priors_: (K,), the weight of each cluster.
         loss_: the mean EM loss of the samples of `fit`.
@@ -75,8 +86,9 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
 
     def __init__(
         self,
-        n_clusters: int = 8,
+        n_clusters: int | str = 8,
         *,
+        max_clusters: int = 20,
         network: nn.Module | None = None,
         hidden: Sequence[int] = (128, 128),
         prior: str | Sequence[float] = "even",
@@ -92,6 +104,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         device: torch.device | str = "cpu",
     ):
         self.n_clusters = n_clusters
+        self.max_clusters = max_clusters
         self.network = network
         self.hidden = hidden
         self.prior = prior
@@ -135,12 +148,15 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             if best is None or loss < best[0]:
                 best = loss, model
         self.loss_, self._model = best
+        if self.n_clusters == "auto":
+            self._model.merge(X)
         return self._finish(X)
 
     def partial_fit(self, X, y=None):
         """One pass of EM steps over X, which may be one of many parts of the data; y is ignored.
 
-        The first part sets the standardisation, the seeds and the network; there is one run, whatever n_init.
+        The first part sets the standardisation, the seeds and the network; there is one run, whatever n_init. With
+        n_clusters="auto", only `fit` merges clusters; they stay merged as it left them.
         """
         first = not hasattr(self, "_model")
         X = self._validate(X, reset=first)
@@ -163,7 +179,10 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         return self._infer(X)[0]
 
     def transform(self, X) -> np.ndarray:
-        """The normalised relevance scores a*: (n_samples, K) (Eq. 4.11)."""
+        """The normalised relevance scores a*: (n_samples, K) (Eq. 4.11).
+
+        That of a cluster merged from several is log Σ_j π_j exp(a*_j) - log Σ_j π_j, which leaves Eq. 4.18 as it is.
+        """
         return self._infer(X)[1]
 
     def score(self, X, y=None) -> float:
@@ -173,7 +192,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
 
     @property
     def _n_features_out(self) -> int:
-        return self.n_clusters
+        return self.n_clusters_
 
     def _infer(self, X) -> tuple[np.ndarray, np.ndarray]:
         check_is_fitted(self)
@@ -182,12 +201,13 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
 
     def _finish(self, X):
         self.network_ = self._model.network
-        self.priors_ = self._model.prior.cpu().numpy()
+        self.priors_ = self._model.cluster_prior().cpu().numpy()
+        self.n_clusters_ = len(self.priors_)
         self.labels_ = self.predict(X)
-        empty = self.n_clusters - len(np.unique(self.labels_))
+        empty = self.n_clusters_ - len(np.unique(self.labels_))
         if empty:
             warnings.warn(
-                f"{empty} of {self.n_clusters} clusters are empty: there may be fewer groups in the data, or training "
+                f"{empty} of {self.n_clusters_} clusters are empty: there may be fewer groups in the data, or training "
                 "has not found them (another learning_rate, more epochs or a greater n_init may)",
                 ConvergenceWarning,
                 stacklevel=3,
@@ -207,12 +227,15 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         )
 
     def _check_parameters(self, n_samples: int) -> None:
-        for name, least in (("n_clusters", 1), ("n_init", 1), ("epochs", 0), ("batch_size", 2)):
+        clusters = "max_clusters" if self.n_clusters == "auto" else "n_clusters"
+        for name, least in ((clusters, 1), ("n_init", 1), ("epochs", 0), ("batch_size", 2)):
             value = getattr(self, name)
             if not isinstance(value, numbers.Integral) or value < least:
-                raise ValueError(f"{name} is {value!r}; it must be an integer from {least} on")
-        if self.n_clusters > MAX_CLUSTERS:
-            raise ValueError(f"n_clusters is {self.n_clusters}; it must be 1 to {MAX_CLUSTERS}")
+                also = " or 'auto'" if name == "n_clusters" else ""
+                raise ValueError(f"{name} is {value!r}; it must be an integer from {least} on{also}")
+        components = getattr(self, clusters)
+        if components > MAX_CLUSTERS:
+            raise ValueError(f"{clusters} is {components}; it must be 1 to {MAX_CLUSTERS}")
         if not all(isinstance(width, numbers.Integral) and width >= 1 for width in self.hidden):
             raise ValueError(f"hidden is {self.hidden!r}; it must be the widths of layers, each at least 1")
         for name in ("learning_rate", "gamma"):
@@ -221,25 +244,32 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
                 raise ValueError(f"{name} is {value!r}; it must be greater than 0")
         if not (isinstance(self.noise, numbers.Real) and 0 <= self.noise < math.inf):
             raise ValueError(f"noise is {self.noise!r}; it must be 0 or greater")
+        if self.n_clusters == "auto" and (self.noise == 0 or not isinstance(self.prior, str)):
+            name, needed = ("noise", "greater than 0") if self.noise == 0 else ("prior", "'even' or 'learned'")
+            raise ValueError(f"{name} is {getattr(self, name)!r}; with n_clusters='auto' it must be {needed}")
         if self.init not in ("auto", "random", "k-means++"):
             raise ValueError(f"init is {self.init!r}; it must be 'auto', 'random' or 'k-means++'")
         if isinstance(self.prior, str):
             if self.prior not in ("even", "learned"):
-                raise ValueError(f"prior is {self.prior!r}; it must be 'even', 'learned' or {self.n_clusters} numbers")
+                raise ValueError(f"prior is {self.prior!r}; it must be 'even', 'learned' or {components} numbers")
         else:
             prior = np.asarray(self.prior, dtype=float)
-            if prior.shape != (self.n_clusters,) or not (prior >= 0).all() or abs(prior.sum() - 1) > 1e-3:
+            if prior.shape != (components,) or not (prior >= 0).all() or abs(prior.sum() - 1) > 1e-3:
                 raise ValueError(
                     f"prior is {self.prior!r}; "
-                    f"it must be {self.n_clusters} numbers, one for each cluster, from 0 on with sum 1"
+                    f"it must be {components} numbers, one for each cluster, from 0 on with sum 1"
                 )
-        if n_samples < self.n_clusters:
-            raise ValueError(f"n_samples={n_samples} should be >= n_clusters={self.n_clusters}")
+        if n_samples < components and self.n_clusters != "auto":
+            raise ValueError(f"n_samples={n_samples} should be >= n_clusters={components}")
 
     def _init(self) -> str:
         if self.init == "auto":
-            return "k-means++" if isinstance(self.prior, str) and self.prior == "learned" else "random"
+            return "k-means++" if self._learns_prior else "random"
         return self.init
+
+    @property
+    def _learns_prior(self) -> bool:
+        return self.n_clusters == "auto" or (isinstance(self.prior, str) and self.prior == "learned")
 
     def _measure(self, X: np.ndarray) -> None:
         """The centre and the scale of each feature, by batches: X may lie on disk."""
@@ -264,7 +294,9 @@ class _Model:
         self.options, self.device = estimator, torch.device(estimator.device)
         self.generator, self.seed = torch.Generator().manual_seed(seed), seed
         dtype = torch.float64 if X.dtype == np.float64 else torch.float32
-        clusters = estimator.n_clusters
+        auto = estimator.n_clusters == "auto"
+        clusters = min(estimator.max_clusters, len(X)) if auto else estimator.n_clusters
+        self.clusters = torch.arange(clusters)  # which cluster each component is part of
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             if estimator.network is None:
@@ -277,7 +309,7 @@ class _Model:
         self.network = network.to(self.device, dtype)
         self.norm = RelevanceNorm(clusters, device=self.device, dtype=dtype)
         self.criterion = MixtureEMLoss(estimator.gamma)
-        self.learns_prior = isinstance(estimator.prior, str) and estimator.prior == "learned"
+        self.learns_prior = estimator._learns_prior
         self.uses_prior = not isinstance(estimator.prior, str) or self.learns_prior
         prior = np.full(clusters, 1 / clusters) if isinstance(estimator.prior, str) else np.asarray(estimator.prior)
         self.prior = torch.as_tensor(prior, dtype=dtype, device=self.device)
@@ -297,16 +329,16 @@ class _Model:
             yield index, self._load(X[index])
 
     def scores(self, x: Tensor) -> Tensor:
-        scores, clusters = self.network(x), self.options.n_clusters
+        scores, clusters = self.network(x), len(self.clusters)
         if scores.shape != (len(x), clusters):
             raise ValueError(
                 f"network gives {tuple(scores.shape)}; it must give (N, n_clusters) = ({len(x)}, {clusters})"
             )
         return scores
 
-    def _noisy(self, x: Tensor) -> Tensor:
+    def _noisy(self, x: Tensor, share: float = 1.0) -> Tensor:
         noise = torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
-        return x + self.options.noise * noise.to(x.device)
+        return x + share * self.options.noise * noise.to(x.device)
 
     def _step(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -317,7 +349,7 @@ class _Model:
         """Teach the network which of K samples, drawn far apart, is the nearest."""
         draw = np.random.default_rng(self.seed)
         some = X[np.sort(draw.choice(len(X), min(len(X), INFERENCE_BATCH), replace=False))].reshape(-1, X[0].size)
-        seeds, _ = kmeans_plusplus(some, self.options.n_clusters, random_state=self.seed % 2**32)
+        seeds, _ = kmeans_plusplus(some, len(self.clusters), random_state=self.seed % 2**32)
         seeds = self._load(seeds.reshape(-1, *X.shape[1:])).flatten(1)
         counts = torch.ones_like(self.prior)
         for _ in range(SEEDING_EPOCHS):
@@ -360,10 +392,37 @@ class _Model:
 
     @torch.no_grad()
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Posteriors and normalised scores."""
+        """Posteriors and normalised scores of the clusters."""
         self.network.eval()
         normalized = self.norm.eval()(self.scores(x))
-        return torch.softmax(normalized + (self.prior.log() if self.uses_prior else 0), 1), normalized
+        prior = self.cluster_prior()
+        if len(prior) < len(self.clusters):
+            joint = normalized + self.prior.log()
+            parts = [torch.logsumexp(joint[:, self.clusters == k], 1) for k in range(len(prior))]
+            normalized = torch.stack(parts, 1) - prior.log()
+        return torch.softmax(normalized + (prior.log() if self.uses_prior else 0), 1), normalized
+
+    def cluster_prior(self) -> Tensor:
+        """(K,): the weights of the clusters, of all components that they were merged from."""
+        clusters = self.clusters.to(self.device)
+        return self.prior.new_zeros(int(self.clusters.max()) + 1).index_add(0, clusters.clamp_min(0), self.prior)
+
+    @torch.no_grad()
+    def merge(self, X: np.ndarray) -> None:
+        """Drop components that are empty, and make one cluster of those whose border lies in no valley."""
+        components = len(self.clusters)
+        moved = torch.zeros(components, components, dtype=torch.int64)  # by noise, from a component to another
+        for _ in range(max(1, math.ceil(LEAST_MOVED / len(X)))):
+            for x in self.in_order(X):
+                pairs = [self.posterior(part)[0].argmax(1).cpu() for part in (x, self._noisy(x, MERGING_NOISE))]
+                moved += torch.bincount(pairs[0] * components + pairs[1], minlength=components**2).view_as(moved)
+        occupied = moved.sum(1) > 0
+        self.prior = torch.where(occupied.to(self.device), self.prior, 0)
+        self.prior = self.prior / self.prior.sum()
+        groups = merged(moved.numpy(), CROSSING)
+        self.clusters = torch.full((components,), -1)
+        for k, group in enumerate(groups):
+            self.clusters[group] = k
 
     @torch.no_grad()
     def loss(self, X: np.ndarray) -> float:
@@ -372,6 +431,30 @@ class _Model:
         criterion = MixtureEMLoss(self.options.gamma, self.norm.eval())
         prior = self.prior if self.uses_prior else None
         return sum(criterion(self.scores(x), prior=prior).loss.item() * len(x) for x in self.in_order(X)) / len(X)
+
+
+def merged(moved: np.ndarray, crossing: float) -> list[list[int]]:
+    """Groups of clusters, of which again and again the two with the most exchange are joined.
+
+    Args:
+        moved: (K, K), how many samples of a cluster some noise carries into each; those without samples are left out.
+        crossing: the most exchange of two groups that stay apart: samples that cross over from either side, on average,
+            by those of the smaller one.
+    """
+    groups = [[k] for k in np.flatnonzero(moved.sum(1))]
+    exchange = ((moved + moved.T) / 2)[np.ix_(*[[k for [k] in groups]] * 2)]
+    while len(groups) > 1:
+        sizes = exchange.sum(1)
+        share = exchange / np.minimum(sizes[:, None], sizes)
+        np.fill_diagonal(share, 0)
+        i, j = sorted(np.unravel_index(share.argmax(), share.shape))
+        if share[i, j] <= crossing:
+            break
+        exchange[i] += exchange[j]
+        exchange[:, i] += exchange[:, j]
+        exchange = np.delete(np.delete(exchange, j, 0), j, 1)
+        groups[i] += groups.pop(j)
+    return groups
 
 
 def perceptron(features: int, hidden: Sequence[int], clusters: int) -> nn.Sequential:

@@ -16,10 +16,13 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
 from fastroute.clustering import NeuralMixture, cluster_accuracy
+from fastroute.clustering.neural_mixture import merged
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # there, samples are few and random
-@parametrize_with_checks([NeuralMixture(), NeuralMixture(prior="learned", n_init=1)])
+@parametrize_with_checks(
+    [NeuralMixture(), NeuralMixture(prior="learned", n_init=1), NeuralMixture("auto", max_clusters=6, n_init=1)]
+)
 def test_scikit_learns_own_checks(estimator, check):
     check(estimator)
 
@@ -53,6 +56,51 @@ def test_finds_blobs_and_says_how_sure_it_is():
     np.testing.assert_allclose(scores.std(0), 1, atol=1e-4)
     assert model.score(X) == pytest.approx(-model.loss_) and model.loss_ < np.log(2)
     assert model.score(X) > NeuralMixture(3, n_init=1, epochs=0, random_state=0).fit(X).score(X)
+
+
+AUTO = {
+    "blobs": (lambda: blobs(), 3, 0.98),
+    "uneven blobs": (lambda: uneven(), 3, 0.98),
+    "moons": (lambda: make_moons(1500, noise=0.06, random_state=0), 2, 0.97),
+    "one": (lambda: (np.random.default_rng(0).normal(size=(1000, 2)), np.zeros(1000, int)), 1, 1.0),
+}
+
+
+@pytest.mark.parametrize("data", AUTO)
+def test_the_number_of_clusters_comes_from_the_data(data):
+    make, clusters, accuracy = AUTO[data]
+    X, y = make()
+    model = NeuralMixture("auto", random_state=0).fit(X)
+    assert model.n_clusters_ == clusters == len(model.get_feature_names_out())
+    assert cluster_accuracy(y, model.labels_) >= accuracy
+    proba, scores = model.predict_proba(X), model.transform(X)
+    assert proba.shape == scores.shape == (len(X), clusters) and model.priors_.shape == (clusters,)
+    assert model.priors_.sum() == pytest.approx(1)
+    expected = np.exp(scores) * model.priors_  # Eq. 4.18
+    np.testing.assert_allclose(proba, expected / expected.sum(1, keepdims=True), rtol=1e-4, atol=1e-6)
+    model.partial_fit(X)
+    assert model.n_clusters_ == clusters and np.isfinite(model.loss_)
+    assert cluster_accuracy(y, model.labels_) >= accuracy - 0.02
+
+
+def test_a_network_of_ones_own_has_the_clusters_to_begin_with():
+    X, y = blobs()
+    network = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 7))
+    model = NeuralMixture("auto", max_clusters=7, network=network, random_state=0).fit(X)
+    assert model.n_clusters_ == 3 and cluster_accuracy(y, model.labels_) > 0.98
+
+
+def test_clusters_with_the_most_exchange_are_joined_first():
+    # 0 and 1 exchange 3 of 10; 2, the half of them, a tenth of its samples with both together; 3 has none; 4 is apart.
+    moved = np.zeros((5, 5), int)
+    moved[:2, :2] = [[70, 30], [30, 70]]
+    moved[2, :3] = [5, 0, 95]
+    moved[1, 2] = 15
+    moved[4, 4] = 50
+    assert merged(moved, 0.2) == [[0, 1], [2], [4]]
+    assert merged(moved, 0.05) == [[0, 1, 2], [4]]
+    assert merged(moved, 0.5) == [[0], [1], [2], [4]]
+    assert merged(np.ones((3, 3), int), 0.0) == [[0, 1, 2]] and merged(np.zeros((2, 2), int), 0.1) == []
 
 
 def test_uneven_groups_need_a_learned_prior():
@@ -170,6 +218,18 @@ def test_constant_features_are_one_cluster(prior):
         ({"learning_rate": 0}, np.zeros((20, 2)), "learning_rate is 0; it must be greater than 0"),
         ({"noise": -1}, np.zeros((20, 2)), "noise is -1; it must be 0 or greater"),
         ({"hidden": (0,)}, np.zeros((20, 2)), r"hidden is \(0,\)"),
+        ({"n_clusters": "many"}, np.zeros((20, 2)), "n_clusters is 'many'; it must be an integer from 1 on or 'auto'"),
+        ({"n_clusters": "auto", "max_clusters": 0}, np.zeros((20, 2)), "max_clusters is 0; it must be an integer"),
+        (
+            {"n_clusters": "auto", "noise": 0},
+            np.zeros((20, 2)),
+            "noise is 0; with n_clusters='auto' it must be greater",
+        ),
+        (
+            {"n_clusters": "auto", "prior": [0.5, 0.5], "max_clusters": 2},
+            np.zeros((20, 2)),
+            "with n_clusters='auto' it",
+        ),
         ({"init": "first"}, np.zeros((20, 2)), "init is 'first'; it must be 'auto', 'random' or 'k-means\\+\\+'"),
         ({"prior": "flat"}, np.zeros((20, 2)), "prior is 'flat'; it must be 'even', 'learned'"),
         ({"prior": [0.5, 0.6, -0.1]}, np.zeros((20, 2)), r"prior is \[0.5, 0.6, -0.1\]; .* sum 1"),
