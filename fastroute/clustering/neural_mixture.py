@@ -445,7 +445,7 @@ def merged(moved: np.ndarray, crossing: float) -> list[list[int]]:
     exchange = ((moved + moved.T) / 2)[np.ix_(*[[k for [k] in groups]] * 2)]
     while len(groups) > 1:
         sizes = exchange.sum(1)
-        share = exchange / np.minimum(sizes[:, None], sizes)
+        share = exchange / np.maximum(np.minimum(sizes[:, None], sizes), 1)  # all of a cluster may go to one left out
         np.fill_diagonal(share, 0)
         i, j = sorted(np.unravel_index(share.argmax(), share.shape))
         if share[i, j] <= crossing:

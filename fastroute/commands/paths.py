@@ -29,8 +29,8 @@ def paths(
 
     For each incoming path, "used" is among how many outgoing paths all images together are spread, and "clusters" how
     many kinds of images its gates tell apart, which is near 1 for gates that differ little. "needed" counts the ways in
-    which they differ, however little: with more paths than that, two of them get the same share of every image, or
-    shares that follow from the others'.
+    which they differ, by their shares of the variance and however little it is: about so many paths would do, since
+    what the others get of an image follows from what these get.
     """
     with plain_errors():
         from fastroute.nn.statistics import needed_paths

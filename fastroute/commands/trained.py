@@ -18,11 +18,9 @@ if TYPE_CHECKING:
 class Trained:
     """A trained network with its validation images, on the GPU where there is one.
 
-    run: the options of the training that shaped the network.
     loader: of `validation_loader`, with the names of its `classes`.
     """
 
-    run: dict
     network: nn.Module
     dataset: str
     loader: "EpochLoader"
@@ -36,16 +34,16 @@ def trained_network(path: Path, name: str = "checkpoint", checkpoint: dict | Non
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint of `fastroute train`.
+        ValueError: it is no checkpoint of `fastroute train`, or its weights are of another network.
     """
-    from fastroute.training.checkpoints import network_weights, read_checkpoint
+    from fastroute.training.checkpoints import load_network_weights, read_checkpoint
 
     checkpoint = checkpoint or read_checkpoint(path, name)
     run = checkpoint["hyper_parameters"]
     if "model" not in run:
         raise ValueError(f"{name} is {path}; it is no checkpoint of `fastroute train`")
     network = create_model(run["model"], run["num_classes"], run["in_chans"], run["img_size"])
-    network.load_state_dict(network_weights(checkpoint))
+    load_network_weights(network, checkpoint, path, name=name)
     return network.to(_device())
 
 
@@ -88,7 +86,7 @@ def trained(
             f"data_dir is {data_dir}; its images have {channels} channels, but {run['model']} was trained on images "
             f"of {run['in_chans']}"
         )
-    return Trained(run, network, dataset, loader, classes, img_size, crop_pct)
+    return Trained(network, dataset, loader, classes, img_size, crop_pct)
 
 
 def _device() -> torch.device:

@@ -104,7 +104,8 @@ def needed_paths(gates: Tensor) -> Tensor:
     Returns:
         (m,), from 1 to n, float64: for each incoming path.
     """
-    centred = (gates - gates.mean(0)).double()
+    gates = gates.double()
+    centred = gates - gates.mean(0)
     variances = torch.linalg.eigvalsh(torch.einsum("sij,sik->ijk", centred, centred) / max(len(gates), 1)).clamp_min(0)
     total = variances.sum(1, keepdim=True)
     rank = torch.special.entr(variances / total).sum(1).exp()

@@ -173,9 +173,16 @@ def load_weights(model: nn.Module, path: str | Path, averaged: bool = True, name
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{name} is {path}; it holds no weights: {error!r}") from error
-    if not isinstance(weights, dict):
+    load_network_weights(model, weights, path, averaged, name)
+
+
+def load_network_weights(
+    model: nn.Module, checkpoint: dict, path: Path, averaged: bool = True, name: str = "checkpoint"
+) -> None:
+    """As `load_weights`, from what the file at `path` holds."""
+    weights = network_weights(checkpoint, averaged) if isinstance(checkpoint, dict) else checkpoint
+    if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise ValueError(f"{name} is {path}; it holds a {type(weights).__name__}, and must hold a state_dict")
-    weights = network_weights(weights, averaged)
     if differences := _differences(model.state_dict(), weights):
         raise ValueError(f"{name} is {path}; its weights are of another network: {differences}")
     model.load_state_dict(weights)
@@ -183,6 +190,7 @@ def load_weights(model: nn.Module, path: str | Path, averaged: bool = True, name
 
 def _differences(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str:
     """What keeps weights from being those wanted, in a line; nothing where they are."""
+    given = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     shapes = ((name, given[name].shape, value.shape) for name, value in wanted.items() if name in given)
     kinds = {
         "missing": [name for name in wanted if name not in given],
@@ -201,6 +209,8 @@ def network_weights(checkpoint: dict, averaged: bool = True) -> dict[str, Tensor
     if "state_dict" not in checkpoint:
         return checkpoint
     weights = checkpoint["state_dict"] if averaged else checkpoint.get("current_model_state", checkpoint["state_dict"])
+    if not isinstance(weights, dict):
+        return weights
     return {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
 
 

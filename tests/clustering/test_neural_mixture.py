@@ -100,6 +100,7 @@ def test_clusters_with_the_most_exchange_are_joined_first():
     assert merged(moved, 0.2) == [[0, 1], [2], [4]]
     assert merged(moved, 0.05) == [[0, 1, 2], [4]]
     assert merged(moved, 0.5) == [[0], [1], [2], [4]]
+    assert merged(np.array([[0, 0, 5], [0, 50, 0], [0, 0, 0]]), 0.1) == [[0], [1]]
     assert merged(np.ones((3, 3), int), 0.0) == [[0, 1, 2]] and merged(np.zeros((2, 2), int), 0.1) == []
 
 

@@ -35,6 +35,11 @@ def test_used_paths_clusters_and_needed_paths(case):
     torch.testing.assert_close(needed_paths(gates), torch.tensor([needed, 4.0]).double(), rtol=1e-3, atol=0)
 
 
+def test_many_gates_that_do_not_differ_need_one_path():
+    gates = torch.tensor([0.1, 0.9, 0.0]).expand(50_000, 1, 3).contiguous()  # whose mean is not exact in float32
+    assert needed_paths(gates).tolist() == [1]
+
+
 def test_a_single_way_to_go_is_one_path():
     gates = torch.ones(5, 2, 1)
     statistics = RouterStatistics.of(Routing(gates, gates)).cpu()

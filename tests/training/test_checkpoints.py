@@ -134,6 +134,13 @@ def test_weights_of_another_network_are_refused(tmp_path):
         ValueError, match=r"network: 2 of another shape \(\S+ \(7, 64\) for \(10, 64\), \S+ \(7,\) for \(10,\)\)$"
     ):
         load_weights(model, path)
+    torch.save(create_model("resnet20").state_dict() | {"stem.0.weight": 1.0}, path)
+    with pytest.raises(ValueError, match="its weights are of another network"):
+        load_weights(model, path)
+    for nothing in ({"state_dict": [1]}, {1: torch.ones(1)}):
+        torch.save(nothing, path)
+        with pytest.raises(ValueError, match="and must hold a state_dict"):
+            load_weights(model, path)
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match=r"weights\.pt; it holds a list, and must hold a state_dict"):
         load_weights(model, path)
