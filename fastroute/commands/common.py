@@ -5,11 +5,24 @@ import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 import yaml
 from rich.console import Console
 from rich.markup import escape
+
+# What images a trained network is given: options of the commands that take a checkpoint.
+DatasetOption = Annotated[
+    Literal["digits", "cifar10", "cifar100", "mnist", "stl10", "imagefolder", "webdataset"] | None,
+    typer.Option(help="Where the images come from. (default: as in training)"),
+]
+DataDirOption = Annotated[
+    Path | None, typer.Option(help="Folder with val/, folder of classes, folder of tar shards, or a tar file.")
+]
+WorkersOption = Annotated[
+    int | None, typer.Option("-j", "--workers", min=1, help="Processes that decode images. (default: all cores)")
+]
 
 
 @contextlib.contextmanager

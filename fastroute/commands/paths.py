@@ -1,29 +1,22 @@
 """`fastroute paths`: a checkpoint to how many paths its routers need."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastroute.commands.common import plain_errors
+from fastroute.commands.common import DataDirOption, DatasetOption, WorkersOption, plain_errors
 from fastroute.commands.trained import trained
 
 
 def paths(
     checkpoint: Annotated[Path, typer.Argument(help="Of `fastroute train`.")],
-    dataset: Annotated[
-        Literal["digits", "cifar10", "cifar100", "mnist", "stl10", "imagefolder", "webdataset"] | None,
-        typer.Option(help="Where the images come from. (default: as in training)"),
-    ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder with val/, folder of classes, folder of tar shards, or a tar file.")
-    ] = None,
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = None,
     batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1)] = 128,
-    workers: Annotated[
-        int | None, typer.Option("-j", "--workers", min=1, help="Processes that decode images. (default: all cores)")
-    ] = None,
+    workers: WorkersOption = None,
 ) -> None:
     """Estimate how many paths each router of a network needs, from its gates over the validation images.
 

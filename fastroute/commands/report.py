@@ -3,14 +3,14 @@
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from torch import nn
 
-from fastroute.commands.common import plain_errors
+from fastroute.commands.common import DataDirOption, DatasetOption, WorkersOption, plain_errors
 from fastroute.commands.trained import trained, trained_network
 from fastroute.models import create_model
 
@@ -18,13 +18,8 @@ from fastroute.models import create_model
 def report(
     checkpoint: Annotated[Path, typer.Argument(help="Of `fastroute train` or `fastroute cluster`.")],
     more_images: Annotated[list[Path] | None, typer.Argument(metavar="[IMAGE]...", hidden=True)] = None,
-    dataset: Annotated[
-        Literal["digits", "cifar10", "cifar100", "mnist", "stl10", "imagefolder", "webdataset"] | None,
-        typer.Option(help="Where the images come from. (default: as in training)"),
-    ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder with val/, folder of classes, folder of tar shards, or a tar file.")
-    ] = None,
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = None,
     images: Annotated[
         list[Path] | None, typer.Option(help="Image files for the routing flow. (default: twelve of the data)")
     ] = None,
@@ -38,9 +33,7 @@ def report(
     runs: Annotated[Path | None, typer.Option(help="A folder of runs, for accuracy by parameters.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Of a clustering: only the first so many images.")] = None,
     batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1)] = 128,
-    workers: Annotated[
-        int | None, typer.Option("-j", "--workers", min=1, help="Processes that decode images. (default: all cores)")
-    ] = None,
+    workers: WorkersOption = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder to write into. (default: report, beside the checkpoint)")
     ] = None,

@@ -44,7 +44,7 @@ def trained_network(path: Path, name: str = "checkpoint", checkpoint: dict | Non
         raise ValueError(f"{name} is {path}; it is no checkpoint of `fastroute train`")
     network = create_model(run["model"], run["num_classes"], run["in_chans"], run["img_size"])
     load_network_weights(network, checkpoint, path, name=name)
-    return network.to(_device())
+    return network.to(this_device())
 
 
 def trained(
@@ -79,7 +79,7 @@ def trained(
         num_workers=workers or os.cpu_count() or 1,
         mean=data.get("mean"),
         std=data.get("std"),
-        device=_device(),
+        device=this_device(),
     )
     if channels != run["in_chans"]:
         raise ValueError(
@@ -89,5 +89,6 @@ def trained(
     return Trained(network, dataset, loader, classes, img_size, crop_pct)
 
 
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+def this_device() -> torch.device:
+    """The GPU of this process where there is one."""
+    return torch.device("cuda", torch.cuda.currentthis_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastroute.commands.common import plain_errors
+from fastroute.commands.common import DataDirOption, DatasetOption, WorkersOption, plain_errors
+from fastroute.commands.trained import this_device
 from fastroute.models import create_model
 from fastroute.nn import Router, SparseRouter
 
@@ -26,13 +27,8 @@ def validate(
     model: Annotated[
         str | None, typer.Option(help="The network. (default: the checkpoint's; without one, fresh weights)")
     ] = None,
-    dataset: Annotated[
-        Literal["digits", "cifar10", "cifar100", "mnist", "stl10", "imagefolder", "webdataset"] | None,
-        typer.Option(help="Where the images come from. (default: as in training)"),
-    ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder with val/, folder of classes, folder of tar shards, or a tar file.")
-    ] = None,
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = None,
     num_classes: Annotated[int | None, typer.Option(min=1, help="Logits. (default: the checkpoint's)")] = None,
     first_classes: Annotated[
         int | None, typer.Option(min=1, help="Use only the first so many classes of the data.")
@@ -46,9 +42,7 @@ def validate(
         bool, typer.Option("--use-ema/--no-use-ema", help="The moving average, where the run kept one.")
     ] = True,
     batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1, help="Of one process.")] = 128,
-    workers: Annotated[
-        int | None, typer.Option("-j", "--workers", min=1, help="Processes that decode images. (default: all cores)")
-    ] = None,
+    workers: WorkersOption = None,
     on_bad_image: Annotated[
         Literal["stop", "skip"], typer.Option(help="What an image that cannot be read does.")
     ] = "stop",
@@ -110,7 +104,7 @@ def _result(path: Path | None, options: SimpleNamespace, console: Console) -> di
     if path is not None and options.model is None:
         checkpoint = read_checkpoint(path, "checkpoint")
         run, data = checkpoint["hyper_parameters"], checkpoint.get("ImageDataModule", {})
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = this_device()
     dataset = options.dataset or data.get("dataset")
     if dataset is None:
         raise ValueError("dataset is missing; the checkpoint does not say on what it was trained")
