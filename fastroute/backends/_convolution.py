@@ -23,12 +23,6 @@ class Convolution:
     def arrange(self, x: Tensor) -> Tensor:
         return x.movedim(1, -1).contiguous().movedim(-1, 1) if self.channels_last else x.contiguous()
 
-    def empty(self, x: Tensor, channels: int) -> Tensor:
-        """Unwritten, of x's samples and space."""
-        if self.channels_last:
-            return x.new_empty((x.shape[0], *x.shape[2:], channels)).movedim(-1, 1)
-        return x.new_empty((x.shape[0], channels, *x.shape[2:]))
-
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         dtype = x.dtype
         x, weight, bias = self._converted(x, weight, bias)

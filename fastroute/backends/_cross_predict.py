@@ -162,13 +162,13 @@ class Passes:
         """The inner products <T_ij, X_i>, and dX unless grad_xs is empty."""
         channels = weight.shape[3]
         if self.pairwise:
-            like, products = convolution.empty(xs[0], channels), []
+            [like], products = self._empty(convolution, xs[0], channels, 1), []
             for i, x in enumerate(xs):
                 terms = [convolution.to_inputs(grad, like, w) for grad, w in zip(grads, weight[i], strict=True)]
                 products.append(self.kernels.sum_gradients(terms, [x], gates[:, i : i + 1], grad_xs[i : i + 1]))
                 del terms  # as in `_predict`
             return torch.cat(products, 1)
         weights = [w.transpose(0, 1).flatten(1, 2) for w in weight.unbind(1)]  # (C_out, m·C_in, *k)
-        like = convolution.empty(xs[0], len(xs) * channels)
+        [like] = self._empty(convolution, xs[0], len(xs) * channels, 1)
         terms = [convolution.to_inputs(grad, like, w) for grad, w in zip(grads, weights, strict=True)]
         return self.kernels.sum_gradients(terms, xs, gates, grad_xs)
