@@ -59,8 +59,8 @@ def test_finds_blobs_and_says_how_sure_it_is():
 
 
 AUTO = {
-    "blobs": (lambda: blobs(), 3, 0.98),
-    "uneven blobs": (lambda: uneven(), 3, 0.98),
+    "blobs": (blobs, 3, 0.98),
+    "uneven blobs": (uneven, 3, 0.98),
     "moons": (lambda: make_moons(1500, noise=0.06, random_state=0), 2, 0.97),
     "one": (lambda: (np.random.default_rng(0).normal(size=(1000, 2)), np.zeros(1000, int)), 1, 1.0),
 }
