@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from fastroute.benchmark import networks, operators, overhead, sparse
+from fastroute.benchmark import networks, operators, overhead, parallel, sparse
 from fastroute.benchmark.cases import Case
 from fastroute.benchmark.contest import OURS, Contest
 from fastroute.benchmark.results import Result, Row
@@ -19,9 +19,10 @@ SUITES: dict[str, Callable[[torch.device], Iterable[Case]]] = {
     "networks": networks.cases,
     "overhead": overhead.cases,
     "sparse": sparse.cases,
+    "parallel": parallel.cases,
 }
 
-ROUNDS = {"operators": 15, "networks": 5, "overhead": 50, "sparse": 15}
+ROUNDS = {"operators": 15, "networks": 5, "overhead": 50, "sparse": 15, "parallel": 7}
 
 
 def all_cases(device: torch.device) -> list[Case]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastroute import ops
-from fastroute.benchmark import all_cases, networks, operators, overhead, sparse
+from fastroute.benchmark import SUITES, all_cases, networks, operators, overhead, parallel, sparse
 from fastroute.benchmark.operators import OPERATORS, Problem
 
 CPU = torch.device("cpu")
@@ -128,11 +128,23 @@ def test_sparse_layers_are_checked_and_timed(direction, monkeypatch):
         sparse.contest(labels, CPU).warm_up()
 
 
+@pytest.mark.parametrize("direction", [parallel.FORWARD, parallel.FORWARD_BACKWARD])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parallel_convolutions_are_checked_and_timed(direction, dtype, monkeypatch):
+    labels = {"direction": direction, "dtype": dtype, "layout": "channels_last", "shape": (4, 4, 5, 5), "paths": 2}
+    assert measured(parallel.contest(labels, CPU)).ms.keys() == {"fastroute", "batched", "grouped"}
+    monkeypatch.setattr(
+        parallel.ParallelPaths, "_batched", lambda paths, xs: [1.5 * path(x) for path, x in zip(paths, xs, strict=True)]
+    )
+    with pytest.raises(AssertionError):
+        parallel.contest(labels, CPU).warm_up()
+
+
 def test_cases_have_ids_of_their_own_and_a_short_selection():
     cases = all_cases(CPU)
     assert len({case.id for case in cases}) == len(cases)
     quick = [case for case in cases if case.quick]
-    assert {case.suite for case in quick} == {"operators", "networks", "overhead", "sparse"} and len(quick) <= 26
+    assert {case.suite for case in quick} == set(SUITES) and len(quick) <= 27
     assert {case.labels["operator"] for case in quick if case.suite == "operators"} == set(OPERATORS)
     assert sum(case.stated for case in cases) == 48
 
