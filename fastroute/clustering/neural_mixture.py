@@ -251,7 +251,8 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             raise ValueError(f"init is {self.init!r}; it must be 'auto', 'random' or 'k-means++'")
         if isinstance(self.prior, str):
             if self.prior not in ("even", "learned"):
-                raise ValueError(f"prior is {self.prior!r}; it must be 'even', 'learned' or {components} numbers")
+                numbers_too = "" if self.n_clusters == "auto" else f", or {components} numbers"
+                raise ValueError(f"prior is {self.prior!r}; it must be 'even' or 'learned'{numbers_too}")
         else:
             prior = np.asarray(self.prior, dtype=float)
             if prior.shape != (components,) or not (prior >= 0).all() or abs(prior.sum() - 1) > 1e-3:
@@ -259,8 +260,9 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
                     f"prior is {self.prior!r}; "
                     f"it must be {components} numbers, one for each cluster, from 0 on with sum 1"
                 )
-        if n_samples < components and self.n_clusters != "auto":
-            raise ValueError(f"n_samples={n_samples} should be >= n_clusters={components}")
+        # The perceptron of "auto" has no more outputs than there are samples; another network has those that it has.
+        if n_samples < components and (self.n_clusters != "auto" or self.network is not None):
+            raise ValueError(f"n_samples={n_samples} should be >= {clusters}={components}")
 
     def _init(self) -> str:
         if self.init == "auto":
@@ -331,9 +333,8 @@ class _Model:
     def scores(self, x: Tensor) -> Tensor:
         scores, clusters = self.network(x), len(self.clusters)
         if scores.shape != (len(x), clusters):
-            raise ValueError(
-                f"network gives {tuple(scores.shape)}; it must give (N, n_clusters) = ({len(x)}, {clusters})"
-            )
+            name = "max_clusters" if self.options.n_clusters == "auto" else "n_clusters"
+            raise ValueError(f"network gives {tuple(scores.shape)}; it must give (N, {name}) = ({len(x)}, {clusters})")
         return scores
 
     def _noisy(self, x: Tensor, share: float = 1.0) -> Tensor:
@@ -416,13 +417,19 @@ class _Model:
             for x in self.in_order(X):
                 pairs = [self.posterior(part)[0].argmax(1).cpu() for part in (x, self._noisy(x, MERGING_NOISE))]
                 moved += torch.bincount(pairs[0] * components + pairs[1], minlength=components**2).view_as(moved)
-        occupied = moved.sum(1) > 0
-        self.prior = torch.where(occupied.to(self.device), self.prior, 0)
-        self.prior = self.prior / self.prior.sum()
-        groups = merged(moved.numpy(), CROSSING)
-        self.clusters = torch.full((components,), -1)
+        self._group(merged(moved.numpy(), CROSSING))
+        # Beside a merged one, which has the sum of its parts' posteriors, a small cluster can lose all its samples.
+        found = torch.cat([self.posterior(x)[0].argmax(1).cpu() for x in self.in_order(X)]).unique()
+        self._group([torch.nonzero(self.clusters == k).flatten() for k in found])
+
+    def _group(self, groups: Sequence[Sequence[int] | Tensor]) -> None:
+        """Make a cluster of each group of components, and drop those in none."""
+        clusters = torch.full_like(self.clusters, -1)
         for k, group in enumerate(groups):
-            self.clusters[group] = k
+            clusters[group] = k
+        self.clusters = clusters
+        self.prior = torch.where((clusters >= 0).to(self.device), self.prior, 0)
+        self.prior = self.prior / self.prior.sum()
 
     @torch.no_grad()
     def loss(self, X: np.ndarray) -> float:

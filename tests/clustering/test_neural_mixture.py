@@ -90,6 +90,12 @@ def test_a_network_of_ones_own_has_the_clusters_to_begin_with():
     assert model.n_clusters_ == 3 and cluster_accuracy(y, model.labels_) > 0.98
 
 
+def test_no_cluster_that_was_found_is_empty():
+    X = np.random.default_rng(0).normal(size=(120, 8))
+    model = NeuralMixture("auto", max_clusters=100, n_init=1, epochs=5, random_state=0).fit(X)
+    assert set(model.labels_) == set(range(model.n_clusters_)) and model.priors_.sum() == pytest.approx(1)
+
+
 def test_clusters_with_the_most_exchange_are_joined_first():
     # 0 and 1 exchange 3 of 10; 2, the half of them, a tenth of its samples with both together; 3 has none; 4 is apart.
     moved = np.zeros((5, 5), int)
@@ -232,7 +238,22 @@ def test_constant_features_are_one_cluster(prior):
             "with n_clusters='auto' it",
         ),
         ({"init": "first"}, np.zeros((20, 2)), "init is 'first'; it must be 'auto', 'random' or 'k-means\\+\\+'"),
-        ({"prior": "flat"}, np.zeros((20, 2)), "prior is 'flat'; it must be 'even', 'learned'"),
+        ({"prior": "flat"}, np.zeros((20, 2)), "prior is 'flat'; it must be 'even' or 'learned', or 3 numbers"),
+        (
+            {"n_clusters": "auto", "prior": "flat"},
+            np.zeros((20, 2)),
+            "prior is 'flat'; it must be 'even' or 'learned'$",
+        ),
+        (
+            {"n_clusters": "auto", "network": nn.Linear(2, 30), "max_clusters": 30},
+            np.zeros((20, 2)),
+            "n_samples=20 should be >= max_clusters=30",
+        ),
+        (
+            {"n_clusters": "auto", "network": nn.Linear(2, 5)},
+            np.zeros((20, 2)),
+            r"network gives \(20, 5\); it must give \(N, max_clusters\) = \(20, 20\)",
+        ),
         ({"prior": [0.5, 0.6, -0.1]}, np.zeros((20, 2)), r"prior is \[0.5, 0.6, -0.1\]; .* sum 1"),
         ({"prior": [1.0, 1.0, 1.0]}, np.zeros((20, 2)), r"prior is .* sum 1"),
         ({"prior": [0.5, 0.5]}, np.zeros((20, 2)), "it must be 3 numbers, one for each cluster"),
