@@ -7,6 +7,7 @@ from torch import nn
 
 from fastroute import ops
 from fastroute.nn import ConsistencyLoss, MixtureEMLoss, RelevanceNorm
+from tests.threads import one_thread
 
 
 def blobs(samples=600, seed=0):
@@ -18,12 +19,9 @@ def blobs(samples=600, seed=0):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Layers this small lose by being shared out, and much where other work holds a processor."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def small_networks():
+    with one_thread():
+        yield
 
 
 def train(criterion, steps=200):

@@ -1,18 +1,16 @@
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+
+from tests.threads import one_thread
 
 CLASSES = ("ant", "bee", "cat")
 
 
-@pytest.fixture(scope="package", autouse=True)
-def one_thread():
-    """Networks this small are faster on one, above all beside other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(autouse=True, scope="package")
+def small_networks():
+    with one_thread():
+        yield
 
 
 def write_tree(folder, classes=CLASSES, sizes=((8, 8),), counts=(("train", 8), ("val", 4))):

@@ -1,17 +1,14 @@
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from fastroute.cli import app
+from tests.threads import one_thread
 
 
-@pytest.fixture(scope="package", autouse=True)
-def one_thread():
-    """Networks this small are faster on one, above all beside other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(autouse=True, scope="package")
+def small_networks():
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="package")
