@@ -19,7 +19,11 @@ def draw(result: Result, folder: Path, stem: str) -> list[Path]:
     """Write `STEM_share_of_copy.svg`, `STEM_steps.svg` and `STEM_memory.svg`, each where the result has its figures."""
     suites = by_suite(result.rows)
     operators = [row for row in suites.get("operators", []) if "copy" in row.ms]
-    steps = [row for row in suites.get("networks", []) if "optimiser" in row.labels["direction"]]
+    steps = [
+        row
+        for row in suites.get("networks", [])
+        if "optimiser" in row.labels["direction"] and row.labels["network"].startswith("resnet20")
+    ]
     memory = [row for row in operators if any(row.peak_bytes.values()) or any(row.saved_bytes.values())]
     figures = {"share_of_copy": (_share_of_copy, operators), "steps": (_steps, steps), "memory": (_memory, memory)}
     written = []
@@ -61,7 +65,6 @@ def _share_of_copy(rows: list[Row]) -> Figure:
 def _steps(rows: list[Row]) -> Figure:
     figure, axes = _axes("paths", "training step (ms)")
     for name, line in _lines(rows, "dtype", "layout", "batch").items():
-        line = [row for row in line if row.labels["network"].startswith("resnet20")]
         for contender in dict.fromkeys(contender for row in line for contender in row.ms):
             points = sorted((row.labels["paths"], row.ms[contender]) for row in line if contender in row.ms)
             axes.plot(*zip(*points, strict=True), "o-", label=f"{contender}: {name}")

@@ -93,3 +93,5 @@ def test_figures_are_drawn_where_there_are_figures(tmp_path, make_result):
     assert draw(result, tmp_path, "a")[0].read_bytes() == first
     result.rows = result.rows[2:]
     assert [path.name for path in draw(result, tmp_path, "b")] == ["b_steps.svg"]
+    result.rows[0].labels["network"] = "resnet18_cc2"  # with two paths alone, no figure by number of paths
+    assert draw(result, tmp_path, "c") == []
