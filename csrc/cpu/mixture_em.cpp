@@ -120,10 +120,8 @@ MixtureResult mixture_em_loss(
     for_mixtures(g, [&](int64_t i) {
       A* const a = scratch<A>((views + 1) * K * pitch + K);  // [views][K][pitch], then p [K][pitch] and log π [K]
       A *const p = a + views * K * pitch, *const log_prior = p + K * pitch;
-      for (int64_t j = 0; j < K; ++j) {
-        // The bound makes 0 · log 0 the 0 that it tends to.
-        log_prior[j] = priors ? std::log(std::max(priors[i * K + j], A(std::numeric_limits<float>::min()))) : A(0);
-      }
+      const A least = std::log(std::numeric_limits<A>::min());  // for log π in p log π, which tends to 0 with π
+      for (int64_t j = 0; j < K; ++j) log_prior[j] = priors ? std::log(priors[i * K + j]) : A(0);
       for (int64_t v = 0; v < views; ++v) {
         turn(from[v] + i * K, g, pitch, a + v * K * pitch);
         for (int64_t j = 0; j < K; ++j) {
@@ -152,7 +150,7 @@ MixtureResult mixture_em_loss(
           posterior.store(p + j * pitch + s);
           for (int64_t v = 0; v < views; ++v) {
             const V log_likelihood = log_sigmoid(V::loadu(a + (v * K + j) * pitch + s) * V(over_gamma));
-            joint = joint + posterior * (V(log_prior[j]) + log_likelihood);  // Eq. 4.21, 4.23
+            joint = joint + posterior * (V(std::max(log_prior[j], least)) + log_likelihood);  // Eq. 4.21, 4.23
           }
         }
         return joint;

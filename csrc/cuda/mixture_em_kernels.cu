@@ -76,10 +76,9 @@ __global__ void __launch_bounds__(kThreads, 2) mixture_em_forward_kernel(const _
     }
   }
   for (int j = threadIdx.x; j < K; j += kThreads) {
-    // The bound makes 0 · log 0 the 0 that it tends to.
-    const A prior = args.prior ? args.prior[own + j] : A(1);
-    log_prior[j] = log(prior < FLT_MIN ? A(FLT_MIN) : prior);
+    log_prior[j] = args.prior ? log(args.prior[own + j]) : A(0);
   }
+  const A least = log(sizeof(A) == sizeof(float) ? A(FLT_MIN) : A(DBL_MIN));  // for log π in p log π, 0 with π
   __syncthreads();
 
   int lanes = 1;
@@ -102,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 2) mixture_em_forward_kernel(const _
     for (int j = begin; j < K; j += lanes) {
       p[j] /= sum;  // Eq. 4.18, 4.20
       for (int v = 0; v < views; ++v) {
-        total += p[j] * (log_prior[j] + log_sigmoid(normalized(v, s, j) * over_gamma));  // Eq. 4.21, 4.23
+        total += p[j] * (fmax(log_prior[j], least) + log_sigmoid(normalized(v, s, j) * over_gamma));  // Eq. 4.21, 4.23
       }
     }
   }

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from fastroute.models._modes import modes_kept
 from fastroute.ops._library import OPERATORS
 
 
@@ -16,10 +17,8 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     device = next((parameter.device for parameter in model.parameters()), None)
-    training = model.training
-    with FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter, torch.no_grad():
+    with FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter, torch.no_grad(), modes_kept(model):
         model.eval()(torch.empty(1, *input_size, device=device))
-    model.train(training)
     return counter.get_total_flops() // 2
 
 

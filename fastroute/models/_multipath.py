@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from fastroute.models._modes import modes_kept
 from fastroute.nn import CrossConnection, CrossStitch, MultiPathNetwork, ParallelPaths
 from fastroute.ops._paths import MAX_PATHS
 
@@ -95,7 +96,10 @@ def multipath(
     elif isinstance(route_after, str):
         raise ValueError(f"route_after is {route_after!r}; it must be a list of names, or 'auto'")
     graph, cuts = _cut(model, route_after)
-    shapes = _shapes(model, graph, input_size)
+    first = next(iter(cuts.values()))
+    if routing is None:  # the paths start from one and the same tensor
+        _compute_out_of_place(model, first)
+    shapes = _shapes(model, graph, input_size, first)
     for name, node in cuts.items():
         if len(shapes[node] or ()) not in (2, 4, 5):
             raise ValueError(
@@ -107,21 +111,20 @@ def multipath(
     if not isinstance(output, fx.Node) or shapes[output] is None:
         raise ValueError(f"model is a {type(model).__name__} that returns {output}; it must return one tensor")
 
-    if routing is None:  # the paths start from one and the same tensor
-        _compute_out_of_place(model, next(iter(cuts.values())))
     scale = paths if init == "copy" and routing == "cc" else 1
     copies = [model, *(_reseeded(model, init, noise) for _ in range(paths - 1))]
     device = next((parameter.device for parameter in model.parameters()), None)
-    layers, start, width = OrderedDict(), graph.find_nodes(op="placeholder")[0], 1
+    layers, start, width, own = OrderedDict(), graph.find_nodes(op="placeholder")[0], 1, False
     for name, end in cuts.items():
         part = "stem" if width == 1 else name
         if end is not start or scale > 1:
-            _add(layers, part, ParallelPaths(_part(m, graph, start, end, scale) for m in copies[:width]))
+            _add(layers, part, ParallelPaths(_part(m, graph, start, end, scale, own) for m in copies[:width]))
         if routing is not None:
             router = routing if callable(routing) else ROUTERS[routing]
             _add(layers, f"{name}_router", router(shapes[end][1], width, paths).to(device))
         start, width, scale = end, paths, 1
-    _add(layers, "head", ParallelPaths(_part(m, graph, start, output) for m in copies))
+        own = routing is None and end is first and first.meta["overwritten"]
+    _add(layers, "head", ParallelPaths(_part(m, graph, start, output, own=own) for m in copies))
     network = MultiPathNetwork(layers)
     return network if model.training else network.eval()
 
@@ -159,19 +162,18 @@ def _trace(model: nn.Module, expand: set[str]) -> tuple[fx.Graph, dict[str, list
 
     Functional dropout becomes a module in `model`, since its `training` would be that of the moment of tracing.
     """
-    modes = _modes(model)
     graphs = []
-    for mode in (True, False):
-        tracer = _Tracer(expand)
-        try:
-            graph = tracer.trace(model.train(mode))
-        except Exception as error:  # whatever a forward may do with a proxy in the place of a tensor
-            raise ValueError(
-                f"model is a {type(model).__name__}, which torch.fx cannot trace: {type(error).__name__}: {error}"
-            ) from error
-        _use_dropout_modules(model, graph, mode)
-        graphs.append(graph)
-    _restore(modes)
+    with modes_kept(model):
+        for mode in (True, False):
+            tracer = _Tracer(expand)
+            try:
+                graph = tracer.trace(model.train(mode))
+            except Exception as error:  # whatever a forward may do with a proxy in the place of a tensor
+                raise ValueError(
+                    f"model is a {type(model).__name__}, which torch.fx cannot trace: {type(error).__name__}: {error}"
+                ) from error
+            _use_dropout_modules(model, graph, mode)
+            graphs.append(graph)
     if str(graphs[0]) != str(graphs[1]):
         raise ValueError(f"model is a {type(model).__name__}, whose forward in training is another than in evaluation")
     results = {
@@ -250,37 +252,43 @@ def _crossing(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
 
 
 class _Shapes(fx.Interpreter):
+    """Notes the shape of each node's value, and whether that of `watched` is overwritten later on."""
+
+    def __init__(self, module: fx.GraphModule, watched: fx.Node | None):
+        super().__init__(module)
+        self.watched = watched
+
     def run_node(self, n: fx.Node):
         result = super().run_node(n)
         n.meta["shape"] = tuple(result.shape) if isinstance(result, torch.Tensor) else None
+        if n is self.watched:
+            self.value, self.version = result, result._version
         return result
 
+    def run(self, *args):
+        super().run(*args)
+        if self.watched is not None:
+            self.watched.meta["overwritten"] = self.value._version != self.version
 
-def _shapes(model: nn.Module, graph: fx.Graph, input_size: Sequence[int]) -> dict[fx.Node, tuple[int, ...] | None]:
+
+def _shapes(
+    model: nn.Module, graph: fx.Graph, input_size: Sequence[int], watched: fx.Node | None = None
+) -> dict[fx.Node, tuple[int, ...] | None]:
     """The shape of each node's value for two images, None where it is not a tensor.
+
+    `watched.meta["overwritten"]` says whether what follows writes over the value of that node.
 
     Two black images are sooner computed than torch's compiler is imported, which fake or meta tensors take.
     """
     like = next(model.parameters(), torch.empty(0))
-    modes = _modes(model)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), modes_kept(model):
             x = torch.zeros(2, *input_size, dtype=like.dtype, device=like.device)
-            _Shapes(fx.GraphModule(model.eval(), graph)).run(x)
+            _Shapes(fx.GraphModule(model.eval(), graph), watched).run(x)
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"input_size is {tuple(input_size)}; model cannot take such images: {reason}") from error
-    _restore(modes)
     return {node: node.meta["shape"] for node in graph.nodes}
-
-
-def _modes(model: nn.Module) -> dict[nn.Module, bool]:
-    return {module: module.training for module in model.modules()}
-
-
-def _restore(modes: dict[nn.Module, bool]) -> None:
-    for module, training in modes.items():
-        module.training = training
 
 
 def _input_size(model: nn.Module) -> tuple[int, ...]:
@@ -314,21 +322,28 @@ def _changes_of_resolution(model: nn.Module, input_size: Sequence[int]) -> list[
     return list(last.values())
 
 
-def _part(model: nn.Module, graph: fx.Graph, start: fx.Node, end: fx.Node, scale: int = 1) -> nn.Module:
-    """The computation from one node to another, with the modules of `model`, its result multiplied by scale."""
+def _part(
+    model: nn.Module, graph: fx.Graph, start: fx.Node, end: fx.Node, scale: int = 1, own: bool = False
+) -> nn.Module:
+    """The computation from one node to another, with the modules of `model`, its result multiplied by scale.
+
+    With `own`, it has a copy of its input, which it may write over.
+    """
     order = list(graph.nodes)
     nodes = [node for node in order[order.index(start) + 1 : order.index(end) + 1] if node.op != "get_attr"]
     chain = all(
         node.op == "call_module" and node.args == (before,) and not node.kwargs
         for before, node in zip([start, *nodes], nodes, strict=False)
     )
-    if chain and scale == 1 and len(nodes) == 1:
+    chain = chain and scale == 1 and not own
+    if chain and len(nodes) == 1:
         return model.get_submodule(nodes[0].target)
-    if chain and scale == 1 and not any("." in node.target for node in nodes):
+    if chain and not any("." in node.target for node in nodes):
         return nn.Sequential(OrderedDict((node.target, model.get_submodule(node.target)) for node in nodes))
 
     part = fx.Graph()
-    values = {start: part.placeholder("x")}
+    x = part.placeholder("x")
+    values = {start: part.call_method("clone", (x,)) if own else x}
 
     def value(node: fx.Node) -> fx.Node:
         if node not in values:  # a parameter that was first used before

@@ -145,7 +145,7 @@ class CrossPrediction2d(_CrossPrediction):
         super().__init__(
             in_channels,
             out_channels,
-            _pair(kernel_size),
+            _two("kernel_size", kernel_size, 1),
             in_paths,
             out_paths,
             bias,
@@ -156,7 +156,8 @@ class CrossPrediction2d(_CrossPrediction):
             device,
             dtype,
         )
-        self.stride, self.padding, self.dilation = _pair(stride), _pair(padding), _pair(dilation)
+        self.stride, self.padding = _two("stride", stride, 1), _two("padding", padding, 0)
+        self.dilation = _two("dilation", dilation, 1)
 
     def forward(
         self, xs: Sequence[Tensor], return_routing: bool = False
@@ -165,6 +166,16 @@ class CrossPrediction2d(_CrossPrediction):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, stride={self.stride}, padding={self.padding}, dilation={self.dilation}"
+
+
+def _two(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
+    """One number for each of height and width."""
+    values = tuple(_pair(value))
+    if len(values) != 2 or not all(isinstance(number, int) and number >= least for number in values):
+        raise ValueError(
+            f"{name} is {value!r}; it must be an integer, or one for each of height and width, from {least} on"
+        )
+    return values
 
 
 class CrossPredictionLinear(_CrossPrediction):

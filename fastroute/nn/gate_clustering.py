@@ -97,12 +97,12 @@ class GateClusteringLoss(nn.Module):
 
     @torch.no_grad()
     def _move(self, prior: Tensor, posterior: Tensor) -> None:
-        sums, count = posterior.sum(0), posterior.new_tensor(float(len(posterior)))
+        sums, count = posterior.sum(0), posterior.new_ones(posterior.shape[:1]).sum()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             for total in (sums, count):
                 dist.all_reduce(total)
-        if count > 0:
-            prior.lerp_(sums / count, self.prior_momentum)
+        # Where there are no samples, to itself; a branch would wait for the device.
+        prior.lerp_(torch.where(count > 0, sums / count.clamp(min=1), prior), self.prior_momentum)
 
     def get_extra_state(self) -> dict[str, Tensor]:
         return dict(self.priors)
@@ -119,7 +119,7 @@ def _balance(routing: Mapping[str, Routing | SparseRouting]) -> list[Tensor]:
     loads: dict[int, list[Tensor]] = {}
     for router in routing.values():
         gates = router.gates
-        loads.setdefault(gates.shape[-1], []).extend(gates.mean(0).reshape(-1, gates.shape[-1]))
+        loads.setdefault(gates.shape[-1], []).extend((gates.sum(0) / max(len(gates), 1)).reshape(-1, gates.shape[-1]))
     means = {n: torch.stack(rows).mean(0) for n, rows in loads.items() if n > 1}
     # The bound keeps the gradient of a path that gets nothing, as from sparse routers, finite.
     return [(mean * (n * mean).clamp(min=torch.finfo(mean.dtype).tiny).log()).sum() for n, mean in means.items()]

@@ -33,7 +33,7 @@ class RelevanceNorm(nn.Module):
 
     Shape:
         scores: (N, K), or (N, m, K) with num_gates=m.
-        output: the same, float32 for half-precision scores.
+        output: the same, in float32 or, if the scores or the statistics have it, in float64.
 
     Raises:
         ValueError: an argument is out of its range, scores have another shape, or a batch of one sample comes in
@@ -77,9 +77,10 @@ class RelevanceNorm(nn.Module):
         if scores.dim() < 2 or scores.shape[1:] != self.running_mean.shape:
             expected = ", ".join(map(str, self.running_mean.shape))
             raise ValueError(f"scores have shape {tuple(scores.shape)}; they must be (N, {expected})")
-        scores = scores.to(self.running_mean.dtype)
+        dtype = torch.promote_types(torch.promote_types(scores.dtype, self.running_mean.dtype), torch.float32)
+        scores, running_mean, running_std = (t.to(dtype) for t in (scores, self.running_mean, self.running_std))
         if not self.training:
-            return (scores - self.running_mean) * _inverse(self.running_std)
+            return (scores - running_mean) * _inverse(running_std)
         shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if scores.shape[0] < 2 and not shared:
             raise ValueError(f"scores have {scores.shape[0]} samples; in training mode there must be at least 2")
@@ -89,8 +90,9 @@ class RelevanceNorm(nn.Module):
         normalized = (scores - mean) * _inverse(std)
         if self.training_statistics == "batch":
             return normalized
-        scale = _inverse(self.running_std)
-        return torch.addcmul((mean.detach() - self.running_mean) * scale, normalized, std.detach() * scale)
+        running_mean, running_std = self.running_mean.to(dtype), self.running_std.to(dtype)  # the batch among them
+        scale = _inverse(running_std)
+        return torch.addcmul((mean.detach() - running_mean) * scale, normalized, std.detach() * scale)
 
     @torch.no_grad()
     def _track(self, scores: Tensor, mean: Tensor, std: Tensor, shared: bool) -> None:
@@ -105,8 +107,8 @@ class RelevanceNorm(nn.Module):
         weight = 1 / self.num_batches_tracked
         if self.momentum is not None:
             weight = weight.clamp(min=self.momentum)
-        self.running_mean.lerp_(mean, weight.to(mean.dtype))
-        self.running_std.lerp_(std, weight.to(std.dtype))
+        for running, value in ((self.running_mean, mean), (self.running_std, std)):
+            running.lerp_(value.to(running.dtype), weight.to(running.dtype))
 
     def extra_repr(self) -> str:
         gates = "" if self.num_gates is None else f", num_gates={self.num_gates}"
@@ -167,7 +169,7 @@ class ConsistencyLoss(nn.Module):
     Shape:
         posterior: p, (N, K) or (N, m, K).
         normalized_aug: normalised relevance scores a* of the augmented samples, shaped as p; q is their softmax.
-        output: mean over samples, () or (m,).
+        output: mean over samples, () or (m,); 0 where N = 0.
 
     Raises:
         ValueError: the shapes differ.
@@ -180,4 +182,4 @@ class ConsistencyLoss(nn.Module):
                 f"it must have the shape of posterior, {tuple(posterior.shape)}"
             )
         p = posterior.detach()
-        return (torch.xlogy(p, p) - p * log_softmax(normalized_aug, dim=-1)).sum(-1).mean(0)
+        return (torch.xlogy(p, p) - p * log_softmax(normalized_aug, dim=-1)).sum((0, -1)) / max(len(p), 1)

@@ -74,8 +74,9 @@ class Router(Tempered, nn.Module):
         """w1, b1, w2 and b2 for scores A / T: A is linear in the second layer, so the operators need not know of T."""
         if self.temperature == 1:
             return self.w1, self.b1, self.w2, self.b2
-        b2 = None if self.b2 is None else self.b2 / self.temperature
-        return self.w1, self.b1, self.w2 / self.temperature, b2
+        dtype = torch.promote_types(self.w2.dtype, torch.float32)  # in float16 a small temperature gives infinities
+        w2, b2 = (None if p is None else p.to(dtype) / self.temperature for p in (self.w2, self.b2))
+        return self.w1, self.b1, w2, b2
 
     def _routing(self, gates: Tensor, scores: Tensor) -> Routing:
         """From scores A / T."""

@@ -179,7 +179,10 @@ class SparseRouter(Tempered, nn.Module):
         # A permutation, here as in divide: no sum in it, so that backward adds nothing in an order left to chance.
         y = _take(y, _order(routing.chosen).argsort())
         weights = routing.gates.gather(1, routing.chosen).to(accumulate_dtype(y.dtype))
-        return mix(y.chunk(k), weights.unsqueeze(-1))[0]
+        shape = y.shape[1:]
+        if not 1 <= len(shape) <= 4:  # what the operator has no layout for
+            y = y.reshape(len(y), -1)
+        return mix(y.chunk(k), weights.unsqueeze(-1))[0].reshape(batch, *shape)
 
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):

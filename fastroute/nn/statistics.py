@@ -35,10 +35,12 @@ class RouterStatistics:
         gates = routing.gates.detach().float()
         if gates.dim() == 2:  # a sparse router has one incoming path
             gates = gates[:, None]
-        n = gates.shape[2]
+        shape = _, n = gates.shape[1:]
         entropy = -torch.xlogy(gates, gates).sum(2) / math.log(n) if n > 1 else torch.ones_like(gates[..., 0])
         wins = F.one_hot(gates.argmax(2), n).sum(0)
-        return cls(len(gates), gates.sum(0), entropy.sum(0), wins, gates.amax(0), gates.amin(0))
+        # Of no samples, what leaves those of others as they are.
+        peak, trough = (gates.amax(0), gates.amin(0)) if len(gates) else (gates.new_zeros(shape), gates.new_ones(shape))
+        return cls(len(gates), gates.sum(0), entropy.sum(0), wins, peak, trough)
 
     def __add__(self, other: "RouterStatistics") -> "RouterStatistics":
         sums = (getattr(self, name) + getattr(other, name) for name in ("samples", "gates", "entropy", "wins"))

@@ -371,6 +371,16 @@ def test_mixture_em_of_a_constant_and_of_nan(kernels):
     assert loss[1].isnan() and posterior[:, 1].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_mixture_em_of_a_prior_of_zero(kernels, dtype):
+    device = kernels.device
+    scores = torch.tensor([[100.0, 0, 0], [0, 1, 2]], dtype=dtype, device=device)
+    prior, zero = torch.tensor([0, 0.5, 0.5], dtype=dtype, device=device), torch.zeros(3, dtype=dtype, device=device)
+    check(kernels, "mixture_em_loss", (scores, None, prior, zero, zero + 1, 5.0))
+    loss, posterior, *_ = kernels.mixture_em_loss(scores, None, prior, zero, zero + 1, 5.0)
+    assert loss.isfinite().all() and not posterior[:, 0].any()
+
+
 def random_check(kernels, seed):
     draw = random.Random(seed)
     m, n = draw.randint(1, 8), draw.randint(1, 8)

@@ -489,6 +489,12 @@ def test_mixture_em_of_a_constant_nothing_and_nan(device, launches):
     torch.testing.assert_close(loss[0], torch.full_like(loss[0], 2).log())
     assert loss[1].isnan() and posterior[:, 1].isnan().all() and not posterior[:, 0].isnan().any()
     assert not none.any() and len(launches) == 1
+    constants = {"mean": torch.zeros(3, device=device), "std": torch.ones(3, device=device)}
+    prior = torch.tensor([0, 0.5, 0.5], device=device)
+    with use_backend("triton"):
+        loss, posterior = ops.mixture_em_loss(torch.tensor([[100.0, 0, 0]], device=device), 5.0, prior, **constants)
+    torch.testing.assert_close(posterior[0], prior)
+    torch.testing.assert_close(loss, torch.tensor(4.0, device=device).log())
 
 
 def test_offsets_beyond_int32(device, monkeypatch):

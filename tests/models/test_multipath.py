@@ -140,6 +140,36 @@ def test_paths_without_routing_share_the_first_tensor_unharmed():
     assert network[1].inplace and all(p.grad is not None for p in model.parameters())
 
 
+class InPlace(nn.Module):
+    """Overwrites what the first convolution returns, in one way or another."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.conv, self.rest, self.way = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), way
+        self.block = nn.Sequential(nn.SiLU(inplace=True), nn.Conv2d(4, 4, 1))
+
+    def forward(self, x):
+        x = self.conv(x)
+        if self.way == "in a block":
+            x = self.block(x)
+        elif self.way == "function":
+            x = F.silu(x, inplace=True)
+        elif self.way == "method":
+            x = x.mul_(2)
+        else:
+            x += 1
+        return self.rest(x).mean((2, 3))
+
+
+@pytest.mark.parametrize("way", ["in a block", "function", "method", "operator"])
+def test_paths_without_routing_may_write_over_what_they_share(way):
+    network, x = InPlace(way), torch.randn(2, 3, 4, 4)
+    model = toy_paths(network, 3, ["conv"], None, init="copy", noise=0)
+    torch.testing.assert_close(model(x), network(x))
+    model(x).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_keeps_the_mode_the_device_and_the_type():
     assert not any(module.training for module in toy_paths(Toy().eval(), 2, CUTS).modules())
     assert all(module.training for module in toy_paths(Toy(), 2, CUTS).modules())

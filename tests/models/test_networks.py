@@ -109,6 +109,10 @@ def test_macs():
         gates += m * 16 * (channels + 2)
     assert routing == pooled // 2 + mixed + gates
     assert routed.training
+    alone.stack1[0].eval()
+    with pytest.raises(RuntimeError):
+        models.count_macs(alone, (1, 32, 32))
+    assert alone.training and alone.stack2.training and not any(m.training for m in alone.stack1[0].modules())
 
     predictions, outputs = [(2, 3, 8, 8)] * 2, [(2, 5, 6, 6)] * 4
     flops = _cross_predict(predictions, (2, 4, 5, 3, 3, 3), None, (2, 2, 4), out_shape=outputs)

@@ -97,6 +97,15 @@ def test_temperature_divides_the_scores(bias):
     assert "temperature" not in router.state_dict()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_temperature_near_zero_chooses_in_half_precision(dtype):
+    router, xs = drawn(CrossConnection(6, 2, 3, dtype=dtype)), paths(2, 4, 6, 5, 5, dtype=dtype)
+    router.temperature = 1e-6
+    outputs, (gates, scores) = router(xs, return_routing=True)
+    torch.testing.assert_close(gates.amax(-1), torch.ones(4, 2))
+    assert torch.equal(gates.argmax(-1), scores.argmax(-1)) and all(y.isfinite().all() for y in outputs)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_gradients_at_a_temperature(temperature):
     router = drawn(CrossConnection(3, 2, 2, 4, temperature=temperature, dtype=torch.float64))

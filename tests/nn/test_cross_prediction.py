@@ -120,6 +120,11 @@ def test_repr_is_its_arguments():
         ({"out_paths": 9}, "out_paths is 9; it must be 1 to 8"),
         ({"gate_channels": -1}, "gate_channels is -1"),
         ({"activation": "gelu"}, "activation is 'gelu'; it must be 'relu' or None"),
+        ({"kernel_size": (3, 0)}, r"kernel_size is \(3, 0\); it must be an integer, or one for each .*, from 1 on"),
+        ({"kernel_size": (3, 3, 3)}, r"kernel_size is \(3, 3, 3\); it must be an integer, or one for each of height"),
+        ({"padding": "same"}, "padding is 'same'; it must be an integer, or one for each .*, from 0 on"),
+        ({"stride": 1.5}, "stride is 1.5; it must be an integer"),
+        ({"dilation": 0}, "dilation is 0; it must be an integer, or one for each of height and width, from 1 on"),
     ],
 )
 def test_wrong_arguments(arguments, message):

@@ -49,6 +49,16 @@ def test_gradients():
     assert torch.autograd.gradcheck(function, (stitch.gates, *xs))
 
 
+def test_a_second_derivative_by_the_coefficients_alone():
+    stitch, xs = CrossStitch(2, dtype=torch.float64), paths(2, 3, 4, 2, 2, dtype=torch.float64)
+    (first,) = torch.autograd.grad(sum((y**3).sum() for y in stitch(xs)), stitch.gates, create_graph=True)
+    first.square().sum().backward()
+    gates, x = stitch.gates.detach().requires_grad_(), torch.stack(xs)
+    cubes = (torch.einsum("ij,i...->j...", gates, x) ** 3).sum()
+    torch.autograd.grad(cubes, gates, create_graph=True)[0].square().sum().backward()
+    torch.testing.assert_close(stitch.gates.grad, gates.grad)
+
+
 def test_keeps_channels_last_and_takes_half_precision_under_autocast():
     xs = [x.to(torch.bfloat16, memory_format=torch.channels_last) for x in paths(2, 4, 6, 5, 5)]
     with torch.autocast("cpu", dtype=torch.bfloat16):

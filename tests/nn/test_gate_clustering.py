@@ -48,6 +48,21 @@ def test_priors_follow_the_posteriors_of_the_steps_before():
     assert torch.equal(criterion.priors["router0"], before)
 
 
+@pytest.mark.parametrize("scope", ["local", "router", "network"])
+def test_no_samples_are_no_loss_and_move_nothing(scope):
+    criterion = GateClusteringLoss(scope=scope)
+    assert criterion(routing(scores(0, 2, 3))) == 0
+    assert all(torch.equal(prior, torch.full_like(prior, 1 / 3)) for prior in criterion.priors.values())
+
+
+def test_compiles_without_a_break():
+    ours, compiled, a = GateClusteringLoss(), GateClusteringLoss(), scores(16, 2, 3)
+    call = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        torch.testing.assert_close(call(routing(a)), ours(routing(a)))
+    torch.testing.assert_close(compiled.priors, ours.priors)
+
+
 def test_priors_are_saved():
     criterion = GateClusteringLoss()
     criterion(routing(scores(32, 2, 3)))

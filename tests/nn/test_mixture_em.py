@@ -146,6 +146,7 @@ def test_consistency_is_the_divergence_with_p_constant():
     certain = torch.eye(4)
     assert ConsistencyLoss()(certain, 100 * certain).item() == pytest.approx(0)
     assert ConsistencyLoss()(torch.rand(5, 2, 4).softmax(-1), torch.rand(5, 2, 4)).shape == (2,)
+    assert ConsistencyLoss()(torch.rand(0, 4), torch.rand(0, 4)) == 0
 
 
 def test_constant_scores():
@@ -154,6 +155,20 @@ def test_constant_scores():
     assert loss.item() == pytest.approx(math.log(2))
     loss.backward()
     assert not scores.grad.any() and not norm.eval()(scores).any()
+
+
+@pytest.mark.parametrize("training_statistics", ["running", "batch"])
+def test_keeps_double_precision(training_statistics):
+    scores = 1e6 + 1e-3 * torch.randn(50, 3, dtype=torch.float64)
+    expected = (scores - scores.mean(0)) / scores.std(0, correction=0)
+    norm = RelevanceNorm(3, training_statistics=training_statistics)
+    normalized = norm(scores)
+    assert normalized.dtype == torch.float64 and norm.running_mean.dtype == torch.float32
+    torch.testing.assert_close(normalized - normalized.mean(0), expected, rtol=1e-6, atol=1e-6)
+    loss, posterior = MixtureEMLoss(norm=norm)(scores, prior=torch.full((3,), 1 / 3, dtype=torch.float64))
+    assert loss.dtype == posterior.dtype == torch.float64
+    half = RelevanceNorm(3).half()
+    assert half(torch.randn(20, 3).half()).dtype == torch.float32 and half.running_mean.dtype == torch.float16
 
 
 def test_compiles_and_takes_half_precision():

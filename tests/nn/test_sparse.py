@@ -190,6 +190,16 @@ def test_paths_may_change_the_shape_and_inputs_may_be_vectors():
     assert SparseRouter(6, [nn.Linear(6, 3) for _ in range(12)], top_k=8)(x[..., 0, 0]).shape == (8, 3)
 
 
+@pytest.mark.parametrize("width, reshape", [(1, nn.Flatten(0)), (16, nn.Unflatten(1, (1, 2, 2, 2, 2)))], ids=str)
+def test_paths_may_return_a_number_or_more_sizes_than_feature_maps(width, reshape):
+    torch.manual_seed(0)
+    x, layers = torch.randn(8, 6), [nn.Linear(6, width) for _ in range(3)]
+    flat, router = (SparseRouter(6, paths, 2) for paths in (layers, [nn.Sequential(p, reshape) for p in layers]))
+    nn.init.normal_(flat.w2)
+    router.load_state_dict({name: value for name, value in flat.state_dict().items() if "paths" not in name}, False)
+    assert torch.equal(router(x), reshape(flat(x)))
+
+
 def test_other_loads_under_compile():
     torch.manual_seed(0)
     router = spread(SparseRouter(6, convs(4), top_k=2))

@@ -35,6 +35,14 @@ def test_used_paths_clusters_and_needed_paths(case):
     torch.testing.assert_close(needed_paths(gates), torch.tensor([needed, 4.0]).double(), rtol=1e-3, atol=0)
 
 
+def test_no_samples_leave_the_statistics_of_others_as_they_are():
+    gates = torch.rand(6, 2, 3).softmax(-1)
+    some, none = (RouterStatistics.of(Routing(part, part)) for part in (gates, gates[:0]))
+    for total in (some + none, none + some):
+        assert total.samples == 6 and torch.equal(total.peak, some.peak) and torch.equal(total.trough, some.trough)
+        assert torch.equal(total.gates, some.gates) and torch.equal(total.wins, some.wins)
+
+
 def test_many_gates_that_do_not_differ_need_one_path():
     gates = torch.tensor([0.1, 0.9, 0.0]).expand(50_000, 1, 3).contiguous()  # whose mean is not exact in float32
     assert needed_paths(gates).tolist() == [1]

@@ -127,6 +127,14 @@ def test_a_cluster_of_prior_zero_is_empty(backend):
     loss.backward()
     assert posterior[:, 2].max() < 1e-30 and loss.isfinite() and scores.grad.isfinite().all()
     torch.testing.assert_close(posterior[:, :2], ops.mixture_em_loss(scores[:, :2]).posterior)
+    # Nor does a score, however large, outweigh a prior that is none, or nearly so in float64.
+    statistics = {"mean": torch.zeros(3), "std": torch.ones(3)}
+    loss, posterior = ops.mixture_em_loss(torch.tensor([[100.0, 0, 0]]), 5.0, torch.tensor([0, 0.5, 0.5]), **statistics)
+    torch.testing.assert_close(posterior, torch.tensor([[0, 0.5, 0.5]]))
+    assert loss.item() == pytest.approx(2 * math.log(2))
+    tiny = torch.tensor([1e-100, 0.5, 0.5], dtype=torch.float64)
+    _, posterior = ops.mixture_em_loss(torch.tensor([[200.0, 0, 0]], dtype=torch.float64), 5.0, tiny, **statistics)
+    assert posterior[0, 0].item() == pytest.approx(2e-100 * math.exp(200), rel=1e-6)
 
 
 def test_no_and_one_sample(backend):

@@ -51,7 +51,8 @@ def _second_order(ctx, grad_xs, grad_gates):
     with torch.enable_grad():
         first = mix_backward(paths[: ctx.n], paths[ctx.n :], gates, bool(grad_xs))
         objective = sum((f * g).sum() for f, g in zip([*first[0], first[1]], [*grad_xs, grad_gates], strict=True))
-    d_gates, *d_paths = torch.autograd.grad(objective, [gates, *paths])
+    # Without gradients of the paths, the first derivative by the gates does not depend on the gates.
+    d_gates, *d_paths = torch.autograd.grad(objective, [gates, *paths], allow_unused=True)
     return d_paths[: ctx.n], d_paths[ctx.n :], d_gates, None
 
 

@@ -22,9 +22,11 @@ def mixture_em_loss(scores, scores_aug, prior, mean, std, gamma):
     scales = torch.stack([torch.where(std == 0, 0, 1 / std) for _, std in statistics])
     normalized = [(a - mean) * scale for a, mean, scale in zip(views, means, scales, strict=True)]  # Eq. 4.11
 
-    # The clamp makes 0 · log 0 the 0 that it tends to.
-    log_prior = 0 if prior is None else prior.clamp(min=torch.finfo(torch.float32).tiny).log()
-    posterior = torch.softmax(normalized[0] + log_prior, dim=-1)  # Eq. 4.18, 4.20
+    log_prior, logits = 0, normalized[0]
+    if prior is not None:
+        log_prior = prior.clamp(min=torch.finfo(prior.dtype).tiny).log()  # 0 · log 0 is the 0 that it tends to
+        logits = torch.where(prior > 0, logits + log_prior, -torch.inf)
+    posterior = torch.softmax(logits, dim=-1)  # Eq. 4.18, 4.20
     log_joint = sum(log_prior + logsigmoid(a / gamma) for a in normalized)  # Eq. 4.21, 4.23
     loss = -(posterior * log_joint).sum((0, -1)) / max(scores.shape[0], 1)  # Eq. 4.22
     return loss, posterior, means, scales

@@ -75,14 +75,16 @@ def mixture_em_fwd_kernel(
         tl.store(scales + v * stride + own + column, rho, mask=inside)
         mus += (mu,)
         rhos += (rho,)
-    log_prior = tl.zeros([BK], tl.float32)
-    if prior is not None:  # the bound makes 0 · log 0 the 0 that it tends to
-        log_prior += tl.log(tl.maximum(tl.load(prior + own + column, mask=inside, other=1.0), 1.1754944e-38))
+    log_prior, possible = tl.zeros([BK], tl.float32), inside
+    if prior is not None:
+        pi = tl.load(prior + own + column, mask=inside, other=0.0)
+        possible = pi > 0
+        log_prior += tl.log(tl.maximum(pi, 1.1754944e-38))  # 0 · log 0 is the 0 that it tends to
     total = tl.zeros([BN], tl.float32)
     for first in range(0, samples, BN):
         at, mask, x = load_samples(views[0] + own, first, samples, stride, inside, BN, BK)
         a = (x - mus[0][None, :]) * rhos[0][None, :]  # Eq. 4.11
-        logits = tl.where(inside[None, :], a + log_prior[None, :], float("-inf"))
+        logits = tl.where(possible[None, :], a + log_prior[None, :], float("-inf"))
         p = tl.exp(logits - tl.max(logits, 1)[:, None])
         p = p / tl.sum(p, 1)[:, None]  # Eq. 4.18, 4.20
         tl.store(posterior + own + at, p, mask=mask)
