@@ -169,8 +169,9 @@ def _torchvision(dataset: type, options: Options, **split):
     try:
         return dataset(root, download=options.download, **split)
     except RuntimeError as error:
+        also = "; its train/ is for --dataset imagefolder" if (root / "train").is_dir() else ""
         raise FileNotFoundError(
-            f"data_dir is {root}; {dataset.__name__} is not whole in it ({error}): --download fetches it"
+            f"data_dir is {root}; {dataset.__name__} is not whole in it ({error}): --download fetches it{also}"
         ) from None
 
 

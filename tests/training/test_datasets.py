@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastroute.training.datasets import Options, digits, imagefolder
+from fastroute.training.datasets import DATASETS, Options, digits, imagefolder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEST_DATA = Path(os.environ.get("FASTROUTE_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -63,6 +63,13 @@ def test_missing_folders_are_named(image_folder, tmp_path):
     (image_folder / "val" / "ant").mkdir()
     with pytest.raises(FileNotFoundError, match="Found no valid file for the classes ant"):
         imagefolder(Options(image_folder, 8, 1))
+
+
+def test_a_folder_of_images_in_the_place_of_cifar_is_recognised(image_folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"CIFAR10 is not whole .* its train/ is for --dataset imagefolder"):
+        DATASETS["cifar10"](Options(image_folder, None, 1, False))
+    with pytest.raises(FileNotFoundError, match=r"--download fetches it$"):
+        DATASETS["cifar10"](Options(tmp_path / "other", None, 1, False))
 
 
 def test_classes_that_differ_are_named(image_folder):
