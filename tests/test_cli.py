@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import fastroute
 from fastroute.cli import app
+from fastroute.commands.trained import this_device
 from fastroute.training.recipes import recipes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -61,6 +62,9 @@ def test_config_file_sets_defaults_and_flags_win(tmp_path):
     config.write_text("epoch: 1")
     result = run("train", "resnet20", "-c", config)
     assert result.exit_code == 2 and "there is no option 'epoch'; did you mean 'epochs'?" in result.output
+    config.write_text("zzzzzz: 1")
+    result = run("train", "resnet20", "-c", config)
+    assert result.exit_code == 2 and "there is no option 'zzzzzz'" in result.output, result.output
     config.write_text("- 1")
     assert "it must hold one `name: value` for each option" in run("train", "resnet20", "-c", config).output
     assert "there is no such file" in run("train", "resnet20", "-c", tmp_path / "none.yaml").output
@@ -216,11 +220,21 @@ def test_validates_a_checkpoint_and_a_folder_of_them(tmp_path):
         (("--model", "vgg16", "--dataset", "digits", "--img-size", 32, "--gates"), "gates is True, but vgg16 has no"),
         (("--model", "resnet20", "--dataset", "imagefolder"), "data_dir is None; the dataset 'imagefolder' needs one"),
         (("--model", "resnet20", "--dataset", "digits", "--results-file", "r.txt"), "it must end in .csv or .json"),
+        (
+            ("--model", "resnet20", "--dataset", "digits", "--results-file", "/nowhere/r.csv"),
+            "its folder must be there",
+        ),
     ],
 )
 def test_validate_with_wrong_arguments(arguments, message):
     result = run("validate", *arguments)
     assert result.exit_code == 2 and message in result.output, result.output
+
+
+def test_checkpoints_are_taken_to_the_gpu_of_the_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert this_device() == torch.device("cuda", 1)
 
 
 def test_a_folder_without_checkpoints_and_another_data_set_are_refused(tmp_path):

@@ -134,11 +134,10 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         X = self._validate(X, reset=True)
         self._check_parameters(len(X))
         random = check_random_state(self.random_state)
-        self._measure(X)
-        best = None
+        frame, best = self._frame(X), None
         for run in range(self.n_init):
             seed = random.randint(2**31 - 1)
-            model = _Model(self, X, seed, fresh=run > 0)
+            model = _Model(self, X, frame, seed, fresh=run > 0)
             if self._init() == "k-means++":
                 model.learn_seeds(X)
             for _ in range(self.epochs):
@@ -162,8 +161,8 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         X = self._validate(X, reset=first)
         if first:
             self._check_parameters(len(X))
-            self._measure(X)
-            self._model = _Model(self, X, check_random_state(self.random_state).randint(2**31 - 1), fresh=False)
+            seed = check_random_state(self.random_state).randint(2**31 - 1)
+            self._model = _Model(self, X, self._frame(X), seed, fresh=False)
             if self._init() == "k-means++":
                 self._model.learn_seeds(X)
         self._model.train_epoch(X, track=True)
@@ -273,11 +272,10 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
     def _learns_prior(self) -> bool:
         return self.n_clusters == "auto" or (isinstance(self.prior, str) and self.prior == "learned")
 
-    def _measure(self, X: np.ndarray) -> None:
+    def _frame(self, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The centre and the scale of each feature, by batches: X may lie on disk."""
         if not self.standardize:
-            self._center, self._scale = X.dtype.type(0), X.dtype.type(1)
-            return
+            return X.dtype.type(0), X.dtype.type(1)
         parts = [X[i : i + INFERENCE_BATCH] for i in range(0, len(X), INFERENCE_BATCH)]
         center = sum(part.sum(0, dtype=np.float64) for part in parts) / len(X)
         variance = sum(np.square(part - center, dtype=np.float64).sum(0) for part in parts) / len(X)
@@ -285,15 +283,15 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         # A spread within the rounding of the values is that of a constant.
         constant = typical <= np.finfo(X.dtype).eps * np.abs(center).max()
         spread = np.maximum(np.sqrt(variance), LEAST_SPREAD * typical)
-        self._center = center.astype(X.dtype)
-        self._scale = np.zeros_like(self._center) if constant else (1 / spread).astype(X.dtype)
+        return center.astype(X.dtype), np.zeros_like(spread, X.dtype) if constant else (1 / spread).astype(X.dtype)
 
 
 class _Model:
     """One run: the network, its statistics and priors, and how they are trained."""
 
-    def __init__(self, estimator: NeuralMixture, X: np.ndarray, seed: int, fresh: bool):
+    def __init__(self, estimator: NeuralMixture, X: np.ndarray, frame: tuple, seed: int, fresh: bool):
         self.options, self.device = estimator, torch.device(estimator.device)
+        self.center, self.scale = frame
         self.generator, self.seed = torch.Generator().manual_seed(seed), seed
         dtype = torch.float64 if X.dtype == np.float64 else torch.float32
         auto = estimator.n_clusters == "auto"
@@ -318,7 +316,7 @@ class _Model:
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=estimator.learning_rate, fused=True)
 
     def _load(self, X: np.ndarray) -> Tensor:
-        return torch.from_numpy((X - self.options._center) * self.options._scale).to(self.device)
+        return torch.from_numpy((X - self.center) * self.scale).to(self.device, self.prior.dtype)
 
     def in_order(self, X: np.ndarray) -> Iterator[Tensor]:
         for first in range(0, len(X), INFERENCE_BATCH):

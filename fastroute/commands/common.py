@@ -70,10 +70,8 @@ def config_option(command: str):
             values = {str(name).replace("-", "_"): value for name, value in _recipe_or_file(config, command).items()}
             options = {option.name for option in context.command.params} - {"config"}
             for name in values.keys() - options:
-                near = get_close_matches(name, options, n=1)
-                raise ValueError(
-                    f"config is {config}; there is no option {name!r}" + f"; did you mean {near[0]!r}?" * len(near)
-                )
+                near = "".join(f"; did you mean {option!r}?" for option in get_close_matches(name, options, n=1))
+                raise ValueError(f"config is {config}; there is no option {name!r}{near}")
         context.default_map = {n: str(v) if isinstance(v, list) else v for n, v in values.items() if v is not None}
         return config
 

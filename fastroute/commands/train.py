@@ -231,6 +231,8 @@ def _prepare(options: SimpleNamespace, console: Console) -> tuple:
         data.setup()
     if options.num_classes is not None and options.num_classes < data.num_classes:
         raise ValueError(f"num_classes is {options.num_classes}; the data has {data.num_classes} classes")
+    if options.sched == "onecycle" and options.warmup_epochs >= options.epochs:
+        raise ValueError(f"warmup_epochs is {options.warmup_epochs}; with onecycle it must be below the epochs")
     pl.seed_everything(options.seed, verbose=False)
     module = training.RoutingClassifier(
         options.model,

@@ -91,4 +91,4 @@ def trained(
 
 def this_device() -> torch.device:
     """The GPU of this process where there is one."""
-    return torch.device("cuda", torch.cuda.currentthis_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -64,11 +64,11 @@ def validate(
             raise ValueError("checkpoint is missing; name one, or a network with --model for fresh weights")
         if results_file is not None and results_file.suffix not in (".csv", ".json"):
             raise ValueError(f"results_file is {results_file}; it must end in .csv or .json")
+        if results_file is not None and not results_file.absolute().parent.is_dir():
+            raise FileNotFoundError(f"results_file is {results_file}; its folder must be there")
         with process_group():
             console = Console(quiet=not is_main())
             results = [_result(path, options, console) for path in _checkpoints(checkpoint)]
-        if is_main() and results_file is not None:
-            _write(results_file, results)
     table = Table("checkpoint", "network", "crops")
     for column in ("top-1 error %", "top-5 error %", "images", "skipped", "images/s"):
         table.add_column(column, justify="right")
@@ -84,6 +84,9 @@ def validate(
     console.print(table)
     if gates:
         console.print(counts)
+    if is_main() and results_file is not None:
+        with plain_errors():
+            _write(results_file, results)
 
 
 def _checkpoints(path: Path | None) -> list[Path | None]:

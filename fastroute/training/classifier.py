@@ -1,6 +1,7 @@
 """Image classification as a Lightning module."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 
 import pytorch_lightning as pl
@@ -80,6 +81,8 @@ class RoutingClassifier(pl.LightningModule):
         for name, value in ({"momentum": momentum, "warmup_epochs": warmup_epochs} | decays).items():
             if value is not None and value < 0:
                 raise ValueError(f"{name} is {value}; it must be at least 0")
+        if opt == "nesterov" and momentum == 0:
+            raise ValueError("momentum is 0; with opt='nesterov' it must be above 0")
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing is {smoothing}; it must be at least 0 and below 1")
         for name, value, allowed in (("opt", opt, OPTIMIZERS), ("sched", sched, SCHEDULES)):
@@ -110,6 +113,8 @@ class RoutingClassifier(pl.LightningModule):
             logits = self(images)
         else:
             logits, routing = self(images, return_routing=True)
+        if labels.dim() == 2:  # of mixed images, for the classes of the data, which may be fewer
+            labels = F.pad(labels, (0, logits.shape[1] - labels.shape[1]))
         loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams.smoothing)
         self.train_totals.update(loss, logits, labels)
         if self.aux_loss is not None:
@@ -143,11 +148,15 @@ class RoutingClassifier(pl.LightningModule):
         groups = parameter_groups(self, **{name: options[name] for name in names})
         optimizer = OPTIMIZERS[options.opt](groups, options.momentum)
         names = ("warmup_epochs", "decay_epochs", "decay_milestones", "decay_rate")
+        steps, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs
+        if self.trainer.max_steps != -1:  # then that is what ends the run, perhaps within an epoch
+            self.trainer.fit_loop.setup_data()  # or, without max_epochs, the number of batches is not known yet
+            epochs = steps / math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         schedule = scheduler(
             optimizer,
             options.sched,
-            epochs=self.trainer.max_epochs,
-            steps=self.trainer.estimated_stepping_batches,
+            epochs=epochs,
+            steps=steps,
             **{name: options[name] for name in names},
         )
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]

@@ -202,6 +202,8 @@ class StreamLoader(EpochLoader):
                 self.skipped += 1
                 warnings.warn(f"{message}; it is skipped", stacklevel=2)
             if unreadable and not len(labels):
+                if not training:
+                    continue
                 raise UnreadableImage(f"none of the {len(unreadable)} images of a batch can be read: {unreadable[0]}")
             images, labels = (t.to(self.mean.device, non_blocking=True) for t in (images, labels))
             yield self._normalize(images), labels

@@ -72,7 +72,7 @@ def parameter_groups(
 
 
 def decay(
-    epoch: float, sched: str, epochs: int, decay_epochs: int, decay_milestones: Sequence[int], decay_rate: float
+    epoch: float, sched: str, epochs: float, decay_epochs: int, decay_milestones: Sequence[int], decay_rate: float
 ) -> float:
     """What the learning rate is multiplied by, at a number of epochs that need not be whole.
 
@@ -90,7 +90,7 @@ def scheduler(
     optimizer: torch.optim.Optimizer,
     sched: str,
     *,
-    epochs: int,
+    epochs: float,
     steps: int,
     warmup_epochs: int = 0,
     decay_epochs: int = 30,
@@ -107,13 +107,18 @@ def scheduler(
         steps: of the whole run.
         warmup_epochs: over these the rate rises linearly from nearly zero, and then goes on as without them.
         decay_epochs, decay_milestones, decay_rate: see `decay`. By default the milestones are at 2/5 and 3/4 of the
-            epochs, the thesis's 80 and 150 of 200.
+            epochs, the thesis's 80 and 150 of 200, and may lie within one.
+
+    Raises:
+        ValueError: sched is "onecycle", and the rate would rise to the end.
     """
     if sched == "onecycle":
+        if warmup_epochs >= epochs:
+            raise ValueError(f"warmup_epochs is {warmup_epochs}; with 'onecycle' it must be below epochs, {epochs:g}")
         rates = [group["lr"] for group in optimizer.param_groups]
         rising = warmup_epochs / epochs if warmup_epochs else 0.3
         return OneCycleLR(optimizer, rates, total_steps=steps, pct_start=rising)
-    milestones = decay_milestones or (epochs * 2 // 5, epochs * 3 // 4)
+    milestones = decay_milestones or (0.4 * epochs, 0.75 * epochs)
     factor = partial(
         decay,
         sched=sched,

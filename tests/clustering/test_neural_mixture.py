@@ -96,6 +96,23 @@ def test_no_cluster_that_was_found_is_empty():
     assert set(model.labels_) == set(range(model.n_clusters_)) and model.priors_.sum() == pytest.approx(1)
 
 
+@pytest.mark.parametrize("kind", [np.float64, np.float16, int, list])
+def test_other_types_than_that_of_the_fit(kind):
+    X = np.round(10 * blobs()[0]).astype(np.float32)
+    model = NeuralMixture(3, n_init=1, epochs=3, random_state=0).fit(X)
+    other = X.tolist() if kind is list else X.astype(kind)
+    np.testing.assert_array_equal(model.predict(other), model.labels_)
+    assert np.isfinite(model.partial_fit(other).loss_)
+
+
+def test_a_fit_that_fails_leaves_the_last_one_whole():
+    X, _ = blobs()
+    model = NeuralMixture(3, n_init=1, epochs=3, random_state=0).fit(X)
+    with pytest.raises(ValueError, match="network gives"):
+        model.set_params(network=nn.Linear(2, 5)).fit(100 * X + 5)
+    np.testing.assert_array_equal(model.predict(X), model.labels_)
+
+
 def test_clusters_with_the_most_exchange_are_joined_first():
     # 0 and 1 exchange 3 of 10; 2, the half of them, a tenth of its samples with both together; 3 has none; 4 is apart.
     moved = np.zeros((5, 5), int)

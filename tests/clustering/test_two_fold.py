@@ -123,6 +123,15 @@ def test_heads_do_not_mix():
     torch.testing.assert_close(both[1].weight[3:], alone[1].weight, rtol=1e-3, atol=1e-5)
 
 
+def test_one_cluster_has_no_entropy():
+    module = TwoFoldClustering(torch.nn.Linear(4, 1), 1)
+    logged = {}
+    module.log_dict = logged.update
+    module._seen.append((torch.ones(6, 1), torch.arange(6) % 2))
+    module.on_validation_epoch_end()
+    assert logged["entropy"] == 0 and logged["acc"] == 0.5
+
+
 def test_a_collapse_is_said():
     images, labels = digits(200)
     module = TwoFoldClustering(clustering_network("F8", 10, 8), 10, lr_em=1e-9, lr_consistency=1e-9)

@@ -22,7 +22,7 @@ class TwoPaths(nn.Module):
         return sum(head(y) for head, y in zip(self.heads, self.router([x.flatten(1)]), strict=True))
 
 
-def train(module, epochs=4, batches=5):
+def train(module, epochs=4, batches=5, **options):
     torch.manual_seed(0)
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -32,6 +32,7 @@ def train(module, epochs=4, batches=5):
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        **options,
     )
     rates = []
 
@@ -66,6 +67,21 @@ def test_sgd_is_the_thesis_s():
 def test_milestones():
     _, rates = train(RoutingClassifier(TwoPaths(), 3, lr=1.0, decay_milestones=(1, 3)), batches=2)
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_schedules_of_a_run_that_ends_by_its_steps():
+    step = RoutingClassifier(TwoPaths(), 3, lr=1.0, sched="step", decay_epochs=1)
+    for epochs in (-1, 10):
+        assert train(step, epochs, 2, max_steps=6)[1] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    _, rates = train(RoutingClassifier(TwoPaths(), 3, lr=1.0), -1, max_steps=10)  # milestones at 4 and 7.5 steps
+    assert rates == pytest.approx([1] * 4 + [0.1] * 4 + [0.01] * 2)
+
+
+def test_mixed_images_of_fewer_classes_than_logits():
+    images, shares = torch.randn(6, 4, 1, 1), torch.rand(6, 2).softmax(1)
+    module = RoutingClassifier(TwoPaths(), 3)
+    expected = nn.functional.cross_entropy(module.model(images), nn.functional.pad(shares, (0, 1)))
+    torch.testing.assert_close(module.training_step((images, shares), 0), expected)
 
 
 def test_one_cycle_schedule():
@@ -158,6 +174,7 @@ def test_compiled_the_names_of_the_weights_stay():
         ({"gate_lr_mult": 0}, "gate_lr_mult is 0; it must be above 0"),
         ({"warmup_epochs": -1}, "warmup_epochs is -1; it must be at least 0"),
         ({"decay_epochs": 0}, "decay_epochs is 0; it must be above 0"),
+        ({"opt": "nesterov", "momentum": 0}, "momentum is 0; with opt='nesterov' it must be above 0"),
         ({"model": "resnet21"}, "name is 'resnet21'"),
     ],
 )

@@ -26,6 +26,7 @@ def test_step_decays_every_so_many_epochs():
 
 def test_milestones_are_at_two_fifths_and_three_quarters_unless_given():
     assert rates("multistep", 20, decay_rate=0.5) == pytest.approx([1] * 8 + [0.5] * 7 + [0.25] * 5)
+    assert rates("multistep", 1, 20) == pytest.approx([1] * 8 + [0.1] * 7 + [0.01] * 5)  # within the only epoch
     assert rates("multistep", 4, 2, decay_milestones=(1, 3)) == pytest.approx([1, 1, 0.1, 0.1, 0.1, 0.1, 0.01, 0.01])
 
 
@@ -38,6 +39,8 @@ def test_warmup_rises_and_then_leaves_the_schedule_where_it_is():
     assert found == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1] + [0.1] * 8)
     found = rates("onecycle", 10, 10, warmup_epochs=2)
     assert found.index(max(found)) == 19
+    with pytest.raises(ValueError, match="warmup_epochs is 3; with 'onecycle' it must be below epochs, 3"):
+        rates("onecycle", 3, warmup_epochs=3)
 
 
 def test_groups_are_of_gates_norms_and_all_others():
