@@ -231,6 +231,11 @@ def test_validate_with_wrong_arguments(arguments, message):
     assert result.exit_code == 2 and message in result.output, result.output
 
 
+def test_fresh_weights_are_made_for_the_images_in_memory():
+    result = run("validate", "--model", "base_cnn", "--dataset", "digits")
+    assert result.exit_code == 0 and "360" in result.output, result.output
+
+
 def test_checkpoints_are_taken_to_the_gpu_of_the_process(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)

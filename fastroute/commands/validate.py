@@ -101,6 +101,7 @@ def _checkpoints(path: Path | None) -> list[Path | None]:
 def _result(path: Path | None, options: SimpleNamespace, console: Console) -> dict:
     from fastroute.training.checkpoints import load_weights, read_checkpoint
     from fastroute.training.evaluation import evaluate, validation_loader
+    from fastroute.training.loaders import MemoryLoader
     from fastroute.training.routing import skewed_gates
 
     run, data = {}, {}
@@ -138,7 +139,7 @@ def _result(path: Path | None, options: SimpleNamespace, console: Console) -> di
         model,
         options.num_classes or run.get("num_classes", len(classes)),
         run.get("in_chans", in_chans),
-        img_size or 224,
+        img_size or (loader.images.shape[1] if isinstance(loader, MemoryLoader) else 224),
     )
     if options.gates and not any(isinstance(layer, Router | SparseRouter) for layer in network.modules()):
         raise ValueError(f"gates is True, but {model} has no routers")

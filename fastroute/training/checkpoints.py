@@ -1,7 +1,6 @@
 """Checkpoints: written whole or not at all, on time, and read with care."""
 
 import os
-import pickle
 import signal
 import threading
 from pathlib import Path
@@ -116,8 +115,8 @@ def read_checkpoint(path: str | Path, name: str = "resume") -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["hyper_parameters"], checkpoint["state_dict"], _epochs_done(checkpoint)
-    except (OSError, RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{name} is {path}; it is no checkpoint of a training run: {error!r}") from error
+    except Exception as error:  # whatever a reader does with bytes that are not its own
+        raise ValueError(f"{name} is {path}; it is no checkpoint of a training run: {_in_a_line(error)}") from error
     return checkpoint
 
 
@@ -171,8 +170,8 @@ def load_weights(model: nn.Module, path: str | Path, averaged: bool = True, name
             weights = load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{name} is {path}; it holds no weights: {error!r}") from error
+    except Exception as error:  # whatever a reader does with bytes that are not its own
+        raise ValueError(f"{name} is {path}; it holds no weights: {_in_a_line(error)}") from error
     load_network_weights(model, weights, path, averaged, name)
 
 
@@ -202,7 +201,7 @@ def _differences(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str:
 
 
 def network_weights(checkpoint: dict, averaged: bool = True) -> dict[str, Tensor]:
-    """The network's state_dict out of a checkpoint; a state_dict is given back as it is.
+    """The network's state_dict out of a checkpoint, of ours or another trainer's; a state_dict is given back as it is.
 
     With a moving average, Lightning keeps that as `state_dict` and the weights as trained as `current_model_state`.
     """
@@ -211,7 +210,13 @@ def network_weights(checkpoint: dict, averaged: bool = True) -> dict[str, Tensor
     weights = checkpoint["state_dict"] if averaged else checkpoint.get("current_model_state", checkpoint["state_dict"])
     if not isinstance(weights, dict):
         return weights
-    return {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+    if any(name.startswith("model.") for name in weights):  # of a training run, which has more than the network
+        return {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+    return {name.removeprefix("module."): value for name, value in weights.items()}  # as from DistributedDataParallel
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -144,8 +144,22 @@ def test_weights_of_another_network_are_refused(tmp_path):
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match=r"weights\.pt; it holds a list, and must hold a state_dict"):
         load_weights(model, path)
-    path.write_bytes(b"no weights")
-    with pytest.raises(ValueError, match=r"initial_checkpoint is .*weights\.pt; it holds no weights"):
-        load_weights(model, path)
+    for damaged in (b"no weights", b"", b"epochs: 1\n", bytes(range(256))):
+        for file in (path, path.with_suffix(".safetensors")):
+            file.write_bytes(damaged)
+            with pytest.raises(ValueError, match=r"initial_checkpoint is .*; it holds no weights: .+") as told:
+                load_weights(model, file)
+            assert len(str(told.value).splitlines()) == 1
+            with pytest.raises(ValueError, match="it is no checkpoint of a training run"):
+                read_checkpoint(file)
     with pytest.raises(FileNotFoundError, match="checkpoint is none; there is no such file"):
         load_weights(model, "none", name="checkpoint")
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weights_of_other_trainers_checkpoints(tmp_path, prefix):
+    given, model = create_model("resnet20"), create_model("resnet20")
+    weights = {prefix + name: value for name, value in given.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": weights}, tmp_path / "model.pth.tar")
+    load_weights(model, tmp_path / "model.pth.tar")
+    assert all(torch.equal(value, given.state_dict()[name]) for name, value in model.state_dict().items())
