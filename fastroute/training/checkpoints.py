@@ -121,11 +121,15 @@ def read_checkpoint(path: str | Path, name: str = "resume") -> dict:
 
 
 def check_resume(path: str | Path, module: pl.LightningModule, epochs: int) -> None:
-    """Raise unless the checkpoint is of the same network as the module and has epochs left to train; see `fit`."""
+    """Raise unless the checkpoint is of the same network as the module and has epochs left to train; see `fit`.
+
+    The optimiser comes back with the rates and decays that it was saved with, so that others would be without effect.
+    """
     checkpoint = read_checkpoint(path)
     saved, planned = checkpoint["hyper_parameters"], checkpoint.get("epochs")
-    for name in ("model", "num_classes", "in_chans", "opt", "sched"):
-        if saved.get(name) != module.hparams[name]:
+    rates = ("lr", "momentum", "weight_decay", "norm_weight_decay", "gate_lr_mult", "gate_wd")
+    for name in ("model", "num_classes", "in_chans", "opt", "sched", *rates):
+        if saved.get(name, module.hparams[name]) != module.hparams[name]:
             raise ValueError(
                 f"resume is {path}; it was trained with {name}={saved.get(name)!r}, "
                 f"but this run has {name}={module.hparams[name]!r}"

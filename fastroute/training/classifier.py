@@ -81,6 +81,8 @@ class RoutingClassifier(pl.LightningModule):
         for name, value in ({"momentum": momentum, "warmup_epochs": warmup_epochs} | decays).items():
             if value is not None and value < 0:
                 raise ValueError(f"{name} is {value}; it must be at least 0")
+        if not 0 < decay_rate <= 1:
+            raise ValueError(f"decay_rate is {decay_rate}; it must be above 0 and at most 1")
         if opt == "nesterov" and momentum == 0:
             raise ValueError("momentum is 0; with opt='nesterov' it must be above 0")
         if not 0 <= smoothing < 1:
@@ -171,6 +173,9 @@ class RoutingClassifier(pl.LightningModule):
         if self.aux_loss is None:  # the network of a run with one can be loaded without it
             weights = checkpoint["state_dict"]
             checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("aux_loss.")}
+        else:  # and that of a run without one goes on with it
+            own = {k: v for k, v in self.state_dict().items() if k.startswith("aux_loss.")}
+            checkpoint["state_dict"] = own | checkpoint["state_dict"]
         if self.global_rank == 0:  # the sum of all processes goes on in one
             for name, total in checkpoint.get("train_totals", {}).items():
                 setattr(self.train_totals, name, total.to(self.device))

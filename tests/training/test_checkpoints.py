@@ -74,6 +74,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         ({"num_classes": 5}, 4, "trained with num_classes=10, but this run has num_classes=5"),
         ({"opt": "adam"}, 4, "trained with opt='sgd', but this run has opt='adam'"),
         ({"sched": "step"}, 4, "trained with sched='onecycle', but this run has sched='step'"),
+        ({"lr": 0.01}, 4, "trained with lr=0.1, but this run has lr=0.01"),
+        ({"gate_lr_mult": 2.0}, 4, "trained with gate_lr_mult=1.0, but this run has gate_lr_mult=2.0"),
         ({}, 5, "its schedule is of 4 epochs, but this run has epochs=5"),
         ({}, 1, "it has 1 epochs behind it, so epochs=1 leaves none to train"),
     ):

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastroute.nn import CrossConnection
+from fastroute.nn import CrossConnection, GateClusteringLoss
 from fastroute.training import ImageDataModule, RoutingClassifier
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(does not have many workers|LeafSpec)")  # Lightning's own
@@ -156,6 +156,17 @@ def test_an_auxiliary_loss_that_is_a_module_is_part_of_it():
         RoutingClassifier(TwoPaths(), 3, aux_loss=evenness)
 
 
+def test_a_run_without_an_auxiliary_loss_goes_on_with_one():
+    plain, clustered = (
+        RoutingClassifier("resnet20_cc2"),
+        RoutingClassifier("resnet20_cc2", aux_loss=GateClusteringLoss()),
+    )
+    saved = {"state_dict": plain.state_dict()}
+    clustered.on_load_checkpoint(saved)
+    clustered.load_state_dict(saved["state_dict"])
+    assert torch.equal(clustered.model.stem_router.w1, plain.model.stem_router.w1)
+
+
 def test_compiled_the_names_of_the_weights_stay():
     module = RoutingClassifier("resnet20_cc2", compile=True)
     assert module.state_dict().keys() == RoutingClassifier("resnet20_cc2").state_dict().keys()
@@ -174,6 +185,7 @@ def test_compiled_the_names_of_the_weights_stay():
         ({"gate_lr_mult": 0}, "gate_lr_mult is 0; it must be above 0"),
         ({"warmup_epochs": -1}, "warmup_epochs is -1; it must be at least 0"),
         ({"decay_epochs": 0}, "decay_epochs is 0; it must be above 0"),
+        ({"decay_rate": -1}, "decay_rate is -1; it must be above 0 and at most 1"),
         ({"opt": "nesterov", "momentum": 0}, "momentum is 0; with opt='nesterov' it must be above 0"),
         ({"model": "resnet21"}, "name is 'resnet21'"),
     ],
