@@ -256,18 +256,18 @@ class _Shapes(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, watched: fx.Node | None):
         super().__init__(module)
-        self.watched = watched
+        self.watched, self.value = watched, None
 
     def run_node(self, n: fx.Node):
         result = super().run_node(n)
         n.meta["shape"] = tuple(result.shape) if isinstance(result, torch.Tensor) else None
-        if n is self.watched:
+        if n is self.watched and n.meta["shape"] is not None:
             self.value, self.version = result, result._version
         return result
 
     def run(self, *args):
         super().run(*args)
-        if self.watched is not None:
+        if self.value is not None:
             self.watched.meta["overwritten"] = self.value._version != self.version
 
 
