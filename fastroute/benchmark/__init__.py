@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from fastroute._errors import in_a_line
 from fastroute.benchmark import networks, operators, overhead, parallel, sparse
 from fastroute.benchmark.cases import Case
 from fastroute.benchmark.contest import OURS, Contest
@@ -66,7 +67,7 @@ def run(
         try:
             row = measure(case, rounds)
         except (AssertionError, RuntimeError) as error:  # wrong; out of memory, or not to be compiled
-            failures.append(f"{case.id}: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}")
+            failures.append(f"{case.id}: {in_a_line(error)}")
             say(f"{position}/{len(cases)} {failures[-1]}")
         else:
             result.rows.append(row)

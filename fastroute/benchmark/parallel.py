@@ -9,19 +9,15 @@ from torch import Tensor, nn
 from fastroute.benchmark.cases import DTYPES, LAYOUTS, Case, draw
 from fastroute.benchmark.contest import OURS, Contest
 from fastroute.benchmark.operators import FORWARD, FORWARD_BACKWARD, STATED
-from fastroute.models.layers import conv_bn
 from fastroute.nn import ParallelPaths
 
 PATHS = (2, 3)
 
 
-def layer(channels: int, paths: int = 1) -> nn.Sequential:
-    """A convolution, its batch normalisation and ReLU; with more than one path, all in one, the convolution grouped."""
-    block = nn.Sequential(*conv_bn(channels, channels), nn.ReLU())
-    if paths > 1:
-        block[0] = nn.Conv2d(paths * channels, paths * channels, 3, padding=1, groups=paths, bias=False)
-        block[1] = nn.BatchNorm2d(paths * channels)
-    return block
+def layer(channels: int, groups: int = 1) -> nn.Sequential:
+    """A convolution that keeps the size of the maps, its batch normalisation and ReLU."""
+    convolution = nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(channels), nn.ReLU())
 
 
 def contest(labels: dict, device: torch.device) -> Contest:
@@ -35,26 +31,26 @@ def contest(labels: dict, device: torch.device) -> Contest:
     torch.manual_seed(0)
     xs = [draw(shape, dtype, labels["layout"], device) for _ in range(count)]
     joined = torch.cat(xs, 1).contiguous(memory_format=memory_format)
-    paths = ParallelPaths(layer(shape[1]) for _ in range(count)).to(device, dtype, memory_format=memory_format)
+    options = {"device": device, "dtype": dtype, "memory_format": memory_format}
+    paths = ParallelPaths(layer(shape[1]) for _ in range(count)).to(**options)
     batched = ParallelPaths(paths, execution="batched")  # of the same modules
-    grouped = layer(shape[1], count).to(device, dtype, memory_format=memory_format)
+    grouped = ParallelPaths([layer(count * shape[1], groups=count)]).to(**options)
     with torch.no_grad():
-        grouped[0].weight.copy_(torch.cat([path[0].weight for path in paths]))
+        grouped[0][0].weight.copy_(torch.cat([path[0].weight for path in paths]))
     for x in (*xs, joined):
         x.requires_grad_(trained)
 
-    def job(function, inputs: list[Tensor]) -> list[Tensor]:
-        parameters = [*(grouped if inputs[0] is joined else paths).parameters()]
+    def job(module: ParallelPaths, inputs: list[Tensor]) -> list[Tensor]:
+        with torch.set_grad_enabled(trained):
+            ys = module(inputs)
         if not trained:
-            with torch.no_grad():
-                return function(inputs)
-        ys = function(inputs)
-        return [*ys, *torch.autograd.grad(ys, [*inputs, *parameters], [y.detach() for y in ys])]
+            return ys
+        return [*ys, *torch.autograd.grad(ys, [*inputs, *module.parameters()], [y.detach() for y in ys])]
 
     contenders = {
         OURS: lambda: job(paths, xs),
         "batched": lambda: job(batched, xs),
-        "grouped": lambda: job(lambda inputs: [grouped(inputs[0])], [joined]),
+        "grouped": lambda: job(grouped, [joined]),
     }
 
     def check():

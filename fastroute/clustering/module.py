@@ -42,7 +42,7 @@ class ClusteringModule(pl.LightningModule):
         clusters = posterior.argmax(1)
         sizes = torch.bincount(clusters, minlength=self.num_clusters)
         self.sizes = sizes.tolist()
-        entropy = torch.special.entr(posterior).sum(1).mean() / max(math.log(self.num_clusters), 1e-12)
+        entropy = torch.special.entr(posterior).sum(1).mean() / (math.log(self.num_clusters) or 1)
         empty = int((sizes == 0).sum())
         metrics = {
             "acc": cluster_accuracy(labels, clusters),

@@ -195,6 +195,7 @@ def _prepare(options: SimpleNamespace, console: Console) -> tuple:
 
     from fastroute import training
     from fastroute.training.distributed import agreed, first_on_each_node
+    from fastroute.training.optim import check_warmup
 
     if options.model is None:
         raise ValueError("model is missing; name a network, or a recipe with --config")
@@ -231,8 +232,7 @@ def _prepare(options: SimpleNamespace, console: Console) -> tuple:
         data.setup()
     if options.num_classes is not None and options.num_classes < data.num_classes:
         raise ValueError(f"num_classes is {options.num_classes}; the data has {data.num_classes} classes")
-    if options.sched == "onecycle" and options.warmup_epochs >= options.epochs:
-        raise ValueError(f"warmup_epochs is {options.warmup_epochs}; with onecycle it must be below the epochs")
+    check_warmup(options.sched, options.warmup_epochs, options.epochs)
     pl.seed_everything(options.seed, verbose=False)
     module = training.RoutingClassifier(
         options.model,

@@ -78,9 +78,10 @@ class RelevanceNorm(nn.Module):
             expected = ", ".join(map(str, self.running_mean.shape))
             raise ValueError(f"scores have shape {tuple(scores.shape)}; they must be (N, {expected})")
         dtype = torch.promote_types(torch.promote_types(scores.dtype, self.running_mean.dtype), torch.float32)
-        scores, running_mean, running_std = (t.to(dtype) for t in (scores, self.running_mean, self.running_std))
+        scores = scores.to(dtype)
         if not self.training:
-            return (scores - running_mean) * _inverse(running_std)
+            mean, scale = self._running(dtype)
+            return (scores - mean) * scale
         shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if scores.shape[0] < 2 and not shared:
             raise ValueError(f"scores have {scores.shape[0]} samples; in training mode there must be at least 2")
@@ -90,9 +91,12 @@ class RelevanceNorm(nn.Module):
         normalized = (scores - mean) * _inverse(std)
         if self.training_statistics == "batch":
             return normalized
-        running_mean, running_std = self.running_mean.to(dtype), self.running_std.to(dtype)  # the batch among them
-        scale = _inverse(running_std)
+        running_mean, scale = self._running(dtype)
         return torch.addcmul((mean.detach() - running_mean) * scale, normalized, std.detach() * scale)
+
+    def _running(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The running μ and 1/σ."""
+        return self.running_mean.to(dtype), _inverse(self.running_std.to(dtype))
 
     @torch.no_grad()
     def _track(self, scores: Tensor, mean: Tensor, std: Tensor, shared: bool) -> None:

@@ -35,7 +35,7 @@ class RouterStatistics:
         gates = routing.gates.detach().float()
         if gates.dim() == 2:  # a sparse router has one incoming path
             gates = gates[:, None]
-        shape = _, n = gates.shape[1:]
+        shape, n = gates.shape[1:], gates.shape[2]
         entropy = -torch.xlogy(gates, gates).sum(2) / math.log(n) if n > 1 else torch.ones_like(gates[..., 0])
         wins = F.one_hot(gates.argmax(2), n).sum(0)
         # Of no samples, what leaves those of others as they are.

@@ -11,6 +11,8 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from fastroute._errors import in_a_line
+
 
 class Terminated(SystemExit):
     """The run got SIGTERM, has saved, and ends with the status that a shell gives for it."""
@@ -116,7 +118,7 @@ def read_checkpoint(path: str | Path, name: str = "resume") -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["hyper_parameters"], checkpoint["state_dict"], _epochs_done(checkpoint)
     except Exception as error:  # whatever a reader does with bytes that are not its own
-        raise ValueError(f"{name} is {path}; it is no checkpoint of a training run: {_in_a_line(error)}") from error
+        raise ValueError(f"{name} is {path}; it is no checkpoint of a training run: {in_a_line(error)}") from error
     return checkpoint
 
 
@@ -175,7 +177,7 @@ def load_weights(model: nn.Module, path: str | Path, averaged: bool = True, name
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a reader does with bytes that are not its own
-        raise ValueError(f"{name} is {path}; it holds no weights: {_in_a_line(error)}") from error
+        raise ValueError(f"{name} is {path}; it holds no weights: {in_a_line(error)}") from error
     load_network_weights(model, weights, path, averaged, name)
 
 
@@ -217,10 +219,6 @@ def network_weights(checkpoint: dict, averaged: bool = True) -> dict[str, Tensor
     if any(name.startswith("model.") for name in weights):  # of a training run, which has more than the network
         return {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
     return {name.removeprefix("module."): value for name, value in weights.items()}  # as from DistributedDataParallel
-
-
-def _in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -86,6 +86,12 @@ def decay(
     return (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
+def check_warmup(sched: str, warmup_epochs: int, epochs: float) -> None:
+    """Raise where a cycle would rise to its end."""
+    if sched == "onecycle" and warmup_epochs >= epochs:
+        raise ValueError(f"warmup_epochs is {warmup_epochs}; with 'onecycle' it must be below epochs, {epochs:g}")
+
+
 def scheduler(
     optimizer: torch.optim.Optimizer,
     sched: str,
@@ -113,8 +119,7 @@ def scheduler(
         ValueError: sched is "onecycle", and the rate would rise to the end.
     """
     if sched == "onecycle":
-        if warmup_epochs >= epochs:
-            raise ValueError(f"warmup_epochs is {warmup_epochs}; with 'onecycle' it must be below epochs, {epochs:g}")
+        check_warmup(sched, warmup_epochs, epochs)
         rates = [group["lr"] for group in optimizer.param_groups]
         rising = warmup_epochs / epochs if warmup_epochs else 0.3
         return OneCycleLR(optimizer, rates, total_steps=steps, pct_start=rising)

@@ -12,6 +12,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastroute.models._modes import modes_kept
 from fastroute.nn.statistics import RouterStatistics, add_routing
 
 
@@ -31,11 +32,11 @@ def across_processes(totals: dict[str, RouterStatistics]) -> dict[str, RouterSta
 @torch.no_grad()
 def router_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, RouterStatistics]:
     """The statistics of each router by name, over all images of the batches, with the network in evaluation."""
-    totals, training = {}, model.training
-    model.eval()
-    for images, _ in batches:
-        add_routing(totals, model(images, return_routing=True)[1])
-    model.train(training)
+    totals: dict[str, RouterStatistics] = {}
+    with modes_kept(model):
+        model.eval()
+        for images, _ in batches:
+            add_routing(totals, model(images, return_routing=True)[1])
     return {name: total.cpu() for name, total in totals.items()}
 
 

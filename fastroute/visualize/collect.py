@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastroute.models._modes import modes_kept
 from fastroute.nn import CrossConnection, ParallelPaths, Routing
 from fastroute.nn.statistics import RouterStatistics
 
@@ -99,14 +100,12 @@ class Layer(NamedTuple):
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """The network in evaluation and its parameters without gradient, and afterwards as it was."""
-    modes = {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval().requires_grad_(False)
     try:
-        yield
+        with modes_kept(model):
+            model.eval().requires_grad_(False)
+            yield
     finally:
-        for module, training in modes.items():
-            module.training = training
         for parameter, needed in gradients.items():
             parameter.requires_grad_(needed)
 

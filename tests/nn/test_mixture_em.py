@@ -73,6 +73,7 @@ def test_training_and_evaluation_are_one_function():
 
 @pytest.mark.parametrize("statistics", ["running", "batch"])
 def test_gradient_goes_through_the_batch(statistics):
+    torch.manual_seed(0)
     norm, scores = RelevanceNorm(3, training_statistics=statistics), torch.randn(30, 3, requires_grad=True)
     norm(torch.randn(30, 3) * 2 + 7)
     incoming = torch.randn(30, 3)
