@@ -1,6 +1,7 @@
 """The image clustering networks of Table 4.2."""
 
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,20 @@ class Sobel(nn.Module):
         return F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), self.kernels.to(grey.dtype))
 
 
-def clustering_network(architecture: str, num_clusters: int, img_size: int, batch_norm: bool = True) -> nn.Sequential:
+class SideBySide(nn.Module):
+    """Networks that share nothing but their input; their outputs (N, K) are joined to (N, len(networks)·K)."""
+
+    def __init__(self, networks: Iterable[nn.Module]):
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([network(images) for network in self.networks], 1)
+
+
+def clustering_network(
+    architecture: str, num_clusters: int, img_size: int, batch_norm: bool = True, n_init: int = 1
+) -> nn.Module:
     """Sobel edges, then a network of Table 4.2: 3×3 convolutions of the same size, ReLU, 2×2 max-pooling, flattened.
 
     Args:
@@ -38,10 +52,16 @@ def clustering_network(architecture: str, num_clusters: int, img_size: int, batc
         num_clusters: K, the nodes of the last layer.
         img_size: height and width of the images.
         batch_norm: whether batch norm follows each convolution. The table has none.
+        n_init: networks with initial weights of their own, side by side: (N, n_init·K) scores, which
+            `TwoFoldClustering` trains as that many heads.
 
     Raises:
-        ValueError: the architecture is unknown, or the image too small for its pools.
+        ValueError: the architecture is unknown, the image too small for its pools, or n_init not positive.
     """
+    if n_init < 1:
+        raise ValueError(f"n_init is {n_init}; it must be at least 1")
+    if n_init > 1:
+        return SideBySide(clustering_network(architecture, num_clusters, img_size, batch_norm) for _ in range(n_init))
     layers, channels, size, features = [Sobel()], 2, img_size, None
     for layer in ARCHITECTURES.get(architecture, architecture).split():
         kind, width = layer[0], int(layer[1:] or 0) if re.fullmatch(r"[CF][1-9]\d*|M", layer) else None
@@ -51,7 +71,8 @@ def clustering_network(architecture: str, num_clusters: int, img_size: int, batc
                 f"architecture is {architecture!r}; it must be {names}, or layers such as 'C64 M C128 F32'"
             )
         if kind == "M":
-            layers.append(nn.MaxPool2d(2))
+            # Before the ReLU, which gives the same and leaves it a quarter of the numbers.
+            layers.insert(len(layers) - isinstance(layers[-1], nn.ReLU), nn.MaxPool2d(2))
             size //= 2
         elif kind == "C":
             layers.append(nn.Conv2d(channels, width, 3, padding=1, bias=not batch_norm))

@@ -16,8 +16,9 @@ class TwoFoldClustering(ClusteringModule):
     Args:
         network: from images to relevance scores (N, heads·K), such as `clustering_network` gives.
         num_clusters: K.
-        heads: clusterings that share all but the last layer and are trained at once. After each validation `head` is
-            the one whose mixture-EM loss of the images seen is the lowest: a choice without labels.
+        heads: clusterings that are trained at once, of one network but for its last layer or of networks side by
+            side. After each validation `head` is the one whose mixture-EM loss of the images seen is the lowest: a
+            choice without labels.
         method: "two-fold" (Alg. 3), or one of its two steps alone: "em" (Eq. 4.23) or "consistency" (Eq. 4.24).
         augmentation: the transform T.
         lr_em, lr_consistency: learning rates of the two Adam optimisers; the thesis's by default.

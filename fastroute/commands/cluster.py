@@ -39,6 +39,9 @@ def cluster(
     heads: Annotated[
         int, typer.Option(min=1, help="Clusterings at once, of which the lowest mixture-EM loss chooses one.")
     ] = 1,
+    n_init: Annotated[
+        int, typer.Option(min=1, help="Networks at once, each from its own weights; the same loss chooses.")
+    ] = 1,
     architecture: Annotated[
         str | None, typer.Option(help="mnist, cifar or stl10 of Table 4.2, or its layers. (default: the data's)")
     ] = None,
@@ -71,8 +74,9 @@ def cluster(
         from fastroute.clustering.networks import clustering_network
         from fastroute.clustering.two_fold import TwoFoldClustering
 
-        if heads > 1 and method not in ("two-fold", "em", "consistency"):
-            raise ValueError(f"heads is {heads}; the method {method!r} has one")
+        for name, count in (("heads", heads), ("n_init", n_init)):
+            if count > 1 and method not in ("two-fold", "em", "consistency"):
+                raise ValueError(f"{name} is {count}; the method {method!r} has one")
         images, labels = run.load_images(dataset, data_dir, limit, img_size, download)
         folder = (
             resume.parent
@@ -93,7 +97,7 @@ def cluster(
             if method == "dec":
                 module = DEC(images[0].numel(), clusters, pretrain_epochs=(epochs + 1) // 2, seed=seed)
             else:
-                network = clustering_network(layers, heads * clusters, images.shape[-1], batch_norm)
+                network = clustering_network(layers, heads * clusters, images.shape[-1], batch_norm, n_init)
                 if channels_last:
                     network = network.to(memory_format=torch.channels_last)
                 if method == "iic":
@@ -102,7 +106,7 @@ def cluster(
                     module = TwoFoldClustering(
                         network,
                         clusters,
-                        heads=heads,
+                        heads=heads * n_init,
                         method=method,
                         augmentation=augmentation,
                         lr_em=lr_em,
@@ -111,8 +115,8 @@ def cluster(
                         training_statistics=statistics,
                     )
             data = {"dataset": dataset, "img_size": img_size, "method": method}
-            network_of = {"architecture": layers, "clusters": clusters, "heads": heads, "batch_norm": batch_norm}
-            module.save_hyperparameters(data | network_of, logger=False)  # what `fastroute report` makes it from
+            shape = {"architecture": layers, "clusters": clusters, "heads": heads, "batch_norm": batch_norm}
+            module.save_hyperparameters(data | shape | {"n_init": n_init}, logger=False)  # what `fastroute report` makes it from
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric")
                 run.fit(

@@ -155,7 +155,7 @@ def _clustering(
     from fastroute.visualize import Images, Report, clustering_report
 
     run = saved["hyper_parameters"]
-    clusters, heads = run["clusters"], run["heads"]
+    clusters, heads, n_init = run["clusters"], run["heads"], run.get("n_init", 1)
     if run["method"] == "dec":
         raise ValueError(
             f"checkpoint is {checkpoint}; a report shows networks of Table 4.2, not the autoencoder of dec"
@@ -163,8 +163,11 @@ def _clustering(
     pixels, labels = load_images(run["dataset"], data_dir, limit, run["img_size"])
 
     def network() -> IIC | TwoFoldClustering:
-        layers = clustering_network(run["architecture"], heads * clusters, pixels.shape[-1], run["batch_norm"])
-        return IIC(layers, clusters) if run["method"] == "iic" else TwoFoldClustering(layers, clusters, heads=heads)
+        size, batch_norm = pixels.shape[-1], run["batch_norm"]
+        layers = clustering_network(run["architecture"], heads * clusters, size, batch_norm, n_init)
+        if run["method"] == "iic":
+            return IIC(layers, clusters)
+        return TwoFoldClustering(layers, clusters, heads=heads * n_init)
 
     trained = network()
     trained.load_state_dict(saved["state_dict"])
