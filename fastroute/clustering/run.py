@@ -3,6 +3,7 @@
 import csv
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,12 @@ from torch import Tensor
 
 from fastroute.clustering.metrics import cluster_accuracy, many_to_one_accuracy
 from fastroute.clustering.module import ClusteringModule
+from fastroute.training.checkpoints import AtomicCheckpointIO, RecoveryCheckpoint, read_resumable
 from fastroute.training.datasets import DATASETS, Options
+from fastroute.training.loaders import EpochLoader
+from fastroute.training.seeding import generator
+from fastroute.training.steps import StepSeed
+from fastroute.training.trainer import quiet
 
 CLASSICAL = {
     "kmeans": lambda clusters, seed: KMeans(clusters, n_init=10, random_state=seed),
@@ -65,20 +71,30 @@ def load_images(
     return images.permute(0, 3, 1, 2).float() / 255, labels
 
 
-class Batches:
-    """Images that lie in memory, on the training device, by the batch; shuffled, they come in batches of equal size."""
+class Batches(EpochLoader):
+    """Images that lie in memory, on the training device, by the batch: shuffled by a seed in batches of equal size, or
+    in order without one."""
 
-    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, shuffle: bool = False):
-        self.images, self.labels, self.batch_size, self.shuffle = images, labels, batch_size, shuffle
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        seed: int | None = None,
+        epoch: Callable[[], int] = lambda: 0,
+    ):
+        super().__init__(len(labels), batch_size, seed, epoch, rank=0, world_size=1, finish=None)
+        self.images, self.labels = images, labels
 
     def __len__(self) -> int:
-        count = len(self.labels)
-        return max(1, count // self.batch_size) if self.shuffle else -(-count // self.batch_size)
+        return super().__len__() if self.seed is None else max(1, self.count // self.batch_size)
 
-    def __iter__(self):
-        order = torch.randperm(len(self.labels)) if self.shuffle else torch.arange(len(self.labels))
-        for index in np.array_split(order.numpy(), len(self)):
-            index = torch.from_numpy(index).to(self.images.device)
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.arange(self.count)
+        if self.seed is not None:
+            order = torch.randperm(self.count, generator=generator(self.seed, epoch))
+        for index in order.tensor_split(len(self))[start:]:
+            index = index.to(self.images.device)
             yield self.images[index], self.labels[index]
 
 
@@ -93,6 +109,9 @@ class Table(pl.Callback):
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.rows = list(state_dict["rows"])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start = time.perf_counter()  # of an epoch that is gone on with, too, which does not start again
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start = time.perf_counter()
@@ -127,30 +146,46 @@ def fit(
     batch_size: int,
     output: Path,
     console: Console,
+    seed: int = 0,
     amp: bool = False,
     resume: Path | None = None,
 ) -> list[dict]:
-    """Train on all images, and write `last.ckpt` and `summary.csv` into `output`; returns the rows of the summary."""
-    if resume is not None and not resume.is_file():
-        raise FileNotFoundError(f"resume is {resume}; there is no such file")
+    """Train on all images, and write `last.ckpt` and `summary.csv` into `output`; returns the rows of the summary.
+
+    A run that goes on from `resume` ends as one that was never stopped.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it is no checkpoint, or of another run, or leaves no epoch to train.
+        OSError: a file cannot be written; the last whole checkpoint stays.
+        Terminated: SIGTERM came, and `last.ckpt` is written.
+    """
+    if resume is not None:
+        read_resumable(resume, "cluster", dict(module.hparams), epochs)
     output.mkdir(parents=True, exist_ok=True)
     table = Table(output / "summary.csv", console)
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        devices=1,
-        precision="bf16-mixed" if amp else "32-true",
-        logger=False,
-        callbacks=[
-            table,
-            pl.callbacks.ModelCheckpoint(output, "last", enable_version_counter=False, save_on_train_epoch_end=True),
-        ],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
-    images, labels = (t.to(trainer.strategy.root_device) for t in (images, labels))
-    training, validation = Batches(images, labels, batch_size, shuffle=True), Batches(images, labels, 1000)
-    trainer.fit(module, training, validation, ckpt_path=resume)
+    with quiet():
+        trainer = pl.Trainer(
+            max_epochs=epochs,
+            devices=1,
+            precision="bf16-mixed" if amp else "32-true",
+            logger=False,
+            callbacks=[
+                StepSeed(seed),
+                table,
+                RecoveryCheckpoint(output / "last.ckpt"),
+                pl.callbacks.ModelCheckpoint(
+                    output, "last", enable_version_counter=False, save_on_train_epoch_end=True
+                ),
+            ],
+            plugins=[AtomicCheckpointIO()],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        images, labels = (t.to(trainer.strategy.root_device) for t in (images, labels))
+        training = Batches(images, labels, batch_size, seed, lambda: trainer.current_epoch)
+        trainer.fit(module, training, Batches(images, labels, 1000), ckpt_path=resume)
     return table.rows
 
 

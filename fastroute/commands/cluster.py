@@ -1,19 +1,25 @@
 """`fastroute cluster`: images to clusters, without labels."""
 
 import time
-import warnings
 from pathlib import Path
-from typing import Annotated, Literal
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from fastroute.commands.common import config_option, plain_errors
+from fastroute.commands.common import config_option, endings, plain_errors
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastroute.clustering.module import ClusteringModule
 
 ARCHITECTURE = {"digits": "mnist", "mnist": "mnist", "stl10": "stl10"}
 
 
 def cluster(
+    context: typer.Context,
     config: Annotated[str | None, config_option("cluster")] = None,
     dataset: Annotated[
         Literal["digits", "mnist", "cifar10", "cifar100", "stl10", "imagefolder"],
@@ -62,22 +68,17 @@ def cluster(
     resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
 ) -> None:
     """Cluster images without their labels; write summary.csv, and last.ckpt of a network."""
-    console = Console()
+    options, console = SimpleNamespace(**context.params), Console()
     with plain_errors():
-        import pytorch_lightning as pl
-        import torch
-
         from fastroute.clustering import run
-        from fastroute.clustering.augment import Augmentation
-        from fastroute.clustering.dec import DEC
-        from fastroute.clustering.iic import IIC
-        from fastroute.clustering.networks import clustering_network
-        from fastroute.clustering.two_fold import TwoFoldClustering
+        from fastroute.training.checkpoints import read_resumable
 
-        for name, count in (("heads", heads), ("n_init", n_init)):
-            if count > 1 and method not in ("two-fold", "em", "consistency"):
-                raise ValueError(f"{name} is {count}; the method {method!r} has one")
+        for name in ("heads", "n_init"):
+            if getattr(options, name) > 1 and method not in ("two-fold", "em", "consistency"):
+                raise ValueError(f"{name} is {getattr(options, name)}; the method {method!r} has one")
         images, labels = run.load_images(dataset, data_dir, limit, img_size, download)
+        if len(images) < clusters:
+            raise ValueError(f"clusters is {clusters}; it must be at most the number of images, {len(images)}")
         folder = (
             resume.parent
             if resume and not experiment
@@ -90,44 +91,65 @@ def cluster(
             return
         if method in run.CLASSICAL:
             run.fit_classical(method, images, labels, clusters, seed, folder, console)
+            module = None
         else:
-            pl.seed_everything(seed, verbose=False)
-            augmentation = Augmentation(flip=dataset not in ("digits", "mnist"))  # a mirrored digit is no digit
-            layers = architecture or ARCHITECTURE.get(dataset, "cifar")
-            if method == "dec":
-                module = DEC(images[0].numel(), clusters, pretrain_epochs=(epochs + 1) // 2, seed=seed)
-            else:
-                network = clustering_network(layers, heads * clusters, images.shape[-1], batch_norm, n_init)
-                if channels_last:
-                    network = network.to(memory_format=torch.channels_last)
-                if method == "iic":
-                    module = IIC(network, clusters, augmentation=augmentation, lr=lr_consistency)
-                else:
-                    module = TwoFoldClustering(
-                        network,
-                        clusters,
-                        heads=heads * n_init,
-                        method=method,
-                        augmentation=augmentation,
-                        lr_em=lr_em,
-                        lr_consistency=lr_consistency,
-                        gamma=gamma,
-                        training_statistics=statistics,
-                    )
-            data = {"dataset": dataset, "img_size": img_size, "method": method}
-            shape = {"architecture": layers, "clusters": clusters, "heads": heads, "batch_norm": batch_norm}
-            module.save_hyperparameters(data | shape | {"n_init": n_init}, logger=False)  # what `fastroute report` makes it from
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric")
-                run.fit(
-                    module,
-                    images,
-                    labels,
-                    epochs=epochs,
-                    batch_size=batch_size,
-                    output=folder,
-                    console=console,
-                    amp=amp,
-                    resume=resume,
-                )
+            module = _module(options, images)
+            if resume is not None:
+                read_resumable(resume, "cluster", module.hparams, epochs)
+    if module is not None:
+        with endings(console):
+            run.fit(
+                module,
+                images,
+                labels,
+                epochs=epochs,
+                batch_size=batch_size,
+                output=folder,
+                console=console,
+                seed=seed,
+                amp=amp,
+                resume=resume,
+            )
     console.print(f"summary.csv: {folder.resolve()}", soft_wrap=True)
+
+
+def _module(options: SimpleNamespace, images: "torch.Tensor") -> "ClusteringModule":
+    """What is trained, by the arguments of the command; its hyperparameters are those that a run goes on with."""
+    import pytorch_lightning as pl
+    import torch
+
+    from fastroute.clustering.augment import Augmentation
+    from fastroute.clustering.dec import DEC
+    from fastroute.clustering.iic import IIC
+    from fastroute.clustering.networks import clustering_network
+    from fastroute.clustering.two_fold import TwoFoldClustering
+
+    pl.seed_everything(options.seed, verbose=False)
+    clusters, method = options.clusters, options.method
+    outputs = options.heads * clusters
+    augmentation = Augmentation(flip=options.dataset not in ("digits", "mnist"))  # a mirrored digit is no digit
+    architecture = options.architecture or ARCHITECTURE.get(options.dataset, "cifar")
+    if method == "dec":
+        module = DEC(images[0].numel(), clusters, pretrain_epochs=(options.epochs + 1) // 2, seed=options.seed)
+    else:
+        network = clustering_network(architecture, outputs, images.shape[-1], options.batch_norm, options.n_init)
+        if options.channels_last:
+            network = network.to(memory_format=torch.channels_last)
+        if method == "iic":
+            module = IIC(network, clusters, augmentation=augmentation, lr=options.lr_consistency)
+        else:
+            module = TwoFoldClustering(
+                network,
+                clusters,
+                heads=options.heads * options.n_init,
+                method=method,
+                augmentation=augmentation,
+                lr_em=options.lr_em,
+                lr_consistency=options.lr_consistency,
+                gamma=options.gamma,
+                training_statistics=options.statistics,
+            )
+    kept = ("dataset", "img_size", "method", "clusters", "heads", "n_init", "batch_norm", "lr_em", "lr_consistency")
+    settings = {name: getattr(options, name) for name in kept}
+    module.save_hyperparameters({"architecture": architecture, **settings}, logger=False)
+    return module

@@ -39,6 +39,24 @@ def plain_errors(*also: type[BaseException]) -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
+@contextlib.contextmanager
+def endings(console: Console) -> Iterator[None]:
+    """How a run can end before its time, each in one sentence, with a status that is not 0; a bug keeps its trace."""
+    from fastroute.training import Terminated
+    from fastroute.training.distributed import ProcessLost
+    from fastroute.training.loaders import PlaceMismatch
+    from fastroute.training.sources import UnreadableImage
+
+    try:
+        yield
+    except Terminated as terminated:
+        console.print(f"{terminated}; --resume goes on from it", soft_wrap=True, highlight=False)
+        raise typer.Exit(terminated.code) from None
+    except (FloatingPointError, OSError, UnreadableImage, PlaceMismatch, ProcessLost) as error:
+        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
 def read_options(path: Path) -> dict:
     """The `name: value` pairs of a YAML file.
 

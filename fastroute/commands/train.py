@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -11,9 +10,8 @@ import torch
 import typer
 import yaml
 from rich.console import Console
-from rich.markup import escape
 
-from fastroute.commands.common import config_option, numbers, plain_errors
+from fastroute.commands.common import config_option, endings, numbers, plain_errors
 from fastroute.nn import GateClusteringLoss, Router
 
 
@@ -160,7 +158,7 @@ def train(
         from fastroute.training.distributed import is_main, process_group
 
     options, console = SimpleNamespace(**context.params), Console(quiet=not is_main())
-    with _endings(console), process_group():
+    with endings(console), process_group():
         with plain_errors():
             data, module, resume, folder = _prepare(options, console)
             if is_main():
@@ -302,21 +300,3 @@ def _write_arguments(context: typer.Context, folder: Path) -> None:
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in context.params.items()}
     del arguments["config"]
     (folder / "args.yaml").write_text(yaml.safe_dump(arguments))
-
-
-@contextlib.contextmanager
-def _endings(console: Console) -> Iterator[None]:
-    """How a run can end before its time, each in one sentence, with a status that is not 0; a bug keeps its trace."""
-    from fastroute.training import Terminated
-    from fastroute.training.distributed import ProcessLost
-    from fastroute.training.loaders import PlaceMismatch
-    from fastroute.training.sources import UnreadableImage
-
-    try:
-        yield
-    except Terminated as terminated:
-        console.print(f"{terminated}; --resume goes on from it", soft_wrap=True, highlight=False)
-        raise typer.Exit(terminated.code) from None
-    except (FloatingPointError, OSError, UnreadableImage, PlaceMismatch, ProcessLost) as error:
-        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None

@@ -106,7 +106,7 @@ def _result(path: Path | None, options: SimpleNamespace, console: Console) -> di
 
     run, data = {}, {}
     if path is not None and options.model is None:
-        checkpoint = read_checkpoint(path, "checkpoint")
+        checkpoint = read_checkpoint(path, "checkpoint", "train")
         run, data = checkpoint["hyper_parameters"], checkpoint.get("ImageDataModule", {})
     device = this_device()
     dataset = options.dataset or data.get("dataset")

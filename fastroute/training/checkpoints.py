@@ -101,16 +101,21 @@ class RecoveryCheckpoint(pl.Callback):
         return bool(asked)
 
 
-def read_checkpoint(path: str | Path, name: str = "resume") -> dict:
+# The option that tells which command's run a checkpoint is of.
+_OPTION_OF = {"train": "model", "cluster": "architecture"}
+
+
+def read_checkpoint(path: str | Path, name: str = "resume", command: str | None = None) -> dict:
     """A checkpoint of a training run, on the CPU.
 
     Args:
         path: the file.
         name: the argument that it was given as, for messages.
+        command: whose run it must be of, "train" or "cluster"; None is either.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint of a training run.
+        ValueError: it is no checkpoint of a training run, or of another command's.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{name} is {path}; there is no such file")
@@ -119,6 +124,28 @@ def read_checkpoint(path: str | Path, name: str = "resume") -> dict:
         checkpoint["hyper_parameters"], checkpoint["state_dict"], _epochs_done(checkpoint)
     except Exception as error:  # whatever a reader does with bytes that are not its own
         raise ValueError(f"{name} is {path}; it is no checkpoint of a training run: {in_a_line(error)}") from error
+    if command is not None and _OPTION_OF[command] not in checkpoint["hyper_parameters"]:
+        raise ValueError(f"{name} is {path}; it is no checkpoint of `fastroute {command}`")
+    return checkpoint
+
+
+def read_resumable(path: str | Path, command: str, options: dict, epochs: int) -> dict:
+    """A checkpoint that a run of these options can go on from.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint of the command, was saved with other options, or leaves no epoch to train.
+    """
+    checkpoint = read_checkpoint(path, command=command)
+    saved = checkpoint["hyper_parameters"]
+    for name, value in options.items():
+        if saved.get(name, value) != value:
+            raise ValueError(
+                f"resume is {path}; it was trained with {name}={saved[name]!r}, but this run has {name}={value!r}"
+            )
+    done = _epochs_done(checkpoint)
+    if done >= epochs:
+        raise ValueError(f"resume is {path}; it has {done} epochs behind it, so epochs={epochs} leaves none to train")
     return checkpoint
 
 
@@ -127,18 +154,10 @@ def check_resume(path: str | Path, module: pl.LightningModule, epochs: int) -> N
 
     The optimiser comes back with the rates and decays that it was saved with, so that others would be without effect.
     """
-    checkpoint = read_checkpoint(path)
-    saved, planned = checkpoint["hyper_parameters"], checkpoint.get("epochs")
     rates = ("lr", "momentum", "weight_decay", "norm_weight_decay", "gate_lr_mult", "gate_wd")
-    for name in ("model", "num_classes", "in_chans", "opt", "sched", *rates):
-        if saved.get(name, module.hparams[name]) != module.hparams[name]:
-            raise ValueError(
-                f"resume is {path}; it was trained with {name}={saved.get(name)!r}, "
-                f"but this run has {name}={module.hparams[name]!r}"
-            )
-    done = _epochs_done(checkpoint)
-    if done >= epochs:
-        raise ValueError(f"resume is {path}; it has {done} epochs behind it, so epochs={epochs} leaves none to train")
+    fixed = ("model", "num_classes", "in_chans", "opt", "sched", *rates)
+    checkpoint = read_resumable(path, "train", {name: module.hparams[name] for name in fixed}, epochs)
+    saved, planned = checkpoint["hyper_parameters"], checkpoint.get("epochs")
     endless = saved["sched"] == "step" or (saved["sched"] == "multistep" and module.hparams.decay_milestones)
     if planned != epochs and not endless:
         raise ValueError(f"resume is {path}; its schedule is of {planned} epochs, but this run has epochs={epochs}")

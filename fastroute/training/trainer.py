@@ -122,7 +122,7 @@ def fit(
         ModelCheckpoint(filename="best", monitor="val_error", **checkpoint),
         ModelCheckpoint(filename="last", **checkpoint),
     ]
-    with _quiet():
+    with quiet():
         trainer = pl.Trainer(
             accelerator=accelerator,
             **_processes(processes),
@@ -157,7 +157,7 @@ def _processes(count: int) -> dict:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep back Lightning's remarks on devices, workers and products."""
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "torch.utils.tensorboard")]
     levels = [logger.level for logger in loggers]

@@ -1,12 +1,16 @@
 import csv
+import os
+import signal
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from fastroute.cli import app
+from fastroute.clustering import run as clustering_run
 from fastroute.clustering.run import CIFAR100_SUPERCLASSES, load_images
 
 QUICK = ["cluster", "--limit", "400", "--architecture", "C8 M F16", "--lr-em", "1e-3", "--lr-consistency", "1e-3"]
@@ -31,11 +35,55 @@ def test_trains_resumes_and_writes_a_table(tmp_path):
     assert float(table[-1]["em_loss"]) < float(table[0]["em_loss"])
     first = run(*QUICK, "--epochs", 2, "--output", tmp_path, "--experiment", "two")
     assert first.exit_code == 0, first.output
-    again = run(*QUICK, "--epochs", 3, "--resume", tmp_path / "two" / "last.ckpt")
+    checkpoint = tmp_path / "two" / "last.ckpt"
+    again = run(*QUICK, "--epochs", 3, "--resume", checkpoint)
     assert again.exit_code == 0, again.output
     resumed = rows(tmp_path / "two")
-    assert [row["epoch"] for row in resumed] == ["1", "2", "3"]
-    assert resumed[:2] and resumed[0]["em_loss"] == table[0]["em_loss"]
+    for row in (*resumed, *table):
+        del row["seconds"]
+    assert resumed == table
+    ends = (torch.load(path)["state_dict"] for path in (tmp_path / "one" / "last.ckpt", checkpoint))
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+    assert not any(word in again.output for word in ("Tip", "GPU", "TPU"))  # Lightning's remarks
+
+
+def test_goes_on_within_an_epoch(tmp_path):
+    """SIGTERM in the second epoch saves; the run that goes on from it ends as one that was never stopped."""
+    arguments = [*map(str, (*QUICK, "--epochs", 2, "--output", tmp_path))]
+
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if (trainer.current_epoch, batch_idx) == (1, 0):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clustering_run, "Table", type("Table", (Stop, clustering_run.Table), {}))
+        stopped = run(*arguments, "--experiment", "stopped")
+    assert stopped.exit_code == 143 and "stopped by SIGTERM at epoch 2, step" in stopped.output
+    done = run(*arguments, "--resume", tmp_path / "stopped" / "last.ckpt")
+    assert done.exit_code == 0, done.output
+    assert run(*arguments, "--experiment", "whole").exit_code == 0
+    ends = (torch.load(tmp_path / name / "last.ckpt")["state_dict"] for name in ("stopped", "whole"))
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+def test_resume_refuses_what_it_cannot_go_on_with(tmp_path):
+    assert run(*QUICK, "--epochs", 1, "--output", tmp_path, "--experiment", "run").exit_code == 0
+    checkpoint = tmp_path / "run" / "last.ckpt"
+    (tmp_path / "junk.ckpt").write_bytes(b"junk")
+    torch.save({**torch.load(checkpoint), "hyper_parameters": {"model": "resnet20"}}, tmp_path / "trained.ckpt")
+    for arguments, message in (
+        (["--epochs", 1, "--resume", checkpoint], "it has 1 epochs behind it, so epochs=1 leaves none to train"),
+        (["-k", 9, "--resume", checkpoint], "it was trained with clusters=10, but this run has clusters=9"),
+        (["--method", "em", "--resume", checkpoint], "it was trained with method='two-fold'"),
+        (["--lr-em", 1e-4, "--resume", checkpoint], "it was trained with lr_em=0.001"),
+        (["--resume", tmp_path / "junk.ckpt"], "it is no checkpoint of a training run"),
+        (["--resume", tmp_path / "trained.ckpt"], "it is no checkpoint of `fastroute cluster`"),
+    ):
+        refused = run(*QUICK, *arguments)
+        assert refused.exit_code == 2 and message in refused.output, refused.output
+    refused = run("validate", checkpoint)
+    assert refused.exit_code == 2 and "it is no checkpoint of `fastroute train`" in refused.output
 
 
 @pytest.mark.parametrize("method", ["kmeans", "gmm", "spectral"])
@@ -44,6 +92,15 @@ def test_classical_methods(tmp_path, method):
     assert done.exit_code == 0, done.output
     (row,) = rows(tmp_path / "run")
     assert float(row["acc"]) > 0.5 and sum(map(int, row["sizes"].split())) == 600
+
+
+def test_starts_side_by_side(tmp_path):
+    done = run(*QUICK, "--n-init", 2, "--heads", 2, "--epochs", 1, "--output", tmp_path, "--experiment", "run")
+    assert done.exit_code == 0, done.output
+    weights = torch.load(tmp_path / "run" / "last.ckpt")["state_dict"]
+    first, second = (weights[f"network.networks.{start}.1.weight"] for start in range(2))
+    assert first.shape == second.shape and not torch.equal(first, second)
+    assert weights["normalize.running_mean"].shape == (4, 10)  # two heads of either network
 
 
 def test_heads_and_more_clusters_than_classes(tmp_path):
@@ -111,9 +168,11 @@ def test_superclasses_of_cifar100():
         (["--dataset", "imagefolder"], "data_dir is None"),
         (["--dataset", "mnist", "--data-dir", "nowhere"], "data_dir is nowhere; MNIST is not whole in it"),
         (["--limit", "0"], "limit is 0"),
+        (["--limit", "9"], "clusters is 10; it must be at most the number of images, 9"),
         (["--architecture", "resnet"], "architecture is 'resnet'"),
         (["--lr-em", "0"], "lr_em is 0"),
         (["--heads", "2", "--method", "iic"], "heads is 2; the method 'iic' has one"),
+        (["--n-init", "2", "--method", "kmeans"], "n_init is 2; the method 'kmeans' has one"),
         (["--resume", "nowhere.ckpt"], "there is no such file"),
     ],
 )

@@ -21,6 +21,17 @@ def test_gives_one_score_for_each_cluster():
             assert network(torch.rand(2, channels, 16, 16)).shape == (2, 7)
 
 
+def test_starts_share_nothing():
+    network = clustering_network("C4 M F8", 3, 8, n_init=2)
+    images = torch.rand(5, 1, 8, 8)
+    scores = network(images)
+    assert scores.shape == (5, 6)
+    scores[:, :3].sum().backward()
+    first, second = network.networks
+    assert first[1].weight.grad.any() and not second[1].weight.grad.any()
+    torch.testing.assert_close(scores[:, 3:], second(images))
+
+
 def test_sobel_sees_edges_and_no_colour():
     image = torch.zeros(1, 1, 6, 6)
     image[..., 3:] = 1
@@ -44,3 +55,8 @@ def test_sobel_sees_edges_and_no_colour():
 def test_bad_input(architecture, size, message):
     with pytest.raises(ValueError, match=message):
         clustering_network(architecture, 10, size)
+
+
+def test_at_least_one_start():
+    with pytest.raises(ValueError, match="n_init is 0; it must be at least 1"):
+        clustering_network("mnist", 10, 28, n_init=0)

@@ -115,7 +115,7 @@ def test_too_few_images(run, tmp_path):
     assert done.exit_code == 2 and "0.png cannot be read as an image" in done.output
 
 
-@pytest.mark.parametrize("method", [("two-fold", "--heads", 2), ("iic",)])
+@pytest.mark.parametrize("method", [("two-fold", "--heads", 2), ("em", "--n-init", 2), ("iic",)])
 def test_clusterings(run, tmp_path, method):
     quick = ("--limit", 300, "--architecture", "C8 M F16", "--lr-em", 1e-3, "--clusters", 4, "--epochs", 1)
     quick = ("--method", *method, *quick)
