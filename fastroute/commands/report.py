@@ -30,7 +30,10 @@ def report(
         str | None, typer.Option(help="For the histograms, such as cat,dog. (default: the most distinct)")
     ] = None,
     gates: Annotated[int, typer.Option(min=1, max=32, help="The most gates to maximise.")] = 8,
-    runs: Annotated[Path | None, typer.Option(help="A folder of runs, for accuracy by parameters.")] = None,
+    runs: Annotated[
+        Path | None,
+        typer.Option(help="A folder of runs, for accuracy by parameters, or for learning curves of clusterings."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Of a clustering: only the first so many images.")] = None,
     batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1)] = 128,
     workers: WorkersOption = None,
@@ -82,7 +85,7 @@ def write_report(
     saved = read_checkpoint(checkpoint, "checkpoint")
     run = saved["hyper_parameters"]
     if "architecture" in run:
-        return _clustering(checkpoint, saved, folder, data_dir, limit, batch_size)
+        return _clustering(checkpoint, saved, folder, data_dir, runs, limit, batch_size)
     given = trained(checkpoint, saved, dataset=dataset, data_dir=data_dir, batch_size=batch_size, workers=workers)
     loader = given.loader
     images = Images(lambda: loader, loader.pixels, given.classes, loader.mean / 255, loader.std / 255)
@@ -146,7 +149,13 @@ def _sizes(folder: Path) -> dict[str, tuple[int, float]]:
 
 
 def _clustering(
-    checkpoint: Path, saved: dict, folder: Path, data_dir: Path | None, limit: int | None, batch_size: int
+    checkpoint: Path,
+    saved: dict,
+    folder: Path,
+    data_dir: Path | None,
+    runs: Path | None,
+    limit: int | None,
+    batch_size: int,
 ) -> Path:
     from fastroute.clustering.iic import IIC
     from fastroute.clustering.networks import clustering_network
@@ -160,6 +169,11 @@ def _clustering(
         raise ValueError(
             f"checkpoint is {checkpoint}; a report shows networks of Table 4.2, not the autoencoder of dec"
         )
+    summaries = _summaries(checkpoint)
+    if runs is not None:
+        summaries = {path.parent.name: path for path in sorted(runs.glob("*/summary.csv"))}
+        if not summaries:
+            raise FileNotFoundError(f"runs is {runs}; there are no folders with summary.csv in it")
     pixels, labels = load_images(run["dataset"], data_dir, limit, run["img_size"])
 
     def network() -> IIC | TwoFoldClustering:
@@ -185,9 +199,7 @@ def _clustering(
         "clusters": f"{clusters}, by {run['method']}",
     }
     page = Report(folder, f"Clusters of {run['dataset']}", facts)
-    return clustering_report(
-        page, _Responses(trained), images, untrained=_Responses(network()), summaries=_summaries(checkpoint)
-    )
+    return clustering_report(page, _Responses(trained), images, untrained=_Responses(network()), summaries=summaries)
 
 
 class _Responses(nn.Module):

@@ -131,6 +131,13 @@ def test_clusterings(run, tmp_path, method):
     assert done.exit_code == 2 and "last.ckpt; it is no checkpoint of `fastroute train`" in done.output
     sizes = (tmp_path / "run" / "summary.csv").read_text().split(",")[-1].strip()
     assert f"Images in each cluster: {', '.join(sizes.split())}." in text  # the network is the one that was trained
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "summary.csv").write_text((tmp_path / "run" / "summary.csv").read_text())
+    done = run("report", tmp_path / "run" / "last.ckpt", "--limit", 300, "--runs", tmp_path)
+    text = (tmp_path / "run" / "report" / "report.html").read_text()
+    assert done.exit_code == 0 and "Learning curves of other, run." in text
+    done = run("report", tmp_path / "run" / "last.ckpt", "--runs", "nowhere")
+    assert done.exit_code == 2 and "runs is nowhere; there are no folders with summary.csv in it" in done.output
     done = run("report", tmp_path / "run" / "last.ckpt", "--limit", 5)
     assert done.exit_code == 2 and "there are 5 images; a report shows 10 for each cluster" in done.output
 
