@@ -69,6 +69,8 @@ def models(pattern: Annotated[str, typer.Argument(help="A shell pattern, such as
         table.add_column(column, justify="right")
     registry = fastroute.models
     with torch.device("meta"), plain_errors():
+        if not registry.list_models(pattern):
+            raise ValueError(f"pattern is {pattern!r}; there is no such network")
         for name in registry.list_models(pattern):
             info, model = registry.model_info(name), registry.create_model(name)
             count = sum(parameter.numel() for parameter in model.parameters())

@@ -65,6 +65,9 @@ def test_config_file_sets_defaults_and_flags_win(tmp_path):
     config.write_text("zzzzzz: 1")
     result = run("train", "resnet20", "-c", config)
     assert result.exit_code == 2 and "there is no option 'zzzzzz'" in result.output, result.output
+    config.write_text("lr: true")
+    result = run("train", "resnet20", "-c", config)
+    assert result.exit_code == 2 and "lr is True, and it must be no yes or no" in result.output
     config.write_text("- 1")
     assert "it must hold one `name: value` for each option" in run("train", "resnet20", "-c", config).output
     assert "there is no such file" in run("train", "resnet20", "-c", tmp_path / "none.yaml").output
@@ -94,6 +97,8 @@ def test_a_recipe_is_named_and_flags_win(tmp_path):
     expected = {"model": "resnet20_cc2", "dataset": "digits", "epochs": 1, "sched": "onecycle", "amp": False}
     assert expected.items() <= arguments.items()
     assert torch.load(tmp_path / "run" / "last.ckpt")["hyper_parameters"]["num_classes"] == 3
+    result = run("validate", tmp_path / "run" / "last.ckpt")  # on images of the three classes, without being told
+    assert result.exit_code == 0 and "107" in result.output, result.output
 
 
 def test_every_recipe_holds_options_of_its_command():
@@ -109,6 +114,8 @@ def test_recipes_are_listed_with_what_the_thesis_reports():
     assert all(number in result.output for number in ("26.48", "8.60", "24.50", "7.34"))
     result = run("recipes", "cluster_*")
     assert "cluster_stl10_two-fold" in result.output and "63.84" in result.output and "ilsvrc" not in result.output
+    result = run("recipes", "resnet*")
+    assert result.exit_code == 2 and "pattern is 'resnet*'; there is no such recipe" in result.output
 
 
 def test_resume_auto_starts_goes_on_and_is_done(tmp_path):
@@ -219,6 +226,10 @@ def test_validates_a_checkpoint_and_a_folder_of_them(tmp_path):
         (("--model", "resnet20", "--dataset", "digits", "--ten-crop"), "ten_crop is True; it is for imagefolder"),
         (("--model", "vgg16", "--dataset", "digits", "--img-size", 32, "--gates"), "gates is True, but vgg16 has no"),
         (("--model", "resnet20", "--dataset", "imagefolder"), "data_dir is None; the dataset 'imagefolder' needs one"),
+        (
+            ("--model", "resnet20", "--dataset", "digits", "--crop-pct", 1.5),
+            "crop_pct is 1.5; it must be above 0 and at most 1",
+        ),
         (("--model", "resnet20", "--dataset", "digits", "--results-file", "r.txt"), "it must end in .csv or .json"),
         (
             ("--model", "resnet20", "--dataset", "digits", "--results-file", "/nowhere/r.csv"),
@@ -253,6 +264,14 @@ def test_a_folder_without_checkpoints_and_another_data_set_are_refused(tmp_path)
     arguments = ("--dataset", "imagefolder", "--data-dir", tmp_path / "images")
     result = run("validate", tmp_path / "run" / "last.ckpt", *arguments)
     assert result.exit_code == 2 and "its 2 classes (x, …) are not the 10 of the training (0, …)" in result.output
+    for digit in range(10):
+        (tmp_path / "rgb" / str(digit)).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "rgb" / str(digit) / "0.png")
+    arguments = ("--dataset", "imagefolder", "--data-dir", tmp_path / "rgb")
+    result = run("validate", tmp_path / "run" / "last.ckpt", *arguments)
+    assert (
+        result.exit_code == 2 and "its images have 3 channels, but resnet20 was trained on images of 1" in result.output
+    )
 
 
 def test_demo_compares_both_networks_and_shows_one(tmp_path):
@@ -294,6 +313,8 @@ def test_models_lists_parameters_and_macs_beside_the_thesis():
     rows = {row[0]: row[1:] for line in result.output.splitlines() if (row := line.replace("│", " ").split())}
     assert rows["resnet20_cc2"] == ["548,674", "0.55", "81.4", "3.3"]
     assert rows["resnet20_cp2"][:2] == ["593,054", "0.59"] and "resnet20_x2" not in result.output
+    result = run("models", "resnet_20*")
+    assert result.exit_code == 2 and "pattern is 'resnet_20*'; there is no such network" in result.output
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import itertools
 import math
 import numbers
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -215,7 +215,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
 
     def _validate(self, X, reset: bool) -> np.ndarray:
         if isinstance(X, Tensor):
-            X = X.detach().cpu().numpy()
+            X = (X if X.dtype in (torch.float32, torch.float64) else X.float()).detach().cpu().numpy()
         return validate_data(
             self,
             X,
@@ -235,7 +235,8 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         components = getattr(self, clusters)
         if components > MAX_CLUSTERS:
             raise ValueError(f"{clusters} is {components}; it must be 1 to {MAX_CLUSTERS}")
-        if not all(isinstance(width, numbers.Integral) and width >= 1 for width in self.hidden):
+        sized = isinstance(self.hidden, Iterable)
+        if not sized or not all(isinstance(width, numbers.Integral) and width >= 1 for width in self.hidden):
             raise ValueError(f"hidden is {self.hidden!r}; it must be the widths of layers, each at least 1")
         for name in ("learning_rate", "gamma"):
             value = getattr(self, name)
@@ -246,6 +247,8 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         if self.n_clusters == "auto" and (self.noise == 0 or not isinstance(self.prior, str)):
             name, needed = ("noise", "greater than 0") if self.noise == 0 else ("prior", "'even' or 'learned'")
             raise ValueError(f"{name} is {getattr(self, name)!r}; with n_clusters='auto' it must be {needed}")
+        if self.network is not None and not isinstance(self.network, nn.Module):
+            raise ValueError(f"network is {self.network!r}; it must be a torch.nn.Module or None")
         if self.init not in ("auto", "random", "k-means++"):
             raise ValueError(f"init is {self.init!r}; it must be 'auto', 'random' or 'k-means++'")
         if isinstance(self.prior, str):

@@ -86,10 +86,13 @@ def config_option(command: str):
             return None
         with plain_errors():
             values = {str(name).replace("-", "_"): value for name, value in _recipe_or_file(config, command).items()}
-            options = {option.name for option in context.command.params} - {"config"}
+            options = {option.name: option for option in context.command.params if option.name != "config"}
             for name in values.keys() - options:
                 near = "".join(f"; did you mean {option!r}?" for option in get_close_matches(name, options, n=1))
                 raise ValueError(f"config is {config}; there is no option {name!r}{near}")
+            for name, value in values.items():
+                if isinstance(value, bool) and not options[name].is_flag:
+                    raise ValueError(f"config is {config}; {name} is {value}, and it must be no yes or no")
         context.default_map = {n: str(v) if isinstance(v, list) else v for n, v in values.items() if v is not None}
         return config
 

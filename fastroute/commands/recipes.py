@@ -20,6 +20,9 @@ def recipes(pattern: Annotated[str, typer.Argument(help="A shell pattern, such a
         for name, recipe in recipes(command).items():
             if fnmatchcase(name, pattern):
                 experiments.setdefault(recipe.about, []).append(recipe)
+    if not experiments:
+        with plain_errors():
+            raise ValueError(f"pattern is {pattern!r}; there is no such recipe")
     for about, found in experiments.items():
         table = Table("recipe")
         measures = list(dict.fromkeys(measure for recipe in found for measure in recipe.reported))

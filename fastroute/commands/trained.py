@@ -77,16 +77,22 @@ def trained(
         img_size=img_size,
         crop_pct=crop_pct,
         num_workers=workers or os.cpu_count() or 1,
+        first_classes=data.get("first_classes"),
         mean=data.get("mean"),
         std=data.get("std"),
         device=this_device(),
     )
+    check_channels(data_dir, channels, run)
+    return Trained(network, dataset, loader, classes, img_size, crop_pct)
+
+
+def check_channels(data_dir: Path | None, channels: int, run: dict) -> None:
+    """Raise unless images of so many channels are what the network of a run was trained on."""
     if channels != run["in_chans"]:
         raise ValueError(
             f"data_dir is {data_dir}; its images have {channels} channels, but {run['model']} was trained on images "
             f"of {run['in_chans']}"
         )
-    return Trained(network, dataset, loader, classes, img_size, crop_pct)
 
 
 def this_device() -> torch.device:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastroute.commands.common import DataDirOption, DatasetOption, WorkersOption, plain_errors
-from fastroute.commands.trained import this_device
+from fastroute.commands.trained import check_channels, this_device
 from fastroute.models import create_model
 from fastroute.nn import Router, SparseRouter
 
@@ -123,7 +123,7 @@ def _result(path: Path | None, options: SimpleNamespace, console: Console) -> di
             crop_pct=options.crop_pct or data.get("crop_pct", 0.875),
             ten_crop=options.ten_crop,
             num_workers=options.workers or os.cpu_count() or 1,
-            first_classes=options.first_classes,
+            first_classes=options.first_classes or data.get("first_classes"),
             on_bad_image=options.on_bad_image,
             mean=own.get("mean"),
             std=own.get("std"),
@@ -134,6 +134,8 @@ def _result(path: Path | None, options: SimpleNamespace, console: Console) -> di
             f"data_dir is {options.data_dir}; its {len(classes)} classes ({classes[0]}, …) are not the "
             f"{len(data['classes'])} of the training ({data['classes'][0]}, …)"
         )
+    if run:
+        check_channels(options.data_dir, in_chans, run)
     model = options.model or run["model"]
     network = create_model(
         model,

@@ -92,7 +92,8 @@ class RoutingClassifier(pl.LightningModule):
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
         self.save_hyperparameters(ignore=["model", "aux_loss"], logger=False)
         self.save_hyperparameters({"model": model if isinstance(model, str) else type(model).__name__}, logger=False)
-        if isinstance(model, str):
+        self.named = isinstance(model, str)
+        if self.named:
             model = create_model(model, num_classes, in_chans, img_size)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model = model.to(memory_format=self.memory_format)
@@ -105,6 +106,11 @@ class RoutingClassifier(pl.LightningModule):
             )
         self.aux_loss = aux_loss
         self.train_totals, self.val_totals = Totals(), Totals()
+
+    def setup(self, stage: str) -> None:
+        classes = getattr(self.trainer.datamodule, "num_classes", 0)
+        if self.named and classes > self.hparams.num_classes:
+            raise ValueError(f"num_classes is {self.hparams.num_classes}; the data have {classes} classes")
 
     def forward(self, images: Tensor, **options):
         return self.model(images.contiguous(memory_format=self.memory_format), **options)

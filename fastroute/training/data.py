@@ -157,6 +157,7 @@ class ImageDataModule(pl.LightningDataModule):
             "place": self._train_loader.state_dict() if self._train_loader else None,
             "dataset": self.dataset,
             "classes": self.classes,
+            "first_classes": self.first_classes,
             "img_size": self.img_size,
             "in_chans": self.in_chans,
             "crop_pct": 1.0 if self.in_memory else self.crop_pct,

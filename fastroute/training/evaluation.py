@@ -107,6 +107,8 @@ def validation_loader(
         FileNotFoundError: there are no such images.
         ValueError: an argument is out of range, or ten crops are asked of a set in memory.
     """
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct is {crop_pct}; it must be above 0 and at most 1")
     streamed = dataset in STREAMED
     if ten_crop and not streamed:
         raise ValueError(f"ten_crop is True; it is for {' and '.join(STREAMED)}, whose images are larger than a crop")

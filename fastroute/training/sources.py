@@ -248,6 +248,8 @@ def _members(shard: int, path: Path) -> list[tuple[int, int, int, str, int | str
                     images[key] = (member.offset_data, member.size, member.name)
                 elif name.suffix == ".cls":
                     numbers[key] = int(tar.extractfile(member).read())
+                    if numbers[key] < 0:
+                        raise ValueError(f"{name} says class {numbers[key]}; classes are numbered from 0")
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 tar.members.clear()  # tarfile keeps every header it has seen
             tar.fileobj.seek(end)

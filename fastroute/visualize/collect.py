@@ -13,6 +13,7 @@ from fastroute.nn import CrossConnection, ParallelPaths, Routing
 from fastroute.nn.statistics import RouterStatistics
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+NO_ROUTERS = "the network has no routers; there is no routing to show"
 
 
 class Gate(NamedTuple):
@@ -131,7 +132,7 @@ def collect_routing(model: nn.Module, batches: Batches) -> RoutingData:
         for images, targets in batches:
             routing = model(images, return_routing=True)[1]
             if not routing:
-                raise ValueError(f"model is a {type(model).__name__} without routers; there is no routing to show")
+                raise ValueError(NO_ROUTERS)
             for name, value in routing.items():
                 gates.setdefault(name, []).append(matrix(value.gates).float().cpu())
             labels.append(targets.cpu())
@@ -159,7 +160,7 @@ def collect_flows(model: nn.Module, images: Tensor) -> list[list[Layer]]:
     with frozen(model), contextlib.ExitStack() as hooks:
         names = model(images[:1], return_routing=True)[1]
         if not names:
-            raise ValueError(f"model is a {type(model).__name__} without routers; there is no routing to show")
+            raise ValueError(NO_ROUTERS)
         for name in names:
 
             def keep(module, args, output, name=name):

@@ -242,6 +242,8 @@ def test_constant_features_are_one_cluster(prior):
         ({"learning_rate": 0}, np.zeros((20, 2)), "learning_rate is 0; it must be greater than 0"),
         ({"noise": -1}, np.zeros((20, 2)), "noise is -1; it must be 0 or greater"),
         ({"hidden": (0,)}, np.zeros((20, 2)), r"hidden is \(0,\)"),
+        ({"hidden": 5}, np.zeros((20, 2)), "hidden is 5; it must be the widths of layers"),
+        ({"network": "resnet"}, np.zeros((20, 2)), "network is 'resnet'; it must be a torch.nn.Module or None"),
         ({"n_clusters": "many"}, np.zeros((20, 2)), "n_clusters is 'many'; it must be an integer from 1 on or 'auto'"),
         ({"n_clusters": "auto", "max_clusters": 0}, np.zeros((20, 2)), "max_clusters is 0; it must be an integer"),
         (

@@ -108,6 +108,14 @@ def test_ten_lines_of_lightning_train_ones_own_network_on_our_images():
     assert not torch.equal(network[2].router.w1, before)
 
 
+def test_fewer_logits_than_classes_are_refused():
+    module = RoutingClassifier("resnet20", num_classes=3, in_chans=1, img_size=8)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, **quiet)
+    with pytest.raises(ValueError, match="num_classes is 3; the data have 10 classes"):
+        trainer.fit(module, ImageDataModule("digits"))
+
+
 def evenness(routing):
     """A loss on the relevance scores of every router."""
     return sum(r.scores.square().mean() for r in routing.values())

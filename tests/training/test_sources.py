@@ -97,6 +97,11 @@ def test_shards_that_are_wrong(tmp_path):
         add(tar, "0.png", png(0))
     with pytest.raises(ValueError, match=r"0.png has no class: there must be a 0.cls, or a folder for each class"):
         TarSource([tmp_path / "lone.tar"])
+    with tarfile.open(tmp_path / "negative.tar", "w") as tar:
+        add(tar, "0.png", png(0))
+        add(tar, "0.cls", b"-1")
+    with pytest.raises(ValueError, match=r"negative.tar cannot be read .*: 0.cls says class -1; classes are numbered"):
+        TarSource([tmp_path / "negative.tar"])
     tarfile.open(tmp_path / "empty.tar", "w").close()
     with pytest.raises(FileNotFoundError, match=r"there are no images in .*empty.tar"):
         TarSource([tmp_path / "empty.tar"])

@@ -116,7 +116,7 @@ def test_flows_of_tensors_below_zero():
     "collect", [lambda m: collect_routing(m, batches(2)), lambda m: collect_flows(m, batches(2)[0][0])]
 )
 def test_networks_without_routers(collect):
-    with pytest.raises(ValueError, match="without routers"):
+    with pytest.raises(ValueError, match="the network has no routers"):
         collect(models.create_model("resnet20"))
 
 

@@ -74,11 +74,11 @@ def test_networks_without_routers(run, tmp_path):
     train = run("train", "resnet20", "-b", 512, "--epochs", 1, "--output", tmp_path, "--experiment", "run")
     assert train.exit_code == 0, train.output
     done = run("report", tmp_path / "run" / "best.ckpt")
-    assert done.exit_code == 2 and "without routers; there is no routing to show" in done.output
+    assert done.exit_code == 2 and "the network has no routers; there is no routing to show" in done.output
     done = run("report", tmp_path / "run" / "summary.csv")
     assert done.exit_code == 2 and "it is no checkpoint of a training run" in done.output
     done = run("paths", tmp_path / "run" / "best.ckpt")
-    assert done.exit_code == 2 and "without routers; there is no routing to show" in done.output
+    assert done.exit_code == 2 and "the network has no routers; there is no routing to show" in done.output
 
 
 def test_how_many_paths_the_gates_need(checkpoint, run, tmp_path):
