@@ -44,24 +44,27 @@ Pointers<T> advance(Pointers<T> at, int64_t count, int64_t offset) {
   return at;
 }
 
-// Sum of `count` neighbouring elements.
+// Sums of `count` neighbouring elements, in the lanes of a vector, whose own sum is that of all.
 template <bool kRelu, typename T>
-accumulate_t<T> sum(const T* x, int64_t count) {
+typename Pack<T>::Part sums_in_lanes(const T* x, int64_t count) {
   using P = Pack<T>;
+  using F = Factor<T>;
   constexpr int kUnroll = 4;
   typename P::Part acc[kUnroll];
   for (auto& a : acc) a = typename P::Part(0);
-  const auto add = [&](int u, const P& p) {
-    for (int h = 0; h < P::kParts; ++h) acc[u] = acc[u] + p.part[h];
-  };
   int64_t e = 0;
   for (; e + kUnroll * P::kSize <= count; e += kUnroll * P::kSize) {
 #pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) add(u, P::template load<kRelu>(x + e + u * P::kSize));
+    for (int u = 0; u < kUnroll; ++u) acc[u] = F::add(F::template load<kRelu>(x + e + u * P::kSize), acc[u]);
   }
-  for (; e + P::kSize <= count; e += P::kSize) add(0, P::template load<kRelu>(x + e));
-  if (e < count) add(1, P::template load<kRelu>(x + e, count - e));
-  return horizontal_sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+  for (; e + P::kSize <= count; e += P::kSize) acc[0] = F::add(F::template load<kRelu>(x + e), acc[0]);
+  if (e < count) acc[1] = F::add(F::template load<kRelu>(x + e, count - e), acc[1]);
+  return (acc[0] + acc[1]) + (acc[2] + acc[3]);
+}
+
+template <bool kRelu, typename T>
+accumulate_t<T> sum(const T* x, int64_t count) {
+  return horizontal_sum(sums_in_lanes<kRelu>(x, count));
 }
 
 // Vectors that add_rows sums side by side: neighbouring lines are read together, and all sums stay in registers.
@@ -124,7 +127,15 @@ void pool(const T* x, const Geometry& g, accumulate_t<T>* z, accumulate_t<T>* sc
   using A = accumulate_t<T>;
   const A size = static_cast<A>(g.size);
   if (!g.channels_last) {
-    for (int64_t c = 0; c < g.channels; ++c) z[c] = sum<kRelu>(x + c * g.size, g.size) / size;
+    using Part = typename Pack<T>::Part;
+    constexpr int64_t kLanes = Part::size();
+    int64_t c = 0;
+    for (; c + kLanes <= g.channels; c += kLanes) {
+      Part sums[kLanes];
+      for (int64_t k = 0; k < kLanes; ++k) sums[k] = sums_in_lanes<kRelu>(x + (c + k) * g.size, g.size);
+      (horizontal_sums(sums) / Part(size)).store(z + c);
+    }
+    for (; c < g.channels; ++c) z[c] = sum<kRelu>(x + c * g.size, g.size) / size;
     return;
   }
   const int64_t fold = fold_of<T>(g), width = fold * g.channels, rows = g.size / fold;
@@ -247,6 +258,7 @@ void inner_products_tile(
     const T* const* xs, const T* const* ys, int64_t count, std::array<double, kMaxPaths>* total, int64_t column) {
   using P = Pack<T>;
   using Part = typename P::Part;
+  using F = Factor<T>;
   // Enough sums in flight to hide the latency of a fused multiply-add; each of so few terms that what rounds off is
   // mostly a product's share, since gradients of the gate are what is left of many products that cancel.
   constexpr int kUnroll = M * N >= 8 ? 1 : (M * N >= 4 ? 2 : 4);
@@ -258,19 +270,16 @@ void inner_products_tile(
     for (auto& row : acc)
       for (auto& cell : row) std::fill(std::begin(cell), std::end(cell), Part(0));
     const auto step = [&](int64_t e, int u, int64_t tail) {
-      P x[M];
+      F x[M];
 #pragma GCC unroll 4
       for (int i = 0; i < M; ++i) {
-        x[i] = tail ? P::template load<kRelu>(xs[i] + e, tail) : P::template load<kRelu>(xs[i] + e);
+        x[i] = tail ? F::template load<kRelu>(xs[i] + e, tail) : F::template load<kRelu>(xs[i] + e);
       }
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) {
-        const P y = tail ? P::load(ys[j] + e, tail) : P::load(ys[j] + e);
+        const F y = tail ? F::template load<false>(ys[j] + e, tail) : F::template load<false>(ys[j] + e);
 #pragma GCC unroll 4
-        for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 2
-          for (int h = 0; h < P::kParts; ++h) acc[i][j][u] = at::vec::fmadd(x[i].part[h], y.part[h], acc[i][j][u]);
-        }
+        for (int i = 0; i < M; ++i) acc[i][j][u] = F::multiply_add(x[i], y, acc[i][j][u]);
       }
     };
     const int64_t end = std::min(count, e + kGroup);

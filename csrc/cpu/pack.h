@@ -30,14 +30,29 @@ struct Pack {
     } else {
       p.part[0] = v;
     }
-    if constexpr (kRelu) {
-      for (Part& x : p.part) x = at::vec::clamp_min(x, Part(0));
-    }
+    if constexpr (kRelu) p.rectify();
     return p;
+  }
+  void rectify() {
+    for (Part& x : part) x = at::vec::clamp_min(x, Part(0));
   }
   template <bool kRelu = false>
   static Pack load(const T* from) {
-    return of<kRelu>(Vector::loadu(from));
+    if constexpr (std::is_same_v<T, at::BFloat16> || std::is_same_v<T, at::Half>) {
+      // Half a register at a time is converted as it is loaded.
+      Pack p;
+      for (int h = 0; h < kParts; ++h) {
+        if constexpr (std::is_same_v<T, at::BFloat16>) {
+          at::vec::load_fp32_from_bf16(from + h * Part::size(), p.part[h]);
+        } else {
+          at::vec::load_fp32_from_fp16(from + h * Part::size(), p.part[h]);
+        }
+      }
+      if constexpr (kRelu) p.rectify();
+      return p;
+    } else {
+      return of<kRelu>(Vector::loadu(from));
+    }
   }
   // Lanes past count are zero.
   template <bool kRelu = false>
@@ -79,6 +94,68 @@ struct Pack {
   }
 };
 
+// A vector of one path as sums and inner products take it: as it lies in memory where one instruction multiplies and adds
+// that, else converted.
+template <typename T>
+struct Factor {
+  using P = Pack<T>;
+  using Part = typename P::Part;
+
+  P pack;
+
+  template <bool kRelu>
+  static Factor load(const T* from) {
+    return {P::template load<kRelu>(from)};
+  }
+  template <bool kRelu>
+  static Factor load(const T* from, int64_t count) {
+    return {P::template load<kRelu>(from, count)};
+  }
+  // Per lane, acc + Σ x · y of the elements that the lane stands for.
+  static Part multiply_add(const Factor& x, const Factor& y, Part acc) {
+    for (int h = 0; h < P::kParts; ++h) acc = at::vec::fmadd(x.pack.part[h], y.pack.part[h], acc);
+    return acc;
+  }
+  static Part add(const Factor& x, Part acc) {
+    for (int h = 0; h < P::kParts; ++h) acc = acc + x.pack.part[h];
+    return acc;
+  }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Factor<at::BFloat16> {
+  using P = Pack<at::BFloat16>;
+  using Part = P::Part;
+
+  __m512i bits;
+
+  template <bool kRelu>
+  static Factor load(const at::BFloat16* from) {
+    return of<kRelu>(_mm512_loadu_si512(from));
+  }
+  template <bool kRelu>
+  static Factor load(const at::BFloat16* from, int64_t count) {
+    return of<kRelu>(_mm512_maskz_loadu_epi16((uint32_t{1} << count) - 1, from));
+  }
+  static Part multiply_add(const Factor& x, const Factor& y, Part acc) {
+    return Part(_mm512_dpbf16_ps(acc, __builtin_bit_cast(__m512bh, x.bits), __builtin_bit_cast(__m512bh, y.bits)));
+  }
+  static Part add(const Factor& x, Part acc) { return multiply_add(x, {_mm512_set1_epi16(0x3f80)}, acc); }
+
+ private:
+  template <bool kRelu>
+  static Factor of(__m512i bits) {
+    if constexpr (kRelu) {
+      // Numbers from -0 to -∞ are 0x8000 to 0xff80; beyond are negative NaNs, which stay.
+      const __m512i above = _mm512_sub_epi16(bits, _mm512_set1_epi16(-0x8000));
+      bits = _mm512_maskz_mov_epi16(_mm512_cmpgt_epu16_mask(above, _mm512_set1_epi16(0x7f80)), bits);
+    }
+    return {bits};
+  }
+};
+#endif
+
 // Orders streamed stores before whatever tells another thread that they are done.
 inline void stream_fence() {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
@@ -89,6 +166,21 @@ inline void stream_fence() {
 template <typename V>
 inline auto horizontal_sum(const V& v) {
   return at::vec::vec_reduce_all<typename V::value_type>([](const V& a, const V& b) { return a + b; }, v);
+}
+
+// The sums of as many vectors as one has lanes, in its lanes; the vectors are overwritten. Again and again neighbours are
+// added, and the halves that are left of two vectors joined, for a third of the work of one horizontal sum each.
+template <typename V>
+V horizontal_sums(V* vectors) {
+#pragma GCC unroll 4
+  for (int count = V::size(); count > 1; count /= 2) {
+#pragma GCC unroll 8
+    for (int k = 0; k < count / 2; ++k) {
+      const auto [even, odd] = at::vec::deinterleave2(vectors[2 * k], vectors[2 * k + 1]);
+      vectors[k] = even + odd;
+    }
+  }
+  return vectors[0];
 }
 
 }  // namespace fastroute
