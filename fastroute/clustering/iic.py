@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastroute.clustering.augment import Augmentation
+from fastroute.clustering.metrics import mutual_information
 from fastroute.clustering.module import ClusteringModule
 
 
@@ -19,9 +20,7 @@ def iic_loss(p: Tensor, q: Tensor) -> Tensor:
         (), from −log K, where both agree on clusters that are certain and of one size, to 0.
     """
     joint = p.T @ q / len(p)
-    joint = (joint + joint.T) / 2
-    joint = joint.clamp(min=torch.finfo(joint.dtype).tiny)
-    return -(joint * (joint.log() - joint.sum(0).log() - joint.sum(1, keepdim=True).log())).sum()
+    return -mutual_information((joint + joint.T) / 2)
 
 
 class IIC(ClusteringModule):

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics.cluster import contingency_matrix
 from sklearn.utils import check_consistent_length
+from torch import Tensor
 
 
 def cluster_accuracy(labels: Sequence, clusters: Sequence) -> float:
@@ -28,6 +30,12 @@ def many_to_one_accuracy(labels: Sequence, clusters: Sequence) -> float:
     Arguments and errors are those of `cluster_accuracy`, than which it is never lower: it grows with the clusters.
     """
     return float(_counts(labels, clusters).max(0).sum() / len(labels))
+
+
+def mutual_information(joint: Tensor) -> Tensor:
+    """I(z, z') in nats, (), from the joint distribution (K, K') of two variables, with sum 1."""
+    joint = joint.clamp(min=torch.finfo(joint.dtype).tiny)
+    return (joint * (joint.log() - joint.sum(0).log() - joint.sum(1, keepdim=True).log())).sum()
 
 
 def _counts(labels: Sequence, clusters: Sequence) -> np.ndarray:

@@ -4,8 +4,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastroute.clustering.augment import Augmentation
+from fastroute.clustering.metrics import mutual_information
 from fastroute.clustering.module import ClusteringModule
 from fastroute.nn import ConsistencyLoss, MixtureEMLoss, RelevanceNorm
 
@@ -17,8 +19,9 @@ class TwoFoldClustering(ClusteringModule):
         network: from images to relevance scores (N, heads·K), such as `clustering_network` gives.
         num_clusters: K.
         heads: clusterings that are trained at once, of one network but for its last layer or of networks side by
-            side. After each validation `head` is the one whose mixture-EM loss of the images seen is the lowest: a
-            choice without labels.
+            side. After each validation `head` is the one whose clusters of the images seen share the most information
+            with those of augmented copies: clusters that are even in size and that augmentation does not change. It is
+            a choice without labels.
         method: "two-fold" (Alg. 3), or one of its two steps alone: "em" (Eq. 4.23) or "consistency" (Eq. 4.24).
         augmentation: the transform T.
         lr_em, lr_consistency: learning rates of the two Adam optimisers; the thesis's by default.
@@ -89,10 +92,15 @@ class TwoFoldClustering(ClusteringModule):
         """Normalised relevance scores (N, K) of the chosen head."""
         return self.normalize(self.scores(images), track=False)[:, self.head]
 
+    @torch.no_grad()
     def on_validation_epoch_start(self) -> None:
-        loss = torch.zeros(self.heads, device=self.device)
-        with torch.no_grad():
-            for images, _ in self.trainer.val_dataloaders if self.heads > 1 else ():
-                images = images.to(self.device)
-                loss += len(images) * self.em_loss(self.scores(images)).loss
-        self.head.copy_(loss.argmin())
+        if self.heads == 1:
+            return
+        counts = torch.zeros(self.heads, self.num_clusters, self.num_clusters, device=self.device)
+        for images, _ in self.trainer.val_dataloaders:
+            images = images.to(self.device)
+            with self.trainer.precision_plugin.forward_context():
+                scores = [self.normalize(self.scores(x), track=False) for x in (images, self.augment(images))]
+            clusters, augmented = (F.one_hot(a.argmax(-1), self.num_clusters).float() for a in scores)
+            counts += torch.einsum("nhi,nhj->hij", clusters, augmented)
+        self.head.copy_(torch.stack([mutual_information(of_head / of_head.sum()) for of_head in counts]).argmax())

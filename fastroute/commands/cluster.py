@@ -43,10 +43,10 @@ def cluster(
     ] = False,
     clusters: Annotated[int, typer.Option("-k", "--clusters", min=1, help="How many; may exceed the classes.")] = 10,
     heads: Annotated[
-        int, typer.Option(min=1, help="Clusterings at once, of which the lowest mixture-EM loss chooses one.")
+        int, typer.Option(min=1, help="Clusterings at once, of which the one that augmentation changes least is kept.")
     ] = 1,
     n_init: Annotated[
-        int, typer.Option(min=1, help="Networks at once, each from its own weights; the same loss chooses.")
+        int, typer.Option(min=1, help="Networks at once, each from its own weights; one is kept as of heads.")
     ] = 1,
     architecture: Annotated[
         str | None, typer.Option(help="mnist, cifar or stl10 of Table 4.2, or its layers. (default: the data's)")

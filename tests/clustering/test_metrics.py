@@ -1,7 +1,10 @@
 import pytest
+import torch
+from sklearn.metrics import mutual_info_score
+from torch.nn.functional import one_hot
 
 from fastroute.clustering import cluster_accuracy
-from fastroute.clustering.metrics import many_to_one_accuracy
+from fastroute.clustering.metrics import many_to_one_accuracy, mutual_information
 
 
 def test_the_best_matching_counts():
@@ -28,3 +31,9 @@ def test_names_are_labels_too():
 def test_bad_input(labels, clusters):
     with pytest.raises(ValueError, match=r"inconsistent|empty"):
         cluster_accuracy(labels, clusters)
+
+
+def test_mutual_information_is_scikit_learn_s():
+    z, w = torch.tensor([0, 0, 1, 1, 2, 0, 1]), torch.tensor([1, 1, 0, 2, 2, 1, 0])
+    joint = one_hot(z).float().T @ one_hot(w).float() / len(z)
+    assert mutual_information(joint).item() == pytest.approx(mutual_info_score(z, w))
