@@ -64,7 +64,10 @@ def cluster(
     channels_last: Annotated[bool, typer.Option("--channels-last/--no-channels-last")] = False,
     seed: Annotated[int, typer.Option(min=0)] = 42,
     output: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
-    experiment: Annotated[str | None, typer.Option(help="Folder of this run. (default: time, method, data)")] = None,
+    experiment: Annotated[
+        str | None,
+        typer.Option(help="Folder of this run; two-dimensional is that of §4.5.1. (default: time, method, data)"),
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
 ) -> None:
     """Cluster images without their labels; write summary.csv, and last.ckpt of a network."""
@@ -84,7 +87,7 @@ def cluster(
             if resume and not experiment
             else output / (experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{method}-{dataset}")
         )
-        if two_dimensional:
+        if two_dimensional or experiment == "two-dimensional":
             from fastroute.clustering import two_dimensional as plane
 
             plane.run(images, labels, clusters, seed, folder, console)

@@ -35,6 +35,8 @@ def test_command_prints_and_draws(tmp_path, monkeypatch):
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0 and "accuracy with normalisation" in done.output, done.output
     assert all((tmp_path / "run" / f"{name}.svg").read_text().count("<use") >= 400 for name in ("points", "contours"))
+    named = ["cluster", "--experiment", "two-dimensional", "--limit", "200", "--output", str(tmp_path)]
+    assert "accuracy with normalisation" in CliRunner().invoke(app, named).output
     done = CliRunner().invoke(app, [*arguments, "-k", "2"])
     assert done.exit_code == 2 and "clusters is 2; it must be at least 3" in done.output
 
