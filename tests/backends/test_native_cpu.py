@@ -1,0 +1,28 @@
+"""The CPU libraries that this processor would not choose."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastroute.backends import BACKENDS
+
+SOME = "native and relu and not (float64 or stacked or sliced) and (at_zero or outputs_and_every_gradient)"
+
+
+def test_the_library_of_older_processors_is_as_exact():
+    if reason := BACKENDS["native"].reason_against(torch.device("cpu"), torch.float32):
+        pytest.skip(reason)
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("the tests run on the library for AVX2 already")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "tests/ops/test_cross_connect.py", "-k", SOME],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
