@@ -17,9 +17,9 @@ def student_t(z: Tensor, centers: Tensor) -> Tensor:
     return q / q.sum(1, keepdim=True)
 
 
-def target_distribution(q: Tensor, sizes: Tensor) -> Tensor:
-    """p_ij ∝ q_ij² / f_j (DEC's Eq. 3), from assignments (N, K) and soft cluster sizes f (K,); (N, K)."""
-    p = q.square() / sizes
+def target_distribution(q: Tensor) -> Tensor:
+    """p_ij ∝ q_ij² / f_j (DEC's Eq. 3), from assignments (N, K), whose soft cluster sizes are f_j = Σ_i q_ij; (N, K)."""
+    p = q.square() / q.sum(0)
     return p / p.sum(1, keepdim=True)
 
 
@@ -37,8 +37,9 @@ class DEC(ClusteringModule):
     """Cluster images by the code of an autoencoder, which is drawn to the centres that it is near to.
 
     For `pretrain_epochs` the autoencoder learns to reproduce the pixels; k-means of the codes at each validation are
-    the clusters so far. The last centres are where the second part starts, which minimises KL(p ‖ q). The soft sizes
-    in the target p are those of all images, anew for each epoch.
+    the clusters so far. The last centres are where the second part starts, which minimises KL(p ‖ q). The target p is
+    that of each batch by itself: with soft sizes of an epoch before, clusters that grow would not be held back, and
+    on MNIST one took nearly all.
 
     Args:
         features: C·H·W of the images.
@@ -81,10 +82,6 @@ class DEC(ClusteringModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.pretrain_epochs = checkpoint["pretrain_epochs"]  # more epochs are more of the second part
 
-    def on_train_epoch_start(self) -> None:
-        if self.current_epoch >= self.pretrain_epochs:
-            self.cluster_sizes = student_t(self._codes(), self.centers.detach()).sum(0)
-
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x = _vectors(batch[0])
         z = self.encoder(x)
@@ -92,7 +89,7 @@ class DEC(ClusteringModule):
             loss = F.mse_loss(self.decoder(z), x)
         else:
             q = student_t(z, self.centers)
-            p = target_distribution(q.detach(), self.cluster_sizes)
+            p = target_distribution(q.detach())
             loss = F.kl_div(q.log(), p, reduction="batchmean")
         self.log("loss", loss, on_step=False, on_epoch=True, batch_size=len(x))
         return loss

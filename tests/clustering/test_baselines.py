@@ -27,7 +27,7 @@ def test_assignments_and_targets_by_hand():
     q = student_t(torch.tensor([[0.0, 0.0], [3.0, 0.0]]), torch.tensor([[0.0, 1.0], [3.0, 0.0]]))
     # Kernels 1/2 and 1/10; 1/11 and 1.
     torch.testing.assert_close(q, torch.tensor([[5 / 6, 1 / 6], [1 / 12, 11 / 12]]))
-    p = target_distribution(q, q.sum(0))
+    p = target_distribution(q)
     first = torch.tensor([25 / 36 / (11 / 12), 1 / 36 / (13 / 12)])
     torch.testing.assert_close(p[0], first / first.sum())
     assert p[0, 0] > q[0, 0] and p[1, 1] > q[1, 1]
