@@ -18,7 +18,7 @@ def student_t(z: Tensor, centers: Tensor) -> Tensor:
 
 
 def target_distribution(q: Tensor) -> Tensor:
-    """p_ij ∝ q_ij² / f_j (DEC's Eq. 3), from assignments (N, K), whose soft cluster sizes are f_j = Σ_i q_ij; (N, K)."""
+    """p_ij ∝ q_ij² / f_j (DEC's Eq. 3), from assignments q (N, K) and soft sizes f_j = Σ_i q_ij; (N, K)."""
     p = q.square() / q.sum(0)
     return p / p.sum(1, keepdim=True)
 
