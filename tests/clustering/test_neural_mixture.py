@@ -228,6 +228,14 @@ def test_constant_features_are_one_cluster(prior):
     assert len(set(labels)) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_tensors_of_half_the_precision(dtype):
+    X = torch.cat([torch.randn(30, 2) - 4, torch.randn(30, 2) + 4]).to(dtype)
+    options = {"n_init": 1, "epochs": 2, "random_state": 0}
+    labels = [NeuralMixture(2, **options).fit_predict(x) for x in (X, X.float())]
+    assert (labels[0] == labels[1]).all()
+
+
 @pytest.mark.parametrize(
     ("options", "X", "message"),
     [
