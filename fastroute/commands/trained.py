@@ -36,12 +36,11 @@ def trained_network(path: Path, name: str = "checkpoint", checkpoint: dict | Non
         FileNotFoundError: there is no such file.
         ValueError: it is no checkpoint of `fastroute train`, or its weights are of another network.
     """
-    from fastroute.training.checkpoints import load_network_weights, read_checkpoint
+    from fastroute.training.checkpoints import check_command, load_network_weights, read_checkpoint
 
     checkpoint = checkpoint or read_checkpoint(path, name)
+    check_command(checkpoint, "train", path, name)
     run = checkpoint["hyper_parameters"]
-    if "model" not in run:
-        raise ValueError(f"{name} is {path}; it is no checkpoint of `fastroute train`")
     network = create_model(run["model"], run["num_classes"], run["in_chans"], run["img_size"])
     load_network_weights(network, checkpoint, path, name=name)
     return network.to(this_device())

@@ -124,9 +124,15 @@ def read_checkpoint(path: str | Path, name: str = "resume", command: str | None 
         checkpoint["hyper_parameters"], checkpoint["state_dict"], _epochs_done(checkpoint)
     except Exception as error:  # whatever a reader does with bytes that are not its own
         raise ValueError(f"{name} is {path}; it is no checkpoint of a training run: {in_a_line(error)}") from error
-    if command is not None and _OPTION_OF[command] not in checkpoint["hyper_parameters"]:
-        raise ValueError(f"{name} is {path}; it is no checkpoint of `fastroute {command}`")
+    if command is not None:
+        check_command(checkpoint, command, path, name)
     return checkpoint
+
+
+def check_command(checkpoint: dict, command: str, path: str | Path, name: str) -> None:
+    """Raise unless a checkpoint that was read is of a run of `fastroute {command}`, "train" or "cluster"."""
+    if _OPTION_OF[command] not in checkpoint["hyper_parameters"]:
+        raise ValueError(f"{name} is {path}; it is no checkpoint of `fastroute {command}`")
 
 
 def read_resumable(path: str | Path, command: str, options: dict, epochs: int) -> dict:
