@@ -108,7 +108,7 @@ class RoutingClassifier(pl.LightningModule):
         self.train_totals, self.val_totals = Totals(), Totals()
 
     def setup(self, stage: str) -> None:
-        classes = getattr(self.trainer.datamodule, "num_classes", 0)
+        classes = getattr(self.trainer.datamodule, "num_classes", None) or 0  # another's data may not say
         if self.named and classes > self.hparams.num_classes:
             raise ValueError(f"num_classes is {self.hparams.num_classes}; the data have {classes} classes")
 
