@@ -15,7 +15,6 @@ void forward_kernel(
     const Geometry& g, const Paths<const T>& xs, const Gate<accumulate_t<T>>& gate, const Paths<T>& ys,
     accumulate_t<T>* gates, accumulate_t<T>* scores, accumulate_t<T>* pooled, accumulate_t<T>* hidden) {
   using A = accumulate_t<T>;
-  const bool stream = streamable(ys, g);
   const std::vector<A> w1 = gate.w1_for(g.batch);
   const auto gate_sample = [&](int64_t s) {
     gate.forward(
@@ -25,9 +24,10 @@ void forward_kernel(
   if (shares_samples(g, gate.m + gate.n, sizeof(T))) {
     pool_together<kRelu>(xs, g, pooled);
     for (int64_t s = 0; s < g.batch; ++s) gate_sample(s);
-    mix_together<kRelu>(xs, gates, gate.m * gate.n, ys, g, stream);
+    mix_together<kRelu>(xs, gates, gate.m * gate.n, ys, g);
     return;
   }
+  const bool stream = streamable(ys, g);
   for_samples(g, gate.m + gate.n, sizeof(T), [&](int64_t begin, int64_t end) {
     std::vector<A> scratch(g.channels_last ? fold_of<T>(g) * g.channels : 0);
     WeightedSums<T> sums;
@@ -143,9 +143,10 @@ std::tuple<bool, bool, bool, bool> cpu_plan(const at::Tensor& x, int64_t m, int6
   const Geometry g(x);
   return dispatch(x.scalar_type(), [&]<typename T>() {
     const std::vector<at::Tensor> inputs(m, x);
+    const bool shared = shares_samples(g, m + n, sizeof(T));
     return std::make_tuple(
-        streamable(Paths<T>(inputs), g), addend_of<T>(g) == Addend::kRow, looks_ahead(g, m + n, sizeof(T)),
-        shares_samples(g, m + n, sizeof(T)));
+        streamable(Paths<T>(inputs), g, shared ? kSharedStreamBytes : kStreamBytes), addend_of<T>(g) == Addend::kRow,
+        looks_ahead(g, m + n, sizeof(T)), shared);
   });
 }
 

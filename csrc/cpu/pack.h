@@ -38,7 +38,7 @@ struct Pack {
   }
   template <bool kRelu = false>
   static Pack load(const T* from) {
-    if constexpr (std::is_same_v<T, at::BFloat16> || std::is_same_v<T, at::Half>) {
+    if constexpr (kReduced) {
       // Half a register at a time is converted as it is loaded.
       Pack p;
       for (int h = 0; h < kParts; ++h) {

@@ -315,6 +315,11 @@ def test_one_large_sample(two_threads, layout, dtype, activation):
     check(paths(2, (1, 24, 56, 57), dtype, layout), parameters(2, 3, 24, dtype=precise), activation)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_one_sample_beyond_the_caches(two_threads, layout):
+    check(paths(2, (1, 64, 256, 160), layout=layout), parameters(2, 2, 64))
+
+
 def test_plan_of_the_native_passes(two_threads):
     """Which passes the cases of this file go through, so that each of them is known to have run."""
     if reason := BACKENDS["native"].reason_against(torch.device("cpu"), torch.float32):
@@ -330,6 +335,8 @@ def test_plan_of_the_native_passes(two_threads):
         ((5, 64, 64, 64), "contiguous", (True, True, False, False)),  # two samples do not fit in the cache
         ((1, 24, 56, 57), "contiguous", (False, True, False, True)),
         ((1, 24, 56, 57), "channels_last", (False, False, False, True)),
+        ((1, 64, 128, 128), "contiguous", (False, True, False, True)),  # the next layer finds it in the caches
+        ((1, 64, 256, 160), "contiguous", (True, True, False, True)),
     ]:
         x = paths(1, shape, layout=layout)[0]
         assert plan(x, 2, 2) == expected, (shape, layout)
