@@ -41,7 +41,7 @@ class Passes:
 
     channels_last: whether the convolutions are given channels_last tensors whatever the paths are, and the kernels
         convert from and to the paths' format; else they have the paths' format.
-    chunk_bytes: how many bytes of predictions, or of T, are computed at once, of as many samples as that allows.
+    chunk_bytes: how many bytes of a path are worked on at once, of as many samples as that allows.
     pairwise: whether predictions and their gradients are convolved one by one, and not joined.
     compute_dtype: what the convolutions are computed in, if not in the dtype of the paths.
     new_empty_strided: allocates what the kernels write.
@@ -72,22 +72,21 @@ class Passes:
         self.kernels.scale_paths(xs, [], none, False, arranged, [])
         return arranged
 
-    def _chunks(self, bytes_of_all: int, batch: int) -> list[slice]:
+    def _chunks(self, path: Tensor) -> list[slice]:
         """Slices of equal numbers of samples."""
-        count = max(1, -(-bytes_of_all // self.chunk_bytes))
-        size = max(1, -(-batch // count))
-        return [slice(first, first + size) for first in range(0, batch, size)]
+        count = max(1, -(-path.numel() * path.itemsize // self.chunk_bytes))
+        size = max(1, -(-path.shape[0] // count))
+        return [slice(first, first + size) for first in range(0, path.shape[0], size)]
 
     def forward(self, xs, weight, bias, gates, stride, padding, dilation, relu, form):
-        x, (m, n) = xs[0], weight.shape[:2]
+        x, n = xs[0], weight.shape[1]
         dtype = accumulate_dtype(x.dtype)
         convolution = self._convolution(x, (stride, padding, dilation))
         shape = output_shape(x, weight, stride, padding, dilation)
         outputs = [empty_map(x, shape, self.new_empty_strided) for _ in range(n)]
         weight, gates = weight.to(x.dtype), gates.to(dtype)
-        numel = outputs[0].numel() * n if form == "predict" else x.numel()
         compute = self._predict if form == "predict" else self._gate
-        for chunk in self._chunks(numel * m * x.itemsize, shape[0]):
+        for chunk in self._chunks(max(x, outputs[0], key=Tensor.numel)):
             part, ys = [x[chunk] for x in xs], [y[chunk] for y in outputs]
             compute(convolution, part, weight, bias, gates[chunk], relu, ys)
         return outputs
@@ -125,7 +124,7 @@ class Passes:
         m, n = weight.shape[:2]
         grad_weight = gates.new_zeros(weight.shape)
         products, totals = [gates.new_empty(0, m, n)], [gates.new_empty(0, n, weight.shape[2])]
-        for chunk in self._chunks(x.numel() * m * n * x.itemsize, x.shape[0]):
+        for chunk in self._chunks(max(x, grad_outputs[0], key=Tensor.numel)):
             part, g = self._arranged(convolution, [x[chunk] for x in xs]), gates[chunk]
             dys, ys = [dy[chunk] for dy in grad_outputs], [y[chunk] for y in outputs]
             grads, total = self._grads_of_sums(convolution, dys, ys, g, bias is not None)

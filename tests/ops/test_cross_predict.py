@@ -100,7 +100,7 @@ def test_large_maps_and_chunks(backend, layout, monkeypatch):
     passes = native._passes
     for form in FORMS:
         with monkeypatch.context() as patch:
-            patch.setattr(native, "_passes", lambda x: dataclasses.replace(passes(x), chunk_bytes=2**22))
+            patch.setattr(native, "_passes", lambda x: dataclasses.replace(passes(x), chunk_bytes=2**20))
             parts = check(xs, ps, form, padding=1)
         for a, b in zip((*whole[0], *whole[1]), (*parts[0], *parts[1]), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)

@@ -259,6 +259,6 @@ def sum_gradients(terms, xs, gates, grad_xs):
     return products
 
 
-# All samples at once up to 1 GiB of predictions: a card wants large launches.
-PASSES = Passes(sys.modules[__name__], channels_last=False, chunk_bytes=2**30, pairwise=False)
+# A card wants large launches; the predictions of such a chunk are 256 MiB for two paths to two.
+PASSES = Passes(sys.modules[__name__], channels_last=False, chunk_bytes=64 << 20, pairwise=False)
 cross_predict, cross_predict_backward = PASSES.forward, PASSES.backward
