@@ -18,15 +18,17 @@ class Contest:
     """What one case races: contenders for the same job on the same tensors.
 
     Rounds of all, in random order, are interleaved, so that ratios of their medians hold when the machine's speed
-    drifts. Each leaves the caches and the heap as it used them, so everybody comes after everybody else in turn.
+    drifts. A turn on the CPU is one call with the caches and the heap as the others left them, whose time is kept apart
+    as that of a cold call, and then calls in a row, as in a loop. On a GPU the caches are emptied before every timing.
 
     contenders: name → a call that does the job once. `OURS` is among them.
     check: raises AssertionError unless all contenders have the same result.
     device: where they compute.
     floor_bytes: the bytes that must move at least, or None where no copy is a bound.
     host: whether the time of the host is meant, with work on a GPU going on beside it.
-    repeats: calls in each timing, for jobs of microseconds.
+    repeats: calls in a row, of which the mean is taken for one time.
     facts: what else a row should say.
+    seconds, cold_seconds: what was measured, by contender.
     """
 
     contenders: dict[str, Callable[[], object]]
@@ -37,6 +39,7 @@ class Contest:
     repeats: int = 1
     facts: dict = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(init=False)
+    cold_seconds: dict[str, list[float]] = field(init=False)
 
     def __post_init__(self):
         if self.floor_bytes is not None:
@@ -45,35 +48,34 @@ class Contest:
             target = torch.empty_like(source)
             self.contenders = {**self.contenders, "copy": lambda: target.copy_(source)}
         self.seconds = {name: [] for name in self.contenders}
+        self.cold_seconds = {name: [] for name in self.contenders}
         self._clock = (_HostClock if self.host or self.device.type != "cuda" else _DeviceClock)(self.device)
 
     def warm_up(self, calls: int = 2) -> None:
         """Check the results, then call everybody in turn, unmeasured."""
         self.check()
         for name in self.turns(calls):
-            self.time(name)
-        self.seconds = {name: [] for name in self.contenders}
+            self.contenders[name]()
 
     def turns(self, rounds: int) -> Iterator[str]:
         """The names in the order in which they are to be timed: each once a round, at random."""
         for _ in range(rounds):
             yield from random.sample(sorted(self.contenders), len(self.contenders))
 
-    def prepare(self) -> None:
-        """Bring the device to rest, before `call`."""
+    def prepare(self, name: str) -> None:
+        """Begin a turn: bring the device to rest and, unless that has emptied the caches, time the cold call."""
         self._clock.prepare()
+        if not self._clock.empties_caches:
+            self.cold_seconds[name].append(self._clock.time(self.contenders[name], 1))
 
     def call(self, name: str) -> None:
-        """Time one contender, once."""
+        """Time a contender's calls in a row, after `prepare`."""
         self.seconds[name].append(self._clock.time(self.contenders[name], self.repeats) / self.repeats)
-
-    def time(self, name: str) -> None:
-        self.prepare()
-        self.call(name)
 
     def run(self, rounds: int) -> None:
         for name in self.turns(rounds):
-            self.time(name)
+            self.prepare(name)
+            self.call(name)
 
     def row(self, suite: str, labels: dict) -> Row:
         """The medians so far, with the memory of each contender, which is measured now."""
@@ -81,7 +83,8 @@ class Contest:
         return Row(
             suite=suite,
             labels=labels,
-            ms={name: 1e3 * statistics.median(seconds) for name, seconds in self.seconds.items()},
+            ms=_medians(self.seconds),
+            cold_ms=_medians(self.cold_seconds),
             floor_bytes=self.floor_bytes,
             saved_bytes={name: saved_bytes(self.contenders[name]) for name in peers},
             peak_bytes={name: peak_bytes(self.contenders[name], self.device) for name in peers}
@@ -91,7 +94,13 @@ class Contest:
         )
 
 
+def _medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    return {name: 1e3 * statistics.median(times) for name, times in seconds.items() if times}
+
+
 class _HostClock:
+    empties_caches = False
+
     def __init__(self, device: torch.device):
         self.device = device
 
@@ -108,6 +117,8 @@ class _HostClock:
 
 class _DeviceClock:
     """Time between two events on the stream, with nothing of the inputs left in L2."""
+
+    empties_caches = True
 
     def __init__(self, device: torch.device):
         # Writing these 256 MiB also keeps the device busy until the host has queued what is to be timed.

@@ -43,6 +43,10 @@ def _peers(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.ms if name not in ("fastroute", "copy")))
 
 
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
@@ -51,13 +55,15 @@ def _mib(value: int | None) -> str:
     return "" if value is None else f"{value / 2**20:.1f}"
 
 
-def _means(rows: Sequence[Row], peers: Iterable[str]) -> list[float | None]:
-    columns = ([r for row in rows if (r := row.times_as_fast_as(peer)) is not None] for peer in peers)
+def _means(rows: Sequence[Row], peers: Iterable[str], cold: bool = False) -> list[float | None]:
+    columns = ([r for row in rows if (r := row.times_as_fast_as(peer, cold)) is not None] for peer in peers)
     return [geometric_mean(column) if column else None for column in columns]
 
 
 def tables(rows: Iterable[Row]) -> str:
     """A table for each suite: milliseconds, GB/s, share of the copy, how many times as fast as each peer, and memory.
+
+    "cold" are single calls after the others have used the caches, all else calls in a row; see `Row`.
 
     "saved MiB" is what autograd keeps for backward, ours and eager's; "peak MiB" what is allocated at once, on a GPU.
     The last row has geometric means.
@@ -68,12 +74,16 @@ def tables(rows: Iterable[Row]) -> str:
 def _suite_table(rows: list[Row]) -> str:
     peers = _peers(rows)
     facts = list(dict.fromkeys(name for row in rows for name in row.facts))
-    columns: dict[str, Callable[[Row], str]] = {"ms": lambda row: f"{row.ms['fastroute']:.3f}"}
+    columns: dict[str, Callable[[Row], str]] = {"ms": lambda row: _ms(row.ms["fastroute"])}
     if any("copy" in row.ms for row in rows):
         columns["GB/s"] = lambda row: "" if row.gb_per_s is None else f"{row.gb_per_s:.1f}"
         columns["share of copy"] = lambda row: _ratio(row.times_as_fast_as("copy"))
     for peer in peers:
         columns[f"× {peer}"] = lambda row, peer=peer: _ratio(row.times_as_fast_as(peer))
+    if any(row.cold_ms for row in rows):
+        columns["cold ms"] = lambda row: _ms(row.cold_ms.get("fastroute"))
+        for peer in peers:
+            columns[f"cold × {peer}"] = lambda row, peer=peer: _ratio(row.times_as_fast_as(peer, cold=True))
     for name, memory in (("saved", "saved_bytes"), ("peak", "peak_bytes")):
         if any(any(getattr(row, memory).values()) for row in rows):
             columns[f"{name} MiB"] = lambda row, memory=memory: _mib(getattr(row, memory).get("fastroute"))
@@ -86,6 +96,7 @@ def _suite_table(rows: list[Row]) -> str:
         means = dict(
             zip(["share of copy", *(f"× {peer}" for peer in peers)], _means(rows, ["copy", *peers]), strict=True)
         )
+        means |= zip([f"cold × {peer}" for peer in peers], _means(rows, peers, cold=True), strict=True)
         lines.append(["geometric mean", *[""] * (len(labels) - 1), *(_ratio(means.get(name)) for name in columns)])
     return table([*labels, *columns], lines, words=len(labels))
 
@@ -149,13 +160,16 @@ def readme_section(result: Result, name: str) -> str:
         raise ValueError("the result has no forward+backward of cross_connect: measure with --stated")
     where, versions = result.machine, result.versions
     place = f"{where['threads']} threads of " if "threads" in where else ""
+    has_cold = all(row.cold_ms for row in rows)
     lines, groups = [], {}
     for row in rows:
         groups.setdefault((row.labels["dtype"], row.labels["layout"]), []).append(row)
     for (dtype, layout), group in groups.items():
-        eager, compiled, copied = _means(group, ("eager", "compile", "copy"))
-        lines.append([f"{dtype}, {layout}", f"{eager:.1f}", _ratio(compiled), _ratio(copied)])
-    least = {peer: min(row.times_as_fast_as(peer) for row in rows) for peer in ("eager", "compile")}
+        line = [f"{dtype}, {layout}"]
+        for cold in (False, True) if has_cold else (False,):
+            eager, compiled, copied = _means(group, ("eager", "compile", "copy"), cold)
+            line += [f"{eager:.1f}", _ratio(compiled), _ratio(copied)]
+        lines.append(line)
     paths = sorted({label_text(row.labels["paths"]) for row in rows})
     shapes = dict.fromkeys(label_text(row.labels["shape"]).replace("x", "×") for row in rows)
     introduction = (
@@ -164,12 +178,18 @@ def readme_section(result: Result, name: str) -> str:
         f"{', '.join(shapes)},\n"
         f"routed {' and '.join(paths).replace('x', ' to ')}."
     )
+    header = ["× eager", "× `torch.compile`", "share of the copy"]
+    header += ["cold: × eager", "× compile", "share"] if has_cold else []
     return (
-        f"{introduction}\n\n"
-        f"{table(['dtype, layout', '× eager', '× `torch.compile`', 'share of the copy'], lines, words=1)}\n\n"
-        f"The least of the {len(rows)} cases is {least['compile']:.2f} times as fast as `torch.compile` and "
-        f"{least['eager']:.1f} times as fast as eager."
+        f"{introduction}\n\n{table(['dtype, layout', *header], lines, words=1)}\n\n"
+        f"The least of the {len(rows)} cases is {_least(rows)}"
+        + (f", cold {_least(rows, cold=True)}." if has_cold else ".")
     )
+
+
+def _least(rows: Sequence[Row], cold: bool = False) -> str:
+    compiled, eager = (min(row.times_as_fast_as(peer, cold) for row in rows) for peer in ("compile", "eager"))
+    return f"{compiled:.2f} times as fast as `torch.compile` and {eager:.1f} times as fast as eager"
 
 
 def readme_result(readme: Path) -> Path:

@@ -18,11 +18,13 @@ class Row:
 
     suite: the kind of case: rows of a suite have the same labels.
     labels: what the case is, such as `{"operator": "mix", "dtype": "float32", …}`.
-    ms: contender → median milliseconds. "fastroute" is this package, "copy" a copy of `floor_bytes`.
+    ms: contender → median milliseconds of calls in a row; on a GPU, of calls that find its caches empty. "fastroute" is
+        this package, "copy" a copy of `floor_bytes`.
     floor_bytes: the bytes that must be read and written at least, where that bounds the time.
     saved_bytes: contender → bytes saved for backward.
     peak_bytes: contender → bytes allocated at once, where the device can tell.
     facts: what else was measured.
+    cold_ms: the same of single calls, each after those of the others have used the caches; none on a GPU.
     """
 
     suite: str
@@ -32,6 +34,7 @@ class Row:
     saved_bytes: dict[str, int] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     facts: dict = field(default_factory=dict)
+    cold_ms: dict[str, float] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -42,9 +45,10 @@ class Row:
         """The floor's bytes in the time that it took: what a user gets of the memory's bandwidth."""
         return self.floor_bytes / self.ms["fastroute"] / 1e6 if self.floor_bytes is not None else None
 
-    def times_as_fast_as(self, peer: str) -> float | None:
+    def times_as_fast_as(self, peer: str, cold: bool = False) -> float | None:
         """The peer's time over ours. Of the copy, this is the share of its speed."""
-        return self.ms[peer] / self.ms["fastroute"] if peer in self.ms else None
+        ms = self.cold_ms if cold else self.ms
+        return ms[peer] / ms["fastroute"] if peer in ms else None
 
 
 @dataclass

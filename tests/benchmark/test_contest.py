@@ -18,14 +18,22 @@ def test_every_contender_has_its_turn_in_each_round_and_in_any_order():
     assert len({tuple(names) for names in rounds}) == 6
 
 
-def test_times_are_medians_of_a_single_call():
-    pauses = iter([0, 0, 0.001, 0.002, 0.5])  # two to warm up; the last is an outlier
+def test_times_are_medians():
+    # Two calls to warm up; then in each turn a cold one and one that is timed, the last of which is an outlier.
+    pauses = iter([0, 0, 0.01, 0.001, 0.02, 0.002, 1, 0.5])
     measured = contest(eager=lambda: time.sleep(next(pauses, 0)))
     measured.warm_up()
     measured.run(3)
-    assert 2 <= measured.row("suite", {}).ms["eager"] < 400
-    repeated = Contest({"fastroute": lambda: time.sleep(0.001)}, lambda: None, repeats=5)
-    repeated.run(1)
+    row = measured.row("suite", {})
+    assert 2 <= row.ms["eager"] < 10 and 20 <= row.cold_ms["eager"] < 400
+    assert row.times_as_fast_as("eager", cold=True) == row.cold_ms["eager"] / row.cold_ms["fastroute"]
+
+
+def test_calls_in_a_row_follow_a_cold_one_and_are_timed_together():
+    calls = []
+    repeated = Contest({"fastroute": lambda: calls.append(time.sleep(0.001))}, lambda: None, repeats=5)
+    repeated.run(2)
+    assert len(calls) == 12 and len(repeated.seconds["fastroute"]) == len(repeated.cold_seconds["fastroute"]) == 2
     assert 0.001 <= repeated.seconds["fastroute"][0] < 0.005
 
 

@@ -66,7 +66,7 @@ def test_readme_section_is_written_between_its_marks(tmp_path, make_result):
     )
     assert "old" not in text and "2 threads of A Processor (AVX2, torch 2.11)" in text
     assert cells(text, "float32, contiguous") == ["float32, contiguous", "6.0", "2.00", "0.50"]
-    assert "is 2.00 times as fast as `torch.compile` and 6.0 times as fast as eager" in text
+    assert "is 2.00 times as fast as `torch.compile` and 6.0 times as fast as eager.\n" in text
     readme.write_text(text)
     assert report.readme_result(readme) == result and report.rewrite_readme(readme, result) == text
 
@@ -78,6 +78,18 @@ def test_readme_section_is_written_between_its_marks(tmp_path, make_result):
         report.rewrite_readme(readme, result)
     with pytest.raises(ValueError, match=r"no forward\+backward of cross_connect"):
         report.readme_section(Result({}, {}, None, {}), "a.json")
+
+
+def test_cold_calls_are_shown_beside_those_in_a_row(make_result):
+    result = make_result()
+    for row in result.rows[:2]:
+        row.cold_ms.update(fastroute=2.0, eager=8.0, compile=3.0, copy=1.5)
+    header, first, means = (cells(report.tables(result.rows), s) for s in ("operator", "cross_connect", "geometric"))
+    assert dict(zip(header, first, strict=True))["cold × compile"] == "1.50"
+    assert dict(zip(header, means, strict=True))["cold × eager"] == "4.00"
+    text = report.readme_section(result, "a.json")
+    assert cells(text, "float32, contiguous")[1:] == ["6.0", "2.00", "0.50", "4.0", "1.50", "0.75"]
+    assert "6.0 times as fast as eager, cold 1.50 times as fast as `torch.compile` and 4.0 times as" in text
 
 
 def test_readme_agrees_with_its_result():
