@@ -183,7 +183,7 @@ def readme_section(result: Result, name: str) -> str:
     return (
         f"{introduction}\n\n{table(['dtype, layout', *header], lines, words=1)}\n\n"
         f"The least of the {len(rows)} cases is {_least(rows)}"
-        + (f", cold {_least(rows, cold=True)}." if has_cold else ".")
+        + (f",\ncold {_least(rows, cold=True)}." if has_cold else ".")
     )
 
 

@@ -89,7 +89,7 @@ def test_cold_calls_are_shown_beside_those_in_a_row(make_result):
     assert dict(zip(header, means, strict=True))["cold × eager"] == "4.00"
     text = report.readme_section(result, "a.json")
     assert cells(text, "float32, contiguous")[1:] == ["6.0", "2.00", "0.50", "4.0", "1.50", "0.75"]
-    assert "6.0 times as fast as eager, cold 1.50 times as fast as `torch.compile` and 4.0 times as" in text
+    assert "6.0 times as fast as eager,\ncold 1.50 times as fast as `torch.compile` and 4.0 times as" in text
 
 
 def test_readme_agrees_with_its_result():
