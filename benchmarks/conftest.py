@@ -47,15 +47,13 @@ def race(benchmark, request):
             for name in turns:
                 if name == measuring.OURS:
                     break
-                contest.prepare(name)
-                contest.call(name)
+                contest.turn(name)
             contest.prepare(measuring.OURS)
 
         benchmark.group = case.suite
         benchmark.pedantic(contest.call, args=(measuring.OURS,), setup=peers_before_us, rounds=rounds)
         for name in turns:
-            contest.prepare(name)
-            contest.call(name)
+            contest.turn(name)
         row = contest.row(case.suite, case.labels)
         benchmark.extra_info.update(vars(row), calls_in_a_round=contest.repeats)
         request.config.stash[ROWS].append(row)

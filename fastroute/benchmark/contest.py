@@ -72,10 +72,13 @@ class Contest:
         """Time a contender's calls in a row, after `prepare`."""
         self.seconds[name].append(self._clock.time(self.contenders[name], self.repeats) / self.repeats)
 
+    def turn(self, name: str) -> None:
+        self.prepare(name)
+        self.call(name)
+
     def run(self, rounds: int) -> None:
         for name in self.turns(rounds):
-            self.prepare(name)
-            self.call(name)
+            self.turn(name)
 
     def row(self, suite: str, labels: dict) -> Row:
         """The medians so far, with the memory of each contender, which is measured now."""

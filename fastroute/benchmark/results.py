@@ -18,13 +18,13 @@ class Row:
 
     suite: the kind of case: rows of a suite have the same labels.
     labels: what the case is, such as `{"operator": "mix", "dtype": "float32", …}`.
-    ms: contender → median milliseconds of calls in a row; on a GPU, of calls that find its caches empty. "fastroute" is
-        this package, "copy" a copy of `floor_bytes`.
+    ms: contender → median milliseconds of calls in a row; of work on a GPU, of calls that find its caches empty.
+        "fastroute" is this package, "copy" a copy of `floor_bytes`.
     floor_bytes: the bytes that must be read and written at least, where that bounds the time.
     saved_bytes: contender → bytes saved for backward.
     peak_bytes: contender → bytes allocated at once, where the device can tell.
     facts: what else was measured.
-    cold_ms: the same of single calls, each after those of the others have used the caches; none on a GPU.
+    cold_ms: the same of single calls, each after those of the others have used the caches; none of work on a GPU.
     """
 
     suite: str
