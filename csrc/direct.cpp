@@ -10,6 +10,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -219,6 +220,22 @@ std::tuple<at::Tensor, at::Tensor> mixture_backward_cpu(
           scores, scores_aug, posterior, means, scales, grad_loss.contiguous(), gamma, batch_statistics);
 }
 
+// Whether autograd has a call to record, or a tangent to refuse.
+template <typename... Parameters>
+bool is_recorded(at::TensorList xs, const Parameters&... parameters) {
+  using namespace torch::autograd;
+  return compute_requires_grad(xs, parameters...) || isFwGradDefinedTensorList(xs) ||
+      (isFwGradDefined(parameters) || ...);
+}
+
+// A forward through the dispatcher below autograd. The gradient mode tells the kernels whether a backward follows.
+template <typename Signature, typename... Args>
+auto call_forward(const Operator<Signature>& op, bool recorded, const Args&... args) {
+  at::AutoDispatchBelowAutograd below;
+  at::AutoGradMode mode(recorded);
+  return op.public_.call(args...);
+}
+
 // A backward through the dispatcher: below autograd, unless it is to be differentiated itself.
 template <typename Signature, typename... Args>
 auto call_backward(const Operator<Signature>& op, const Args&... args) {
@@ -256,8 +273,7 @@ struct CrossConnect : torch::autograd::Function<CrossConnect> {
   static variable_list forward(
       AutogradContext* ctx, at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1,
       const at::Tensor& w2, const OptionalTensor& b2, bool relu, at::Tensor* pooled, at::Tensor* hidden) {
-    at::AutoDispatchBelowAutograd below;
-    auto [results, gates, scores, pooled_, hidden_] = cross_connect().public_.call(xs, w1, b1, w2, b2, relu);
+    auto [results, gates, scores, pooled_, hidden_] = call_forward(cross_connect(), true, xs, w1, b1, w2, b2, relu);
     ctx->saved_data["relu"] = relu;
     ctx->set_materialize_grads(false);
     variable_list saved = {undefined_or(w1), undefined_or(b1), w2, undefined_or(b2), gates, pooled_, hidden_};
@@ -298,6 +314,7 @@ struct CrossConnect : torch::autograd::Function<CrossConnect> {
 Forward cross_connect_autograd(
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
     const OptionalTensor& b2, bool relu) {
+  if (!is_recorded(xs, w1, b1, w2, b2)) return call_forward(cross_connect(), false, xs, w1, b1, w2, b2, relu);
   at::Tensor pooled, hidden;
   variable_list results = CrossConnect::apply(xs, w1, b1, w2, b2, relu, &pooled, &hidden);
   const size_t n = results.size() - 2;
@@ -311,12 +328,11 @@ struct Mix : torch::autograd::Function<Mix> {
   static constexpr bool is_traceable = true;
 
   static variable_list forward(AutogradContext* ctx, at::TensorList xs, const at::Tensor& gates) {
-    at::AutoDispatchBelowAutograd below;
     ctx->set_materialize_grads(false);
     variable_list saved = {gates};
     saved.insert(saved.end(), xs.begin(), xs.end());
     ctx->save_for_backward(std::move(saved));
-    return mix().public_.call(xs, gates);
+    return call_forward(mix(), true, xs, gates);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -333,7 +349,7 @@ struct Mix : torch::autograd::Function<Mix> {
 };
 
 std::vector<at::Tensor> mix_autograd(at::TensorList xs, const at::Tensor& gates) {
-  return Mix::apply(xs, gates);
+  return is_recorded(xs, gates) ? Mix::apply(xs, gates) : call_forward(mix(), false, xs, gates);
 }
 
 struct Mixture : torch::autograd::Function<Mixture> {

@@ -40,9 +40,9 @@ TORCH_LIBRARY(fastroute_native, m) {
   m.def("sum_gradients(Tensor[] terms, Tensor[] xs, Tensor gates, Tensor(a!)[] grad_xs) -> Tensor products");
   // As Tensor.new_empty_strided, in the memory that outputs keep from one call to the next.
   m.def("new_empty_strided(Tensor x, int[] size, int[] stride) -> Tensor");
-  // Which of its passes the CPU backward takes for m inputs x and their n gradients, all alike: past the caches or
-  // through them, a channel's value by rows or by elements, and whether the next sample is asked for meanwhile; and
-  // whether in the forward all threads take each sample together.
+  // Which of their passes the CPU kernels take for m inputs x and n outputs, all alike: past the caches or through them in
+  // a forward in the gradient mode of the call, a channel's value by rows or by elements in the backward, whether the next
+  // sample is asked for meanwhile, and whether in the forward all threads take each sample together.
   m.def("cpu_plan(Tensor x, int m, int n) -> (bool streamed, bool by_rows, bool looks_ahead, bool shared)");
   // Whether the user has named a backend: then direct.cpp sends all calls through Python, which makes the choice.
   m.def("name_backend(bool named) -> ()");

@@ -21,13 +21,13 @@ void forward_kernel(
         pooled + s * gate.m * g.channels, w1, hidden + s * gate.m * gate.hidden, scores + s * gate.m * gate.n,
         gates + s * gate.m * gate.n);
   };
+  const bool stream = streams_forward(ys, gate.m, g);
   if (shares_samples(g, gate.m + gate.n, sizeof(T))) {
     pool_together<kRelu>(xs, g, pooled);
     for (int64_t s = 0; s < g.batch; ++s) gate_sample(s);
-    mix_together<kRelu>(xs, gates, gate.m * gate.n, ys, g);
+    mix_together<kRelu>(xs, gates, gate.m * gate.n, ys, g, stream);
     return;
   }
-  const bool stream = streamable(ys, g);
   for_samples(g, gate.m + gate.n, sizeof(T), [&](int64_t begin, int64_t end) {
     std::vector<A> scratch(g.channels_last ? fold_of<T>(g) * g.channels : 0);
     WeightedSums<T> sums;
@@ -142,11 +142,10 @@ Backward cross_connect_backward(
 std::tuple<bool, bool, bool, bool> cpu_plan(const at::Tensor& x, int64_t m, int64_t n) {
   const Geometry g(x);
   return dispatch(x.scalar_type(), [&]<typename T>() {
-    const std::vector<at::Tensor> inputs(m, x);
-    const bool shared = shares_samples(g, m + n, sizeof(T));
+    const std::vector<at::Tensor> outputs(n, x);
     return std::make_tuple(
-        streamable(Paths<T>(inputs), g, shared ? kSharedStreamBytes : kStreamBytes), addend_of<T>(g) == Addend::kRow,
-        looks_ahead(g, m + n, sizeof(T)), shared);
+        streams_forward(Paths<T>(outputs), m, g), addend_of<T>(g) == Addend::kRow, looks_ahead(g, m + n, sizeof(T)),
+        shares_samples(g, m + n, sizeof(T)));
   });
 }
 

@@ -34,11 +34,11 @@ std::vector<at::Tensor> mix(at::TensorList xs, const at::Tensor& gates_) {
     const Paths<const T> x(xs);
     const Paths<T> y(outputs);
     const auto* values = gates.values.const_data_ptr<accumulate_t<T>>();
+    const bool stream = streams_forward(y, x.count, g);
     if (shares_samples(g, x.count + gates.n, sizeof(T))) {
-      mix_together(x, values, gates.batch_stride, y, g);
+      mix_together(x, values, gates.batch_stride, y, g, stream);
       return;
     }
-    const bool stream = streamable(y, g);
     for_samples(g, x.count + gates.n, sizeof(T), [&](int64_t begin, int64_t end) {
       WeightedSums<T> sums;
       for (int64_t s = begin; s < end; ++s) {

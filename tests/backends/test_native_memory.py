@@ -70,7 +70,7 @@ def test_no_more_than_256_mib_is_kept():
         x = torch.zeros(1, 64, height, 128)
         ops.mix([x, x], torch.full((2, 2), 0.5))
         del x
-    assert 128 << 20 < resident() - before < 320 << 20
+    assert resident() - before < 320 << 20
 
 
 def resident():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from fastroute import ops, use_backend
 from fastroute.backends import BACKENDS
@@ -340,3 +341,62 @@ def test_plan_of_the_native_passes(two_threads):
     ]:
         x = paths(1, shape, layout=layout)[0]
         assert plan(x, 2, 2) == expected, (shape, layout)
+
+    x = paths(1, (5, 64, 64, 64))[0]
+    with torch.no_grad():  # no backward follows: 24 MiB in all stay in the caches
+        assert [plan(x, m, n)[0] for m, n in ((2, 2), (1, 3), (2, 3))] == [False, False, True]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_inference_writes_what_training_does(layout):
+    """Through the caches the one and past them the other."""
+    xs, ps = paths(2, (5, 64, 64, 64), layout=layout), parameters(2, 2, 64)
+    with torch.no_grad():
+        expected = ops.cross_connect(xs, *ps)
+    leaves = [x.requires_grad_() for x in xs]
+    found = ops.cross_connect(leaves, *ps)
+    assert all(torch.equal(y, z) for y, z in zip(found.outputs, expected.outputs, strict=True))
+    assert torch.equal(found.gates, expected.gates) and torch.equal(found.scores, expected.scores)
+
+
+def test_kernels_are_told_whether_a_backward_follows(monkeypatch):
+    """By the gradient mode, which autograd turns off in a forward of its own."""
+    xs, ps, gates = paths(2, (3, 4, 5, 5)), parameters(2, 2, 4), torch.rand(3, 2, 2)
+    kernels, modes = BACKENDS["reference"].kernels(), []
+
+    def spied(kernel):
+        def run(*args):
+            modes.append(torch.is_grad_enabled())
+            return kernel(*args)
+
+        return run
+
+    for name in ("cross_connect", "mix"):
+        monkeypatch.setattr(kernels, name, spied(getattr(kernels, name)))
+
+    def told():
+        modes.clear()
+        outputs = ops.cross_connect(xs, *ps).outputs[0], ops.mix(xs, gates)[0]
+        assert modes == [y.requires_grad for y in outputs]
+        return tuple(modes)
+
+    with use_backend("reference"):
+        assert told() == (False, False)
+        for leaf, expected in ((xs[1], (True, True)), (ps[0], (True, False)), (gates, (False, True))):
+            leaf.requires_grad_()
+            assert told() == expected
+            with torch.no_grad():
+                assert told() == (False, False)
+            with torch.inference_mode():
+                assert told() == (False, False)
+            leaf.requires_grad_(False)
+
+
+def test_tangents_are_refused():
+    """Forward-mode differentiation has no formula here, and must not lose its tangents in silence, gradients or not."""
+    xs, ps, gates = paths(2, (3, 4, 5, 5)), parameters(2, 2, 4), torch.rand(3, 2, 2)
+    with forward_ad.dual_level(), torch.no_grad():
+        xs[0] = forward_ad.make_dual(xs[0], torch.ones_like(xs[0]))
+        for call in (lambda: ops.cross_connect(xs, *ps), lambda: ops.mix(xs, gates)):
+            with pytest.raises(RuntimeError, match="jvp is not implemented"):
+                call()
