@@ -282,9 +282,9 @@ void sum_predictions(
   });
 }
 
-// masked_p = paths_p where masks_p > 0, or paths_p itself without masks; scaled_q[part p] = weights[p][q] masked_p, or,
-// with as many of them as weights, scaled_pq = weights[p][q] masked_p. `masked` may be empty; both are channels_last.
-// Returns the sums of masked over space (N, P, C), or with `sums` false nothing.
+// masked_p = paths_p where masks_p > 0, or paths_p itself without masks; scaled_q[part p] = weights[p][q] masked_p.
+// `masked` may be empty; both are channels_last. Returns the sums of masked over space (N, P, C), or with `sums` false
+// nothing. What it writes is what a convolution reads next, and stays in the caches.
 at::Tensor scale_paths(
     at::TensorList paths, at::TensorList masks, const at::Tensor& weights_, bool sums, at::TensorList masked,
     at::TensorList scaled) {
@@ -293,26 +293,19 @@ at::Tensor scale_paths(
   const Geometry g(x);
   const int64_t parts = static_cast<int64_t>(paths.size()), count = weights_.size(-1);
   TORCH_CHECK(count <= kMaxPaths, "up to 8 outputs are served, not ", count);
-  const bool joined = static_cast<int64_t>(scaled.size()) == count && parts > 1;
   const at::Tensor weights = checked(weights_, {g.batch, parts, count}, x);
   if (!masks.empty()) check_paths(masks, x);
   TORCH_CHECK(masks.empty() || static_cast<int64_t>(masks.size()) == parts, "as many masks as paths are needed");
   if (!masked.empty()) check_joined(masked, x, 1);
   TORCH_CHECK(masked.empty() || static_cast<int64_t>(masked.size()) == parts, "as many masked paths as paths are needed");
-  TORCH_CHECK(joined || static_cast<int64_t>(scaled.size()) == parts * count, "one scaled path for each weight is needed");
-  for (size_t first = 0; first < scaled.size(); first += std::max<size_t>(count, 1)) {
-    check_joined(scaled.slice(first, count), x, joined ? parts : 1);
-  }
+  TORCH_CHECK(static_cast<int64_t>(scaled.size()) == count, "one joined path for each weight is needed");
+  if (!scaled.empty()) check_joined(scaled, x, parts);
   at::Tensor totals = at::empty({g.batch, parts, g.channels}, weights.options());
   dispatch(x.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
     const Paths<const T> xs(paths), ms(masks);
-    const Paths<T> to_masked(masked);
-    const int64_t pitch = joined ? parts * g.channels : g.channels;
-    const auto stream = [&](at::TensorList out) {
-      return out.empty() || (g.channels % Pack<T>::kSize == 0 && streams(Paths<T>(out), Geometry(out[0])));
-    };
-    const bool stream_masked = stream(masked), stream_scaled = stream(scaled.slice(0, count));
+    const Paths<T> to_masked(masked), to_scaled(scaled);
+    const int64_t pitch = parts * g.channels;
     for_samples(g, (count + 2) * parts, sizeof(T), [&](int64_t begin, int64_t end) {
       Blocks<T> blocks(g, 2);
       for (int64_t s = begin; s < end; ++s) {
@@ -325,11 +318,7 @@ at::Tensor scale_paths(
             const A* weight = data<A>(weights) + (s * parts + p) * count;
             const auto from = read_rows(sample[p], g, row, rows, blocks.tile(0));
             const auto masking = masks.empty() ? Rows<const T>{} : read_rows(mask[p], g, row, rows, blocks.tile(1));
-            Pointers<T> to{};
-            for (int64_t q = 0; q < count; ++q) {
-              const at::Tensor& out = scaled[joined ? q : p * count + q];
-              to[q] = out.mutable_data_ptr<T>() + s * out.stride(0) + row * pitch + (joined ? p * g.channels : 0);
-            }
+            const auto to = advance(to_scaled.sample(s), count, row * pitch + p * g.channels);
             with_count(count, [&](auto outs) {
               for_registers<T>(g.channels, [&]<typename L>(L, int64_t c, int64_t tail) {
                 L sum = L::all(0);
@@ -342,11 +331,11 @@ at::Tensor scale_paths(
                       x.part[h] = Part::blendv(x.part[h], Part(0), y.part[h] <= Part(0));  // a NaN stays one
                     }
                   }
-                  if (kept[p]) x.store(kept[p] + (row + r) * g.channels + c, tail, stream_masked);
+                  if (kept[p]) x.store(kept[p] + (row + r) * g.channels + c, tail, false);
                   for (int h = 0; h < std::ssize(x.part); ++h) sum.part[h] = sum.part[h] + x.part[h];
 #pragma GCC unroll 8
                   for (int q = 0; q < outs(); ++q) {
-                    fmadd(x, typename L::Part(weight[q]), L::all(0)).store(to[q] + r * pitch + c, tail, stream_scaled);
+                    fmadd(x, typename L::Part(weight[q]), L::all(0)).store(to[q] + r * pitch + c, tail, false);
                   }
                 }
                 L all = L::load_sums(total + p * g.channels + c, tail);
@@ -357,7 +346,6 @@ at::Tensor scale_paths(
           }
         });
       }
-      stream_fence();
     });
   });
   return sums ? totals : at::empty({0, parts, g.channels}, weights.options());

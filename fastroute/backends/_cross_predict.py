@@ -33,8 +33,7 @@ class Passes:
             outputs_j = ReLU(Σ_i g_ij U_ij + offsets_j); predictions are, for each i, the joined U_ij of all j.
         scale_paths(paths, masks, weights, sums, masked, scaled) -> totals
             masked_p = paths_p where masks_p > 0, or all of it without masks; scaled_q are the joined w_pq masked_p of
-            all p, or, if there are as many as weights, each w_pq masked_p for itself. With `sums`, totals (N, P, C) are
-            those of masked over space.
+            all p. With `sums`, totals (N, P, C) are those of masked over space.
         sum_gradients(terms, xs, gates, grad_xs) -> products
             products_ij = <T_ij, X_i>, and grad_xs_i = Σ_j g_ij T_ij unless there are none; terms are, for each j, the
             joined T_ij of all i. xs have the format of the convolutions, and grad_xs that of the paths.
@@ -42,7 +41,6 @@ class Passes:
     channels_last: whether the convolutions are given channels_last tensors whatever the paths are, and the kernels
         convert from and to the paths' format; else they have the paths' format.
     chunk_bytes: how many bytes of a path are worked on at once, of as many samples as that allows.
-    pairwise: whether predictions and their gradients are convolved one by one, and not joined.
     compute_dtype: what the convolutions are computed in, if not in the dtype of the paths.
     new_empty_strided: allocates what the kernels write.
     """
@@ -50,12 +48,16 @@ class Passes:
     kernels: ModuleType
     channels_last: bool
     chunk_bytes: int
-    pairwise: bool
     compute_dtype: torch.dtype | None = None
     new_empty_strided: Callable = Tensor.new_empty_strided
 
     def _convolution(self, x: Tensor, geometry: tuple) -> Convolution:
         return Convolution(*geometry, self.channels_last or not channels_first(x), self.compute_dtype)
+
+    @staticmethod
+    def _arranged_weight(convolution: Convolution, weight: Tensor) -> Tensor:
+        """The weight, or its gradient, in the format of the convolutions, so that no chunk need convert it."""
+        return convolution.arrange(weight.flatten(0, 2)).unflatten(0, weight.shape[:3])
 
     def _empty(self, convolution: Convolution, x: Tensor, channels: int, count: int) -> list[Tensor]:
         """Unwritten tensors of x's samples and space, in the format of the convolutions."""
@@ -84,7 +86,7 @@ class Passes:
         convolution = self._convolution(x, (stride, padding, dilation))
         shape = output_shape(x, weight, stride, padding, dilation)
         outputs = [empty_map(x, shape, self.new_empty_strided) for _ in range(n)]
-        weight, gates = weight.to(x.dtype), gates.to(dtype)
+        weight, gates = self._arranged_weight(convolution, weight.to(x.dtype)), gates.to(dtype)
         compute = self._predict if form == "predict" else self._gate
         for chunk in self._chunks(max(x, outputs[0], key=Tensor.numel)):
             part, ys = [x[chunk] for x in xs], [y[chunk] for y in outputs]
@@ -93,16 +95,7 @@ class Passes:
 
     def _predict(self, convolution, xs, weight, bias, gates, relu, outputs):
         xs = self._arranged(convolution, xs)
-        if bias is not None:
-            bias = bias.to(weight.dtype)
-        if self.pairwise:
-            for j, y in enumerate(outputs):
-                biases = [None] * len(xs) if bias is None else bias[:, j]
-                us = [convolution.forward(x, w, b) for x, w, b in zip(xs, weight[:, j], biases, strict=True)]
-                self.kernels.sum_predictions(us, gates[:, :, j, None], None, relu, [y])
-                del us  # its memory, still in the caches, is what the next predictions are given
-            return
-        biases = [None] * len(xs) if bias is None else bias.flatten(1)
+        biases = [None] * len(xs) if bias is None else bias.to(weight.dtype).flatten(1)
         us = [convolution.forward(x, w.flatten(0, 1), b) for x, w, b in zip(xs, weight, biases, strict=True)]
         self.kernels.sum_predictions(us, gates, None, relu, outputs)
 
@@ -122,7 +115,9 @@ class Passes:
         weight, gates = weight.to(x.dtype), gates.to(dtype)
         grad_xs = [empty_path(x, self.new_empty_strided) for x in xs] if grad_inputs else []
         m, n = weight.shape[:2]
-        grad_weight = gates.new_zeros(weight.shape)
+        # For each j (C_out, m·C_in, *k).
+        joined = [convolution.arrange(w.transpose(0, 1).flatten(1, 2)) for w in weight.unbind(1)]
+        grad_weight = self._arranged_weight(convolution, gates.new_zeros(weight.shape))
         products, totals = [gates.new_empty(0, m, n)], [gates.new_empty(0, n, weight.shape[2])]
         for chunk in self._chunks(max(x, grad_outputs[0], key=Tensor.numel)):
             part, g = self._arranged(convolution, [x[chunk] for x in xs]), gates[chunk]
@@ -131,7 +126,8 @@ class Passes:
             if bias is not None:
                 totals.append(total)
             self._grad_weight(convolution, grads, part, weight, g, grad_weight)
-            products.append(self._grad_inputs(convolution, grads, part, weight, g, [dx[chunk] for dx in grad_xs]))
+            products.append(self._grad_inputs(convolution, grads, part, joined, g, [dx[chunk] for dx in grad_xs]))
+        grad_weight = grad_weight.contiguous()
         grad_gates, totals = torch.cat(products), torch.cat(totals)
         if bias is None:
             return grad_xs, grad_weight, gates.new_empty(0), grad_gates
@@ -150,24 +146,13 @@ class Passes:
     def _grad_weight(self, convolution, grads, xs, weight, gates, grad_weight):
         """dW, input by input, so that only n of the m·n g_ij dP_j exist at a time."""
         n, width = weight.shape[1:3]
-        parts, count = (1, n) if self.pairwise else (n, 1)
-        scaled = self._empty(convolution, grads[0], parts * width, count)
+        [scaled] = self._empty(convolution, grads[0], n * width, 1)
         for i, x in enumerate(xs):
-            self.kernels.scale_paths(grads, [], gates[:, i, :, None], False, [], scaled)
-            for part, w, grad in zip(scaled, weight[i].split(parts), grad_weight[i].split(parts), strict=True):
-                grad += convolution.to_weight(part, x, w.flatten(0, 1)).view_as(grad)
+            self.kernels.scale_paths(grads, [], gates[:, i, :, None], False, [], [scaled])
+            grad_weight[i] += convolution.to_weight(scaled, x, weight[i].flatten(0, 1)).view_as(weight[i])
 
-    def _grad_inputs(self, convolution, grads, xs, weight, gates, grad_xs):
-        """The inner products <T_ij, X_i>, and dX unless grad_xs is empty."""
-        channels = weight.shape[3]
-        if self.pairwise:
-            [like], products = self._empty(convolution, xs[0], channels, 1), []
-            for i, x in enumerate(xs):
-                terms = [convolution.to_inputs(grad, like, w) for grad, w in zip(grads, weight[i], strict=True)]
-                products.append(self.kernels.sum_gradients(terms, [x], gates[:, i : i + 1], grad_xs[i : i + 1]))
-                del terms  # as in `_predict`
-            return torch.cat(products, 1)
-        weights = [w.transpose(0, 1).flatten(1, 2) for w in weight.unbind(1)]  # (C_out, m·C_in, *k)
-        [like] = self._empty(convolution, xs[0], len(xs) * channels, 1)
+    def _grad_inputs(self, convolution, grads, xs, weights, gates, grad_xs):
+        """The inner products <T_ij, X_i>, and dX unless grad_xs is empty; the weights are, for each j, of all i."""
+        [like] = self._empty(convolution, xs[0], weights[0].shape[1], 1)
         terms = [convolution.to_inputs(grad, like, w) for grad, w in zip(grads, weights, strict=True)]
         return self.kernels.sum_gradients(terms, xs, gates, grad_xs)

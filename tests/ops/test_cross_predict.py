@@ -255,7 +255,6 @@ def test_the_plan_of_the_native_passes():
         ops.mix([torch.zeros(1, 1)], torch.ones(1, 1))  # loads the library
     single, half = (native._passes(torch.zeros(1, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
     assert single.channels_last and half.channels_last
-    assert single.pairwise and not half.pairwise
     assert native._passes(torch.zeros(1, dtype=torch.float16)).compute_dtype == torch.float32
     assert single.compute_dtype is half.compute_dtype is None
 
