@@ -5,6 +5,7 @@
 #include "mixture.h"
 #include "paths.h"
 
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
@@ -220,15 +221,18 @@ std::tuple<at::Tensor, at::Tensor> mixture_backward_cpu(
           scores, scores_aug, posterior, means, scales, grad_loss.contiguous(), gamma, batch_statistics);
 }
 
-// Whether autograd has a call to record, or a tangent to refuse.
+// Whether autograd has a call to record, or a tangent to refuse. The transforms of torch.func are refused here as they are
+// by torch::autograd::Function: one further out may record what this one does not.
 template <typename... Parameters>
 bool is_recorded(at::TensorList xs, const Parameters&... parameters) {
   using namespace torch::autograd;
+  if (const auto& transforms = at::functorch::functorchTLSAccessor()) transforms->checkSupportsCppAutogradFunction();
   return compute_requires_grad(xs, parameters...) || isFwGradDefinedTensorList(xs) ||
       (isFwGradDefined(parameters) || ...);
 }
 
-// A forward through the dispatcher below autograd. The gradient mode tells the kernels whether a backward follows.
+// A forward through the dispatcher below autograd. The gradient mode tells the kernels whether a backward is known to
+// follow; of one in a compiled graph nothing is known here.
 template <typename Signature, typename... Args>
 auto call_forward(const Operator<Signature>& op, bool recorded, const Args&... args) {
   at::AutoDispatchBelowAutograd below;

@@ -12,17 +12,19 @@
 
 namespace fastroute {
 
-// Outputs larger than this in all are written past the caches, so that a line need not be read before it is written.
-// Against 8 MiB it took 5 % off the CIFAR stages at batch 128, and a training step of resnet20_cc2 did not notice.
+// Outputs larger than this in all are written past the caches, so that a line need not be read before it is written, but in
+// forwards that the constants below are for. Against 8 MiB it took 5 % off the CIFAR stages at batch 128, and a training step
+// of resnet20_cc2 did not notice.
 constexpr int64_t kStreamBytes = int64_t{1} << 20;
 
-// Inputs and outputs of a forward that no backward follows may take this in all and be written through the caches, where
-// the next layer, or the next call, finds them. In a loop that took 0.64 to 1.0 of the time, at 24 MiB the same, at 49 MiB
-// 1.3; L3 had 32 MiB. A backward that follows would evict them first: then it cost 10 to 17 %.
+// Inputs and outputs of a forward that no backward is known to follow may take this in all, and stay in the caches, where
+// the next layer, or the next call, finds them. In a loop that took 0.64 to 1.09 of the time, at 49 MiB 1.3; L3 had 32 MiB.
+// Before a backward in the same loop it cost 10 to 17 %, and in a compiled training step, which cannot be told from
+// inference, nothing that was measurable.
 constexpr int64_t kInferenceBytes = int64_t{24} << 20;
 
-// As kStreamBytes, where all threads share a few samples: these and what is written of them fit in a cache that the next layer,
-// which follows at once, reads from.
+// As kStreamBytes, where all threads share a few samples: these and what is written of them fit in a cache that the next
+// layer, which follows at once, reads from.
 constexpr int64_t kSharedStreamBytes = int64_t{16} << 20;
 
 // What a core's own cache holds with certainty.
@@ -58,7 +60,7 @@ inline bool shares_samples(const Geometry& g, int64_t paths, int64_t itemsize) {
 template <typename T>
 bool streams_forward(const Paths<T>& ys, int64_t m, const Geometry& g) {
   if (shares_samples(g, m + ys.count, sizeof(T))) return streamable(ys, g, kSharedStreamBytes);
-  const bool backward_follows = at::GradMode::is_enabled();  // as direct.cpp has set it
+  const bool backward_follows = at::GradMode::is_enabled();  // where direct.cpp has set it
   return streamable(ys, g, backward_follows ? kStreamBytes : kInferenceBytes * ys.count / (m + ys.count));
 }
 

@@ -41,6 +41,7 @@ class Passes:
     channels_last: whether the convolutions are given channels_last tensors whatever the paths are, and the kernels
         convert from and to the paths' format; else they have the paths' format.
     chunk_bytes: how many bytes of a path are worked on at once, of as many samples as that allows.
+    chunk_samples: how many samples are worked on at once at least.
     compute_dtype: what the convolutions are computed in, if not in the dtype of the paths.
     new_empty_strided: allocates what the kernels write.
     """
@@ -48,16 +49,12 @@ class Passes:
     kernels: ModuleType
     channels_last: bool
     chunk_bytes: int
+    chunk_samples: int = 1
     compute_dtype: torch.dtype | None = None
     new_empty_strided: Callable = Tensor.new_empty_strided
 
     def _convolution(self, x: Tensor, geometry: tuple) -> Convolution:
         return Convolution(*geometry, self.channels_last or not channels_first(x), self.compute_dtype)
-
-    @staticmethod
-    def _arranged_weight(convolution: Convolution, weight: Tensor) -> Tensor:
-        """The weight, or its gradient, in the format of the convolutions, so that no chunk need convert it."""
-        return convolution.arrange(weight.flatten(0, 2)).unflatten(0, weight.shape[:3])
 
     def _empty(self, convolution: Convolution, x: Tensor, channels: int, count: int) -> list[Tensor]:
         """Unwritten tensors of x's samples and space, in the format of the convolutions."""
@@ -77,7 +74,7 @@ class Passes:
     def _chunks(self, path: Tensor) -> list[slice]:
         """Slices of equal numbers of samples."""
         count = max(1, -(-path.numel() * path.itemsize // self.chunk_bytes))
-        size = max(1, -(-path.shape[0] // count))
+        size = max(self.chunk_samples, -(-path.shape[0] // count))
         return [slice(first, first + size) for first in range(0, path.shape[0], size)]
 
     def forward(self, xs, weight, bias, gates, stride, padding, dilation, relu, form):
@@ -86,26 +83,27 @@ class Passes:
         convolution = self._convolution(x, (stride, padding, dilation))
         shape = output_shape(x, weight, stride, padding, dilation)
         outputs = [empty_map(x, shape, self.new_empty_strided) for _ in range(n)]
-        weight, gates = self._arranged_weight(convolution, weight.to(x.dtype)), gates.to(dtype)
-        compute = self._predict if form == "predict" else self._gate
+        weight, gates = weight.to(x.dtype), gates.to(dtype)
+        compute, joined = (self._predict, _by_input) if form == "predict" else (self._gate, _by_output)
+        weights = joined(convolution, weight)
         for chunk in self._chunks(max(x, outputs[0], key=Tensor.numel)):
             part, ys = [x[chunk] for x in xs], [y[chunk] for y in outputs]
-            compute(convolution, part, weight, bias, gates[chunk], relu, ys)
+            compute(convolution, part, weights, bias, gates[chunk], relu, ys)
         return outputs
 
-    def _predict(self, convolution, xs, weight, bias, gates, relu, outputs):
+    def _predict(self, convolution, xs, weights, bias, gates, relu, outputs):
         xs = self._arranged(convolution, xs)
-        biases = [None] * len(xs) if bias is None else bias.to(weight.dtype).flatten(1)
-        us = [convolution.forward(x, w.flatten(0, 1), b) for x, w, b in zip(xs, weight, biases, strict=True)]
+        biases = [None] * len(xs) if bias is None else bias.to(xs[0].dtype).flatten(1)
+        us = [convolution.forward(x, w, b) for x, w, b in zip(xs, weights, biases, strict=True)]
         self.kernels.sum_predictions(us, gates, None, relu, outputs)
 
-    def _gate(self, convolution, xs, weight, bias, gates, relu, outputs):
+    def _gate(self, convolution, xs, weights, bias, gates, relu, outputs):
         offsets = None if bias is None else (gates[..., None] * bias.to(gates.dtype)).sum(1)
         [gated] = self._empty(convolution, xs[0], len(xs) * xs[0].shape[1], 1)
         ones = gates.new_ones(gates.shape[0], 1, 1)
-        for j, y in enumerate(outputs):
+        for j, (w, y) in enumerate(zip(weights, outputs, strict=True)):
             self.kernels.scale_paths(xs, [], gates[:, :, j, None], False, [], [gated])
-            prediction = convolution.forward(gated, weight[:, j].transpose(0, 1).flatten(1, 2), None)
+            prediction = convolution.forward(gated, w, None)
             offset = None if offsets is None else offsets[:, j : j + 1]
             self.kernels.sum_predictions([prediction], ones, offset, relu, [y])
 
@@ -115,9 +113,8 @@ class Passes:
         weight, gates = weight.to(x.dtype), gates.to(dtype)
         grad_xs = [empty_path(x, self.new_empty_strided) for x in xs] if grad_inputs else []
         m, n = weight.shape[:2]
-        # For each j (C_out, m·C_in, *k).
-        joined = [convolution.arrange(w.transpose(0, 1).flatten(1, 2)) for w in weight.unbind(1)]
-        grad_weight = self._arranged_weight(convolution, gates.new_zeros(weight.shape))
+        weights = _by_output(convolution, weight)
+        grad_weight = _by_input(convolution, gates.new_zeros(weight.shape))
         products, totals = [gates.new_empty(0, m, n)], [gates.new_empty(0, n, weight.shape[2])]
         for chunk in self._chunks(max(x, grad_outputs[0], key=Tensor.numel)):
             part, g = self._arranged(convolution, [x[chunk] for x in xs]), gates[chunk]
@@ -126,8 +123,8 @@ class Passes:
             if bias is not None:
                 totals.append(total)
             self._grad_weight(convolution, grads, part, weight, g, grad_weight)
-            products.append(self._grad_inputs(convolution, grads, part, joined, g, [dx[chunk] for dx in grad_xs]))
-        grad_weight = grad_weight.contiguous()
+            products.append(self._grad_inputs(convolution, grads, part, weights, g, [dx[chunk] for dx in grad_xs]))
+        grad_weight = torch.stack(grad_weight).view_as(weight).contiguous()
         grad_gates, totals = torch.cat(products), torch.cat(totals)
         if bias is None:
             return grad_xs, grad_weight, gates.new_empty(0), grad_gates
@@ -149,10 +146,20 @@ class Passes:
         [scaled] = self._empty(convolution, grads[0], n * width, 1)
         for i, x in enumerate(xs):
             self.kernels.scale_paths(grads, [], gates[:, i, :, None], False, [], [scaled])
-            grad_weight[i] += convolution.to_weight(scaled, x, weight[i].flatten(0, 1)).view_as(weight[i])
+            grad_weight[i] += convolution.to_weight(scaled, x, weight[i].flatten(0, 1))
 
     def _grad_inputs(self, convolution, grads, xs, weights, gates, grad_xs):
-        """The inner products <T_ij, X_i>, and dX unless grad_xs is empty; the weights are, for each j, of all i."""
+        """The inner products <T_ij, X_i>, and dX unless grad_xs is empty."""
         [like] = self._empty(convolution, xs[0], weights[0].shape[1], 1)
         terms = [convolution.to_inputs(grad, like, w) for grad, w in zip(grads, weights, strict=True)]
         return self.kernels.sum_gradients(terms, xs, gates, grad_xs)
+
+
+def _by_input(convolution: Convolution, weight: Tensor) -> list[Tensor]:
+    """For each i the W_ij of all j (n·C_out, C_in, *k), in the format of the convolutions."""
+    return [convolution.arrange(w.flatten(0, 1)) for w in weight]
+
+
+def _by_output(convolution: Convolution, weight: Tensor) -> list[Tensor]:
+    """For each j the W_ij of all i (C_out, m·C_in, *k), in the format of the convolutions."""
+    return [convolution.arrange(w.transpose(0, 1).flatten(1, 2)) for w in weight.unbind(1)]

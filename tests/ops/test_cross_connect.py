@@ -321,12 +321,16 @@ def test_one_sample_beyond_the_caches(two_threads, layout):
     check(paths(2, (1, 64, 256, 160), layout=layout), parameters(2, 2, 64))
 
 
-def test_plan_of_the_native_passes(two_threads):
-    """Which passes the cases of this file go through, so that each of them is known to have run."""
+@pytest.fixture
+def native_library():
     if reason := BACKENDS["native"].reason_against(torch.device("cpu"), torch.float32):
         pytest.skip(reason)
     with use_backend("native"):
-        ops.mix([torch.zeros(1, 1)], torch.ones(1, 1))  # loads the library
+        ops.mix([torch.zeros(1, 1)], torch.ones(1, 1))  # loads it
+
+
+def test_plan_of_the_native_passes(two_threads, native_library):
+    """Which passes the cases of this file go through, so that each of them is known to have run."""
     plan = torch.ops.fastroute_native.cpu_plan
     for shape, layout, expected in [
         ((3, 16, 8, 8), "contiguous", (False, True, True, False)),
@@ -359,8 +363,8 @@ def test_inference_writes_what_training_does(layout):
     assert torch.equal(found.gates, expected.gates) and torch.equal(found.scores, expected.scores)
 
 
-def test_kernels_are_told_whether_a_backward_follows(monkeypatch):
-    """By the gradient mode, which autograd turns off in a forward of its own."""
+def test_kernels_are_told_whether_a_backward_follows(native_library, monkeypatch):
+    """Outside compiled graphs, by the gradient mode, which autograd turns off in a forward of its own."""
     xs, ps, gates = paths(2, (3, 4, 5, 5)), parameters(2, 2, 4), torch.rand(3, 2, 2)
     kernels, modes = BACKENDS["reference"].kernels(), []
 
@@ -392,7 +396,7 @@ def test_kernels_are_told_whether_a_backward_follows(monkeypatch):
             leaf.requires_grad_(False)
 
 
-def test_tangents_are_refused():
+def test_tangents_are_refused(native_library):
     """Forward-mode differentiation has no formula here, and must not lose its tangents in silence, gradients or not."""
     xs, ps, gates = paths(2, (3, 4, 5, 5)), parameters(2, 2, 4), torch.rand(3, 2, 2)
     with forward_ad.dual_level(), torch.no_grad():
@@ -400,3 +404,16 @@ def test_tangents_are_refused():
         for call in (lambda: ops.cross_connect(xs, *ps), lambda: ops.mix(xs, gates)):
             with pytest.raises(RuntimeError, match="jvp is not implemented"):
                 call()
+
+
+def test_transforms_are_refused(native_library):
+    """An inner torch.func.grad has nothing to record of what an outer one differentiates, which must not be lost."""
+    xs, ps, gates = paths(2, (3, 4, 5, 5)), parameters(2, 2, 4), torch.rand(3, 2, 2)
+    for route in (lambda x: ops.cross_connect([x, xs[1]], *ps).outputs, lambda x: ops.mix([x, xs[1]], gates)):
+
+        def outer(x, route=route):
+            return torch.func.grad(lambda scale: scale * route(x)[0].sum())(torch.tensor(2.0))
+
+        for call in (outer, torch.func.grad(outer)):
+            with pytest.raises(RuntimeError, match="torch::autograd::Function"):
+                call(xs[0])

@@ -100,7 +100,7 @@ def test_large_maps_and_chunks(backend, layout, monkeypatch):
     passes = native._passes
     for form in FORMS:
         with monkeypatch.context() as patch:
-            patch.setattr(native, "_passes", lambda x: dataclasses.replace(passes(x), chunk_bytes=2**20))
+            patch.setattr(native, "_passes", lambda *args: dataclasses.replace(passes(*args), chunk_bytes=2**20))
             parts = check(xs, ps, form, padding=1)
         for a, b in zip((*whole[0], *whole[1]), (*parts[0], *parts[1]), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
@@ -253,10 +253,19 @@ def test_the_plan_of_the_native_passes():
         pytest.skip(reason)
     with use_backend("native"):
         ops.mix([torch.zeros(1, 1)], torch.ones(1, 1))  # loads the library
-    single, half = (native._passes(torch.zeros(1, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
+    small = torch.zeros(2, 2, 8, 8, 3, 3)
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    single, half, float16 = (native._passes(torch.zeros(1, dtype=dtype), small) for dtype in dtypes)
     assert single.channels_last and half.channels_last
-    assert native._passes(torch.zeros(1, dtype=torch.float16)).compute_dtype == torch.float32
+    assert float16.compute_dtype == torch.float32
     assert single.compute_dtype is half.compute_dtype is None
+    # Chunks grow with the weight, which each of them converts, and have a sample for each thread.
+    weights = small, torch.zeros(2, 2, 128, 128, 3, 3), torch.zeros(2, 2, 512, 512, 3, 3)
+    passes = [native._passes(torch.zeros(1), weight) for weight in weights]
+    assert [p.chunk_bytes for p in passes] == [1 << 20, weights[1].nbytes, 8 << 20]
+    threads = torch.get_num_threads()
+    large = torch.zeros(4 * threads, 1).expand(-1, 1 << 20)  # 4 MiB a sample
+    assert [c.stop - c.start for c in single._chunks(large)] == [threads] * 4
 
 
 x = torch.zeros(4, 3, 6, 6)
