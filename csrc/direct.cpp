@@ -5,7 +5,6 @@
 #include "mixture.h"
 #include "paths.h"
 
-#include <ATen/FuncTorchTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
@@ -221,18 +220,8 @@ std::tuple<at::Tensor, at::Tensor> mixture_backward_cpu(
           scores, scores_aug, posterior, means, scales, grad_loss.contiguous(), gamma, batch_statistics);
 }
 
-// Whether autograd has a call to record, or a tangent to refuse. The transforms of torch.func are refused here as they are
-// by torch::autograd::Function: one further out may record what this one does not.
-template <typename... Parameters>
-bool is_recorded(at::TensorList xs, const Parameters&... parameters) {
-  using namespace torch::autograd;
-  if (const auto& transforms = at::functorch::functorchTLSAccessor()) transforms->checkSupportsCppAutogradFunction();
-  return compute_requires_grad(xs, parameters...) || isFwGradDefinedTensorList(xs) ||
-      (isFwGradDefined(parameters) || ...);
-}
-
-// A forward through the dispatcher below autograd. The gradient mode tells the kernels whether a backward is known to
-// follow; of one in a compiled graph nothing is known here.
+// A forward through the dispatcher below autograd. The gradient mode, which Function::apply turns off, tells the kernels
+// whether a backward is known to follow; of one in a compiled graph nothing is known here.
 template <typename Signature, typename... Args>
 auto call_forward(const Operator<Signature>& op, bool recorded, const Args&... args) {
   at::AutoDispatchBelowAutograd below;
@@ -276,8 +265,8 @@ struct CrossConnect : torch::autograd::Function<CrossConnect> {
   // What cannot be differentiated goes out by pointer: compiled autograd knows no `mark_non_differentiable`.
   static variable_list forward(
       AutogradContext* ctx, at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1,
-      const at::Tensor& w2, const OptionalTensor& b2, bool relu, at::Tensor* pooled, at::Tensor* hidden) {
-    auto [results, gates, scores, pooled_, hidden_] = call_forward(cross_connect(), true, xs, w1, b1, w2, b2, relu);
+      const at::Tensor& w2, const OptionalTensor& b2, bool relu, bool recorded, at::Tensor* pooled, at::Tensor* hidden) {
+    auto [results, gates, scores, pooled_, hidden_] = call_forward(cross_connect(), recorded, xs, w1, b1, w2, b2, relu);
     ctx->saved_data["relu"] = relu;
     ctx->set_materialize_grads(false);
     variable_list saved = {undefined_or(w1), undefined_or(b1), w2, undefined_or(b2), gates, pooled_, hidden_};
@@ -310,7 +299,7 @@ struct CrossConnect : torch::autograd::Function<CrossConnect> {
     add(grad_b1, b1);
     add(grad_w2, w2);
     add(grad_b2, b2);
-    results.resize(results.size() + 3);  // nothing for relu and the pointers
+    results.resize(results.size() + 4);  // nothing for relu, recorded and the pointers
     return std::move(results);
   }
 };
@@ -318,9 +307,9 @@ struct CrossConnect : torch::autograd::Function<CrossConnect> {
 Forward cross_connect_autograd(
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
     const OptionalTensor& b2, bool relu) {
-  if (!is_recorded(xs, w1, b1, w2, b2)) return call_forward(cross_connect(), false, xs, w1, b1, w2, b2, relu);
   at::Tensor pooled, hidden;
-  variable_list results = CrossConnect::apply(xs, w1, b1, w2, b2, relu, &pooled, &hidden);
+  const bool recorded = torch::autograd::compute_requires_grad(xs, w1, b1, w2, b2);
+  variable_list results = CrossConnect::apply(xs, w1, b1, w2, b2, relu, recorded, &pooled, &hidden);
   const size_t n = results.size() - 2;
   Forward forward{{}, results[n], results[n + 1], pooled, hidden};
   results.resize(n);
@@ -331,12 +320,12 @@ Forward cross_connect_autograd(
 struct Mix : torch::autograd::Function<Mix> {
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* ctx, at::TensorList xs, const at::Tensor& gates) {
+  static variable_list forward(AutogradContext* ctx, at::TensorList xs, const at::Tensor& gates, bool recorded) {
     ctx->set_materialize_grads(false);
     variable_list saved = {gates};
     saved.insert(saved.end(), xs.begin(), xs.end());
     ctx->save_for_backward(std::move(saved));
-    return call_forward(mix(), true, xs, gates);
+    return call_forward(mix(), recorded, xs, gates);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -348,12 +337,13 @@ struct Mix : torch::autograd::Function<Mix> {
         call_backward(mix_backward(), at::TensorList(grads), xs, gates, any_needs_grad(ctx, xs.size()));
     results.resize(xs.size());
     results.push_back(grad_gates.to(gates.scalar_type()));
+    results.emplace_back();  // nothing for recorded
     return std::move(results);
   }
 };
 
 std::vector<at::Tensor> mix_autograd(at::TensorList xs, const at::Tensor& gates) {
-  return is_recorded(xs, gates) ? Mix::apply(xs, gates) : call_forward(mix(), false, xs, gates);
+  return Mix::apply(xs, gates, torch::autograd::compute_requires_grad(xs, gates));
 }
 
 struct Mixture : torch::autograd::Function<Mixture> {

@@ -157,7 +157,7 @@ struct Lanes {
     }
     return lanes;
   }
-  void store(T* to, int64_t tail, bool stream) const {
+  void store(T* to, int64_t tail, bool stream = false) const {
     Pack<T> pack;
     for (int h = 0; h < Pack<T>::kParts; ++h) pack.part[h] = part[h % kParts];
     if (kHalf || tail) {
@@ -331,11 +331,11 @@ at::Tensor scale_paths(
                       x.part[h] = Part::blendv(x.part[h], Part(0), y.part[h] <= Part(0));  // a NaN stays one
                     }
                   }
-                  if (kept[p]) x.store(kept[p] + (row + r) * g.channels + c, tail, false);
+                  if (kept[p]) x.store(kept[p] + (row + r) * g.channels + c, tail);
                   for (int h = 0; h < std::ssize(x.part); ++h) sum.part[h] = sum.part[h] + x.part[h];
 #pragma GCC unroll 8
                   for (int q = 0; q < outs(); ++q) {
-                    fmadd(x, typename L::Part(weight[q]), L::all(0)).store(to[q] + r * pitch + c, tail, false);
+                    fmadd(x, typename L::Part(weight[q]), L::all(0)).store(to[q] + r * pitch + c, tail);
                   }
                 }
                 L all = L::load_sums(total + p * g.channels + c, tail);
