@@ -1,7 +1,9 @@
 """The memory of outputs, which is kept from one call to the next."""
 
+import multiprocessing
 import resource
 import threading
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -65,12 +67,20 @@ def test_memory_in_use_is_left_alone():
 
 
 def test_no_more_than_256_mib_is_kept():
+    """In a process of its own: in this one as much may be kept already."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        kept = process.submit(kept_of_460_mib).result()
+    assert 128 << 20 < kept < 320 << 20
+
+
+def kept_of_460_mib():
     before = resident()
-    for height in range(256, 1024, 64):  # each size is new: 460 MiB in all
+    for height in range(256, 1024, 64):  # each size is new
         x = torch.zeros(1, 64, height, 128)
-        ops.mix([x, x], torch.full((2, 2), 0.5))
+        with use_backend("native"):
+            ops.mix([x, x], torch.full((2, 2), 0.5))
         del x
-    assert resident() - before < 320 << 20
+    return resident() - before
 
 
 def resident():

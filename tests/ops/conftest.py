@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastroute import use_backend
+from fastroute import ops, use_backend
 from fastroute.backends import BACKENDS
 
 
@@ -12,3 +12,11 @@ def backend(request):
         pytest.skip(reason)
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def native_library():
+    if reason := BACKENDS["native"].reason_against(torch.device("cpu"), torch.float32):
+        pytest.skip(reason)
+    with use_backend("native"):
+        ops.mix([torch.zeros(1, 1)], torch.ones(1, 1))  # loads it

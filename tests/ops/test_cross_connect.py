@@ -321,14 +321,6 @@ def test_one_sample_beyond_the_caches(two_threads, layout):
     check(paths(2, (1, 64, 256, 160), layout=layout), parameters(2, 2, 64))
 
 
-@pytest.fixture
-def native_library():
-    if reason := BACKENDS["native"].reason_against(torch.device("cpu"), torch.float32):
-        pytest.skip(reason)
-    with use_backend("native"):
-        ops.mix([torch.zeros(1, 1)], torch.ones(1, 1))  # loads it
-
-
 def test_plan_of_the_native_passes(two_threads, native_library):
     """Which passes the cases of this file go through, so that each of them is known to have run."""
     plan = torch.ops.fastroute_native.cpu_plan

@@ -7,7 +7,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastroute import ops, use_backend
-from fastroute.backends import BACKENDS
 from fastroute.backends.native import cross_predict as native
 from tests.ops.cases import check_against_eager, differentiate, paths
 from tests.ops.cases import eager_cross_predict as eager
@@ -247,12 +246,8 @@ def test_keeps_no_predictions_for_the_backward(backend):
     assert theirs >= 15 * path  # U too
 
 
-def test_the_plan_of_the_native_passes():
+def test_the_plan_of_the_native_passes(native_library):
     """That the cases of this file take the way that they are there for."""
-    if reason := BACKENDS["native"].reason_against(torch.device("cpu"), torch.float32):
-        pytest.skip(reason)
-    with use_backend("native"):
-        ops.mix([torch.zeros(1, 1)], torch.ones(1, 1))  # loads the library
     small = torch.zeros(2, 2, 8, 8, 3, 3)
     dtypes = torch.float32, torch.bfloat16, torch.float16
     single, half, float16 = (native._passes(torch.zeros(1, dtype=dtype), small) for dtype in dtypes)
