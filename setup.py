@@ -20,10 +20,11 @@ ROOT = Path(__file__).parent
 PACKAGE = "fastroute.backends.native"
 
 
-def source_hash(folder: str) -> str:
-    """As the loader computes it, from the loader's own file: the package cannot be imported while it is built."""
-    loader = runpy.run_path(str(ROOT / "fastroute/backends/native/_hash.py"))
-    return loader["source_hash"](ROOT / "csrc", folder)
+def marks(*folders: str) -> list[str]:
+    """What a library says it was built from, computed as the loader does: the package cannot be imported yet."""
+    loader = runpy.run_path(str(ROOT / "fastroute/ops/_source_hash.py"))
+    built_from = loader["source_hash"](ROOT, *folders)
+    return [f'-DFASTROUTE_BUILD="{built_from}"', f'-DFASTROUTE_TORCH="{torch.__version__}"']
 
 
 def sources(folder: str, suffix: str) -> list[str]:
@@ -51,29 +52,21 @@ def cpu_extensions() -> list:
         }
     operators = cpp_extension.CppExtension(
         f"{PACKAGE}._C",
-        ["csrc/operators.cpp"],
-        extra_compile_args=[
-            *flags,
-            f'-DFASTROUTE_BUILD="{source_hash("cpu")}"',
-            f'-DFASTROUTE_TORCH="{torch.__version__}"',
-        ],
-    )
-    direct = cpp_extension.CppExtension(
-        f"{PACKAGE}._C_direct",
-        ["csrc/direct.cpp"],
-        extra_compile_args=flags,
+        ["csrc/operators.cpp", *sources("ops", ".cpp"), *sources("triton", ".cpp")],
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args=[*flags, *marks("ops", "triton")],
     )
     kernels = [
         cpp_extension.CppExtension(
             f"{PACKAGE}._C_{name}",
             sources("cpu", ".cpp"),
             include_dirs=[str(ROOT / "csrc")],
-            extra_compile_args=[*flags, *target_flags],
+            extra_compile_args=[*flags, *target_flags, *marks("cpu")],
             extra_link_args=["-fopenmp"],
         )
         for name, target_flags in instruction_sets.items()
     ]
-    return [operators, direct, *kernels]
+    return [operators, *kernels]
 
 
 def nvcc() -> str | None:
@@ -123,7 +116,7 @@ def cuda_extensions() -> list:
             sources("cuda", ".cpp") + sources("cuda", ".cu"),
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args={
-                "cxx": ["-O3", "-g0", "-std=c++20", "-Wall", f'-DFASTROUTE_CUDA_BUILD="{source_hash("cuda")}"'],
+                "cxx": ["-O3", "-g0", "-std=c++20", "-Wall", *marks("cuda")],
                 "nvcc": ["-O3", "-std=c++20"],
             },
         )

@@ -1,36 +1,38 @@
-// The native operators' schemas. Their kernels register from libraries of their own, one for each instruction set or
-// device, so that a process loads only code that its processor can run.
+// The namespaces. fastroute:: has the operators that users call; csrc/ops checks their arguments and chooses who computes
+// them: fastroute_native:: the compiled kernels, which register from libraries of their own, one for each instruction set or
+// device, so that a process loads only code that its processor can run; or fastroute_python:: what Python brings.
+
+#include "build.h"
 
 #include <torch/library.h>
 
-#include <string>
+namespace {
+
+constexpr const char* kSchemas[] = {
+#define FASTROUTE_OPERATOR(schema) schema,
+#include "../fastroute/ops/schemas.inc"
+#undef FASTROUTE_OPERATOR
+};
+
+void define_operators(torch::Library& m) {
+  for (const char* schema : kSchemas) m.def(schema, {at::Tag::pt2_compliant_tag});
+}
+
+}  // namespace
+
+TORCH_LIBRARY(fastroute, m) {
+  define_operators(m);
+}
+
+TORCH_LIBRARY(fastroute_python, m) {
+  define_operators(m);
+  // Who can serve a tensor like this one, as a sum: 1 for the compiled kernels, 2 for Triton, 4 where the compiled kernels
+  // have clusters of multiprocessors.
+  m.def("choose(Tensor like) -> int");
+}
 
 TORCH_LIBRARY(fastroute_native, m) {
-  m.def(
-      "cross_connect(Tensor[] xs, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, bool relu)"
-      " -> (Tensor[] outputs, Tensor gates, Tensor scores, Tensor pooled, Tensor hidden)");
-  m.def(
-      "cross_connect_backward(Tensor[] grad_outputs, Tensor? grad_gates, Tensor? grad_scores, Tensor[] xs,"
-      " Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor gates, Tensor pooled, Tensor hidden, bool relu,"
-      " bool grad_inputs)"
-      " -> (Tensor[] grad_xs, Tensor grad_w1, Tensor grad_b1, Tensor grad_w2, Tensor grad_b2)");
-  m.def("mix(Tensor[] xs, Tensor gates) -> Tensor[]");
-  m.def(
-      "mix_backward(Tensor[] grad_outputs, Tensor[] xs, Tensor gates, bool grad_inputs)"
-      " -> (Tensor[] grad_xs, Tensor grad_gates)");
-  m.def(
-      "mixture_em_loss(Tensor scores, Tensor? scores_aug, Tensor? prior, Tensor? mean, Tensor? std, float gamma)"
-      " -> (Tensor loss, Tensor posterior, Tensor means, Tensor scales)");
-  m.def(
-      "mixture_em_loss_backward(Tensor scores, Tensor? scores_aug, Tensor posterior, Tensor means, Tensor scales,"
-      " Tensor grad_loss, float gamma, bool batch_statistics) -> (Tensor grad_scores, Tensor grad_scores_aug)");
-  m.def(
-      "gate(Tensor[] xs, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2)"
-      " -> (Tensor gates, Tensor scores, Tensor pooled, Tensor hidden)");
-  m.def(
-      "gate_backward(Tensor? grad_gates, Tensor? grad_scores, Tensor[] xs, Tensor? w1, Tensor? b1, Tensor w2,"
-      " Tensor? b2, Tensor gates, Tensor pooled, Tensor hidden)"
-      " -> (Tensor shares, Tensor grad_w1, Tensor grad_b1, Tensor grad_w2, Tensor grad_b2)");
+  define_operators(m);
   // The passes around the convolutions of cross-prediction; their sources say what each of them does.
   m.def(
       "sum_predictions(Tensor[] predictions, Tensor gates, Tensor? offsets, bool relu, Tensor(a!)[] outputs) -> ()");
@@ -44,10 +46,4 @@ TORCH_LIBRARY(fastroute_native, m) {
   // a forward in the gradient mode of the call, a channel's value by rows or by elements in the backward, whether the next
   // sample is asked for meanwhile, and whether in the forward all threads take each sample together.
   m.def("cpu_plan(Tensor x, int m, int n) -> (bool streamed, bool by_rows, bool looks_ahead, bool shared)");
-  // Whether the user has named a backend: then direct.cpp sends all calls through Python, which makes the choice.
-  m.def("name_backend(bool named) -> ()");
-  // What the libraries were built from, so that a stale build is seen: a hash of csrc, and the version of torch.
-  m.def("build() -> (str, str)", [] {
-    return std::make_tuple(std::string(FASTROUTE_BUILD), std::string(FASTROUTE_TORCH));
-  });
 }

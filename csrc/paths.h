@@ -1,17 +1,20 @@
-// Lists of parallel paths (N, C, *S): the checks that memory safety needs, sample layout, and allocation of outputs.
-// fastroute.ops has the checks that explain themselves.
+// Lists of parallel paths (N, C, *S): what every operator asks of them, sample layout, and allocation of outputs.
+// Where there is no compiled library, fastroute/ops/_paths.py says the same in Python.
 
 #pragma once
 
 #include "common.h"
+#include "messages.h"
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -50,7 +53,98 @@ struct Geometry {
   int64_t elements() const { return channels * size; }
 };
 
-inline void check_paths(at::TensorList xs, const at::Tensor& like) {
+inline bool is_served(at::ScalarType type) {
+  return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble;
+}
+
+constexpr const char* kServedTypes = "float32, bfloat16, float16, float64";
+
+// Raises unless xs are 1 to 8 floating-point tensors (N, C, *S) of one shape, type and device.
+inline void check_paths(const char* label, at::TensorList xs) {
+  TORCH_CHECK_VALUE(
+      !xs.empty() && static_cast<int64_t>(xs.size()) <= kMaxPaths, label, " has ", xs.size(),
+      " paths; it must have 1 to ", kMaxPaths);
+  const at::Tensor& first = xs[0];
+  const auto shape = first.sizes();
+  const auto type = first.scalar_type();
+  TORCH_CHECK_TYPE(
+      is_served(type), label, "[0] has dtype ", name(type), "; it must be one of ", kServedTypes);
+  TORCH_CHECK_VALUE(
+      shape.size() >= 2 && shape.size() <= 5, label, "[0] has shape ", tuple(shape),
+      "; it must be (N, C) with up to 3 spatial sizes more");
+  TORCH_CHECK_VALUE(
+      std::find(shape.begin() + 1, shape.end(), 0) == shape.end(), label, "[0] has shape ", tuple(shape),
+      "; only the batch size may be 0");
+  for (size_t i = 0; i < xs.size(); ++i) {
+    const at::Tensor& x = xs[i];
+    TORCH_CHECK_VALUE(
+        x.layout() == at::kStrided, label, "[", i, "] has layout ", name(x.layout()), "; it must be torch.strided");
+    TORCH_CHECK_VALUE(
+        x.sizes() == shape, label, "[", i, "] has shape ", tuple(x.sizes()), "; it must have the shape of ", label,
+        "[0], ", tuple(shape));
+    TORCH_CHECK_TYPE(
+        x.scalar_type() == type, label, "[", i, "] has dtype ", name(x.scalar_type()), "; it must have the dtype of ",
+        label, "[0], ", name(type));
+    TORCH_CHECK_VALUE(
+        x.device() == first.device(), label, "[", i, "] is on ", x.device().str(), "; it must be on the device of ",
+        label, "[0], ", first.device().str());
+  }
+}
+
+// Raises unless a gate's parameter has this shape, lies on x's device and is at least as precise as it need be.
+inline void check_weight(const char* label, const at::Tensor& weight, at::IntArrayRef shape, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(
+      weight.sizes() == shape, label, " has shape ", tuple(weight.sizes()), "; it must have shape ", tuple(shape));
+  TORCH_CHECK_VALUE(
+      weight.device() == x.device(), label, " is on ", weight.device().str(),
+      "; it must be on the device of the paths, ", x.device().str());
+  const auto type = weight.scalar_type();
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == x.scalar_type(), label, " has dtype ", name(type), "; it must be ",
+      either(x.scalar_type(), at::kFloat), " for paths of ", name(x.scalar_type()));
+}
+
+// Raises unless these are the parameters of gates for the paths, as `cross_connect` takes them.
+inline void check_gate(
+    at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
+    const OptionalTensor& b2) {
+  const at::Tensor& x = xs[0];
+  const int64_t m = static_cast<int64_t>(xs.size()), channels = x.size(1);
+  TORCH_CHECK_VALUE(
+      w2.dim() == 3 && w2.size(1) >= 1 && w2.size(1) <= kMaxPaths, "w2 has shape ", tuple(w2.sizes()),
+      "; it must be (m, n, G), from m = ", m, " paths to n = 1 to ", kMaxPaths);
+  const int64_t n = w2.size(1);
+  int64_t hidden = channels;
+  if (!w1) {
+    TORCH_CHECK_VALUE(!b1, "b1 is given without w1; the linear gate (w1=None) has the bias b2 alone");
+  } else {
+    TORCH_CHECK_VALUE(
+        w1->dim() == 3 && w1->size(1) != 0, "w1 has shape ", tuple(w1->sizes()), "; it must be (m, G, C) = (", m,
+        ", G, ", channels, ")");
+    hidden = w1->size(1);
+    check_weight("w1", *w1, {m, hidden, channels}, x);
+    if (b1) check_weight("b1", *b1, {m, hidden}, x);
+  }
+  check_weight("w2", w2, {m, n, hidden}, x);
+  if (b2) check_weight("b2", *b2, {m, n}, x);
+}
+
+// Raises unless gates are (m, n) or (N, m, n) for the paths.
+inline void check_gates(const at::Tensor& gates, at::TensorList xs) {
+  const at::Tensor& x = xs[0];
+  const int64_t m = static_cast<int64_t>(xs.size()), n = gates.dim() ? gates.size(-1) : 0;
+  TORCH_CHECK_VALUE(
+      (gates.dim() == 2 || gates.dim() == 3) && n >= 1 && n <= kMaxPaths, "gates have shape ", tuple(gates.sizes()),
+      "; they must be (N, m, n) = (", x.size(0), ", ", m, ", n) or (m, n) with n from 1 to ", kMaxPaths);
+  if (gates.dim() == 2) {
+    check_weight("gates", gates, {m, n}, x);
+  } else {
+    check_weight("gates", gates, {x.size(0), m, n}, x);
+  }
+}
+
+// What the kernels need for memory safety of paths that are in their layout already.
+inline void check_aligned(at::TensorList xs, const at::Tensor& like) {
   TORCH_CHECK(!xs.empty() && static_cast<int64_t>(xs.size()) <= kMaxPaths, "1 to 8 paths are served, not ", xs.size());
   const bool channels_last = !sample_is_dense(like, false);
   for (const auto& x : xs) {
@@ -60,6 +154,50 @@ inline void check_paths(at::TensorList xs, const at::Tensor& like) {
         "paths differ in shape, type, device or memory format");
   }
 }
+
+inline at::Tensor to_channels_last(const at::Tensor& x) { return x.movedim(1, -1).contiguous().movedim(-1, 1); }
+
+// Tensors in the sample layout of the kernels: as they are where they have it, else copies.
+class Aligned {
+ public:
+  // Of paths that `check_paths` has passed: their own layout where that is [C, *S] or [*S, C], else by one copy. Raises
+  // where some are NCHW and others channels_last: copying one silently would cost more than routing.
+  Aligned(const char* label, at::TensorList xs) : given_(xs) {
+    const auto first = [](const at::Tensor& x) { return sample_is_dense(x, false); };
+    const auto last = [](const at::Tensor& x) { return sample_is_dense(x, true); };
+    if (std::all_of(xs.begin(), xs.end(), first) || std::all_of(xs.begin(), xs.end(), last)) return;
+    const auto only_first = std::find_if(xs.begin(), xs.end(), [&](const at::Tensor& x) { return first(x) && !last(x); });
+    const auto only_last = std::find_if(xs.begin(), xs.end(), [&](const at::Tensor& x) { return last(x) && !first(x); });
+    TORCH_CHECK_VALUE(
+        only_first == xs.end() || only_last == xs.end(), label, "[", only_first - xs.begin(), "] is contiguous and ",
+        label, "[", only_last - xs.begin(), "] is channels_last; every path must have the same memory format");
+    const bool channels_last = only_last != xs.end();
+    for (const at::Tensor& x : xs) {
+      copies_.push_back(sample_is_dense(x, channels_last) ? x : channels_last ? to_channels_last(x) : x.contiguous());
+    }
+  }
+
+  // Of incoming gradients: the layout and type of the paths `like`, copied only where they differ.
+  Aligned(at::TensorList xs, const at::Tensor& like) : given_(xs) {
+    const bool channels_last = !sample_is_dense(like, false);
+    const auto type = like.scalar_type();
+    const auto fits = [&](const at::Tensor& x) {
+      return x.scalar_type() == type && sample_is_dense(x, channels_last);
+    };
+    if (std::all_of(xs.begin(), xs.end(), fits)) return;
+    for (const at::Tensor& x : xs) {
+      const at::Tensor y = x.to(type);
+      copies_.push_back(sample_is_dense(y, channels_last) ? y : channels_last ? to_channels_last(y) : y.contiguous());
+    }
+  }
+
+  operator at::TensorList() const { return copies_.empty() ? given_ : at::TensorList(copies_); }
+  const at::Tensor& operator[](size_t i) const { return static_cast<at::TensorList>(*this)[i]; }
+
+ private:
+  at::TensorList given_;
+  std::vector<at::Tensor> copies_;
+};
 
 // A gate parameter in the accumulation type and contiguous, which it mostly is already.
 inline at::Tensor parameter(const at::Tensor& p, at::ScalarType type, at::IntArrayRef shape, const at::Tensor& x) {
@@ -79,6 +217,21 @@ inline at::ScalarType accumulate_type(at::ScalarType type) {
 inline std::vector<int64_t> path_strides(const at::Tensor& x) {
   std::vector<int64_t> strides = x.strides().vec();
   strides[0] = Geometry(x).elements();
+  return strides;
+}
+
+// Those of a map (N, C, *S) that is [N, C, *S] in memory, or [N, *S, C].
+inline std::vector<int64_t> dense_strides(at::IntArrayRef shape, bool channels_last) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t expected = 1;
+  const auto next = [&](size_t dim) {
+    strides[dim] = expected;
+    expected *= shape[dim];
+  };
+  if (channels_last) next(1);
+  for (size_t dim = shape.size() - 1; dim >= 2; --dim) next(dim);
+  if (!channels_last) next(1);
+  next(0);
   return strides;
 }
 

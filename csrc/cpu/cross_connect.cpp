@@ -50,7 +50,7 @@ void forward_kernel(
 Forward cross_connect(
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
     const OptionalTensor& b2, bool relu) {
-  check_paths(xs, xs[0]);
+  check_aligned(xs, xs[0]);
   const at::Tensor& x = xs[0];
   const Geometry g(x);
   const Parameters p(xs, w1, b1, w2, b2);
@@ -109,8 +109,8 @@ Backward cross_connect_backward(
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
     const OptionalTensor& b2, const at::Tensor& gates, const at::Tensor& pooled, const at::Tensor& hidden,
     bool relu, bool grad_inputs) {
-  check_paths(xs, xs[0]);
-  check_paths(grad_outputs, xs[0]);
+  check_aligned(xs, xs[0]);
+  check_aligned(grad_outputs, xs[0]);
   const at::Tensor& x = xs[0];
   const Geometry g(x);
   const Parameters p(xs, w1, b1, w2, b2);

@@ -236,7 +236,7 @@ void sum_predictions(
     at::TensorList predictions, const at::Tensor& gates_, const OptionalTensor& offsets_, bool relu,
     at::TensorList outputs) {
   const at::Tensor& y0 = outputs[0];
-  check_paths(outputs, y0);
+  check_aligned(outputs, y0);
   const Geometry g(y0);
   const int64_t m = static_cast<int64_t>(predictions.size()), n = static_cast<int64_t>(outputs.size());
   check_joined(predictions, y0, n);
@@ -289,12 +289,12 @@ at::Tensor scale_paths(
     at::TensorList paths, at::TensorList masks, const at::Tensor& weights_, bool sums, at::TensorList masked,
     at::TensorList scaled) {
   const at::Tensor& x = paths[0];
-  check_paths(paths, x);
+  check_aligned(paths, x);
   const Geometry g(x);
   const int64_t parts = static_cast<int64_t>(paths.size()), count = weights_.size(-1);
   TORCH_CHECK(count <= kMaxPaths, "up to 8 outputs are served, not ", count);
   const at::Tensor weights = checked(weights_, {g.batch, parts, count}, x);
-  if (!masks.empty()) check_paths(masks, x);
+  if (!masks.empty()) check_aligned(masks, x);
   TORCH_CHECK(masks.empty() || static_cast<int64_t>(masks.size()) == parts, "as many masks as paths are needed");
   if (!masked.empty()) check_joined(masked, x, 1);
   TORCH_CHECK(masked.empty() || static_cast<int64_t>(masked.size()) == parts, "as many masked paths as paths are needed");
@@ -355,11 +355,11 @@ at::Tensor scale_paths(
 // grad_xs_i = Σ_j gates[i][j] terms_j[part i], whose format need not be that of xs.
 at::Tensor sum_gradients(at::TensorList terms, at::TensorList xs, const at::Tensor& gates_, at::TensorList grad_xs) {
   const at::Tensor& x0 = xs[0];
-  check_paths(xs, x0);
+  check_aligned(xs, x0);
   const Geometry g(x0);
   const int64_t m = static_cast<int64_t>(xs.size()), n = static_cast<int64_t>(terms.size());
   check_joined(terms, x0, m);
-  if (!grad_xs.empty()) check_paths(grad_xs, grad_xs[0]);
+  if (!grad_xs.empty()) check_aligned(grad_xs, grad_xs[0]);
   TORCH_CHECK(
       grad_xs.empty() || (static_cast<int64_t>(grad_xs.size()) == m && grad_xs[0].sizes() == x0.sizes() &&
                           grad_xs[0].scalar_type() == x0.scalar_type()),

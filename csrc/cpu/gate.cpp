@@ -10,7 +10,7 @@ namespace {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gate(
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
     const OptionalTensor& b2) {
-  check_paths(xs, xs[0]);
+  check_aligned(xs, xs[0]);
   const at::Tensor& x = xs[0];
   const Geometry g(x);
   const Parameters p(xs, w1, b1, w2, b2);

@@ -1,5 +1,6 @@
 #include "cpu/memory.h"
 
+#include "build.h"
 #include "paths.h"
 
 #include <ATen/Context.h>

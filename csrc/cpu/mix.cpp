@@ -26,7 +26,7 @@ struct Gates {
 };
 
 std::vector<at::Tensor> mix(at::TensorList xs, const at::Tensor& gates_) {
-  check_paths(xs, xs[0]);
+  check_aligned(xs, xs[0]);
   const Geometry g(xs[0]);
   const Gates gates(gates_, xs);
   std::vector<at::Tensor> outputs = allocate_paths(xs[0], gates.n);
@@ -56,8 +56,8 @@ std::vector<at::Tensor> mix(at::TensorList xs, const at::Tensor& gates_) {
 
 std::tuple<std::vector<at::Tensor>, at::Tensor> mix_backward(
     at::TensorList grad_outputs, at::TensorList xs, const at::Tensor& gates_, bool grad_inputs) {
-  check_paths(xs, xs[0]);
-  check_paths(grad_outputs, xs[0]);
+  check_aligned(xs, xs[0]);
+  check_aligned(grad_outputs, xs[0]);
   const Geometry g(xs[0]);
   const Gates gates(gates_, xs);
   const int64_t m = static_cast<int64_t>(xs.size()), n = gates.n;

@@ -1,6 +1,7 @@
 // Cross-connection routing (Alg. 2) and its backward (Eq. 3.10 to 3.15): one read by clusters where the sample fits, else
 // two passes. With relu, the paths are max(x, 0) of those given, taken at each read.
 
+#include "build.h"
 #include "cuda/tensors.h"
 
 #include <ATen/ops/empty_like.h>
@@ -52,7 +53,7 @@ int64_t cluster_for(int64_t paths, const Shape& shape, int64_t extra, bool align
 Forward cross_connect(
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
     const OptionalTensor& b2, bool relu) {
-  check_paths(xs, xs[0]);
+  check_aligned(xs, xs[0]);
   const at::Tensor& x = xs[0];
   const c10::cuda::CUDAGuard guard(x.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
@@ -91,8 +92,8 @@ Backward cross_connect_backward(
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
     const OptionalTensor& b2, const at::Tensor& gates_, const at::Tensor& pooled_, const at::Tensor& hidden_,
     bool relu, bool grad_inputs) {
-  check_paths(xs, xs[0]);
-  check_paths(grad_outputs, xs[0]);
+  check_aligned(xs, xs[0]);
+  check_aligned(grad_outputs, xs[0]);
   const at::Tensor& x = xs[0];
   const c10::cuda::CUDAGuard guard(x.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
@@ -168,11 +169,4 @@ TORCH_LIBRARY_FRAGMENT(fastroute_native, m) {
       });
   m.def("cuda_force_cluster(int size) -> ()", [](int64_t size) { fastroute::cuda::forced_cluster = size; });
   m.def("cuda_last_cluster() -> int", [] { return fastroute::cuda::last_cluster.load(); });
-}
-
-// The sources that this library was built from. It is read from the file, since loading beside a library of operators
-// with other schemas ends the process.
-extern "C" {
-extern const char fastroute_cuda_build[];
-__attribute__((used)) const char fastroute_cuda_build[] = "fastroute_cuda_build " FASTROUTE_CUDA_BUILD;
 }

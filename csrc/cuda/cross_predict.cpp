@@ -35,7 +35,7 @@ void sum_predictions_op(
     at::TensorList predictions, const at::Tensor& gates_, const OptionalTensor& offsets_, bool relu,
     at::TensorList ys) {
   const at::Tensor& y = ys[0];
-  check_paths(ys, y);
+  check_aligned(ys, y);
   const auto m = static_cast<int64_t>(predictions.size()), n = static_cast<int64_t>(ys.size());
   check_joined(predictions, y, n);
   const c10::cuda::CUDAGuard guard(y.device());
@@ -54,14 +54,14 @@ at::Tensor scale_paths_op(
     at::TensorList paths, at::TensorList masks, const at::Tensor& weights_, bool sums, at::TensorList masked,
     at::TensorList scaled) {
   const at::Tensor& x = paths[0];
-  check_paths(paths, x);
+  check_aligned(paths, x);
   const auto parts = static_cast<int64_t>(paths.size()), count = weights_.size(-1);
   TORCH_CHECK(masks.empty() || masks.size() == paths.size(), "as many masks as paths are needed");
   TORCH_CHECK(masked.empty() || masked.size() == paths.size(), "as many masked paths as paths are needed");
   TORCH_CHECK(!sums || !masked.empty(), "sums are taken of masked paths");
   TORCH_CHECK(static_cast<int64_t>(scaled.size()) == count, "one joined path for each weight is needed");
-  if (!masks.empty()) check_paths(masks, x);
-  if (!masked.empty()) check_paths(masked, x);
+  if (!masks.empty()) check_aligned(masks, x);
+  if (!masked.empty()) check_aligned(masked, x);
   check_joined(scaled, x, parts);
   const c10::cuda::CUDAGuard guard(x.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
@@ -80,10 +80,10 @@ at::Tensor scale_paths_op(
 at::Tensor sum_gradients_op(
     at::TensorList terms, at::TensorList xs, const at::Tensor& gates_, at::TensorList grad_xs) {
   const at::Tensor& x = xs[0];
-  check_paths(xs, x);
+  check_aligned(xs, x);
   const auto m = static_cast<int64_t>(xs.size()), n = static_cast<int64_t>(terms.size());
   check_joined(terms, x, m);
-  if (!grad_xs.empty()) check_paths(grad_xs, x);
+  if (!grad_xs.empty()) check_aligned(grad_xs, x);
   TORCH_CHECK(grad_xs.empty() || grad_xs.size() == xs.size(), "as many gradients as paths are needed");
   const c10::cuda::CUDAGuard guard(x.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();

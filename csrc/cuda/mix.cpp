@@ -19,7 +19,7 @@ at::Tensor checked_gates(const at::Tensor& gates, at::TensorList xs, int64_t n) 
 int64_t batch_stride(const at::Tensor& gates) { return gates.dim() == 2 ? 0 : gates.stride(0); }
 
 std::vector<at::Tensor> mix(at::TensorList xs, const at::Tensor& gates_) {
-  check_paths(xs, xs[0]);
+  check_aligned(xs, xs[0]);
   const int64_t n = gates_.size(-1);
   const at::Tensor& x = xs[0];
   const c10::cuda::CUDAGuard guard(x.device());
@@ -36,8 +36,8 @@ std::vector<at::Tensor> mix(at::TensorList xs, const at::Tensor& gates_) {
 
 std::tuple<std::vector<at::Tensor>, at::Tensor> mix_backward(
     at::TensorList grad_outputs, at::TensorList xs, const at::Tensor& gates_, bool grad_inputs) {
-  check_paths(xs, xs[0]);
-  check_paths(grad_outputs, xs[0]);
+  check_aligned(xs, xs[0]);
+  check_aligned(grad_outputs, xs[0]);
   const at::Tensor& x = xs[0];
   const auto m = static_cast<int64_t>(xs.size()), n = static_cast<int64_t>(grad_outputs.size());
   const c10::cuda::CUDAGuard guard(x.device());

@@ -8,9 +8,10 @@ from importlib import import_module
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from fastroute.backends import native, reference, triton
-from fastroute.ops._library import LIBRARY, OPERATORS, PYTHON
+from fastroute.ops._library import KERNELS, NOT_COMPILED, OPERATORS, PYTHON, implement
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ def _backend(package: ModuleType) -> Backend:
 
 BACKENDS = {backend.name: backend for backend in map(_backend, (triton, native, reference))}
 
-# Device type -> backends, the fastest first; other devices have the reference alone.
+# Device type -> backends, the fastest first; other devices have the reference alone. On CUDA, csrc/ops/problem_sizes.h
+# says for which sizes the native kernels go before Triton.
 ORDER = {"cuda": ("triton", "native", "reference"), "cpu": ("native", "reference")}
 
 _override: str | None = None
@@ -56,14 +58,19 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: there is no backend of that name.
         RuntimeError: at the first operator that it cannot serve, with the reason.
     """
-    global _override
-    previous, _override = _override, _named(name).name
-    native.name_backend(True)
+    previous = _override
+    _name(_named(name).name)
     try:
         yield
     finally:
-        _override = previous
-        native.name_backend(_override is not None)
+        _name(previous)
+
+
+def _name(backend: str | None) -> None:
+    global _override
+    _override = backend
+    if not NOT_COMPILED:
+        torch.ops.fastroute_native.name_backend(backend or "")
 
 
 @cache
@@ -87,17 +94,37 @@ def _choose(override: str | None, device: torch.device, dtype: torch.dtype) -> B
     raise AssertionError("the reference serves every device and dtype")
 
 
+# What the compiled library is told: the sum of those that can serve. Without any, it calls Python's way.
+_NATIVE, _TRITON, _CLUSTERS = 1, 2, 4
+
+
+def _answer(like: Tensor) -> int:
+    """Tell the compiled library who can serve tensors like this one; it decides between several by their sizes."""
+    device, dtype = like.device, like.dtype
+    override = _override or os.environ.get("FASTROUTE_BACKEND")
+    chosen = _choose(override, device, dtype).name
+    if device.type != "cuda":
+        return {"native": _NATIVE, "triton": _TRITON}.get(chosen, 0)
+    serving = [chosen] if override else [n for n in ORDER["cuda"] if BACKENDS[n].reason_against(device, dtype) is None]
+    clusters = torch.cuda.get_device_capability(device) >= (9, 0)
+    return _NATIVE * ("native" in serving) + _TRITON * ("triton" in serving) + _CLUSTERS * clusters
+
+
 def _serve(name: str, prepare: Callable) -> Callable:
     def kernel(*args):
         args = prepare(*args)
         x = next((arg[0] for arg in args if isinstance(arg, list)), args[0])
         backend = _choose(_override or os.environ.get("FASTROUTE_BACKEND"), x.device, x.dtype)
-        return getattr(backend.kernels(), name)(*args)
+        function = getattr(backend.kernels(), name)
+        if backend.name == "triton" and not NOT_COMPILED and torch.ops.fastroute_native.recording_is_offered():
+            return backend.kernels().record(function, args)
+        return function(*args)
 
     return kernel
 
 
-for _name, _prepare in OPERATORS.items():
-    _kernel = _serve(_name, _prepare)
-    LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    PYTHON.impl(_name, _kernel, "CompositeExplicitAutograd")
+for _operator, _prepare in OPERATORS.items():
+    KERNELS[_operator] = _serve(_operator, _prepare)
+    implement(_operator, KERNELS[_operator], "CompositeExplicitAutograd")
+if not NOT_COMPILED:
+    PYTHON.impl("choose", _answer, "CompositeExplicitAutograd")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastroute.ops._library import LIBRARY, define
+from fastroute.ops._library import below_autograd, define, implement
 from fastroute.ops._paths import (
     accumulate_dtype,
     align_like,
@@ -108,30 +108,15 @@ def _fake_backward(grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, ga
     return grad_xs, grad_w1, grad_b1, empty(*w2.shape), empty(m, n)
 
 
-# pooled Z (N, m, C) and hidden H (N, m, G), after its ReLU, are what the backward needs beside the arguments.
-_FORWARD = define(
-    "cross_connect(Tensor[] xs, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, bool relu=False)"
-    " -> (Tensor[] outputs, Tensor gates, Tensor scores, Tensor pooled, Tensor hidden)",
-    _prepare_forward,
-    _fake_forward,
-)
+_FORWARD = define("cross_connect", _prepare_forward, _fake_forward)
 
-# The biases are arguments only for the second derivative, which computes the forward anew.
-_BACKWARD = define(
-    "cross_connect_backward(Tensor[] grad_outputs, Tensor? grad_gates, Tensor? grad_scores, Tensor[] xs,"
-    " Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor gates, Tensor pooled, Tensor hidden, bool relu,"
-    " bool grad_inputs)"
-    " -> (Tensor[] grad_xs, Tensor grad_w1, Tensor grad_b1, Tensor grad_w2, Tensor grad_b2)",
-    _prepare_backward,
-    _fake_backward,
-)
+_BACKWARD = define("cross_connect_backward", _prepare_backward, _fake_backward)
 
 
 class _CrossConnect(torch.autograd.Function):
     @staticmethod
     def forward(ctx, relu, w1, b1, w2, b2, *xs):
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs, gates, scores, pooled, hidden = _FORWARD(xs, w1, b1, w2, b2, relu)
+        outputs, gates, scores, pooled, hidden = below_autograd(_FORWARD, xs[0], list(xs), w1, b1, w2, b2, relu)
         ctx.relu = relu
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(pooled, hidden)
@@ -144,8 +129,9 @@ class _CrossConnect(torch.autograd.Function):
         w1, b1, w2, b2, gates, pooled, hidden, *xs = ctx.saved_tensors
         grad_inputs = any(ctx.needs_input_grad[5:])
         grad_outputs = [torch.zeros_like(xs[0]) if grad is None else grad for grad in grad_outputs]
-        grad_xs, *grad_parameters = _BACKWARD(
-            grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden, ctx.relu, grad_inputs
+        saved = (xs, w1, b1, w2, b2, gates, pooled, hidden)
+        grad_xs, *grad_parameters = below_autograd(
+            _BACKWARD, xs[0], grad_outputs, grad_gates, grad_scores, *saved, ctx.relu, grad_inputs
         )
         grad_parameters = [
             None if parameter is None else grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
@@ -159,4 +145,4 @@ def _autograd(xs, w1, b1, w2, b2, relu=False):
     return outputs, gates, scores, pooled, hidden
 
 
-LIBRARY.impl("cross_connect", _autograd, "Autograd")
+implement("cross_connect", _autograd, "Autograd")

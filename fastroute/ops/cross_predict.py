@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastroute.ops._library import LIBRARY, define
+from fastroute.ops._library import below_autograd, define, implement
 from fastroute.ops._paths import (
     DTYPES,
     MAX_PATHS,
@@ -145,28 +145,15 @@ def _fake_backward(grad_outputs, outputs, xs, weight, bias, gates, stride, paddi
     return grad_xs, empty(weight.shape), empty((0,) if bias is None else bias.shape), empty(gates.shape)
 
 
-_FORWARD = define(
-    "cross_predict(Tensor[] xs, Tensor weight, Tensor? bias, Tensor gates, int[] stride, int[] padding, int[] dilation,"
-    " bool relu, str form) -> Tensor[]",
-    _prepare_forward,
-    _fake_forward,
-)
+_FORWARD = define("cross_predict", _prepare_forward, _fake_forward)
 
-# `outputs` are those of the forward where it had a ReLU, else there are none.
-_BACKWARD = define(
-    "cross_predict_backward(Tensor[] grad_outputs, Tensor[] outputs, Tensor[] xs, Tensor weight, Tensor? bias,"
-    " Tensor gates, int[] stride, int[] padding, int[] dilation, bool grad_inputs)"
-    " -> (Tensor[] grad_xs, Tensor grad_weight, Tensor grad_bias, Tensor grad_gates)",
-    _prepare_backward,
-    _fake_backward,
-)
+_BACKWARD = define("cross_predict_backward", _prepare_backward, _fake_backward)
 
 
 class _CrossPredict(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, bias, gates, geometry, relu, form, *xs):
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs = _FORWARD(xs, weight, bias, gates, *geometry, relu, form)
+        outputs = below_autograd(_FORWARD, xs[0], list(xs), weight, bias, gates, *geometry, relu, form)
         ctx.set_materialize_grads(False)
         ctx.geometry, ctx.m = geometry, len(xs)
         ctx.save_for_backward(weight, bias, gates, *xs, *(outputs if relu else ()))
@@ -181,7 +168,9 @@ class _CrossPredict(torch.autograd.Function):
         if given is None:
             return (None,) * len(ctx.needs_input_grad)
         grad_outputs = [torch.zeros_like(given) if grad is None else grad for grad in grad_outputs]
-        grad_xs, *grads = _BACKWARD(grad_outputs, outputs, xs, weight, bias, gates, *ctx.geometry, grad_inputs)
+        grad_xs, *grads = below_autograd(
+            _BACKWARD, xs[0], grad_outputs, outputs, xs, weight, bias, gates, *ctx.geometry, grad_inputs
+        )
         grads = [
             None if parameter is None else grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
             for parameter, grad in zip((weight, bias, gates), grads, strict=True)
@@ -193,4 +182,4 @@ def _autograd(xs, weight, bias, gates, stride, padding, dilation, relu, form):
     return list(_CrossPredict.apply(weight, bias, gates, (stride, padding, dilation), relu, form, *xs))
 
 
-LIBRARY.impl("cross_predict", _autograd, "Autograd")
+implement("cross_predict", _autograd, "Autograd")

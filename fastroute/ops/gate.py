@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastroute.ops._library import LIBRARY, define
+from fastroute.ops._library import below_autograd, define, implement
 from fastroute.ops._paths import accumulate_dtype, align_paths, check_gate, check_paths, path_list
 
 
@@ -56,30 +56,15 @@ def _fake_backward(grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, h
     return tuple(gates.new_empty(shape) for shape in (pooled.shape, *shapes, w2.shape, (m, n)))
 
 
-# pooled Z (N, m, C) and hidden H (N, m, G), after its ReLU, are what the backward needs beside the arguments.
-_FORWARD = define(
-    "gate(Tensor[] xs, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2)"
-    " -> (Tensor gates, Tensor scores, Tensor pooled, Tensor hidden)",
-    _prepare_forward,
-    _fake_forward,
-)
+_FORWARD = define("gate", _prepare_forward, _fake_forward)
 
-# shares (N, m, C) are what every pixel of dX gets, the second term of Eq. 3.15. The paths themselves, and the biases,
-# are arguments only for the second derivative, which computes the forward anew.
-_BACKWARD = define(
-    "gate_backward(Tensor? grad_gates, Tensor? grad_scores, Tensor[] xs, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2,"
-    " Tensor gates, Tensor pooled, Tensor hidden)"
-    " -> (Tensor shares, Tensor grad_w1, Tensor grad_b1, Tensor grad_w2, Tensor grad_b2)",
-    _prepare_backward,
-    _fake_backward,
-)
+_BACKWARD = define("gate_backward", _prepare_backward, _fake_backward)
 
 
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w1, b1, w2, b2, *xs):
-        with torch._C._AutoDispatchBelowAutograd():
-            gates, scores, pooled, hidden = _FORWARD(xs, w1, b1, w2, b2)
+        gates, scores, pooled, hidden = below_autograd(_FORWARD, xs[0], list(xs), w1, b1, w2, b2)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(pooled, hidden)
         ctx.save_for_backward(w1, b1, w2, b2, gates, pooled, hidden, *xs)
@@ -88,7 +73,8 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_gates, grad_scores, *_):
         w1, b1, w2, b2, gates, pooled, hidden, *xs = ctx.saved_tensors
-        shares, *grads = _BACKWARD(grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden)
+        saved = (xs, w1, b1, w2, b2, gates, pooled, hidden)
+        shares, *grads = below_autograd(_BACKWARD, xs[0], grad_gates, grad_scores, *saved)
         grads = [
             None if parameter is None else grad.to(parameter.dtype)
             for parameter, grad in zip((w1, b1, w2, b2), grads, strict=True)
@@ -99,4 +85,4 @@ class _Gate(torch.autograd.Function):
         return *grads, *(share.expand_as(x) for share, x in zip(shares, xs, strict=True))
 
 
-LIBRARY.impl("gate", lambda xs, w1, b1, w2, b2: _Gate.apply(w1, b1, w2, b2, *xs), "Autograd")
+implement("gate", lambda xs, w1, b1, w2, b2: _Gate.apply(w1, b1, w2, b2, *xs), "Autograd")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastroute.ops._library import LIBRARY, define
+from fastroute.ops._library import below_autograd, define, implement
 from fastroute.ops._paths import (
     MAX_PATHS,
     accumulate_dtype,
@@ -64,21 +64,15 @@ def _fake_backward(grad_outputs, xs, gates, grad_inputs):
     return grad_xs, gates.new_empty(gates.shape, dtype=accumulate_dtype(xs[0].dtype))
 
 
-_FORWARD = define("mix(Tensor[] xs, Tensor gates) -> Tensor[]", _prepare_forward, _fake_forward)
+_FORWARD = define("mix", _prepare_forward, _fake_forward)
 
-_BACKWARD = define(
-    "mix_backward(Tensor[] grad_outputs, Tensor[] xs, Tensor gates, bool grad_inputs)"
-    " -> (Tensor[] grad_xs, Tensor grad_gates)",
-    _prepare_backward,
-    _fake_backward,
-)
+_BACKWARD = define("mix_backward", _prepare_backward, _fake_backward)
 
 
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gates, *xs):
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs = _FORWARD(xs, gates)
+        outputs = below_autograd(_FORWARD, gates, list(xs), gates)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gates, *xs)
         return tuple(outputs)
@@ -88,8 +82,8 @@ class _Mix(torch.autograd.Function):
         gates, *xs = ctx.saved_tensors
         grad_inputs = any(ctx.needs_input_grad[1:])
         grad_outputs = [torch.zeros_like(xs[0]) if grad is None else grad for grad in grad_outputs]
-        grad_xs, grad_gates = _BACKWARD(grad_outputs, xs, gates, grad_inputs)
+        grad_xs, grad_gates = below_autograd(_BACKWARD, gates, grad_outputs, xs, gates, grad_inputs)
         return grad_gates.to(gates.dtype), *(grad_xs if grad_inputs else [None] * len(xs))
 
 
-LIBRARY.impl("mix", lambda xs, gates: list(_Mix.apply(gates, *xs)), "Autograd")
+implement("mix", lambda xs, gates: list(_Mix.apply(gates, *xs)), "Autograd")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastroute.ops._library import LIBRARY, define
+from fastroute.ops._library import below_autograd, define, differentiate, implement
 from fastroute.ops._paths import DTYPES, accumulate_dtype
 
 MAX_CLUSTERS = 1024
@@ -107,9 +107,12 @@ def _prepare_forward(scores, scores_aug, prior, mean, std, gamma):
         raise ValueError(f"gamma is {gamma}; it must be greater than 0")
     if scores_aug is not None:
         for what in ("shape", "dtype", "device"):
-            ours, theirs = getattr(scores_aug, what), getattr(scores, what)
+            ours, theirs = (
+                tuple(v) if what == "shape" else v for v in (getattr(scores_aug, what), getattr(scores, what))
+            )
             if ours != theirs:
                 error = TypeError if what == "dtype" else ValueError
+                ours, theirs = (tuple(value) if what == "shape" else value for value in (ours, theirs))
                 raise error(f"scores_aug has {what} {ours}; it must have the {what} of scores, {theirs}")
         scores_aug = scores_aug.contiguous()
     if (mean is None) != (std is None):
@@ -146,27 +149,15 @@ def _fake_backward(scores, scores_aug, *rest):
     return empty_like(scores), empty_like(scores_aug)
 
 
-# means μ and scales 1/σ (0 where σ is 0), (1, K) or (1, m, K), have a second row for augmented scores.
-_FORWARD = define(
-    "mixture_em_loss(Tensor scores, Tensor? scores_aug, Tensor? prior, Tensor? mean, Tensor? std, float gamma)"
-    " -> (Tensor loss, Tensor posterior, Tensor means, Tensor scales)",
-    _prepare_forward,
-    _fake_forward,
-)
+_FORWARD = define("mixture_em_loss", _prepare_forward, _fake_forward)
 
-_BACKWARD = define(
-    "mixture_em_loss_backward(Tensor scores, Tensor? scores_aug, Tensor posterior, Tensor means, Tensor scales,"
-    " Tensor grad_loss, float gamma, bool batch_statistics) -> (Tensor grad_scores, Tensor grad_scores_aug)",
-    _prepare_backward,
-    _fake_backward,
-)
+_BACKWARD = define("mixture_em_loss_backward", _prepare_backward, _fake_backward)
 
 
 class _MixtureEMLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores, scores_aug, prior, mean, std, gamma):
-        with torch._C._AutoDispatchBelowAutograd():
-            loss, posterior, means, scales = _FORWARD(scores, scores_aug, prior, mean, std, gamma)
+        loss, posterior, means, scales = below_autograd(_FORWARD, scores, scores, scores_aug, prior, mean, std, gamma)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(posterior, means, scales)
         ctx.save_for_backward(scores, scores_aug, posterior, means, scales)
@@ -177,7 +168,10 @@ class _MixtureEMLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         if grad_loss is None:
             return (None,) * 6
-        grad_scores, grad_aug = _BACKWARD(*ctx.saved_tensors, grad_loss, ctx.gamma, ctx.batch_statistics)
+        scores, *saved = ctx.saved_tensors
+        grad_scores, grad_aug = below_autograd(
+            _BACKWARD, scores, scores, *saved, grad_loss, ctx.gamma, ctx.batch_statistics
+        )
         return grad_scores, grad_aug if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
@@ -187,5 +181,5 @@ def _no_second_derivative(ctx, *grads):
     )
 
 
-LIBRARY.impl("mixture_em_loss", lambda *args: _MixtureEMLoss.apply(*args), "Autograd")
-torch.library.register_autograd("fastroute::mixture_em_loss_backward", _no_second_derivative, lib=LIBRARY)
+implement("mixture_em_loss", lambda *args: _MixtureEMLoss.apply(*args), "Autograd")
+differentiate("mixture_em_loss_backward", _no_second_derivative)

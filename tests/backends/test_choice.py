@@ -6,24 +6,32 @@ import torch
 
 import fastroute
 from fastroute import ops
-from fastroute.backends import BACKENDS, _choice, native
+from fastroute.backends import BACKENDS, _choice, _cuda
 from fastroute.backends._choice import Backend
+from fastroute.ops import _compiled, _library
+from tests.ops.conftest import take_python
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def fresh_choice():
-    """Has the choice made anew, in Python."""
+    """Has the choice made anew."""
     _choice._choose.cache_clear()
-    native.name_backend(True)
+    _choice._name(None)
     yield
-    native.name_backend(False)
     _choice._choose.cache_clear()
+    _choice._name(None)
 
 
 def route():
     return ops.mix([torch.ones(2, 3)], torch.ones(1, 1))
+
+
+@pytest.fixture
+def in_python(monkeypatch):
+    """Has the choice made in Python, as where nothing is compiled."""
+    take_python(monkeypatch)
 
 
 def spy(monkeypatch, name):
@@ -39,7 +47,7 @@ def spy(monkeypatch, name):
     return calls
 
 
-def test_the_fastest_that_serves_is_chosen(monkeypatch):
+def test_the_fastest_that_serves_is_chosen(monkeypatch, in_python):
     if BACKENDS["native"].reason_against(CPU, torch.float32):
         pytest.skip("the compiled kernels are not built")
     calls = spy(monkeypatch, "native")
@@ -49,56 +57,65 @@ def test_the_fastest_that_serves_is_chosen(monkeypatch):
 
 @pytest.fixture
 def python_calls(monkeypatch):
-    """Counts the calls that come to Python for their backend, where the compiled kernels serve."""
+    """Counts the questions to Python for a backend, where the compiled kernels serve."""
     if BACKENDS["native"].reason_against(CPU, torch.float32):
         pytest.skip("the compiled kernels are not built")
-    route()
-    native.name_backend(False)
     calls, choose = [], _choice._choose
     monkeypatch.setattr(_choice, "_choose", lambda *key: calls.append(key) or choose(*key))
     return calls
 
 
-def test_what_is_right_as_it_stands_never_comes_to_python(python_calls):
-    xs = [torch.randn(2, 3, 4, requires_grad=True)]
-    outputs, gates, scores = ops.cross_connect(xs, None, None, torch.randn(1, 2, 3), None)
-    results = [*outputs, gates, scores, *ops.mix(xs, torch.ones(1, 1))]
+def every_operator(x, scores):
+    """Each of the five, forward and backward, on a path and on scores."""
+    gates, w2 = torch.ones(len(x), 1, 1), torch.randn(1, 2, x.shape[1])
+    weight = torch.randn(1, 1, 2, x.shape[1], *[1] * (x.dim() - 2))
+    results = [*ops.cross_connect([x], None, None, w2, None).outputs, *ops.gate([x], None, None, w2, None)]
+    results += [*ops.mix([x], gates), *ops.cross_predict([x], weight, None, gates)]
+    results.append(ops.mixture_em_loss(scores, prior=torch.full(scores.shape[-1:], 1 / scores.shape[-1])).loss.sum())
     torch.autograd.backward(results, [torch.ones_like(result) for result in results])
-    a, prior = torch.randn(6, 2, 3, requires_grad=True), torch.full((2, 3), 1 / 3)
-    ops.mixture_em_loss(a, 5.0, prior, torch.zeros(2, 3), torch.ones(2, 3), a + 1).loss.sum().backward()
-    ops.mixture_em_loss(a.bfloat16()).loss.sum().backward()
-    assert not python_calls
-
-
-@pytest.mark.parametrize(
-    ("a", "prior"), [(torch.randn(3, 6).T, None), (torch.randn(6, 2, 3), torch.full((3,), 1 / 3))], ids=str
-)
-def test_scores_and_priors_that_must_be_brought_into_form_come_to_python(python_calls, a, prior):
-    ops.mixture_em_loss(a, prior=prior)
-    assert len(python_calls) == 1
 
 
 @pytest.mark.parametrize(
     "x",
     [
+        torch.randn(2, 3, 4),
         torch.randn(4, 3, 2, 5).transpose(0, 2),  # neither layout
         torch.randn(2, 3, 4, 5)[:, :, ::2],
     ],
+    ids=["as the kernels take it", "transposed", "sliced"],
 )
-def test_what_must_be_brought_into_form_comes_to_python(python_calls, x):
-    ops.mix([x], torch.ones(1, 1))
-    assert len(python_calls) == 1
+def test_nothing_comes_to_python_where_the_compiled_kernels_serve(python_calls, x):
+    x = x.detach().requires_grad_()
+    every_operator(x, torch.randn(3, 6).T.requires_grad_())
+    every_operator(x, torch.randn(6, 2, 3, requires_grad=True))
+    assert not python_calls
 
 
-def test_a_named_backend_comes_to_python(python_calls, monkeypatch):
+def test_the_first_call_of_a_process_takes_the_way_of_the_later_ones():
+    if _library.NOT_COMPILED:
+        pytest.skip(_library.NOT_COMPILED)
+    code = (
+        "import torch, fastroute; from fastroute.backends import _choice\n"
+        "def never(*key): raise AssertionError('the call came to Python')\n"
+        "_choice._choose = never\n"
+        "fastroute.ops.mix([torch.ones(2, 3)], torch.ones(1, 1))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_named_backend_is_asked_for_once(python_calls, monkeypatch):
     with fastroute.use_backend("reference"):
         route()
-    assert len(python_calls) == 1
+        asked = len(python_calls)
+        route()
+        assert asked and len(python_calls) == asked + 1  # in Python itself, whose kernel it is
+    asked = len(python_calls)
     route()
-    assert len(python_calls) == 1
+    assert len(python_calls) == asked
     monkeypatch.setenv("FASTROUTE_BACKEND", "reference")
     route()
-    assert len(python_calls) == 2
+    assert len(python_calls) > asked
 
 
 def test_use_backend_goes_before_the_variable(monkeypatch):
@@ -136,7 +153,7 @@ def test_one_that_cannot_serve_says_why(monkeypatch):
         route()
 
 
-def test_the_reference_steps_in_and_says_so_once(monkeypatch):
+def test_the_reference_steps_in_and_says_so_once(monkeypatch, in_python):
     monkeypatch.setitem(BACKENDS, "native", Backend("native", lambda device, dtype: "it rains", lambda: None))
     with pytest.warns(UserWarning, match="plain PyTorch, which is slower .*it rains"):
         route()
@@ -144,21 +161,92 @@ def test_the_reference_steps_in_and_says_so_once(monkeypatch):
     assert _choice._choose.cache_info().hits == 1
 
 
-def test_a_missing_or_foreign_library_is_a_reason(monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "_FOLDER", tmp_path)
-    assert "is missing" in native._load.__wrapped__("_C")
-    (tmp_path / "_C.so").write_bytes(b"no library")
-    assert "does not load" in native._load.__wrapped__("_C")
+def mark(built_from="0123456789abcdef", built_for=torch.__version__):
+    return f"code fastroute_build {built_from} torch {built_for}; code".encode()
 
 
-@pytest.mark.parametrize("operators", ["_operators", "_cuda_operators"])
-def test_a_stale_library_is_a_reason(operators, monkeypatch, tmp_path):
-    reason = getattr(native, operators).__wrapped__
-    if operators == "_cuda_operators":  # not so much as loaded
-        monkeypatch.setattr(native, "_FOLDER", tmp_path)
-        (tmp_path / "_C_cuda.so").write_bytes(b"fastroute_cuda_build of other sources")
-    monkeypatch.setattr(native, "_SOURCES", tmp_path)
-    assert "older than the sources" in reason()
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "is missing"),
+        (b"no library", "is not one of fastroute's"),
+        (mark(built_for="2.0.0"), f"was built for torch 2.0.0, and this is {torch.__version__}"),
+        (mark(), "is older than the sources"),
+    ],
+    ids=["missing", "foreign", "another torch", "stale"],
+)
+def test_a_library_that_does_not_fit_is_a_reason(content, reason, tmp_path, monkeypatch):
+    path = tmp_path / "_C.so"
+    if content is not None:
+        path.write_bytes(content)
+    assert reason in _compiled.reason_against(path, _compiled.OPERATORS)
+    monkeypatch.setattr(_compiled, "FOLDER", tmp_path)
+    assert reason in _compiled.load.__wrapped__("_C", _compiled.OPERATORS)
+
+
+def test_a_library_that_does_not_load_is_a_reason(tmp_path, monkeypatch):
+    from fastroute.ops._source_hash import source_hash
+
+    (tmp_path / "_C.so").write_bytes(mark(source_hash(_compiled.ROOT, *_compiled.OPERATORS)))
+    monkeypatch.setattr(_compiled, "FOLDER", tmp_path)
+    assert "does not load" in _compiled.load.__wrapped__("_C", _compiled.OPERATORS)
+
+
+def test_everything_works_where_nothing_is_compiled():
+    """In a process that finds no library: Python defines the operators, differentiates and computes."""
+    code = """
+import torch
+from fastroute.ops import _compiled
+_compiled.FOLDER = _compiled.FOLDER / "nothing"
+import warnings; warnings.simplefilter("ignore")
+import fastroute
+from fastroute.ops import _library
+assert "is missing" in _library.NOT_COMPILED
+x = torch.randn(2, 3, 4, 4, requires_grad=True)
+router = fastroute.nn.CrossConnection(3, 2, 2)
+sum(y.square().sum() for y in router([x, x.detach()])).backward()
+assert x.grad is not None and all(p.grad is not None for p in router.parameters())
+torch.compile(router, backend="aot_eager", fullgraph=True)([x, x])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_schemas_are_read_whole():
+    text = (_compiled.ROOT / "fastroute/ops/schemas.inc").read_text()
+    schemas = _library.schemas()
+    assert len(schemas) == text.count("FASTROUTE_OPERATOR(") == len(_library.OPERATORS)
+    for schema in schemas:
+        defined = getattr(torch.ops.fastroute, schema.partition("(")[0]).default._schema
+        assert torch._C.parse_schema(f"fastroute::{schema}") == defined
+
+
+class Cuda:
+    """What torch.cuda says of a machine."""
+
+    def __init__(self, monkeypatch, devices, capability=(9, 0), driver=13000):
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("machine", "device", "reason"),
+    [
+        ({"devices": 1}, "cuda:0", None),
+        ({"devices": 1}, "cuda:3", "cuda:3 is asked for, and this machine has 1 CUDA device"),
+        ({"devices": 1, "capability": (7, 5)}, "cuda:0", "need compute capability 8.0, and cuda:0 has 7.5"),
+        ({"devices": 0, "driver": 12040}, "cuda", "driver supports CUDA 12.4, and this PyTorch needs 13.0; update"),
+        ({"devices": 0, "driver": 0}, "cuda", "no CUDA device that PyTorch can use"),
+    ],
+)
+def test_what_a_gpu_lacks_is_a_reason(machine, device, reason, monkeypatch):
+    Cuda(monkeypatch, **machine)
+    found = _cuda.reason_against_device(torch.device(device), (8, 0))
+    assert found is None if reason is None else reason in found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

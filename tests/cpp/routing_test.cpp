@@ -15,7 +15,7 @@ using Forward = Outputs(
 
 auto cross_connect() {
   static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fastroute_native::cross_connect", "").typed<Forward>();
+      c10::Dispatcher::singleton().findSchemaOrThrow("fastroute::cross_connect", "").typed<Forward>();
   return op;
 }
 

@@ -271,7 +271,7 @@ a, aug = torch.zeros(4, 3), torch.zeros(4, 3)
         (ValueError, "std is given without mean", a, {"std": torch.ones(3)}),
         (ValueError, r"std is \[1.0, -1.0, 1.0\]", a, {"mean": torch.zeros(3), "std": torch.tensor([1.0, -1, 1])}),
         (ValueError, r"mean has shape \(2, 3\)", a, {"mean": torch.zeros(2, 3), "std": torch.ones(3)}),
-        (ValueError, r"scores_aug has shape torch.Size\(\[4, 2\]\)", a, {"scores_aug": aug[:, :2]}),
+        (ValueError, r"scores_aug has shape \(4, 2\)", a, {"scores_aug": aug[:, :2]}),
         (TypeError, "scores_aug has dtype torch.float64", a, {"scores_aug": aug.double()}),
         (ValueError, "scores_aug has device meta", a, {"scores_aug": aug.to("meta")}),
     ],

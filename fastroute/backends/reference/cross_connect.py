@@ -5,6 +5,7 @@ import math
 import torch
 
 from fastroute.backends.reference.mix import dense_like, inner_products, weighted_sums
+from fastroute.ops._library import differentiate
 from fastroute.ops._paths import accumulate_dtype
 
 
@@ -105,7 +106,7 @@ def _second_order(ctx, grad_xs, *grad_parameters):
     return d[6 : 6 + ctx.n], *d[:2], d[6 + ctx.n :], *d[2:6], None, None, None, None, None
 
 
-torch.library.register_autograd("fastroute::cross_connect_backward", _second_order, setup_context=_setup)
+differentiate("cross_connect_backward", _second_order, _setup)
 
 
 def _gate_setup(ctx, inputs, output):
@@ -133,4 +134,4 @@ def _gate_second_order(ctx, grad_shares, *grad_parameters):
     return *d[:2], d[6:], *d[2:6], None, None, None
 
 
-torch.library.register_autograd("fastroute::gate_backward", _gate_second_order, setup_context=_gate_setup)
+differentiate("gate_backward", _gate_second_order, _gate_setup)

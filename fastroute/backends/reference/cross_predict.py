@@ -5,6 +5,7 @@ from torch.nn import functional
 
 from fastroute.backends._convolution import Convolution
 from fastroute.backends.reference.mix import dense_like
+from fastroute.ops._library import differentiate
 from fastroute.ops._paths import accumulate_dtype, channels_first, empty_map
 
 
@@ -108,4 +109,4 @@ def _second_order(ctx, grad_xs, grad_weight, grad_bias, grad_gates):
     return d[3 : 3 + ctx.n], [None] * len(outputs), d[3 + ctx.n :], *d[:3], None, None, None, None
 
 
-torch.library.register_autograd("fastroute::cross_predict_backward", _second_order, setup_context=_setup)
+differentiate("cross_predict_backward", _second_order, _setup)

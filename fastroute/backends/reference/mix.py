@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastroute.ops._library import differentiate
 from fastroute.ops._paths import accumulate_dtype, empty_path
 
 
@@ -56,4 +57,4 @@ def _second_order(ctx, grad_xs, grad_gates):
     return d_paths[: ctx.n], d_paths[ctx.n :], d_gates, None
 
 
-torch.library.register_autograd("fastroute::mix_backward", _second_order, setup_context=_setup)
+differentiate("mix_backward", _second_order, _setup)

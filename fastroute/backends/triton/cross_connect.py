@@ -17,6 +17,7 @@ from fastroute.backends.triton._cross_connect_kernels import (
     cross_connect_resident_fwd_kernel,
     cross_connect_weights_bwd_kernel,
 )
+from fastroute.backends.triton._recording import launch
 from fastroute.backends.triton._tiles import batch_strides
 from fastroute.backends.triton.mix import launch_sum_parts, mix_bwd_kernel
 from fastroute.ops._paths import channels_first, empty_path
@@ -86,7 +87,7 @@ class Pooling:
 
     def launch(self, paths: tuple, w: torch.Tensor, first: int, chunk: int, relu: bool) -> None:
         problem = self.problem
-        cross_connect_pool_fwd_kernel[(chunk, self.parts, problem.m)](
+        launch(cross_connect_pool_fwd_kernel, (chunk, self.parts, problem.m))(
             *paths,
             w,
             self.sums,
@@ -118,7 +119,7 @@ def launch_weights(d_saved: tuple, pooled: torch.Tensor, hidden: torch.Tensor, g
         triton.cdiv(rows, tables.ROWS) * triton.cdiv(columns, tables.COLUMNS)
         for rows, columns in (grads[0].shape[1:] or (0, 0), grads[2].shape[1:])
     ]
-    cross_connect_weights_bwd_kernel[(sum(tiles), problem.m)](
+    launch(cross_connect_weights_bwd_kernel, (sum(tiles), problem.m))(
         d_saved,
         pooled,
         hidden,
@@ -151,9 +152,9 @@ def cross_connect(xs, w1, b1, w2, b2, relu):
     paths, ys, gate = (tuple(xs), batch_strides(xs)), tuple(outputs), gate_of(w1, b1, w2, b2)
     with torch.cuda.device_of(x):
         if isinstance(settings, tables.Resident):
-            cross_connect_resident_fwd_kernel[(batch,)](*paths, ys, gate, saved, sizes, **options, **tile)
+            launch(cross_connect_resident_fwd_kernel, (batch,))(*paths, ys, gate, saved, sizes, **options, **tile)
         elif isinstance(settings, tables.Fused):
-            cross_connect_fused_fwd_kernel[(batch,)](
+            launch(cross_connect_fused_fwd_kernel, (batch,))(
                 *paths, ys, gate, saved, sizes, BLOCK=settings.block, **options, **tile
             )
         else:
@@ -161,7 +162,7 @@ def cross_connect(xs, w1, b1, w2, b2, relu):
             for first in range(0, batch, settings.chunk):
                 chunk = min(settings.chunk, batch - first)
                 pooling.launch(paths, gate[0], first, chunk, relu)
-                cross_connect_mix_fwd_kernel[(chunk, triton.cdiv(size, settings.portion))](
+                launch(cross_connect_mix_fwd_kernel, (chunk, triton.cdiv(size, settings.portion)))(
                     *paths,
                     ys,
                     gate,
@@ -201,9 +202,9 @@ def cross_connect_backward(
     common = (gate_of(w1, b1, w2, b2), (gates, hidden), incoming, d_saved)
     with torch.cuda.device_of(x):
         if isinstance(settings, tables.Resident):
-            cross_connect_resident_bwd_kernel[(batch,)](*paths, *dys, dxs, *common, sizes, **options, **tile)
+            launch(cross_connect_resident_bwd_kernel, (batch,))(*paths, *dys, dxs, *common, sizes, **options, **tile)
         elif isinstance(settings, tables.Fused):
-            cross_connect_fused_bwd_kernel[(batch,)](
+            launch(cross_connect_fused_bwd_kernel, (batch,))(
                 *paths, *dys, dxs, *common, sizes, BLOCK=settings.block, **options, **tile
             )
         else:
@@ -214,7 +215,7 @@ def cross_connect_backward(
             partials = gates.new_empty((batch, parts, m, n))
             for first in range(0, batch, settings.chunk):
                 chunk = min(settings.chunk, batch - first)
-                mix_bwd_kernel[(chunk, parts)](
+                launch(mix_bwd_kernel, (chunk, parts))(
                     *paths,
                     *dys,
                     dxs,
@@ -230,7 +231,7 @@ def cross_connect_backward(
                     RELU=relu,
                     **program,
                 )
-                cross_connect_inputs_bwd_kernel[(chunk, blocks * spans)](
+                launch(cross_connect_inputs_bwd_kernel, (chunk, blocks * spans))(
                     *paths,
                     *dys,
                     dxs,

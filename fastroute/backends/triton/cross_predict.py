@@ -10,6 +10,7 @@ import triton.language as tl
 from fastroute.backends._cross_predict import Passes
 from fastroute.backends.triton import launch_tables as tables
 from fastroute.backends.triton._cross_connect_kernels import corner_of
+from fastroute.backends.triton._recording import launch
 from fastroute.backends.triton._tiles import batch_strides, load_scalars, tile_of, zero_totals
 from fastroute.backends.triton.mix import launch_sum_parts
 from fastroute.ops._paths import channels_first
@@ -190,7 +191,7 @@ def sum_predictions(predictions, gates, offsets, relu, outputs):
     grid, sizes, tile = _launch(y, m, n)
     if grid[0]:
         with torch.cuda.device_of(y):
-            sum_predictions_kernel[grid](
+            launch(sum_predictions_kernel, grid)(
                 tuple(predictions),
                 batch_strides(predictions),
                 tuple(outputs),
@@ -214,7 +215,7 @@ def scale_paths(paths, masks, weights, sums, masked, scaled):
         return totals
     partials = totals if spans == 1 or not sums else weights.new_empty((grid[0], spans, *shape[1:]))
     with torch.cuda.device_of(x):
-        scale_paths_kernel[grid](
+        launch(scale_paths_kernel, grid)(
             tuple(paths),
             batch_strides(paths),
             tuple(masks),
@@ -242,7 +243,7 @@ def sum_gradients(terms, xs, gates, grad_xs):
         return products
     partials = products if grid[1] == 1 else gates.new_empty((*grid, m, n))
     with torch.cuda.device_of(x):
-        sum_gradients_kernel[grid](
+        launch(sum_gradients_kernel, grid)(
             tuple(terms),
             batch_strides(terms),
             tuple(xs),

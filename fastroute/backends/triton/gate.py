@@ -11,6 +11,7 @@ from fastroute.backends.triton._cross_connect_kernels import (
     cross_connect_mix_fwd_kernel,
     weight_tile,
 )
+from fastroute.backends.triton._recording import launch
 from fastroute.backends.triton._tiles import batch_strides
 
 
@@ -39,7 +40,7 @@ def gate(xs, w1, b1, w2, b2):
     with torch.cuda.device_of(x):
         pooling = cc.Pooling(problem, settings, x, saved[2])
         pooling.launch(paths, parameters[0], 0, problem.batch, relu=False)
-        cross_connect_mix_fwd_kernel[(problem.batch, 1)](  # with nothing to mix
+        launch(cross_connect_mix_fwd_kernel, (problem.batch, 1))(  # with nothing to mix
             *paths,
             (x,) * n,
             parameters,
@@ -73,7 +74,7 @@ def gate_backward(grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hi
     w, k = parameters[0], parameters[0].shape[1]
     block_c = min(triton.next_power_of_2(problem.channels), max(1, tables.WEIGHT_VALUES // problem.gate_block))
     with torch.cuda.device_of(x):
-        cross_connect_inputs_bwd_kernel[(problem.batch, 1)](  # of no inner products, and so of the incoming alone
+        launch(cross_connect_inputs_bwd_kernel, (problem.batch, 1))(  # without inner products: of the incoming alone
             tuple(xs),
             (0,) * m,
             (x,) * n,
@@ -95,7 +96,7 @@ def gate_backward(grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hi
             PARTS=tables.PARTIAL_VALUES // triton.next_power_of_2(n),
             **cc.tile_of_problem(problem, settings),
         )
-        gate_shares_kernel[(problem.batch, m, triton.cdiv(problem.channels, block_c))](
+        launch(gate_shares_kernel, (problem.batch, m, triton.cdiv(problem.channels, block_c)))(
             d_saved[0] if w1 is None else d_saved[1],
             w,
             shares,

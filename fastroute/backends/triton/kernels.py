@@ -1,5 +1,6 @@
 """One function for each operator."""
 
+from fastroute.backends.triton._recording import record
 from fastroute.backends.triton.cross_connect import cross_connect, cross_connect_backward
 from fastroute.backends.triton.cross_predict import cross_predict, cross_predict_backward
 from fastroute.backends.triton.gate import gate, gate_backward
@@ -17,4 +18,5 @@ __all__ = [
     "mix_backward",
     "mixture_em_loss",
     "mixture_em_loss_backward",
+    "record",
 ]

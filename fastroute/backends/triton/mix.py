@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from fastroute.backends.triton import launch_tables as tables
+from fastroute.backends.triton._recording import launch
 from fastroute.backends.triton._tiles import (
     add_products,
     batch_strides,
@@ -90,7 +91,7 @@ def sum_parts_kernel(values, out, parts, columns, COLUMNS: tl.constexpr, PARTS: 
 
 def launch_sum_parts(values: torch.Tensor, out: torch.Tensor, rows: int, parts: int, columns: int) -> None:
     """out (rows, columns) = values (rows, parts, columns) summed over the parts."""
-    sum_parts_kernel[(rows, triton.cdiv(columns, tables.PARTIAL_COLUMNS))](
+    launch(sum_parts_kernel, (rows, triton.cdiv(columns, tables.PARTIAL_COLUMNS)))(
         values,
         out,
         parts,
@@ -110,7 +111,7 @@ def mix(xs, gates):
     settings = tables.elementwise(len(xs), n, size, backward=False)
     registers = tables.max_registers(len(xs), n)
     with torch.cuda.device_of(x):
-        mix_fwd_kernel[(x.shape[0], triton.cdiv(size, settings.portion))](
+        launch(mix_fwd_kernel, (x.shape[0], triton.cdiv(size, settings.portion)))(
             tuple(xs),
             batch_strides(xs),
             tuple(outputs),
@@ -138,7 +139,7 @@ def mix_backward(grad_outputs, xs, gates, grad_inputs):
     partials = grad_gates if whole else gates.new_empty((x.shape[0], parts, m, n), dtype=torch.float32)
     registers = tables.max_registers(len(xs), n)
     with torch.cuda.device_of(x):
-        mix_bwd_kernel[(x.shape[0], parts)](
+        launch(mix_bwd_kernel, (x.shape[0], parts))(
             tuple(xs),
             batch_strides(xs),
             tuple(grad_outputs),

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from fastroute.backends.triton import launch_tables as tables
+from fastroute.backends.triton._recording import launch
 
 
 @triton.jit
@@ -163,7 +164,7 @@ def mixture_em_loss(scores, scores_aug, prior, mean, std, gamma):
     if scores.shape[0] == 0:
         return loss.zero_(), posterior, means.zero_(), scales.zero_()
     with torch.cuda.device_of(scores):
-        mixture_em_fwd_kernel[(loss.numel(),)](
+        launch(mixture_em_fwd_kernel, (loss.numel(),))(
             views,
             prior,
             mean,
@@ -186,7 +187,7 @@ def mixture_em_loss_backward(scores, scores_aug, posterior, means, scales, grad_
     grads = tuple(torch.empty_like(view) for view in views)
     if scores.shape[0] > 0:
         with torch.cuda.device_of(scores):
-            mixture_em_bwd_kernel[(grad_loss.numel(),)](
+            launch(mixture_em_bwd_kernel, (grad_loss.numel(),))(
                 views,
                 grads,
                 posterior,

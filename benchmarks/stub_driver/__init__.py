@@ -1,0 +1,78 @@
+"""Triton on a CUDA driver without a card: kernels are compiled to real code for sm_90 and never run.
+
+`environment()` is for a process of its own, in which `install()` has Triton serve CPU tensors through the stub. What it
+writes to outputs is nothing: only times on the host, and what is launched, mean anything.
+"""
+
+import ctypes
+import os
+import subprocess
+import sysconfig
+from pathlib import Path
+
+HERE = Path(__file__).parent
+LIBRARY = "libcuda.so.1"
+
+
+class Launch(ctypes.Structure):
+    """One launch as the driver was asked for it."""
+
+    _fields_ = (
+        ("function", ctypes.c_void_p),
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("attributes", ctypes.c_uint),
+        ("arguments", ctypes.c_uint64 * 128),
+    )
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Build the stub in `folder`; return the variables of a process that is to use it.
+
+    Raises:
+        FileNotFoundError: there is no C compiler.
+        subprocess.CalledProcessError: the compiler fails.
+    """
+    compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+    flags = ["-O2", "-w", "-shared", "-fPIC", f"-Wl,-soname,{LIBRARY}"]
+    subprocess.run([compiler, *flags, HERE / "libcuda.c", "-o", folder / LIBRARY], check=True)
+    variables = {
+        key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "FASTROUTE_BACKEND")
+    }
+    paths = [str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return variables | {
+        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("LD_LIBRARY_PATH")))),
+        "TRITON_LIBCUDA_PATH": str(folder),
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+
+
+def install() -> ctypes.CDLL:
+    """Have Triton compile for sm_90 and launch through the stub, and serve CPU tensors; return the stub."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import driver
+
+    from fastroute.backends import BACKENDS, Backend
+
+    class Driver(driver.CudaDriver):
+        def __init__(self):
+            self.utils, self.launcher_cls = driver.CudaUtils(), driver.CudaLauncher
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+    stub = ctypes.CDLL(LIBRARY)
+    stub.stub_launch.restype = ctypes.POINTER(Launch)
+    stub.stub_set_argument_count.argtypes = (ctypes.c_void_p, ctypes.c_int)
+    triton.runtime.driver.set_active(Driver())
+    kernels = BACKENDS["triton"].kernels
+    BACKENDS["triton"] = Backend("triton", lambda device, dtype: None, kernels)
+    return stub

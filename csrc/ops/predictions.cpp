@@ -1,0 +1,324 @@
+// Cross-prediction (Alg. 1) from PyTorch's convolutions and the compiled passes between them.
+//
+// The backward works on the side of the inputs, whatever form the forward had. With dP_j the gradient before the ReLU:
+//
+//     T_ij = W_ijᵀ dP_j, for all i at once
+//     dg_ij = <T_ij, X_i> + <b_ij, Σ dP_j>, since <dP_j, W_ij X_i> = <W_ijᵀ dP_j, X_i>
+//     dX_i = Σ_j g_ij T_ij
+//     dW_ij, from X_i and g_ij dP_j
+//     db_ij = Σ_s g_ij Σ dP_j
+//
+// so that nothing of the size of the m·n predictions is kept from the forward. A joined tensor has several paths side by
+// side in its channels. fastroute/backends/_cross_predict.py is the same for Triton's passes.
+
+#include "paths.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/stack.h>
+#include <torch/library.h>
+
+namespace fastroute {
+namespace {
+
+using Tensors = std::vector<at::Tensor>;
+
+template <typename Signature>
+auto find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// outputs_j = ReLU(Σ_i g_ij U_ij + offsets_j); predictions are, for each i, the joined U_ij of all j.
+void sum_predictions(
+    at::TensorList predictions, const at::Tensor& gates, const OptionalTensor& offsets, bool relu,
+    at::TensorList outputs) {
+  static const auto op = find<void(at::TensorList, const at::Tensor&, const OptionalTensor&, bool, at::TensorList)>(
+      "fastroute_native::sum_predictions");
+  op.call(predictions, gates, offsets, relu, outputs);
+}
+
+// masked_p = paths_p where masks_p > 0, or all of it without masks; scaled_q are the joined w_pq masked_p of all p. With
+// `sums`, the totals (N, P, C) of masked over space are returned.
+at::Tensor scale_paths(
+    at::TensorList paths, at::TensorList masks, const at::Tensor& weights, bool sums, at::TensorList masked,
+    at::TensorList scaled) {
+  static const auto op =
+      find<at::Tensor(at::TensorList, at::TensorList, const at::Tensor&, bool, at::TensorList, at::TensorList)>(
+          "fastroute_native::scale_paths");
+  return op.call(paths, masks, weights, sums, masked, scaled);
+}
+
+// products_ij = <T_ij, X_i>, and grad_xs_i = Σ_j g_ij T_ij unless there are none; terms are, for each j, the joined T_ij of
+// all i. xs have the format of the convolutions, and grad_xs that of the paths.
+at::Tensor sum_gradients(
+    at::TensorList terms, at::TensorList xs, const at::Tensor& gates, at::TensorList grad_xs) {
+  static const auto op = find<at::Tensor(at::TensorList, at::TensorList, const at::Tensor&, at::TensorList)>(
+      "fastroute_native::sum_gradients");
+  return op.call(terms, xs, gates, grad_xs);
+}
+
+// Cross-correlation of a geometry, or a dense layer where there is no space: x (N, C, *S), weight (C', C, *k). All results
+// are [*S, C] in memory with `channels_last`, else [C, *S]. PyTorch is given everything in `type`, and maps are converted
+// back; the weight's gradient is not.
+struct Convolution {
+  at::IntArrayRef stride, padding, dilation;
+  bool channels_last;
+  at::ScalarType type;
+
+  at::Tensor arrange(const at::Tensor& x) const { return channels_last ? to_channels_last(x) : x.contiguous(); }
+
+  at::Tensor forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) const {
+    const OptionalTensor b = bias ? OptionalTensor(bias->to(type)) : bias;
+    if (x.dim() == 2) return at::linear(x.to(type), weight.to(type), b).to(x.scalar_type());
+    const at::Tensor y = at::convolution(
+        x.to(type), weight.to(type), b, stride, padding, dilation, false, std::vector<int64_t>(stride.size()), 1);
+    return arrange(y).to(x.scalar_type());
+  }
+
+  // The gradient of inputs of the shape of `like`, whose values are not read.
+  at::Tensor to_inputs(const at::Tensor& grad, const at::Tensor& like, const at::Tensor& weight) const {
+    if (grad.dim() == 2) return grad.to(type).matmul(weight.to(type)).to(grad.scalar_type());
+    return arrange(std::get<0>(backward(grad, like, weight, {true, false, false}))).to(grad.scalar_type());
+  }
+
+  // The gradient of the weight, whose values are not read.
+  at::Tensor to_weight(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight) const {
+    if (grad.dim() == 2) return grad.to(type).mT().matmul(x.to(type));
+    return std::get<1>(backward(grad, x, weight, {false, true, false}));
+  }
+
+ private:
+  std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
+      const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, std::array<bool, 3> mask) const {
+    return at::convolution_backward(
+        grad.to(type), x.to(type), weight.to(type), std::nullopt, stride, padding, dilation, false,
+        std::vector<int64_t>(stride.size()), 1, mask);
+  }
+};
+
+std::vector<int64_t> output_shape(
+    const at::Tensor& x, const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation) {
+  std::vector<int64_t> shape = {x.size(0), weight.size(2)};
+  for (int64_t d = 0; d < x.dim() - 2; ++d) {
+    shape.push_back((x.size(2 + d) + 2 * padding[d] - dilation[d] * (weight.size(4 + d) - 1) - 1) / stride[d] + 1);
+  }
+  return shape;
+}
+
+// Where and in which portions the convolutions and passes work.
+//
+// On a CPU PyTorch's convolutions are fastest in channels_last, whose cost their other formats have inside: paths of
+// another format are converted by the passes. Working on few samples at a time leaves in the caches what one convolution or
+// pass writes for the next, but converts the weight into the convolutions' own format each time. In float16 convolutions
+// are 20 times slower than in float32, and add their inputs' gradients in float16.
+class Layer {
+ public:
+  Layer(
+      at::TensorList xs, const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
+      at::IntArrayRef dilation)
+      : cpu_(xs[0].is_cpu()), paths_last_(!sample_is_dense(xs[0], false)),
+        convolution_{stride, padding, dilation, cpu_ || paths_last_,
+                     cpu_ && xs[0].scalar_type() == at::kHalf ? at::kFloat : xs[0].scalar_type()} {
+    const int64_t bytes = static_cast<int64_t>(weight.nbytes());
+    chunk_bytes_ = cpu_ ? std::min(std::max(int64_t{1} << 20, bytes), int64_t{8} << 20) : int64_t{64} << 20;
+    chunk_samples_ = cpu_ ? at::get_num_threads() : 1;
+  }
+
+  const Convolution& convolution() const { return convolution_; }
+  bool paths_last() const { return paths_last_; }
+
+  at::Tensor empty(const at::Tensor& x, at::IntArrayRef shape, at::IntArrayRef strides) const {
+    static const auto kept = find<at::Tensor(const at::Tensor&, at::IntArrayRef, at::IntArrayRef)>(
+        "fastroute_native::new_empty_strided");
+    return cpu_ ? kept.call(x, shape, strides) : at::empty_strided(shape, strides, x.options());
+  }
+
+  // Unwritten tensors of x's samples and space, in the format of the convolutions.
+  Tensors empty_arranged(const at::Tensor& x, int64_t channels, size_t count) const {
+    std::vector<int64_t> shape = x.sizes().vec();
+    shape[1] = channels;
+    Tensors tensors;
+    for (size_t i = 0; i < count; ++i) {
+      tensors.push_back(empty(x, shape, dense_strides(shape, convolution_.channels_last)));
+    }
+    return tensors;
+  }
+
+  // The paths in the format of the convolutions.
+  Tensors arranged(at::TensorList xs) const {
+    if (!cpu_ || sample_is_dense(xs[0], true)) {
+      Tensors tensors;
+      for (const auto& x : xs) tensors.push_back(convolution_.arrange(x));
+      return tensors;
+    }
+    Tensors tensors = empty_arranged(xs[0], xs[0].size(1), xs.size());
+    const auto options = xs[0].options().dtype(accumulate_type(xs[0].scalar_type()));
+    scale_paths(xs, {}, at::empty({xs[0].size(0), static_cast<int64_t>(xs.size()), 0}, options), false, tensors, {});
+    return tensors;
+  }
+
+  // f(first, end) for portions of about equal numbers of samples.
+  template <typename F>
+  void for_chunks(const at::Tensor& a, const at::Tensor& b, F f) const {
+    const at::Tensor& largest = a.numel() >= b.numel() ? a : b;
+    const int64_t samples = a.size(0), bytes = static_cast<int64_t>(largest.nbytes());
+    const int64_t count = std::max<int64_t>(1, (bytes + chunk_bytes_ - 1) / chunk_bytes_);
+    const int64_t size = std::max(chunk_samples_, (samples + count - 1) / count);
+    for (int64_t first = 0; first < samples; first += size) f(first, std::min(first + size, samples));
+  }
+
+  // For each i the W_ij of all j (n·C_out, C_in, *k), in the format of the convolutions.
+  Tensors by_input(const at::Tensor& weight) const {
+    Tensors joined;
+    for (const auto& w : weight.unbind(0)) joined.push_back(convolution_.arrange(w.flatten(0, 1)));
+    return joined;
+  }
+
+  // For each j the W_ij of all i (C_out, m·C_in, *k), in the format of the convolutions.
+  Tensors by_output(const at::Tensor& weight) const {
+    Tensors joined;
+    for (const auto& w : weight.unbind(1)) joined.push_back(convolution_.arrange(w.transpose(0, 1).flatten(1, 2)));
+    return joined;
+  }
+
+ private:
+  bool cpu_, paths_last_;
+  Convolution convolution_;
+  int64_t chunk_bytes_, chunk_samples_;
+};
+
+Tensors narrowed(at::TensorList tensors, int64_t first, int64_t end) {
+  Tensors parts;
+  for (const auto& t : tensors) parts.push_back(t.narrow(0, first, end - first));
+  return parts;
+}
+
+// From the joined predictions of each input.
+void predict(
+    const Layer& layer, at::TensorList paths, const Tensors& weights, const OptionalTensor& bias,
+    const at::Tensor& gates, bool relu, at::TensorList outputs) {
+  const Tensors xs = layer.arranged(paths);
+  Tensors predictions;
+  for (size_t i = 0; i < xs.size(); ++i) {
+    const auto b = bias ? OptionalTensor(bias->select(0, static_cast<int64_t>(i)).flatten()) : bias;
+    predictions.push_back(layer.convolution().forward(xs[i], weights[i], b));
+  }
+  sum_predictions(predictions, gates, std::nullopt, relu, outputs);
+}
+
+// From one prediction for each output, of all gated inputs side by side.
+void gate_first(
+    const Layer& layer, at::TensorList paths, const Tensors& weights, const OptionalTensor& bias,
+    const at::Tensor& gates, bool relu, at::TensorList outputs) {
+  const at::Tensor& x = paths[0];
+  OptionalTensor offsets;
+  if (bias) offsets = gates.unsqueeze(-1).mul(bias->to(gates.scalar_type())).sum(1);
+  const Tensors gated = layer.empty_arranged(x, static_cast<int64_t>(paths.size()) * x.size(1), 1);
+  const at::Tensor ones = gates.new_ones({gates.size(0), 1, 1});
+  for (size_t j = 0; j < outputs.size(); ++j) {
+    const auto at_j = static_cast<int64_t>(j);
+    scale_paths(paths, {}, gates.select(2, at_j).unsqueeze(-1), false, {}, gated);
+    const at::Tensor prediction = layer.convolution().forward(gated[0], weights[j], std::nullopt);
+    const auto offset = offsets ? OptionalTensor(offsets->narrow(1, at_j, 1)) : offsets;
+    sum_predictions({prediction}, ones, offset, relu, {outputs[j]});
+  }
+}
+
+Tensors cross_predict(
+    at::TensorList xs, const at::Tensor& weight_, const OptionalTensor& bias, const at::Tensor& gates_,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool relu, c10::string_view form) {
+  const at::Tensor& x = xs[0];
+  check_aligned(xs, x);
+  const Layer layer(xs, weight_, stride, padding, dilation);
+  const auto shape = output_shape(x, weight_, stride, padding, dilation);
+  const auto strides = dense_strides(shape, layer.paths_last());
+  Tensors outputs;
+  for (int64_t j = 0; j < weight_.size(1); ++j) outputs.push_back(layer.empty(x, shape, strides));
+  const at::Tensor weight = weight_.to(x.scalar_type()), gates = gates_.to(accumulate_type(x.scalar_type()));
+  const OptionalTensor b = bias ? OptionalTensor(bias->to(x.scalar_type())) : bias;
+  const bool gates_first = form == "gate";
+  const Tensors weights = gates_first ? layer.by_output(weight) : layer.by_input(weight);
+  layer.for_chunks(x, outputs[0], [&](int64_t first, int64_t end) {
+    const Tensors part = narrowed(xs, first, end), ys = narrowed(outputs, first, end);
+    const at::Tensor g = gates.narrow(0, first, end - first);
+    if (gates_first) {
+      gate_first(layer, part, weights, bias, g, relu, ys);
+    } else {
+      predict(layer, part, weights, b, g, relu, ys);
+    }
+  });
+  return outputs;
+}
+
+// dP_j in the format of the convolutions, and with `sums` their totals over space.
+std::tuple<Tensors, at::Tensor> grads_of_sums(
+    const Layer& layer, at::TensorList grad_outputs, at::TensorList outputs, const at::Tensor& gates, bool sums) {
+  if (outputs.empty() && !sums) return {layer.arranged(grad_outputs), at::Tensor()};  // dY_j itself
+  const at::Tensor& grad = grad_outputs[0];
+  Tensors grads = layer.empty_arranged(grad, grad.size(1), grad_outputs.size());
+  const at::Tensor none = gates.new_empty({gates.size(0), static_cast<int64_t>(grads.size()), 0});
+  at::Tensor totals = scale_paths(grad_outputs, outputs, none, sums, grads, {});
+  return {std::move(grads), std::move(totals)};
+}
+
+// Adds dW of these samples, input by input, so that only n of the m·n g_ij dP_j exist at a time.
+void add_grad_weight(
+    const Layer& layer, const Tensors& grads, const Tensors& xs, const at::Tensor& weight, const at::Tensor& gates,
+    Tensors& grad_weight) {
+  const Tensors scaled = layer.empty_arranged(grads[0], weight.size(1) * weight.size(2), 1);
+  for (size_t i = 0; i < xs.size(); ++i) {
+    const auto at_i = static_cast<int64_t>(i);
+    scale_paths(grads, {}, gates.select(1, at_i).unsqueeze(-1), false, {}, scaled);
+    grad_weight[i] += layer.convolution().to_weight(scaled[0], xs[i], weight.select(0, at_i).flatten(0, 1));
+  }
+}
+
+std::tuple<Tensors, at::Tensor, at::Tensor, at::Tensor> cross_predict_backward(
+    at::TensorList grad_outputs, at::TensorList outputs, at::TensorList xs, const at::Tensor& weight_,
+    const OptionalTensor& bias, const at::Tensor& gates_, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, bool grad_inputs) {
+  const at::Tensor& x = xs[0];
+  check_aligned(xs, x);
+  const auto type = accumulate_type(x.scalar_type());
+  const Layer layer(xs, weight_, stride, padding, dilation);
+  const at::Tensor weight = weight_.to(x.scalar_type()), gates = gates_.to(type);
+  const int64_t m = weight.size(0), n = weight.size(1);
+  Tensors grad_xs;
+  for (int64_t i = 0; grad_inputs && i < m; ++i) grad_xs.push_back(layer.empty(x, x.sizes(), path_strides(x)));
+  const Tensors weights = layer.by_output(weight);
+  Tensors grad_weight = layer.by_input(gates.new_zeros(weight.sizes()));
+  Tensors products{gates.new_empty({0, m, n})}, totals{gates.new_empty({0, n, weight.size(2)})};
+  layer.for_chunks(x, grad_outputs[0], [&](int64_t first, int64_t end) {
+    const Tensors part = layer.arranged(narrowed(xs, first, end));
+    const at::Tensor g = gates.narrow(0, first, end - first);
+    const auto [grads, total] = grads_of_sums(
+        layer, narrowed(grad_outputs, first, end), narrowed(outputs, first, end), g, bias.has_value());
+    if (bias) totals.push_back(total);
+    add_grad_weight(layer, grads, part, weight, g, grad_weight);
+    const Tensors like = layer.empty_arranged(part[0], weights[0].size(1), 1);
+    Tensors terms;
+    for (size_t j = 0; j < grads.size(); ++j) {
+      terms.push_back(layer.convolution().to_inputs(grads[j], like[0], weights[j]));
+    }
+    products.push_back(sum_gradients(terms, part, g, narrowed(grad_xs, first, end)));
+  });
+  const at::Tensor to_weight = at::stack(grad_weight).view(weight.sizes()).contiguous();
+  at::Tensor to_gates = at::cat(products);
+  if (!bias) return {std::move(grad_xs), to_weight, gates.new_empty({0}), to_gates};
+  const at::Tensor all_totals = at::cat(totals).unsqueeze(1);
+  to_gates += all_totals.mul(bias->to(type)).sum(-1);
+  return {std::move(grad_xs), to_weight, gates.unsqueeze(-1).mul(all_totals).sum(0), to_gates};
+}
+
+}  // namespace
+}  // namespace fastroute
+
+TORCH_LIBRARY_IMPL(fastroute_native, CompositeExplicitAutograd, m) {
+  m.impl("cross_predict", &fastroute::cross_predict);
+  m.impl("cross_predict_backward", &fastroute::cross_predict_backward);
+}

@@ -1,0 +1,90 @@
+// Launches of Triton kernels without Python. Python runs a call once, compiles its kernels and hands over what it launched
+// (fastroute/backends/triton/_recording.py); a later call whose arguments agree in everything but their addresses and
+// values allocates the same tensors and launches the same kernels.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <optional>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+namespace fastroute::triton {
+
+// The arguments of a call: its tensors in order, and a key of everything that launches may depend on.
+class Call {
+ public:
+  Call(const char* name, at::Device device);
+
+  void add(const at::Tensor& tensor);
+  void add(const std::optional<at::Tensor>& tensor);
+  void add(at::TensorList tensors);
+  void add(bool value) { add_raw(value); }
+  void add(double value) { add_raw(value); }
+  void add(at::IntArrayRef values);
+  void add(std::string_view text);
+
+  const std::vector<at::Tensor>& tensors() const { return tensors_; }
+  const std::string& key() const { return key_; }
+  at::Device device() const { return device_; }
+
+ private:
+  template <typename T>
+  void add_raw(T value) {
+    key_.append(reinterpret_cast<const char*>(&value), sizeof value);
+  }
+
+  at::Device device_;
+  std::vector<at::Tensor> tensors_;
+  std::string key_;
+};
+
+// The results of a call as groups: a list of tensors is one, a single tensor another.
+using Groups = std::vector<std::vector<at::Tensor>>;
+
+// Launches what was recorded for such a call; nothing where nothing was.
+std::optional<Groups> replay(const Call& call);
+
+// While it lives, Python may record the call on this thread. A call that Python leaves unrecorded is not offered again.
+class Offer {
+ public:
+  explicit Offer(const Call& call);
+  ~Offer();
+  Offer(const Offer&) = delete;
+  Offer& operator=(const Offer&) = delete;
+};
+
+template <typename Result>
+Result from_groups(Groups groups) {
+  if constexpr (std::is_same_v<Result, std::vector<at::Tensor>>) {
+    return std::move(groups[0]);
+  } else {
+    return [&]<size_t... I>(std::index_sequence<I...>) {
+      const auto element = []<typename T>(std::vector<at::Tensor>& group, const T*) -> T {
+        if constexpr (std::is_same_v<T, at::Tensor>) {
+          return std::move(group[0]);
+        } else {
+          return std::move(group);
+        }
+      };
+      return Result(element(groups[I], static_cast<const std::tuple_element_t<I, Result>*>(nullptr))...);
+    }(std::make_index_sequence<std::tuple_size_v<Result>>());
+  }
+}
+
+template <typename Result, typename... Parameters, typename... Args>
+Result call(
+    const char* name, const c10::TypedOperatorHandle<Result(Parameters...)>& python, at::Device device,
+    const Args&... args) {
+  Call call(name, device);
+  (call.add(args), ...);
+  if (auto groups = replay(call)) return from_groups<Result>(std::move(*groups));
+  const Offer offer(call);
+  return python.call(args...);
+}
+
+}  // namespace fastroute::triton

@@ -1,0 +1,74 @@
+"""The libraries compiled from csrc: which there are, whether they fit, and loading them.
+
+A library that is missing, or was built for another torch or, in a checkout, from other sources than those beside the
+package, is a reason not to use it, never an error at import.
+"""
+
+import mmap
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from fastroute.ops._source_hash import source_hash
+
+FOLDER = Path(__file__).parents[1] / "backends" / "native"
+ROOT = Path(__file__).parents[2]
+REBUILD = "build it anew with `python setup.py build_ext --inplace` or `pip install`"
+
+OPERATORS = ("ops", "triton")  # folders of csrc that `_C` is built from
+CPU, CUDA = ("cpu",), ("cuda",)
+
+
+def cpu_library() -> str:
+    """Return the name of the CPU library for this processor's instruction set, as torch reports it."""
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    if capability == "avx512" and torch.cpu.get_capabilities().get("avx512_bf16"):
+        capability = "avx512_bf16"
+    return f"_C_{capability}"
+
+
+def reason_against(path: Path, folders: tuple[str, ...]) -> str | None:
+    """Return why the library in this file must not be loaded, or None."""
+    if not path.exists():
+        return f"the compiled library {path.name} is missing; {REBUILD}"
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start = content.find(b"fastroute_build ")
+        mark = content[start : content.find(b";", start)].decode() if start >= 0 else ""
+    _, built_from, _, built_for = mark.split() if len(mark.split()) == 4 else ("", "", "", "")
+    if not built_for:
+        return f"the compiled library {path.name} is not one of fastroute's; {REBUILD}"
+    if built_for != torch.__version__:
+        torches = f"torch {built_for}, and this is {torch.__version__}"
+        return f"the compiled library {path.name} was built for {torches}; {REBUILD}"
+    if (ROOT / "csrc").is_dir() and built_from != source_hash(ROOT, *folders):
+        return f"the compiled library {path.name} is older than the sources in csrc; {REBUILD}"
+    return None
+
+
+@cache
+def load(name: str, folders: tuple[str, ...]) -> str | None:
+    """Load a library; return why it cannot be loaded, or None."""
+    path = FOLDER / f"{name}.so"
+    if reason := reason_against(path, folders):
+        return reason
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"the compiled library {path.name} does not load ({error}); {REBUILD}"
+    return None
+
+
+def load_operators() -> str | None:
+    """Load the operators; return why they cannot be loaded, or None."""
+    return load("_C", OPERATORS)
+
+
+def load_cpu() -> str | None:
+    """Load the kernels for this processor; return why they cannot be loaded, or None."""
+    return load_operators() or load(cpu_library(), CPU)
+
+
+def load_cuda() -> str | None:
+    """Load the CUDA kernels; return why they cannot be loaded, or None."""
+    return load_operators() or load("_C_cuda", CUDA)

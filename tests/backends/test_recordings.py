@@ -1,0 +1,45 @@
+"""Launches of Triton's kernels by the compiled library are those that Python makes, on a driver without a card."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import stub_driver
+from fastroute.ops import _library
+
+OPERATORS = {"cross_connect", "gate", "mix", "mixture"}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    if _library.NOT_COMPILED:
+        pytest.skip(_library.NOT_COMPILED)
+    environment = stub_driver.environment(tmp_path_factory.mktemp("stub"))
+    program = Path(__file__).with_name("recorded_launches.py")
+    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_replay_launches_what_python_did(rows):
+    assert {name for _, name, *_ in rows} == OPERATORS
+    for case, name, (first, _), (again, _) in rows:
+        assert all(part["launches"] for part in first), (case, name)
+        assert again == first, (case, name)
+
+
+def test_only_the_first_call_comes_to_python(rows):
+    for case, name, (_, recorded), (_, replayed) in rows:
+        assert len(recorded) == 2, (case, name, recorded)  # forward and backward
+        assert replayed == [], (case, name, replayed)
+
+
+def test_every_tier_is_among_the_cases(rows):
+    launches = {case: len(first[0]["launches"]) for case, name, (first, _), _ in rows if name == "cross_connect"}
+    assert launches["resident"] == launches["fused"] < launches["split"]
