@@ -20,8 +20,8 @@ def reason_against_device(device: torch.device, capability: tuple[int, int]) -> 
 
 
 def _reason_for_no_device() -> str:
-    driver, built_for = torch._C._cuda_getDriverVersion(), torch.version.cuda  # 12040 is CUDA 12.4; 0 without a driver
-    if driver and driver // 1000 < int(built_for.partition(".")[0]):
-        supported = f"{driver // 1000}.{driver % 1000 // 10}"
-        return f"the NVIDIA driver supports CUDA {supported}, and this PyTorch needs {built_for}; update the driver"
-    return "this machine has no CUDA device that PyTorch can use"
+    try:
+        torch.cuda.init()  # says what is wrong: no driver, or one that is too old
+    except (RuntimeError, AssertionError) as error:
+        return f"PyTorch can use no CUDA device: {str(error).partition('. ')[0].rstrip('.')}"
+    return "this machine has no CUDA device"

@@ -1,10 +1,11 @@
 """The libraries compiled from csrc: which there are, whether they fit, and loading them.
 
 A library that is missing, or was built for another torch or, in a checkout, from other sources than those beside the
-package, is a reason not to use it, never an error at import.
+package, is a reason not to use it, never an error at import. FASTROUTE_COMPILED=0 leaves all of them out.
 """
 
 import mmap
+import os
 from functools import cache
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def reason_against(path: Path, folders: tuple[str, ...]) -> str | None:
 @cache
 def load(name: str, folders: tuple[str, ...]) -> str | None:
     """Load a library; return why it cannot be loaded, or None."""
+    if os.environ.get("FASTROUTE_COMPILED") == "0":
+        return "FASTROUTE_COMPILED=0 leaves the compiled libraries out"
     path = FOLDER / f"{name}.so"
     if reason := reason_against(path, folders):
         return reason
