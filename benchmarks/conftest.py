@@ -35,7 +35,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def race(benchmark, request):
-    """Measures a case: the time of pytest-benchmark is ours, and `extra_info` has the row with the peers'."""
+    """Measures a case and returns its row: the time of pytest-benchmark is ours, `extra_info` has that of the peers."""
 
     def run(case):
         rounds = request.config.getoption("--rounds") or measuring.ROUNDS[case.suite]
@@ -57,6 +57,7 @@ def race(benchmark, request):
         row = contest.row(case.suite, case.labels)
         benchmark.extra_info.update(vars(row), calls_in_a_round=contest.repeats)
         request.config.stash[ROWS].append(row)
+        return row
 
     return run
 

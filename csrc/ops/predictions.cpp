@@ -22,6 +22,8 @@
 #include <ATen/ops/stack.h>
 #include <torch/library.h>
 
+#include <atomic>
+
 namespace fastroute {
 namespace {
 
@@ -110,6 +112,8 @@ std::vector<int64_t> output_shape(
   return shape;
 }
 
+std::atomic<int64_t> forced_chunk_bytes = 0;  // by a test, to have several chunks of a small case
+
 // Where and in which portions the convolutions and passes work.
 //
 // On a CPU PyTorch's convolutions are fastest in channels_last, whose cost their other formats have inside: paths of
@@ -126,10 +130,12 @@ class Layer {
                      cpu_ && xs[0].scalar_type() == at::kHalf ? at::kFloat : xs[0].scalar_type()} {
     const int64_t bytes = static_cast<int64_t>(weight.nbytes());
     chunk_bytes_ = cpu_ ? std::min(std::max(int64_t{1} << 20, bytes), int64_t{8} << 20) : int64_t{64} << 20;
-    chunk_samples_ = cpu_ ? at::get_num_threads() : 1;
+    if (forced_chunk_bytes) chunk_bytes_ = forced_chunk_bytes;
+    least_samples_ = cpu_ ? at::get_num_threads() : 1;
   }
 
   const Convolution& convolution() const { return convolution_; }
+  int64_t chunk_bytes() const { return chunk_bytes_; }
   bool paths_last() const { return paths_last_; }
 
   at::Tensor empty(const at::Tensor& x, at::IntArrayRef shape, at::IntArrayRef strides) const {
@@ -162,13 +168,17 @@ class Layer {
     return tensors;
   }
 
+  // Of how many samples each portion of such a path is.
+  int64_t chunk_samples(const at::Tensor& path) const {
+    const int64_t bytes = path.numel() * static_cast<int64_t>(path.element_size());
+    const int64_t count = std::max<int64_t>(1, (bytes + chunk_bytes_ - 1) / chunk_bytes_);
+    return std::max(least_samples_, (path.size(0) + count - 1) / count);
+  }
+
   // f(first, end) for portions of about equal numbers of samples.
   template <typename F>
   void for_chunks(const at::Tensor& a, const at::Tensor& b, F f) const {
-    const at::Tensor& largest = a.numel() >= b.numel() ? a : b;
-    const int64_t samples = a.size(0), bytes = static_cast<int64_t>(largest.nbytes());
-    const int64_t count = std::max<int64_t>(1, (bytes + chunk_bytes_ - 1) / chunk_bytes_);
-    const int64_t size = std::max(chunk_samples_, (samples + count - 1) / count);
+    const int64_t samples = a.size(0), size = chunk_samples(a.numel() >= b.numel() ? a : b);
     for (int64_t first = 0; first < samples; first += size) f(first, std::min(first + size, samples));
   }
 
@@ -189,7 +199,7 @@ class Layer {
  private:
   bool cpu_, paths_last_;
   Convolution convolution_;
-  int64_t chunk_bytes_, chunk_samples_;
+  int64_t chunk_bytes_, least_samples_;
 };
 
 Tensors narrowed(at::TensorList tensors, int64_t first, int64_t end) {
@@ -321,4 +331,19 @@ std::tuple<Tensors, at::Tensor, at::Tensor, at::Tensor> cross_predict_backward(
 TORCH_LIBRARY_IMPL(fastroute_native, CompositeExplicitAutograd, m) {
   m.impl("cross_predict", &fastroute::cross_predict);
   m.impl("cross_predict_backward", &fastroute::cross_predict_backward);
+}
+
+// For tests: what is planned for paths x and a weight, and bytes of a path to work on at once whatever the plan says (0: the
+// plan).
+TORCH_LIBRARY_FRAGMENT(fastroute_native, m) {
+  m.def(
+      "cross_predict_plan(Tensor x, Tensor weight) -> (bool channels_last, bool converted, int bytes, int samples)",
+      [](const at::Tensor& x, const at::Tensor& weight) {
+        const fastroute::Layer layer({x}, weight, {}, {}, {});
+        const auto& convolution = layer.convolution();
+        return std::make_tuple(
+            convolution.channels_last, convolution.type != x.scalar_type(), layer.chunk_bytes(),
+            layer.chunk_samples(x));
+      });
+  m.def("cross_predict_force_chunk(int bytes) -> ()", [](int64_t bytes) { fastroute::forced_chunk_bytes = bytes; });
 }

@@ -1,4 +1,3 @@
-import dataclasses
 import itertools
 
 import pytest
@@ -7,7 +6,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastroute import ops, use_backend
-from fastroute.backends.native import cross_predict as native
 from tests.ops.cases import check_against_eager, differentiate, paths
 from tests.ops.cases import eager_cross_predict as eager
 
@@ -92,15 +90,17 @@ def test_random_shapes(backend, m, n, batch, channels, width, space, layout, dty
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_large_maps_and_chunks(backend, layout, monkeypatch):
+def test_large_maps_and_chunks(backend, layout, native_library):
     """Outputs past the caches go through other stores than small ones, and few predictions at a time give the same."""
     xs, ps = paths(2, (5, 16, 64, 64), layout=layout), parameters(2, 2, 32, 16, (3, 3), 5)
     whole = check(xs, ps, padding=1)
-    passes = native._passes
+    force_chunk = torch.ops.fastroute_native.cross_predict_force_chunk
     for form in FORMS:
-        with monkeypatch.context() as patch:
-            patch.setattr(native, "_passes", lambda *args: dataclasses.replace(passes(*args), chunk_bytes=2**20))
+        force_chunk(2**20)
+        try:
             parts = check(xs, ps, form, padding=1)
+        finally:
+            force_chunk(0)
         for a, b in zip((*whole[0], *whole[1]), (*parts[0], *parts[1]), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 
@@ -248,19 +248,17 @@ def test_keeps_no_predictions_for_the_backward(backend):
 
 def test_the_plan_of_the_native_passes(native_library):
     """That the cases of this file take the way that they are there for."""
+    plan = torch.ops.fastroute_native.cross_predict_plan
     small = torch.zeros(2, 2, 8, 8, 3, 3)
     dtypes = torch.float32, torch.bfloat16, torch.float16
-    single, half, float16 = (native._passes(torch.zeros(1, dtype=dtype), small) for dtype in dtypes)
-    assert single.channels_last and half.channels_last
-    assert float16.compute_dtype == torch.float32
-    assert single.compute_dtype is half.compute_dtype is None
+    plans = [plan(torch.zeros(1, 1, dtype=dtype), small) for dtype in dtypes]
+    assert [(last, converted) for last, converted, _, _ in plans] == [(True, False), (True, False), (True, True)]
     # Chunks grow with the weight, which each of them converts, and have a sample for each thread.
     weights = small, torch.zeros(2, 2, 128, 128, 3, 3), torch.zeros(2, 2, 512, 512, 3, 3)
-    passes = [native._passes(torch.zeros(1), weight) for weight in weights]
-    assert [p.chunk_bytes for p in passes] == [1 << 20, weights[1].nbytes, 8 << 20]
+    assert [plan(torch.zeros(1, 1), weight)[2] for weight in weights] == [1 << 20, weights[1].nbytes, 8 << 20]
     threads = torch.get_num_threads()
     large = torch.zeros(4 * threads, 1).expand(-1, 1 << 20)  # 4 MiB a sample
-    assert [c.stop - c.start for c in single._chunks(large)] == [threads] * 4
+    assert plan(large, small)[3] == threads
 
 
 x = torch.zeros(4, 3, 6, 6)
