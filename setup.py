@@ -20,10 +20,10 @@ ROOT = Path(__file__).parent
 PACKAGE = "fastroute.backends.native"
 
 
-def marks(*folders: str) -> list[str]:
-    """What a library says it was built from, computed as the loader does: the package cannot be imported yet."""
+def marks(library: str) -> list[str]:
+    """What OPERATORS, CPU or CUDA say they were built from, as the loader computes it: the package is not built yet."""
     loader = runpy.run_path(str(ROOT / "fastroute/ops/_source_hash.py"))
-    built_from = loader["source_hash"](ROOT, *folders)
+    built_from = loader["source_hash"](ROOT, *loader[library])
     return [f'-DFASTROUTE_BUILD="{built_from}"', f'-DFASTROUTE_TORCH="{torch.__version__}"']
 
 
@@ -54,14 +54,14 @@ def cpu_extensions() -> list:
         f"{PACKAGE}._C",
         ["csrc/operators.cpp", *sources("ops", ".cpp"), *sources("triton", ".cpp")],
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args=[*flags, *marks("ops", "triton")],
+        extra_compile_args=[*flags, *marks("OPERATORS")],
     )
     kernels = [
         cpp_extension.CppExtension(
             f"{PACKAGE}._C_{name}",
             sources("cpu", ".cpp"),
             include_dirs=[str(ROOT / "csrc")],
-            extra_compile_args=[*flags, *target_flags, *marks("cpu")],
+            extra_compile_args=[*flags, *target_flags, *marks("CPU")],
             extra_link_args=["-fopenmp"],
         )
         for name, target_flags in instruction_sets.items()
@@ -116,7 +116,7 @@ def cuda_extensions() -> list:
             sources("cuda", ".cpp") + sources("cuda", ".cu"),
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args={
-                "cxx": ["-O3", "-g0", "-std=c++20", "-Wall", *marks("cuda")],
+                "cxx": ["-O3", "-g0", "-std=c++20", "-Wall", *marks("CUDA")],
                 "nvcc": ["-O3", "-std=c++20"],
             },
         )

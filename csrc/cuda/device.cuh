@@ -7,6 +7,8 @@
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 // Clusters and distributed shared memory exist from sm_90 on; for older targets the kernels that use them are empty.
 #define FASTROUTE_CLUSTERS (__CUDA_ARCH__ >= 900)
 
@@ -29,8 +31,11 @@ __device__ inline void store_word(void* to, uint4 word) {
                : "memory");
 }
 
-// 16 bytes from global to shared memory, past the registers; `copies_wait` waits for those of the calling thread.
-__device__ inline void copy_async(void* to, const void* from) { __pipeline_memcpy_async(to, from, 16); }
+// 4, 8 or 16 bytes from global to shared memory, past the registers; `copies_wait` waits for those of the calling thread.
+template <int BYTES>
+__device__ void copy_async(void* to, const void* from) {
+  __pipeline_memcpy_async(to, from, BYTES);
+}
 
 __device__ inline void copies_wait() {
   __pipeline_commit();
@@ -42,6 +47,34 @@ __device__ inline int cluster_size() { return cooperative_groups::this_cluster()
 __device__ inline int cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
 __device__ inline void cluster_arrive() { cooperative_groups::cluster_group::barrier_arrive(); }
 __device__ inline void cluster_wait() { cooperative_groups::cluster_group::barrier_wait(); }
+
+// Copies of any size, a multiple of 16 bytes at addresses that are, made by the chip's copying unit for one thread.
+// `landing` in shared memory counts down their bytes. One thread begins it and names the bytes before it copies; after a
+// barrier of the block, `land_wait` lets a thread go on once all have landed, and see them. It is used once.
+__device__ inline void land_begin(uint64_t* landing, uint32_t bytes) {
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(landing));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+}
+
+__device__ inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* landing) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(static_cast<uint32_t>(__cvta_generic_to_shared(landing)))
+      : "memory");
+}
+
+__device__ inline void land_wait(uint64_t* landing) {
+  asm volatile(
+      "{\n"
+      ".reg .pred landed;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 landed, [%0], 0;\n"
+      "@!landed bra again;\n"
+      "}" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(landing)))
+      : "memory");
+}
 
 // The address in the block of that rank of what `shared` is in this one.
 template <typename A>

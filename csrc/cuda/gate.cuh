@@ -6,16 +6,35 @@
 
 namespace fastroute::cuda {
 
-// out[r] = f(<weight[r], in[r / rows]>, r) for each of m * rows rows, a warp to a row.
+// out[r] = f(<weight[r], in[r / rows]> + bias[r]) for each of m * rows rows. A warp takes four rows at a time, so that as
+// many loads are on their way when the weights come from global memory.
 template <typename A, typename F>
-__device__ void dense(const A* weight, const A* in, int64_t m, int64_t rows, int64_t width, A* out, F f) {
-  for (int64_t r = threadIdx.x / 32; r < m * rows; r += blockDim.x / 32) {
-    const A *w = weight + r * width, *z = in + Division(r, rows).quotient * width;
-    A sum = 0;
-#pragma unroll 4
-    for (int64_t c = threadIdx.x % 32; c < width; c += 32) sum += w[c] * z[c];
-    sum = warp_sum(sum);
-    if (threadIdx.x % 32 == 0) out[r] = f(sum, r);
+__device__ void dense(
+    const A* weight, const A* bias, const A* in, int m, int rows, int64_t width, A* out, F f) {
+  constexpr int kRows = 4;
+  const int warps = blockDim.x / 32, lane = threadIdx.x % 32;
+  for (int first = threadIdx.x / 32; first < m * rows; first += kRows * warps) {
+    const A *w[kRows], *z[kRows];
+    A sums[kRows], biases[kRows];
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+      const int r = min(first + k * warps, m * rows - 1);  // past the end, the last row again
+      w[k] = weight + r * width;
+      z[k] = in + r / rows * width;
+      sums[k] = 0;
+      biases[k] = bias ? bias[r] : A(0);
+    }
+#pragma unroll 2
+    for (int64_t c = lane; c < width; c += 32) {
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) sums[k] += w[k][c] * z[k][c];
+    }
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+      const A sum = warp_sum(sums[k]);
+      const int r = first + k * warps;
+      if (lane == 0 && r < m * rows) out[r] = f(sum + biases[k]);
+    }
   }
   __syncthreads();
 }
@@ -23,15 +42,12 @@ __device__ void dense(const A* weight, const A* in, int64_t m, int64_t rows, int
 // From pooled Z (m, C) to hidden H (m, G), scores A (m, n) and gates G (m, n), in shared or global memory.
 template <typename A>
 __device__ void gate_forward(const Gate<A>& p, const A* pooled, A* hidden, A* scores, A* gates) {
-  if (p.w1) {  // Eq. 3.4
-    dense(p.w1, pooled, p.m, p.hidden, p.channels, hidden, [&](A sum, int64_t r) {
-      if (p.b1) sum += p.b1[r];
+  if (p.hidden) {  // Eq. 3.4
+    dense(p.w1, p.b1, pooled, p.m, p.hidden, p.channels, hidden, [](A sum) {
       return sum < 0 ? A(0) : sum;  // so that NaN stays
     });
   }
-  dense(p.w2, p.w1 ? hidden : pooled, p.m, p.n, p.width(), scores, [&](A sum, int64_t r) {  // Eq. 3.4, or 3.9
-    return p.b2 ? sum + p.b2[r] : sum;
-  });
+  dense(p.w2, p.b2, p.hidden ? hidden : pooled, p.m, p.n, p.width(), scores, [](A sum) { return sum; });  // Eq. 3.4, 3.9
   for (int i = threadIdx.x; i < p.m; i += blockDim.x) {  // Eq. 3.5
     const A* a = scores + i * p.n;
     A* g = gates + i * p.n;
@@ -57,41 +73,39 @@ __device__ void gate_backward(
     }
   }
   __syncthreads();
-  for (int64_t r = threadIdx.x; p.w1 && r < p.m * p.hidden; r += blockDim.x) {
-    const Division at(r, p.hidden);
+  const int hidden_width = p.hidden, channels = p.channels;
+  for (int r = threadIdx.x; r < p.m * hidden_width; r += blockDim.x) {
+    const int i = quotient(r, hidden_width);
+    const A* w = p.w2 + static_cast<int64_t>(i) * p.n * hidden_width + (r - i * hidden_width);
     A sum = 0;
-    for (int j = 0; j < p.n; ++j) {
-      const int64_t row = at.quotient * p.n + j;
-      sum += d_scores[row] * p.w2[row * p.hidden + at.remainder];
-    }
+#pragma unroll 4
+    for (int j = 0; j < p.n; ++j) sum += d_scores[i * p.n + j] * w[static_cast<int64_t>(j) * hidden_width];
     d_hidden[r] = hidden[r] > 0 ? sum : A(0);
   }
   __syncthreads();
-  const A *weight = p.w1 ? p.w1 : p.w2, *above = p.w1 ? d_hidden : d_scores;
-  const int64_t rows = p.w1 ? p.hidden : p.n;
-  for (int64_t r = threadIdx.x; shares && r < p.m * p.channels; r += blockDim.x) {
-    const Division at(r, p.channels);
+  const A *weight = p.hidden ? p.w1 : p.w2, *above = p.hidden ? d_hidden : d_scores;
+  const int rows = p.hidden ? hidden_width : p.n;
+  for (int r = threadIdx.x; shares && r < p.m * channels; r += blockDim.x) {
+    const int i = quotient(r, channels);
+    const A* w = weight + static_cast<int64_t>(i) * rows * channels + (r - i * channels);
     A sum = 0;
-#pragma unroll 4
-    for (int64_t g = at.quotient * rows; g < (at.quotient + 1) * rows; ++g) {
-      sum += above[g] * weight[g * p.channels + at.remainder];
-    }
+#pragma unroll 8
+    for (int g = 0; g < rows; ++g) sum += above[i * rows + g] * w[static_cast<int64_t>(g) * channels];
     shares[r] = sum / static_cast<A>(space);
   }
   __syncthreads();
 }
 
 // acc[k] += what the gate of an input adds to its elements `first` + k; `shares` has one value for each channel.
-template <int V, typename A>
-__device__ void add_shares(A (&acc)[V], const A* shares, const Shape& shape, int64_t first) {
-  const int64_t run = shape.run();
-  const Division at(first, run);
-  int64_t channel = Division(at.quotient, shape.channels).remainder, inside = at.remainder;
+template <int V, typename A, typename I>
+__device__ void add_shares(A (&acc)[V], const A* shares, const Shape& shape, I first) {
+  const I run = shape.run(), channels = shape.channels, row = quotient(first, run);
+  I channel = row - quotient(row, channels) * channels, inside = first - row * run;
   if (run % V == 0) {
     const A share = shares[channel];
 #pragma unroll
     for (int k = 0; k < V; ++k) acc[k] += share;
-  } else if (run == 1 && shape.channels % V == 0) {
+  } else if (run == 1 && channels % V == 0) {
     const auto share = load<A, V>(shares + channel);
 #pragma unroll
     for (int k = 0; k < V; ++k) acc[k] += share.v[k];
@@ -101,7 +115,7 @@ __device__ void add_shares(A (&acc)[V], const A* shares, const Shape& shape, int
       acc[k] += shares[channel];
       if (++inside == run) {
         inside = 0;
-        if (++channel == shape.channels) channel = 0;
+        if (++channel == channels) channel = 0;
       }
     }
   }

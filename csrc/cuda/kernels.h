@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "cuda/plan.h"
 #include "cuda/types.h"
 
 namespace fastroute::cuda {
@@ -126,6 +127,7 @@ struct ClusterForward {
   Shape shape;
   Gate<float> gate;
   float *pooled, *hidden, *scores, *gates;
+  bool holds_gate = false;  // set by the launch
 };
 
 template <typename T>
@@ -136,21 +138,18 @@ struct ClusterBackward {
   Gate<float> gate;
   const float *grad_gates, *grad_scores, *gates, *hidden;
   float *d_scores, *d_hidden;
+  bool holds_gate = false;  // set by the launch
 };
 
 template <typename T>
-cudaError_t cluster_forward(const ClusterForward<T>& args, int cluster, cudaStream_t stream);
+cudaError_t cluster_forward(ClusterForward<T> args, int cluster, cudaStream_t stream);
 
 template <typename T>
-cudaError_t cluster_backward(const ClusterBackward<T>& args, int cluster, cudaStream_t stream);
+cudaError_t cluster_backward(ClusterBackward<T> args, int cluster, cudaStream_t stream);
 
 // The architecture for which the code of these kernels that this device runs was compiled: 90 for sm_90. With less than
 // 90, which a newer device also runs where nothing better was built, they are empty.
 cudaError_t code_architecture(int* architecture);
-
-// Bytes of shared memory that a block of these kernels needs beside its share of the sample.
-int64_t cluster_forward_extra(const Shape& shape, int64_t m, int64_t n, int64_t hidden, int64_t vector);
-int64_t cluster_backward_extra(const Shape& shape, int64_t m, int64_t n, int64_t hidden);
 
 // Whether every sample of the paths can be read and written 16 bytes at a time.
 template <typename T>

@@ -6,7 +6,30 @@
 
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
+#include <utility>
+
 namespace fastroute::cuda {
+
+// Lets a kernel have all the dynamic shared memory that a block of the current device may have. Once for each device: were
+// it set at each call to what that call needs, a thread could lower it between another's setting and launch.
+inline cudaError_t allow_shared(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<int, const void*>> allowed;
+  int device, most;
+  cudaFuncAttributes attributes;
+  if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const std::lock_guard lock(mutex);
+  if (allowed.count({device, kernel})) return cudaSuccess;
+  auto error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return error;
+  most -= static_cast<int>(attributes.sharedSizeBytes);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error == cudaSuccess) allowed.emplace(device, kernel);
+  return error;
+}
 
 // `cluster` = 0 launches without clusters, `shared` is the dynamic shared memory in bytes.
 template <typename... P, typename... A>
@@ -15,8 +38,7 @@ cudaError_t launch(
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (shared > 48 * 1024) {
-    const auto error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    const auto error = allow_shared(reinterpret_cast<const void*>(kernel));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config = {};

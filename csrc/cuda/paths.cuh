@@ -7,9 +7,6 @@
 
 namespace fastroute::cuda {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-
 // Vectors to a thread where blocks share a sample, so that a block's weights are loaded once for 16 KB of each path.
 constexpr int kSteps = 4;
 
@@ -21,6 +18,15 @@ struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Vec {
 template <typename T, int V>
 __device__ Vec<T, V> load(const T* from) {
   return *reinterpret_cast<const Vec<T, V>*>(from);
+}
+
+// 16 bytes taken apart where they are used. Taken apart as they come, elements of 2 bytes would fill a register each, and
+// fewer loads could be on their way.
+template <typename T>
+__device__ Vec<T, kVector<T>> unpack(const uint4& word) {
+  Vec<T, kVector<T>> x;
+  memcpy(&x, &word, sizeof(word));
+  return x;
 }
 
 // max(x, 0) of every element where relu, NaN staying NaN. Without a branch, so that loads are not held up.
@@ -66,5 +72,8 @@ struct Division {
     }
   }
 };
+
+__device__ inline int64_t quotient(int64_t a, int64_t b) { return Division(a, b).quotient; }
+__device__ inline int quotient(int a, int b) { return static_cast<unsigned>(a) / static_cast<unsigned>(b); }
 
 }  // namespace fastroute::cuda

@@ -13,6 +13,9 @@ struct Device {
   int64_t multiprocessors, shared_per_block, shared_per_multiprocessor;
 };
 
+// Of the current device.
+const Device& device();
+
 constexpr int64_t kLargestCluster = 8;  // the most that every device with clusters can launch
 
 // Shared memory of one block: its share of each held path, in vectors of 16 bytes, and `extra` for sums and gates.
@@ -41,6 +44,45 @@ inline int64_t choose_cluster(
     cluster *= 2;
   }
   return cluster;
+}
+
+// Shared memory of one block beside the paths: where these land, sums, gates, and what the columns of channels_last are
+// added up in. `vector`: elements to 16 bytes.
+inline int64_t float_bytes(int64_t count) { return ceil_div(4 * count, 16) * 16; }
+
+inline int64_t cluster_forward_extra(const Shape& shape, int64_t m, int64_t n, int64_t hidden, int64_t vector) {
+  return float_bytes(2 * m) + 2 * float_bytes(m * shape.channels) + float_bytes(m * hidden) + 2 * float_bytes(m * n) +
+      (shape.channels_last ? float_bytes(kThreads * vector) : 0);
+}
+
+inline int64_t cluster_backward_extra(const Shape& shape, int64_t m, int64_t n, int64_t hidden) {
+  return float_bytes(2 * n) + float_bytes(kWarps * m * n) + 6 * float_bytes(m * n) + 2 * float_bytes(m * hidden) +
+      float_bytes(m * shape.channels);
+}
+
+// Blocks to a sample with which a one-read kernel serves paths of this shape, or 0 where it cannot. Where it can it is
+// expected to be the fastest there is, but for some of 1024 channels and more (EXPECTED.md). Paths must also begin, and
+// their samples lie apart, by multiples of 16 bytes. Without dX, a backward of two passes reads no more than this one.
+inline int64_t forward_cluster(
+    const Shape& shape, int64_t m, int64_t n, int64_t hidden, int64_t element_bytes, const Device& device) {
+  const int64_t path_bytes = shape.elements() * element_bytes;
+  if (element_bytes > 4 || path_bytes % 16 != 0) return 0;
+  const int64_t extra = cluster_forward_extra(shape, m, n, hidden, 16 / element_bytes);
+  return choose_cluster(m, path_bytes, extra, shape.samples, device);
+}
+
+inline int64_t backward_cluster(
+    const Shape& shape, int64_t m, int64_t n, int64_t hidden, int64_t element_bytes, const Device& device) {
+  const int64_t path_bytes = shape.elements() * element_bytes;
+  if (element_bytes > 4 || path_bytes % 16 != 0) return 0;
+  return choose_cluster(n, path_bytes, cluster_backward_extra(shape, m, n, hidden), shape.samples, device);
+}
+
+// Whether a block of the one-read kernels that needs `bytes` keeps a copy of the gates' parameters too: where no fewer of
+// them then lie in a multiprocessor, of the two that are wanted.
+inline bool holds_gate(int64_t bytes, int64_t gate, const Device& device) {
+  const auto blocks = [&](int64_t b) { return std::min<int64_t>(2, device.shared_per_multiprocessor / (b + 1024)); };
+  return bytes + gate <= device.shared_per_block && blocks(bytes + gate) == blocks(bytes);
 }
 
 // Into how many slices to cut each of `tasks` so that `wanted` blocks or warps are at work, no slice with less than

@@ -14,13 +14,13 @@ __device__ A warp_sum(A value) {
   return value;
 }
 
-// The sum of data[begin, end), with relu of max(x, 0), by one warp. Begin, end and the address of data are multiples of
-// V elements.
-template <typename T, int V, typename A>
-__device__ A row_sum(const T* data, int64_t begin, int64_t end, bool relu) {
+// The sum of data[begin, end), with relu of max(x, 0), by each group of `lanes` lanes of a warp, a power of two. The
+// whole warp must take part. Begin, end and the address of data are multiples of V elements.
+template <typename T, int V, typename A, typename I>
+__device__ A row_sum(const T* data, I begin, I end, bool relu, int lanes = 32) {
   A sums[V] = {};
 #pragma unroll 4
-  for (int64_t e = begin + threadIdx.x % 32 * V; e < end; e += 32 * V) {
+  for (I e = begin + threadIdx.x % lanes * V; e < end; e += lanes * V) {
     auto x = load<T, V>(data + e);
     rectify(x, relu);
 #pragma unroll
@@ -29,7 +29,8 @@ __device__ A row_sum(const T* data, int64_t begin, int64_t end, bool relu) {
   A sum = 0;
 #pragma unroll
   for (int k = 0; k < V; ++k) sum += sums[k];
-  return warp_sum(sum);
+  for (int mask = lanes / 2; mask; mask /= 2) sum += shuffle_xor(sum, mask);
+  return sum;
 }
 
 // sums[c] = Σ of the elements c, c + channels, … within [begin, end) of a sample, by one block; `data` points to element

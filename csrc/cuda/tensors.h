@@ -39,9 +39,6 @@ Paths<T> outputs(at::TensorList tensors) {
   return paths;
 }
 
-// Of the current device.
-const Device& device();
-
 template <typename A>
 Gate<A> gate_of(const Parameters& p) {
   return {data<A>(p.w1), data<A>(p.b1), data<A>(p.w2), data<A>(p.b2), static_cast<int>(p.m), static_cast<int>(p.n),

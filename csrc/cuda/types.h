@@ -6,11 +6,19 @@
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
+#if __has_include(<cuda_runtime_api.h>)
 #include <cuda_runtime_api.h>
+#else  // a host without the toolkit may plan
+#define __host__
+#define __device__
+#endif
 
 namespace fastroute::cuda {
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int kThreads = 256;  // of a block
+constexpr int kWarps = kThreads / 32;
 
 // What one thread moves at once: 16 bytes, but for double, which serves gradcheck and is always moved one by one.
 template <typename T>
@@ -45,7 +53,7 @@ struct Gate {
   int m, n;
   int64_t channels, hidden;
 
-  __host__ __device__ int64_t width() const { return w1 ? hidden : channels; }
+  __host__ __device__ int64_t width() const { return hidden ? hidden : channels; }
 };
 
 }  // namespace fastroute::cuda

@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "cuda/plan.h"
 #include "paths.h"
 
 namespace fastroute {
@@ -16,20 +17,26 @@ constexpr First kFirstForOnePass = First::kTriton;
 // cross_predict: convolutions take most of the time, and the compiled passes are called between them without Python.
 constexpr First kFirstForCrossPredict = First::kNative;
 
-// cross_connect needs the paths twice, and its backward the gradients of the outputs: `tensors` of x's size.
+// cross_connect needs the paths twice, and its backward the gradients of the outputs. Bytes of one sample of these:
 //
-// | bytes of one sample that are needed twice | first | why |
+// | bytes needed twice | first | why |
 // |---|---|---|
-// | up to 128 KiB | Triton | its resident tier holds them in half the registers of a multiprocessor: one read in both |
-// | up to 8 × 200 KiB | native | a cluster of 8 multiprocessors holds them in shared memory and reads them once, where Triton reads them twice: m + n path bytes for 2m + n |
+// | up to 128 KiB | Triton | its resident tier holds them in registers: one read of the paths in both |
+// | a cluster of multiprocessors holds them | native | one read, m + n path bytes, where Triton makes two, 2m + n |
+// | the same, 1024 channels and more | Triton | each block of a cluster reads all of W1, at 40 to 68 % of the copy |
 // | more | Triton | two reads in both |
-inline First first_for_two_reads(const at::Tensor& x, size_t tensors) {
-  constexpr int64_t kHeldByOne = int64_t{128} << 10, kHeldByCluster = int64_t{8} * 200 << 10;
-  if (!x.is_cuda() || x.size(0) == 0) return First::kTriton;
-  const int64_t sample = x.numel() / x.size(0) * static_cast<int64_t>(x.element_size());
-  const int64_t held = static_cast<int64_t>(tensors) * sample;
-  const bool in_vectors = sample % 16 == 0;  // which the clusters need
-  return in_vectors && held > kHeldByOne && held <= kHeldByCluster ? First::kNativeClusters : First::kTriton;
+//
+// What a cluster holds is counted for an H100 (csrc/cuda/EXPECTED.md); other cards with clusters hold as much.
+inline First first_for_two_reads(const at::Tensor& x, int64_t m, int64_t n, int64_t hidden, bool backward) {
+  constexpr int64_t kHeldByOne = int64_t{128} << 10, kWide = 1024;
+  constexpr cuda::Device kH100{90, 132, 227 << 10, 228 << 10};
+  if (!x.is_cuda() || x.size(0) == 0 || x.scalar_type() == at::kDouble) return First::kTriton;
+  const Geometry g(x);
+  const int64_t bytes = static_cast<int64_t>(x.element_size());
+  if (g.channels >= kWide || (backward ? n : m) * g.elements() * bytes <= kHeldByOne) return First::kTriton;
+  const cuda::Shape shape{g.batch, g.channels, g.size, g.channels_last || g.size == 1};
+  const auto cluster = backward ? &cuda::backward_cluster : &cuda::forward_cluster;
+  return cluster(shape, m, n, hidden, bytes, kH100) ? First::kNativeClusters : First::kTriton;
 }
 
 }  // namespace fastroute

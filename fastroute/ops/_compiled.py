@@ -11,14 +11,11 @@ from pathlib import Path
 
 import torch
 
-from fastroute.ops._source_hash import source_hash
+from fastroute.ops._source_hash import CPU, CUDA, OPERATORS, source_hash
 
 FOLDER = Path(__file__).parents[1] / "backends" / "native"
 ROOT = Path(__file__).parents[2]
 REBUILD = "build it anew with `python setup.py build_ext --inplace` or `pip install`"
-
-OPERATORS = ("ops", "triton")  # folders of csrc that `_C` is built from
-CPU, CUDA = ("cpu",), ("cuda",)
 
 
 def cpu_library() -> str:

@@ -3,8 +3,9 @@
 //
 // Each thread is a fiber that runs to its next barrier, and each block as far as it can without the others of its
 // cluster, in ascending, descending or shuffled order, so that a missing barrier changes results. Asynchronous copies
-// happen as late as they may, dynamic shared memory is NaN before a block runs and again when it is gone, and threads
-// that wait for each other in vain are an error. It shows nothing of speed, nor of the memory ordering of a device.
+// happen as late as they may, those in bulk when nothing else of the block can go on. Dynamic shared memory is NaN before
+// a block runs and again when it is gone, and threads that wait for each other, or for a copy, in vain are an error. It
+// shows nothing of speed, nor of the memory ordering of a device.
 
 #pragma once
 #define FASTROUTE_CUDA_DEVICE_CUH
@@ -19,9 +20,13 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
+#include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -52,6 +57,7 @@ enum cudaDeviceAttr {
 using cudaStream_t = void*;
 struct cudaFuncAttributes {
   int ptxVersion;
+  size_t sharedSizeBytes;
 };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -69,11 +75,24 @@ struct cudaLaunchConfig_t {
 
 namespace emulator {
 
-enum class State { kReady, kWarp, kBlock, kCluster, kDone };
+enum class State { kReady, kWarp, kBlock, kLanding, kCluster, kDone };
+
+// Bulk copies on their way, and the bytes that they must have in all.
+struct Landing {
+  uint32_t bytes, begun = 0;
+  std::vector<std::tuple<void*, const void*, uint32_t>> copies;
+  bool landed = false;
+};
 
 struct Block {
   unsigned index, rank;
   std::vector<uint4> shared;
+  std::map<const uint64_t*, Landing> landings;
+
+  bool has(const void* address, size_t bytes, size_t alignment) const {
+    const auto begin = reinterpret_cast<uintptr_t>(shared.data()), at = reinterpret_cast<uintptr_t>(address);
+    return at % alignment == 0 && at >= begin && at + bytes <= begin + shared.size() * sizeof(uint4);
+  }
 };
 
 struct Fiber {
@@ -84,8 +103,9 @@ struct Fiber {
   unsigned thread;
   Block* block;
   State state;
+  Landing* landing;  // that this thread waits for
   int arrived;  // how many of the cluster's barriers this thread has arrived at
-  std::vector<std::pair<void*, const void*>> copies;
+  std::vector<std::tuple<void*, const void*, int>> copies;
 };
 
 inline constexpr size_t kStack = 256 * 1024;
@@ -97,11 +117,20 @@ inline Fiber* now;
 inline jmp_buf scheduler;
 inline ucontext_t first_return;
 inline std::function<void()> body;
+inline std::map<const void*, size_t> shared_limits;  // of the kernels that may have more than 48 KB
 alignas(16) inline char lanes[64][32][8];  // what a warp shuffles
 
 inline void pause(State state) {
   now->state = state;
   if (!_setjmp(now->here)) _longjmp(scheduler, 1);
+}
+
+inline std::string failure;  // of a kernel, to be thrown where there is a stack for it
+
+inline void require(bool holds, const char* otherwise) {
+  if (holds) return;
+  failure = otherwise;
+  pause(State::kDone);
 }
 
 inline void enter() {
@@ -145,6 +174,20 @@ inline bool release_cluster() {
   return any;
 }
 
+// Lands the copies that threads of [begin, end) wait for, if all have begun, and lets these threads go on.
+inline bool land(unsigned begin, unsigned end) {
+  bool any = false;
+  for (unsigned f = begin; f < end; ++f) {
+    Landing* landing = fibers[f].landing;
+    if (fibers[f].state != State::kLanding || landing->begun != landing->bytes) continue;
+    for (const auto& [to, from, bytes] : landing->copies) std::memcpy(to, from, bytes);
+    landing->copies.clear();
+    landing->landed = any = true;
+    fibers[f].state = State::kReady;
+  }
+  return any;
+}
+
 // Lets one block go as far as it can alone; whether it moved at all.
 inline bool run_block(unsigned first, const std::vector<unsigned>& turn) {
   bool any = false;
@@ -157,6 +200,7 @@ inline bool run_block(unsigned first, const std::vector<unsigned>& turn) {
     }
     for (unsigned f = first; f < first + threads; f += 32) moved |= release(f, f + 32, State::kWarp);
     moved |= release(first, first + threads, State::kBlock);
+    moved = moved || land(first, first + threads);
   }
   return any;
 }
@@ -178,7 +222,11 @@ inline void run_cluster() {
       const auto first = fibers.begin() + rank * threads;
       if (std::all_of(first, first + threads, done)) continue;
       moved |= run_block(rank * threads, thread_turn);
+      TORCH_CHECK(failure.empty(), std::exchange(failure, {}));
       if (std::all_of(first, first + threads, done)) {
+        for (const auto& [_, landing] : blocks[rank].landings) {
+          TORCH_CHECK(landing.landed || !landing.bytes, "a block has gone before what it copies has landed");
+        }
         auto& shared = blocks[rank].shared;
         std::memset(shared.data(), 0xff, shared.size() * sizeof(uint4));
       }
@@ -188,11 +236,15 @@ inline void run_cluster() {
   }
 }
 
-inline void launch(const cudaLaunchConfig_t& config, std::function<void()> kernel) {
+inline void launch(const cudaLaunchConfig_t& config, const void* address, std::function<void()> kernel) {
+  const auto limit = shared_limits.find(address);
+  TORCH_CHECK(
+      config.dynamicSmemBytes <= (limit == shared_limits.end() ? 48 * 1024 : limit->second),
+      "the kernel was not allowed ", config.dynamicSmemBytes, " bytes of shared memory");
   threads = config.blockDim.x;
   cluster = config.numAttrs ? config.attrs[0].val.clusterDim.x : 1;
   body = std::move(kernel);
-  TORCH_CHECK(config.gridDim.x % cluster == 0 && threads % 32 == 0 && config.dynamicSmemBytes <= 232448);
+  TORCH_CHECK(config.gridDim.x % cluster == 0 && threads % 32 == 0);
   if (fibers.size() < threads * cluster) {
     std::vector<Fiber> more(threads * cluster);
     fibers.swap(more);
@@ -239,19 +291,24 @@ inline void __syncthreads() { emulator::pause(emulator::State::kBlock); }
 
 template <typename... P, typename... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A... args) {
-  emulator::launch(*config, [=] { kernel(args...); });
+  emulator::launch(*config, reinterpret_cast<const void*>(kernel), [=] { kernel(args...); });
+  return cudaSuccess;
+}
+
+// Once for each kernel: a second value would race with the launches of other threads.
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  TORCH_CHECK(bytes <= 232448 && emulator::shared_limits.emplace(kernel, bytes).second, "set twice, or to too much");
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  *attributes = {90, 0};
   return cudaSuccess;
 }
 
 template <typename... P>
-cudaError_t cudaFuncSetAttribute(void (*)(P...), cudaFuncAttribute, int) {
-  return cudaSuccess;
-}
-
-template <typename... P>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(P...)) {
-  attributes->ptxVersion = 90;
-  return cudaSuccess;
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)(P...)) {
+  return cudaFuncGetAttributes(attributes, reinterpret_cast<const void*>(kernel));
 }
 
 inline cudaError_t cudaGetDevice(int* index) {
@@ -295,14 +352,43 @@ inline void store_word(void* to, uint4 word) {
   *static_cast<uint4*>(to) = word;
 }
 
-inline void copy_async(void* to, const void* from) {
-  TORCH_CHECK(reinterpret_cast<uintptr_t>(to) % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0);
-  emulator::now->copies.emplace_back(to, from);
+template <int BYTES>
+void copy_async(void* to, const void* from) {
+  emulator::require(
+      emulator::now->block->has(to, BYTES, BYTES) && reinterpret_cast<uintptr_t>(from) % BYTES == 0,
+      "a copy is misaligned or outside of shared memory");
+  emulator::now->copies.emplace_back(to, from, BYTES);
 }
 
 inline void copies_wait() {
-  for (const auto& [to, from] : emulator::now->copies) std::memcpy(to, from, 16);
+  for (const auto& [to, from, bytes] : emulator::now->copies) std::memcpy(to, from, bytes);
   emulator::now->copies.clear();
+}
+
+inline void land_begin(uint64_t* landing, uint32_t bytes) {
+  auto* block = emulator::now->block;
+  emulator::require(block->has(landing, 8, 8), "a landing is misaligned or outside of shared memory");
+  emulator::require(block->landings.emplace(landing, emulator::Landing{bytes}).second, "a landing is begun again");
+}
+
+inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* landing) {
+  auto* block = emulator::now->block;
+  emulator::require(
+      bytes && bytes % 16 == 0 && block->has(to, bytes, 16) && reinterpret_cast<uintptr_t>(from) % 16 == 0,
+      "a copy is empty, misaligned or outside of shared memory");
+  const auto found = block->landings.find(landing);
+  emulator::require(found != block->landings.end(), "a copy is to land where nothing has begun");
+  found->second.begun += bytes;
+  emulator::require(found->second.begun <= found->second.bytes, "more bytes are to land than were named");
+  found->second.copies.emplace_back(to, from, bytes);
+}
+
+inline void land_wait(uint64_t* landing) {
+  auto& landings = emulator::now->block->landings;
+  const auto found = landings.find(landing);
+  emulator::require(found != landings.end(), "a thread waits for a landing that has not begun");
+  emulator::now->landing = &found->second;
+  if (!found->second.landed) emulator::pause(emulator::State::kLanding);
 }
 
 inline int cluster_size() { return emulator::cluster; }

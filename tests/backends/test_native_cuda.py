@@ -54,6 +54,26 @@ ODD = [
 ]
 
 
+# The emulator's own switches, and what csrc/cuda/plan.h says, without an operator of its own.
+EMULATOR = """
+extern "C" void emulator_order(int order) { emulator::order = order; }
+extern "C" int emulator_shared_bytes() { return emulator::blocks.back().shared.size() * sizeof(uint4); }
+namespace fastroute::cuda {
+extern "C" int64_t emulator_cluster(bool forward, const int64_t (&sizes)[8], const int64_t (&device)[4]) {
+  const auto& [samples, channels, space, channels_last, m, n, hidden, bytes] = sizes;
+  const auto plan = forward ? forward_cluster : backward_cluster;
+  return plan({samples, channels, space, channels_last != 0}, m, n, hidden, bytes,
+              {device[0], device[1], device[2], device[3]});
+}
+extern "C" bool emulator_holds_gate(int64_t bytes, int64_t gate, const int64_t (&device)[4]) {
+  return holds_gate(bytes, gate, {device[0], device[1], device[2], device[3]});
+}
+}
+"""
+
+# Architecture, multiprocessors, and shared memory of a block and a multiprocessor.
+H100, A100 = (90, 132, 227 * 1024, 228 * 1024), (80, 108, 163 * 1024, 164 * 1024)
+
 LAYOUTS = ("contiguous", "channels_last", "stacked")
 
 
@@ -78,15 +98,12 @@ def emulated(tmp_path_factory):
     (folder / "c10/cuda/CUDAStream.h").touch()
     unity, library = folder / "unity.cpp", folder / "emulated.so"
     sources = [path for suffix in ("cpp", "cu") for path in sorted((CSRC / "cuda").glob(f"*.{suffix}"))]
-    unity.write_text(
-        'extern "C" void emulator_order(int order) { emulator::order = order; }\n'
-        + "".join(f'#include "{source}"\n#undef INSTANTIATE\n' for source in sources)
-    )
+    unity.write_text("".join(f'#include "{source}"\n#undef INSTANTIATE\n' for source in sources) + EMULATOR)
     includes = (folder, CSRC, TORCH / "include", TORCH / "include/torch/csrc/api/include")
     emulator = Path(__file__).with_name("cuda_on_cpu.h")
     flags = ["-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-include", emulator, *(f"-I{path}" for path in includes)]
     flags += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
-    flags += ["-Dfastroute_native=fastroute_emulated", '-DFASTROUTE_CUDA_BUILD="emulated"']
+    flags += ["-Dfastroute_native=fastroute_emulated", '-DFASTROUTE_BUILD="emulated"', '-DFASTROUTE_TORCH="any"']
     libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     subprocess.run(["g++", *flags, unity, "-o", library, *libraries], check=True, timeout=600)
 
@@ -102,8 +119,18 @@ def emulated(tmp_path_factory):
     operators = {
         name: functools.partial(getattr(namespace, name).default.redispatch, key) for name in (*OPERATORS, *PASSES)
     }
-    order = ctypes.CDLL(str(library)).emulator_order
-    yield SimpleNamespace(**operators, namespace=namespace, device="cpu", clusters=True, order=order, keep=schemas)
+    entries = ctypes.CDLL(str(library))
+    entries.emulator_cluster.restype, entries.emulator_holds_gate.restype = ctypes.c_int64, ctypes.c_bool
+    entries.emulator_holds_gate.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+    yield SimpleNamespace(
+        **operators,
+        namespace=namespace,
+        device="cpu",
+        clusters=True,
+        order=entries.emulator_order,
+        entries=entries,
+        keep=schemas,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -145,10 +172,20 @@ def tensors(value):
     return [t for item in value for t in tensors(item)] if isinstance(value, (list, tuple)) else []
 
 
-def converted(value, **to):
+def moved(x, device):
+    """On the device with the same strides and offset, where `to` alone would make a path of a stack contiguous."""
+    if not x.numel():
+        return x.to(device)
+    end = x.storage_offset() + 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.as_strided((end,), (1,), 0).to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def converted(value, device=None, dtype=None):
     if isinstance(value, torch.Tensor):
-        return value.to(**to)
-    return [converted(item, **to) for item in value] if isinstance(value, (list, tuple)) else value
+        return moved(value, device) if device else value.to(dtype)
+    if isinstance(value, (list, tuple)):
+        return [converted(item, device, dtype) for item in value]
+    return value
 
 
 def make_paths(count, shape, dtype, layout, generator):
@@ -159,6 +196,15 @@ def make_paths(count, shape, dtype, layout, generator):
         xs = [torch.randn(batch, *space, channels, generator=generator).to(dtype) for _ in range(count)]
         return [x.movedim(-1, 1) for x in xs]
     return [torch.randn(shape, generator=generator).to(dtype) for _ in range(count)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_moving_keeps_strides(layout):
+    """Shown without a card, on tensors of no memory."""
+    for x in make_paths(3, (2, 3, 4, 5), torch.float32, layout, torch.Generator()):
+        there = moved(x, "meta")
+        assert (there.shape, there.stride(), there.storage_offset()) == (x.shape, x.stride(), x.storage_offset())
+        assert moved(x, "cpu").data_ptr() == x.data_ptr()
 
 
 def make_case(m, n, shape, hidden, biases, dtype, layout, seed=0, parameter_dtype=None):
@@ -302,7 +348,8 @@ def test_passes_of_cross_prediction(kernels, sizes, dtype, layout):
     totals = torch.stack([y.flatten(2).sum(2) if space else y for y in masked], 1)
 
     def unwritten(values):
-        return [make_paths(1, v.shape, dtype, layout, generator)[0].to(kernels.device).fill_(torch.nan) for v in values]
+        paths = [make_paths(2, v.shape, dtype, layout, generator)[1] for v in values]
+        return [moved(path, kernels.device).fill_(torch.nan) for path in paths]
 
     xs_, predictions, masks, terms, grad_outputs, gates, offsets = converted(
         [xs, predictions, masks, terms, grad_outputs, gates, offsets], device=kernels.device
@@ -438,9 +485,8 @@ def test_plan_of_large_maps(emulated):
 
 def test_plan(emulated):
     """By count: H100 has 132 multiprocessors of 228 KB, a block may have 227 KB; two blocks fit in 113 KB each."""
-    h100 = (90, 132, 227 * 1024, 228 * 1024)
 
-    def plan(paths, elements, samples, extra=4096, device=h100):
+    def plan(paths, elements, samples, extra=4096, device=H100):
         return emulated.namespace.cuda_plan(paths, 4 * elements, extra, samples, *device)
 
     assert plan(2, 16 * 32 * 32, 128) == 2  # 128 KB do not go twice into a multiprocessor
@@ -453,7 +499,53 @@ def test_plan(emulated):
     assert plan(2, 16 * 16 * 16, 4) == 4  # of 16 KB
     assert plan(2, 32 * 16 * 16, 32) == 4  # and to no more blocks than multiprocessors
     assert plan(2, 32 * 16 * 16, 128, extra=240 * 1024) == TWO_PASSES
-    assert plan(2, 32 * 16 * 16, 128, device=(80, 108, 163 * 1024, 164 * 1024)) == TWO_PASSES
+    assert plan(2, 32 * 16 * 16, 128, device=A100) == TWO_PASSES
+
+
+def integers(*values):
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def test_where_one_read_serves(emulated):
+    """As choosing between kernels asks it, by sizes alone."""
+
+    def clusters(m, n, samples, channels, space, channels_last=False, hidden=16, bytes=2, device=H100):
+        sizes = integers(samples, channels, space, channels_last, m, n, hidden, bytes)
+        return [emulated.entries.emulator_cluster(forward, sizes, integers(*device)) for forward in (True, False)]
+
+    assert clusters(2, 2, 256, 64, 56 * 56) == [8, 8]
+    assert clusters(2, 2, 256, 64, 56 * 56, bytes=4) == [8, 8]
+    assert clusters(2, 3, 256, 64, 56 * 56, bytes=4) == [8, TWO_PASSES]  # the forward holds X, the backward dY
+    assert clusters(3, 2, 256, 64, 56 * 56, bytes=4) == [TWO_PASSES, 8]
+    assert clusters(2, 2, 128, 32, 16 * 16) == [1, 1]
+    assert clusters(2, 2, 128, 32, 16 * 16, device=A100) == [TWO_PASSES, TWO_PASSES]
+    assert clusters(2, 2, 128, 32, 16 * 16, bytes=8) == [TWO_PASSES, TWO_PASSES]
+    assert clusters(2, 2, 128, 3, 5 * 7) == [TWO_PASSES, TWO_PASSES]  # 210 bytes
+    assert clusters(2, 2, 128, 512, 7 * 7) == [1, 1]
+    assert clusters(8, 8, 256, 13, 32 * 16) == [1, 1]  # 106 KB of a half of 113
+    assert clusters(8, 8, 256, 13, 32 * 16, channels_last=True) == [2, 1]  # and 8 in which columns are added up
+
+
+def test_where_the_gate_is_held(emulated):
+    """Beside the paths, unless it took the place of one of two blocks of a multiprocessor, or there is no such room."""
+
+    def holds(kilobytes, gate, device=H100):
+        return emulated.entries.emulator_holds_gate(1024 * kilobytes, 1024 * gate, integers(*device))
+
+    assert holds(60, 50) and holds(100, 12) and holds(200, 27) and holds(115, 64)
+    assert not holds(100, 14) and not holds(200, 28) and not holds(60, 50, (90, 132, 99 * 1024, 228 * 1024))
+
+
+@pytest.mark.parametrize("hidden", [8, 64])
+def test_gates_too_large_to_hold(kernels, hidden):
+    """100 KB of paths to a block, beside 4 KB of a gate that are held, and 32 KB that are not."""
+    force(kernels, 1)
+    case = make_case(2, 2, (1, 64, 14, 14), hidden, True, torch.float32, "contiguous")
+    check_cross_connect(kernels, case)
+    if kernels.device == "cpu":
+        xs, parameters, *_ = case
+        kernels.cross_connect(xs, *parameters, False)
+        assert (kernels.entries.emulator_shared_bytes() > 102 * 1024) == (hidden == 8)
 
 
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -504,10 +596,24 @@ def test_compiles_without_spills(source, architecture, tmp_path):
         print(f"sm_{architecture} {registers:4} registers {shared:6} bytes shared  {short}")
         assert spills == 0 and stack == 0, name
         assert registers <= 255 and shared <= 48 * 1024, name
+    if source == "cluster.cu" and architecture >= 90:
+        check_cluster_loads(ptx)
     for name, body in re.findall(r"\.entry (\w*weighted_sums_kernel\w*)\((.*?)\n}", ptx, re.DOTALL):
         if "Li1E" not in name.partition("weighted_sums_kernel")[2][:24]:  # one element at a time
             assert set(re.findall(r"st\.global\.(v4)?", body)) == {"v4"}, name
             assert "ld.global.v4" in body or "ld.v4" in body, name
+
+
+def check_cluster_loads(ptx):
+    """Generic loads are of remote sums alone, paths come in bulk, and a thread asks for its first X before it waits."""
+    kernels = [part for part in ptx.split(".entry ")[1:] if "cluster_" in part.partition("(")[0]]
+    assert len(kernels) == 12  # 3 types, forward and 3 tiles of backward
+    for kernel in kernels:
+        name, _, body = kernel.partition("(")
+        assert set(re.findall(r"\bld\.(?!shared|global|param|const|local)(\S+)", body)) <= {"f32", "b32"}, name
+        assert "cp.async.bulk" in body, name
+        if "cluster_backward" in name:
+            assert len(re.findall(r"ld\.global\S*\.v4", body.partition("mbarrier.try_wait")[0])) == 8, name
 
 
 def test_library_loads_without_a_card():
@@ -515,7 +621,7 @@ def test_library_loads_without_a_card():
         pytest.skip(reason)
     for name in (*OPERATORS, *PASSES):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastroute_native::{name}", "CUDA")
-    assert torch.ops.fastroute_native.cuda_plan(2, 1 << 16, 4096, 128, 80, 108, 163 << 10, 164 << 10) == TWO_PASSES
+    assert torch.ops.fastroute_native.cuda_plan(2, 1 << 16, 4096, 128, *A100) == TWO_PASSES
 
 
 @pytest.mark.gpu
