@@ -247,6 +247,55 @@ def test_fresh_weights_are_made_for_the_images_in_memory():
     assert result.exit_code == 0 and "360" in result.output, result.output
 
 
+def test_compile_modes_and_recorded_steps_that_cannot_be_are_refused_before_the_images_are_read(tmp_path, monkeypatch):
+    arguments = ("train", "resnet20", "--dataset", "imagefolder", "--data-dir", tmp_path / "none")
+    result = run(*arguments, "--compile-mode", "max-autotune")
+    assert result.exit_code == 2 and "compile_mode is 'max-autotune', but compile is False" in result.output
+    if not torch.cuda.is_available():
+        result = run(*arguments, "--cuda-graphs")
+        assert result.exit_code == 2, result.output
+        assert "cuda_graphs is True; it needs a CUDA device, and there is none" in result.output
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for more, message in (
+        (("--amp", "--amp-dtype", "float16"), "use amp_dtype 'bfloat16'"),
+        (("--grad-accum-steps", 2), "grad_accum_steps must be 1, not 2"),
+        (("--compile", "--compile-mode", "reduce-overhead"), "compile_mode 'reduce-overhead' records CUDA graphs"),
+        (("--stream", "--on-bad-image", "skip"), "batches must be of one size"),
+    ):
+        result = run(*arguments, "--cuda-graphs", *more)
+        assert result.exit_code == 2 and "cuda_graphs is True; " in result.output, result.output
+        assert message in result.output, result.output
+
+
+def test_a_recipe_can_record_steps_and_name_a_mode(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("cuda_graphs: true\ncompile: true\ncompile-mode: max-autotune\n")
+    result = run("train", "resnet20", "-c", config)
+    assert result.exit_code == 2 and "cuda_graphs is True; " in result.output, result.output
+    config.write_text("compile-mode: default\n")
+    assert "compile_mode is 'default', but compile is False" in run("train", "resnet20", "-c", config).output
+    result = run("train", "resnet20", "-b", 512, "--epochs", 1, "--output", tmp_path, "--experiment", "run")
+    assert result.exit_code == 0
+    arguments = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
+    assert arguments["cuda_graphs"] is False and arguments["compile_mode"] is None
+
+
+def test_gpus_that_are_not_there_are_named_in_a_sentence(monkeypatch):
+    for device, message in (
+        ("nonsense", "device is 'nonsense'; it must be cpu, cuda, or such as cuda:1"),
+        ("mps", "device is 'mps'; it must be cpu, cuda, or such as cuda:1"),
+        ("cuda:31", "device is 'cuda:31'; this machine has "),
+    ):
+        result = run("bench", "--list", "--device", device)
+        assert result.exit_code == 2 and message in result.output, result.output
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    result = run("train", "resnet20")
+    assert result.exit_code == 2 and "torchrun started 4 processes on a machine with 1 GPU; start one" in result.output
+
+
 def test_checkpoints_are_taken_to_the_gpu_of_the_process(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)

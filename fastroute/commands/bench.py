@@ -5,10 +5,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from fastroute.commands.common import plain_errors
+from fastroute.commands.common import device_named, plain_errors
 
 app = typer.Typer(help="Measure the operators and networks on this machine, or work with results.")
 
@@ -46,8 +45,7 @@ def bench(
     from fastroute.cli import keep_freed_memory as keep
 
     with plain_errors(RuntimeError):
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        device = device_named(device)
         cases = select(benchmark.all_cases(device), only, full, stated)
     if list_cases:
         typer.echo("\n".join(case.id for case in cases))

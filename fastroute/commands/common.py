@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import typer
 import yaml
 from rich.console import Console
@@ -44,6 +45,7 @@ def endings(console: Console) -> Iterator[None]:
     """How a run can end before its time, each in one sentence, with a status that is not 0; a bug keeps its trace."""
     from fastroute.training import Terminated
     from fastroute.training.distributed import ProcessLost
+    from fastroute.training.graphs import NotRecordable
     from fastroute.training.loaders import PlaceMismatch
     from fastroute.training.sources import UnreadableImage
 
@@ -52,9 +54,31 @@ def endings(console: Console) -> Iterator[None]:
     except Terminated as terminated:
         console.print(f"{terminated}; --resume goes on from it", soft_wrap=True, highlight=False)
         raise typer.Exit(terminated.code) from None
-    except (FloatingPointError, OSError, UnreadableImage, PlaceMismatch, ProcessLost) as error:
+    except (FloatingPointError, OSError, UnreadableImage, PlaceMismatch, ProcessLost, NotRecordable) as error:
         Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
+
+
+def device_named(name: str | None) -> torch.device:
+    """The device of a `--device` option; by default the GPU where there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {name!r}; it must be cpu, cuda, or such as cuda:1")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            there = f"has {count} GPUs" if count else "has no GPU that PyTorch can use"
+            raise ValueError(f"device is {name!r}; this machine {there}")
+    return device
 
 
 def read_options(path: Path) -> dict:

@@ -10,6 +10,7 @@ import torch
 import typer
 import yaml
 from rich.console import Console
+from torch import nn
 
 from fastroute.commands.common import config_option, endings, numbers, plain_errors
 from fastroute.nn import GateClusteringLoss, Router
@@ -126,6 +127,16 @@ def train(
     amp_dtype: Annotated[Literal["bfloat16", "float16"], option(panel=COMPUTE)] = "bfloat16",
     channels_last: Annotated[bool, option("--channels-last/--no-channels-last", panel=COMPUTE)] = False,
     compile: Annotated[bool, option("--compile/--no-compile", help="torch.compile.", panel=COMPUTE)] = False,
+    compile_mode: Annotated[
+        Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None,
+        option(help="With --compile: the mode of torch.compile. (default: default)", panel=COMPUTE),
+    ] = None,
+    cuda_graphs: Annotated[
+        bool,
+        option(
+            "--cuda-graphs/--no-cuda-graphs", help="On a GPU: record a step once and replay it whole.", panel=COMPUTE
+        ),
+    ] = False,
     sync_bn: Annotated[bool, option("--sync-bn/--no-sync-bn", help="On GPUs.", panel=COMPUTE)] = False,
     dist_bn: Annotated[
         Literal["reduce", "broadcast", ""],
@@ -155,8 +166,9 @@ def train(
     """
     with plain_errors():
         from fastroute import training
-        from fastroute.training.distributed import is_main, process_group
+        from fastroute.training.distributed import check_gpus, is_main, process_group
 
+        check_gpus()
     options, console = SimpleNamespace(**context.params), Console(quiet=not is_main())
     with endings(console), process_group():
         with plain_errors():
@@ -192,6 +204,7 @@ def _prepare(options: SimpleNamespace, console: Console) -> tuple:
     import pytorch_lightning as pl
 
     from fastroute import training
+    from fastroute.training.classifier import check_compile_mode
     from fastroute.training.distributed import agreed, first_on_each_node
     from fastroute.training.optim import check_warmup
 
@@ -199,6 +212,7 @@ def _prepare(options: SimpleNamespace, console: Console) -> tuple:
         raise ValueError("model is missing; name a network, or a recipe with --config")
     if options.sync_bn and not torch.cuda.is_available():
         raise ValueError("sync_bn is True; PyTorch's synchronised batch norm needs GPUs")
+    check_compile_mode(options.compile, options.compile_mode)
     folder, resume = _places(options)
     folder = agreed(folder)
     if resume is not None and options.resume == "auto" and training.epochs_done(resume) >= options.epochs:
@@ -225,6 +239,8 @@ def _prepare(options: SimpleNamespace, console: Console) -> tuple:
         mixup=options.mixup,
         cutmix=options.cutmix,
     )
+    if options.cuda_graphs:  # before the images are read
+        _check_recording(options, data)
     one_by_one = first_on_each_node() if options.download else contextlib.nullcontext()
     with one_by_one, console.status("reading the images"):
         data.setup()
@@ -252,9 +268,13 @@ def _prepare(options: SimpleNamespace, console: Console) -> tuple:
         smoothing=options.smoothing,
         channels_last=options.channels_last,
         compile=options.compile,
+        compile_mode=options.compile_mode,
+        cuda_graphs=options.cuda_graphs,
         aux_loss=_gate_clustering(options),
         aux_weight=options.gate_reg_weight,
     )
+    if options.cuda_graphs:
+        _check_recording(options, data, module.model)
     if options.gate_reg_weight and not any(isinstance(layer, Router) for layer in module.model.modules()):
         raise ValueError(f"gate_reg_weight is {options.gate_reg_weight}, but {options.model} has no gates")
     if options.initial_checkpoint is not None:
@@ -262,6 +282,22 @@ def _prepare(options: SimpleNamespace, console: Console) -> tuple:
     if resume is not None:
         training.check_resume(resume, module, options.epochs)
     return data, module, resume, folder
+
+
+def _check_recording(options: SimpleNamespace, data, model: nn.Module | None = None) -> None:
+    """Raise where `fit` would refuse to record steps."""
+    from fastroute.training.distributed import world_size
+    from fastroute.training.graphs import check_recording
+
+    check_recording(
+        device_type="cuda" if torch.cuda.is_available() else "cpu",
+        processes=world_size(),
+        grad_accum_steps=options.grad_accum_steps,
+        amp_dtype=options.amp_dtype if options.amp else None,
+        compile_mode=options.compile_mode,
+        varying=data.varying,
+        model=model,
+    )
 
 
 def _gate_clustering(options: SimpleNamespace) -> GateClusteringLoss | None:

@@ -11,8 +11,12 @@ from torch.nn import functional as F
 
 from fastroute.models import create_model
 from fastroute.nn import Routing
+from fastroute.training.capturable import CAPTURABLE
+from fastroute.training.graphs import COMPILE_MODES, CUDAGraph, Graph, RecordedStep, check_recording
+from fastroute.training.loaders import Draws
 from fastroute.training.metrics import Totals
 from fastroute.training.optim import OPTIMIZERS, SCHEDULES, parameter_groups, scheduler
+from fastroute.training.steps import MovingAverage
 
 RoutingLoss = Callable[[dict[str, Routing]], Tensor]
 
@@ -39,6 +43,10 @@ class RoutingClassifier(pl.LightningModule):
         channels_last: whether the network computes in channels_last, which is the faster on a CPU in bfloat16 and on
             tensor cores.
         compile: whether the network is compiled by `torch.compile`.
+        compile_mode: its mode, of `COMPILE_MODES`; None is its default.
+        cuda_graphs: whether a step is recorded in a CUDA graph and replayed: forward, loss, backward, clipping,
+            optimiser, moving average, and the augmentation of images in memory. Its optimiser reads what schedules
+            change from the device; see `CAPTURABLE`. A run refuses it where it cannot be; see `check_recording`.
         aux_loss: a function of the routing, {router name: Routing}, to a scalar, which is added to the training loss
             times `aux_weight`; its gradient reaches the gates through `scores` and `gates`. A module is trained, moved
             and saved with the network. The network's forward must take `return_routing`.
@@ -47,6 +55,9 @@ class RoutingClassifier(pl.LightningModule):
     Raises:
         ValueError: an argument is out of range or unknown, or `model` gives no routing to `aux_loss`.
     """
+
+    graph: Callable[[], Graph] = CUDAGraph
+    """What steps are recorded in."""
 
     def __init__(
         self,
@@ -70,6 +81,8 @@ class RoutingClassifier(pl.LightningModule):
         smoothing: float = 0.0,
         channels_last: bool = False,
         compile: bool = False,
+        compile_mode: str | None = None,
+        cuda_graphs: bool = False,
         aux_loss: RoutingLoss | None = None,
         aux_weight: float = 1.0,
     ):
@@ -90,6 +103,7 @@ class RoutingClassifier(pl.LightningModule):
         for name, value, allowed in (("opt", opt, OPTIMIZERS), ("sched", sched, SCHEDULES)):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
+        check_compile_mode(compile, compile_mode)
         self.save_hyperparameters(ignore=["model", "aux_loss"], logger=False)
         self.save_hyperparameters({"model": model if isinstance(model, str) else type(model).__name__}, logger=False)
         self.named = isinstance(model, str)
@@ -98,7 +112,7 @@ class RoutingClassifier(pl.LightningModule):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model = model.to(memory_format=self.memory_format)
         if compile:
-            self.model.compile()
+            self.model.compile(mode=compile_mode)
         self.routed = takes_routing(model)
         if aux_loss is not None and not self.routed:
             raise ValueError(
@@ -106,8 +120,26 @@ class RoutingClassifier(pl.LightningModule):
             )
         self.aux_loss = aux_loss
         self.train_totals, self.val_totals = Totals(), Totals()
+        self.recorded: RecordedStep | None = None
+        self.replayed: tuple[Tensor, Tensor | None] | None = None
+        """While a recorded step stands in for a training batch: its loss, and what the auxiliary loss gave."""
+        self._batch: tuple[Tensor, ...] | None = None
 
     def setup(self, stage: str) -> None:
+        if self.hparams.cuda_graphs and stage == "fit":
+            trainer = self.trainer
+            check_recording(
+                device_type=trainer.strategy.root_device.type,
+                needed=self.graph.device_type,
+                processes=trainer.world_size,
+                grad_accum_steps=trainer.accumulate_grad_batches,
+                amp_dtype="float16" if trainer.precision == "16-mixed" else None,
+                compile_mode=self.hparams.compile_mode,
+                varying=getattr(trainer.datamodule, "varying", False),
+                model=self.model,
+            )
+            if hasattr(trainer.datamodule, "deferred"):
+                trainer.datamodule.deferred = True
         classes = getattr(self.trainer.datamodule, "num_classes", None) or 0  # another's data may not say
         if self.named and classes > self.hparams.num_classes:
             raise ValueError(f"num_classes is {self.hparams.num_classes}; the data have {classes} classes")
@@ -115,8 +147,49 @@ class RoutingClassifier(pl.LightningModule):
     def forward(self, images: Tensor, **options):
         return self.model(images.contiguous(memory_format=self.memory_format), **options)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
+    def on_train_start(self) -> None:
+        if self.hparams.cuda_graphs:
+            needed = self.graph.device_type
+            check_recording(device_type=needed, needed=needed, anomaly=torch.is_anomaly_enabled())
+            self.recorded, self.replayed = RecordedStep(self._whole_step, self.graph), None
+
+    def on_train_end(self) -> None:
+        self.recorded = None  # and with it the memory of a step
+
+    def on_train_batch_start(self, batch, batch_idx: int) -> None:
+        self._batch = batch if self.recorded is not None and self.recorded.takes(batch) else None
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure: Callable | None = None) -> None:
+        """The step as Lightning takes it, or as it was recorded; then Lightning's own runs around it for its hooks."""
+        if self.recorded is None:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        elif self._batch is None:
+            with self.recorded.plainly():
+                super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        else:
+            self.optimizers(use_pl_optimizer=False).refresh()
+            self.replayed = self.recorded(self._batch)
+            optimizer_closure()
+
+    def _whole_step(self, *batch: Tensor) -> tuple[Tensor, Tensor | None]:
+        """All that a step does on the device, in the order in which Lightning and the callbacks do it."""
+        trainer, optimizer = self.trainer, self.optimizers(use_pl_optimizer=False)
+        with torch.enable_grad():
+            with trainer.precision_plugin.train_step_context():
+                loss, aux = self._losses(type(self._batch)(*batch) if isinstance(self._batch, Draws) else batch)
+            optimizer.zero_grad()
+            loss.backward()
+        clipping = (trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
+        self.configure_gradient_clipping(optimizer, *clipping)
+        optimizer.update()
+        for callback in trainer.callbacks:
+            if isinstance(callback, MovingAverage):
+                callback.average(self)
+        return loss.detach(), aux
+
+    def _losses(self, batch: tuple[Tensor, Tensor] | Draws) -> tuple[Tensor, Tensor | None]:
+        """The loss of a batch, and the auxiliary loss's part before it is weighed; they are counted in the totals."""
+        images, labels = self.trainer.datamodule.batch(batch) if isinstance(batch, Draws) else batch
         if self.aux_loss is None:
             logits = self(images)
         else:
@@ -125,13 +198,31 @@ class RoutingClassifier(pl.LightningModule):
             labels = F.pad(labels, (0, logits.shape[1] - labels.shape[1]))
         loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams.smoothing)
         self.train_totals.update(loss, logits, labels)
-        if self.aux_loss is not None:
-            aux = self.aux_loss(routing)
-            self.log("train_aux", aux.detach(), on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
-            loss = loss + self.hparams.aux_weight * aux
+        if self.aux_loss is None:
+            return loss, None
+        aux = self.aux_loss(routing)
+        return loss + self.hparams.aux_weight * aux, aux.detach()
+
+    def training_step(self, batch: tuple[Tensor, Tensor] | Draws, batch_idx: int) -> Tensor:
+        if self.replayed is None:
+            loss, aux = self._losses(batch)
+        else:
+            loss, aux = self.replayed
+            self.train_totals.update()  # which the recorded step has done
+        if aux is not None:
+            self.log("train_aux", aux, on_step=False, on_epoch=True, batch_size=len(batch[0]), sync_dist=True)
         return loss
 
+    def backward(self, loss: Tensor, *arguments, **options) -> None:
+        if self.replayed is None:
+            super().backward(loss, *arguments, **options)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer) -> None:
+        if self.replayed is None:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
     def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
+        self.replayed = None
         if self.trainer.is_last_batch:
             totals = self.train_totals.compute()
             self.train_totals.reset()
@@ -154,7 +245,7 @@ class RoutingClassifier(pl.LightningModule):
         options = self.hparams
         names = ("lr", "weight_decay", "norm_weight_decay", "gate_lr_mult", "gate_wd")
         groups = parameter_groups(self, **{name: options[name] for name in names})
-        optimizer = OPTIMIZERS[options.opt](groups, options.momentum)
+        optimizer = (CAPTURABLE if options.cuda_graphs else OPTIMIZERS)[options.opt](groups, options.momentum)
         names = ("warmup_epochs", "decay_epochs", "decay_milestones", "decay_rate")
         steps, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs
         if self.trainer.max_steps != -1:  # then that is what ends the run, perhaps within an epoch
@@ -190,3 +281,15 @@ class RoutingClassifier(pl.LightningModule):
 def takes_routing(model: nn.Module) -> bool:
     """Whether the network's forward takes `return_routing`."""
     return "return_routing" in inspect.signature(model.forward).parameters
+
+
+def check_compile_mode(compile: bool, compile_mode: str | None) -> None:
+    """Raise for a mode that there is not, or that is not asked for."""
+    if compile_mode is None:
+        return
+    if compile_mode not in COMPILE_MODES:
+        raise ValueError(
+            f"compile_mode is {compile_mode!r}; it must be None or one of {', '.join(map(repr, COMPILE_MODES))}"
+        )
+    if not compile:
+        raise ValueError(f"compile_mode is {compile_mode!r}, but compile is False; it needs compile")

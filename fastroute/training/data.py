@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from fastroute.training.augment import channel_statistics, erase
 from fastroute.training.datasets import DATASETS, ImageSet, Options
-from fastroute.training.loaders import EpochLoader, Finish, MemoryLoader, StreamLoader
+from fastroute.training.loaders import Draws, EpochLoader, Finish, MemoryLoader, StreamLoader
 from fastroute.training.sources import Source, folder_sources, tar_sources
 from fastroute.training.transforms import CROP_MODES, eval_transform, policy, train_transform
 
@@ -55,6 +55,9 @@ class ImageDataModule(pl.LightningDataModule):
         aa: an automatic augmentation of single images; see `policy`.
         reprob: the probability that an image has a rectangle erased.
         mixup, cutmix: α of the Beta distributions that batches are mixed with; with both, each mixes half of them.
+
+    With the attribute `deferred`, training batches that are augmented on the device alone are the `Draws` for them, and
+    `batch` makes the images: a training step then can hold that too.
 
     After `setup()`: `classes`, `num_classes`, `in_chans` and `img_size`; `mean` and `std` in units of the uint8 values.
 
@@ -120,6 +123,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.on_bad_image, self.crop_pct = on_bad_image, crop_pct
         self.crop, self.aa = (train_crop_mode, scale, ratio, crop_pct), aa
         self.reprob, self.mixup, self.cutmix = reprob, mixup, cutmix
+        self.deferred = False
         self.images: ImageSet | None = None
         self.sources: dict[str, Source] | None = None
         self._loaders: list[EpochLoader] = []
@@ -151,6 +155,15 @@ class ImageDataModule(pl.LightningDataModule):
         streamed = sum(loader.skipped for loader in self._loaders if isinstance(loader, StreamLoader))
         return streamed + (self.images.skipped if self.images else 0)
 
+    @property
+    def varying(self) -> bool:
+        """Whether training batches may lack images that cannot be read."""
+        return not self.in_memory and self.on_bad_image == "skip"
+
+    def batch(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """The training batch of what was drawn for it."""
+        return self._train_loader.batch(draws)
+
     def state_dict(self) -> dict:
         """What a validation of the network needs to know of its data, and the place within the epoch."""
         return {
@@ -181,6 +194,7 @@ class ImageDataModule(pl.LightningDataModule):
         if self.images is not None:
             augment = policy(self.aa) if self.aa else None
             augmentation = {"pad": self.images.pad, "flip": self.images.flip, "augment": augment}
+            augmentation["deferred"] = self.deferred
             return self._memory_loader(self.images.train, self.seed, self._finish(), **augmentation)
         transform = train_transform(self.img_size, *self.crop, self.aa)
         return self._stream_loader(self.sources["train"], transform, self.seed, self._finish())

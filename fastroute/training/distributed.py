@@ -25,9 +25,28 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def check_gpus() -> None:
+    """Raise where `torchrun` started more processes on this machine than it has GPUs, if it has any.
+
+    Raises:
+        ValueError: as said.
+    """
+    here, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if torch.cuda.is_available() and here > count:
+        raise ValueError(
+            f"torchrun started {here} processes on a machine with {count} GPU{'s' * (count != 1)}; start one for each, "
+            "or set CUDA_VISIBLE_DEVICES to nothing to train on the CPU"
+        )
+
+
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Processes started by `torchrun` know each other in the block: through NCCL with GPUs, else through Gloo."""
+    """Processes started by `torchrun` know each other in the block: through NCCL with GPUs, else through Gloo.
+
+    Raises:
+        ValueError: there are more of them than GPUs; see `check_gpus`.
+    """
+    check_gpus()
     if world_size() == 1 or dist.is_initialized():
         yield
         return

@@ -4,8 +4,10 @@ Order and augmentation are functions of the seed, the epoch and the place in it 
 an epoch by starting at a batch, and N processes see together what one process with N times the batch would see.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +20,18 @@ from fastroute.training.sources import Source, UnreadableImage, read_image
 from fastroute.training.transforms import pixels
 
 Finish = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Draws(NamedTuple):
+    """What was drawn for a training batch of images in memory, which `MemoryLoader.batch` makes of it.
+
+    indices: int64 (N,), which images.
+    offsets, flips: see `shift_and_flip`.
+    """
+
+    indices: Tensor
+    offsets: Tensor
+    flips: Tensor
 
 
 class PlaceMismatch(ValueError):
@@ -67,16 +81,16 @@ class EpochLoader:
     def shares(self, order: Tensor) -> tuple[Tensor, ...]:
         return shares(order[: self.count], self.batch_size, self.rank, self.world_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         epoch, self._done, self._start = self.epoch(), self._start, 0
-        for images, labels in self.batches(epoch, self._done):
+        for batch in self.batches(epoch, self._done):
             if self.finish is not None:
                 with seeded(self.seed, epoch, self._done, self.rank):
-                    images, labels = self.finish(images, labels)
+                    batch = self.finish(*batch)
             self._done += 1
-            yield images, labels
+            yield batch
 
-    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         """Normalised images and labels of the epoch, from batch `start` on."""
         raise NotImplementedError
 
@@ -111,6 +125,7 @@ class MemoryLoader(EpochLoader):
         mean, std: (C,), in units of the uint8 values.
         pad, flip: for training, how far images are shifted and whether they are mirrored; see `shift_and_flip`.
         augment: for training, applied to each image, uint8 (C, H, W), after that.
+        deferred: for training without `augment` and `finish`: give the `Draws` of a batch instead, for `batch`.
     """
 
     def __init__(
@@ -123,15 +138,24 @@ class MemoryLoader(EpochLoader):
         pad: int = 0,
         flip: bool = False,
         augment: Callable[[Tensor], Tensor] | None = None,
+        deferred: bool = False,
     ):
         super().__init__(len(labels), *loader_arguments)
         self.images, self.labels, self.mean, self.std = images, labels, mean, std
         self.pad, self.flip, self.augment = pad, flip, augment
+        self.deferred = deferred and augment is None and self.finish is None
 
     def pixels(self, indices: Tensor) -> Tensor:
         return self.images[indices.to(self.images.device)].cpu()
 
-    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batch(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Normalised images and labels, made on the device without waiting for it."""
+        return normalize(self._shifted(draws), self.mean, self.std), self.labels[draws.indices]
+
+    def _shifted(self, draws: Draws) -> Tensor:
+        return shift_and_flip(self.images[draws.indices], draws.offsets, draws.flips, self.pad)
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         if self.seed is None:
             for indices in self.shares(torch.arange(self.count))[start:]:
                 first, last = (int(indices[0]), int(indices[-1]) + 1) if len(indices) else (0, 0)
@@ -142,13 +166,17 @@ class MemoryLoader(EpochLoader):
         order = torch.randperm(count, generator=draw)
         offsets = torch.randint(0, 2 * self.pad + 1, (count, 2), generator=draw)
         flips = (torch.rand(count, generator=draw) < 0.5) & self.flip
-        draws = [self.shares(values.to(self.images.device))[start:] for values in (order, offsets, flips)]
-        for i, (indices, shifts, mirrored) in enumerate(zip(*draws, strict=True), start):
-            images = shift_and_flip(self.images[indices], shifts, mirrored, self.pad)
-            if self.augment is not None:
+        shares = [self.shares(values.to(self.images.device))[start:] for values in (order, offsets, flips)]
+        for i, draws in enumerate(itertools.starmap(Draws, zip(*shares, strict=True)), start):
+            if self.deferred:
+                yield draws
+            elif self.augment is None:
+                yield self.batch(draws)
+            else:
+                images = self._shifted(draws)
                 with seeded(self.seed, epoch, i, self.rank, 1):
                     images = torch.stack([self.augment(image.movedim(-1, 0)) for image in images]).movedim(1, -1)
-            yield normalize(images, self.mean, self.std), self.labels[indices]
+                yield normalize(images, self.mean, self.std), self.labels[draws.indices]
 
 
 class StreamLoader(EpochLoader):

@@ -20,19 +20,29 @@ class Totals(Metric):
             dtype = torch.float32 if name == "loss" else torch.long
             self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
 
-    def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """
+    def update(self, loss: Tensor | None = None, logits: Tensor | None = None, labels: Tensor | None = None) -> None:
+        """Add a batch to the sums, in place; without arguments, one that a CUDA graph has added to them.
+
         Args:
             loss: the mean over the batch.
             logits: (N, K).
             labels: (N,), or (N, K) shares of a mixture, of which the largest counts.
         """
+        if loss is None:
+            return
         labels = labels.argmax(1) if labels.dim() == 2 else labels
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [N, 5]
         self.loss += loss.detach().float() * len(labels)
         self.samples += len(labels)
         self.wrong += len(labels) - hits[:, 0].sum()
         self.wrong5 += len(labels) - hits.sum()
+
+    def reset(self) -> None:
+        """Start from 0 in the same tensors, to which a CUDA graph may add."""
+        sums = {name: getattr(self, name) for name in self.SUMS}
+        super().reset()
+        for name, total in sums.items():
+            setattr(self, name, total.zero_())
 
     def compute(self) -> dict[str, Tensor]:
         return {

@@ -1,11 +1,15 @@
-"""Callbacks that act on a run: its randomness, losses that are no numbers, and batch norm between processes."""
+"""Callbacks that act on a run: its randomness, its moving average, losses that are no numbers, and batch norm between
+processes."""
 
+import itertools
 import math
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor
 from torch import distributed as dist
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastroute.training.distributed import ProcessLost, is_lost_process
 from fastroute.training.seeding import derived_seed
@@ -23,6 +27,40 @@ class StepSeed(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch, batch_idx: int) -> None:
         torch.manual_seed(derived_seed(self.seed, trainer.global_rank, trainer.current_epoch, batch_idx))
+
+
+class MovingAverage(WeightAveraging):
+    """Lightning's moving average of weights and buffers, on the run's device; a recorded step holds it too.
+
+    Args:
+        decay: what the average keeps of itself at each step.
+    """
+
+    def __init__(self, decay: float):
+        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Lightning would take the network's device, which at this moment is the CPU.
+        self._device = trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)
+
+    def average(self, pl_module: pl.LightningModule) -> None:
+        """An update after the first, as `AveragedModel` does it, but without a look at the number of updates, which
+        would wait for the device: what is recorded."""
+        averages = self._average_model
+        pairs = zip(*(itertools.chain(m.parameters(), m.buffers()) for m in (averages.module, pl_module)), strict=True)
+        floats, others = [], []
+        for average, value in pairs:
+            (floats if average.is_floating_point() else others).append((average.detach(), value.detach()))
+        for group in filter(None, (floats, others)):
+            averages.multi_avg_fn(*map(list, zip(*group, strict=True)), averages.n_averaged)
+        averages.n_averaged += 1
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
+        if getattr(pl_module, "replayed", None) is None:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        else:
+            self._latest_update_step = trainer.global_step
 
 
 class NonFiniteStop(pl.Callback):

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 from rich.console import Console
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastroute.training.callbacks import EpochProgress, EpochSummary, RouterDiagnostics
 from fastroute.training.checkpoints import AtomicCheckpointIO, RecoveryCheckpoint, check_resume
 from fastroute.training.classifier import RoutingClassifier
 from fastroute.training.distributed import world_size
-from fastroute.training.steps import BatchNormSync, LostProcess, NonFiniteStop, StepSeed
+from fastroute.training.graphs import check_recording
+from fastroute.training.steps import BatchNormSync, LostProcess, MovingAverage, NonFiniteStop, StepSeed
 
 PRECISIONS = {None: "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 DIST_BN = ("reduce", "broadcast", "")
@@ -76,7 +76,9 @@ def fit(
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: an argument is out of range, or the checkpoint is of another network or finished already.
+        ValueError: an argument is out of range, the checkpoint is of another network or finished already, there is no
+            such accelerator, or `module` is to record its steps where they cannot be; see `check_recording`.
+        NotRecordable: a step turned out to be such.
         FloatingPointError: the loss is NaN or infinite.
         OSError: a file cannot be written; the last whole checkpoint stays.
         ProcessLost: another process of the run is gone.
@@ -99,6 +101,19 @@ def fit(
         raise ValueError(f"model_ema_decay is {model_ema_decay}; it must be at least 0 and below 1")
     if dist_bn not in DIST_BN:
         raise ValueError(f"dist_bn is {dist_bn!r}; it must be one of {', '.join(map(repr, DIST_BN))}")
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError(f"accelerator is {accelerator!r}; PyTorch finds no GPU here")
+    if module.hparams.cuda_graphs:
+        check_recording(
+            device_type="cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu",
+            needed=module.graph.device_type,
+            processes=world_size(),
+            grad_accum_steps=grad_accum_steps,
+            amp_dtype=amp_dtype,
+            compile_mode=module.hparams.compile_mode,
+            varying=getattr(data, "varying", False),
+            model=module.model,
+        )
     if sync_bn and not (torch.cuda.is_available() and accelerator != "cpu"):
         raise ValueError("sync_bn is True; PyTorch's synchronised batch norm needs GPUs")
     if resume is not None:
@@ -109,7 +124,7 @@ def fit(
     summary = EpochSummary(output / "summary.csv")
     callbacks = [StepSeed(seed), NonFiniteStop(log_interval)]
     if model_ema_decay is not None:
-        callbacks.append(WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(model_ema_decay)))
+        callbacks.append(MovingAverage(model_ema_decay))
     if processes > 1 and dist_bn:
         callbacks.append(BatchNormSync(dist_bn))
     checkpoint = {"dirpath": output, "enable_version_counter": False, "save_on_train_epoch_end": True}

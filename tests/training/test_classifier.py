@@ -181,6 +181,14 @@ def test_compiled_the_names_of_the_weights_stay():
     assert module.model._compiled_call_impl is not None
 
 
+def test_the_mode_is_that_of_the_compiler(monkeypatch):
+    modes = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, mode=None: modes.append(mode))
+    for mode in (None, "max-autotune-no-cudagraphs"):
+        assert RoutingClassifier("resnet20", compile=True, compile_mode=mode).hparams.compile_mode == mode
+    assert modes == [None, "max-autotune-no-cudagraphs"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -193,6 +201,11 @@ def test_compiled_the_names_of_the_weights_stay():
         ({"gate_lr_mult": 0}, "gate_lr_mult is 0; it must be above 0"),
         ({"warmup_epochs": -1}, "warmup_epochs is -1; it must be at least 0"),
         ({"decay_epochs": 0}, "decay_epochs is 0; it must be above 0"),
+        (
+            {"compile": True, "compile_mode": "fast"},
+            "compile_mode is 'fast'; it must be None or one of 'default', 'reduce",
+        ),
+        ({"compile_mode": "default"}, "compile_mode is 'default', but compile is False; it needs compile"),
         ({"decay_rate": -1}, "decay_rate is -1; it must be above 0 and at most 1"),
         ({"opt": "nesterov", "momentum": 0}, "momentum is 0; with opt='nesterov' it must be above 0"),
         ({"model": "resnet21"}, "name is 'resnet21'"),

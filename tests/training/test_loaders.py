@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from fastroute.training.loaders import MemoryLoader, StreamLoader, shares
+from fastroute.training.loaders import Draws, MemoryLoader, StreamLoader, shares
 from fastroute.training.sources import FolderSource, UnreadableImage
 from fastroute.training.transforms import eval_transform, train_transform
 
@@ -54,6 +54,16 @@ def test_two_processes_see_together_what_one_with_twice_the_batch_sees(image_fol
     for (images, labels), *halves in zip(one, *two, strict=True):
         assert torch.equal(torch.cat([half[0] for half in halves]), images)
         assert torch.equal(torch.cat([half[1] for half in halves]), labels)
+
+
+def test_deferred_batches_are_made_of_their_draws():
+    options = {"seed": 5, "epoch": 2, "pad": 1, "flip": True}
+    expected, loader = memory(24, **options), memory(24, deferred=True, **options)
+    for batch, draws in zip(expected, loader, strict=True):
+        assert isinstance(draws, Draws) and all(len(values) == len(batch[1]) for values in draws)
+        assert all(map(torch.equal, loader.batch(draws), batch))
+    for host in ({"augment": lambda image: image}, {"finish": lambda *batch: batch}):  # made before the step
+        assert not any(isinstance(batch, Draws) for batch in memory(24, deferred=True, **host, **options))
 
 
 def test_in_training_processes_have_as_many_images_and_in_evaluation_every_image_is_in_one():

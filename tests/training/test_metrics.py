@@ -23,3 +23,16 @@ def test_of_a_mixture_the_larger_share_counts():
     totals = Totals()
     totals.update(torch.tensor(0.0), torch.eye(2), torch.tensor([[0.7, 0.3], [0.9, 0.1]]))
     assert totals.compute()["error"] == 50
+
+
+def test_sums_stay_in_their_tensors_and_a_replayed_update_counts_as_one():
+    totals = Totals()
+    sums = [getattr(totals, name) for name in Totals.SUMS]
+    totals.update(torch.tensor(3.0), torch.eye(10)[:2], torch.tensor([0, 9]))
+    assert totals.compute()["error"] == 50
+    totals.reset()
+    assert all(getattr(totals, name) is total and total == 0 for name, total in zip(Totals.SUMS, sums, strict=True))
+    sums[0] += 6
+    sums[1] += 2
+    totals.update()
+    assert totals.compute()["loss"] == 3

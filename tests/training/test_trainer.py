@@ -2,6 +2,7 @@ import csv
 import io
 import re
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -10,6 +11,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastroute.training import ImageDataModule, RoutingClassifier, fit, router_statistics
+from fastroute.training.steps import MovingAverage
 
 
 @pytest.fixture
@@ -140,6 +142,13 @@ def test_a_moving_average_is_what_is_validated_and_kept(data, tmp_path):
     assert rows[-1]["val_error"] == pytest.approx(100 * wrong / 12, abs=1e-4)
 
 
+def test_a_moving_average_is_kept_on_the_run_s_device():
+    average, module = MovingAverage(0.9), classifier()  # which Lightning moves to the device later
+    average.setup(SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta"))), module, "fit")
+    assert {p.device.type for p in average._average_model.parameters()} == {"meta"}
+    assert average._average_model.n_averaged.device.type == "meta"
+
+
 def test_accumulated_batches_are_one_step_of_the_mean_gradient(image_folder, tmp_path):
     def trained(batch_size, **options):
         data = ImageDataModule("imagefolder", image_folder, batch_size, 8, seed=1)
@@ -198,6 +207,11 @@ def test_wrong_arguments(data, tmp_path):
         ({"model_ema_decay": 1.0}, r"model_ema_decay is 1\.0; it must be at least 0 and below 1"),
         ({"dist_bn": "mean"}, "dist_bn is 'mean'; it must be one of 'reduce', 'broadcast', ''"),
         ({"sync_bn": True}, "sync_bn is True; PyTorch's synchronised batch norm needs GPUs"),
+        *(
+            []
+            if torch.cuda.is_available()
+            else [({"accelerator": "gpu"}, "accelerator is 'gpu'; PyTorch finds no GPU")]
+        ),
         ({"amp_dtype": "int8"}, "amp_dtype is 'int8'; it must be 'bfloat16', 'float16' or None"),
     ):
         with pytest.raises(ValueError, match=message):
