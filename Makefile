@@ -1,15 +1,37 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := $(wildcard csrc/*.* csrc/*/*.*) fastroute/ops/schemas.inc
+OLDEST := .venv-oldest
 
-.PHONY: demo test lint ctest clean
+.PHONY: demo test test-oldest oldest-backends oldest-operators lint ctest clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fastroute demo
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -q
+
+# What kernels and operators do under the oldest torch and Triton that are supported. The libraries in the checkout belong
+# to the newest torch, so those of the oldest are built in a copy of the sources, and only for this processor: what tests
+# those for others is left out.
+test-oldest: $(OLDEST)/.ready
+	rm -rf build/oldest/sources
+	mkdir -p build/oldest/sources
+	tar -c --exclude='*.so' --exclude=__pycache__ benchmarks csrc fastroute tests pyproject.toml setup.py README.md | tar -x -C build/oldest/sources
+	cd build/oldest/sources && \
+	  cpu=$$($(abspath $(OLDEST))/bin/python -c "from fastroute.ops._compiled import cpu_library; print(cpu_library()[3:])") && \
+	  FASTROUTE_BUILD_CPU=$$cpu FASTROUTE_BUILD_CUDA=0 \
+	  $(abspath $(OLDEST))/bin/python setup.py --quiet build_ext --inplace --build-temp ../objects
+	$(MAKE) --jobs=2 --output-sync oldest-backends oldest-operators
+
+TEST_OLDEST := cd build/oldest/sources && OMP_NUM_THREADS=1 $(abspath $(OLDEST))/bin/python -m pytest -q
+
+oldest-backends:
+	$(TEST_OLDEST) tests/backends --ignore=tests/backends/test_native_cpu.py
+
+oldest-operators:
+	$(TEST_OLDEST) tests/ops tests/nn
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check
@@ -27,5 +49,12 @@ $(VENV)/.ready: pyproject.toml setup.py $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 
+# Triton 3.6, which belongs to torch 2.11, has an interpreter that fails with NumPy 2.4.
+$(OLDEST)/.ready:
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet torch==2.11.0 torchvision==0.26.0 "numpy<2.4" "setuptools>=77,<82" wheel ninja \
+	  "pytest>=8" "hypothesis>=6.100"
+	touch $@
+
 clean:
-	rm -rf build $(VENV) fastroute/backends/native/*.so
+	rm -rf build $(VENV) $(OLDEST) fastroute/backends/native/*.so

@@ -1,6 +1,7 @@
 """Builds csrc: one CPU library for each instruction set, and a CUDA library where nvcc and a CUDA torch are found.
 
-FASTROUTE_BUILD_CUDA=0/1 leaves the CUDA library out or insists on it; MAX_JOBS and TORCH_CUDA_ARCH_LIST are torch's.
+FASTROUTE_BUILD_CUDA=0/1 leaves the CUDA library out or insists on it. FASTROUTE_BUILD_CPU=avx2,avx512 builds those CPU
+libraries alone, and FASTROUTE_BUILD_CPU=0 none. MAX_JOBS and TORCH_CUDA_ARCH_LIST are torch's.
 """
 
 import os
@@ -50,6 +51,13 @@ def cpu_extensions() -> list:
             "avx512": avx512,
             "avx512_bf16": [*avx512, "-mavx512bf16"],
         }
+    if wish := os.environ.get("FASTROUTE_BUILD_CPU"):
+        names = [] if wish == "0" else wish.split(",")
+        if not set(names) <= instruction_sets.keys():
+            sys.exit(
+                f"fastroute: FASTROUTE_BUILD_CPU is {wish!r}; it must be 0, or names from {', '.join(instruction_sets)}"
+            )
+        instruction_sets = {name: instruction_sets[name] for name in names}
     operators = cpp_extension.CppExtension(
         f"{PACKAGE}._C",
         ["csrc/operators.cpp", *sources("ops", ".cpp"), *sources("triton", ".cpp")],
@@ -137,7 +145,29 @@ def extensions() -> list:
 
 
 class BuildExtension(cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True)):
-    """Gives every library its own folder for objects, since the same sources are compiled for several of them."""
+    """Compiles the sources of all libraries at once, then links each.
+
+    Every library has its own folder for objects, since the same sources are compiled for several of them. torch runs
+    one ninja after another, each of which waits for its slowest source: here one ninja has the files of all. Without
+    ninja the libraries are compiled in turn.
+    """
+
+    def build_extensions(self):
+        folders, links = [], []
+        run_ninja, compiler = cpp_extension._run_ninja_build, self.compiler
+        link = compiler.link_shared_object
+        cpp_extension._run_ninja_build = lambda folder, *_, **__: folders.append(folder)
+        compiler.link_shared_object = lambda *args, **options: links.append((args, options))
+        try:
+            super().build_extensions()
+        finally:
+            cpp_extension._run_ninja_build, compiler.link_shared_object = run_ninja, link
+        if folders:
+            lines = ["ninja_required_version = 1.3", *(f"subninja {Path(f).resolve()}/build.ninja" for f in folders)]
+            (Path(self.build_temp) / "build.ninja").write_text("\n".join(lines) + "\n")
+            run_ninja(self.build_temp, verbose=True, error_prefix="fastroute: compiling csrc failed")
+        for args, options in links:
+            link(*args, **options)
 
     def build_extension(self, extension):
         shared, self.build_temp = self.build_temp, os.path.join(self.build_temp, extension.name)

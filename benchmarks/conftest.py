@@ -20,6 +20,7 @@ ROWS = pytest.StashKey[list]()
 
 
 def pytest_configure(config):
+    measuring.without_tf32()
     config.stash[ROWS] = []
 
 

@@ -1,70 +1,238 @@
-"""On a machine with an NVIDIA card: correctness, then benchmarks, in under 8 minutes, into one result file.
+"""On a machine with an NVIDIA card: tests, host time, device time, profile and sanitizer, each under a clock.
 
-    python benchmarks/gpu_check.py --output benchmarks/results --name h100
+    python benchmarks/gpu_check.py                    # --quick, at most 4 1/2 minutes
+    python benchmarks/gpu_check.py --peers            # torch.compile and whole training steps, at most 4 minutes
+    python benchmarks/gpu_check.py --full --minutes 6 # every case of `fastroute bench`, in the order of interest
 
-Needs torch and the built kernels; pytest for the first part, which is `pytest -m gpu`. Every benchmark checks its
-results before it times them, with or without pytest. The default selection comes first, then what README states, then
-all other cases in random order until the time is over.
+Every row is printed and appended to OUTPUT/rows.jsonl as it comes; logs lie beside it, and a summary comes last
+(summary.txt, summary.json; of --full also full.json, for `fastroute bench show`). An error is a row; a case that hangs
+or ends its process costs that case alone. The exit status is 1 where a row is an error, 2 without a card.
+
+Before it, build there what serves CUDA; one ninja has the sources of all libraries, and MAX_JOBS limits it:
+
+    FASTROUTE_BUILD_CPU=0 TORCH_CUDA_ARCH_LIST=9.0 python setup.py build_ext --inplace
+
+Or build where torch and Python are the same, and carry _C.so and _C_cuda.so of fastroute/backends/native.
+
+`--device cpu` rehearses all of it without a card, on tiny shapes: wall clock in place of CUDA graphs, Triton in its
+interpreter, other tests. Its times say nothing.
 """
 
 import argparse
-import importlib.util
-import random
-import subprocess
+import json
+import math
+import os
+import signal
 import sys
-import time
+from collections import Counter
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
-DEVICE = "cuda"
 sys.path.insert(0, str(ROOT))  # from a checkout, nothing need be installed
 
-from fastroute import benchmark  # noqa: E402
-from fastroute.benchmark import report  # noqa: E402
+from benchmarks.supervise import NO_DEVICE, Job, Rows, Stage, Supervisor, line  # noqa: E402
+
+TRITON_TESTS, NATIVE_TESTS = "tests/backends/test_triton.py", "tests/backends/test_native_cuda.py"
 
 
-def test_suite(seconds: float) -> str:
-    """Run the tests that need a card; returns how they ended."""
-    if importlib.util.find_spec("pytest") is None:
-        return "not run: pytest is not installed"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests")]
-    try:
-        ended = subprocess.run(command, cwd=ROOT, timeout=seconds, stdout=subprocess.PIPE, text=True)
-    except subprocess.TimeoutExpired:
-        return f"not finished in {seconds:.0f} s"
-    print(ended.stdout)
-    return "passed" if ended.returncode == 0 else f"failed (pytest ended with {ended.returncode})"
+class Plan:
+    """The stages of a run on a device, and the jobs in them."""
+
+    def __init__(self, device: str, tests: list[str] | None, processors: int):
+        self.device, self.tests, self.processors = device, tests, processors
+
+    def machine(self) -> Stage:
+        return Stage("machine", 20, [self._job("machine", "machine")])
+
+    def quick(self) -> list[Stage]:
+        """What is not timed runs side by side; what is timed has the machine to itself."""
+        return [
+            Stage("checks", 105, [*self._tests(), *self._compilers(), *self._sanitizers()]),
+            Stage("native", 53, [self._measure("native")]),
+            Stage("triton", 63, [self._measure("triton")]),
+            Stage("default", 12, [self._measure("default")]),
+            Stage("eager", 12, [self._measure("eager")]),
+        ]
+
+    def peers(self) -> list[Stage]:
+        return [Stage("peers", 240, [self._job("peers", "peers", case_seconds=110)])]
+
+    def full(self, minutes: float, *arguments: object) -> list[Stage]:
+        return [Stage("full", 60 * minutes, [self._job("full", "full", *arguments, case_seconds=90)])]
+
+    def _job(self, name: str, kind: str, *arguments: object, threads: int | None = None, **limits) -> Job:
+        command = [sys.executable, "-m", "benchmarks.gpu_worker", kind, *map(str, arguments), "--device", self.device]
+        environment = {"TRITON_INTERPRET": "1"} if self.device == "cpu" else {}
+        if threads:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        return Job(name, command, environment, ROOT, **limits)
+
+    def _shares(self, name: str, of_16: int, kind: str, *arguments: object) -> list[Job]:
+        """Processes that deal the cases out among them, `of_16` on 16 processors."""
+        parts = max(1, self.processors * of_16 // 16)
+        shares = [("--part", k, "--parts", parts) for k in range(parts)]
+        return [
+            self._job(f"{name}-{k}", kind, *arguments, *share, threads=1, case_seconds=40, quiet=True)
+            for k, share in enumerate(shares)
+        ]
+
+    def _tests(self) -> list[Job]:
+        if self.tests:
+            return self._shares("tests", 1, "tests", *self.tests)
+        return [
+            *self._shares("triton-tests", 6, "tests", TRITON_TESTS),
+            *self._shares("native-tests", 4, "tests", NATIVE_TESTS),
+            *self._shares("other-tests", 1, "tests", "tests", "--ignore", TRITON_TESTS, "--ignore", NATIVE_TESTS),
+        ]
+
+    def _compilers(self) -> list[Job]:
+        return self._shares("compile", 4, "compile", "--backend", "triton")
+
+    def _sanitizers(self) -> list[Job]:
+        tools = ("memcheck", "racecheck", "synccheck")
+        return [self._job(tool, "sanitize", "--tool", tool, threads=1, case_seconds=100) for tool in tools]
+
+    def _measure(self, backend: str) -> Job:
+        return self._job(backend, "measure", "--backend", backend, case_seconds=20)
 
 
-def ordered(cases: list) -> list:
-    """The default selection, then what README states, then the rest in random order, so that it is spread evenly."""
-    shuffled = random.Random(0).sample(cases, len(cases))
-    return sorted(shuffled, key=lambda case: (not case.quick, not case.stated))
+def summary(rows: list[dict], clock: list[dict]) -> str:
+    """What a reader needs first, in some 50 lines."""
+    return "\n\n".join(
+        filter(
+            None, [_machine(rows), _tests(rows), _host(rows), _speed(rows), _steps(rows), _errors(rows), _clock(clock)]
+        )
+    )
+
+
+def _kind(rows: list[dict], kind: str) -> list[dict]:
+    return [row for row in rows if row.get("kind") == kind]
+
+
+def _machine(rows: list[dict]) -> str:
+    lines = []
+    for row in _kind(rows, "machine"):
+        if "result" in row:
+            here = row["result"]
+            versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
+            lines.append(f"{here['machine']['processor']}: {versions}, triton {row['triton']}; commit {here['commit']}")
+    return "\n".join(lines)
+
+
+def _tests(rows: list[dict]) -> str:
+    outcomes = Counter(row.get("outcome", "failed") for row in _kind(rows, "test"))
+    lines = (
+        [f"tests: {', '.join(f'{count} {outcome}' for outcome, count in sorted(outcomes.items()))}"] if outcomes else []
+    )
+    for row in _kind(rows, "sanitizer"):
+        lines.append(f"{row['case']}: {row.get('error') or row['summary']} ({row.get('tests') or 'no tests'})")
+    return "\n".join(lines)
+
+
+def _host(rows: list[dict]) -> str:
+    host = {(row["backend"], row["direction"]): row["us"] for row in _kind(rows, "host")}
+    ways = list(dict.fromkeys(way for _, way in host))
+    lines = [
+        f"{backend:24}" + "".join(f"{host.get((backend, way), math.nan):18.1f}" for way in ways)
+        for backend in dict.fromkeys(backend for backend, _ in host)
+    ]
+    return "\n".join([f"{'host, µs a call':24}" + "".join(f"{way:>18}" for way in ways), *lines]) if host else ""
+
+
+def _speed(rows: list[dict]) -> str:
+    """Microseconds and the share of the copy's speed, by case and backend."""
+    speed = {(row["case"], row["backend"]): row for row in _kind(rows, "speed")}
+    backends = list(dict.fromkeys(backend for _, backend in speed))
+    lines = []
+    for case in dict.fromkeys(case for case, _ in speed):
+        found = [speed.get((case, backend)) for backend in backends]
+        copy = min(row["copy_us"] for row in found if row)
+        cells = [f"{row['us']:11.1f} {row['share_of_copy']:5.2f}" if row else " " * 17 for row in found]
+        lines.append(f"{case:52}{copy:8.1f}" + "".join(cells))
+    heading = f"{'device, µs and share of the copy':52}{'copy':>8}" + "".join(f"{name:>17}" for name in backends)
+    return "\n".join([heading, *lines]) if lines else ""
+
+
+def _steps(rows: list[dict]) -> str:
+    lines = []
+    for row in _kind(rows, "step"):
+        if "ms" in row:
+            graph = f"{row['graph_ms']:10.2f}" if "graph_ms" in row else f"  {row['not_in_a_graph'][:60]}"
+            lines.append(f"{row['network']:14}{row['contender']:20}{row['ms']:10.2f}{graph}")
+    return "\n".join([f"{'whole steps, ms':34}{'loop':>10}{'graph':>10}", *lines]) if lines else ""
+
+
+def _errors(rows: list[dict], most: int = 15) -> str:
+    errors = [row for row in rows if "error" in row]
+    if not errors:
+        return "no errors"
+    lines = [line({**row, "error": row["error"][:120]}) for row in errors[:most]]
+    more = [f"… and {len(errors) - most} more: see rows.jsonl"] if len(errors) > most else []
+    return "\n".join([f"{len(errors)} errors", *lines, *more])
+
+
+def _clock(clock: list[dict]) -> str:
+    stages = ", ".join(f"{part['stage']} {part['took_s']:.0f} of {part['budget_s']:.0f}" for part in clock)
+    took, budget = (sum(part[name] for part in clock) for name in ("took_s", "budget_s"))
+    return f"clock, s: {stages}; in all {took:.0f} of {budget:.0f}"
+
+
+def save(folder: Path, rows: list[dict], clock: list[dict], arguments: dict) -> None:
+    """summary.json, and of --full the result as `fastroute bench` would have written it."""
+    errors = [row for row in rows if "error" in row]
+    values = {"arguments": arguments, "clock": clock, "rows": len(rows), "errors": errors}
+    (folder / "summary.json").write_text(json.dumps(values, indent=1) + "\n")
+    measured = [row["row"] for row in _kind(rows, "row")]
+    if measured:
+        result = next(row["result"] for row in _kind(rows, "machine"))
+        result |= {"settings": {**arguments, "failures": [line(row) for row in errors]}, "rows": measured}
+        (folder / "full.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder of the result")
-    parser.add_argument("--name", default="gpu_check", help="stem of the result's file")
-    parser.add_argument("--minutes", type=float, default=8, help="for all of it")
-    parser.add_argument("--rounds", type=int, help="timed rounds of each case, by default those of its suite")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(2, "gpu_check: this machine has no CUDA device that torch can use\n")
-    # The last case to be begun may take a minute, with its compilation.
-    end = time.monotonic() + 60 * arguments.minutes - 60
-    device = torch.device(DEVICE)
-    tests = test_suite(60 * arguments.minutes / 2)
-    cases = ordered(benchmark.all_cases(device))
-    result = benchmark.Result.here(device, rounds=arguments.rounds or benchmark.ROUNDS, tests=tests)
-    path = arguments.output / f"{arguments.name}.json"
-    benchmark.run(result, cases, arguments.rounds, end - time.monotonic())
-    result.save(path)
-    print(f"\n{report.tables(result.rows)}\n\ntests: {tests}")
-    print(f"wrote {path}")
-    return int(bool(result.settings["failures"]) or tests.startswith(("failed", "not finished")))
+    parser.add_argument(
+        "--quick", action="store_true", help="tests, host and device time, profile, sanitizer (default)"
+    )
+    parser.add_argument("--peers", action="store_true", help="torch.compile, and whole training steps")
+    parser.add_argument("--full", action="store_true", help="all cases of `fastroute bench`, while --minutes last")
+    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="of the chosen stages, these alone")
+    parser.add_argument("--minutes", type=float, default=6, help="for --full")
+    parser.add_argument("--rounds", type=int, help="timed rounds of each case of --full, by default those of its suite")
+    parser.add_argument("--suite", help="of --full: the cases of one suite alone")
+    parser.add_argument("--tests", nargs="+", metavar="PATH", help="in place of all tests that need the device")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu rehearses")
+    parser.add_argument("--output", type=Path, default=Path("runs/gpu_check"), help="folder of rows, logs and summary")
+    options = parser.parse_args()
+    tests = options.tests or (["tests/ops/test_gate.py"] if options.device == "cpu" else None)
+    plan = Plan(options.device, tests, os.cpu_count() or 1)
+    stages = plan.quick() if options.quick or not (options.peers or options.full) else []
+    stages += plan.peers() if options.peers else []
+    more = [f"--{name}={value}" for name in ("rounds", "suite") if (value := getattr(options, name)) is not None]
+    stages += plan.full(options.minutes, *more) if options.full else []
+    if options.stages:
+        names = [stage.name for stage in stages]
+        if unknown := set(options.stages) - set(names):
+            parser.error(f"--stages names {', '.join(sorted(unknown))}; the stages of this run are {', '.join(names)}")
+        stages = [stage for stage in stages if stage.name in options.stages]
+    stages = [plan.machine(), *stages]
+    options.output.mkdir(parents=True, exist_ok=True)
+    budgets = ", ".join(f"{stage.name} {stage.seconds:g}" for stage in stages)
+    print(f"budgets, s: {budgets}; in all {sum(stage.seconds for stage in stages):g}", flush=True)
+
+    rows = Rows(options.output / "rows.jsonl", lambda text: print(text, flush=True))
+    supervisor = Supervisor(rows, options.output)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, supervisor.stop)
+    supervisor.run(stages[:1])
+    if any(row.get("error") == NO_DEVICE for row in rows.all):
+        parser.exit(2, f"gpu_check: {NO_DEVICE}; `--device cpu` rehearses without one\n")
+    supervisor.run(stages[1:])
+    save(options.output, rows.all, supervisor.clock, {**vars(options), "output": str(options.output)})
+    text = summary(rows.all, supervisor.clock)
+    (options.output / "summary.txt").write_text(text + "\n")
+    print(f"\n{text}", flush=True)
+    return int(any("error" in row for row in rows.all))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,19 @@ from fastroute.benchmark.cases import Case
 from fastroute.benchmark.contest import OURS, Contest
 from fastroute.benchmark.results import Result, Row
 
-__all__ = ["OURS", "ROUNDS", "SUITES", "Case", "Contest", "Result", "Row", "all_cases", "measure", "run"]
+__all__ = [
+    "OURS",
+    "ROUNDS",
+    "SUITES",
+    "Case",
+    "Contest",
+    "Result",
+    "Row",
+    "all_cases",
+    "measure",
+    "run",
+    "without_tf32",
+]
 
 # Suite → its cases on a device.
 SUITES: dict[str, Callable[[torch.device], Iterable[Case]]] = {
@@ -31,12 +43,18 @@ def all_cases(device: torch.device) -> list[Case]:
     return [case for cases in SUITES.values() for case in cases(device)]
 
 
+def without_tf32() -> None:
+    """Have float32 computed in float32 by the rest of this process: contenders for one job must do the same work."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def measure(case: Case, rounds: int | None = None) -> Row:
     """Check a case's results, then time it for a number of rounds, that of its suite by default.
 
     Raises:
         AssertionError: a contender's result is wrong.
     """
+    without_tf32()
     contest = case.build()
     contest.warm_up()
     contest.run(rounds or ROUNDS[case.suite])

@@ -39,8 +39,10 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.
     return torch.randn(shape).to(device, dtype).contiguous(memory_format=LAYOUTS[layout])
 
 
+# torch.compile's mode by type of device. On a GPU without CUDA graphs, whose copies of the inputs would slow a peer.
+COMPILE_MODES = {"cuda": "max-autotune-no-cudagraphs"}
+
+
 def compiled(function: Callable, device: torch.device) -> Callable:
-    """`torch.compile` of a peer. On a GPU without CUDA graphs: those copy the inputs, which would slow the peer."""
-    return torch.compile(
-        function, dynamic=False, mode="max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
-    )
+    """`torch.compile` of a peer."""
+    return torch.compile(function, dynamic=False, mode=COMPILE_MODES.get(device.type, "default"))

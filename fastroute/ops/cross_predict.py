@@ -80,7 +80,8 @@ def cross_predict(
 def _autocast(xs: list[Tensor]) -> list[Tensor]:
     """The paths as autocast hands them to a convolution; the kernels cast the weight to the paths' dtype anyway."""
     device = xs[0].device.type if xs else "cpu"
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # Meta tensors have no autocast. `torch.amp.is_autocast_available` says so too, but torch 2.11 cannot trace it.
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return xs
     dtype = torch.get_autocast_dtype(device)
     return [x.to(dtype) if x.dtype in DTYPES and x.dtype != torch.float64 else x for x in xs]

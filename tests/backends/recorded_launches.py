@@ -27,11 +27,13 @@ CASES = {  # m, n, shape, dtype, layout, hidden, activation
 }
 
 
-def calls(m, n, shape, dtype, layout, hidden, activation):
-    xs = [x.requires_grad_() for x in paths(m, shape, dtype, layout)]
-    ps = [None if p is None else p.requires_grad_() for p in parameters(m, n, shape[1], hidden)]
+def calls(m, n, shape, dtype, layout, hidden, activation, device="cpu"):
+    """Return the forward and the backward of each operator by name, and the tensors that they are given."""
+    xs = [moved(x, device).requires_grad_() for x in paths(m, shape, dtype, layout)]
+    ps = [None if p is None else p.to(device).requires_grad_() for p in parameters(m, n, shape[1], hidden)]
     leaves = [*xs, *(p for p in ps if p is not None)]
-    gates, scores = torch.rand(shape[0], m, n), torch.randn(shape[0], 5, requires_grad=True)
+    gates = torch.rand(shape[0], m, n, device=device)
+    scores, prior = torch.randn(shape[0], 5, device=device, requires_grad=True), torch.full((5,), 0.2, device=device)
 
     def with_gradients(forward, leaves):
         """The operator and its backward, each as a call of its own: (forward, backward of what that gave)."""
@@ -47,9 +49,9 @@ def calls(m, n, shape, dtype, layout, hidden, activation):
         return [*routed.outputs, routed.gates, routed.scores]
 
     def mixture():
-        return list(ops.mixture_em_loss(scores, 2.5, torch.full((5,), 0.2)))
+        return list(ops.mixture_em_loss(scores, 2.5, prior))
 
-    given = {"xs": xs, "parameters": [p for p in ps if p is not None], "others": [gates, scores]}
+    given = {"xs": xs, "parameters": [p for p in ps if p is not None], "others": [gates, scores, prior]}
     return {
         "cross_connect": with_gradients(cross_connect, leaves),
         "gate": with_gradients(lambda: list(ops.gate(xs, *ps)), leaves),

@@ -19,6 +19,7 @@ from fastroute.backends import native
 from fastroute.backends._cross_predict import Passes
 from fastroute.backends.reference import kernels as reference
 from fastroute.ops._paths import accumulate_dtype
+from tests.ops.cases import moved
 from tests.ops.mixture_cases import make_case as mixture_case
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -170,14 +171,6 @@ def tensors(value):
     if isinstance(value, torch.Tensor):
         return [value]
     return [t for item in value for t in tensors(item)] if isinstance(value, (list, tuple)) else []
-
-
-def moved(x, device):
-    """On the device with the same strides and offset, where `to` alone would make a path of a stack contiguous."""
-    if not x.numel():
-        return x.to(device)
-    end = x.storage_offset() + 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return x.as_strided((end,), (1,), 0).to(device).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def converted(value, device=None, dtype=None):

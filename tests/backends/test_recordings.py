@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import stub_driver
+from fastroute import use_backend
+from fastroute.backends import BACKENDS
 from fastroute.ops import _library
+from tests.backends.recorded_launches import CASES, calls
 
 OPERATORS = {"cross_connect", "gate", "mix", "mixture"}
 
@@ -43,3 +47,25 @@ def test_only_the_first_call_comes_to_python(rows):
 def test_every_tier_is_among_the_cases(rows):
     launches = {case: len(first[0]["launches"]) for case, name, (first, _), _ in rows if name == "cross_connect"}
     assert launches["resident"] == launches["fused"] < launches["split"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_a_replay_computes_what_python_did(case, monkeypatch):
+    if reason := BACKENDS["triton"].reason_against(torch.device("cuda"), torch.float32) or _library.NOT_COMPILED:
+        pytest.skip(reason)
+    by_name, _ = calls(*CASES[case], device="cuda")
+    kernels = BACKENDS["triton"].kernels()
+    record, recorded = kernels.record, []
+    monkeypatch.setattr(kernels, "record", lambda function, args: recorded.append(function) or record(function, args))
+    torch.ops.fastroute_native.forget_recordings()
+    with use_backend("triton"):
+        for name, (forward, backward) in by_name.items():
+            recorded.clear()
+            turns = []
+            for _ in range(3):
+                results = forward()
+                turns.append([*results, *backward(results)])
+            assert len(recorded) == 2, name
+            for again in turns[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(turns[0], again, strict=True)), name

@@ -1,5 +1,6 @@
 """The Triton kernels against float64: in the interpreter where there is no card, on the card with `-m gpu`."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import mmap
@@ -11,9 +12,10 @@ import torch
 from fastroute import ops, use_backend
 from fastroute.backends import _choice
 from fastroute.backends import triton as backend
+from fastroute.ops._library import NOT_COMPILED
 from fastroute.ops._paths import channels_first, channels_last
 from tests.ops import mixture_cases
-from tests.ops.cases import eager_cross_connect, eager_cross_predict
+from tests.ops.cases import eager_cross_connect, eager_cross_predict, moved
 
 CUDA = torch.cuda.is_available()
 if importlib.util.find_spec("triton") is None:
@@ -36,14 +38,26 @@ def device(request):
     return request.param
 
 
+@contextlib.contextmanager
+def without_recordings(monkeypatch):
+    """Leave every call to Python, and afterwards no call known as one that cannot be recorded."""
+    monkeypatch.setattr(_choice.BACKENDS["triton"].kernels(), "record", lambda function, args: function(*args))
+    forget = (lambda: None) if NOT_COMPILED else torch.ops.fastroute_native.forget_recordings
+    forget()
+    yield
+    forget()
+
+
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
     """Without a card, serve CPU tensors, and round float32 to bfloat16 as compiled code does.
 
-    The interpreter by itself cuts the bits off, which doubles the error.
+    The interpreter by itself cuts the bits off, which doubles the error. On a card, have Python launch every call: tests
+    look at launches, and change what is planned. test_recordings.py is about those of the compiled library.
     """
     if CUDA:
-        yield
+        with without_recordings(monkeypatch):
+            yield
         return
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -468,7 +482,7 @@ MIXTURE_CASES = {  # shape, dtype, priors, statistics, augmented
 def test_mixture_em(device, case, values, monkeypatch, poison, launches):
     monkeypatch.setattr(tables, "MIXTURE_VALUES", values)
     case = mixture_cases.make_case(*MIXTURE_CASES[case])
-    case = [t.to(device) if isinstance(t, torch.Tensor) else t for t in case]
+    case = [moved(t, device) if isinstance(t, torch.Tensor) else t for t in case]
     with use_backend("triton"):
         results = mixture_cases.differentiate(ops.mixture_em_loss, case)
         again = mixture_cases.differentiate(ops.mixture_em_loss, case)

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,7 +7,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastroute import benchmark
 from fastroute.benchmark import Result, overhead
 from fastroute.cli import app
 
@@ -88,41 +86,3 @@ def test_pytest_measures_the_same_cases(tmp_path):
     assert info["ms"].keys() == {"fastroute", "kernel", "eager"}
     once = 1e3 * measured[0]["stats"]["median"] / info["calls_in_a_round"]
     assert info["ms"]["fastroute"] <= once
-
-
-@pytest.fixture
-def gpu_check():
-    specification = importlib.util.spec_from_file_location("gpu_check", REPOSITORY / "benchmarks" / "gpu_check.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-def test_gpu_check_begins_with_what_matters(gpu_check):
-    cases = benchmark.all_cases(torch.device("cpu"))
-    ordered = gpu_check.ordered(cases)
-    quick = sum(case.quick for case in cases)
-    assert all(case.quick for case in ordered[:quick]) and ordered[quick].stated
-    assert sorted(case.id for case in ordered) == sorted(case.id for case in cases)
-
-
-def test_gpu_check_writes_one_result(gpu_check, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(overhead, "REPEATS", 1)
-    monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_check, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu_check, "test_suite", lambda seconds: "passed")
-    tiny = [case for case in benchmark.all_cases(torch.device("cpu")) if case.suite == "overhead"]
-    monkeypatch.setattr(gpu_check.benchmark, "all_cases", lambda device: tiny)
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--output", str(tmp_path), "--rounds", "1"])
-    assert gpu_check.main() == 0
-    written = Result.load(tmp_path / "gpu_check.json")
-    assert len(written.rows) == 2 and written.settings["tests"] == "passed" and written.settings["failures"] == []
-    assert "tests: passed" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says so where there is no card")
-def test_gpu_check_needs_a_card(gpu_check, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
-    with pytest.raises(SystemExit) as ended:
-        gpu_check.main()
-    assert ended.value.code == 2 and "no CUDA device" in capsys.readouterr().err

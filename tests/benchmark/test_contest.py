@@ -1,9 +1,12 @@
+import contextlib
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastroute.benchmark import Case, Contest, Result, measure, run
+from fastroute.benchmark import contest as contest_module
 from fastroute.benchmark.contest import saved_bytes
 
 
@@ -70,3 +73,109 @@ def test_saved_bytes_count_each_storage_once():
     assert saved_bytes(lambda: a * a) == 40
     assert saved_bytes(lambda: a + b) == 0
     assert saved_bytes(lambda: a[:5] * a[5:]) == 40
+
+
+class FakeCuda:
+    """What of torch.cuda a clock needs: a device whose time is what its kernels take, and graphs of them."""
+
+    def __init__(self):
+        self.now, self.capturing, self.log = 0.0, None, []
+
+    def kernel(self, seconds, name="kernel"):
+        def launch():
+            if self.capturing is not None:
+                self.capturing.append((name, seconds))
+            else:
+                self.log.append(name)
+                self.now += seconds
+            return name
+
+        return launch
+
+    def Event(self, enable_timing):
+        event = SimpleNamespace(at=None, synchronize=lambda: None)
+        event.record = lambda: setattr(event, "at", self.now)
+        event.elapsed_time = lambda end: 1e3 * (end.at - event.at)
+        return event
+
+    def Stream(self, device):
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    def stream(self, stream):
+        return contextlib.nullcontext()
+
+    def current_stream(self, device):
+        return self.Stream(device)
+
+    def graph_pool_handle(self):
+        return "pool"
+
+    def synchronize(self, device=None):
+        self.log.append("synchronize")
+
+    def CUDAGraph(self):
+        graph = SimpleNamespace(kernels=[])
+        graph.replay = lambda: [self.kernel(seconds, f"replayed {name}")() for name, seconds in graph.kernels]
+        return graph
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool):
+        assert pool == "pool"
+        self.capturing = graph.kernels
+        try:
+            yield
+        finally:
+            self.capturing = None
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    fake = FakeCuda()
+    monkeypatch.setattr(contest_module, "cuda", fake)
+    return fake
+
+
+def test_a_gpu_is_timed_by_replays_of_a_graph(fake_cuda):
+    clock = contest_module.DeviceClock(torch.device("cpu"))
+    prepared = clock.prepared(fake_cuda.kernel(0.25))
+    assert fake_cuda.log.count("kernel") == 3 and prepared.results == "kernel" and prepared.reason is None
+    fake_cuda.log.clear()
+    clock.prepare()
+    assert clock.time(prepared.call, 2) == 0.5
+    assert fake_cuda.log == ["synchronize", "replayed kernel", "replayed kernel"]
+
+
+def test_what_cannot_be_captured_is_timed_as_it_is_and_said(fake_cuda):
+    launch = fake_cuda.kernel(0.25, "eager")
+
+    def reads_on_the_host():
+        launch()
+        if fake_cuda.capturing is not None:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    measured = contest(eager=reads_on_the_host, other=fake_cuda.kernel(0.5, "other"))
+    measured._clock = contest_module.DeviceClock(torch.device("cpu"))
+    measured.contenders["fastroute"] = fake_cuda.kernel(0.125, "ours")
+    measured.warm_up()
+    fake_cuda.log.clear()
+    measured.run(2)
+    launched = [name for name in fake_cuda.log if name != "synchronize"]
+    assert sorted(launched) == ["eager"] * 2 + ["replayed other"] * 2 + ["replayed ours"] * 2
+    row = measured.row("suite", {})
+    assert row.ms == {"fastroute": 125, "eager": 250, "other": 500} and not row.cold_ms
+    reason = "eager: RuntimeError: operation not permitted when stream is capturing"
+    assert row.facts == {"not in a CUDA graph": reason}
+
+
+def test_work_that_does_not_run_fails_before_it_is_captured(fake_cuda):
+    def fails():
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        contest_module.DeviceClock(torch.device("cpu")).prepared(fails)
+
+
+def test_contenders_compute_float32_in_float32():
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    measure(Case("sparse", {}, contest), 1)
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32

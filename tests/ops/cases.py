@@ -24,6 +24,12 @@ def paths(count, shape, dtype=torch.float32, layout="contiguous", seed=0):
     return xs
 
 
+def moved(tensor, device):
+    """The tensor on a device, as it lies in its storage. `.to` would close the gaps between the samples of a path."""
+    whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+    return whole.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 def parameters(m, n, channels, hidden=16, bias=True, dtype=torch.float32, scale=1.0, seed=1):
     """The gate's (w1, b1, w2, b2); hidden None is the linear gate."""
     generator = torch.Generator().manual_seed(seed)

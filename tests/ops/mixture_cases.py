@@ -46,7 +46,7 @@ def differentiate(function, case, dtype=None):
     scores, gamma, *rest, scores_aug = [t.to(dtype) if dtype and isinstance(t, torch.Tensor) else t for t in case]
     leaves = [None if t is None else t.clone().requires_grad_() for t in (scores, scores_aug)]
     loss, posterior = function(leaves[0], gamma, *rest, leaves[1])
-    incoming = torch.arange(1.0, 1 + loss.numel()).reshape(loss.shape)
+    incoming = torch.arange(1.0, 1 + loss.numel(), device=loss.device).reshape(loss.shape)
     grads = torch.autograd.grad(loss, [t for t in leaves if t is not None], incoming.to(loss.dtype))
     return [loss.detach(), posterior, *grads]
 

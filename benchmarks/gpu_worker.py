@@ -1,0 +1,548 @@
+"""The measuring processes of `gpu_check.py`: each goes through the cases of one kind, and says rows as it has them.
+
+    python -m benchmarks.gpu_worker measure --backend native --device cuda
+
+Standard output has one JSON object a line, as `supervise.py` reads them, and nothing else.
+"""
+
+import argparse
+import contextlib
+import gc
+import importlib.util
+import json
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.supervise import BROKEN, NO_DEVICE
+
+ROOT = Path(__file__).resolve().parents[1]
+Measurement = tuple[str, Callable[[], Iterable[dict]]]  # a case's name, and what yields its rows
+
+# What decides most comes first: a stage that runs out of time loses the last.
+SHAPES = {
+    "cuda": [
+        (256, 64, 56, 56),
+        (128, 16, 32, 32),
+        (128, 32, 16, 16),
+        (128, 64, 8, 8),
+        (256, 256, 14, 14),
+        (256, 512, 7, 7),
+        (1024, 16, 32, 32),
+    ],
+    "cpu": [(2, 3, 4, 4)],
+}
+PEERS = {"cuda": [SHAPES["cuda"][k] for k in (0, 1, 3, 4)], "cpu": SHAPES["cpu"][:1]}
+FORMATS = [(torch.bfloat16, "contiguous"), (torch.bfloat16, "channels_last"), (torch.float32, "contiguous")]
+PATHS, HIDDEN = 2, 16
+HOST_SHAPE = (1, 16, 4, 4)
+MAPS = {"forward": 2 * PATHS, "forward+backward": 5 * PATHS}  # each read or written once
+ROUNDS = {"cuda": 15, "cpu": 1}
+HOST_CALLS = {"cuda": (9, 40), "cpu": (1, 2)}  # batches, and calls in each
+
+
+class Speaker:
+    """Says one JSON object a line to what was standard output; all that others print goes to the log instead."""
+
+    def __init__(self):
+        sys.stdout.flush()
+        self._stream = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+
+    def say(self, **values) -> None:
+        self._stream.write(json.dumps(values) + "\n")
+        self._stream.flush()
+
+
+def serve(cases: Sequence[Measurement], skip: int, say: Callable[..., None], device: str) -> None:
+    """Measure the cases after the first `skip`. An error is a row; one that breaks the device ends the process."""
+    for position, (name, measure) in enumerate(cases):
+        if position < skip:
+            continue
+        say(begin=position, of=len(cases), case=name)
+        try:
+            for row in measure():
+                say(case=name, **row)
+        except Exception as error:
+            traceback.print_exc()
+            say(case=name, error=brief(error))
+            del error
+            if broken(device):
+                say(case=name, note="the device is broken for this process, which ends here")
+                os._exit(BROKEN)
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def brief(error: BaseException) -> str:
+    lines = [text.strip() for text in str(error).splitlines() if text.strip()]
+    return f"{type(error).__name__}: {' / '.join(lines[:3])[:400]}"
+
+
+def broken(device: str) -> bool:
+    """Whether the device answers no more: after a bad access every call of the process fails."""
+    if device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+        torch.ones(1, device=device).item()
+    except Exception:
+        return True
+    return False
+
+
+def end_with_parent() -> None:
+    """End this process when the supervisor is gone: nobody would read its rows."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def machine(options) -> list[Measurement]:
+    from fastroute.benchmark import Result
+
+    device = torch.device(options.device)
+
+    def here():
+        if options.device == "cuda" and not torch.cuda.is_available():
+            yield {"kind": "machine", "error": NO_DEVICE}
+            return
+        triton = importlib.util.find_spec("triton") and importlib.import_module("triton").__version__
+        yield {"kind": "machine", "triton": triton, "processors": os.cpu_count(), "result": asdict(Result.here(device))}
+
+    return [("machine", here)]
+
+
+def does_not_serve(backend: str, device: str) -> str | None:
+    """Why a backend cannot be measured on the device, or None."""
+    from fastroute.backends import BACKENDS
+
+    return BACKENDS[backend].reason_against(torch.device(device), torch.float32) if backend in BACKENDS else None
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str):
+    """Paths, gate and incoming gradients for 2 → 2 paths of a shape."""
+    from fastroute.benchmark.cases import LAYOUTS
+
+    torch.manual_seed(0)
+    xs = [torch.randn(shape, device=device).to(dtype, memory_format=LAYOUTS[layout]) for _ in range(PATHS)]
+    xs = [x.requires_grad_() for x in xs]
+    sizes = (PATHS, HIDDEN, shape[1]), (PATHS, HIDDEN), (PATHS, PATHS, HIDDEN), (PATHS, PATHS)
+    gate = [(0.1 * torch.randn(size)).to(device).requires_grad_() for size in sizes]
+    return xs, gate, [torch.randn_like(x) for x in xs]
+
+
+def job(function: Callable, direction: str, xs, gate, grads) -> Callable[[], list[torch.Tensor]]:
+    def forward():
+        with torch.no_grad():
+            return list(function(xs, *gate))
+
+    def both():
+        ys = function(xs, *gate)
+        return [*ys, *torch.autograd.grad(ys, [*xs, *gate], grads)]
+
+    return forward if direction == "forward" else both
+
+
+def contender(name: str) -> tuple[Callable, contextlib.AbstractContextManager]:
+    """The function by a backend's name, or "default", "eager" or "compile", and the context it is to be called in."""
+    from fastroute import ops, use_backend
+    from fastroute.benchmark import plain
+
+    if name == "eager":
+        return plain.cross_connect, contextlib.nullcontext()
+    if name == "compile":
+        return torch.compile(plain.cross_connect, dynamic=False), contextlib.nullcontext()
+    context = contextlib.nullcontext() if name == "default" else use_backend(name)
+    return (lambda xs, *gate: ops.cross_connect(xs, *gate).outputs), context
+
+
+def case_name(shape, dtype, layout, direction) -> str:
+    return f"{'x'.join(map(str, shape))} {str(dtype)[6:]} {layout} {direction}"
+
+
+def measured_cases(options) -> list[Measurement]:
+    """What the host needs for a call, then what the device needs at every shape, then that by kernel."""
+    if reason := does_not_serve(options.backend, options.device):
+        return [("serves", lambda: [{"error": reason}])]
+    host = [(f"host {way}", partial(host_time, options.backend, way, options.device)) for way in MAPS]
+    if options.backend in ("default", "eager"):
+        return host
+    shapes = SHAPES[options.device]
+    profiled = [(shapes[0], *FORMATS[0]), (shapes[0], *FORMATS[1]), *((shape, *FORMATS[1]) for shape in shapes[1:2])]
+    if options.device == "cpu":
+        profiled = profiled[:1]
+    return [
+        *host,
+        *speed_cases(options.backend, shapes, FORMATS, options.device),
+        *((case_name(*one, "by kernel"), partial(by_kernel, options.backend, one, options.device)) for one in profiled),
+    ]
+
+
+def speed_cases(backend: str, shapes, formats, device: str) -> list[Measurement]:
+    return [
+        (case_name(*one), partial(device_time, backend, one, device))
+        for one in (
+            (shape, *kind, way) for shape in shapes for kind in formats for way in ("forward+backward", "forward")
+        )
+    ]
+
+
+def host_time(backend: str, direction: str, device: str) -> Iterator[dict]:
+    """Microseconds that the host needs for a call on tiny maps, where the device is never waited for."""
+    function, context = contender(backend)
+    call = job(function, direction, *draw(HOST_SHAPE, torch.float32, "contiguous", device))
+    (batches, calls), times = HOST_CALLS[device], []
+    with context:
+        for _ in range(calls):
+            call()
+        for _ in range(batches):
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            times.append((time.perf_counter() - start) / calls)
+    yield {"kind": "host", "backend": backend, "direction": direction, "us": 1e6 * statistics.median(times)}
+
+
+def device_time(backend: str, case: tuple, device: str) -> Iterator[dict]:
+    """Microseconds of the device for a call that finds the caches empty, beside a copy, and how far off it is."""
+    from fastroute.benchmark import contest, plain
+
+    shape, dtype, layout, direction = case
+    tensors = draw(shape, dtype, layout, device)
+    function, context = contender(backend)
+    clock, rounds = contest.clock(torch.device(device)), ROUNDS[device]
+    source = torch.randn(MAPS[direction] * tensors[0][0].numel() // 2, device=device).to(dtype)
+    target = torch.empty_like(source)
+    row = {"kind": "speed", "backend": backend}
+    with context:
+        routed = clock.prepared(job(function, direction, *tensors))
+        copied = clock.prepared(lambda: target.copy_(source))
+        times = {"us": [], "copy_us": []}
+        for _ in range(rounds):
+            for name, call in (("us", routed.call), ("copy_us", copied.call)):
+                clock.prepare()
+                times[name].append(1e6 * clock.time(call))
+        row |= {name: statistics.median(values) for name, values in times.items()}
+        row["share_of_copy"] = row["copy_us"] / row["us"]
+        if routed.reason:
+            row["not_in_a_graph"] = routed.reason
+        results = routed.results
+        if results is None:
+            results = routed.call()
+        else:
+            for result in results:
+                result.detach().fill_(torch.nan)  # what the replay does not write shows
+            routed.call()
+    if (backend, device) == ("native", "cuda") and hasattr(torch.ops.fastroute_native, "cuda_last_cluster"):
+        row["cluster"] = torch.ops.fastroute_native.cuda_last_cluster()
+    try:
+        row |= accuracy(results, partial(job, plain.cross_connect, direction), tensors)
+    except RuntimeError as error:  # out of memory, say: the time holds all the same
+        row["error"] = f"not checked: {brief(error)}"
+    yield row
+
+
+def accuracy(results, plain_job: Callable, tensors) -> dict:
+    """The largest relative error against float64, and eager's; "error" where the library's rule is broken."""
+    from fastroute.testing import assert_as_good_as_eager
+
+    exact = plain_job(*([t.detach().double().requires_grad_() for t in group] for group in tensors))()
+    eager = plain_job(*tensors)()
+    row = {"off": relative(results, exact), "eager_off": relative(eager, exact)}
+    try:
+        assert_as_good_as_eager(results, eager, exact)
+    except AssertionError as error:
+        row["error"] = f"wrong: {error}"
+    return row
+
+
+@torch.no_grad()
+def relative(results, exact) -> float:
+    return max(float((a.double() - b).norm() / (b.norm() + 1e-30)) for a, b in zip(results, exact, strict=True))
+
+
+def by_kernel(backend: str, case: tuple, device: str) -> Iterator[dict]:
+    """Microseconds by kernel of a forward and backward."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from fastroute.benchmark import contest
+
+    function, context = contender(backend)
+    call, clock = job(function, "forward+backward", *draw(*case, device)), contest.clock(torch.device(device))
+    on_card = device == "cuda"
+    calls = 5 if on_card else 1
+    with context:
+        call()
+        with profile(activities=[ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU]) as record:
+            for _ in range(calls):
+                clock.prepare()
+                call()
+            clock.prepare()
+    spent = {e: e.device_time_total if on_card else e.self_cpu_time_total for e in record.key_averages()}
+    for event in sorted(spent, key=spent.get, reverse=True)[:8]:
+        row = {"kernel": event.key[:70], "calls": event.count / calls, "us": spent[event] / event.count}
+        yield {"kind": "profile", "backend": backend, **row}
+
+
+def compiled_cases(options) -> list[Measurement]:
+    """One call of each of this process's share of the cases, so that their kernels are in Triton's cache when timed."""
+
+    def call(case):
+        shape, dtype, layout, direction = case
+        function, context = contender(options.backend)
+        start = time.monotonic()
+        with context:
+            job(function, direction, *draw(shape, dtype, layout, options.device))()
+            if options.device == "cuda":
+                torch.cuda.synchronize()
+        yield {"kind": "compile", "backend": options.backend, "seconds": time.monotonic() - start}
+
+    cases = [(shape, *kind, "forward+backward") for shape in SHAPES[options.device] for kind in FORMATS]
+    return [(case_name(*case), partial(call, case)) for case in cases[options.part :: options.parts]]
+
+
+class Reporter:
+    """Makes a process of pytest one of ours: a begin and a row for each test of its share."""
+
+    def __init__(self, options, say):
+        self.options, self.say, self.positions, self.failed = options, say, {}, False
+
+    def pytest_collection_modifyitems(self, items):
+        share = items[self.options.part :: self.options.parts]
+        random.Random(0).shuffle(share)  # if time runs out, something of everything has run
+        self.positions = {item.nodeid: k for k, item in enumerate(share)}
+        items[:] = share[self.options.skip :]
+
+    def pytest_runtest_logstart(self, nodeid):
+        self.say(begin=self.positions[nodeid], of=len(self.positions), case=nodeid)
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or report.outcome != "passed":
+            row = {"kind": "test", "outcome": report.outcome, "seconds": round(report.duration, 2)}
+            if report.failed:
+                crash = getattr(report.longrepr, "reprcrash", None)
+                row["error"] = (crash.message if crash else str(report.longrepr)).strip()[:400].replace("\n", " / ")
+                print(report.longreprtext, file=sys.stderr, flush=True)
+            self.say(case=report.nodeid, **row)
+            self.failed |= report.failed
+
+    def pytest_runtest_logfinish(self, nodeid):
+        if self.failed and broken(self.options.device):
+            self.say(case=nodeid, note="the device is broken for this process, which ends here")
+            os._exit(BROKEN)
+        self.failed = False
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self.say(case=report.nodeid, kind="test", error=str(report.longrepr).strip().splitlines()[-1][:400])
+
+
+def tests(options, say) -> None:
+    """Run a share of the tests that need the device."""
+    import pytest
+
+    marks = "gpu" if options.device == "cuda" else "not gpu and not slow"
+    ignored = [f"--ignore={path}" for path in options.ignore]
+    flags = ["-q", "-m", marks, "-p", "no:cacheprovider", "--tb=short", "--continue-on-collection-errors"]
+    pytest.main([*flags, *ignored, *options.files], plugins=[Reporter(options, say)])
+
+
+SANITIZED = [
+    *("tests/backends/test_native_cuda.py", "-m", "gpu"),
+    *("-k", "optional_gradients or float32_parameters or extreme_scores"),
+]
+
+
+def sanitized_cases(options) -> list[Measurement]:
+    """NVIDIA's compute-sanitizer over some of the tests of the library's own CUDA kernels."""
+
+    def check():
+        command = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+        if command is None:
+            what = "error" if options.device == "cuda" else "summary"
+            yield {"kind": "sanitizer", what: "not run: compute-sanitizer is not on PATH"}
+            return
+        program = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *SANITIZED]
+        kernels = ["--kernel-name", "kns=fastroute", "--target-processes", "all"]
+        ended = subprocess.run(
+            [command, "--tool", options.tool, *kernels, "--error-exitcode", "9", "--print-limit", "20", *program],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        print(ended.stdout, file=sys.stderr, flush=True)
+        yield {"kind": "sanitizer", "exit_status": ended.returncode, **sanitizer_row(ended.stdout, ended.returncode)}
+
+    return [(options.tool, check)]
+
+
+def sanitizer_row(output: str, status: int) -> dict:
+    """What a sanitizer said in the end; an "error" where it found something, or nothing was run."""
+    said = re.findall(r"^=+ (.*(?:SUMMARY|Error:|Internal).*)$", output, re.MULTILINE)
+    tested = re.search(r"\d+ (?:passed|failed|skipped|error).*", output)
+    row = {"summary": " / ".join(said[-2:]), "tests": tested[0] if tested else None}
+    if status or " passed" not in (row["tests"] or ""):
+        row["error"] = row["summary"] if status and said else f"no test passed (exit status {status})"
+    return row
+
+
+def peers(options) -> list[Measurement]:
+    """torch.compile of plain routing, then whole training steps: as they are, compiled, and in CUDA graphs."""
+    from fastroute.benchmark import cases, networks
+
+    cases.COMPILE_MODES.clear()  # the default mode: the thorough one takes minutes
+    on_card = options.device == "cuda"
+    sizes = {"resnet20_cc2": (128, 10, 32), "resnet18_cc2": (256, 1000, 224), "resnet50_cc2": (256, 100, 224)}
+    if not on_card:
+        sizes = {"resnet20_cc2": (2, 10, 8)}
+    labels = {"direction": networks.STEP, "dtype": "bfloat16", "layout": "channels_last", "paths": PATHS}
+
+    def steps(network, compile):
+        batch, classes, img_size = sizes[network]
+        contest = networks.contest(
+            {**labels, "network": network, "batch": batch},
+            classes,
+            img_size,
+            compile,
+            torch.device(options.device),
+        )
+        for name, step in contest.contenders.items():
+            if compile != name.endswith(("compile", "compiled")):
+                continue
+            try:
+                yield {
+                    "kind": "step",
+                    "network": network,
+                    "contender": name,
+                    "batch": batch,
+                    **step_time(step, options),
+                }
+            except RuntimeError as error:  # out of memory, or not to be compiled: the others may do
+                if broken(options.device):
+                    raise
+                yield {"kind": "step", "network": network, "contender": name, "error": brief(error)}
+        contest.check()
+
+    shapes = PEERS[options.device]
+    return [
+        *((f"{name} steps", partial(steps, name, False)) for name in sizes),
+        *speed_cases("compile", shapes, FORMATS[1:2], options.device),
+        *((f"{name} compiled steps", partial(steps, name, True)) for name in sizes),
+        *speed_cases("compile", shapes, FORMATS[2:], options.device),
+    ]
+
+
+def step_time(step: Callable, options, calls: int = 10) -> dict:
+    """Milliseconds of a step in a loop, and of its replay from a CUDA graph."""
+    from fastroute.benchmark import contest
+
+    clock = contest.clock(torch.device(options.device))
+    calls = calls if options.device == "cuda" else 1
+
+    def wait():
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+
+    def loop(call):
+        times = []
+        for _ in range(3):
+            wait()
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            wait()
+            times.append((time.perf_counter() - start) / calls)
+        return 1e3 * statistics.median(times)
+
+    for _ in range(3):
+        step()
+    row = {"ms": loop(step)}
+    prepared = clock.prepared(step)
+    return row | ({"not_in_a_graph": prepared.reason} if prepared.reason else {"graph_ms": loop(prepared.call)})
+
+
+def all_cases(options) -> list[Measurement]:
+    """Every case of `fastroute bench`: the default selection, what README states, then the rest in random order."""
+    from fastroute import benchmark
+    from fastroute.benchmark import cases
+
+    cases.COMPILE_MODES.clear()  # the default mode: the thorough one takes minutes a case
+
+    def measure(case):
+        yield {"kind": "row", "row": asdict(benchmark.measure(case, options.rounds))}
+
+    every = benchmark.all_cases(torch.device(options.device))
+    if options.suite:
+        every = [case for case in every if case.suite == options.suite]
+    return [(case.id, partial(measure, case)) for case in ordered(every)]
+
+
+def ordered(cases: list) -> list:
+    """The default selection, then what README states, then the rest in random order, so that it is spread evenly."""
+    shuffled = random.Random(0).sample(cases, len(cases))
+    return sorted(shuffled, key=lambda case: (not case.quick, not case.stated))
+
+
+KINDS = {
+    "machine": machine,
+    "compile": compiled_cases,
+    "measure": measured_cases,
+    "sanitize": sanitized_cases,
+    "peers": peers,
+    "full": all_cases,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=[*KINDS, "tests"])
+    parser.add_argument("files", nargs="*", help="of tests")
+    parser.add_argument("--ignore", action="append", default=[], help="of tests: a file to leave out")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--backend", help="triton, native, reference, default, eager or compile")
+    parser.add_argument("--tool", default="memcheck", help="of compute-sanitizer")
+    parser.add_argument("--part", type=int, default=0, help="which share of the cases")
+    parser.add_argument("--parts", type=int, default=1, help="of how many")
+    parser.add_argument("--rounds", type=int, help="timed rounds of each case of `full`")
+    parser.add_argument("--suite", help="of `full`: the cases of one suite alone")
+    parser.add_argument("--skip", type=int, default=0, help="how many cases are done with")
+    options = parser.parse_args()
+    speaker = Speaker()
+    end_with_parent()
+    if options.kind == "tests":
+        tests(options, speaker.say)
+    else:
+        from fastroute.benchmark import without_tf32
+
+        without_tf32()
+        serve(KINDS[options.kind](options), options.skip, speaker.say, options.device)
+    sys.stderr.flush()
+    os._exit(0)  # what tears the device down has no part in this
+
+
+if __name__ == "__main__":
+    main()

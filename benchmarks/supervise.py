@@ -1,0 +1,222 @@
+"""Runs measuring processes under a clock: rows are kept as they come, and no process can take another's time.
+
+A worker (see `gpu_worker.py`) writes JSON objects to its standard output, one a line: before its case k
+`{"begin": k, "of": n, "case": name}`, then rows. All else that it writes goes to its log. When it dies, or a case
+outlasts its limit, that is a row too, and a new process begins at the next case.
+"""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+NO_DEVICE = "this machine has no CUDA device that torch can use"
+BROKEN = 3  # how a worker exits whose device is broken, after it has said so in a row
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process at a time. The command is given `--skip K`: how many cases are done with.
+
+    folder: where it runs.
+    case_seconds, start_seconds: the limits of a case, and of what comes before the first.
+    quiet: whether rows without an error are kept, but not printed.
+    """
+
+    name: str
+    command: Sequence[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    folder: Path | None = None
+    case_seconds: float = 30
+    start_seconds: float = 30
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Jobs that run side by side, and how long all of them may take."""
+
+    name: str
+    seconds: float
+    jobs: Sequence[Job]
+
+
+class Rows:
+    """The rows so far: each is printed, and appended to a file, as soon as there is one."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]):
+        self.all: list[dict] = []
+        self._start, self._say, self._lock = time.monotonic(), say, threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w")
+
+    def add(self, row: dict, quiet: bool = False) -> None:
+        row = {"at": round(time.monotonic() - self._start, 1), **row}
+        with self._lock:
+            self.all.append(row)
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            if "error" in row or not quiet:
+                self._say(line(row))
+
+
+def line(row: dict) -> str:
+    """A row in one line, for people."""
+    words = [f"{row['at']:6.1f}", *(str(row[key]) for key in ("stage", "job", "case") if key in row)]
+    rest = {key: value for key, value in row.items() if key not in ("at", "stage", "job", "case")}
+    return " ".join([*words, *(f"{key}={_short(value)}" for key, value in rest.items())])
+
+
+def _short(value) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 200 else f"{text[:200]} …"
+
+
+class Supervisor:
+    """Runs stage after stage, each within its time, and keeps what their processes say."""
+
+    def __init__(self, rows: Rows, folder: Path):
+        self.rows, self.folder = rows, folder
+        self.clock: list[dict] = []  # for each stage its budget and the seconds it took
+        self._end, self._stopped = time.monotonic(), False
+
+    def run(self, stages: Sequence[Stage]) -> None:
+        """A stage that ends early leaves its time to those after it; the sum of the budgets bounds the whole."""
+        for stage in stages:
+            start, self._end = time.monotonic(), self._end + stage.seconds
+            with ThreadPoolExecutor(max(1, len(stage.jobs))) as pool:
+                for ended in [pool.submit(self._run, stage.name, job) for job in stage.jobs]:
+                    ended.result()
+            took = round(time.monotonic() - start, 1)
+            self.clock.append({"stage": stage.name, "budget_s": stage.seconds, "took_s": took})
+
+    def stop(self, *_) -> None:
+        """As if all time were over. May be a signal's handler."""
+        self._stopped = True
+
+    def left(self) -> float:
+        """Seconds until the present stage has to end."""
+        return 0.0 if self._stopped else max(0.0, self._end - time.monotonic())
+
+    def _run(self, stage: str, job: Job) -> None:
+        """Have a job's cases done, by as many processes as it takes."""
+        labels = {"stage": stage} if job.name == stage else {"stage": stage, "job": job.name}
+        done, total, case = 0, None, {}
+        with (self.folder / f"{stage}-{job.name}.log").open("ab") as log:
+            while True:
+                if not self.left():
+                    cases = f"{done} of {total} cases were begun" if total else "no case was begun"
+                    self.rows.add({**labels, **case, "error": f"the stage's time is over; {cases}"})
+                    return
+                begun = done
+                with _Process(job, done, log) as process:
+                    for value in process.values(self.left):
+                        if "begin" in value:
+                            done, total, case = value["begin"] + 1, value["of"], {"case": value["case"]}
+                        else:
+                            self.rows.add({**labels, **value}, job.quiet)
+                    reason = process.reason(self.left)
+                if reason is None:
+                    return
+                if reason:
+                    self.rows.add({**labels, **case, "error": reason})
+                # The next process would have no case, or end before its first again.
+                if self.left() and done in (begun, total):
+                    return
+
+
+class _Process:
+    """A worker in a session of its own, by which all its children can be found."""
+
+    def __init__(self, job: Job, skip: int, log):
+        self._job, self._log, self._late = job, log, False
+        self._popen = subprocess.Popen(
+            [*job.command, "--skip", str(skip)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            cwd=job.folder,
+            env={**os.environ, **job.environment, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """End the worker and all of its session: what its children started is no use either."""
+        while members := _session(self._popen.pid):
+            for member in members:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(member, signal.SIGKILL)
+        self._popen.wait()
+        self._popen.stdout.close()
+
+    def values(self, left: Callable[[], float]) -> Iterator[dict]:
+        """What the worker says, until it ends, a case's limit is reached or no time is left."""
+        limit, buffer, stdout = time.monotonic() + self._job.start_seconds, b"", self._popen.stdout
+        with selectors.DefaultSelector() as selector:
+            selector.register(stdout, selectors.EVENT_READ)
+            while True:
+                if not selector.select(min(left(), 0.2)):
+                    if self._popen.poll() is not None:  # a child of it may still hold the pipe
+                        return
+                    if not left() or time.monotonic() > limit:
+                        self._late = True
+                        return
+                    continue
+                if not (chunk := os.read(stdout.fileno(), 1 << 16)):
+                    return
+                *lines, buffer = (buffer + chunk).split(b"\n")
+                for text in lines:
+                    value = _value(text)
+                    if value is None:
+                        self._log.write(text + b"\n")
+                        self._log.flush()
+                        continue
+                    if "begin" in value:
+                        limit = time.monotonic() + self._job.case_seconds
+                    yield value
+
+    def reason(self, left: Callable[[], float]) -> str | None:
+        """Why not all is done: None where it is, and "" where a row has said so or the stage's time is over."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if not self._late:
+                code = self._popen.wait(min(left(), 10))
+                if code in (0, BROKEN):
+                    return None if code == 0 else ""
+                how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+                return f"the process died: {how}; its log ends: {self._last_line()}"
+        return f"killed: it took over {self._job.case_seconds:g} s" if left() else ""
+
+    def _last_line(self) -> str:
+        lines = Path(self._log.name).read_text(errors="replace").split("\n")
+        return next((text.strip()[:200] for text in reversed(lines) if text.strip()), "(nothing)")
+
+
+def _session(leader: int) -> list[int]:
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+        except (OSError, ValueError):
+            continue
+        if int(session) == leader and state != "Z":
+            members.append(int(stat.parent.name))
+    return members
+
+
+def _value(text: bytes) -> dict | None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
