@@ -52,8 +52,8 @@ def without_recordings(monkeypatch):
 def interpreter(monkeypatch):
     """Without a card, serve CPU tensors, and round float32 to bfloat16 as compiled code does.
 
-    The interpreter by itself cuts the bits off, which doubles the error. On a card, have Python launch every call: tests
-    look at launches, and change what is planned. test_recordings.py is about those of the compiled library.
+    The interpreter by itself cuts the bits off, which doubles the error. On a card, have Python launch every call, since
+    tests look at launches and change what is planned. test_recordings.py is about those of the compiled library.
     """
     if CUDA:
         with without_recordings(monkeypatch):
