@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import stub_driver
 from fastroute import ops, use_backend
-from tests.ops.cases import parameters, paths
+from tests.ops.cases import moved, parameters, paths
 
 SIZES = {"i32": 4, "u32": 4, "fp32": 4, "i1": 1, "u1": 1, "i8": 1, "i16": 2}
 

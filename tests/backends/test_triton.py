@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import mmap
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fastroute.backends import _choice
 from fastroute.backends import triton as backend
 from fastroute.ops._library import NOT_COMPILED
 from fastroute.ops._paths import channels_first, channels_last
+from tests.backends.test_triton_aot import stage_cases
 from tests.ops import mixture_cases
 from tests.ops.cases import eager_cross_connect, eager_cross_predict, moved
 
@@ -50,18 +52,29 @@ def without_recordings(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
-    """Without a card, serve CPU tensors, and round float32 to bfloat16 as compiled code does.
+    """Without a card, serve CPU tensors, and round and add as compiled code does.
 
-    The interpreter by itself cuts the bits off, which doubles the error. On a card, have Python launch every call, since
-    tests look at launches and change what is planned. test_recordings.py is about those of the compiled library.
+    The interpreter by itself cuts off the bits that bfloat16 lacks, which doubles the error, and where an axis is not
+    the last it adds one value after the other; compiled code has a sum in every thread, and adds those as a tree.
+
+    On a card, have Python launch every call: tests look at launches and change what is planned. test_recordings.py is
+    about those of the compiled library.
     """
     if CUDA:
         with without_recordings(monkeypatch):
             yield
         return
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
+    def pairwise_sum(self, input):
+        values = input.handle.data
+        rows = values.reshape(-1) if self.axis is None else values.swapaxes(self.axis, -1).copy(order="C")
+        total = rows.sum(-1, keepdims=True)
+        total = total if self.axis is None else total.swapaxes(self.axis, -1)
+        return self.to_tensor(total if self.keep_dims else total.squeeze(self.axis), input.dtype)
+
+    monkeypatch.setattr(ReduceOps, "sum", pairwise_sum)
     cast = InterpreterBuilder.cast_impl
 
     def rounding_cast(self, src, dst_type):
@@ -138,8 +151,10 @@ KERNELS = {
     "fused": ["cross_connect_fused_fwd_kernel", "cross_connect_fused_bwd_kernel"],
     "split": [
         "cross_connect_pool_fwd_kernel",
-        "cross_connect_mix_fwd_kernel",
+        "cross_connect_gate_fwd_kernel",
+        "mix_fwd_kernel",
         "mix_bwd_kernel",
+        "cross_connect_gate_bwd_kernel",
         "cross_connect_inputs_bwd_kernel",
     ],
 }
@@ -213,6 +228,9 @@ CASES = {  # m, n, (N, C, *S), dtype, layout, hidden, bias
     "stacked": (2, 2, (3, 16, 8, 8), torch.float16, "stacked", 16, True),
     "sliced": (2, 1, (2, 130, 4), torch.float32, "sliced", 4, False),
     "eight paths": (8, 8, (2, 3, 5), torch.float32, "first", 2, True),
+    "rows of four": (2, 2, (2, 9, 6, 6), torch.float32, "first", 4, True),
+    "flat": (2, 2, (3, 20, 7, 7), torch.bfloat16, "first", 16, True),
+    "flat, full rows": (1, 3, (2, 5, 2), torch.float16, "sliced", 0, True),
 }
 
 
@@ -236,20 +254,24 @@ SMALL_STEPS = {"block_c": 4, "block_s": 8, "block": 64, "portion": 192, "span": 
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
-@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("layout", ["first", "last", "flat"])
 @pytest.mark.parametrize("tier", ["fused", "split"])
 def test_loops_and_chunks(device, tier, layout, activation, monkeypatch, poison, launches):
     """Every loop takes several steps, the last of them partial, and the batch several chunks."""
     torch.manual_seed(1)
-    force(monkeypatch, tier, **SMALL_STEPS)
+    flat = layout == "flat"
+    monkeypatch.setattr(tables, "NARROW_BYTES", 8 if flat else 0)
+    force(monkeypatch, tier, **SMALL_STEPS | ({"block_s": 64, "span": 64} if flat else {}))
     monkeypatch.setattr(tables, "PARTIAL_VALUES", 8)
     monkeypatch.setattr(tables, "SAMPLES", 2)
-    xs, gate = make_paths(2, (5, 10, 7, 5), torch.float32, device, layout), make_gate(2, 3, 10, 5, device)
-    check_routing(xs, gate, activation=activation)
+    xs = make_paths(2, (5, 10, 7, 5), torch.float32, device, "first" if flat else layout)
+    check_routing(xs, make_gate(2, 3, 10, 5, device), activation=activation)
     kernels = [launch.kernel for launch in launches]
-    if tier == "split":
-        assert kernels == [*KERNELS["split"][:2] * 3, "sum_parts_kernel", *KERNELS["split"][2:] * 3, kernels[-1]]
-        assert [launch.grid for launch in launches[:4]] == [(2, 9, 2), (2, 2), (2, 9, 2), (2, 2)]
+    layouts = {launch.settings["LAYOUT"] for launch in launches if "LAYOUT" in launch.settings}
+    assert layouts == {layout}
+    if tier == "split" and not flat:
+        assert kernels == [*KERNELS["split"][:3] * 3, *KERNELS["split"][3:] * 3, kernels[-1]]
+        assert [launch.grid for launch in launches[:6]] == [(2, 9, 2), (2,), (2, 2)] * 2
 
 
 @pytest.mark.parametrize("tier", KERNELS)
@@ -380,7 +402,12 @@ def small_tiles(monkeypatch):
     """Every loop of the kernels that share a sample takes several steps, the last of them partial."""
     tiles = tables.tiles
     changes = {"block_c": 4, "block_s": 8, "span": 16, "num_warps": 1}
-    monkeypatch.setattr(tables, "tiles", lambda problem: dataclasses.replace(tiles(problem), **changes))
+    flat = {"block_c": 4, "num_warps": 1}  # and all positions
+    monkeypatch.setattr(
+        tables,
+        "tiles",
+        lambda problem: dataclasses.replace(tiles(problem), **(flat if problem.layout == "flat" else changes)),
+    )
     monkeypatch.setattr(tables, "PARTIAL_VALUES", 8)
     monkeypatch.setattr(tables, "WEIGHT_VALUES", 16)
 
@@ -419,7 +446,8 @@ def test_gate(device, case, steps, monkeypatch, poison, launches):
     check_operator(
         lambda *a: tuple(ops.gate(list(a[4:]), *a[:4])), lambda *a: eager_cross_connect(a[4:], *a[:4])[-2:], inputs
     )
-    assert "gate_shares_kernel" in {launch.kernel for launch in launches}
+    kernels = ["pool_fwd", "gate_fwd", "gate_bwd", "weights_bwd"]
+    assert [launch.kernel for launch in launches] == [f"cross_connect_{name}_kernel" for name in kernels] * 2
 
 
 PREDICT_CASES = {  # m, n, C_out, kernel, (N, C_in, *S), dtype, layout, form, bias, activation
@@ -603,8 +631,9 @@ def test_plan():
         assert tier(128, channels, side**2) == "resident"
         assert tier(4096, channels, side**2) == "resident"
     assert tier(128, 16, 1024, backward=True) == "fused"  # dY and one of X are 192 KiB
-    assert tier(4096, 16, 1024, backward=True) == "split"  # 528 in flight need 66 MiB of L2
-    assert tier(4096, 16, 1024, tables.B200, backward=True) == "split"
+    assert tier(128, 16, 1024, itemsize=2, backward=True) == "resident"  # and half of that in half precision
+    assert tier(4096, 16, 1024, backward=True) == "split"  # 264 in flight need 33 MiB of L2
+    assert tier(4096, 16, 1024, tables.B200, backward=True) == "fused"
     assert tier(256, 16, 1024, tables.B200, backward=True) == "fused"
     assert tier(32, 64, 56**2) == "split"  # 32 samples of 1.5 MiB, and 132 multiprocessors
     assert tier(1, 64, 56**2) == "split"
@@ -617,7 +646,68 @@ def test_plan():
         problem = tables.Problem(32, 2, 2, 64, 56**2, 16, 2, last, False)
         settings = tables.plan(problem, tables.H100)
         assert settings.chunk * problem.twice_bytes <= tables.H100.reread_bytes
-        assert settings.chunk * 2 * -(-64 // settings.block_c) * -(-(56**2) // settings.span) >= 2 * tables.H100.sms
+        programs = settings.chunk * 2 * -(-64 // settings.block_c) * -(-(56**2) // settings.span)
+        waves = programs / (3 * tables.H100.sms)
+        assert waves / -(-programs // (3 * tables.H100.sms)) > 0.8  # the last wave is nearly full
+
+
+def test_whole_waves():
+    assert tables.in_whole_waves(98, 32, 264) == 13  # 32 × 8 programs, all at once
+    assert tables.in_whole_waves(1, 8192, 264) == 1
+    assert tables.in_whole_waves(10**6, 1, 264) >= 10**6 / tables.MAX_GRID_Y
+    assert -(-(10**6) // tables.in_whole_waves(10**6, 1, 264)) <= tables.MAX_GRID_Y
+
+
+def test_batch_at_once(device, monkeypatch, launches):
+    torch.manual_seed(13)
+    monkeypatch.setattr(tables, "SPLIT_BY", "batch")
+    monkeypatch.setattr(cc, "_plan", tables.split)
+    check_routing(make_paths(2, (5, 4, 6, 6), torch.float32, device), make_gate(2, 2, 4, 3, device))
+    assert [launch.grid[0] for launch in launches[:6]] == [5] * 6
+
+
+def test_chained_launches():
+    """The first launch of a call waits for all that went before, as any launch does."""
+    assert cc.chained(tables.H100) == {"CHAINED": True, "launch_pdl": True}
+    assert cc.chained(tables.H100, begins=True) == {"CHAINED": True, "launch_pdl": False}
+    assert cc.chained(tables.A100) == cc.chained(tables.INTERPRETED) == {"CHAINED": False}
+
+
+@pytest.mark.parametrize(("parts", "columns"), [(3, 70), (700, 3), (1, 1), (40, 300)])
+def test_partial_sums(device, parts, columns, launches):
+    values = torch.randn(2, parts, columns, device=device)
+    out = torch.empty(2, columns, device=device)
+    mx.launch_sum_parts(values, out, 2, parts, columns)
+    torch.testing.assert_close(out, values.sum(1), rtol=1e-5, atol=1e-4)
+    assert tables.partial_sums(6, 128)["COLUMNS"] == 128  # many rows of few parts: one program for each
+    assert tables.partial_sums(4096, 4)["PARTS"] == 512
+
+
+def test_the_expected_figures_are_of_these_tables():
+    """The page shows for every stage the tier, the number of chunks, and the grid that the tables give today."""
+    page = (Path(backend.__file__).parent / "EXPECTED.md").read_text()
+    sections = page.split("\n## ")[1:]
+    assert len(sections) == len(stage_cases())
+    for section, (name, (_, m, n, (batch, channels, side, _), dtype, last)) in zip(
+        sections, stage_cases().items(), strict=True
+    ):
+        assert section.startswith(name + "\n")
+        rows = [line.split("|") for line in section.splitlines() if line.startswith("| ") and "grid" not in line]
+        rows = {cells[3].split(" ×")[0].strip(): [cell.strip() for cell in cells] for cells in rows}
+        for backward, walk in ((False, "pool_fwd"), (True, "inputs_bwd")):
+            itemsize = getattr(torch, dtype).itemsize
+            problem = tables.Problem(batch, m, n, channels, side**2, 16, itemsize, last, backward)
+            settings = tables.plan(problem, tables.H100)
+            if isinstance(settings, tables.Split):
+                cells = rows[walk]
+                parts = -(-channels // settings.block_c) * -(-(side**2) // settings.span)
+                grid = [settings.chunk, parts] + ([] if backward else [m])
+                chunks = -(-batch // settings.chunk)
+                assert cells[3] == (f"{walk} ×{chunks}" if chunks > 1 else walk)
+                assert cells[4] == " × ".join(map(str, grid)), (name, cells)
+            else:
+                kind = type(settings).__name__.lower()
+                assert rows[f"{kind}_{'bwd' if backward else 'fwd'}"][4] == str(batch)
 
 
 def test_reasons(monkeypatch):

@@ -1,8 +1,8 @@
-"""The Triton kernels compiled ahead of time, without a card: registers, spills, shared memory and width of accesses.
+"""The Triton kernels compiled ahead of time, without a card: registers, spills, shared memory, accesses and barriers.
 
-Run as a program with an architecture, this file calls the operators on tensors without memory, has every launch compile
-for that architecture in place of running, and prints what the compiler says of it. That takes a process of its own: the
-other tests may have told Triton to interpret.
+Run as a program with an architecture and a set of cases, this file calls the operators on tensors without memory, has
+every launch compile for that architecture in place of running, and prints what the compiler says of it. That takes a
+process of its own: the other tests may have told Triton to interpret.
 """
 
 import importlib.util
@@ -29,6 +29,34 @@ CASES = {  # tier or None for the plan's choice, m, n, (N, C, H, W), dtype, chan
     "eight paths": ("split", 8, 8, (32, 64, 56, 56), "float32", False),
 }
 
+# The stages of the ResNets of CIFAR and ImageNet between which paths are routed: batch, and (channels, side).
+STAGES = {
+    "ResNet20": (128, ((16, 32), (32, 16), (64, 8))),
+    "ResNet18": (256, ((64, 56), (128, 28), (256, 14), (512, 7))),
+    "ResNet50": (256, ((256, 56), (512, 28), (1024, 14), (2048, 7))),
+}
+
+
+def stage_cases(networks=STAGES) -> dict[str, tuple]:
+    return {
+        f"{network} {channels}×{side}×{side} {dtype} {'channels_last' if last else 'NCHW'}": (
+            None,
+            2,
+            2,
+            (STAGES[network][0], channels, side, side),
+            dtype,
+            last,
+        )
+        for network in networks
+        for channels, side in STAGES[network][1]
+        for dtype in ("bfloat16", "float32")
+        for last in (False, True)
+    }
+
+
+# What is compiled by default, besides the cases above on every architecture. The rest takes minutes.
+SETS = {"cases": CASES, "stages": stage_cases(), "distinct stages": stage_cases(["ResNet20", "ResNet18"])}
+
 # Those that are compiled again after a ReLU: every kernel is in one of them.
 AFTER_RELU = {"ResNet 32 × 32", "ResNet 8 × 8", "ImageNet, NCHW"}
 
@@ -37,7 +65,6 @@ ACCESSES = {
     "cross_connect_resident_fwd_kernel": lambda m, n: {"tile": (m, n)},
     "cross_connect_fused_fwd_kernel": lambda m, n: {"tile": (m, 0), "block": (m, n)},
     "cross_connect_pool_fwd_kernel": lambda m, n: {"tile": (m, 0)},
-    "cross_connect_mix_fwd_kernel": lambda m, n: {"block": (m, n)},
     "cross_connect_resident_bwd_kernel": lambda m, n: {"tile": (m + n, m)},
     "cross_connect_fused_bwd_kernel": lambda m, n: {"block": (m + n, 0), "tile": (n, m)},
     "cross_connect_inputs_bwd_kernel": lambda m, n: {"tile": (n, m)},
@@ -47,28 +74,54 @@ ACCESSES = {
     "scale_paths_kernel": lambda m, n: {"tile": (2 * n, n + m * n)},
     "sum_gradients_kernel": lambda m, n: {"tile": (m + m * n, m)},
 }
+# Kernel -> barriers before paths are stored, 2 paths to 2. A sum over warps has two, as has a change of layout.
+MOST_BARRIERS = {
+    "cross_connect_resident_fwd_kernel": 19,
+    "cross_connect_resident_bwd_kernel": 11,
+    "mix_fwd_kernel": 0,
+    "cross_connect_inputs_bwd_kernel": 0,
+}
 OTHERS = {
     "cross_connect_weights_bwd_kernel",
+    "cross_connect_gate_fwd_kernel",
+    "cross_connect_gate_bwd_kernel",
     "sum_parts_kernel",
-    "gate_shares_kernel",
     "mixture_em_fwd_kernel",
     "mixture_em_bwd_kernel",
 }
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and shared memory of the one kernel in a cubin. Registers that spill go to the stack."""
+    """Of the one kernel in a cubin: registers, stack, shared memory, barriers, and those before its first wide store.
+
+    Registers that spill go to the stack. What is stored after the paths, the gates say, holds up no path.
+    """
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
+        report, code = (
+            subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    counts = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
+    stores = [match.start() for match in re.finditer(r"\bSTG\S*\.(?:64|128|256)\b", code)] or [len(code)]
+    barriers = [match.start() for match in re.finditer(r"\bBAR\.SYNC", code)]
+    return counts | {"barriers": len(barriers), "barriers_before_paths": sum(at < stores[0] for at in barriers)}
 
 
-def compile_all(architecture: int) -> list[dict]:
+def accesses(ptx: str, kind: str) -> dict[int, int]:
+    """Bytes of an access to global memory -> how many there are."""
+    counts = {}
+    for vector, bits in re.findall(rf"\b{kind}\.global\S*?(?:\.v(\d))?\.[busf](\d+)\b", ptx):
+        width = int(vector or 1) * int(bits) // 8
+        counts[width] = counts.get(width, 0) + 1
+    return counts
+
+
+def compile_all(architecture: int, cases: dict[str, tuple]) -> list[dict]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
@@ -92,18 +145,21 @@ def compile_all(architecture: int) -> list[dict]:
 
     reports = []
     changes = {}
+    known = {}
+    constants = {"architecture": architecture, "programs": tables.PROGRAMS_PER_SM}
+
+    def describe(compiled) -> dict:
+        cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
+        if cubin not in known:
+            known[cubin] = resources(cubin) | {"loads": accesses(ptx, "ld"), "stores": accesses(ptx, "st")}
+            known[cubin]["waits"] = ptx.count("griddepcontrol.wait")
+        return known[cubin] | {"dynamic_shared": compiled.metadata.shared}
 
     def compile_only(kernel, grid):
         def launch(*args, **settings):
             compiled = kernel.run(*args, grid=grid, warmup=True, **settings | changes)
             compiled = compiled.result() if hasattr(compiled, "result") else compiled
-            report = {"kernel": kernel.fn.__name__, **settings, **resources(compiled.asm["cubin"])}
-            report["dynamic_shared"] = compiled.metadata.shared
-            for kind, name in (("ld", "wide_loads"), ("st", "wide_stores")):
-                report[name] = len(
-                    re.findall(rf"{kind}\.global\S*\.v4\.b32|{kind}\.global\S*\.v2\.b64", compiled.asm["ptx"])
-                )
-            reports.append(report)
+            reports.append({"kernel": kernel.fn.__name__, "grid": grid, **settings, **describe(compiled), **constants})
 
         return launch
 
@@ -112,7 +168,7 @@ def compile_all(architecture: int) -> list[dict]:
     cc._chip = lambda device: {80: tables.A100, 90: tables.H100, 100: tables.B200}[architecture]
 
     def run(case):
-        tier, m, n, shape, dtype, last = CASES[case]
+        tier, m, n, shape, dtype, last = cases[case]
         cc._plan = getattr(tables, tier or "plan")
         channels = shape[1]
         reports.clear()
@@ -122,6 +178,7 @@ def compile_all(architecture: int) -> list[dict]:
             gate = [torch.empty(size) for size in ((m, 16, channels), (m, 16), (m, n, 16), (m, n))]
             for relu in {False, case in AFTER_RELU}:
                 outputs, gates, scores, pooled, hidden = cc.cross_connect(xs, *gate, relu)
+                forward = len(reports)
                 cc.cross_connect_backward(outputs, gates, scores, xs, *gate, gates, pooled, hidden, relu, True)
             if case == "ImageNet, NCHW":
                 mx.mix(xs, gates)
@@ -136,7 +193,8 @@ def compile_all(architecture: int) -> list[dict]:
                 cp.sum_predictions(us, gates, pooled.new_empty(shape[0], n, channels), True, outputs)
                 cp.scale_paths(outputs, outputs, gates.mT, True, [torch.empty_like(y) for y in outputs], us)
                 cp.sum_gradients(ts, xs, gates, [torch.empty_like(x) for x in xs])
-        return [report | {"case": case, "m": m, "n": n, "itemsize": xs[0].itemsize} for report in reports]
+        sizes = {"m": m, "n": n, "itemsize": xs[0].itemsize, "forward_launches": forward}
+        return [report | {"case": case} | sizes for report in reports]
 
     def run_mixtures(shape, dtype, given):
         reports.clear()
@@ -150,7 +208,9 @@ def compile_all(architecture: int) -> list[dict]:
             )
         return [report | {"case": str(shape), "m": 2, "n": 2, "itemsize": scores.itemsize} for report in reports]
 
-    every = [report for case in CASES for report in run(case)]
+    every = [report for case in cases for report in run(case)]
+    if cases is not CASES:
+        return every
     for shape, dtype, given in [
         ((128, 10), "float32", False),
         ((128, 4, 4), "bfloat16", True),
@@ -161,56 +221,133 @@ def compile_all(architecture: int) -> list[dict]:
     return [*every, run("three paths")[1]]  # the last one has to spill
 
 
-@pytest.fixture(scope="module", params=[80, 90, 100], ids="sm_{}".format)
-def reports(request):
+def reports_of(architecture: int, name: str) -> list[dict]:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     root = str(Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    command = [sys.executable, __file__, str(request.param)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, __file__, str(architecture), name]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    reports = json.loads(result.stdout.splitlines()[-1])
+    for report in reports:
+        for kind in ("loads", "stores"):
+            report[kind] = {int(width): count for width, count in report[kind].items()}
+    return reports
+
+
+@pytest.fixture(scope="module", params=[80, 90, 100], ids="sm_{}".format)
+def reports(request):
+    return reports_of(request.param, "cases")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        (90, "distinct stages"),
+        *(pytest.param((arch, "stages"), marks=pytest.mark.slow) for arch in (80, 90, 100)),
+    ],
+    ids=lambda param: f"sm_{param[0]}, {param[1]}",
+)
+def stages(request):
+    return reports_of(*request.param)
 
 
 def test_every_kernel_is_compiled(reports):
     assert {report["kernel"] for report in reports} == ACCESSES.keys() | OTHERS
 
 
+def check_resources(report):
+    assert report["STACK"] == report["LOCAL"] == 0, report
+    assert report["REG"] * 32 * report["num_warps"] <= 65536, report
+    if report["m"] == report["n"] == 2:
+        assert report["REG"] <= 128, report  # two programs of 8 warps, or one of 16, on a multiprocessor
+    assert report["SHARED"] + report["dynamic_shared"] <= 48 * 2**10, report  # what needs no opting in
+
+
+def check_widths(report):
+    """Paths are loaded and stored in 16 bytes, but for rows that only a smaller number divides."""
+    if report["kernel"] not in ACCESSES:
+        return
+    factor = report.get("UNIT", 16) if report.get("LAYOUT") == "first" else 16
+    widths = {"tile": min(16, factor * report["itemsize"]), "block": 16}
+    assert widths["tile"] >= 8, report
+    values = {"tile": report.get("BC", 0) * report.get("BS", 0), "block": report.get("BLOCK", 0)}
+
+    def steps(kind):
+        each = values[kind] * report["itemsize"] // (widths[kind] * 32 * report["num_warps"])
+        assert each > 0, report
+        return each
+
+    loads, stores = ({8: 0, 16: 0} for _ in range(2))
+    for kind, (loaded, stored) in ACCESSES[report["kernel"]](report["m"], report["n"]).items():
+        loads[widths[kind]] += loaded * steps(kind)
+        stores[widths[kind]] += stored * steps(kind)
+    if report.get("GRAD_INPUTS") and report["kernel"] == "mix_bwd_kernel":
+        stores[16] += report["m"] * steps("block")
+    writes_inputs = report.get("GRAD_INPUTS") or report["kernel"] == "cross_connect_inputs_bwd_kernel"
+    if report.get("RELU") and writes_inputs:  # X once more, for the signs
+        loads[widths["tile"]] += report["m"] * steps("tile")
+    for kind, expected in (("loads", loads), ("stores", stores)):
+        for width, count in expected.items():
+            at_least = sum(n * (wide // width) for wide, n in report[kind].items() if wide >= width)
+            assert at_least >= count, (report, kind, expected)
+        if report["itemsize"] == 2:
+            assert 2 not in report[kind], report
+
+
 def test_no_spills(reports):
-    *reports, squeezed = reports
-    assert squeezed["STACK"] > 0, "the report does not show spills"
-    for report in reports:
-        assert report["STACK"] == report["LOCAL"] == 0, report
+    assert reports[-1]["STACK"] > 0, "the report does not show spills"
 
 
-def test_registers_and_shared_memory(reports):
+def test_resources_and_widths(reports):
     for report in reports[:-1]:
-        assert report["REG"] * 32 * report["num_warps"] <= 65536, report
-        if report["m"] == report["n"] == 2:
-            assert report["REG"] <= 128, report  # two programs of 8 warps, or one of 16, on a multiprocessor
-        assert report["SHARED"] + report["dynamic_shared"] <= 48 * 2**10, report  # what needs no opting in
+        check_resources(report)
+        if report["case"] != "eight paths":  # 64 accumulators leave one element
+            check_widths(report)
 
 
-def test_paths_move_in_16_bytes(reports):
-    for report in reports[:-1]:
-        if report["kernel"] not in ACCESSES or report["case"] == "eight paths":  # 64 accumulators leave one element
-            continue
-        if report["kernel"] == "cross_connect_inputs_bwd_kernel" and not report["GRAD_INPUTS"]:  # the gates alone
-            continue
-        values = {"tile": report.get("BC", 0) * report.get("BS", 0), "block": report.get("BLOCK", 0)}
-        loads = stores = 0
-        for kind, (loaded, stored) in ACCESSES[report["kernel"]](report["m"], report["n"]).items():
-            accesses = values[kind] * report["itemsize"] // (16 * 32 * report["num_warps"])
-            assert accesses > 0, report
-            loads, stores = loads + loaded * accesses, stores + stored * accesses
-        if report.get("GRAD_INPUTS") and report["kernel"] == "mix_bwd_kernel":
-            stores += report["m"] * accesses
-        if report.get("RELU") and report.get("GRAD_INPUTS"):  # X once more, for the signs
-            loads += report["m"] * values["tile"] * report["itemsize"] // (16 * 32 * report["num_warps"])
-        assert report["wide_loads"] >= loads and report["wide_stores"] == stores, (report, loads, stores)
+def test_chains(reports):
+    """Launches that hand on to each other wait for the one before; on older chips nothing is chained."""
+    chained = [report for report in reports if report.get("CHAINED")]
+    assert {report["waits"] > 0 for report in chained} <= {True}
+    assert not any(report["waits"] for report in reports if not report.get("CHAINED"))
+    kernels = {"pool_fwd", "gate_fwd", "gate_bwd", "inputs_bwd"}
+    expected = {"mix_fwd_kernel", "mix_bwd_kernel"} | {f"cross_connect_{name}_kernel" for name in kernels}
+    first = {report["kernel"] for report in chained if not report["launch_pdl"]}
+    assert not chained or first == {"cross_connect_pool_fwd_kernel", "mix_bwd_kernel"}
+    assert {report["kernel"] for report in chained} == (expected if chained else set())
+    assert bool(chained) == (reports[0]["architecture"] >= 90)
+
+
+def test_programs_that_share_a_multiprocessor(stages):
+    """The launch tables count on so many."""
+    names = {"pool_fwd": "pool", "mix_fwd": "mix", "mix_bwd": "products", "inputs_bwd": "inputs"}
+    seen = set()
+    for report in stages:
+        name = names.get(report["kernel"].removeprefix("cross_connect_").removesuffix("_kernel"))
+        if name:
+            granted = 8 * -(-report["REG"] // 8)  # a thread is given registers in eights
+            seen.add(name)
+            assert report["programs"][name] * granted * 32 * report["num_warps"] <= 65536, report
+    assert seen == set(names.values())
+
+
+def test_stages(stages):
+    assert len({report["case"] for report in stages}) in (len(SETS["stages"]), len(SETS["distinct stages"]))
+    for report in stages:
+        check_resources(report)
+        check_widths(report)
+
+
+def test_barriers(stages):
+    """Programs wait for each other where they sum up, and in the two kernels that only weigh and add, nowhere."""
+    for report in stages:
+        most = MOST_BARRIERS.get(report["kernel"])
+        if most is not None:
+            assert report["barriers_before_paths"] <= most, report
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_all(int(sys.argv[1]))))
+    print(json.dumps(compile_all(int(sys.argv[1]), SETS[sys.argv[2]])))

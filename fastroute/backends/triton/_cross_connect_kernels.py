@@ -1,7 +1,11 @@
 """The kernels of cross-connection routing (Alg. 2) and its backward, in the tiers that `launch_tables` describes.
 
 In them, `gate` is (w, b1, w2, b2), w (m, K, C) being what multiplies the pooled paths: W1, or W2 of the linear gate,
-for which G is 0. `sizes` is (channels, space, channels · space). With RELU, X_i is max(x, 0) of what is loaded.
+for which G is 0. `sizes` is what `extents` takes. With RELU, X_i is max(x, 0) of what is loaded.
+
+A dimension of a tile that is written m, n, K or G is padded to a power of 2. The gates of all paths are one tile, so
+that each step of them is one reduction, and what they need of the parameters is loaded before the paths are: a program
+waits for memory once.
 """
 
 import triton
@@ -9,75 +13,148 @@ import triton.language as tl
 
 from fastroute.backends.triton._tiles import (
     add_products,
+    after_previous_launch,
+    column,
     entries,
+    extents,
     load_scalars,
     load_tiles,
+    matrix_of,
     rectified,
+    regrouped,
+    spread,
     sum_parts,
+    sums_of,
     tile_of,
     weighted_sum,
+    zero_tile,
     zero_totals,
 )
 from fastroute.backends.triton.mix import mix_block
 
 
 @triton.jit
-def weight_tile(w, i, c0, channels, K: tl.constexpr, BC: tl.constexpr):
-    """The columns from c0 on of path i's matrix in w (m, K, C), zero beyond its edges."""
-    k = tl.arange(0, triton.next_power_of_2(K))[:, None]
-    c = c0 + tl.arange(0, BC)[None, :]
-    return tl.load(w + (i * K + k) * channels + c, mask=(k < K) & (c < channels), other=0.0)  # [K, C]
+def rows_of(sample, M: tl.constexpr, COLUMNS: tl.constexpr):
+    """Offsets and mask [m, columns] of one sample of a tensor (N, m, columns)."""
+    i = tl.arange(0, triton.next_power_of_2(M))[:, None]
+    k = tl.arange(0, triton.next_power_of_2(COLUMNS))[None, :]
+    return (sample * M + i) * COLUMNS + k, (i < M) & (k < COLUMNS)
 
 
 @triton.jit
-def score_weights(w2, i, N: tl.constexpr, G: tl.constexpr):
-    """Path i's matrix in w2 (m, n, G), zero beyond its edges."""
-    j = tl.arange(0, triton.next_power_of_2(N))[:, None]
-    k = tl.arange(0, triton.next_power_of_2(G))[None, :]
-    return tl.load(w2 + (i * N + j) * G + k, mask=(j < N) & (k < G), other=0.0)  # [n, G]
-
-
-@triton.jit
-def gate_row(projected, sample, i, gate, saved, store, M: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
-    """The n gates of path i as scalars, from w·Z [K]. With `store`, gates, scores and H are written out as well."""
-    _, b1, w2, b2 = gate
-    gates, scores, _, hidden = saved
-    j = tl.arange(0, triton.next_power_of_2(N))
-    row = sample * M + i
-    if G == 0:
-        a = projected  # Eq. 3.9
+def load_rows(values, sample, M: tl.constexpr, COLUMNS: tl.constexpr):
+    """One sample of a tensor (N, m, columns), zero beyond its edges or where there is no tensor."""
+    if values is None:
+        return tl.zeros([triton.next_power_of_2(M), triton.next_power_of_2(COLUMNS)], tl.float32)
     else:
-        k = tl.arange(0, triton.next_power_of_2(G))
-        if b1 is not None:
-            projected += tl.load(b1 + i * G + k, mask=k < G, other=0.0)
-        h = tl.where(projected < 0, 0.0, projected)  # a maximum with 0 would hide a NaN
-        tl.store(hidden + row * G + k, h, mask=(k < G) & store)
-        a = tl.sum(score_weights(w2, i, N, G) * h[None, :], 1)  # Eq. 3.4
-    if b2 is not None:
-        a += tl.load(b2 + i * N + j, mask=j < N, other=0.0)
-    tl.store(scores + row * N + j, a, mask=(j < N) & store)
-    a = tl.where(j < N, a, float("-inf"))
-    e = tl.exp(a - tl.max(a, 0))
-    g = tl.div_rn(e, tl.sum(e, 0))  # Eq. 3.5
-    tl.store(gates + row * N + j, g, mask=(j < N) & store)
-    return entries(g, N)
+        offsets, mask = rows_of(sample, M, COLUMNS)
+        return tl.load(values + offsets, mask=mask, other=0.0)
 
 
 @triton.jit
-def store_pooled(z, sample, i, c0, channels, saved, M: tl.constexpr, BC: tl.constexpr):
-    c = c0 + tl.arange(0, BC)
-    tl.store(saved[2] + (sample * M + i) * channels + c, z, mask=c < channels)
+def channels_of(sample, c0, channels, M: tl.constexpr, BC: tl.constexpr):
+    """Offsets and mask [C, m] of the channels from c0 on of one sample of a tensor (N, m, C)."""
+    c = c0 + tl.arange(0, BC)[:, None]
+    i = tl.arange(0, triton.next_power_of_2(M))[None, :]
+    return (sample * M + i) * channels + c, (c < channels) & (i < M)
 
 
 @triton.jit
-def pool(x, c0, start, stop, sizes, BC: tl.constexpr, BS: tl.constexpr, LAST: tl.constexpr, RELU: tl.constexpr):
-    """What the positions from start to stop give to Z [C] of one path of one sample, for the channels from c0 on."""
-    channels, space, _ = sizes
-    total = tl.zeros([BC, BS], tl.float32)
+def weight_tile(w, c0, channels, M: tl.constexpr, K: tl.constexpr, BC: tl.constexpr):
+    """The columns from c0 on of all matrices in w (m, K, C) as [C, m, K], zero beyond their edges."""
+    c = c0 + tl.arange(0, BC)[:, None, None]
+    i = tl.arange(0, triton.next_power_of_2(M))[None, :, None]
+    k = tl.arange(0, triton.next_power_of_2(K))[None, None, :]
+    return tl.load(w + (i * K + k) * channels + c, mask=(c < channels) & (i < M) & (k < K), other=0.0)
+
+
+@triton.jit
+def score_weights(w2, M: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
+    """w2 (m, n, G) as a tile, zero beyond its edges; None for the linear gate."""
+    if G == 0:
+        return None
+    else:
+        i = tl.arange(0, triton.next_power_of_2(M))[:, None, None]
+        j = tl.arange(0, triton.next_power_of_2(N))[None, :, None]
+        k = tl.arange(0, triton.next_power_of_2(G))[None, None, :]
+        return tl.load(w2 + (i * N + j) * G + k, mask=(i < M) & (j < N) & (k < G), other=0.0)
+
+
+@triton.jit
+def score_parameters(gate, M: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
+    """b1 [m, G], w2 [m, n, G] and b2 [m, n]."""
+    _, b1, w2, b2 = gate
+    return load_rows(b1 if G else None, 0, M, G if G else 1), score_weights(w2, M, N, G), load_rows(b2, 0, M, N)
+
+
+@triton.jit
+def gates_of(projected, parameters, N: tl.constexpr, G: tl.constexpr):
+    """Gates [m, n], scores [m, n] and H [m, G] of a sample from w·Z [m, K]."""
+    b1, w2, b2 = parameters
+    if G == 0:
+        h = b1
+        a = projected + b2  # Eq. 3.9
+    else:
+        h = projected + b1
+        h = tl.where(h < 0, 0.0, h)  # a maximum with 0 would hide a NaN
+        a = tl.sum(w2 * h[:, None, :], 2) + b2  # Eq. 3.4
+    bounded = tl.where(tl.arange(0, triton.next_power_of_2(N))[None, :] < N, a, float("-inf"))
+    e = tl.exp(bounded - tl.max(bounded, 1)[:, None])
+    return tl.div_rn(e, tl.broadcast_to(tl.sum(e, 1)[:, None], e.shape)), a, h  # Eq. 3.5
+
+
+@triton.jit
+def scalars_of(gates, M: tl.constexpr, N: tl.constexpr):
+    return entries(tl.reshape(gates, [gates.shape[0] * gates.shape[1]]), M, N, gates.shape[1])
+
+
+@triton.jit
+def store_gates(routing, sample, saved, M: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
+    g, a, h = routing
+    gates, scores, _, hidden = saved
+    at, mask = rows_of(sample, M, N)
+    tl.store(gates + at, g, mask=mask)
+    tl.store(scores + at, a, mask=mask)
+    if G:
+        at, mask = rows_of(sample, M, G)
+        tl.store(hidden + at, h, mask=mask)
+
+
+@triton.jit
+def means_of(tiles, space, BC: tl.constexpr, BS: tl.constexpr, LAYOUT: tl.constexpr):
+    """The sums of tiles over their positions [C, m], as shares of the means over all positions."""
+    grouped = ()
+    for i in tl.static_range(len(tiles)):
+        grouped += (regrouped(tiles[i], space, BC, BS, LAYOUT).to(tl.float32),)
+    return tl.div_rn(sums_of(grouped, 1), tl.cast(space, tl.float32))  # Eq. 3.3
+
+
+@triton.jit
+def pool(
+    xs,
+    x_strides,
+    sample,
+    c0,
+    start,
+    stop,
+    sizes,
+    BC: tl.constexpr,
+    BS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    RELU: tl.constexpr,
+):
+    """What the positions from start to stop give to Z [C, m] of one sample, for the channels from c0 on."""
+    totals = ()
+    for _ in tl.static_range(len(xs)):
+        totals += (zero_tile(BC, BS, LAYOUT),)
     for s0 in range(start, stop, BS):
-        corner, offsets, mask = tile_of(c0, s0, channels, space, BC, BS, LAST)
-        total += rectified(tl.load(x + corner + offsets, mask=mask, other=0.0), RELU).to(tl.float32)  # [C, S]
-    return tl.div_rn(tl.sum(total, 1), tl.cast(space, tl.float32))  # Eq. 3.3
+        corner, offsets, mask = tile_of(c0, s0, sizes, BC, BS, LAYOUT)
+        x = load_tiles(xs, x_strides, sample, corner + offsets, mask, "", RELU)
+        new = ()
+        for i in tl.static_range(len(xs)):
+            new += (totals[i] + x[i].to(tl.float32),)
+        totals = new
+    return means_of(totals, sizes[1], BC, BS, LAYOUT)
 
 
 @triton.jit
@@ -92,22 +169,26 @@ def cross_connect_resident_fwd_kernel(
     G: tl.constexpr,
     BC: tl.constexpr,
     BS: tl.constexpr,
-    LAST: tl.constexpr,
+    UNIT: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     M: tl.constexpr = len(xs)
     N: tl.constexpr = len(ys)
+    sizes = extents(sizes, UNIT, LAYOUT)
     channels, space, size = sizes
     sample = tl.program_id(0).to(tl.int64)
-    _, offsets, mask = tile_of(0, 0, channels, space, BC, BS, LAST)
+    w = weight_tile(gate[0], 0, channels, M, G if G else N, BC)
+    parameters = score_parameters(gate, M, N, G)
+    _, offsets, mask = tile_of(0, 0, sizes, BC, BS, LAYOUT)
     x = load_tiles(xs, x_strides, sample, offsets, mask, "evict_first", RELU)  # m × [C, S]
-    g = ()
-    for i in tl.static_range(M):
-        z = tl.div_rn(tl.sum(x[i].to(tl.float32), 1), tl.cast(space, tl.float32))  # Eq. 3.3
-        store_pooled(z, sample, i, 0, channels, saved, M, BC)
-        projected = tl.sum(weight_tile(gate[0], i, 0, channels, G if G else N, BC) * z[None, :], 1)
-        g += gate_row(projected, sample, i, gate, saved, True, M, N, G)
+    z = means_of(x, space, BC, BS, LAYOUT)  # [C, m]
+    routing = gates_of(tl.sum(w * z[:, :, None], 0), parameters, N, G)
+    g = scalars_of(routing[0], M, N)
     for j in tl.static_range(N):
         tl.store(ys[j] + sample * size + offsets, weighted_sum(x, g, j, N), mask=mask)  # Eq. 3.7
+    at, inside = channels_of(sample, 0, channels, M, BC)  # small, and so last: the outputs do not wait for them
+    tl.store(saved[2] + at, z, mask=inside)
+    store_gates(routing, sample, saved, M, N, G)
 
 
 @triton.jit
@@ -123,21 +204,26 @@ def cross_connect_fused_fwd_kernel(
     BC: tl.constexpr,
     BS: tl.constexpr,
     BLOCK: tl.constexpr,
-    LAST: tl.constexpr,
+    UNIT: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     M: tl.constexpr = len(xs)
     N: tl.constexpr = len(ys)
     K: tl.constexpr = G if G else N
+    sizes = extents(sizes, UNIT, LAYOUT)
     channels, space, size = sizes
     sample = tl.program_id(0).to(tl.int64)
-    g = ()
-    for i in tl.static_range(M):
-        products = tl.zeros([triton.next_power_of_2(K), BC], tl.float32)
-        for c0 in range(0, channels, BC):
-            z = pool(xs[i] + sample * x_strides[i], c0, 0, space, sizes, BC, BS, LAST, RELU)
-            store_pooled(z, sample, i, c0, channels, saved, M, BC)
-            products += weight_tile(gate[0], i, c0, channels, K, BC) * z[None, :]
-        g += gate_row(tl.sum(products, 1), sample, i, gate, saved, True, M, N, G)
+    parameters = score_parameters(gate, M, N, G)
+    products = tl.zeros([BC, triton.next_power_of_2(M), triton.next_power_of_2(K)], tl.float32)
+    for c0 in range(0, channels, BC):
+        w = weight_tile(gate[0], c0, channels, M, K, BC)
+        z = pool(xs, x_strides, sample, c0, 0, space, sizes, BC, BS, LAYOUT, RELU)
+        at, inside = channels_of(sample, c0, channels, M, BC)
+        tl.store(saved[2] + at, z, mask=inside)
+        products += w * z[:, :, None]
+    routing = gates_of(tl.sum(products, 0), parameters, N, G)
+    store_gates(routing, sample, saved, M, N, G)
+    g = scalars_of(routing[0], M, N)
     for start in range(0, size, BLOCK):
         mix_block(xs, x_strides, ys, g, sample, size, start, BLOCK, RELU)
 
@@ -153,108 +239,147 @@ def corner_of(part, blocks, span, space, BC: tl.constexpr):
 def cross_connect_pool_fwd_kernel(
     xs,
     x_strides,
-    w,
-    pooled,
-    partials,
+    sums,
     sizes,
     blocks,
     span,
     first,
     RELU: tl.constexpr,
-    K: tl.constexpr,
     BC: tl.constexpr,
     BS: tl.constexpr,
-    LAST: tl.constexpr,
+    UNIT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
-    """One part's shares in Z, into pooled (N, m, spans, C), and in w·Z, into partials (N, m, parts, K), for one path.
-
-    Every program that mixes needs w·Z; it adds up these shares, which are a small part of the bytes of w.
-    """
+    """One part's shares in Z of one path, into sums (N, m, spans, C)."""
+    after_previous_launch(CHAINED)
     M: tl.constexpr = len(xs)
+    sizes = extents(sizes, UNIT, LAYOUT)
     channels, space, _ = sizes
     sample = tl.program_id(0).to(tl.int64) + first
     part, parts = tl.program_id(1), tl.num_programs(1)
     c0, start, stop = corner_of(part, blocks, span, space, BC)
-    c = c0 + tl.arange(0, BC)
-    k = tl.arange(0, triton.next_power_of_2(K))
+    c = c0 + tl.arange(0, BC)[:, None]
     for i in tl.static_range(M):
         if tl.program_id(2) == i:
-            z = pool(xs[i] + sample * x_strides[i], c0, start, stop, sizes, BC, BS, LAST, RELU)
+            z = pool((xs[i],), (x_strides[i],), sample, c0, start, stop, sizes, BC, BS, LAYOUT, RELU)  # [C, 1]
             row = (sample * M + i) * (parts // blocks) + part // blocks
-            tl.store(pooled + row * channels + c, z, mask=c < channels)
-            share = tl.sum(weight_tile(w, i, c0, channels, K, BC) * z[None, :], 1)
-            tl.store(partials + ((sample * M + i) * parts + part) * K + k, share, mask=k < K)
+            tl.store(sums + row * channels + c, z, mask=c < channels)
 
 
 @triton.jit(do_not_specialize=["first"])
-def cross_connect_mix_fwd_kernel(
-    xs,
-    x_strides,
-    ys,
+def cross_connect_gate_fwd_kernel(
+    sums,
     gate,
     saved,
-    partials,
-    parts,
-    size,
-    portion,
+    spans,
+    channels,
     first,
-    RELU: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
     G: tl.constexpr,
     PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BC: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
-    """The gates, by every program anew, and one portion of every output."""
-    M: tl.constexpr = len(xs)
-    N: tl.constexpr = len(ys)
+    """Z of one sample from its shares (N, m, spans, C), of which it may be the only one, and the gates."""
+    P: tl.constexpr = triton.next_power_of_2(M)
     K: tl.constexpr = G if G else N
     sample = tl.program_id(0).to(tl.int64) + first
-    g = ()
-    for i in tl.static_range(M):
-        shares = partials + (sample * M + i) * parts * K
-        projected = sum_parts(shares, parts, K, 0, triton.next_power_of_2(K), PARTS)
-        g += gate_row(projected, sample, i, gate, saved, tl.program_id(1) == 0, M, N, G)
-    start = tl.program_id(1).to(tl.int64) * portion
-    for block in range(start, tl.minimum(start + portion, size), BLOCK):
-        mix_block(xs, x_strides, ys, g, sample, size, block, BLOCK, RELU)
+    parameters = score_parameters(gate, M, N, G)
+    products = tl.zeros([BC, P, triton.next_power_of_2(K)], tl.float32)
+    for c0 in range(0, channels, BC):
+        w = weight_tile(gate[0], c0, channels, M, K, BC)
+        after_previous_launch(CHAINED)
+        i = tl.arange(0, P)[None, None, :]
+        c = c0 + tl.arange(0, BC)[None, :, None]
+        total = tl.zeros([PARTS, BC, P], tl.float32)
+        for part0 in range(0, spans, PARTS):
+            part = part0 + tl.arange(0, PARTS)[:, None, None]
+            row = (sample * M + i) * spans + part
+            total += tl.load(sums + row * channels + c, mask=(part < spans) & (c < channels) & (i < M), other=0.0)
+        z = tl.sum(total, 0)  # [C, m]
+        at, inside = channels_of(sample, c0, channels, M, BC)
+        tl.store(saved[2] + at, z, mask=inside & (spans > 1))
+        products += w * z[:, :, None]
+    store_gates(gates_of(tl.sum(products, 0), parameters, N, G), sample, saved, M, N, G)
 
 
 @triton.jit
-def gate_row_bwd(
-    d_gates, sample, i, w2, saved, incoming, d_saved, store, M: tl.constexpr, N: tl.constexpr, G: tl.constexpr
-):
-    """The gradient [K] of w·Z of path i, from <dY_j, X_i> [n]. With `store`, dA and dH are written out as well."""
+def load_saved(gate, saved, incoming, sample, M: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
+    """What `gates_bwd` needs besides the products: gates and their gradients as scalars, w2 as n × [m, G], H [m, G]."""
     gates, hidden = saved
-    grad_gates, grad_scores = incoming
-    d_scores, d_hidden = d_saved
-    j = tl.arange(0, triton.next_power_of_2(N))
-    at = (sample * M + i) * N + j
-    if grad_gates is not None:
-        d_gates += tl.load(grad_gates + at, mask=j < N, other=0.0)
-    g = tl.load(gates + at, mask=j < N, other=0.0)
-    da = g * (d_gates - tl.sum(g * d_gates, 0))  # Eq. 3.12, with J of 3.13 multiplied out
-    if grad_scores is not None:
-        da += tl.load(grad_scores + at, mask=j < N, other=0.0)
-    tl.store(d_scores + at, da, mask=(j < N) & store)
-    if G == 0:
-        return da
-    else:
-        k = tl.arange(0, triton.next_power_of_2(G))
-        at = (sample * M + i) * G + k
-        h = tl.load(hidden + at, mask=k < G, other=0.0)
-        dh = tl.where(h > 0, tl.sum(score_weights(w2, i, N, G) * da[:, None], 0), 0.0)
-        tl.store(d_hidden + at, dh, mask=(k < G) & store)
-        return dh
+    row = sample * (M * N)
+    g = load_scalars(gates + row, M * N)
+    grad_gates, grad_scores = (), ()
+    if incoming[0] is not None:
+        grad_gates = load_scalars(incoming[0] + row, M * N)
+    if incoming[1] is not None:
+        grad_scores = load_scalars(incoming[1] + row, M * N)
+    w2 = ()
+    if G:
+        i = tl.arange(0, triton.next_power_of_2(M))[:, None]
+        k = tl.arange(0, triton.next_power_of_2(G))[None, :]
+        for j in tl.static_range(N):
+            w2 += (tl.load(gate[2] + (i * N + j) * G + k, mask=(i < M) & (k < G), other=0.0),)
+    return g, grad_gates, grad_scores, w2, load_rows(hidden if G else None, sample, M, G if G else 1)
 
 
 @triton.jit
-def shares_of(d_projected, w, c0, sizes, K: tl.constexpr, BC: tl.constexpr):
-    """What each position of path i gets through the pooling, m × [C, 1]: the second term of Eq. 3.15."""
-    channels, space, _ = sizes
-    shares = ()
-    for i in tl.static_range(len(d_projected)):
-        dz = tl.sum(weight_tile(w, i, c0, channels, K, BC) * d_projected[i][:, None], 0)
-        shares += (tl.div_rn(dz, tl.cast(space, tl.float32))[:, None],)
-    return shares
+def gates_bwd(products, loaded, M: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
+    """The gradients of the scores [m, n] and of w·Z [m, K] of a sample, from the m·n scalars <dY_j, X_i>.
+
+    Every thread computes the gradients of all scores, which is less than to share them out.
+    """
+    g, grad_gates, grad_scores, w2, h = loaded
+    da = ()
+    for i in tl.static_range(M):
+        d_gates = ()
+        for j in tl.static_range(N):
+            d = products[i * N + j]
+            if len(grad_gates) > 0:
+                d += grad_gates[i * N + j]
+            d_gates += (d,)
+        inner = g[i * N] * d_gates[0]
+        for j in tl.static_range(1, N):
+            inner += g[i * N + j] * d_gates[j]
+        for j in tl.static_range(N):
+            d = g[i * N + j] * (d_gates[j] - inner)  # Eq. 3.12, with J of 3.13 multiplied out
+            if len(grad_scores) > 0:
+                d += grad_scores[i * N + j]
+            da += (d,)
+    d_scores = matrix_of(da, M, N, 0, N)
+    if G == 0:
+        return d_scores, d_scores
+    else:
+        dh = w2[0] * matrix_of(da, M, 1, 0, N)
+        for j in tl.static_range(1, N):
+            dh += w2[j] * matrix_of(da, M, 1, j, N)
+        return d_scores, tl.where(h > 0, dh, 0.0)
+
+
+@triton.jit
+def store_gates_bwd(d_routing, sample, d_saved, M: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
+    at, mask = rows_of(sample, M, N)
+    tl.store(d_saved[0] + at, d_routing[0], mask=mask)
+    if G:
+        at, mask = rows_of(sample, M, G)
+        tl.store(d_saved[1] + at, d_routing[1], mask=mask)
+
+
+@triton.jit
+def shares_of(d_projected, w, space):
+    """What each position gets through the pooling [C, m]: the second term of Eq. 3.15, from w [C, m, K]."""
+    return tl.div_rn(tl.sum(w * d_projected[None, :, :], 2), tl.cast(space, tl.float32))
+
+
+@triton.jit
+def spread_columns(shares, space, M: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, LAYOUT: tl.constexpr):
+    """Each column of [C, m] in the shape that broadcasts over a tile."""
+    columns = ()
+    for i in tl.static_range(M):
+        columns += (spread(column(shares, i), space, BC, BS, LAYOUT),)
+    return columns
 
 
 @triton.jit
@@ -284,15 +409,20 @@ def walk_grad_inputs(
     sizes,
     BC: tl.constexpr,
     BS: tl.constexpr,
-    LAST: tl.constexpr,
+    LAYOUT: tl.constexpr,
     RELU: tl.constexpr,
 ):
     """dX of every path, for the channels from c0 on and the positions from start to stop."""
-    channels, space, size = sizes
     for s0 in range(start, stop, BS):
-        corner, offsets, mask = tile_of(c0, s0, channels, space, BC, BS, LAST)
+        corner, offsets, mask = tile_of(c0, s0, sizes, BC, BS, LAYOUT)
         dy = load_tiles(dys, dy_strides, sample, corner + offsets, mask, "evict_first")  # n × [C, S]
-        store_grad_inputs(xs, x_strides, dxs, dy, g, shares, sample, size, corner + offsets, mask, RELU)
+        store_grad_inputs(xs, x_strides, dxs, dy, g, shares, sample, sizes[2], corner + offsets, mask, RELU)
+
+
+@triton.jit
+def inner_products(totals):
+    """The sums of tiles of one dimension, as scalars."""
+    return entries(sums_of(totals, 0), 1, len(totals), 1)
 
 
 @triton.jit
@@ -312,27 +442,30 @@ def cross_connect_resident_bwd_kernel(
     G: tl.constexpr,
     BC: tl.constexpr,
     BS: tl.constexpr,
-    LAST: tl.constexpr,
+    UNIT: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     M: tl.constexpr = len(xs)
     N: tl.constexpr = len(dys)
+    sizes = extents(sizes, UNIT, LAYOUT)
     channels, space, size = sizes
     sample = tl.program_id(0).to(tl.int64)
-    _, offsets, mask = tile_of(0, 0, channels, space, BC, BS, LAST)
+    loaded = load_saved(gate, saved, incoming, sample, M, N, G)
+    if GRAD_INPUTS:
+        w = weight_tile(gate[0], 0, channels, M, G if G else N, BC)
+    _, offsets, mask = tile_of(0, 0, sizes, BC, BS, LAYOUT)
     dy = load_tiles(dys, dy_strides, sample, offsets, mask, "evict_first")  # n × [C, S]
-    j = tl.arange(0, triton.next_power_of_2(N))
-    d_projected = ()
+    products = ()
     for i in tl.static_range(M):
         x = tl.load(xs[i] + sample * x_strides[i] + offsets, mask=mask, other=0.0)
         x = rectified(x, RELU).to(tl.float32)  # [C, S]
-        d_gates = tl.zeros([triton.next_power_of_2(N)], tl.float32)
-        for k in tl.static_range(N):
-            d_gates = tl.where(j == k, tl.sum(x * dy[k].to(tl.float32)), d_gates)  # Eq. 3.10
-        d_projected += (gate_row_bwd(d_gates, sample, i, gate[2], saved, incoming, d_saved, True, M, N, G),)
+        for j in tl.static_range(N):
+            products += (tl.reshape(x * dy[j].to(tl.float32), [BC * BS], can_reorder=True),)  # Eq. 3.10
+    d_routing = gates_bwd(inner_products(products), loaded, M, N, G)
     if GRAD_INPUTS:
-        g = load_scalars(saved[0] + sample * (M * N), M * N)
-        shares = shares_of(d_projected, gate[0], 0, sizes, G if G else N, BC)
-        store_grad_inputs(xs, x_strides, dxs, dy, g, shares, sample, size, offsets, mask, RELU)
+        shares = spread_columns(shares_of(d_routing[1], w, space), space, M, BC, BS, LAYOUT)
+        store_grad_inputs(xs, x_strides, dxs, dy, loaded[0], shares, sample, size, offsets, mask, RELU)
+    store_gates_bwd(d_routing, sample, d_saved, M, N, G)
 
 
 @triton.jit
@@ -353,32 +486,64 @@ def cross_connect_fused_bwd_kernel(
     BC: tl.constexpr,
     BS: tl.constexpr,
     BLOCK: tl.constexpr,
-    LAST: tl.constexpr,
+    UNIT: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     M: tl.constexpr = len(xs)
     N: tl.constexpr = len(dys)
+    sizes = extents(sizes, UNIT, LAYOUT)
     channels, space, size = sizes
     sample = tl.program_id(0).to(tl.int64)
+    loaded = load_saved(gate, saved, incoming, sample, M, N, G)
     totals = zero_totals(M * N, BLOCK)
     for start in range(0, size, BLOCK):
         at = start + tl.arange(0, BLOCK)
         x = load_tiles(xs, x_strides, sample, at, at < size, "evict_first", RELU)  # m × [C·S]
         dy = load_tiles(dys, dy_strides, sample, at, at < size, "")  # n × [C·S]
         totals = add_products(totals, x, dy)  # Eq. 3.10
-    j = tl.arange(0, triton.next_power_of_2(N))
-    d_projected = ()
-    for i in tl.static_range(M):
-        d_gates = tl.zeros([triton.next_power_of_2(N)], tl.float32)
-        for k in tl.static_range(N):
-            d_gates = tl.where(j == k, tl.sum(totals[i * N + k], 0), d_gates)
-        d_projected += (gate_row_bwd(d_gates, sample, i, gate[2], saved, incoming, d_saved, True, M, N, G),)
+    d_routing = gates_bwd(inner_products(totals), loaded, M, N, G)
+    store_gates_bwd(d_routing, sample, d_saved, M, N, G)
     if GRAD_INPUTS:
-        g = load_scalars(saved[0] + sample * (M * N), M * N)
+        g = loaded[0]
         for c0 in range(0, channels, BC):
-            shares = shares_of(d_projected, gate[0], c0, sizes, G if G else N, BC)
+            shares = shares_of(d_routing[1], weight_tile(gate[0], c0, channels, M, G if G else N, BC), space)
+            shares = spread_columns(shares, space, M, BC, BS, LAYOUT)
             walk_grad_inputs(
-                xs, x_strides, dys, dy_strides, dxs, g, shares, sample, c0, 0, space, sizes, BC, BS, LAST, RELU
+                xs, x_strides, dys, dy_strides, dxs, g, shares, sample, c0, 0, space, sizes, BC, BS, LAYOUT, RELU
             )
+
+
+@triton.jit(do_not_specialize=["first"])
+def cross_connect_gate_bwd_kernel(
+    partials,
+    gate,
+    saved,
+    incoming,
+    d_saved,
+    shares,
+    parts,
+    channels,
+    space,
+    first,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    PARTS: tl.constexpr,
+    BC: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """dA and dH of one sample from the partial inner products (N, parts, m, n), and its shares (N, m, C) if wanted."""
+    sample = tl.program_id(0).to(tl.int64) + first
+    loaded = load_saved(gate, saved, incoming, sample, M, N, G)
+    after_previous_launch(CHAINED)
+    sums = sum_parts(partials + sample * parts * (M * N), parts, M * N, 0, triton.next_power_of_2(M * N), PARTS)
+    d_routing = gates_bwd(entries(sums, 1, M * N, 1), loaded, M, N, G)
+    store_gates_bwd(d_routing, sample, d_saved, M, N, G)
+    if shares is not None:
+        for c0 in range(0, channels, BC):
+            at, inside = channels_of(sample, c0, channels, M, BC)
+            share = shares_of(d_routing[1], weight_tile(gate[0], c0, channels, M, G if G else N, BC), space)
+            tl.store(shares + at, share, mask=inside)
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -388,43 +553,34 @@ def cross_connect_inputs_bwd_kernel(
     dys,
     dy_strides,
     dxs,
-    gate,
-    saved,
-    incoming,
-    d_saved,
-    partials,
-    parts,
+    gates,
+    shares,
     sizes,
     blocks,
     span,
     first,
-    GRAD_INPUTS: tl.constexpr,
     RELU: tl.constexpr,
-    G: tl.constexpr,
-    PARTS: tl.constexpr,
     BC: tl.constexpr,
     BS: tl.constexpr,
-    LAST: tl.constexpr,
+    UNIT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
-    """The gradients of the gates from the partial inner products, by every program anew, and dX of one part."""
+    """dX of one part, from the gates and from what each position gets through the pooling, shares (N, m, C)."""
+    after_previous_launch(CHAINED)
     M: tl.constexpr = len(dxs)
-    N: tl.constexpr = len(dys)
-    N2: tl.constexpr = triton.next_power_of_2(N)
+    sizes = extents(sizes, UNIT, LAYOUT)
+    channels, space, _ = sizes
     sample = tl.program_id(0).to(tl.int64) + first
-    products = partials + sample * parts * (M * N)
-    store = tl.program_id(1) == 0
-    d_projected = ()
+    g = load_scalars(gates + sample * (M * len(dys)), M * len(dys))
+    c0, start, stop = corner_of(tl.program_id(1), blocks, span, space, BC)
+    c = c0 + (tl.arange(0, BC * BS) // space if LAYOUT == "flat" else tl.arange(0, BC)[:, None])
+    loaded = ()
     for i in tl.static_range(M):
-        d_gates = sum_parts(products, parts, M * N, i * N, N2, PARTS)
-        d_gates = tl.where(tl.arange(0, N2) < N, d_gates, 0.0)  # the padding of a row is the start of the next
-        d_projected += (gate_row_bwd(d_gates, sample, i, gate[2], saved, incoming, d_saved, store, M, N, G),)
-    if GRAD_INPUTS:
-        g = load_scalars(saved[0] + sample * (M * N), M * N)
-        c0, start, stop = corner_of(tl.program_id(1), blocks, span, sizes[1], BC)
-        shares = shares_of(d_projected, gate[0], c0, sizes, G if G else N, BC)
-        walk_grad_inputs(
-            xs, x_strides, dys, dy_strides, dxs, g, shares, sample, c0, start, stop, sizes, BC, BS, LAST, RELU
-        )
+        loaded += (tl.load(shares + (sample * M + i) * channels + c, mask=c < channels, other=0.0),)
+    walk_grad_inputs(
+        xs, x_strides, dys, dy_strides, dxs, g, loaded, sample, c0, start, stop, sizes, BC, BS, LAYOUT, RELU
+    )
 
 
 @triton.jit

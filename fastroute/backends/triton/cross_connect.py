@@ -10,8 +10,9 @@ from fastroute.backends.triton import launch_tables as tables
 from fastroute.backends.triton._cross_connect_kernels import (
     cross_connect_fused_bwd_kernel,
     cross_connect_fused_fwd_kernel,
+    cross_connect_gate_bwd_kernel,
+    cross_connect_gate_fwd_kernel,
     cross_connect_inputs_bwd_kernel,
-    cross_connect_mix_fwd_kernel,
     cross_connect_pool_fwd_kernel,
     cross_connect_resident_bwd_kernel,
     cross_connect_resident_fwd_kernel,
@@ -19,7 +20,7 @@ from fastroute.backends.triton._cross_connect_kernels import (
 )
 from fastroute.backends.triton._recording import launch
 from fastroute.backends.triton._tiles import batch_strides
-from fastroute.backends.triton.mix import launch_sum_parts, mix_bwd_kernel
+from fastroute.backends.triton.mix import mix_bwd_kernel, mix_fwd_kernel
 from fastroute.ops._paths import channels_first, empty_path
 
 
@@ -28,12 +29,17 @@ def _chip(device: torch.device) -> tables.Chip:
     if device.type == "cpu":
         return tables.INTERPRETED
     properties = torch.cuda.get_device_properties(device)
-    return tables.Chip(properties.multi_processor_count, properties.L2_cache_size)
+    return tables.Chip(properties.multi_processor_count, properties.L2_cache_size, chains=properties.major >= 9)
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(problem: tables.Problem, chip: tables.Chip) -> tables.Resident | tables.Fused | tables.Split:
     return tables.plan(problem, chip)
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Whether channels lie next to each other: without positions they do in any format."""
+    return math.prod(x.shape[2:]) == 1 or not channels_first(x)
 
 
 def problem_of(
@@ -47,7 +53,7 @@ def problem_of(
         space=math.prod(x.shape[2:]),
         gate_channels=0 if w1 is None else w1.shape[1],
         itemsize=x.itemsize,
-        channels_last=x.dim() == 2 or not channels_first(x),
+        channels_last=is_channels_last(x),
         backward=backward,
         relu=relu,
     )
@@ -66,46 +72,88 @@ def program_of(problem: tables.Problem, settings: tables.Resident | tables.Fused
 
 def tile_of_problem(problem: tables.Problem, settings: tables.Resident | tables.Fused | tables.Split) -> dict[str, int]:
     """The tiles of a kernel that walks over [C, S], and its programs."""
-    tile = {"BC": settings.block_c, "BS": settings.block_s, "LAST": problem.channels_last}
+    tile = {"BC": settings.block_c, "BS": settings.block_s, "UNIT": problem.unit, "LAYOUT": problem.layout}
     return tile | program_of(problem, settings)
 
 
-class Pooling:
-    """The first launch of the split tier, for chunks of samples: Z, and w·Z in parts that all programs add up."""
+def chained(chip: tables.Chip, begins: bool = False) -> dict[str, bool]:
+    """Options of a launch of several that hand on to each other; the one that begins waits for what went before."""
+    if not chip.chains:
+        return {"CHAINED": False}
+    return {"CHAINED": True, "launch_pdl": not begins}
 
-    def __init__(self, problem: tables.Problem, settings: tables.Split, x: torch.Tensor, pooled: torch.Tensor):
-        self.problem, self.settings, self.pooled = problem, settings, pooled
+
+class Gating:
+    """The first two launches of the split tier, for chunks of samples: Z in parts, and then the gates."""
+
+    def __init__(self, problem: tables.Problem, settings: tables.Split, chip: tables.Chip, saved: tuple):
+        self.problem, self.settings, self.chip, self.saved = problem, settings, chip, saved
         self.blocks = triton.cdiv(problem.channels, settings.block_c)
         self.spans = triton.cdiv(problem.space, settings.span)
-        self.parts = self.blocks * self.spans
-        rows = (problem.batch, problem.m)
-        k = problem.gate_channels or problem.n
-        self.partials = x.new_empty((*rows, self.parts, k), dtype=torch.float32)
-        self.sums = pooled
+        self.sums = saved[2]
         if self.spans > 1:
-            self.sums = x.new_empty((*rows, self.spans, problem.channels), dtype=torch.float32)
+            shape = (problem.batch, problem.m, self.spans, problem.channels)
+            self.sums = saved[2].new_empty(shape)
 
-    def launch(self, paths: tuple, w: torch.Tensor, first: int, chunk: int, relu: bool) -> None:
+    def launch(self, paths: tuple, gate: tuple, first: int, chunk: int) -> None:
         problem = self.problem
-        launch(cross_connect_pool_fwd_kernel, (chunk, self.parts, problem.m))(
+        launch(cross_connect_pool_fwd_kernel, (chunk, self.blocks * self.spans, problem.m))(
             *paths,
-            w,
             self.sums,
-            self.partials,
-            (problem.channels, problem.space, problem.channels * problem.space),
+            problem.sizes,
             self.blocks,
             self.settings.span,
             first,
-            RELU=relu,
-            K=w.shape[1],
+            RELU=problem.relu,
             **tile_of_problem(problem, self.settings),
+            **chained(self.chip, begins=first == 0),
+        )
+        launch(cross_connect_gate_fwd_kernel, (chunk,))(
+            self.sums,
+            gate,
+            self.saved,
+            self.spans,
+            problem.channels,
+            first,
+            M=problem.m,
+            N=problem.n,
+            G=problem.gate_channels,
+            **tables.gate(problem, self.spans),
+            **chained(self.chip),
         )
 
-    def finish(self) -> None:
-        """Z of all samples, where it came in parts."""
-        if self.spans > 1:
-            rows = self.problem.batch * self.problem.m
-            launch_sum_parts(self.sums, self.pooled, rows, self.spans, self.problem.channels)
+
+def launch_gate_bwd(
+    problem: tables.Problem,
+    partials: torch.Tensor,
+    gate: tuple,
+    saved: tuple,
+    incoming: tuple,
+    d_saved: tuple,
+    shares: torch.Tensor | None,
+    parts: int,
+    first: int,
+    chunk: int,
+    chain: dict[str, bool],
+) -> None:
+    """dA, dH and shares of a chunk of samples."""
+    launch(cross_connect_gate_bwd_kernel, (chunk,))(
+        partials,
+        gate,
+        saved,
+        incoming,
+        d_saved,
+        shares,
+        parts,
+        problem.channels,
+        problem.space,
+        first,
+        M=problem.m,
+        N=problem.n,
+        G=problem.gate_channels,
+        **tables.gate(problem, parts),
+        **chain,
+    )
 
 
 def empty_gradients(gates: torch.Tensor, w1: torch.Tensor | None, w2: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -140,15 +188,16 @@ def launch_weights(d_saved: tuple, pooled: torch.Tensor, hidden: torch.Tensor, g
 def cross_connect(xs, w1, b1, w2, b2, relu):
     x, m, n = xs[0], len(xs), w2.shape[1]
     problem = problem_of(x, m, n, w1, backward=False, relu=relu)
-    batch, channels, size = problem.batch, problem.channels, problem.channels * problem.space
+    batch, channels, size = problem.batch, problem.channels, problem.size
+    chip = _chip(x.device)
     outputs = [empty_path(x) for _ in range(n)]
     rows = (n, n, channels, problem.gate_channels)
     saved = tuple(x.new_empty((batch, m, row), dtype=torch.float32) for row in rows)  # gates, scores, Z, H
     if batch == 0:
         return outputs, *saved
-    settings = _plan(problem, _chip(x.device))
+    settings = _plan(problem, chip)
     program, tile = program_of(problem, settings), tile_of_problem(problem, settings)
-    sizes, options = (channels, problem.space, size), {"RELU": relu, "G": problem.gate_channels}
+    sizes, options = problem.sizes, {"RELU": relu, "G": problem.gate_channels}
     paths, ys, gate = (tuple(xs), batch_strides(xs)), tuple(outputs), gate_of(w1, b1, w2, b2)
     with torch.cuda.device_of(x):
         if isinstance(settings, tables.Resident):
@@ -158,26 +207,23 @@ def cross_connect(xs, w1, b1, w2, b2, relu):
                 *paths, ys, gate, saved, sizes, BLOCK=settings.block, **options, **tile
             )
         else:
-            pooling = Pooling(problem, settings, x, saved[2])
+            gating = Gating(problem, settings, chip, saved)
             for first in range(0, batch, settings.chunk):
                 chunk = min(settings.chunk, batch - first)
-                pooling.launch(paths, gate[0], first, chunk, relu)
-                launch(cross_connect_mix_fwd_kernel, (chunk, triton.cdiv(size, settings.portion)))(
+                gating.launch(paths, gate, first, chunk)
+                launch(mix_fwd_kernel, (chunk, triton.cdiv(size, settings.portion)))(
                     *paths,
                     ys,
-                    gate,
-                    saved,
-                    pooling.partials,
-                    pooling.parts,
+                    saved[0],
+                    first,
                     size,
                     settings.portion,
-                    first,
-                    **options,
-                    PARTS=max(1, tables.PARTIAL_VALUES // problem.gate_block),
+                    STATIC=False,
                     BLOCK=settings.block,
+                    RELU=relu,
                     **program,
+                    **chained(chip),
                 )
-            pooling.finish()
     return outputs, *saved
 
 
@@ -186,14 +232,15 @@ def cross_connect_backward(
 ):
     x, m, n = xs[0], len(xs), len(grad_outputs)
     problem = problem_of(x, m, n, w1, backward=True, relu=relu)
-    batch, channels, size = problem.batch, problem.channels, problem.channels * problem.space
+    batch, channels, size = problem.batch, problem.channels, problem.size
+    chip = _chip(x.device)
     grad_xs = [empty_path(x) for _ in xs] if grad_inputs else []
     grads = empty_gradients(gates, w1, w2)
     if batch == 0:
         return grad_xs, *(grad.zero_() for grad in grads)
-    settings = _plan(problem, _chip(x.device))
+    settings = _plan(problem, chip)
     program, tile = program_of(problem, settings), tile_of_problem(problem, settings)
-    sizes = (channels, problem.space, size)
+    sizes = problem.sizes
     options = {"GRAD_INPUTS": grad_inputs, "RELU": relu, "G": problem.gate_channels}
     paths, dys = (tuple(xs), batch_strides(xs)), (tuple(grad_outputs), batch_strides(grad_outputs))
     dxs = tuple(grad_xs if grad_inputs else xs)  # without GRAD_INPUTS nothing is written there
@@ -210,9 +257,8 @@ def cross_connect_backward(
         else:
             parts = triton.cdiv(size, settings.portion)
             blocks, spans = triton.cdiv(channels, settings.block_c), triton.cdiv(problem.space, settings.span)
-            if not grad_inputs:
-                blocks = spans = 1  # one program for each sample, for the gates alone
             partials = gates.new_empty((batch, parts, m, n))
+            shares = torch.empty_like(pooled) if grad_inputs else None
             for first in range(0, batch, settings.chunk):
                 chunk = min(settings.chunk, batch - first)
                 launch(mix_bwd_kernel, (chunk, parts))(
@@ -230,21 +276,23 @@ def cross_connect_backward(
                     EVICT_DY="",
                     RELU=relu,
                     **program,
+                    **chained(chip, begins=first == 0),
                 )
-                launch(cross_connect_inputs_bwd_kernel, (chunk, blocks * spans))(
-                    *paths,
-                    *dys,
-                    dxs,
-                    *common,
-                    partials,
-                    parts,
-                    sizes,
-                    blocks,
-                    settings.span,
-                    first,
-                    **options,
-                    PARTS=tables.PARTIAL_VALUES // triton.next_power_of_2(n),
-                    **tile,
-                )
+                launch_gate_bwd(problem, partials, *common, shares, parts, first, chunk, chained(chip))
+                if grad_inputs:
+                    launch(cross_connect_inputs_bwd_kernel, (chunk, blocks * spans))(
+                        *paths,
+                        *dys,
+                        dxs,
+                        gates,
+                        shares,
+                        sizes,
+                        blocks,
+                        settings.span,
+                        first,
+                        RELU=relu,
+                        **tile,
+                        **chained(chip),
+                    )
         launch_weights(d_saved, pooled, hidden, grads, problem)
     return grad_xs, *grads

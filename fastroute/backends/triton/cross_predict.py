@@ -11,18 +11,18 @@ from fastroute.backends._cross_predict import Passes
 from fastroute.backends.triton import launch_tables as tables
 from fastroute.backends.triton._cross_connect_kernels import corner_of
 from fastroute.backends.triton._recording import launch
-from fastroute.backends.triton._tiles import batch_strides, load_scalars, tile_of, zero_totals
+from fastroute.backends.triton._tiles import batch_strides, extents, load_scalars, tile_of, zero_totals
+from fastroute.backends.triton.cross_connect import is_channels_last
 from fastroute.backends.triton.mix import launch_sum_parts
-from fastroute.ops._paths import channels_first
 
 
 @triton.jit
-def joined_tile(c0, s0, part, sizes, PARTS: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, LAST: tl.constexpr):
+def joined_tile(c0, s0, part, sizes, PARTS: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, LAYOUT: tl.constexpr):
     """As `tile_of`, of one of the PARTS paths that lie side by side in the channels of a tensor: corner and offsets."""
     channels, space, size = sizes
     c = tl.arange(0, BC)[:, None]
     s = tl.arange(0, BS)[None, :]
-    if LAST:
+    if LAYOUT == "last":
         return tl.cast(s0, tl.int64) * (channels * PARTS) + part * channels + c0, s * (channels * PARTS) + c
     else:
         return tl.cast(part, tl.int64) * size + tl.cast(c0, tl.int64) * space + s0, c * space + s
@@ -42,10 +42,12 @@ def sum_predictions_kernel(
     RELU: tl.constexpr,
     BC: tl.constexpr,
     BS: tl.constexpr,
-    LAST: tl.constexpr,
+    UNIT: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     M: tl.constexpr = len(us)
     N: tl.constexpr = len(ys)
+    sizes = extents(sizes, UNIT, LAYOUT)
     channels, space, _ = sizes
     sample = tl.program_id(0).to(tl.int64)
     g = load_scalars(gates + sample * (M * N), M * N)
@@ -57,8 +59,8 @@ def sum_predictions_kernel(
         else:
             offset = tl.load(offsets + (sample * N + j) * channels + c, mask=c < channels, other=0.0)
         for s0 in range(start, stop, BS):
-            corner, at, mask = tile_of(c0, s0, channels, space, BC, BS, LAST)
-            from_corner, from_at = joined_tile(c0, s0, j, sizes, N, BC, BS, LAST)
+            corner, at, mask = tile_of(c0, s0, sizes, BC, BS, LAYOUT)
+            from_corner, from_at = joined_tile(c0, s0, j, sizes, N, BC, BS, LAYOUT)
             total = tl.zeros([BC, BS], tl.float32) + offset[:, None]
             for i in tl.static_range(M):
                 u = tl.load(us[i] + sample * u_strides[i] + from_corner + from_at, mask=mask, other=0.0)  # [C, S]
@@ -86,11 +88,13 @@ def scale_paths_kernel(
     SUMS: tl.constexpr,
     BC: tl.constexpr,
     BS: tl.constexpr,
-    LAST: tl.constexpr,
+    UNIT: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     """With SUMS, each program's part of the sums over space goes into totals (N, spans, P, C)."""
     P: tl.constexpr = len(xs)
     Q: tl.constexpr = len(scaled)
+    sizes = extents(sizes, UNIT, LAYOUT)
     channels, space, _ = sizes
     sample = tl.program_id(0).to(tl.int64)
     w = load_scalars(weights + sample * (P * Q), P * Q)
@@ -98,7 +102,7 @@ def scale_paths_kernel(
     for p in tl.static_range(P):
         total = tl.zeros([BC, BS], tl.float32)
         for s0 in range(start, stop, BS):
-            corner, at, mask = tile_of(c0, s0, channels, space, BC, BS, LAST)
+            corner, at, mask = tile_of(c0, s0, sizes, BC, BS, LAYOUT)
             x = tl.load(xs[p] + sample * x_strides[p] + corner + at, mask=mask, other=0.0).to(tl.float32)  # [C, S]
             if len(masks) > 0:
                 y = tl.load(masks[p] + sample * mask_strides[p] + corner + at, mask=mask, other=0.0).to(tl.float32)
@@ -107,7 +111,7 @@ def scale_paths_kernel(
                 tl.store(masked[p] + sample * masked_strides[p] + corner + at, x, mask=mask)
             if SUMS:
                 total += x
-            to_corner, to_at = joined_tile(c0, s0, p, sizes, P, BC, BS, LAST)
+            to_corner, to_at = joined_tile(c0, s0, p, sizes, P, BC, BS, LAYOUT)
             for q in tl.static_range(Q):
                 tl.store(scaled[q] + sample * scaled_strides[q] + to_corner + to_at, w[p * Q + q] * x, mask=mask)
         if SUMS:
@@ -131,12 +135,14 @@ def sum_gradients_kernel(
     span,
     BC: tl.constexpr,
     BS: tl.constexpr,
-    LAST: tl.constexpr,
+    UNIT: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     """<T_ij, X_i> over one part of a sample, into partials (N, parts, m, n), and dX of it unless there is none."""
     M: tl.constexpr = len(xs)
     N: tl.constexpr = len(terms)
-    channels, space, _ = sizes
+    sizes = extents(sizes, UNIT, LAYOUT)
+    _, space, _ = sizes
     sample = tl.program_id(0).to(tl.int64)
     g = load_scalars(gates + sample * (M * N), M * N)
     c0, start, stop = corner_of(tl.program_id(1), blocks, span, space, BC)
@@ -144,8 +150,8 @@ def sum_gradients_kernel(
     for i in tl.static_range(M):
         totals = zero_totals(N, BC * BS)
         for s0 in range(start, stop, BS):
-            corner, at, mask = tile_of(c0, s0, channels, space, BC, BS, LAST)
-            from_corner, from_at = joined_tile(c0, s0, i, sizes, M, BC, BS, LAST)
+            corner, at, mask = tile_of(c0, s0, sizes, BC, BS, LAYOUT)
+            from_corner, from_at = joined_tile(c0, s0, i, sizes, M, BC, BS, LAYOUT)
             x = tl.load(xs[i] + sample * x_strides[i] + corner + at, mask=mask, other=0.0).to(tl.float32)  # [C, S]
             dx = tl.zeros([BC, BS], tl.float32)
             new = ()
@@ -170,20 +176,21 @@ def _launch(x: torch.Tensor, m: int, n: int) -> tuple[tuple[int, int], tuple, di
         space=math.prod(x.shape[2:]),
         gate_channels=0,
         itemsize=x.itemsize,
-        channels_last=x.dim() == 2 or not channels_first(x),
+        channels_last=is_channels_last(x),
         backward=True,  # n tiles of one path after another, m of them
+        flat=False,
     )
     settings = tables.tiles(problem)
     blocks, spans = triton.cdiv(problem.channels, settings.block_c), triton.cdiv(problem.space, settings.span)
-    sizes = (problem.channels, problem.space, problem.channels * problem.space)
     tile = {
         "BC": settings.block_c,
         "BS": settings.block_s,
-        "LAST": problem.channels_last,
+        "UNIT": problem.unit,
+        "LAYOUT": problem.layout,
         "num_warps": settings.num_warps,
         "maxnreg": tables.max_registers(m, n),
     }
-    return (problem.batch, blocks * spans), (sizes, blocks, settings.span), tile
+    return (problem.batch, blocks * spans), (problem.sizes, blocks, settings.span), tile
 
 
 def sum_predictions(predictions, gates, offsets, relu, outputs):

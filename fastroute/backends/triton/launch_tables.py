@@ -7,11 +7,13 @@ is tuned at the user's first step. The tiers of `cross_connect`, for N samples o
 |---|---|---|---|
 | resident | 1 | once | all paths of one sample fit the registers of one program |
 | fused | 1 | again, from L2 | the samples in flight fit L2 together, and there are enough of them to fill the card |
-| split | 2 for each chunk | again, from L2 | otherwise: many programs share a sample, and a chunk of samples fits L2 |
+| split | 3 for each chunk | again, from L2 | otherwise: many programs share a sample, and a chunk of samples fits L2 |
 
-In the backward it is dY that is needed twice, and X once.
+In the backward it is dY that is needed twice, and X once. The three launches of the split tier are one over the paths,
+a small one for the gates, and one over the paths again.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import triton
@@ -25,6 +27,7 @@ class Chip:
 
     sms: int
     l2_bytes: int
+    chains: bool  # whether a launch may begin before the one before it has ended (compute capability 9.0 and newer)
 
     @property
     def reread_bytes(self) -> int:
@@ -35,16 +38,20 @@ class Chip:
         return self.l2_bytes // 2
 
 
-A100 = Chip(sms=108, l2_bytes=40 * MIB)
-H100 = Chip(sms=132, l2_bytes=50 * MIB)
-B200 = Chip(sms=148, l2_bytes=126 * MIB)
+A100 = Chip(sms=108, l2_bytes=40 * MIB, chains=False)
+H100 = Chip(sms=132, l2_bytes=50 * MIB, chains=True)
+B200 = Chip(sms=148, l2_bytes=126 * MIB, chains=True)
 
-INTERPRETED = H100  # CPU tensors are planned for as if they lay on this card
+INTERPRETED = replace(H100, chains=False)  # CPU tensors are planned for as if they lay on this card
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The sizes of one call; gate_channels is 0 for the linear gate, and relu is whether one is taken of the paths."""
+    """The sizes of one call.
+
+    gate_channels is 0 for the linear gate, relu is whether one is taken of the paths, and flat is whether the kernels
+    know the flat layout.
+    """
 
     batch: int
     m: int
@@ -56,6 +63,35 @@ class Problem:
     channels_last: bool
     backward: bool
     relu: bool = False
+    flat: bool = True
+
+    @property
+    def size(self) -> int:
+        """The elements of a path of one sample."""
+        return self.channels * self.space
+
+    @property
+    def layout(self) -> str:
+        """How tiles lie in memory: "last", "first", or "flat" where rows of positions would make accesses narrow."""
+        if self.channels_last:
+            return "last"
+        narrow = math.gcd(self.space, MAX_UNIT) * self.itemsize < NARROW_BYTES
+        fits = triton.next_power_of_2(self.space) * FLAT_CHANNELS <= FLAT_VALUES
+        return "flat" if self.flat and narrow and fits else "first"
+
+    @property
+    def unit(self) -> int:
+        """A factor of the contiguous extent that the compiler is told; in the flat layout all of it."""
+        if self.layout == "flat":
+            return self.space
+        return math.gcd(self.channels if self.channels_last else self.space, MAX_UNIT)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(channels, space, channels · space), the unit divided out of the contiguous extent."""
+        if self.channels_last:
+            return self.channels // self.unit, self.space, self.size
+        return self.channels, self.space // self.unit, self.size
 
     @property
     def twice(self) -> int:
@@ -65,12 +101,12 @@ class Problem:
     @property
     def twice_bytes(self) -> int:
         """The bytes of one sample that are needed twice."""
-        return self.twice * self.channels * self.space * self.itemsize
+        return self.twice * self.size * self.itemsize
 
     @property
-    def gate_block(self) -> int:
-        """Rows, padded, of the matrix that multiplies the pooled paths."""
-        return triton.next_power_of_2(self.gate_channels or self.n)
+    def gate_rows(self) -> int:
+        """Rows, padded, of the matrices that multiply the pooled paths, those of all paths together."""
+        return triton.next_power_of_2(self.m) * triton.next_power_of_2(self.gate_channels or self.n)
 
 
 @dataclass(frozen=True)
@@ -130,46 +166,66 @@ CROWDED_REGISTERS = 32
 # Warps of a program that loops: two such programs may share a multiprocessor at 128 registers a thread.
 LOOP_WARPS = 8
 
-# What a thread loads of one tile: two loads of 16 bytes in float32, one in half precision. 256 threads and two paths
-# have 16 KiB in flight, so two programs exceed the 18 KB a multiprocessor that latency × bandwidth asks for on an H100
-# (0.7 µs × 3.35 TB/s / 132).
-MAX_ELEMENTS = 8
+# What a thread loads of one tile: two loads of 16 bytes. 256 threads and two paths have 16 KiB in flight, so two
+# programs exceed the 18 KB a multiprocessor that latency × bandwidth asks for on an H100 (0.7 µs × 3.35 TB/s / 132).
+# A tile that is not one of many in a loop is twice as large, up to 16 sums in float32: more take over 80 registers.
+MAX_BYTES, MAX_ELEMENTS = 32, 16
 
-# Registers for the tiles of all paths together: 8 elements up to 4 paths, 4 beyond.
-TILE_REGISTERS = 32
+# Bytes of the tiles of all paths together, 32 registers: 32 up to 4 paths, 16 beyond.
+TILE_BYTES = 128
 
 # Registers for the m + n tiles and m·n accumulators of the inner products: 8 elements for 2 paths to 2, 4 for 3 to 3,
 # 1 for 8 to 8.
 PRODUCT_REGISTERS = 80
+MAX_PRODUCT_ELEMENTS = 8
 
-# Looping programs that share a multiprocessor, at 64 registers a thread: what is in flight, for the count of L2.
-PROGRAMS_PER_SM = 4
+# Looping programs of 8 warps that share a multiprocessor, by what they do. With 2 paths to 2 the compiler gives those
+# that hold sums beside all paths up to 128 registers a thread, which is room for 2, and the others up to 80, room for
+# 3. Grids of the split tier are whole waves of so many programs.
+PROGRAMS_PER_SM = {"fused": 2, "pool": 3, "mix": 3, "products": 2, "inputs": 3}
 
-# A matrix of gate weights [K, C] is taken in tiles of at most this many values: 32 registers for each of 256 threads.
+# The gate weights [C, m, K] are taken in tiles of at most this many values: 32 registers for each of 256 threads. A
+# resident program, which has them beside its paths, has 512 threads for as many.
 WEIGHT_VALUES = 8192
 
 # The longest row of a tile. Along positions 256 keeps the waste small (6% of 56 × 56); along channels 64 half-precision
 # values are one line of 128 bytes.
 MAX_ROW_SPACE, MAX_ROW_CHANNELS = 256, 64
 
+# The contiguous extent is told to the compiler as a multiple of its largest power of 2 up to this, rather than as a
+# constant: all maps of odd multiples of 4 × 4 share one compiled kernel.
+MAX_UNIT = 16
+
+# Rows that are no multiple of 8 bytes, such as 7 × 7, would be loaded by single elements. Tiles of whole channels are
+# loaded without regard to rows, and grouped by channel in shared memory: 64 accesses of 2 bytes become 8 of 16. From 8
+# channels on, every tile begins at a multiple of 16 bytes. A tile of float32 takes at most 32 KiB of shared memory.
+NARROW_BYTES, FLAT_CHANNELS, FLAT_VALUES = 8, 8, 8192
+
 # Elements of a sample for one program where several share it: 32 KiB of each path in float32, much beside the few
 # partial sums and gate weights that the program reads first.
 PORTION = 8192
 
-# Values that one program pools in the split tier: 8 channels of 56 × 56 in NCHW. In channels_last it has more channels
-# and fewer positions, and the sums over several programs cost a small launch at the end.
-SLAB = 32768
+# What a program of the split tier does besides its steps, in steps: it begins, it loads gates, it adds up.
+STEPS_BESIDE = 2
+
+# How the split tier goes through a batch. "chunks": a chunk of samples is read a second time from L2, for three
+# launches a chunk. "batch": all samples at once, for three launches, and the second read comes from memory. With 2
+# paths to 2 that moves 1.5 times the bytes in the forward; where chunks are many, their launches may cost more.
+SPLIT_BY = "chunks"
 
 # One multiprocessor alone reads some 25 bytes a nanosecond, a share of 3.35 TB/s. A sample that keeps it busy for 5 µs,
 # while most others idle, is better shared at the price of a second launch.
 LONELY_BYTES = 128 * 2**10
 
-# Partial sums are added in tiles of this many values, 8 a thread.
-PARTIAL_VALUES = 2048
+# Partial sums are added in tiles of this many values, 8 a thread. Rows of few parts are taken many columns at a time,
+# at most so many: a program has something to do, and its loads are wide.
+PARTIAL_VALUES, PARTIAL_COLUMNS = 2048, 256
 
-# Columns for each program where partial sums are all there is to do: 64 of 8 paths to 8 are 16 programs, each with 512
-# rows in flight.
-PARTIAL_COLUMNS = 4
+# Columns for each program where there are many parts: 64 of 8 paths to 8 are 16 programs, each with 512 rows in flight.
+LONG_COLUMNS = 4
+
+# The kernel of the gates has a few hundred values for each sample; more warps would wait for each other longer.
+GATE_WARPS = 4
 
 # Weight gradients: 128 samples side by side for 4 × 16 weights, 32 accumulators a thread. Small tiles, so that W1 of
 # 16 × 64 is 16 programs for each path, and a batch of 128 is one step for each.
@@ -186,7 +242,7 @@ def plan(problem: Problem, chip: Chip) -> Resident | Fused | Split:
     """The tier and its settings."""
     if settings := resident(problem):
         return settings
-    in_flight = min(problem.batch, PROGRAMS_PER_SM * chip.sms)
+    in_flight = min(problem.batch, PROGRAMS_PER_SM["fused"] * chip.sms)
     lonely = problem.batch < chip.sms // 2 and problem.twice_bytes > LONELY_BYTES
     if lonely or in_flight * problem.twice_bytes > chip.reread_bytes:
         return split(problem, chip)
@@ -197,51 +253,115 @@ def resident(problem: Problem) -> Resident | None:
     """Settings of the resident tier, or None where the sample does not fit."""
     block_c, block_s = triton.next_power_of_2(problem.channels), triton.next_power_of_2(problem.space)
     tiles = problem.twice + (1 if problem.backward else 0)  # X_i passes by
-    registers = tiles * block_c * block_s
+    registers = tiles * block_c * block_s * problem.itemsize // 4  # tiles are held in the dtype of the paths
     crowded = problem.m + problem.n <= FEW_PATHS and problem.twice + problem.relu > 3
     limit = CROWDED_REGISTERS if crowded else RESIDENT_REGISTERS
-    if registers > 32 * most_warps(problem.m, problem.n) * limit or block_c * problem.gate_block > WEIGHT_VALUES:
+    if problem.layout == "flat" and block_c * block_s > FLAT_VALUES:
         return None
-    warps = _power_of_2_up_to(registers // (32 * RESIDENT_REGISTERS // 2))  # half of the limit, while there are warps
-    return Resident(block_c, block_s, min(most_warps(problem.m, problem.n), warps))
+    if registers > 32 * most_warps(problem.m, problem.n) * limit or block_c * problem.gate_rows > WEIGHT_VALUES:
+        return None
+    # Half of the limit in elements for each thread, while there are warps, and 16 gate weights. In half precision that
+    # is half of the registers: sums are in float32, and a program that is alone on its multiprocessor needs the warps.
+    elements = tiles * block_c * block_s
+    warps = max(elements // (32 * RESIDENT_REGISTERS // 2), block_c * problem.gate_rows // (32 * 16))
+    return Resident(block_c, block_s, min(most_warps(problem.m, problem.n), _power_of_2_up_to(warps)))
 
 
 def fused(problem: Problem, chip: Chip) -> Fused:
     """Settings of the fused tier."""
     # A program that has a multiprocessor to itself needs more warps to keep the memory busy.
     warps = LOOP_WARPS if problem.batch > chip.sms else most_warps(problem.m, problem.n)
-    block_c, block_s = _tile(problem, 32 * warps * _elements(problem.twice if problem.backward else 1))
-    size = triton.next_power_of_2(problem.channels * problem.space)
-    elements = _product_elements(problem.m, problem.n) if problem.backward else _elements(problem.m)
-    return Fused(block_c, block_s, min(size, 32 * warps * elements), warps)
+    block_c, block_s = _tile(problem, 32 * warps * _elements(problem.twice, problem.itemsize))
+    flat = elementwise(problem.m, problem.n, problem.size, problem.itemsize, problem.backward, warps)
+    return Fused(block_c, block_s, flat.block, warps)
 
 
 def split(problem: Problem, chip: Chip) -> Split:
     """Settings of the split tier."""
     settings = tiles(problem)
-    # As many samples as L2 holds; more, where two programs for each multiprocessor need more. All chunks alike.
-    portions = triton.cdiv(problem.channels * problem.space, settings.portion)
-    parts = triton.cdiv(problem.channels, settings.block_c) * triton.cdiv(problem.space, settings.span)
-    programs = min(portions, parts if problem.backward else parts * problem.m)
-    samples = max(chip.reread_bytes // problem.twice_bytes, triton.cdiv(2 * chip.sms, programs))
-    return replace(settings, chunk=triton.cdiv(problem.batch, triton.cdiv(problem.batch, samples)))
+    walk, pass_over = ("inputs", "products") if problem.backward else ("pool", "mix")
+    walk_slots, pass_slots = PROGRAMS_PER_SM[walk] * chip.sms, PROGRAMS_PER_SM[pass_over] * chip.sms
+    # As many samples as L2 holds; more, where a wave of programs needs more. All chunks alike.
+    blocks = triton.cdiv(problem.channels, settings.block_c) * (1 if problem.backward else problem.m)
+    steps, flat_steps = _steps(problem, settings)
+    programs = min(blocks * steps, flat_steps)
+    samples = max(chip.reread_bytes // problem.twice_bytes, triton.cdiv(pass_slots, programs))
+    if SPLIT_BY == "batch":
+        samples = problem.batch
+    chunk = triton.cdiv(problem.batch, triton.cdiv(problem.batch, samples))
+    return replace(
+        settings,
+        chunk=chunk,
+        span=settings.block_s * in_whole_waves(steps, chunk * blocks, walk_slots),
+        portion=settings.block * in_whole_waves(flat_steps, chunk, pass_slots),
+    )
+
+
+def in_whole_waves(steps: int, beside: int, slots: int) -> int:
+    """How many of the steps one program takes, where `beside` walks are shared out and `slots` programs run at once.
+
+    The launch ends after the last wave, so that a wave of a few programs costs as much as a full one.
+    """
+    least = triton.cdiv(steps, MAX_GRID_Y)
+    return min(
+        range(least, min(steps, least + 255) + 1),
+        key=lambda own: triton.cdiv(beside * triton.cdiv(steps, own), slots) * (own + STEPS_BESIDE),
+    )
 
 
 def tiles(problem: Problem) -> Split:
     """Settings of kernels of which many share a sample, all samples in one launch."""
-    block_c, block_s = _tile(problem, 32 * LOOP_WARPS * _elements(problem.twice if problem.backward else 1))
-    spans = max(1, block_c * problem.space // (PORTION if problem.backward else SLAB))
-    span = triton.cdiv(triton.cdiv(problem.space, block_s), spans) * block_s
-    flat = elementwise(problem.m, problem.n, problem.channels * problem.space, problem.backward)
+    at_once = problem.twice if problem.backward else 1
+    elements = _elements(at_once, problem.itemsize)
+    if (
+        triton.next_power_of_2(problem.space) <= MAX_ROW_SPACE and not problem.channels_last
+    ):  # one step for each program
+        elements = _power_of_2_up_to(min(MAX_ELEMENTS, 2 * MAX_BYTES // (at_once * problem.itemsize)))
+    if problem.layout == "flat" and problem.backward:
+        elements = min(elements, MAX_ELEMENTS // 2)  # beside them each has a share of its own, not one for its channel
+    block_c, block_s = _tile(problem, 32 * LOOP_WARPS * max(1, elements))
+    flat = elementwise(problem.m, problem.n, problem.size, problem.itemsize, problem.backward)
+    spans = max(1, block_c * problem.space // PORTION)
+    span = triton.cdiv(triton.cdiv(problem.space, block_s), spans) * block_s  # in the flat layout all positions
     return Split(block_c, block_s, span, flat.block, flat.portion, max(1, problem.batch), LOOP_WARPS)
 
 
-def elementwise(m: int, n: int, size: int, backward: bool) -> Elementwise:
+def _steps(problem: Problem, settings: Split) -> tuple[int, int]:
+    """Steps of a program that has all positions of its channels, and of one that has a sample."""
+    return triton.cdiv(problem.space, settings.block_s), triton.cdiv(problem.size, settings.block)
+
+
+def elementwise(m: int, n: int, size: int, itemsize: int, backward: bool, warps: int = LOOP_WARPS) -> Elementwise:
     """Settings of a kernel without channels: `mix`, its backward, and the inner products of the split tier."""
-    elements = _product_elements(m, n) if backward else _elements(m)
-    block = min(triton.next_power_of_2(size), 32 * LOOP_WARPS * elements)
+    elements = _product_elements(m, n) if backward else _elements(m, itemsize)
+    block = min(triton.next_power_of_2(size), 32 * warps * elements)
     portion = max(PORTION, triton.next_power_of_2(triton.cdiv(size, MAX_GRID_Y)))
-    return Elementwise(block, portion, min(LOOP_WARPS, max(1, block // 32)))
+    return Elementwise(block, portion, min(warps, max(1, block // 32)))
+
+
+def gate(problem: Problem, parts: int) -> dict[str, int]:
+    """Settings of the small kernel that makes the gates of one sample, or their gradients, from so many parts."""
+    # Half of the weights at a time: sums of products lie beside them, and beside those the parts.
+    block_c = min(triton.next_power_of_2(problem.channels), max(1, WEIGHT_VALUES // (2 * problem.gate_rows)))
+    products = triton.next_power_of_2(problem.m * problem.n)
+    row = products if problem.backward else triton.next_power_of_2(problem.m) * block_c
+    most = max(1, PARTIAL_VALUES // row)
+    warps = _power_of_2_up_to(block_c * problem.gate_rows // (32 * 16))
+    return {
+        "PARTS": min(triton.next_power_of_2(max(1, parts)), most),
+        "BC": block_c,
+        "num_warps": min(LOOP_WARPS, max(GATE_WARPS, warps)),
+        "maxnreg": max_registers(problem.m, problem.n),
+    }
+
+
+def partial_sums(parts: int, columns: int) -> dict[str, int]:
+    """Settings of the kernel that adds up the parts of so many columns."""
+    widest = min(triton.next_power_of_2(columns), PARTIAL_COLUMNS)
+    tall = min(triton.next_power_of_2(parts), max(1, PARTIAL_VALUES // widest))
+    if parts > tall:  # a long column: many rows in flight for a few columns
+        widest, tall = min(widest, LONG_COLUMNS), max(1, PARTIAL_VALUES // min(widest, LONG_COLUMNS))
+    return {"COLUMNS": widest, "PARTS": tall, "num_warps": min(LOOP_WARPS, max(1, widest * tall // 128))}
 
 
 def mixture(samples: int, clusters: int) -> dict[str, int]:
@@ -264,20 +384,22 @@ def _power_of_2_up_to(value: int) -> int:
     return 1 << max(0, value.bit_length() - 1)
 
 
-def _elements(tiles: int) -> int:
+def _elements(tiles: int, itemsize: int) -> int:
     """What a thread loads of each of so many tiles at once."""
-    return min(MAX_ELEMENTS, _power_of_2_up_to(TILE_REGISTERS // tiles))
+    return _power_of_2_up_to(min(MAX_BYTES, TILE_BYTES // tiles) // itemsize)
 
 
 def _product_elements(m: int, n: int) -> int:
     """The same where there are sums of m·n products of tiles besides."""
-    return min(MAX_ELEMENTS, _power_of_2_up_to(PRODUCT_REGISTERS // (m + n + m * n)))
+    return min(MAX_PRODUCT_ELEMENTS, _power_of_2_up_to(PRODUCT_REGISTERS // (m + n + m * n)))
 
 
 def _tile(problem: Problem, values: int) -> tuple[int, int]:
     """(block_c, block_s) of a tile of about so many values, long in the direction of the memory."""
     channels, space = triton.next_power_of_2(problem.channels), triton.next_power_of_2(problem.space)
-    most_channels = min(channels, max(1, WEIGHT_VALUES // problem.gate_block))
+    most_channels = min(channels, max(1, WEIGHT_VALUES // problem.gate_rows))
+    if problem.layout == "flat":  # all positions
+        return min(most_channels, max(FLAT_CHANNELS, min(values, FLAT_VALUES) // space)), space
     if problem.channels_last:
         block_c = min(most_channels, MAX_ROW_CHANNELS)
     else:

@@ -10,10 +10,12 @@ from fastroute.backends.triton import launch_tables as tables
 from fastroute.backends.triton._recording import launch
 from fastroute.backends.triton._tiles import (
     add_products,
+    after_previous_launch,
     batch_strides,
     load_scalars,
     load_tiles,
     sum_parts,
+    sums_of,
     weighted_sum,
     zero_totals,
 )
@@ -21,7 +23,7 @@ from fastroute.ops._paths import empty_path
 
 
 @triton.jit
-def mix_block(xs, x_strides, ys, g, sample, size, start, BLOCK: tl.constexpr, RELU: tl.constexpr = False):
+def mix_block(xs, x_strides, ys, g, sample, size, start, BLOCK: tl.constexpr, RELU: tl.constexpr):
     """One block of every output; g holds the m·n gates of the sample as scalars."""
     at = start + tl.arange(0, BLOCK)
     mask = at < size
@@ -30,14 +32,27 @@ def mix_block(xs, x_strides, ys, g, sample, size, start, BLOCK: tl.constexpr, RE
         tl.store(ys[j] + sample * size + at, weighted_sum(x, g, j, len(ys)), mask=mask)  # Eq. 3.7
 
 
-@triton.jit
-def mix_fwd_kernel(xs, x_strides, ys, gates, size, portion, STATIC: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["first"])
+def mix_fwd_kernel(
+    xs,
+    x_strides,
+    ys,
+    gates,
+    first,
+    size,
+    portion,
+    STATIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RELU: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    after_previous_launch(CHAINED)
     COUNT: tl.constexpr = len(xs) * len(ys)
-    sample = tl.program_id(0).to(tl.int64)
+    sample = tl.program_id(0).to(tl.int64) + first
     g = load_scalars(gates if STATIC else gates + sample * COUNT, COUNT)
     start = tl.program_id(1).to(tl.int64) * portion
     for block in range(start, tl.minimum(start + portion, size), BLOCK):
-        mix_block(xs, x_strides, ys, g, sample, size, block, BLOCK)
+        mix_block(xs, x_strides, ys, g, sample, size, block, BLOCK, RELU)
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -57,8 +72,10 @@ def mix_bwd_kernel(
     BLOCK: tl.constexpr,
     EVICT_DY: tl.constexpr,
     RELU: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """<dY_j, X_i> over one portion of a sample, into partials (N, parts, m, n), and with GRAD_INPUTS dX of it."""
+    after_previous_launch(CHAINED)
     M: tl.constexpr = len(xs)
     N: tl.constexpr = len(dys)
     sample = tl.program_id(0).to(tl.int64) + first
@@ -76,8 +93,9 @@ def mix_bwd_kernel(
             for i in tl.static_range(M):
                 tl.store(dxs[i] + sample * size + at, weighted_sum(dy, g, i * N, 1), mask=mask)
     row = sample * tl.num_programs(1) + tl.program_id(1)
-    for k in tl.static_range(M * N):
-        tl.store(partials + row * (M * N) + k, tl.sum(totals[k], 0))
+    sums = sums_of(totals, 0)
+    k = tl.arange(0, triton.next_power_of_2(M * N))
+    tl.store(partials + row * (M * N) + k, sums, mask=k < M * N)
 
 
 @triton.jit
@@ -91,15 +109,8 @@ def sum_parts_kernel(values, out, parts, columns, COLUMNS: tl.constexpr, PARTS: 
 
 def launch_sum_parts(values: torch.Tensor, out: torch.Tensor, rows: int, parts: int, columns: int) -> None:
     """out (rows, columns) = values (rows, parts, columns) summed over the parts."""
-    launch(sum_parts_kernel, (rows, triton.cdiv(columns, tables.PARTIAL_COLUMNS)))(
-        values,
-        out,
-        parts,
-        columns,
-        COLUMNS=tables.PARTIAL_COLUMNS,
-        PARTS=tables.PARTIAL_VALUES // tables.PARTIAL_COLUMNS,
-        num_warps=tables.LOOP_WARPS,
-    )
+    tile = tables.partial_sums(parts, columns)
+    launch(sum_parts_kernel, (rows, triton.cdiv(columns, tile["COLUMNS"])))(values, out, parts, columns, **tile)
 
 
 def mix(xs, gates):
@@ -108,7 +119,7 @@ def mix(xs, gates):
     if x.shape[0] == 0:
         return outputs
     size = math.prod(x.shape[1:])
-    settings = tables.elementwise(len(xs), n, size, backward=False)
+    settings = tables.elementwise(len(xs), n, size, x.itemsize, backward=False)
     registers = tables.max_registers(len(xs), n)
     with torch.cuda.device_of(x):
         launch(mix_fwd_kernel, (x.shape[0], triton.cdiv(size, settings.portion)))(
@@ -116,10 +127,13 @@ def mix(xs, gates):
             batch_strides(xs),
             tuple(outputs),
             gates.float().contiguous(),
+            0,
             size,
             settings.portion,
             STATIC=gates.dim() == 2,
             BLOCK=settings.block,
+            RELU=False,
+            CHAINED=False,
             num_warps=settings.num_warps,
             maxnreg=registers,
         )
@@ -133,7 +147,7 @@ def mix_backward(grad_outputs, xs, gates, grad_inputs):
     if x.shape[0] == 0:
         return grad_xs, grad_gates.zero_()  # one matrix for all samples has a gradient even where there is no sample
     size, static = math.prod(x.shape[1:]), gates.dim() == 2
-    settings = tables.elementwise(m, n, size, backward=True)
+    settings = tables.elementwise(m, n, size, x.itemsize, backward=True)
     parts = triton.cdiv(size, settings.portion)
     whole = parts == 1 and not static
     partials = grad_gates if whole else gates.new_empty((x.shape[0], parts, m, n), dtype=torch.float32)
@@ -155,6 +169,7 @@ def mix_backward(grad_outputs, xs, gates, grad_inputs):
             BLOCK=settings.block,
             EVICT_DY="evict_first",
             RELU=False,
+            CHAINED=False,
             num_warps=settings.num_warps,
             maxnreg=registers,
         )
