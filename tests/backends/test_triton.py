@@ -720,8 +720,9 @@ def test_reasons(monkeypatch):
         ops.mix([torch.ones(1, 1, dtype=torch.float16)], torch.ones(1, 1))
 
     if not CUDA:
-        assert "no CUDA device" in backend.reason_against(cuda, torch.float32)
+        assert "CUDA device" in backend.reason_against(cuda, torch.float32)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
 
     def capability(*value):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: value)
@@ -733,12 +734,13 @@ def test_reasons(monkeypatch):
     assert backend.reason_against(cuda, torch.float16) is None
     capability(9, 0)
     assert backend.reason_against(cuda, torch.bfloat16) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, "hip", "6.0")
+        assert "ROCm" in backend.reason_against(cuda, torch.float32)
     monkeypatch.setattr("triton.__version__", "3.5.1")
     assert "3.6" in backend.reason_against(cuda, torch.float32)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert "not installed" in backend.reason_against(cuda, torch.float32)
-    monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert "ROCm" in backend.reason_against(cuda, torch.float32)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_card)])

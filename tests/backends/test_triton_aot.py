@@ -24,7 +24,8 @@ CASES = {  # tier or None for the plan's choice, m, n, (N, C, H, W), dtype, chan
     "one program a multiprocessor": ("fused", 2, 2, (100, 32, 16, 16), "bfloat16", True),
     "ImageNet, NCHW": (None, 2, 2, (32, 64, 56, 56), "float32", False),
     "ImageNet, channels_last": (None, 2, 2, (32, 64, 56, 56), "bfloat16", True),
-    "full registers": (None, 3, 3, (128, 16, 32, 16), "bfloat16", True),
+    "full registers": (None, 3, 2, (128, 16, 32, 16), "float32", True),
+    "half of the warps": (None, 3, 3, (128, 16, 32, 16), "bfloat16", True),
     "too many for registers": (None, 4, 2, (128, 16, 32, 16), "float32", True),
     "eight paths": ("split", 8, 8, (32, 64, 56, 56), "float32", False),
 }

@@ -156,7 +156,7 @@ MAX_WARPS = 16
 
 # Beyond so many paths m + n, the addresses and the m·n gates, all in registers, leave too few for tiles: a program has
 # half the warps, and its threads up to 255 registers. By the compiler's report 8 paths to 8 take 204 in the forward.
-FEW_PATHS = 6
+FEW_PATHS = 5
 
 # Of 128 registers, what a resident sample may take. The other half is for addresses, sums and the gates. By the
 # compiler's report, 64 are too many for four paths, which spill up to 104 bytes, and for three after a ReLU, up to 32.
@@ -260,9 +260,9 @@ def resident(problem: Problem) -> Resident | None:
         return None
     if registers > 32 * most_warps(problem.m, problem.n) * limit or block_c * problem.gate_rows > WEIGHT_VALUES:
         return None
+    elements = tiles * block_c * block_s
     # Half of the limit in elements for each thread, while there are warps, and 16 gate weights. In half precision that
     # is half of the registers: sums are in float32, and a program that is alone on its multiprocessor needs the warps.
-    elements = tiles * block_c * block_s
     warps = max(elements // (32 * RESIDENT_REGISTERS // 2), block_c * problem.gate_rows // (32 * 16))
     return Resident(block_c, block_s, min(most_warps(problem.m, problem.n), _power_of_2_up_to(warps)))
 
