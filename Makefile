@@ -9,8 +9,9 @@ OLDEST := .venv-oldest
 demo: $(VENV)/.ready
 	$(BIN)/python -m fastroute demo
 
+# As many processes as processors, of one thread each; a file stays in one, which compiles what its tests share.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 # What kernels and operators do under the oldest torch and Triton that are supported. The libraries in the checkout belong
 # to the newest torch, so those of the oldest are built in a copy of the sources, and only for this processor: what tests

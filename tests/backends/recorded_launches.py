@@ -85,7 +85,9 @@ class Kept:
         results = call()
         launches = []
         known = {t.data_ptr(): f"{name} {i}" for name, ts in given.items() for i, t in enumerate(ts)}
-        known |= {t.data_ptr(): f"result {i}" for i, t in enumerate(results) if t.numel()}
+        # A result in half precision may have been converted, and lie where a temporary was before.
+        precise = [(i, t) for i, t in enumerate(results) if t.dtype == torch.float32 and t.numel()]
+        known |= {t.data_ptr(): f"result {i}" for i, t in precise}
         others = {}  # allocations that are no results, by order of appearance
         for index in range(self.stub.stub_launch_count()):
             launch = self.stub.stub_launch(index).contents

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from benchmarks import stub_driver
 from fastroute import use_backend
 from fastroute.backends import BACKENDS
+from fastroute.backends.triton import _recording
 from fastroute.ops import _library
 from tests.backends.recorded_launches import CASES, calls
 
@@ -47,6 +49,46 @@ def test_only_the_first_call_comes_to_python(rows):
 def test_every_tier_is_among_the_cases(rows):
     launches = {case: len(first[0]["launches"]) for case, name, (first, _), _ in rows if name == "cross_connect"}
     assert launches["resident"] == launches["fused"] < launches["split"]
+
+
+def recorded(function, *args):
+    """The code of a call without launches, and why there is none."""
+    recorder = _recording._Recorder(args)
+    with recorder:
+        results = function(*args)
+    return recorder.code(results), recorder.obstacle
+
+
+def test_a_call_that_allocates_and_launches_alone_is_recorded():
+    x = torch.randn(3, 4)
+    code, obstacle = recorded(lambda x: [torch.empty_like(x.float().contiguous()), x.new_empty(2)], x)
+    float32 = 6
+    assert obstacle is None
+    assert code == [2, float32, 2, 3, 4, 2, 4, 1, float32, 1, 2, 1, 1, 1, 2, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("function", "obstacle"),
+    [
+        (lambda x: x.new_empty(3).zero_(), "zero_"),
+        (lambda x: x.new_empty(3) + 1, "add"),
+        (lambda x: torch.empty_like(x.half().float()), "to.dtype|_to_copy"),
+        (lambda x: torch.empty_like(x.T.contiguous()), "is called besides"),
+        (lambda x: x, "not allocated in the call"),
+    ],
+    ids=["in-place", "computed", "converted", "copied", "an argument"],
+)
+def test_any_other_call_is_left_to_python(function, obstacle):
+    code, reason = recorded(function, torch.randn(3, 4))
+    assert code is None
+    assert re.search(obstacle, reason)
+
+
+def test_arguments_at_one_address_are_left_to_python():
+    x = torch.randn(3)
+    code, obstacle = recorded(lambda x, y: x.new_empty(3), x, x.view(3))
+    assert code is None
+    assert "one address" in obstacle
 
 
 @pytest.mark.gpu

@@ -20,6 +20,8 @@ _ALLOCATIONS = {
     _aten.new_empty.default,
     _aten.new_empty_strided.default,
 }
+# What returns its argument where that needs no change.
+_CONVERSIONS = {_aten.contiguous.default, _aten.to.dtype, _aten.to.dtype_layout, _aten.to.other}
 
 _state = threading.local()
 
@@ -70,7 +72,7 @@ class _Recorder(TorchDispatchMode):
         elif func is _aten.detach.default and id(args[0]) in self.slots:  # as `empty_like` does with what it allocates
             self.slots[id(result)] = self.slots[id(args[0])]
             self.aliases.append(result)
-        elif not (args and result is args[0]):  # as `to` and `contiguous` return what needs no change
+        elif func not in _CONVERSIONS or result is not args[0]:
             self.obstacle = f"{func} is called besides the kernels"
         return result
 
