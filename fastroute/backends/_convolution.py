@@ -11,42 +11,32 @@ class Convolution:
     """Cross-correlation of a geometry, or a dense layer where there is no space: x (N, C, *S), weight (C', C, *k).
 
     With `channels_last`, all results are [*S, C] in memory, and paths that are not are copied; else all are [C, *S].
-    With `compute_dtype`, PyTorch is given everything in it, and maps are converted back; the weight's gradient is not.
     """
 
     stride: list[int]
     padding: list[int]
     dilation: list[int]
     channels_last: bool
-    compute_dtype: torch.dtype | None = None
 
     def arrange(self, x: Tensor) -> Tensor:
         return x.movedim(1, -1).contiguous().movedim(-1, 1) if self.channels_last else x.contiguous()
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        dtype = x.dtype
-        x, weight, bias = self._converted(x, weight, bias)
         if x.dim() == 2:
-            return torch.nn.functional.linear(x, weight, bias).to(dtype)
-        return self.arrange(torch.ops.aten.convolution(x, weight, bias, *self._geometry)).to(dtype)
+            return torch.nn.functional.linear(x, weight, bias)
+        return self.arrange(torch.ops.aten.convolution(x, weight, bias, *self._geometry))
 
     def to_inputs(self, grad: Tensor, like: Tensor, weight: Tensor) -> Tensor:
         """The gradient of inputs of the shape of `like`, whose values are not read."""
-        dtype = grad.dtype
-        grad, like, weight = self._converted(grad, like, weight)
         if grad.dim() == 2:
-            return (grad @ weight).to(dtype)
-        return self.arrange(self._backward(grad, like, weight, [True, False, False])[0]).to(dtype)
+            return grad @ weight
+        return self.arrange(self._backward(grad, like, weight, [True, False, False])[0])
 
     def to_weight(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The gradient of the weight, whose values are not read."""
-        grad, x, weight = self._converted(grad, x, weight)
         if grad.dim() == 2:
             return grad.mT @ x
         return self._backward(grad, x, weight, [False, True, False])[1]
-
-    def _converted(self, *tensors: Tensor | None) -> list[Tensor | None]:
-        return [t if t is None or self.compute_dtype is None else t.to(self.compute_dtype) for t in tensors]
 
     @property
     def _geometry(self):

@@ -1,4 +1,6 @@
-"""Cross-prediction (Alg. 1) from PyTorch's convolutions and a backend's passes between them.
+"""Cross-prediction (Alg. 1) from PyTorch's convolutions and Triton's passes between them.
+
+csrc/ops/predictions.cpp is the same for the compiled passes.
 
 The backward works on the side of the inputs, whatever form the forward had. With dP_j the gradient before the ReLU:
 
@@ -11,7 +13,6 @@ The backward works on the side of the inputs, whatever form the forward had. Wit
 so that nothing of the size of the m·n predictions is kept from the forward.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastroute.backends._convolution import Convolution
-from fastroute.ops._paths import accumulate_dtype, channels_first, channels_last, dense_strides, empty_map, empty_path
+from fastroute.ops._paths import accumulate_dtype, channels_first, dense_strides, empty_map, empty_path
 from fastroute.ops.cross_predict import output_shape
 
 
@@ -38,43 +39,29 @@ class Passes:
             products_ij = <T_ij, X_i>, and grad_xs_i = Σ_j g_ij T_ij unless there are none; terms are, for each j, the
             joined T_ij of all i. xs have the format of the convolutions, and grad_xs that of the paths.
 
-    channels_last: whether the convolutions are given channels_last tensors whatever the paths are, and the kernels
-        convert from and to the paths' format; else they have the paths' format.
     chunk_bytes: how many bytes of a path are worked on at once, of as many samples as that allows.
-    chunk_samples: how many samples are worked on at once at least.
-    compute_dtype: what the convolutions are computed in, if not in the dtype of the paths.
-    new_empty_strided: allocates what the kernels write.
     """
 
     kernels: ModuleType
-    channels_last: bool
     chunk_bytes: int
-    chunk_samples: int = 1
-    compute_dtype: torch.dtype | None = None
-    new_empty_strided: Callable = Tensor.new_empty_strided
 
     def _convolution(self, x: Tensor, geometry: tuple) -> Convolution:
-        return Convolution(*geometry, self.channels_last or not channels_first(x), self.compute_dtype)
+        return Convolution(*geometry, not channels_first(x))
 
     def _empty(self, convolution: Convolution, x: Tensor, channels: int, count: int) -> list[Tensor]:
         """Unwritten tensors of x's samples and space, in the format of the convolutions."""
         shape = x.shape[0], channels, *x.shape[2:]
         strides = dense_strides(shape, channels_first=not convolution.channels_last)
-        return [self.new_empty_strided(x, shape, strides) for _ in range(count)]
+        return [x.new_empty_strided(shape, strides) for _ in range(count)]
 
     def _arranged(self, convolution: Convolution, xs: list[Tensor]) -> list[Tensor]:
         """The paths in the format of the convolutions."""
-        if not self.channels_last or channels_last(xs[0]):
-            return [convolution.arrange(x) for x in xs]
-        arranged = self._empty(convolution, xs[0], xs[0].shape[1], len(xs))
-        none = xs[0].new_empty((xs[0].shape[0], len(xs), 0), dtype=accumulate_dtype(xs[0].dtype))
-        self.kernels.scale_paths(xs, [], none, False, arranged, [])
-        return arranged
+        return [convolution.arrange(x) for x in xs]
 
     def _chunks(self, path: Tensor) -> list[slice]:
         """Slices of equal numbers of samples."""
         count = max(1, -(-path.numel() * path.itemsize // self.chunk_bytes))
-        size = max(self.chunk_samples, -(-path.shape[0] // count))
+        size = max(1, -(-path.shape[0] // count))
         return [slice(first, first + size) for first in range(0, path.shape[0], size)]
 
     def forward(self, xs, weight, bias, gates, stride, padding, dilation, relu, form):
@@ -82,7 +69,7 @@ class Passes:
         dtype = accumulate_dtype(x.dtype)
         convolution = self._convolution(x, (stride, padding, dilation))
         shape = output_shape(x, weight, stride, padding, dilation)
-        outputs = [empty_map(x, shape, self.new_empty_strided) for _ in range(n)]
+        outputs = [empty_map(x, shape) for _ in range(n)]
         weight, gates = weight.to(x.dtype), gates.to(dtype)
         compute, joined = (self._predict, _by_input) if form == "predict" else (self._gate, _by_output)
         weights = joined(convolution, weight)
@@ -111,7 +98,7 @@ class Passes:
         x, dtype = xs[0], accumulate_dtype(xs[0].dtype)
         convolution = self._convolution(x, (stride, padding, dilation))
         weight, gates = weight.to(x.dtype), gates.to(dtype)
-        grad_xs = [empty_path(x, self.new_empty_strided) for x in xs] if grad_inputs else []
+        grad_xs = [empty_path(x) for x in xs] if grad_inputs else []
         m, n = weight.shape[:2]
         weights = _by_output(convolution, weight)
         grad_weight = _by_input(convolution, gates.new_zeros(weight.shape))

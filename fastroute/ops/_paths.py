@@ -1,7 +1,7 @@
 """What every operator asks of a list of parallel paths: the checks, and the memory format of what comes out."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,17 +36,17 @@ def channels_last(x: Tensor) -> bool:
     return _sample_is_dense(x, (1, *range(x.dim() - 1, 1, -1)))
 
 
-def empty_path(x: Tensor, new_empty_strided: Callable = Tensor.new_empty_strided) -> Tensor:
+def empty_path(x: Tensor) -> Tensor:
     """An unwritten tensor of x's shape and sample layout, the samples next to each other.
 
     The strides of x are kept also where a size of 1 leaves them free: they tell later layers the memory format.
     """
-    return new_empty_strided(x, x.shape, (math.prod(x.shape[1:]), *x.stride()[1:]))
+    return x.new_empty_strided(x.shape, (math.prod(x.shape[1:]), *x.stride()[1:]))
 
 
-def empty_map(x: Tensor, shape: Sequence[int], new_empty_strided: Callable = Tensor.new_empty_strided) -> Tensor:
+def empty_map(x: Tensor, shape: Sequence[int]) -> Tensor:
     """An unwritten tensor (N, C', *S') of x's dtype and memory format, [C', *S'] where x could be either."""
-    return new_empty_strided(x, shape, dense_strides(shape, channels_first(x)))
+    return x.new_empty_strided(shape, dense_strides(shape, channels_first(x)))
 
 
 def dense_strides(shape: Sequence[int], channels_first: bool) -> list[int]:

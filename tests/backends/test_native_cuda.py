@@ -378,7 +378,7 @@ def test_cross_predict(kernels, monkeypatch, form, bias, relu, layout):
     weight, offset = torch.randn(2, 3, 5, 4, 3, 3, generator=generator), torch.randn(2, 3, 5, generator=generator)
     gates, xs = torch.rand(2, 2, 3, generator=generator), make_paths(2, (2, 4, 4, 3), torch.float32, layout, generator)
     grad_outputs = make_paths(3, (2, 5, 2, 3), torch.float32, layout, generator)
-    passes = Passes(kernels, channels_last=False, chunk_bytes=200)
+    passes = Passes(kernels, chunk_bytes=200)
     monkeypatch.setattr(kernels, "cross_predict", passes.forward, raising=False)
     monkeypatch.setattr(kernels, "cross_predict_backward", passes.backward, raising=False)
     arguments = (xs, weight, offset if bias else None, gates, [2, 1], [1, 1], [1, 1])

@@ -101,7 +101,8 @@ def poison(monkeypatch):
 
         return wrapped
 
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+    own = ((torch.Tensor, name) for name in ("new_empty", "new_empty_strided"))
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), *own):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 

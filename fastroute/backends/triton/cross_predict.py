@@ -268,5 +268,5 @@ def sum_gradients(terms, xs, gates, grad_xs):
 
 
 # A card wants large launches; the predictions of such a chunk are 256 MiB for two paths to two.
-PASSES = Passes(sys.modules[__name__], channels_last=False, chunk_bytes=64 << 20)
+PASSES = Passes(sys.modules[__name__], chunk_bytes=64 << 20)
 cross_predict, cross_predict_backward = PASSES.forward, PASSES.backward
