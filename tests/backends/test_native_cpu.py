@@ -10,7 +10,7 @@ import torch
 
 from fastroute.backends import BACKENDS
 
-SOME = "native and relu and not (float64 or stacked or sliced) and (at_zero or outputs_and_every_gradient)"
+SOME = "default and relu and not (float64 or stacked or sliced) and (at_zero or outputs_and_every_gradient)"
 
 
 def test_the_library_of_older_processors_is_as_exact():
