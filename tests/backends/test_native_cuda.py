@@ -18,6 +18,7 @@ import torch
 from fastroute.backends import native
 from fastroute.backends._cross_predict import Passes
 from fastroute.backends.reference import kernels as reference
+from fastroute.ops import _compiled
 from fastroute.ops._paths import accumulate_dtype
 from tests.ops.cases import moved
 from tests.ops.mixture_cases import make_case as mixture_case
@@ -610,7 +611,7 @@ def check_cluster_loads(ptx):
 
 
 def test_library_loads_without_a_card():
-    if reason := native.reason_against(torch.device("cuda"), torch.float32):
+    if reason := _compiled.load_cuda():
         pytest.skip(reason)
     for name in (*OPERATORS, *PASSES):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastroute_native::{name}", "CUDA")
