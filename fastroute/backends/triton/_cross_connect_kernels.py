@@ -70,9 +70,9 @@ def weight_tile(w, c0, channels, M: tl.constexpr, K: tl.constexpr, BC: tl.conste
 
 @triton.jit
 def score_weights(w2, M: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
-    """w2 (m, n, G) as a tile, zero beyond its edges; None for the linear gate."""
+    """w2 (m, n, G) as a tile, zero beyond its edges; for the linear gate one zero, as Triton 3.6 cannot return None."""
     if G == 0:
-        return None
+        return tl.zeros([1], tl.float32)
     else:
         i = tl.arange(0, triton.next_power_of_2(M))[:, None, None]
         j = tl.arange(0, triton.next_power_of_2(N))[None, :, None]
