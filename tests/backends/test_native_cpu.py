@@ -21,11 +21,8 @@ def test_the_library_of_older_processors_is_as_exact():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "tests/ops/test_cross_connect.py", "-k", SOME],
         cwd=Path(__file__).parents[2],
-        env={
-            **os.environ,
-            "ATEN_CPU_CAPABILITY": "avx2",
-            "FASTROUTE_BACKEND": "native",
-        },  # an error where it is missing
+        # Named, so that a missing library is an error and not the reference.
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "FASTROUTE_BACKEND": "native"},
         capture_output=True,
         text=True,
     )
