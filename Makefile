@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) fastroute/ops/schemas.inc
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest oldest-backends oldest-operators lint ctest clean
+.PHONY: demo test attack test-oldest oldest-backends oldest-operators lint ctest clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fastroute demo
@@ -12,6 +12,10 @@ demo: $(VENV)/.ready
 # As many processes as processors, of one thread each; a file stays in one, which compiles what its tests share.
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
+
+# Random operators against float64, damaged checkpoints and data, kills: up to 20 minutes.
+attack: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m attack tests/attack
 
 # What kernels and operators do under the oldest torch and Triton that are supported. The libraries in the checkout belong
 # to the newest torch, so those of the oldest are built in a copy of the sources, and only for this processor: what tests
