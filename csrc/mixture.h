@@ -13,7 +13,7 @@ constexpr int64_t kMaxClusters = 1024;
 
 inline void check_mixture(const at::Tensor& t, const at::Tensor& scores, at::IntArrayRef shape, at::ScalarType type) {
   TORCH_CHECK(
-      t.sizes() == shape && t.scalar_type() == type && t.device() == scores.device() && t.is_contiguous(),
+      t.defined() && t.sizes() == shape && t.scalar_type() == type && t.device() == scores.device() && t.is_contiguous(),
       "the mixture-EM loss takes contiguous tensors that agree in shape, type and device");
 }
 
@@ -23,6 +23,17 @@ struct Mixtures {
   at::ScalarType type;                 // in which sums are held
   at::IntArrayRef columns;             // (K) or (m, K)
   std::vector<int64_t> statistics;     // (views, *columns)
+
+  // For a forward, whose numbers for each cluster are checked too.
+  Mixtures(
+      const at::Tensor& scores, const OptionalTensor& scores_aug, const OptionalTensor& prior,
+      const OptionalTensor& mean, const OptionalTensor& std)
+      : Mixtures(scores, scores_aug) {
+    TORCH_CHECK(mean.has_value() == std.has_value(), "mean and std are both needed, or neither");
+    for (const auto* t : {&prior, &mean, &std}) {
+      if (t->has_value()) check_mixture(**t, scores, columns, type);
+    }
+  }
 
   Mixtures(const at::Tensor& scores, const OptionalTensor& scores_aug)
       : samples(scores.size(0)),

@@ -21,6 +21,10 @@
 namespace fastroute {
 
 using OptionalTensor = std::optional<at::Tensor>;
+
+// Strides, paddings and dilations up to this do not overflow where they are multiplied by a size.
+constexpr int64_t kMaxSize = int64_t{1} << 30;
+
 using Forward = std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Backward = std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
@@ -64,6 +68,9 @@ inline void check_paths(const char* label, at::TensorList xs) {
   TORCH_CHECK_VALUE(
       !xs.empty() && static_cast<int64_t>(xs.size()) <= kMaxPaths, label, " has ", xs.size(),
       " paths; it must have 1 to ", kMaxPaths);
+  for (size_t i = 0; i < xs.size(); ++i) {
+    TORCH_CHECK_TYPE(xs[i].defined(), label, "[", i, "] is None; every path must be a tensor (N, C, *S)");
+  }
   const at::Tensor& first = xs[0];
   const auto shape = first.sizes();
   const auto type = first.scalar_type();
@@ -91,6 +98,11 @@ inline void check_paths(const char* label, at::TensorList xs) {
   }
 }
 
+// Raises unless there is a tensor: Python's None comes as one that is not defined.
+inline void check_given(const char* label, const at::Tensor& t) {
+  TORCH_CHECK_TYPE(t.defined(), label, " is None; it must be a tensor");
+}
+
 // Raises unless a gate's parameter has this shape, lies on x's device and is at least as precise as it need be.
 inline void check_weight(const char* label, const at::Tensor& weight, at::IntArrayRef shape, const at::Tensor& x) {
   TORCH_CHECK_VALUE(
@@ -110,6 +122,7 @@ inline void check_gate(
     const OptionalTensor& b2) {
   const at::Tensor& x = xs[0];
   const int64_t m = static_cast<int64_t>(xs.size()), channels = x.size(1);
+  check_given("w2", w2);
   TORCH_CHECK_VALUE(
       w2.dim() == 3 && w2.size(1) >= 1 && w2.size(1) <= kMaxPaths, "w2 has shape ", tuple(w2.sizes()),
       "; it must be (m, n, G), from m = ", m, " paths to n = 1 to ", kMaxPaths);
@@ -131,6 +144,7 @@ inline void check_gate(
 
 // Raises unless gates are (m, n) or (N, m, n) for the paths.
 inline void check_gates(const at::Tensor& gates, at::TensorList xs) {
+  check_given("gates", gates);
   const at::Tensor& x = xs[0];
   const int64_t m = static_cast<int64_t>(xs.size()), n = gates.dim() ? gates.size(-1) : 0;
   TORCH_CHECK_VALUE(
@@ -143,16 +157,46 @@ inline void check_gates(const at::Tensor& gates, at::TensorList xs) {
   }
 }
 
+// The first of 1 to 8 paths (N, C, *S), which need not be alike.
+inline const at::Tensor& first_path(at::TensorList xs) {
+  TORCH_CHECK(!xs.empty() && static_cast<int64_t>(xs.size()) <= kMaxPaths, "1 to 8 paths are served, not ", xs.size());
+  TORCH_CHECK(xs[0].defined() && xs[0].dim() >= 2, "paths must be tensors (N, C, *S)");
+  return xs[0];
+}
+
 // What the kernels need for memory safety of paths that are in their layout already.
 inline void check_aligned(at::TensorList xs, const at::Tensor& like) {
-  TORCH_CHECK(!xs.empty() && static_cast<int64_t>(xs.size()) <= kMaxPaths, "1 to 8 paths are served, not ", xs.size());
+  first_path(xs);
   const bool channels_last = !sample_is_dense(like, false);
   for (const auto& x : xs) {
     TORCH_CHECK(
-        x.sizes() == like.sizes() && x.scalar_type() == like.scalar_type() && x.device() == like.device() &&
-            x.dim() >= 2 && (x.size(0) == 0 || sample_is_dense(x, channels_last)),
+        x.defined() && x.sizes() == like.sizes() && x.scalar_type() == like.scalar_type() &&
+            x.device() == like.device() && (x.size(0) == 0 || sample_is_dense(x, channels_last)),
         "paths differ in shape, type, device or memory format");
   }
+}
+
+// The first of such paths.
+inline const at::Tensor& aligned_path(at::TensorList xs) {
+  const at::Tensor& x = first_path(xs);
+  check_aligned(xs, x);
+  return x;
+}
+
+// Raises unless these are as `torch.nn.functional.conv2d` takes them, one number for each spatial size.
+inline void check_geometry(
+    int64_t spatial, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+  const auto check = [&](const char* label, at::IntArrayRef numbers, int64_t least) {
+    TORCH_CHECK_VALUE(
+        static_cast<int64_t>(numbers.size()) == spatial, label, " is ", list(numbers), "; it must be one number, or one "
+        "for each of ", spatial, " spatial sizes");
+    TORCH_CHECK_VALUE(
+        std::all_of(numbers.begin(), numbers.end(), [&](int64_t n) { return n >= least && n <= kMaxSize; }), label,
+        " is ", list(numbers), "; it must be at least ", least, " and at most ", kMaxSize);
+  };
+  check("stride", stride, 1);
+  check("padding", padding, 0);
+  check("dilation", dilation, 1);
 }
 
 inline at::Tensor to_channels_last(const at::Tensor& x) { return x.movedim(1, -1).contiguous().movedim(-1, 1); }
@@ -201,6 +245,7 @@ class Aligned {
 
 // A gate parameter in the accumulation type and contiguous, which it mostly is already.
 inline at::Tensor parameter(const at::Tensor& p, at::ScalarType type, at::IntArrayRef shape, const at::Tensor& x) {
+  TORCH_CHECK(p.defined(), "a gate parameter is missing");
   TORCH_CHECK(p.sizes() == shape && p.device() == x.device(), "a gate parameter has shape ", p.sizes(), ", not ", shape);
   return p.to(type).contiguous();
 }
@@ -272,7 +317,7 @@ struct Parameters {
   Parameters(
       at::TensorList xs, const OptionalTensor& w1_, const OptionalTensor& b1_, const at::Tensor& w2_,
       const OptionalTensor& b2_) {
-    const at::Tensor& x = xs[0];
+    const at::Tensor& x = first_path(xs);
     const auto type = accumulate_type(x.scalar_type());
     TORCH_CHECK(w2_.dim() == 3 && (!w1_.has_value() || w1_->dim() == 3), "w1 and w2 must have three dimensions");
     m = static_cast<int64_t>(xs.size());

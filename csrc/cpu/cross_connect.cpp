@@ -50,8 +50,7 @@ void forward_kernel(
 Forward cross_connect(
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
     const OptionalTensor& b2, bool relu) {
-  check_aligned(xs, xs[0]);
-  const at::Tensor& x = xs[0];
+  const at::Tensor& x = aligned_path(xs);
   const Geometry g(x);
   const Parameters p(xs, w1, b1, w2, b2);
   const auto options = x.options().dtype(accumulate_type(x.scalar_type()));
@@ -109,9 +108,8 @@ Backward cross_connect_backward(
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
     const OptionalTensor& b2, const at::Tensor& gates, const at::Tensor& pooled, const at::Tensor& hidden,
     bool relu, bool grad_inputs) {
-  check_aligned(xs, xs[0]);
-  check_aligned(grad_outputs, xs[0]);
-  const at::Tensor& x = xs[0];
+  const at::Tensor& x = aligned_path(xs);
+  check_aligned(grad_outputs, x);
   const Geometry g(x);
   const Parameters p(xs, w1, b1, w2, b2);
   const auto type = accumulate_type(x.scalar_type());
@@ -140,7 +138,8 @@ Backward cross_connect_backward(
 }
 
 std::tuple<bool, bool, bool, bool> cpu_plan(const at::Tensor& x, int64_t m, int64_t n) {
-  const Geometry g(x);
+  TORCH_CHECK(m >= 1 && m <= kMaxPaths && n >= 1 && n <= kMaxPaths, "1 to 8 paths are served, not ", m, " to ", n);
+  const Geometry g(first_path(x));
   return dispatch(x.scalar_type(), [&]<typename T>() {
     const std::vector<at::Tensor> outputs(n, x);
     return std::make_tuple(

@@ -235,8 +235,7 @@ at::Tensor checked(const OptionalTensor& t, at::IntArrayRef shape, const at::Ten
 void sum_predictions(
     at::TensorList predictions, const at::Tensor& gates_, const OptionalTensor& offsets_, bool relu,
     at::TensorList outputs) {
-  const at::Tensor& y0 = outputs[0];
-  check_aligned(outputs, y0);
+  const at::Tensor& y0 = aligned_path(outputs);
   const Geometry g(y0);
   const int64_t m = static_cast<int64_t>(predictions.size()), n = static_cast<int64_t>(outputs.size());
   check_joined(predictions, y0, n);
@@ -288,8 +287,7 @@ void sum_predictions(
 at::Tensor scale_paths(
     at::TensorList paths, at::TensorList masks, const at::Tensor& weights_, bool sums, at::TensorList masked,
     at::TensorList scaled) {
-  const at::Tensor& x = paths[0];
-  check_aligned(paths, x);
+  const at::Tensor& x = aligned_path(paths);
   const Geometry g(x);
   const int64_t parts = static_cast<int64_t>(paths.size()), count = weights_.size(-1);
   TORCH_CHECK(count <= kMaxPaths, "up to 8 outputs are served, not ", count);
@@ -354,12 +352,11 @@ at::Tensor scale_paths(
 // products[i][j] = <terms_j[part i], x_i> over each sample (Eq. 3.10) and, unless there are none,
 // grad_xs_i = Σ_j gates[i][j] terms_j[part i], whose format need not be that of xs.
 at::Tensor sum_gradients(at::TensorList terms, at::TensorList xs, const at::Tensor& gates_, at::TensorList grad_xs) {
-  const at::Tensor& x0 = xs[0];
-  check_aligned(xs, x0);
+  const at::Tensor& x0 = aligned_path(xs);
   const Geometry g(x0);
   const int64_t m = static_cast<int64_t>(xs.size()), n = static_cast<int64_t>(terms.size());
   check_joined(terms, x0, m);
-  if (!grad_xs.empty()) check_aligned(grad_xs, grad_xs[0]);
+  if (!grad_xs.empty()) aligned_path(grad_xs);
   TORCH_CHECK(
       grad_xs.empty() || (static_cast<int64_t>(grad_xs.size()) == m && grad_xs[0].sizes() == x0.sizes() &&
                           grad_xs[0].scalar_type() == x0.scalar_type()),

@@ -10,8 +10,7 @@ namespace {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gate(
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
     const OptionalTensor& b2) {
-  check_aligned(xs, xs[0]);
-  const at::Tensor& x = xs[0];
+  const at::Tensor& x = aligned_path(xs);
   const Geometry g(x);
   const Parameters p(xs, w1, b1, w2, b2);
   const auto options = p.w2.options();
@@ -42,7 +41,7 @@ Gradients gate_backward(
     const OptionalTensor& grad_gates, const OptionalTensor& grad_scores, at::TensorList xs, const OptionalTensor& w1,
     const OptionalTensor& b1, const at::Tensor& w2, const OptionalTensor& b2, const at::Tensor& gates,
     const at::Tensor& pooled, const at::Tensor& hidden) {
-  const at::Tensor& x = xs[0];
+  const at::Tensor& x = first_path(xs);
   const Geometry g(x);
   const Parameters p(xs, w1, b1, w2, b2);
   const auto type = accumulate_type(x.scalar_type());

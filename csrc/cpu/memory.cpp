@@ -10,6 +10,7 @@
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <utility>
@@ -99,6 +100,10 @@ void give_back(void* context) {
 }  // namespace
 
 at::Tensor allocate(const at::Tensor& x, at::IntArrayRef sizes, at::IntArrayRef strides) {
+  const auto negative = [](at::IntArrayRef values) {
+    return std::any_of(values.begin(), values.end(), [](int64_t value) { return value < 0; });
+  };
+  TORCH_CHECK(!negative(sizes) && !negative(strides), "sizes ", sizes, " and strides ", strides, " must not be negative");
   const size_t bytes = at::detail::computeStorageNbytes(sizes, strides, x.element_size());
   const size_t size = (bytes + kPage - 1) / kPage * kPage;
   const auto& context = at::globalContext();

@@ -26,11 +26,11 @@ struct Gates {
 };
 
 std::vector<at::Tensor> mix(at::TensorList xs, const at::Tensor& gates_) {
-  check_aligned(xs, xs[0]);
-  const Geometry g(xs[0]);
+  const at::Tensor& x0 = aligned_path(xs);
+  const Geometry g(x0);
   const Gates gates(gates_, xs);
-  std::vector<at::Tensor> outputs = allocate_paths(xs[0], gates.n);
-  dispatch(xs[0].scalar_type(), [&]<typename T>() {
+  std::vector<at::Tensor> outputs = allocate_paths(x0, gates.n);
+  dispatch(x0.scalar_type(), [&]<typename T>() {
     const Paths<const T> x(xs);
     const Paths<T> y(outputs);
     const auto* values = gates.values.const_data_ptr<accumulate_t<T>>();
@@ -56,15 +56,15 @@ std::vector<at::Tensor> mix(at::TensorList xs, const at::Tensor& gates_) {
 
 std::tuple<std::vector<at::Tensor>, at::Tensor> mix_backward(
     at::TensorList grad_outputs, at::TensorList xs, const at::Tensor& gates_, bool grad_inputs) {
-  check_aligned(xs, xs[0]);
-  check_aligned(grad_outputs, xs[0]);
-  const Geometry g(xs[0]);
+  const at::Tensor& x0 = aligned_path(xs);
+  check_aligned(grad_outputs, x0);
+  const Geometry g(x0);
   const Gates gates(gates_, xs);
   const int64_t m = static_cast<int64_t>(xs.size()), n = gates.n;
   TORCH_CHECK(static_cast<int64_t>(grad_outputs.size()) == n, "as many gradients as outputs are needed");
-  std::vector<at::Tensor> grad_xs = allocate_paths(xs[0], grad_inputs ? m : 0);
+  std::vector<at::Tensor> grad_xs = allocate_paths(x0, grad_inputs ? m : 0);
   at::Tensor per_sample = at::empty({g.batch, m, n}, gates.values.options());
-  dispatch(xs[0].scalar_type(), [&]<typename T>() {
+  dispatch(x0.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
     const Paths<const T> x(xs), dy(grad_outputs);
     const Paths<T> dx(grad_xs);

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 namespace fastroute {
@@ -32,13 +33,47 @@ int64_t row_pitch(int64_t samples) {
   return (samples / V::size() + 2) * V::size();
 }
 
-// Memory of one mixture for the length of a call: kept by the thread, since calls are short and many.
+// Bytes of scratch that a thread keeps from one call to the next.
+constexpr int64_t kKeptScratch = int64_t{1} << 20;
+
+// Memory of one mixture for the length of a call. What is small is kept by the thread, since calls are short and many.
 template <typename A>
-A* scratch(int64_t count) {
-  static thread_local std::vector<A> memory;
-  if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
-  return memory.data();
-}
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) {
+    static thread_local std::vector<A> kept;
+    if (count * static_cast<int64_t>(sizeof(A)) > kKeptScratch) {
+      own_ = std::make_unique_for_overwrite<A[]>(count);
+    } else if (static_cast<int64_t>(kept.size()) < count) {
+      kept.resize(count);
+    }
+    data_ = own_ ? own_.get() : kept.data();
+  }
+  A* data() const { return data_; }
+
+ private:
+  std::unique_ptr<A[]> own_;
+  A* data_;
+};
+
+// A sum of many terms, block by block: its error grows with the length of a block and the number of blocks, and not with the
+// number of terms.
+template <typename V>
+class Sum {
+ public:
+  void add(const V& term) {
+    block_ = block_ + term;
+    if (++terms_ % kTerms) return;
+    total_ = total_ + block_;
+    block_ = V(0);
+  }
+  V get() const { return total_ + block_; }
+
+ private:
+  static constexpr int64_t kTerms = 32;
+  V block_ = V(0), total_ = V(0);
+  int64_t terms_ = 0;
+};
 
 // (samples, clusters) to [cluster][sample], rows `pitch` apart; lanes past the samples are left as they are.
 template <typename T, typename A>
@@ -59,16 +94,37 @@ void turn_back(const A* from, const Mixtures& g, int64_t pitch, T* to) {
 template <typename A, typename F>
 A sum_over(int64_t samples, F f) {
   using V = at::vec::Vectorized<A>;
-  V total(0);
+  Sum<V> total;
   for (int64_t s = 0; s < samples; s += V::size()) {
     const V value = f(s);
-    total = total + (samples - s >= V::size() ? value : V::set(V(0), value, samples - s));
+    total.add(samples - s >= V::size() ? value : V::set(V(0), value, samples - s));
   }
-  return horizontal_sum(total);
+  return horizontal_sum(total.get());
+}
+
+// The largest f(s), where none is negative.
+template <typename A, typename F>
+A max_over(int64_t samples, F f) {
+  using V = at::vec::Vectorized<A>;
+  V largest(0);
+  for (int64_t s = 0; s < samples; s += V::size()) {
+    const V value = f(s);
+    largest = at::vec::maximum(largest, samples - s >= V::size() ? value : V::set(V(0), value, samples - s));
+  }
+  A lanes[V::size()];
+  largest.store(lanes);
+  return *std::max_element(lanes, lanes + V::size());
+}
+
+// 1/σ, but 0 where that is no number: of a σ of 0, or so small that its inverse overflows.
+template <typename A>
+A inverse(A sigma) {
+  const A scale = 1 / sigma;
+  return std::isinf(scale) ? A(0) : scale;
 }
 
 // μ and 1/σ of one column, 0 where σ is (Eq. 4.11). What is summed is the distance from the first sample, so that a
-// constant column has exactly none.
+// constant column has exactly none, by a power of two near the largest, so that no square over- or underflows.
 template <typename A>
 void statistics(const A* column, int64_t samples, A weight, A& mean, A& scale) {
   using V = at::vec::Vectorized<A>;
@@ -77,13 +133,19 @@ void statistics(const A* column, int64_t samples, A weight, A& mean, A& scale) {
     return;
   }
   const V first(column[0]);
-  const A shift = weight * sum_over<A>(samples, [&](int64_t s) { return V::loadu(column + s) - first; });
+  const A largest = max_over<A>(samples, [&](int64_t s) { return (V::loadu(column + s) - first).abs(); });
+  constexpr int kLast = std::numeric_limits<A>::max_exponent - 2;  // of a power of two whose inverse is normal too
+  const int exponent = largest > 0 ? std::clamp(std::ilogb(largest), -kLast, kLast) : 0;
+  const A unit = std::ldexp(A(1), exponent), per_unit = std::ldexp(A(1), -exponent);
+  const auto distance = [&](int64_t s) { return (V::loadu(column + s) - first) * V(per_unit); };
+  const A shift = weight * sum_over<A>(samples, distance);
   const A variance = weight * sum_over<A>(samples, [&](int64_t s) {
-                       const V d = V::loadu(column + s) - first - V(shift);
+                       const V d = distance(s) - V(shift);
                        return d * d;
                      });
-  mean = column[0] + shift;
-  scale = variance == 0 ? A(0) : 1 / std::sqrt(variance);  // a NaN stays one
+  mean = column[0] + shift * unit;
+  scale = inverse(std::sqrt(variance)) * per_unit;  // a NaN stays one
+  if (std::isinf(scale)) scale = 0;
 }
 
 // log sigmoid(x), up to a rounding of 1: with log1p, exact for the smallest too, the forward took 2 to 4 times as long.
@@ -100,10 +162,7 @@ V sigmoid(const V& x) {
 MixtureResult mixture_em_loss(
     const at::Tensor& scores, const OptionalTensor& scores_aug, const OptionalTensor& prior, const OptionalTensor& mean,
     const OptionalTensor& std, double gamma) {
-  const Mixtures g(scores, scores_aug);
-  for (const auto* t : {&prior, &mean, &std}) {
-    if (t->has_value()) check_mixture(**t, scores, g.columns, g.type);
-  }
+  const Mixtures g(scores, scores_aug, prior, mean, std);
   MixtureResult result = empty_mixture(g, scores);
   auto& [loss, posterior, means, scales] = result;
   dispatch(scores.scalar_type(), [&]<typename T>() {
@@ -118,7 +177,8 @@ MixtureResult mixture_em_loss(
     const A weight = static_cast<A>(g.weight()), over_gamma = static_cast<A>(1 / gamma);
 
     for_mixtures(g, [&](int64_t i) {
-      A* const a = scratch<A>((views + 1) * K * pitch + K);  // [views][K][pitch], then p [K][pitch] and log π [K]
+      const Scratch<A> scratch((views + 1) * K * pitch + K);
+      A* const a = scratch.data();  // [views][K][pitch], then p [K][pitch] and log π [K]
       A *const p = a + views * K * pitch, *const log_prior = p + K * pitch;
       const A least = std::log(std::numeric_limits<A>::min());  // for log π in p log π, which tends to 0 with π
       for (int64_t j = 0; j < K; ++j) log_prior[j] = priors ? std::log(priors[i * K + j]) : A(0);
@@ -128,7 +188,7 @@ MixtureResult mixture_em_loss(
           A *column = a + (v * K + j) * pitch, &mu = mus[v * stride + i * K + j], &rho = rhos[v * stride + i * K + j];
           if (given[0]) {
             mu = given[0][i * K + j];
-            rho = given[1][i * K + j] == 0 ? A(0) : 1 / given[1][i * K + j];
+            rho = inverse(given[1][i * K + j]);
           } else {
             statistics(column, g.samples, weight, mu, rho);
           }
@@ -138,22 +198,24 @@ MixtureResult mixture_em_loss(
         }
       }
       const A total = sum_over<A>(g.samples, [&](int64_t s) {
-        V top(-std::numeric_limits<A>::infinity()), sum(0), joint(0);
+        V top(-std::numeric_limits<A>::infinity());
+        Sum<V> sums, joint;
         for (int64_t j = 0; j < K; ++j) top = at::vec::maximum(top, V::loadu(a + j * pitch + s) + V(log_prior[j]));
         for (int64_t j = 0; j < K; ++j) {
           const V e = (V::loadu(a + j * pitch + s) + V(log_prior[j]) - top).exp();
           e.store(p + j * pitch + s);
-          sum = sum + e;
+          sums.add(e);
         }
+        const V sum = sums.get();
         for (int64_t j = 0; j < K; ++j) {
           const V posterior = V::loadu(p + j * pitch + s) / sum;  // Eq. 4.18, 4.20
           posterior.store(p + j * pitch + s);
           for (int64_t v = 0; v < views; ++v) {
             const V log_likelihood = log_sigmoid(V::loadu(a + (v * K + j) * pitch + s) * V(over_gamma));
-            joint = joint + posterior * (V(std::max(log_prior[j], least)) + log_likelihood);  // Eq. 4.21, 4.23
+            joint.add(posterior * (V(std::max(log_prior[j], least)) + log_likelihood));  // Eq. 4.21, 4.23
           }
         }
-        return joint;
+        return joint.get();
       });
       losses[i] = -weight * total;
       turn_back(p, g, pitch, posteriors + i * K);
@@ -186,7 +248,8 @@ std::tuple<at::Tensor, at::Tensor> mixture_em_loss_backward(
 
     for_mixtures(g, [&](int64_t i) {
       // [K][pitch] of scores, then of p, and [pitch] of dL/da*
-      A *const a = scratch<A>((2 * K + 1) * pitch), *const p = a + K * pitch, *const inner = p + K * pitch;
+      const Scratch<A> scratch((2 * K + 1) * pitch);
+      A *const a = scratch.data(), *const p = a + K * pitch, *const inner = p + K * pitch;
       const V factor(-grads[i] * weight * over_gamma);
       turn(posteriors + i * K, g, pitch, p);
       for (int64_t v = 0; v < views; ++v) {

@@ -53,8 +53,7 @@ int64_t cluster_for(int64_t paths, const Shape& shape, int64_t extra, bool align
 Forward cross_connect(
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
     const OptionalTensor& b2, bool relu) {
-  check_aligned(xs, xs[0]);
-  const at::Tensor& x = xs[0];
+  const at::Tensor& x = aligned_path(xs);
   const c10::cuda::CUDAGuard guard(x.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const Shape shape = shape_of(x);
@@ -92,9 +91,8 @@ Backward cross_connect_backward(
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
     const OptionalTensor& b2, const at::Tensor& gates_, const at::Tensor& pooled_, const at::Tensor& hidden_,
     bool relu, bool grad_inputs) {
-  check_aligned(xs, xs[0]);
-  check_aligned(grad_outputs, xs[0]);
-  const at::Tensor& x = xs[0];
+  const at::Tensor& x = aligned_path(xs);
+  check_aligned(grad_outputs, x);
   const c10::cuda::CUDAGuard guard(x.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const Shape shape = shape_of(x);

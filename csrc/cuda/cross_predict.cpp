@@ -34,8 +34,7 @@ void sum_slices(const at::Tensor& partial, at::Tensor& out, cudaStream_t stream)
 void sum_predictions_op(
     at::TensorList predictions, const at::Tensor& gates_, const OptionalTensor& offsets_, bool relu,
     at::TensorList ys) {
-  const at::Tensor& y = ys[0];
-  check_aligned(ys, y);
+  const at::Tensor& y = aligned_path(ys);
   const auto m = static_cast<int64_t>(predictions.size()), n = static_cast<int64_t>(ys.size());
   check_joined(predictions, y, n);
   const c10::cuda::CUDAGuard guard(y.device());
@@ -53,8 +52,7 @@ void sum_predictions_op(
 at::Tensor scale_paths_op(
     at::TensorList paths, at::TensorList masks, const at::Tensor& weights_, bool sums, at::TensorList masked,
     at::TensorList scaled) {
-  const at::Tensor& x = paths[0];
-  check_aligned(paths, x);
+  const at::Tensor& x = aligned_path(paths);
   const auto parts = static_cast<int64_t>(paths.size()), count = weights_.size(-1);
   TORCH_CHECK(masks.empty() || masks.size() == paths.size(), "as many masks as paths are needed");
   TORCH_CHECK(masked.empty() || masked.size() == paths.size(), "as many masked paths as paths are needed");
@@ -79,8 +77,7 @@ at::Tensor scale_paths_op(
 
 at::Tensor sum_gradients_op(
     at::TensorList terms, at::TensorList xs, const at::Tensor& gates_, at::TensorList grad_xs) {
-  const at::Tensor& x = xs[0];
-  check_aligned(xs, x);
+  const at::Tensor& x = aligned_path(xs);
   const auto m = static_cast<int64_t>(xs.size()), n = static_cast<int64_t>(terms.size());
   check_joined(terms, x, m);
   if (!grad_xs.empty()) check_aligned(grad_xs, x);

@@ -11,8 +11,7 @@ namespace {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gate(
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
     const OptionalTensor& b2) {
-  check_aligned(xs, xs[0]);
-  const at::Tensor& x = xs[0];
+  const at::Tensor& x = aligned_path(xs);
   const c10::cuda::CUDAGuard guard(x.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const Shape shape = shape_of(x);
@@ -35,7 +34,7 @@ Gradients gate_backward(
     const OptionalTensor& grad_gates, const OptionalTensor& grad_scores, at::TensorList xs, const OptionalTensor& w1,
     const OptionalTensor& b1, const at::Tensor& w2, const OptionalTensor& b2, const at::Tensor& gates_,
     const at::Tensor& pooled_, const at::Tensor& hidden_) {
-  const at::Tensor& x = xs[0];
+  const at::Tensor& x = first_path(xs);
   const c10::cuda::CUDAGuard guard(x.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const Shape shape = shape_of(x);

@@ -19,9 +19,8 @@ at::Tensor checked_gates(const at::Tensor& gates, at::TensorList xs, int64_t n) 
 int64_t batch_stride(const at::Tensor& gates) { return gates.dim() == 2 ? 0 : gates.stride(0); }
 
 std::vector<at::Tensor> mix(at::TensorList xs, const at::Tensor& gates_) {
-  check_aligned(xs, xs[0]);
+  const at::Tensor& x = aligned_path(xs);
   const int64_t n = gates_.size(-1);
-  const at::Tensor& x = xs[0];
   const c10::cuda::CUDAGuard guard(x.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const at::Tensor gates = checked_gates(gates_, xs, n);
@@ -36,9 +35,8 @@ std::vector<at::Tensor> mix(at::TensorList xs, const at::Tensor& gates_) {
 
 std::tuple<std::vector<at::Tensor>, at::Tensor> mix_backward(
     at::TensorList grad_outputs, at::TensorList xs, const at::Tensor& gates_, bool grad_inputs) {
-  check_aligned(xs, xs[0]);
-  check_aligned(grad_outputs, xs[0]);
-  const at::Tensor& x = xs[0];
+  const at::Tensor& x = aligned_path(xs);
+  check_aligned(grad_outputs, x);
   const auto m = static_cast<int64_t>(xs.size()), n = static_cast<int64_t>(grad_outputs.size());
   const c10::cuda::CUDAGuard guard(x.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();

@@ -15,10 +15,7 @@ MixtureSizes sizes_of(const Mixtures& g) {
 MixtureResult mixture_em_loss(
     const at::Tensor& scores, const OptionalTensor& scores_aug, const OptionalTensor& prior, const OptionalTensor& mean,
     const OptionalTensor& std, double gamma) {
-  const Mixtures g(scores, scores_aug);
-  for (const auto* t : {&prior, &mean, &std}) {
-    if (t->has_value()) check_mixture(**t, scores, g.columns, g.type);
-  }
+  const Mixtures g(scores, scores_aug, prior, mean, std);
   const c10::cuda::CUDAGuard guard(scores.device());
   MixtureResult result = empty_mixture(g, scores);
   auto& [loss, posterior, means, scales] = result;

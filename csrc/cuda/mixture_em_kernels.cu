@@ -10,28 +10,50 @@
 namespace fastroute::cuda {
 namespace {
 
-// out[j] = Σ_s f(s, j) by one block, samples in a fixed order; scratch holds kThreads values. All threads leave together.
-template <typename A, typename F>
-__device__ void sums_over_samples(int64_t samples, int clusters, A* scratch, A* out, F f) {
+// out[j] = f(0, j) ∘ f(1, j) ∘ … by one block, from 0 on and in a fixed order, where ∘ is `combine`; scratch holds kThreads
+// values. All threads leave together.
+template <typename A, typename F, typename C>
+__device__ void combine_samples(int64_t samples, int clusters, A* scratch, A* out, F f, C combine) {
   const int thread = threadIdx.x;
   for (int first = 0; first < clusters; first += kThreads) {
     const int width = min(clusters - first, kThreads), groups = kThreads / width, group = thread / width;
     const int j = first + thread % width;
-    A sum = 0;
+    A value = 0;
     if (group < groups) {
-      for (int64_t s = group; s < samples; s += groups) sum += f(s, j);
+      for (int64_t s = group; s < samples; s += groups) value = combine(value, f(s, j));
     }
-    scratch[thread] = sum;
+    scratch[thread] = value;
     __syncthreads();
     int half = 1;
     while (half < groups) half *= 2;
     while (half /= 2) {
-      if (group < half && group + half < groups) scratch[thread] += scratch[thread + half * width];
+      if (group < half && group + half < groups) {
+        scratch[thread] = combine(scratch[thread], scratch[thread + half * width]);
+      }
       __syncthreads();
     }
     if (thread < width) out[j] = scratch[thread];
     __syncthreads();
   }
+}
+
+template <typename A, typename F>
+__device__ void sums_over_samples(int64_t samples, int clusters, A* scratch, A* out, F f) {
+  combine_samples(samples, clusters, scratch, out, f, [](A a, A b) { return a + b; });
+}
+
+// The exponent of a distance's power of two, between those whose inverse is a normal number too.
+template <typename A>
+__device__ int exponent_of(A distance) {
+  constexpr int kLast = sizeof(A) == sizeof(float) ? FLT_MAX_EXP - 2 : DBL_MAX_EXP - 2;
+  return distance > 0 ? max(-kLast, min(kLast, ilogb(distance))) : 0;
+}
+
+// 1/σ, but 0 where that is no number: of a σ of 0, or so small that its inverse overflows.
+template <typename A>
+__device__ A inverse(A sigma) {
+  const A scale = 1 / sigma;
+  return isinf(scale) ? A(0) : scale;
 }
 
 // f of the values of `lanes` neighbouring threads, a power of two up to 32, in all of them. The whole warp takes part.
@@ -58,19 +80,33 @@ __global__ void __launch_bounds__(kThreads, 2) mixture_em_forward_kernel(const _
   const auto score = [&](int v, int64_t s, int j) { return static_cast<A>(args.scores[v][own + s * stride + j]); };
 
   for (int v = 0; v < views; ++v) {
-    A *const shift = mu + v * K, *const variance = rho + v * K;
+    // The largest distance lies for a while where log π will.
+    A *const shift = mu + v * K, *const variance = rho + v * K, *const largest = log_prior;
     if (!args.mean) {
-      // What is summed is the distance from the first sample, so that a constant column has exactly none.
-      sums_over_samples(g.samples, K, scratch, shift, [&](int64_t s, int j) { return score(v, s, j) - score(v, 0, j); });
+      // What is summed is the distance from the first sample, so that a constant column has exactly none, by a power of
+      // two near the largest, so that no square over- or underflows.
+      combine_samples(
+          g.samples, K, scratch, largest, [&](int64_t s, int j) { return abs(score(v, s, j) - score(v, 0, j)); },
+          [](A a, A b) { return b > a ? b : a; });
+      const auto distance = [&](int64_t s, int j) {
+        return (score(v, s, j) - score(v, 0, j)) * ldexp(A(1), -exponent_of(largest[j]));
+      };
+      sums_over_samples(g.samples, K, scratch, shift, distance);
       sums_over_samples(g.samples, K, scratch, variance, [&](int64_t s, int j) {
-        const A d = score(v, s, j) - score(v, 0, j) - weight * shift[j];
+        const A d = distance(s, j) - weight * shift[j];
         return d * d;
       });
     }
     for (int j = threadIdx.x; j < K; j += kThreads) {
-      const A sigma = args.std ? args.std[own + j] : sqrt(weight * variance[j]);
-      mu[v * K + j] = args.mean ? args.mean[own + j] : g.samples ? score(v, 0, j) + weight * shift[j] : A(0);
-      rho[v * K + j] = sigma == 0 ? A(0) : 1 / sigma;
+      if (args.mean) {
+        mu[v * K + j] = args.mean[own + j];
+        rho[v * K + j] = inverse(args.std[own + j]);
+      } else {
+        const int exponent = exponent_of(largest[j]);
+        mu[v * K + j] = g.samples ? score(v, 0, j) + ldexp(weight * shift[j], exponent) : A(0);
+        rho[v * K + j] = ldexp(inverse(sqrt(weight * variance[j])), -exponent);
+        if (isinf(rho[v * K + j])) rho[v * K + j] = 0;
+      }
       args.means[v * stride + own + j] = mu[v * K + j];
       args.scales[v * stride + own + j] = rho[v * K + j];
     }

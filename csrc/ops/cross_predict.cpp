@@ -28,8 +28,10 @@ const auto& backward_op() {
 
 void check(
     at::TensorList xs, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& gates,
-    at::IntArrayRef padding, at::IntArrayRef dilation) {
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
   check_paths("xs", xs);
+  check_given("weight", weight);
+  check_given("gates", gates);
   const at::Tensor& x = xs[0];
   const int64_t m = static_cast<int64_t>(xs.size()), rank = x.dim() - 2;
   const auto shape = weight.sizes();
@@ -40,6 +42,7 @@ void check(
       "weight has shape ", tuple(shape), "; it must be (m, n, C_out, C_in", kernel, ") = (", m, ", n, C_out, ",
       x.size(1), kernel, "), from m paths to n = 1 to ", kMaxPaths, ", with ", rank,
       " kernel sizes for paths of shape ", tuple(x.sizes()));
+  check_geometry(rank, stride, padding, dilation);
   const int64_t n = shape[1], width = shape[2];
   std::vector<int64_t> expected = shape.vec();
   expected[0] = m;
@@ -59,7 +62,7 @@ void check(
 Paths cross_predict(
     at::TensorList xs, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& gates,
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool relu, c10::string_view form) {
-  check(xs, weight, bias, gates, padding, dilation);
+  check(xs, weight, bias, gates, stride, padding, dilation);
   const Aligned paths("xs", xs);
   return compute(
       forward_op(), paths[0], kFirstForCrossPredict, at::TensorList(paths), weight, bias, gates, stride, padding,

@@ -44,6 +44,7 @@ std::string row(const A* values, int64_t count) {
 }
 
 void check_scores(const at::Tensor& scores) {
+  check_given("scores", scores);
   TORCH_CHECK_TYPE(
       is_served(scores.scalar_type()), "scores has dtype ", name(scores.scalar_type()), "; it must be one of ",
       kServedTypes);

@@ -63,11 +63,32 @@ at::Tensor sum_gradients(
   return op.call(terms, xs, gates, grad_xs);
 }
 
+// Whether every position of the kernel meets the map itself, and not padding alone, and the map is no smaller than the
+// kernel. On a CPU PyTorch's convolutions in bfloat16 give a wrong gradient of the weight, or crash, where this is not so;
+// in float32 they are right.
+bool kernel_fits(
+    const at::Tensor& x, const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation) {
+  for (size_t d = 0; d < stride.size(); ++d) {
+    const auto dim = static_cast<int64_t>(d);
+    const int64_t size = x.size(2 + dim), k = weight.size(4 + dim), reach = dilation[d] * (k - 1);
+    if (reach >= size) return false;
+    const int64_t last = (size + 2 * padding[d] - reach - 1) / stride[d];
+    for (int64_t position = 0; position < k; ++position) {
+      const int64_t at = position * dilation[d] - padding[d];  // for the first output
+      const int64_t output = at < 0 ? (stride[d] - 1 - at) / stride[d] : 0;  // the first that meets the map
+      if (output > last || output * stride[d] + at >= size) return false;
+    }
+  }
+  return true;
+}
+
 // Cross-correlation of a geometry, or a dense layer where there is no space: x (N, C, *S), weight (C', C, *k). All results
 // are [*S, C] in memory with `channels_last`, else [C, *S]. PyTorch is given everything in `type`, and maps are converted
 // back; the weight's gradient is not.
 struct Convolution {
-  at::IntArrayRef stride, padding, dilation;
+  at::IntArrayRef stride, padding;
+  std::vector<int64_t> dilation;
   bool channels_last;
   at::ScalarType type;
 
@@ -112,6 +133,16 @@ std::vector<int64_t> output_shape(
   return shape;
 }
 
+// The dilation as PyTorch is given it: without meaning along a kernel of one, where a CPU's bfloat16 convolutions crash with
+// others than 1.
+std::vector<int64_t> meaningful(at::IntArrayRef dilation, const at::Tensor& weight) {
+  std::vector<int64_t> numbers = dilation.vec();
+  for (size_t d = 0; d < numbers.size(); ++d) {
+    if (weight.size(4 + static_cast<int64_t>(d)) == 1) numbers[d] = 1;
+  }
+  return numbers;
+}
+
 std::atomic<int64_t> forced_chunk_bytes = 0;  // by a test, to have several chunks of a small case
 
 // Where and in which portions the convolutions and passes work.
@@ -119,15 +150,16 @@ std::atomic<int64_t> forced_chunk_bytes = 0;  // by a test, to have several chun
 // On a CPU PyTorch's convolutions are fastest in channels_last, whose cost their other formats have inside: paths of
 // another format are converted by the passes. Working on few samples at a time leaves in the caches what one convolution or
 // pass writes for the next, but converts the weight into the convolutions' own format each time. In float16 convolutions
-// are 20 times slower than in float32, and add their inputs' gradients in float16.
+// are 20 times slower than in float32, and add their inputs' gradients in float16; in bfloat16 see `kernel_fits`.
 class Layer {
  public:
   Layer(
       at::TensorList xs, const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
       at::IntArrayRef dilation)
       : cpu_(xs[0].is_cpu()), paths_last_(!sample_is_dense(xs[0], false)),
-        convolution_{stride, padding, dilation, cpu_ || paths_last_,
-                     cpu_ && xs[0].scalar_type() == at::kHalf ? at::kFloat : xs[0].scalar_type()} {
+        convolution_{stride, padding, meaningful(dilation, weight), cpu_ || paths_last_, xs[0].scalar_type()} {
+    const bool fits = convolution_.type == at::kBFloat16 && kernel_fits(xs[0], weight, stride, padding, dilation);
+    if (cpu_ && convolution_.type != at::kDouble && !fits) convolution_.type = at::kFloat;
     const int64_t bytes = static_cast<int64_t>(weight.nbytes());
     chunk_bytes_ = cpu_ ? std::min(std::max(int64_t{1} << 20, bytes), int64_t{8} << 20) : int64_t{64} << 20;
     if (forced_chunk_bytes) chunk_bytes_ = forced_chunk_bytes;
@@ -202,6 +234,25 @@ class Layer {
   int64_t chunk_bytes_, least_samples_;
 };
 
+// What the layer's own arithmetic needs; PyTorch's convolutions and the passes check the rest.
+void check_weights(
+    at::TensorList xs, const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation) {
+  const at::Tensor& x = xs[0];
+  TORCH_CHECK(
+      weight.defined() && weight.dim() == 2 + x.dim() && weight.size(0) == static_cast<int64_t>(xs.size()) &&
+          weight.size(1) >= 1 && weight.size(1) <= kMaxPaths,
+      "weight must be (m, n, C_out, C_in, *k), from m paths to n = 1 to 8");
+  check_geometry(x.dim() - 2, stride, padding, dilation);
+}
+
+// The same for outputs and their gradients.
+void check_results(at::TensorList ys, at::IntArrayRef shape, int64_t count) {
+  TORCH_CHECK(
+      aligned_path(ys).sizes() == shape && static_cast<int64_t>(ys.size()) == count,
+      "as many gradients and outputs as the layer has, of their shape, are needed");
+}
+
 Tensors narrowed(at::TensorList tensors, int64_t first, int64_t end) {
   Tensors parts;
   for (const auto& t : tensors) parts.push_back(t.narrow(0, first, end - first));
@@ -242,8 +293,8 @@ void gate_first(
 Tensors cross_predict(
     at::TensorList xs, const at::Tensor& weight_, const OptionalTensor& bias, const at::Tensor& gates_,
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool relu, c10::string_view form) {
-  const at::Tensor& x = xs[0];
-  check_aligned(xs, x);
+  const at::Tensor& x = aligned_path(xs);
+  check_weights(xs, weight_, stride, padding, dilation);
   const Layer layer(xs, weight_, stride, padding, dilation);
   const auto shape = output_shape(x, weight_, stride, padding, dilation);
   const auto strides = dense_strides(shape, layer.paths_last());
@@ -292,8 +343,11 @@ std::tuple<Tensors, at::Tensor, at::Tensor, at::Tensor> cross_predict_backward(
     at::TensorList grad_outputs, at::TensorList outputs, at::TensorList xs, const at::Tensor& weight_,
     const OptionalTensor& bias, const at::Tensor& gates_, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, bool grad_inputs) {
-  const at::Tensor& x = xs[0];
-  check_aligned(xs, x);
+  const at::Tensor& x = aligned_path(xs);
+  check_weights(xs, weight_, stride, padding, dilation);
+  const auto shape = output_shape(x, weight_, stride, padding, dilation);
+  check_results(grad_outputs, shape, weight_.size(1));
+  if (!outputs.empty()) check_results(outputs, shape, weight_.size(1));
   const auto type = accumulate_type(x.scalar_type());
   const Layer layer(xs, weight_, stride, padding, dilation);
   const at::Tensor weight = weight_.to(x.scalar_type()), gates = gates_.to(type);

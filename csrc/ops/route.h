@@ -8,6 +8,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <string>
 
@@ -35,9 +36,11 @@ enum class Way { kNative, kTriton, kPython };
 // remembers the answer until the user names another backend. A CPU's kernels need no asking.
 Way way(const at::Tensor& x, First first);
 
-// Computes an operator for arguments that have been checked and brought into form.
+// Computes an operator for arguments that have been checked and brought into form. Autocast has cast the arguments where it
+// should, and would cast what is computed in float32 on purpose.
 template <typename Signature, typename... Args>
 auto compute(const Operator<Signature>& op, const at::Tensor& x, First first, const Args&... args) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   switch (way(x, first)) {
     case Way::kNative: return op.native.call(args...);
     case Way::kTriton: return triton::call(op.name.c_str(), op.python, x.device(), args...);

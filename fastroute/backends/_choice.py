@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastroute.backends import native, reference, triton
-from fastroute.ops._library import KERNELS, NOT_COMPILED, OPERATORS, PYTHON, implement
+from fastroute.ops._library import KERNELS, NOT_COMPILED, OPERATORS, PLAIN, PYTHON, implement, without_autocast
 
 
 @dataclass(frozen=True)
@@ -116,15 +116,17 @@ def _serve(name: str, prepare: Callable) -> Callable:
         x = next((arg[0] for arg in args if isinstance(arg, list)), args[0])
         backend = _choose(_override or os.environ.get("FASTROUTE_BACKEND"), x.device, x.dtype)
         function = getattr(backend.kernels(), name)
-        if backend.name == "triton" and not NOT_COMPILED and torch.ops.fastroute_native.recording_is_offered():
-            return backend.kernels().record(function, args)
-        return function(*args)
+        with without_autocast(x.device.type):
+            if backend.name == "triton" and not NOT_COMPILED and torch.ops.fastroute_native.recording_is_offered():
+                return backend.kernels().record(function, args)
+            return function(*args)
 
     return kernel
 
 
 for _operator, _prepare in OPERATORS.items():
     KERNELS[_operator] = _serve(_operator, _prepare)
+    PLAIN[_operator] = getattr(BACKENDS["reference"].kernels(), _operator)
     implement(_operator, KERNELS[_operator], "CompositeExplicitAutograd")
 if not NOT_COMPILED:
     PYTHON.impl("choose", _answer, "CompositeExplicitAutograd")

@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fastroute.models._modes import modes_kept
-from fastroute.nn import CrossConnection, CrossStitch, MultiPathNetwork, ParallelPaths
+from fastroute.nn import CrossConnection, CrossStitch, MultiPathNetwork, ParallelPaths, exact_convolutions
 from fastroute.ops._paths import MAX_PATHS
 
 INPUT = "input"
@@ -126,7 +126,7 @@ def multipath(
         own = routing is None and end is first and first.meta["overwritten"]
     _add(layers, "head", ParallelPaths(_part(m, graph, start, output, own=own) for m in copies))
     network = MultiPathNetwork(layers)
-    return network if model.training else network.eval()
+    return exact_convolutions(network if model.training else network.eval())
 
 
 def _add(layers: dict[str, nn.Module], name: str, layer: nn.Module) -> None:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from fastroute.nn import exact_convolutions
+
 
 class ModelInfo(NamedTuple):
     """What the registry knows of a network.
@@ -109,4 +111,4 @@ def create_model(
     for argument, size in sizes.items():
         if size < 1:
             raise ValueError(f"{argument} is {size}; it must be at least 1")
-    return info.builder(**sizes, **options)
+    return exact_convolutions(info.builder(**sizes, **options))

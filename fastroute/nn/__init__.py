@@ -3,6 +3,7 @@
 from fastroute.nn.cross_connection import CrossConnection
 from fastroute.nn.cross_prediction import CrossPrediction2d, CrossPredictionLinear
 from fastroute.nn.cross_stitch import CrossStitch
+from fastroute.nn.exact_convolutions import exact_convolutions
 from fastroute.nn.gate_clustering import GateClusteringLoss
 from fastroute.nn.mixture_em import ConsistencyLoss, MixtureEMLoss, RelevanceNorm
 from fastroute.nn.multipath import MultiPathNetwork, ParallelPaths
@@ -24,4 +25,5 @@ __all__ = [
     "Routing",
     "SparseRouter",
     "SparseRouting",
+    "exact_convolutions",
 ]

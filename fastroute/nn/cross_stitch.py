@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastroute.nn._lists import TakesLists
 from fastroute.ops import mix
 from fastroute.ops._paths import MAX_PATHS, path_list
 
 
-class CrossStitch(nn.Module):
+class CrossStitch(TakesLists, nn.Module):
     """Mix m parallel tensors into n by learned coefficients (Misra et al., 2016): the static peer of `CrossConnection`.
 
         Y_j = Σ_i g_ij X_i                              (Eq. 3.8, with G a parameter)

@@ -85,7 +85,7 @@ class RelevanceNorm(nn.Module):
         shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if scores.shape[0] < 2 and not shared:
             raise ValueError(f"scores have {scores.shape[0]} samples; in training mode there must be at least 2")
-        std, mean = torch.std_mean(scores, dim=0, correction=0)
+        std, mean = _std_mean(scores)
         if track:
             self._track(scores.detach(), mean.detach(), std.detach(), shared)
         normalized = (scores - mean) * _inverse(std)
@@ -118,6 +118,16 @@ class RelevanceNorm(nn.Module):
         gates = "" if self.num_gates is None else f", num_gates={self.num_gates}"
         batch = "" if self.training_statistics == "running" else ", training_statistics='batch'"
         return f"{self.num_clusters}, momentum={self.momentum}{gates}{batch}"
+
+
+def _std_mean(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """σ and μ of each column, divided by a power of two meanwhile, so that no square over- or underflows."""
+    if scores.shape[0] == 0:
+        return torch.std_mean(scores, dim=0, correction=0)
+    exponent = torch.frexp(scores.detach().abs().amax(0)).exponent
+    unit = torch.ldexp(torch.ones_like(scores[0]), exponent - 1)
+    std, mean = torch.std_mean(scores / unit, dim=0, correction=0)
+    return std * unit, mean * unit
 
 
 def _inverse(std: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fastroute.nn._lists import TakesLists
 from fastroute.nn.router import Router, Routing
 
 # Device type → how parallel paths run where that is left to us; elsewhere "separate". On two cores of an EPYC, 72 cases
@@ -14,7 +15,7 @@ from fastroute.nn.router import Router, Routing
 EXECUTION = {"cpu": "separate"}
 
 
-class ParallelPaths(nn.ModuleList):
+class ParallelPaths(TakesLists, nn.ModuleList):
     """One module for each path, each applied to its own tensor.
 
     Args:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastroute.nn._lists import TakesLists
 from fastroute.nn._temperature import Tempered
 from fastroute.ops._paths import MAX_PATHS, path_list
 
@@ -22,11 +23,13 @@ class Routing(NamedTuple):
     scores: Tensor
 
 
-class Router(Tempered, nn.Module):
+class Router(TakesLists, Tempered, nn.Module):
     """A layer from m parallel tensors to n, with the parameters of a gate for each incoming path (Eq. 3.3 to 3.5).
 
     Parameters: w1 (m, G, C), b1 (m, G), w2 (m, n, G), b2 (m, n); w2 is (m, n, C), and w1 and b1 are None, without a
     hidden layer. Subclasses return `(outputs, Routing)` from `forward(xs, return_routing=True)`.
+
+    Full backward hooks do not run on layers that take and return lists: use `Tensor.register_hook` on the outputs.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """The libraries compiled from csrc: which there are, whether they fit, and loading them.
 
 A library that is missing, or was built for another torch or, in a checkout, from other sources than those beside the
-package, is a reason not to use it, never an error at import. FASTROUTE_COMPILED=0 leaves all of them out.
+package, is a reason not to use it, never an error at import. FASTROUTE_COMPILED=0 leaves all of them out;
+FASTROUTE_CPU=avx2 takes the kernels of an older instruction set than the processor has.
 """
 
 import mmap
@@ -18,12 +19,27 @@ ROOT = Path(__file__).parents[2]
 REBUILD = "build it anew with `python setup.py build_ext --inplace` or `pip install`"
 
 
+INSTRUCTION_SETS = ("default", "avx2", "avx512", "avx512_bf16")
+
+
 def cpu_library() -> str:
-    """Return the name of the CPU library for this processor's instruction set, as torch reports it."""
+    """Return the name of the CPU library for this processor's instruction set, as torch reports it, or an older one."""
+    return f"_C_{os.environ.get('FASTROUTE_CPU') or _capability()}"
+
+
+def _capability() -> str:
     capability = torch.backends.cpu.get_cpu_capability().lower()
-    if capability == "avx512" and torch.cpu.get_capabilities().get("avx512_bf16"):
-        capability = "avx512_bf16"
-    return f"_C_{capability}"
+    newer = capability == "avx512" and torch.cpu.get_capabilities().get("avx512_bf16")
+    return "avx512_bf16" if newer else capability
+
+
+def _reason_against_set() -> str | None:
+    """Return why the instruction set that FASTROUTE_CPU names cannot be taken, or None."""
+    named, own = os.environ.get("FASTROUTE_CPU"), _capability()
+    if not named or named == own:
+        return None
+    served = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(own) + 1] if own in INSTRUCTION_SETS else ()
+    return None if named in served else f"FASTROUTE_CPU is {named!r}; this processor serves {', '.join(served) or own}"
 
 
 def reason_against(path: Path, folders: tuple[str, ...]) -> str | None:
@@ -66,7 +82,7 @@ def load_operators() -> str | None:
 
 def load_cpu() -> str | None:
     """Load the kernels for this processor; return why they cannot be loaded, or None."""
-    return load_operators() or load(cpu_library(), CPU)
+    return load_operators() or _reason_against_set() or load(cpu_library(), CPU)
 
 
 def load_cuda() -> str | None:

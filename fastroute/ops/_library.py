@@ -3,6 +3,7 @@
 The compiled library defines both, checks the arguments and differentiates. Where there is none, Python does.
 """
 
+import contextlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,9 @@ def schemas() -> list[str]:
     return ["".join(re.findall(r'"([^"]*)"', entry)) for entry in entries]
 
 
+# Operator name -> the reference's function for arguments that have been prepared: the backends fill this in.
+PLAIN: dict[str, Callable] = {}
+
 if NOT_COMPILED:
     for _schema in schemas():
         LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -55,10 +59,37 @@ def implement(name: str, function: Callable, key: str) -> None:
         LIBRARY.impl(name, function, key)
 
 
+def without_autocast(device_type: str):
+    """Switch autocast off: it would cast what is computed in float32 on purpose. Meta tensors have none."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
 def differentiate(name: str, backward: Callable, setup_context: Callable | None = None) -> None:
-    """Give an operator, such as another's backward, a derivative that Python computes."""
+    """Give an operator, such as another's backward, a derivative that Python computes, without autocast."""
+
+    def exact(ctx, *grads):
+        lists = (grad if isinstance(grad, (list, tuple)) else [grad] for grad in grads)
+        given = next(grad for each in lists for grad in each if grad is not None)
+        with without_autocast(given.device.type):
+            return backward(ctx, *grads)
+
     for library in (LIBRARY, PYTHON):
-        torch.library.register_autograd(f"{library.ns}::{name}", backward, setup_context=setup_context, lib=library)
+        torch.library.register_autograd(f"{library.ns}::{name}", exact, setup_context=setup_context, lib=library)
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func, such as vmap, or forward-mode differentiation is at work."""
+    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def call(operator, *args):
+    """Call an operator; under a transform compute it in plain PyTorch, which transforms see through."""
+    if not torch.compiler.is_compiling() and transformed():
+        name = operator._schema.name.partition("::")[2]
+        return PLAIN[name](*OPERATORS[name](*args))
+    return operator(*args)
 
 
 def below_autograd(operator, x: Tensor, *args):

@@ -69,6 +69,14 @@ def path_list(name: str, xs: Sequence[Tensor]) -> list[Tensor]:
     return list(xs)
 
 
+def check_tensors(**tensors: Tensor) -> None:
+    """Raise unless each of these arguments, by its name, is a tensor."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            given = "None" if tensor is None else f"a {type(tensor).__name__}"
+            raise TypeError(f"{name} is {given}; it must be a tensor")
+
+
 def check_activation(activation: str | None) -> None:
     if activation not in ("relu", None):
         raise ValueError(f"activation is {activation!r}; it must be 'relu' or None")

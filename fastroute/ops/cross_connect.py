@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastroute.ops._library import below_autograd, define, implement
+from fastroute.ops._library import below_autograd, call, define, implement
 from fastroute.ops._paths import (
     accumulate_dtype,
     align_like,
@@ -14,6 +14,7 @@ from fastroute.ops._paths import (
     check_activation,
     check_gate,
     check_paths,
+    check_tensors,
     empty_path,
     path_list,
 )
@@ -69,7 +70,8 @@ def cross_connect(
         RuntimeError: the backend asked for by name cannot serve these tensors.
     """
     check_activation(activation)
-    outputs, gates, scores, _, _ = _FORWARD(path_list("xs", xs), w1, b1, w2, b2, activation == "relu")
+    check_tensors(w2=w2)
+    outputs, gates, scores, _, _ = call(_FORWARD, path_list("xs", xs), w1, b1, w2, b2, activation == "relu")
     return Routed(outputs, gates, scores)
 
 

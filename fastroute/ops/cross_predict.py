@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastroute.ops._library import below_autograd, define, implement
+from fastroute.ops._library import below_autograd, call, define, implement
 from fastroute.ops._paths import (
     DTYPES,
     MAX_PATHS,
@@ -14,6 +14,7 @@ from fastroute.ops._paths import (
     align_paths,
     check_activation,
     check_paths,
+    check_tensors,
     check_weight,
     empty_map,
     empty_path,
@@ -21,6 +22,7 @@ from fastroute.ops._paths import (
 )
 
 FORMS = ("predict", "gate")
+MAX_SIZE = 2**30  # of strides, paddings and dilations: products with sizes do not overflow
 
 
 def cross_predict(
@@ -69,12 +71,13 @@ def cross_predict(
     if form not in FORMS:
         raise ValueError(f"form is {form!r}; it must be {' or '.join(map(repr, FORMS))}")
     xs = _autocast(path_list("xs", xs))
+    check_tensors(weight=weight, gates=gates)
     rank = max(weight.dim() - 4, 0)
     geometry = [
         _numbers(name, value, rank, least)
         for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
     ]
-    return _FORWARD(xs, weight, bias, gates, *geometry, activation == "relu", form)
+    return call(_FORWARD, xs, weight, bias, gates, *geometry, activation == "relu", form)
 
 
 def _autocast(xs: list[Tensor]) -> list[Tensor]:
@@ -91,8 +94,8 @@ def _numbers(name: str, value: int | Sequence[int], count: int, least: int) -> l
     values = [value] * count if isinstance(value, int) else list(value)
     if len(values) != count:
         raise ValueError(f"{name} is {value}; it must be one number, or one for each of {count} spatial sizes")
-    if any(number < least for number in values):
-        raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if any(not least <= number <= MAX_SIZE for number in values):
+        raise ValueError(f"{name} is {value}; it must be at least {least} and at most {MAX_SIZE}")
     return values
 
 
@@ -118,7 +121,12 @@ def _prepare_forward(xs, weight, bias, gates, stride, padding, dilation, relu, f
                 f"xs[0] has shape {tuple(x.shape)}; with padding={list(padding)} and dilation={list(dilation)} it is "
                 f"smaller than a kernel of {tuple(kernel)}"
             )
-    return align_paths("xs", xs), weight, bias, gates, stride, padding, dilation, relu, form
+    return align_paths("xs", xs), weight, bias, gates, stride, padding, _meaningful(dilation, weight), relu, form
+
+
+def _meaningful(dilation: Sequence[int], weight: Tensor) -> list[int]:
+    """1 along a kernel of one, where a CPU's convolutions in bfloat16 crash with others, which mean the same."""
+    return [1 if k == 1 else d for d, k in zip(dilation, weight.shape[4:], strict=True)]
 
 
 def output_shape(x: Tensor, weight: Tensor, stride, padding, dilation) -> tuple[int, ...]:
@@ -132,10 +140,11 @@ def _fake_forward(xs, weight, bias, gates, stride, padding, dilation, relu, form
     return [empty_map(xs[0], shape) for _ in range(weight.shape[1])]
 
 
-def _prepare_backward(grad_outputs, outputs, xs, *rest):
+def _prepare_backward(grad_outputs, outputs, xs, weight, bias, gates, stride, padding, dilation, grad_inputs):
     xs = align_paths("xs", xs)
     like = empty_map(xs[0], grad_outputs[0].shape)
-    return align_like(grad_outputs, like), align_like(outputs, like), xs, *rest
+    grad_outputs, outputs = align_like(grad_outputs, like), align_like(outputs, like)
+    return grad_outputs, outputs, xs, weight, bias, gates, stride, padding, _meaningful(dilation, weight), grad_inputs
 
 
 def _fake_backward(grad_outputs, outputs, xs, weight, bias, gates, stride, padding, dilation, grad_inputs):

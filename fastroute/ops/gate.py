@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastroute.ops._library import below_autograd, define, implement
-from fastroute.ops._paths import accumulate_dtype, align_paths, check_gate, check_paths, path_list
+from fastroute.ops._library import below_autograd, call, define, implement
+from fastroute.ops._paths import accumulate_dtype, align_paths, check_gate, check_paths, check_tensors, path_list
 
 
 class Gates(NamedTuple):
@@ -30,7 +30,8 @@ def gate(xs: Sequence[Tensor], w1: Tensor | None, b1: Tensor | None, w2: Tensor,
     Raises:
         TypeError, ValueError, RuntimeError: as `cross_connect`.
     """
-    gates, scores, _, _ = _FORWARD(path_list("xs", xs), w1, b1, w2, b2)
+    check_tensors(w2=w2)
+    gates, scores, _, _ = call(_FORWARD, path_list("xs", xs), w1, b1, w2, b2)
     return Gates(gates, scores)
 
 

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastroute.ops._library import below_autograd, define, implement
+from fastroute.ops._library import below_autograd, call, define, implement
 from fastroute.ops._paths import (
     MAX_PATHS,
     accumulate_dtype,
     align_like,
     align_paths,
     check_paths,
+    check_tensors,
     check_weight,
     empty_path,
     path_list,
@@ -34,7 +35,8 @@ def mix(xs: Sequence[Tensor], gates: Tensor) -> list[Tensor]:
         ValueError: shapes, devices or memory formats do not agree, or there are more than 8 paths.
         RuntimeError: the backend asked for by name cannot serve these tensors.
     """
-    return _FORWARD(path_list("xs", xs), gates)
+    check_tensors(gates=gates)
+    return call(_FORWARD, path_list("xs", xs), gates)
 
 
 def _prepare_forward(xs, gates):

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastroute.ops._library import below_autograd, define, differentiate, implement
-from fastroute.ops._paths import DTYPES, accumulate_dtype
+from fastroute.ops._library import below_autograd, call, define, differentiate, implement, transformed
+from fastroute.ops._paths import DTYPES, accumulate_dtype, check_tensors
 
 MAX_CLUSTERS = 1024
 
@@ -60,7 +60,8 @@ def mixture_em_loss(
             the CPU, the prior is not a distribution or std is negative. On a GPU that check would wait for the device.
         RuntimeError: a second derivative is asked for; or the backend asked for by name cannot serve these tensors.
     """
-    loss, posterior, _, _ = _FORWARD(scores, scores_aug, prior, mean, std, gamma)
+    check_tensors(scores=scores)
+    loss, posterior, _, _ = call(_FORWARD, scores, scores_aug, prior, mean, std, gamma)
     return MixtureEM(loss, posterior)
 
 
@@ -91,8 +92,8 @@ def _per_column(name: str, value: Tensor, scores: Tensor) -> Tensor:
 
 
 def _readable(value: Tensor) -> bool:
-    """Whether values can be looked at without waiting for a device: not so for the fake tensors of a compiler."""
-    return value.device.type == "cpu" and type(value) is Tensor
+    """Whether values can be looked at without waiting for a device: not so in a compiler or a transform."""
+    return value.device.type == "cpu" and type(value) is Tensor and not transformed()
 
 
 def _check_prior(prior: Tensor) -> None:

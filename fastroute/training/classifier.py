@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastroute.models import create_model
-from fastroute.nn import Routing
+from fastroute.nn import Routing, exact_convolutions
 from fastroute.training.capturable import CAPTURABLE
 from fastroute.training.graphs import COMPILE_MODES, CUDAGraph, Graph, RecordedStep, check_recording
 from fastroute.training.loaders import Draws
@@ -110,7 +110,7 @@ class RoutingClassifier(pl.LightningModule):
         if self.named:
             model = create_model(model, num_classes, in_chans, img_size)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.model = model.to(memory_format=self.memory_format)
+        self.model = exact_convolutions(model).to(memory_format=self.memory_format)
         if compile:
             self.model.compile(mode=compile_mode)
         self.routed = takes_routing(model)

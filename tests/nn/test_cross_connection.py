@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastroute.nn import CrossConnection, Routing
+from fastroute.nn import CrossConnection, CrossStitch, ParallelPaths, Routing
 
 
 def paths(m, *shape, **options):
@@ -211,3 +211,11 @@ def test_a_wrong_temperature_is_refused_later_too():
 def test_wrong_inputs(xs, error, message):
     with pytest.raises(error, match=message):
         CrossConnection(6, 2, 2)(xs)
+
+
+def test_full_backward_hooks_say_that_they_will_not_run():
+    """PyTorch looks for tensors among a layer's arguments, and not in its lists."""
+    for layer in (CrossConnection(4, 2, 2), CrossStitch(2), ParallelPaths([torch.nn.Identity()])):
+        for name in ("register_full_backward_hook", "register_full_backward_pre_hook"):
+            with pytest.warns(UserWarning, match=f"{name}: the hook will not run.*lists.*call register_hook"):
+                getattr(layer, name)(lambda *_: None)

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastroute import ops, use_backend
+from fastroute.ops._convolution import kernel_fits
 from tests.ops.cases import check_against_eager, differentiate, paths
 from tests.ops.cases import eager_cross_predict as eager
 
@@ -261,6 +262,58 @@ def test_the_plan_of_the_native_passes(native_library):
     assert plan(large, small)[3] == threads
 
 
+# Kernels some of whose positions meet padding alone, or that are larger than the map, and dilations of kernels of one:
+# where PyTorch's convolutions in bfloat16 on a CPU crash, or give a wrong gradient of the weight.
+LOOSE = [
+    ((1, 2, 9, 1), (5, (2, 1)), {"stride": (3, 2), "padding": (0, 1), "dilation": (1, 2)}),
+    ((4, 3, 7, 1), (2, (1, 3)), {"stride": 2, "padding": (0, 1)}),
+    ((1, 16, 3, 1), (16, (1, 5)), {"stride": (1, 3), "padding": (0, 3)}),
+    ((4, 8, 1, 1), (8, (3, 3)), {"padding": 1}),
+    ((2, 8, 2), (5, (2,)), {"stride": 3, "padding": 1}),
+    ((1, 3, 6, 5, 14), (5, (7, 1, 1)), {"padding": (1, 0, 0), "dilation": (1, 1, 2)}),
+    ((2, 16, 4, 8, 2), (5, (5, 5, 3)), {"padding": (1, 0, 2)}),
+]
+
+
+@pytest.mark.parametrize("case", LOOSE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_kernels_that_do_not_fit_the_map(backend, dtype, layout, case):
+    shape, (width, kernel), geometry = case
+    ps, xs = parameters(1, 1, width, shape[1], kernel, shape[0], dtype), paths(1, shape, dtype, layout)
+    outputs, gradients, incoming = differentiate(predicted(activation=None, **geometry), [*ps, *xs])
+    exact = differentiate(eager(None, **geometry), [t.float() for t in (*ps, *xs)], incoming)
+    for ours, theirs in zip((*outputs, *gradients), (*exact[0], *exact[1]), strict=True):
+        torch.testing.assert_close(ours.float(), theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())
+
+
+def test_which_kernels_fit_the_map():
+    """Every position meets the map in some output, and the kernel is no larger than the map."""
+    for size, k, s, p, d in itertools.product(range(1, 7), range(1, 6), range(1, 4), range(4), range(1, 4)):
+        outputs = (size + 2 * p - d * (k - 1) - 1) // s + 1
+        if outputs < 1:
+            continue
+        met = all(any(0 <= o * s + i * d - p < size for o in range(outputs)) for i in range(k))
+        fits = kernel_fits((1, 1, size), (1, 1, k), [s], [p], [d])
+        assert fits == (met and d * (k - 1) < size), (size, k, s, p, d)
+
+
+def test_second_derivatives_where_the_kernel_does_not_fit(backend):
+    xs, ps = paths(1, (2, 3, 1, 1), torch.bfloat16), parameters(1, 1, 4, 3, (3, 3), 2, torch.bfloat16)
+
+    def penalty(weight, bias, gates, x):
+        [y] = ops.cross_predict([x], weight, bias, gates, padding=1, activation=None)
+        [grad] = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+        return grad.float().square().sum()
+
+    def second(dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (*ps, *xs)]
+        return [grad.float() for grad in torch.autograd.grad(penalty(*leaves), leaves)]
+
+    for ours, theirs in zip(second(torch.bfloat16), second(torch.float32), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05 * theirs.abs().max().item())
+
+
 x = torch.zeros(4, 3, 6, 6)
 weight, bias, gates = torch.zeros(2, 2, 5, 3, 3, 3), torch.zeros(2, 2, 5), torch.zeros(4, 2, 2)
 
@@ -280,7 +333,10 @@ weight, bias, gates = torch.zeros(2, 2, 5, 3, 3, 3), torch.zeros(2, 2, 5), torch
         (ValueError, r"bias has shape \(2, 2\); it must have shape \(2, 2, 5\)", {"bias": bias[..., 0]}),
         (ValueError, r"gates has shape \(2, 2\); it must have shape \(4, 2, 2\)", {"gates": gates[0]}),
         (TypeError, "weight has dtype torch.float64", {"weight": weight.double()}),
+        (TypeError, "weight is None; it must be a tensor", {"weight": None}),
+        (TypeError, "gates is a list; it must be a tensor", {"gates": [1.0]}),
         (ValueError, "stride is 0; it must be at least 1", {"stride": 0}),
+        (ValueError, "dilation is 4611686018427387904; it must be .* at most 1073741824", {"dilation": 1 << 62}),
         (ValueError, r"padding is \(1,\); it must be one number, or one for each of 2", {"padding": (1,)}),
         (ValueError, "dilation is -1", {"dilation": -1}),
         (ValueError, "smaller than a kernel of", {"dilation": 4}),

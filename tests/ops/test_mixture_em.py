@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.testing import assert_close
 
 from fastroute import ops
 from tests.ops.mixture_cases import check, differentiate, draw, eager_loss, make_case
@@ -161,6 +162,48 @@ def test_extreme_scores(backend):
     assert swapped.item() == pytest.approx(1e4)
 
 
+@pytest.mark.parametrize("scale", [1e30, 1e-30, 1e-38], ids=str)
+def test_scores_of_any_size(backend, scale):
+    """Normalised scores do not depend on the scale, which no square of a distance may over- or underflow."""
+    scores = draw(20, 5).requires_grad_()
+    loss, posterior = ops.mixture_em_loss(scores)
+    scaled = (scores.detach() * scale).requires_grad_()
+    scaled_loss, scaled_posterior = ops.mixture_em_loss(scaled)
+    assert_close(scaled_loss, loss)
+    assert_close(scaled_posterior, posterior, rtol=1e-4, atol=1e-6)
+    [grad], [scaled_grad] = torch.autograd.grad(loss, scores), torch.autograd.grad(scaled_loss, scaled)
+    if scale > 1e-36:  # or the gradient, which grows as the scores shrink, is no float32
+        assert_close(scaled_grad * scale, grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_deviation_whose_inverse_overflows_counts_as_0(backend):
+    scores = torch.stack([draw(20, seed=1), draw(20, seed=2) * 1e-43], 1)
+    loss, posterior = ops.mixture_em_loss(scores)
+    flat = torch.stack([scores[:, 0], torch.zeros(20)], 1)
+    assert_close((loss, posterior), tuple(ops.mixture_em_loss(flat)))
+
+
+@pytest.mark.parametrize("shape", [(64, 1024), (50000, 4)], ids=str)
+def test_sums_of_many_terms(backend, shape):
+    """The error does not grow with the number of clusters or of samples."""
+    scores = draw(*shape)
+    loss, exact = ops.mixture_em_loss(scores).loss, ops.mixture_em_loss(scores.double()).loss
+    assert (loss.double() - exact).abs() <= 5e-7 * exact.abs()
+
+
+def test_threads_do_not_keep_much_memory(native_library):
+    import resource
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+
+    ops.mixture_em_loss(draw(8, 1024))
+    before = resident()
+    ops.mixture_em_loss(torch.ones(30000, 1024))  # 250 MB of scratch
+    assert resident() - before < 32 << 20
+
+
 def test_nan_is_not_hidden(backend):
     scores = draw(20, 2, 3)
     scores[4, 0, 1] = math.nan
@@ -259,6 +302,7 @@ a, aug = torch.zeros(4, 3), torch.zeros(4, 3)
         (ValueError, r"scores has shape \(4, 0\)", a[:, :0], {}),
         (ValueError, r"scores has shape \(4, 1025\).*K from 1 to 1024", torch.zeros(4, 1025), {}),
         (TypeError, "scores has dtype torch.int64", a.long(), {}),
+        (TypeError, "scores is None; it must be a tensor", None, {}),
         (ValueError, "gamma is 0.0; it must be greater than 0", a, {"gamma": 0}),
         (ValueError, "gamma is nan", a, {"gamma": math.nan}),
         (ValueError, r"prior has shape \(4,\); it must have shape \(3,\)", a, {"prior": torch.full((4,), 0.25)}),

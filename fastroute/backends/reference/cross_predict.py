@@ -5,6 +5,7 @@ from torch.nn import functional
 
 from fastroute.backends._convolution import Convolution
 from fastroute.backends.reference.mix import dense_like
+from fastroute.ops._convolution import is_exact
 from fastroute.ops._library import differentiate
 from fastroute.ops._paths import accumulate_dtype, channels_first, empty_map
 
@@ -17,8 +18,13 @@ def _over(values, x):
 def _prediction(x, weight, bias, geometry):
     """U_ij, computed in x's dtype (Eq. 3.1)."""
     weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
-    convolve = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)[x.dim() - 2]
-    return convolve(x, weight, bias, *(geometry if x.dim() > 2 else ())).to(accumulate_dtype(x.dtype))
+    dtype = accumulate_dtype(x.dtype)
+    if x.dim() == 2:
+        return functional.linear(x, weight, bias).to(dtype)
+    if not is_exact(x, weight, *geometry):
+        x, weight, bias = (None if p is None else p.to(dtype) for p in (x, weight, bias))
+    convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[x.dim() - 3]
+    return convolve(x, weight, bias, *geometry).to(dtype)
 
 
 def _sums(xs, weight, bias, gates, geometry):
@@ -90,7 +96,8 @@ def _second_order(ctx, grad_xs, grad_weight, grad_bias, grad_gates):
 
     The outputs give the backward no more than a mask, through which no derivative flows.
     """
-    leaves = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+    dtype = accumulate_dtype(ctx.saved_tensors[3].dtype)
+    leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in ctx.saved_tensors]
     parameters, paths = leaves[:3], leaves[3:]
     grad_outputs, xs, outputs = paths[: ctx.n], paths[ctx.n : ctx.n + ctx.m], paths[ctx.n + ctx.m :]
     with torch.enable_grad():

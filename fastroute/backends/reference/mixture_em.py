@@ -8,25 +8,41 @@ from fastroute.ops._paths import accumulate_dtype
 
 
 def _statistics(a: Tensor) -> tuple[Tensor, Tensor]:
-    """μ and σ of each column, exact for a constant one: what is summed is the distance from the first sample."""
+    """μ and σ of each column, exact for a constant one: what is summed is the distance from the first sample.
+
+    Distances are taken by the largest, so that no square over- or underflows.
+    """
     if a.shape[0] == 0:
         return a.new_zeros(a.shape[1:]), a.new_zeros(a.shape[1:])
-    shift = (a - a[0]).mean(0)
-    return a[0] + shift, ((a - a[0]) - shift).square().mean(0).sqrt()  # Eq. 4.11
+    distance = a - a[0]
+    unit = distance.detach().abs().amax(0)
+    unit = torch.where(unit > 0, unit, 1)
+    distance = distance / unit
+    shift = distance.mean(0)
+    variance = (distance - shift).square().mean(0)
+    std = torch.where(variance == 0, 0, torch.where(variance == 0, 1, variance).sqrt())  # 0 has no derivative
+    return a[0] + shift * unit, std * unit  # Eq. 4.11
+
+
+def _inverse(std: Tensor) -> Tensor:
+    """1/σ, but 0 where that is no number: of a σ of 0, or so small that its inverse overflows."""
+    vanishes = (1 / std.detach()).isinf()
+    return torch.where(vanishes, 0, 1 / torch.where(vanishes, 1, std))
 
 
 def mixture_em_loss(scores, scores_aug, prior, mean, std, gamma):
     views = [a.to(accumulate_dtype(scores.dtype)) for a in (scores, scores_aug) if a is not None]
+    prior, mean, std = (None if t is None else t.detach() for t in (prior, mean, std))
     statistics = [_statistics(a) if mean is None else (mean, std) for a in views]
     means = torch.stack([mean for mean, _ in statistics])
-    scales = torch.stack([torch.where(std == 0, 0, 1 / std) for _, std in statistics])
+    scales = torch.stack([_inverse(std) for _, std in statistics])
     normalized = [(a - mean) * scale for a, mean, scale in zip(views, means, scales, strict=True)]  # Eq. 4.11
 
     log_prior, logits = 0, normalized[0]
     if prior is not None:
         log_prior = prior.clamp(min=torch.finfo(prior.dtype).tiny).log()  # 0 · log 0 is the 0 that it tends to
         logits = torch.where(prior > 0, logits + log_prior, -torch.inf)
-    posterior = torch.softmax(logits, dim=-1)  # Eq. 4.18, 4.20
+    posterior = torch.softmax(logits, dim=-1).detach()  # Eq. 4.18, 4.20
     log_joint = sum(log_prior + logsigmoid(a / gamma) for a in normalized)  # Eq. 4.21, 4.23
     loss = -(posterior * log_joint).sum((0, -1)) / max(scores.shape[0], 1)  # Eq. 4.22
     return loss, posterior, means, scales

@@ -22,24 +22,40 @@ def load_samples(values, first, samples, stride, inside, BN: tl.constexpr, BK: t
 
 
 @triton.jit
+def inverse(sigma):
+    """1/σ, but 0 where that is no number: of a σ of 0, or so small that its inverse overflows."""
+    scale = 1 / sigma
+    return tl.where(scale == float("inf"), 0.0, scale)
+
+
+@triton.jit
 def column_statistics(values, samples, stride, weight, inside, BN: tl.constexpr, BK: tl.constexpr):
     """μ and 1/σ of each column, 0 where σ is (Eq. 4.11).
 
-    What is summed is the distance from the first sample, so that a constant column has exactly none.
+    What is summed is the distance from the first sample, so that a constant column has exactly none, by a power of two
+    near the largest, so that no square over- or underflows.
     """
     start = tl.load(values + tl.arange(0, BK), mask=inside, other=0.0).to(tl.float32)  # [K]
+    far = tl.zeros([BN, BK], tl.float32)
+    for first in range(0, samples, BN):
+        _, mask, x = load_samples(values, first, samples, stride, inside, BN, BK)
+        far = tl.maximum(far, tl.where(mask, tl.abs(x - start[None, :]), 0.0))
+    # The exponent's bits, of a power of two whose inverse is a normal number too. NaNs flow through the sums.
+    exponent = tl.max(far, 0).to(tl.int32, bitcast=True) & 0x7F800000
+    exponent = tl.minimum(tl.maximum(exponent, 0x00800000), 0x7E800000)
+    unit, per_unit = exponent.to(tl.float32, bitcast=True), (0x7F000000 - exponent).to(tl.float32, bitcast=True)
     total = tl.zeros([BN, BK], tl.float32)
     for first in range(0, samples, BN):
         _, mask, x = load_samples(values, first, samples, stride, inside, BN, BK)
-        total += tl.where(mask, x - start[None, :], 0.0)
+        total += tl.where(mask, (x - start[None, :]) * per_unit[None, :], 0.0)
     shift = tl.sum(total, 0) * weight
     total = tl.zeros([BN, BK], tl.float32)
     for first in range(0, samples, BN):
         _, mask, x = load_samples(values, first, samples, stride, inside, BN, BK)
-        d = tl.where(mask, x - start[None, :] - shift[None, :], 0.0)
+        d = tl.where(mask, (x - start[None, :]) * per_unit[None, :] - shift[None, :], 0.0)
         total += d * d
     variance = tl.sum(total, 0) * weight
-    return start + shift, tl.where(variance == 0, 0.0, 1 / tl.sqrt(variance))
+    return start + shift * unit, inverse(tl.sqrt(variance) * unit)
 
 
 @triton.jit
@@ -71,7 +87,7 @@ def mixture_em_fwd_kernel(
         else:
             mu = tl.load(mean + own + column, mask=inside, other=0.0)
             sigma = tl.load(std + own + column, mask=inside, other=0.0)
-            rho = tl.where(sigma == 0, 0.0, 1 / sigma)
+            rho = inverse(sigma)
         tl.store(means + v * stride + own + column, mu, mask=inside)
         tl.store(scales + v * stride + own + column, rho, mask=inside)
         mus += (mu,)

@@ -1,0 +1,75 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastroute.models import create_model, multipath
+from fastroute.nn import exact_convolutions
+
+# A layer, and the size of a map that its kernel does not fit.
+LAYERS = [
+    (nn.Conv1d(8, 5, 2, stride=3, padding=1), (2,)),
+    (nn.Conv2d(8, 8, 3, padding=1), (1, 1)),
+    (nn.Conv2d(8, 8, 3, padding="same"), (1, 1)),
+    (nn.Conv2d(8, 8, (1, 5), padding=(0, 2)), (3, 1)),
+    (nn.Conv2d(8, 8, 3, padding=1, groups=4), (1, 1)),
+    (nn.Conv2d(2, 5, (2, 1), stride=(3, 2), padding=(0, 1), dilation=(1, 2)), (9, 1)),
+    (nn.Conv3d(8, 5, (7, 1, 1), padding=(1, 0, 0), dilation=(1, 1, 2)), (6, 5, 14)),
+]
+
+
+def gradients(layer, x, weights):
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    return [y, *torch.autograd.grad(y, [x, *layer.parameters()], weights.to(y.dtype))]
+
+
+@pytest.mark.parametrize(("layer", "size"), LAYERS, ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_where_the_kernel_does_not_fit(layer, size, autocast):
+    layer = copy.deepcopy(layer)
+    layer.load_state_dict({name: value.bfloat16() for name, value in layer.state_dict().items()})
+    x = torch.randn(4, layer.in_channels, *size).bfloat16().float()
+    weights = torch.randn_like(layer(x)).bfloat16().float()
+    exact = gradients(layer, x, weights)
+    ours = exact_convolutions(copy.deepcopy(layer))
+    if autocast:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = gradients(ours, x, weights)
+    else:
+        found = gradients(ours.bfloat16(), x.bfloat16(), weights)
+    assert found[0].dtype == torch.bfloat16
+    for value, true in zip(found, exact, strict=True):
+        torch.testing.assert_close(value.float(), true, rtol=0.02, atol=0.02 * true.abs().max().item())
+
+
+def test_other_layers_and_numbers_stay():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding_mode="circular"))
+    exact, x = exact_convolutions(copy.deepcopy(network)), torch.randn(2, 3, 9, 9)
+    assert torch.equal(exact(x), network(x))
+    assert torch.equal(exact.bfloat16()(x.bfloat16()), network.bfloat16()(x.bfloat16()))
+    assert exact.state_dict().keys() == network.state_dict().keys()
+    assert repr(exact) == repr(network) and isinstance(exact[0], nn.Conv2d)
+
+
+@pytest.mark.parametrize("build", ["named", "converted"])
+def test_a_network_for_small_images_learns_in_bfloat16(build):
+    """The last stage has maps of one pixel, of which a plain network gets weight gradients that are no numbers."""
+    torch.manual_seed(0)
+    network = create_model("resnet18_cc2", 10, 1, 8)
+    if build == "converted":
+        network = multipath(create_model("resnet18", 10, 1, 8), 2, example=torch.zeros(1, 1, 8, 8))
+    network = network.to(memory_format=torch.channels_last)
+    x, labels = torch.randn(4, 1, 8, 8).contiguous(memory_format=torch.channels_last), torch.arange(4)
+
+    def norms():
+        network.zero_grad()
+        nn.functional.cross_entropy(network(x), labels).backward()
+        return torch.stack([p.grad.norm() for p in network.parameters() if p.dim() == 4])
+
+    exact = norms()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = norms()
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, exact, rtol=0.5, atol=0.05 * exact.max().item())
