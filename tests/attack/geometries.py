@@ -1,4 +1,4 @@
-"""Random geometries of cross-prediction, tiny maps above all, in bfloat16 and float16: `python -m tests.attack.geometries`."""
+"""Random geometries of cross-prediction, tiny maps above all, in half precision: `python -m tests.attack.geometries`."""
 
 import random
 from typing import NamedTuple

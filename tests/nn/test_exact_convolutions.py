@@ -59,7 +59,7 @@ def test_a_network_for_small_images_learns_in_bfloat16(build):
     torch.manual_seed(0)
     network = create_model("resnet18_cc2", 10, 1, 8)
     if build == "converted":
-        network = multipath(create_model("resnet18", 10, 1, 8), 2, example=torch.zeros(1, 1, 8, 8))
+        network = multipath(create_model("resnet18", 10, 1, 8), 2, input_size=(1, 8, 8))
     network = network.to(memory_format=torch.channels_last)
     x, labels = torch.randn(4, 1, 8, 8).contiguous(memory_format=torch.channels_last), torch.arange(4)
 
