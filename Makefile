@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) fastroute/ops/schemas.inc
 OLDEST := .venv-oldest
 
-.PHONY: demo test attack test-oldest oldest-backends oldest-operators lint ctest clean
+.PHONY: demo test attack sanitize test-oldest oldest-backends oldest-operators lint ctest clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fastroute demo
@@ -16,6 +16,22 @@ test: $(VENV)/.ready
 # Random operators against float64, damaged checkpoints and data, kills: up to 20 minutes.
 attack: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m attack tests/attack
+
+# Operators and CPU kernels of this processor compiled with AddressSanitizer, under random and hostile calls. They are built
+# in a copy of the sources, beside which the checkout's libraries stay. Leaks are Python's own.
+SANITIZED := cd build/sanitized/sources && OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 \
+  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" $(abspath $(BIN))/python
+
+sanitize: $(VENV)/.ready
+	rm -rf build/sanitized/sources
+	mkdir -p build/sanitized/sources
+	tar -c --exclude='*.so' --exclude=__pycache__ csrc fastroute tests pyproject.toml setup.py README.md | tar -x -C build/sanitized/sources
+	cd build/sanitized/sources && \
+	  cpu=$$($(abspath $(BIN))/python -c "from fastroute.ops._compiled import cpu_library; print(cpu_library()[3:])") && \
+	  FASTROUTE_SANITIZE=address FASTROUTE_BUILD_CPU=$$cpu FASTROUTE_BUILD_CUDA=0 \
+	  $(abspath $(BIN))/python setup.py --quiet build_ext --inplace --build-temp ../objects
+	$(SANITIZED) -m tests.attack.operators 3 200
+	$(SANITIZED) -m tests.attack.private 3 500
 
 # What kernels and operators do under the oldest torch and Triton that are supported. The libraries in the checkout belong
 # to the newest torch, so those of the oldest are built in a copy of the sources, and only for this processor: what tests

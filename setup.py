@@ -1,7 +1,8 @@
 """Builds csrc: one CPU library for each instruction set, and a CUDA library where nvcc and a CUDA torch are found.
 
 FASTROUTE_BUILD_CUDA=0/1 leaves the CUDA library out or insists on it. FASTROUTE_BUILD_CPU=avx2,avx512 builds those CPU
-libraries alone, and FASTROUTE_BUILD_CPU=0 none. MAX_JOBS and TORCH_CUDA_ARCH_LIST are torch's.
+libraries alone, and FASTROUTE_BUILD_CPU=0 none. FASTROUTE_SANITIZE=address or undefined builds the operators and CPU
+libraries with that sanitizer, which the process must load first. MAX_JOBS and TORCH_CUDA_ARCH_LIST are torch's.
 """
 
 import os
@@ -38,6 +39,10 @@ def say(message: str) -> None:
 
 def cpu_extensions() -> list:
     flags = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall"]
+    sanitizers = []
+    if wish := os.environ.get("FASTROUTE_SANITIZE"):
+        sanitizers = [f"-fsanitize={wish}"]
+        flags = [*flags[2:], "-O1", "-g1", "-fno-omit-frame-pointer", *sanitizers]
     instruction_sets = {"default": []}
     if platform.machine() in {"x86_64", "AMD64"}:
         avx512 = [
@@ -63,6 +68,7 @@ def cpu_extensions() -> list:
         ["csrc/operators.cpp", *sources("ops", ".cpp"), *sources("triton", ".cpp")],
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args=[*flags, *marks("OPERATORS")],
+        extra_link_args=sanitizers,
     )
     kernels = [
         cpp_extension.CppExtension(
@@ -70,7 +76,7 @@ def cpu_extensions() -> list:
             sources("cpu", ".cpp"),
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args=[*flags, *target_flags, *marks("CPU")],
-            extra_link_args=["-fopenmp"],
+            extra_link_args=["-fopenmp", *sanitizers],
         )
         for name, target_flags in instruction_sets.items()
     ]

@@ -16,6 +16,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/linear.h>
@@ -64,8 +65,7 @@ at::Tensor sum_gradients(
 }
 
 // Whether every position of the kernel meets the map itself, and not padding alone, and the map is no smaller than the
-// kernel. On a CPU PyTorch's convolutions in bfloat16 give a wrong gradient of the weight, or crash, where this is not so;
-// in float32 they are right.
+// kernel. On a CPU PyTorch's convolutions crash or are wrong, in float32 too, where this is not so.
 bool kernel_fits(
     const at::Tensor& x, const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation) {
@@ -83,13 +83,17 @@ bool kernel_fits(
   return true;
 }
 
+// With strides that say [C, *S] where there is one channel, which is both formats: PyTorch's convolutions in float32 on a CPU
+// are wrong for some geometries where they say [*S, C].
+at::Tensor plain(const at::Tensor& x) { return x.size(1) == 1 ? x.squeeze(1).unsqueeze(1) : x; }
+
 // Cross-correlation of a geometry, or a dense layer where there is no space: x (N, C, *S), weight (C', C, *k). All results
 // are [*S, C] in memory with `channels_last`, else [C, *S]. PyTorch is given everything in `type`, and maps are converted
-// back; the weight's gradient is not.
+// back; the weight's gradient is not. With `pads`, PyTorch is given maps with their padding.
 struct Convolution {
-  at::IntArrayRef stride, padding;
-  std::vector<int64_t> dilation;
-  bool channels_last;
+  at::IntArrayRef stride;
+  std::vector<int64_t> padding, dilation;
+  bool channels_last, pads;
   at::ScalarType type;
 
   at::Tensor arrange(const at::Tensor& x) const { return channels_last ? to_channels_last(x) : x.contiguous(); }
@@ -98,14 +102,19 @@ struct Convolution {
     const OptionalTensor b = bias ? OptionalTensor(bias->to(type)) : bias;
     if (x.dim() == 2) return at::linear(x.to(type), weight.to(type), b).to(x.scalar_type());
     const at::Tensor y = at::convolution(
-        x.to(type), weight.to(type), b, stride, padding, dilation, false, std::vector<int64_t>(stride.size()), 1);
+        map(x), plain(weight.to(type)), b, stride, remaining(), dilation, false, none(), 1);
     return arrange(y).to(x.scalar_type());
   }
 
   // The gradient of inputs of the shape of `like`, whose values are not read.
   at::Tensor to_inputs(const at::Tensor& grad, const at::Tensor& like, const at::Tensor& weight) const {
     if (grad.dim() == 2) return grad.to(type).matmul(weight.to(type)).to(grad.scalar_type());
-    return arrange(std::get<0>(backward(grad, like, weight, {true, false, false}))).to(grad.scalar_type());
+    at::Tensor grad_x = std::get<0>(backward(grad, like, weight, {true, false, false}));
+    for (size_t d = 0; pads && d < padding.size(); ++d) {
+      const auto dim = static_cast<int64_t>(d) + 2;
+      grad_x = grad_x.narrow(dim, padding[d], like.size(dim));
+    }
+    return arrange(grad_x).to(grad.scalar_type());
   }
 
   // The gradient of the weight, whose values are not read.
@@ -118,8 +127,19 @@ struct Convolution {
   std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
       const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, std::array<bool, 3> mask) const {
     return at::convolution_backward(
-        grad.to(type), x.to(type), weight.to(type), std::nullopt, stride, padding, dilation, false,
-        std::vector<int64_t>(stride.size()), 1, mask);
+        grad.to(type), map(x), plain(weight.to(type)), std::nullopt, stride, remaining(), dilation, false, none(), 1,
+        mask);
+  }
+
+  std::vector<int64_t> none() const { return std::vector<int64_t>(stride.size()); }
+  std::vector<int64_t> remaining() const { return pads ? none() : padding; }
+
+  at::Tensor map(const at::Tensor& x) const {
+    const at::Tensor t = x.to(type);
+    if (!pads) return plain(t);
+    std::vector<int64_t> sides;
+    for (size_t d = padding.size(); d-- > 0;) sides.insert(sides.end(), 2, padding[d]);
+    return plain(at::constant_pad_nd(t, sides));
   }
 };
 
@@ -150,16 +170,16 @@ std::atomic<int64_t> forced_chunk_bytes = 0;  // by a test, to have several chun
 // On a CPU PyTorch's convolutions are fastest in channels_last, whose cost their other formats have inside: paths of
 // another format are converted by the passes. Working on few samples at a time leaves in the caches what one convolution or
 // pass writes for the next, but converts the weight into the convolutions' own format each time. In float16 convolutions
-// are 20 times slower than in float32, and add their inputs' gradients in float16; in bfloat16 see `kernel_fits`.
+// are 20 times slower than in float32, and add their inputs' gradients in float16.
 class Layer {
  public:
   Layer(
       at::TensorList xs, const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
       at::IntArrayRef dilation)
       : cpu_(xs[0].is_cpu()), paths_last_(!sample_is_dense(xs[0], false)),
-        convolution_{stride, padding, meaningful(dilation, weight), cpu_ || paths_last_, xs[0].scalar_type()} {
-    const bool fits = convolution_.type == at::kBFloat16 && kernel_fits(xs[0], weight, stride, padding, dilation);
-    if (cpu_ && convolution_.type != at::kDouble && !fits) convolution_.type = at::kFloat;
+        convolution_{stride, padding.vec(), meaningful(dilation, weight), cpu_ || paths_last_,
+                     cpu_ && !kernel_fits(xs[0], weight, stride, padding, dilation),
+                     cpu_ && xs[0].scalar_type() == at::kHalf ? at::kFloat : xs[0].scalar_type()} {
     const int64_t bytes = static_cast<int64_t>(weight.nbytes());
     chunk_bytes_ = cpu_ ? std::min(std::max(int64_t{1} << 20, bytes), int64_t{8} << 20) : int64_t{64} << 20;
     if (forced_chunk_bytes) chunk_bytes_ = forced_chunk_bytes;

@@ -39,13 +39,13 @@ def failures(cases: list, run: Callable[[object], None]) -> list[str]:
 
 
 def main(draw: Callable[[random.Random], object], run: Callable[[object], None], simple: object) -> None:
-    """Run `count` random cases of a `seed`, the arguments of the process; print the failures.
+    """Run `count` random cases of a `seed`, the arguments of the process; print the failures, and exit with 1 for any.
 
     A simple case comes first, in this process: it imports what the children would each import.
     """
     seed, count = map(int, sys.argv[1:])
     run(simple)
     randomness = random.Random(seed)
-    for line in failures([draw(randomness) for _ in range(count)], run):
-        print(line, flush=True)
-    print("done", flush=True)
+    found = failures([draw(randomness) for _ in range(count)], run)
+    print(*found, f"{count - len(found)} of {count} passed", sep="\n", flush=True)
+    sys.exit(bool(found))

@@ -262,9 +262,12 @@ def test_the_plan_of_the_native_passes(native_library):
     assert plan(large, small)[3] == threads
 
 
-# Kernels some of whose positions meet padding alone, or that are larger than the map, and dilations of kernels of one:
-# where PyTorch's convolutions in bfloat16 on a CPU crash, or give a wrong gradient of the weight.
+# Kernels some of whose positions meet padding alone, or that are larger than the map, dilations of kernels of one, and
+# one channel in channels_last: where PyTorch's convolutions on a CPU crash, or give wrong results or gradients.
 LOOSE = [
+    ((4, 16, 3, 9, 9), (8, (5, 3, 7)), {"stride": (2, 1, 3), "padding": (3, 0, 0)}),
+    ((4, 1, 9, 3), (2, (3, 3)), {"stride": (1, 2)}),
+    ((4, 1, 4, 3), (8, (1, 5)), {"stride": (1, 3), "padding": (0, 1)}),
     ((1, 2, 9, 1), (5, (2, 1)), {"stride": (3, 2), "padding": (0, 1), "dilation": (1, 2)}),
     ((4, 3, 7, 1), (2, (1, 3)), {"stride": 2, "padding": (0, 1)}),
     ((1, 16, 3, 1), (16, (1, 5)), {"stride": (1, 3), "padding": (0, 3)}),
@@ -276,15 +279,17 @@ LOOSE = [
 
 
 @pytest.mark.parametrize("case", LOOSE, ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_kernels_that_do_not_fit_the_map(backend, dtype, layout, case):
+@pytest.mark.parametrize("form", FORMS)
+def test_geometries_that_pytorch_has_wrong(backend, dtype, layout, form, case):
     shape, (width, kernel), geometry = case
     ps, xs = parameters(1, 1, width, shape[1], kernel, shape[0], dtype), paths(1, shape, dtype, layout)
-    outputs, gradients, incoming = differentiate(predicted(activation=None, **geometry), [*ps, *xs])
-    exact = differentiate(eager(None, **geometry), [t.float() for t in (*ps, *xs)], incoming)
+    outputs, gradients, incoming = differentiate(predicted(form, None, **geometry), [*ps, *xs])
+    exact = differentiate(eager(None, **geometry), [t.double() for t in (*ps, *xs)], incoming)
+    rtol = 1e-4 if dtype == torch.float32 else 0.02
     for ours, theirs in zip((*outputs, *gradients), (*exact[0], *exact[1]), strict=True):
-        torch.testing.assert_close(ours.float(), theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())
+        torch.testing.assert_close(ours.double(), theirs, rtol=rtol, atol=rtol * theirs.abs().max().item())
 
 
 def test_which_kernels_fit_the_map():

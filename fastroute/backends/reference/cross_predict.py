@@ -5,7 +5,7 @@ from torch.nn import functional
 
 from fastroute.backends._convolution import Convolution
 from fastroute.backends.reference.mix import dense_like
-from fastroute.ops._convolution import is_exact
+from fastroute.ops._convolution import prepared
 from fastroute.ops._library import differentiate
 from fastroute.ops._paths import accumulate_dtype, channels_first, empty_map
 
@@ -21,10 +21,10 @@ def _prediction(x, weight, bias, geometry):
     dtype = accumulate_dtype(x.dtype)
     if x.dim() == 2:
         return functional.linear(x, weight, bias).to(dtype)
-    if not is_exact(x, weight, *geometry):
-        x, weight, bias = (None if p is None else p.to(dtype) for p in (x, weight, bias))
+    stride, _, dilation = geometry
+    x, weight, padding = prepared(x, weight, *geometry)
     convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[x.dim() - 3]
-    return convolve(x, weight, bias, *geometry).to(dtype)
+    return convolve(x, weight, bias, stride, padding, dilation).to(dtype)
 
 
 def _sums(xs, weight, bias, gates, geometry):

@@ -1,0 +1,38 @@
+"""Operators and layers on random, odd and hostile input, each case in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def attack(module: str, seed: int, count: int, **environment: str) -> None:
+    """Raise unless all of a module's random cases pass."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.attack.{module}", str(seed), str(count)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0 and f"{count} of {count} passed" in done.stdout, done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_geometries_of_cross_prediction(seed):
+    attack("geometries", seed, 500)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_every_operator(seed):
+    attack("operators", seed, 500)
+
+
+@pytest.mark.parametrize("way", [{"FASTROUTE_CPU": "avx2"}, {"FASTROUTE_COMPILED": "0"}], ids=str)
+def test_every_operator_by_other_kernels(way):
+    attack("operators", 2, 300, **way)
+
+
+def test_hostile_arguments_of_private_operators():
+    attack("private", 0, 1000)
