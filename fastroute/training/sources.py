@@ -28,10 +28,27 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 MAX_CLASSES = 1_000_000
 """Numbers of classes are below this; a network has a logit for each class up to the largest number."""
 
-if limit := os.environ.get("FASTROUTE_MAX_IMAGE_PIXELS"):
-    if not re.fullmatch(r"[1-9]\d{0,11}", limit, re.ASCII):
-        raise ValueError(f"FASTROUTE_MAX_IMAGE_PIXELS is {limit!r}; it must be a number of pixels, at least 1")
-    Image.MAX_IMAGE_PIXELS = int(limit)  # Pillow's own, so that there is one limit
+MAX_SCANS = 100
+"""Of a JPEG, as in libtiff: photographs have about 10, and each passes over all pixels with a few bytes of the file."""
+
+SCAN, END = b"\xff\xda", b"\xff\xd9"
+MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
+"""Of JPEG, where what follows has a length, or the end; the others are within a scan."""
+
+
+def limit_pixels(number: str) -> None:
+    """Set the most pixels that an image may have, which is Pillow's own limit, to a number in digits.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not re.fullmatch(r"[1-9]\d{0,11}", number, re.ASCII):
+        raise ValueError(f"FASTROUTE_MAX_IMAGE_PIXELS is {number!r}; it must be a number of pixels, at least 1")
+    Image.MAX_IMAGE_PIXELS = int(number)
+
+
+if "FASTROUTE_MAX_IMAGE_PIXELS" in os.environ:
+    limit_pixels(os.environ["FASTROUTE_MAX_IMAGE_PIXELS"])
 
 
 class UnreadableImage(ValueError):
@@ -211,14 +228,38 @@ def decode_image(file: str | Path | io.BytesIO, name: str) -> Image.Image:
     """Decode an image, as RGB; of several in one file, the first.
 
     Raises:
-        UnreadableImage: it is damaged, missing, no regular file, of none of `FORMATS`, or of too many pixels, see
-            `check_pixels`; `name` names it.
+        UnreadableImage: it is damaged, missing, no regular file, of none of `FORMATS`, or of too many pixels (see
+            `check_pixels`) or scans; `name` names it.
     """
     with _named(name), _opened(file) as stream, Image.open(stream, formats=FORMATS) as image:
         check_pixels(*image.size, "it has")
+        _check_work(image, stream)
         if 0 in image.size:
             raise ValueError("it has no pixels")
         return image.convert("RGB")
+
+
+def _check_work(image: Image.Image, stream: io.BufferedIOBase) -> None:
+    """Raise where decoding takes more work than the pixels tell."""
+    if image.format == "TIFF" and (tile := [image.tag_v2.get(tag) for tag in (322, 323)]) != [None, None]:
+        whole = [-(-size // int(side)) * int(side) for size, side in zip(image.size, tile, strict=True)]
+        check_pixels(*whole, "its tiles have")
+    if image.format in ("JPEG", "MPO"):
+        place = stream.tell()
+        stream.seek(0)
+        data = stream.read()
+        stream.seek(place)
+        if data.count(SCAN) > MAX_SCANS and (scans := _scans(data)) > MAX_SCANS:
+            raise ValueError(f"it has {scans:,} scans, and at most {MAX_SCANS} are allowed")
+
+
+def _scans(jpeg: bytes) -> int:
+    """How many scans are before the end of the first image; a video may follow it."""
+    count, at = 0, 2
+    while (marker := MARKER.search(jpeg, at)) and marker[0] != END:
+        count += marker[0] == SCAN
+        at = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big")
+    return count
 
 
 @contextlib.contextmanager
