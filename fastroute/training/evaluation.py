@@ -45,6 +45,7 @@ def evaluate(
 
     Raises:
         UnreadableImage: an image cannot be read, or with `on_bad_image="skip"`, none can.
+        ValueError: an image is of a class that the network has no logit for.
     """
     model.eval()
     device = torch.device(device)
@@ -66,6 +67,8 @@ def evaluate(
             crops = images.unbind(1) if images.dim() == 5 else (images,)
             shares = sum(logits(crop).float().softmax(1) for crop in crops)
         scores = (shares / len(crops)).log()
+        if (largest := int(labels.max())) >= scores.shape[1]:
+            raise ValueError(f"there are images of class {largest}, but the network has {scores.shape[1]} logits")
         totals.update(F.nll_loss(scores, labels), scores, labels)
     counts = torch.tensor([totals.samples, getattr(loader, "skipped", 0)], device=device)
     if dist.is_initialized():

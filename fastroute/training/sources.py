@@ -9,7 +9,9 @@ import errno
 import io
 import os
 import re
+import stat
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from heapq import heappop, heappush
@@ -25,6 +27,9 @@ from fastroute.training.tar import FILE, FOLDER, Member, NotRegular, members, op
 
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 """Pillow's names of what `IMG_EXTENSIONS` stand for. Others are not tried: EPS, for one, starts Ghostscript."""
+NOT_READ = (".gif", ".avif", ".jxl", ".jp2", ".heic", ".heif", ".jfif", ".jpe", ".pbm", ".pnm", ".tga", ".svg")
+"""Names of images all the same, so that leaving them out is worth a word."""
+OTHER_IMAGES = f"images of other names than {', '.join(IMG_EXTENSIONS)}"
 MAX_CLASSES = 1_000_000
 """Numbers of classes are below this; a network has a logit for each class up to the largest number."""
 
@@ -34,6 +39,9 @@ MAX_SCANS = 100
 SCAN, END = b"\xff\xda", b"\xff\xd9"
 MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
 """Of JPEG, where what follows has a length, or the end; the others are within a scan."""
+
+LeftOut = dict[str, list[str]]
+"""Names of what is left out, by what they are."""
 
 
 def limit_pixels(number: str) -> None:
@@ -98,11 +106,13 @@ class FolderSource:
         needed = f"{shown(folder)} must hold one folder of images for each class"
         if not os.path.isdir(folder):
             raise FileNotFoundError(f"{needed}: there is no such folder")
+        left_out = defaultdict(list)
         with os.scandir(folder) as entries:
-            classes = sorted(entry.name for entry in entries if _is_folder(entry))
+            classes = sorted(entry.name for entry in entries if _is_folder(entry, left_out))
         if not classes:
             raise FileNotFoundError(f"{needed}: Couldn't find any class folder in it")
-        found = [_images_below(os.path.join(folder, name)) for name in classes]
+        found = [_images_below(os.path.join(folder, name), left_out) for name in classes]
+        _warn(folder, left_out)
         if empty := [name for name, paths in zip(classes, found, strict=True) if not paths]:
             raise FileNotFoundError(
                 f"{needed}: Found no valid file for the classes {_some(empty)}; images are {', '.join(IMG_EXTENSIONS)}"
@@ -168,6 +178,8 @@ class TarSource:
             labels = torch.tensor([number[label] for label in labels])
         self.classes = _first(classes, first_classes, self.shards[0])
         kept = (labels < len(self.classes)).nonzero().flatten()
+        if not len(kept):
+            raise FileNotFoundError(f"there are no images of the first {first_classes} classes in {where}")
         self.index = torch.tensor([shard, offset, size]).T[kept].contiguous()
         self.names = _Names(names[i] for i in kept.tolist())
         self.labels = labels[kept]
@@ -401,28 +413,25 @@ def _shard_images(path: str) -> list[tuple[bytes, int, int, int | str]]:
     except NotRegular as error:
         raise ValueError(f"{cannot}: {error}") from None
     try:
-        found, lone = _classified(file)
+        found, left_out = _classified(file)
     except ValueError as error:
         raise ValueError(f"{cannot}: {error}") from error
     finally:
         os.close(file)
-    if lone:
-        warnings.warn(
-            f"{shown(path)}: {len(lone):,} .cls have no image, such as {shown(lone[0])}.cls, and are left out; "
-            f"images are {', '.join(IMG_EXTENSIONS)}",
-            stacklevel=2,
-        )
+    _warn(path, left_out)
     return found
 
 
-def _classified(file: int) -> tuple[list[tuple[bytes, int, int, int | str]], list[str]]:
-    """The images of an open shard, and the names without suffix of those `.cls` that have none."""
-    images, numbers = {}, {}
+def _classified(file: int) -> tuple[list[tuple[bytes, int, int, int | str]], LeftOut]:
+    """The images of an open shard, and what is left out."""
+    images, numbers, left_out = {}, {}, defaultdict(list)
     for member in members(file):
         name = str(PurePosixPath(os.fsdecode(member.name)))
         key, suffix = os.path.splitext(name)
         is_class = suffix.lower() == ".cls"
         if not is_class and (suffix.lower() not in IMG_EXTENSIONS or member.kind == FOLDER):
+            if suffix.lower() in NOT_READ:
+                left_out[OTHER_IMAGES].append(name)
             continue
         if member.kind != FILE:
             raise ValueError(f"{shown(name)} is a {member.kind}, and must be a plain file")
@@ -444,7 +453,9 @@ def _classified(file: int) -> tuple[list[tuple[bytes, int, int, int | str]], lis
                 f"{shown(named[key])} and {shown(name)} have one {shown(key)}.cls for both, and it can be of one alone"
             )
         found.append((member.name, member.offset, member.size, label))
-    return found, sorted(numbers.keys() - named.keys())
+    if lone := sorted(numbers.keys() - named.keys()):
+        left_out[".cls without an image"] = [f"{key}.cls" for key in lone]
+    return found, left_out
 
 
 def _class_number(file: int, member: Member) -> int:
@@ -458,7 +469,7 @@ def _class_number(file: int, member: Member) -> int:
     return int(text)
 
 
-def _images_below(folder: str) -> list[str]:
+def _images_below(folder: str, left_out: LeftOut) -> list[str]:
     """The paths of all images below a folder, in `ImageFolder`'s order.
 
     Links are followed, but each folder is read once, by its own name where it has one: links that form a loop, or that
@@ -469,25 +480,38 @@ def _images_below(folder: str) -> list[str]:
         _, root = heappop(waiting)
         status = os.stat(root)
         if (status.st_dev, status.st_ino) in seen:
-            warnings.warn(f"{shown(root)} leads to a folder that is read already; it is left out", stacklevel=2)
+            left_out["links to a folder that is read already"].append(root)
             continue
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(root) as entries:
             for entry in entries:
-                if _is_folder(entry):
+                name = entry.name.lower()
+                if _is_folder(entry, left_out):
                     heappush(waiting, (entry.is_symlink(), entry.path))
-                elif entry.name.lower().endswith(IMG_EXTENSIONS):
+                elif name.endswith(IMG_EXTENSIONS):
                     found.append((root, entry.name))
+                elif name.endswith(NOT_READ):
+                    left_out[OTHER_IMAGES].append(entry.path)
     return [os.path.join(*place) for place in sorted(found)]
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
+def _is_folder(entry: os.DirEntry, left_out: LeftOut) -> bool:
+    """Whether it is a folder, or a link to one; a link to nothing may have been one, unless it is named as an image."""
+    if not entry.is_symlink():
         return entry.is_dir()
+    try:
+        return stat.S_ISDIR(entry.stat().st_mode)
     except OSError as error:
-        if error.errno == errno.ELOOP:  # a link to itself
-            return False
-        raise
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
+            raise
+        if not entry.name.lower().endswith(IMG_EXTENSIONS):
+            left_out["links to nothing"].append(entry.path)
+        return False
+
+
+def _warn(where: str | Path, left_out: LeftOut) -> None:
+    for what, names in left_out.items():
+        warnings.warn(f"{shown(where)}: {what} are left out, {len(names):,} such as {shown(names[0])}", stacklevel=3)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -58,6 +58,11 @@ def test_there_is_no_error_of_no_images(large_folder):
         evaluate(Corner(), loader(large_folder, on_bad_image="skip"))
 
 
+def test_each_class_has_a_logit(large_folder):
+    with pytest.raises(ValueError, match="there are images of class 2, but the network has 2 logits"):
+        evaluate(nn.Sequential(Corner(), nn.Linear(3, 2)), loader(large_folder))
+
+
 @pytest.mark.parametrize("options", [{"crop_pct": float("nan")}, {"crop_pct": 1e-9}, {"img_size": 100_000}])
 def test_sizes_out_of_range_are_refused(large_folder, options):
     with pytest.raises(ValueError, match=r"crop_pct is nan; it must|img_size / crop_pct is the side of a scaled image"):

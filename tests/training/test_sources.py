@@ -87,6 +87,8 @@ def test_first_classes(tmp_path, image_folder):
     source = TarSource([shard(tmp_path / "a.tar", range(9))], first_classes=2)
     assert source.classes == ["0", "1"] and source.labels.tolist() == [0, 1] * 3
     assert [int(np.asarray(read_image(source, i)).mean()) for i in range(6)] == [0, 1, 3, 4, 6, 7]
+    with pytest.raises(FileNotFoundError, match=r"there are no images of the first 1 classes in .*one.tar"):
+        TarSource([shard(tmp_path / "one.tar", [1])], first_classes=1)
     source = FolderSource(image_folder / "val", first_classes=2)
     assert source.classes == ["ant", "bee"] and source.labels.tolist() == [0] * 4 + [1] * 4
     for count in (0, 4):
@@ -267,10 +269,21 @@ def test_a_name_is_in_a_shard_once(tmp_path, names):
         TarSource([packed(tmp_path / "a.tar", *((name, b"1") for name in names))])
 
 
-def test_classes_without_an_image_are_named(tmp_path):
-    members = ("0.png", png(0)), ("0.cls", b"0"), ("1.gif", png(1, "gif")), ("1.cls", b"1")
-    with pytest.warns(UserWarning, match=r"a.tar: 1 .cls have no image, such as 1.cls, and are left out; images are"):
+def test_what_is_left_out_is_named_and_counted(image_folder, tmp_path):
+    members = ("0.png", png(0)), ("0.cls", b"0"), ("1.gif", png(1, "gif")), ("1.cls", b"1"), ("1.json", b"{}")
+    with pytest.warns(UserWarning) as found:
         assert len(TarSource([packed(tmp_path / "a.tar", *members)])) == 1
+    messages = [str(warning.message).partition(": ")[2] for warning in found]
+    assert [message.partition(" are left out, ")[2] for message in messages] == ["1 such as 1.gif", "1 such as 1.cls"]
+    for name in ("8.gif", "9.JFIF", "notes.txt"):
+        (image_folder / "val" / "ant" / name).write_bytes(b"")
+    (image_folder / "val" / "dog").symlink_to("gone")
+    with pytest.warns(UserWarning) as found:
+        assert FolderSource(image_folder / "val").classes == ["ant", "bee", "cat"]
+    messages = sorted(str(warning.message) for warning in found)
+    assert len(messages) == 2 and "images of other names than .jpg, .jpeg, .png" in messages[0]
+    assert ".webp are left out, 2 such as " in messages[0]
+    assert messages[1].endswith(f"links to nothing are left out, 1 such as {image_folder / 'val' / 'dog'}")
 
 
 def test_a_shard_is_of_one_split(tmp_path):
@@ -418,7 +431,7 @@ def test_a_folder_that_links_lead_back_to_is_read_once(image_folder):
     folder = image_folder / "train" / "ant"
     for name in "xy":
         (folder / name).symlink_to(".")
-    with pytest.warns(UserWarning, match="ant/[xy] leads to a folder that is read already; it is left out"):
+    with pytest.warns(UserWarning, match="links to a folder that is read already are left out, 2 such as .*ant/x"):
         assert len(FolderSource(image_folder / "train")) == 24
 
 
