@@ -71,10 +71,14 @@ def check_pixels(width: int, height: int, what: str) -> None:
     """
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
-        raise UnreadableImage(
-            f"{what} {width:,} × {height:,} pixels, and at most {limit:,} are allowed; "
-            "set the environment variable FASTROUTE_MAX_IMAGE_PIXELS, or PIL.Image.MAX_IMAGE_PIXELS, to allow more"
-        )
+        raise UnreadableImage(f"{what} {width:,} × {height:,} pixels, {_at_most()}")
+
+
+def _at_most() -> str:
+    return (
+        f"and at most {Image.MAX_IMAGE_PIXELS:,} are allowed; set the environment variable FASTROUTE_MAX_IMAGE_PIXELS, "
+        "or PIL.Image.MAX_IMAGE_PIXELS, to allow more"
+    )
 
 
 class _Names:
@@ -286,6 +290,8 @@ def _named(name: str) -> Iterator[None]:
         raise UnreadableImage(
             f"{name} cannot be read as an image: it is none of {', '.join(FORMATS)}, or damaged"
         ) from error
+    except Image.DecompressionBombError as error:  # Pillow's, at twice the limit
+        raise UnreadableImage(f"{name} cannot be read as an image: it has too many pixels, {_at_most()}") from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             raise

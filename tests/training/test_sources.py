@@ -388,6 +388,8 @@ def test_images_of_too_many_pixels_are_refused_before_they_are_decoded(monkeypat
         pytest.raises(UnreadableImage, match=rf"x cannot be read as an image: it has 101 × 100 pixels, {too_many}"),
     ):
         decode_image(io.BytesIO(zeros_png(101, 100)), "x")
+    with pytest.raises(UnreadableImage, match=rf"x cannot be read as an image: it has too many pixels, {too_many}"):
+        decode_image(io.BytesIO(zeros_png(300, 100)), "x")
     with (tmp_path / "x.webp").open("wb") as file:
         file.truncate(10**12)
     with pytest.raises(UnreadableImage, match=r"x.webp .*: it has 1,000,000,000,000 bytes, and at most 1,128,576 are"):
