@@ -16,6 +16,7 @@ from fastroute.training.graphs import COMPILE_MODES, CUDAGraph, Graph, RecordedS
 from fastroute.training.loaders import Draws
 from fastroute.training.metrics import Totals
 from fastroute.training.optim import OPTIMIZERS, SCHEDULES, parameter_groups, scheduler
+from fastroute.training.sources import UnreadableImage
 from fastroute.training.steps import MovingAverage
 
 RoutingLoss = Callable[[dict[str, Routing]], Tensor]
@@ -238,7 +239,10 @@ class RoutingClassifier(pl.LightningModule):
         return routing
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict({f"val_{name}": value for name, value in self.val_totals.compute().items()})
+        totals = self.val_totals.compute()
+        if totals["error"].isnan():  # a share of no images
+            raise UnreadableImage("none of the images to validate on can be read")
+        self.log_dict({f"val_{name}": value for name, value in totals.items()})
         self.val_totals.reset()
 
     def configure_optimizers(self):

@@ -14,7 +14,7 @@ from fastroute.training.augment import channel_statistics, erase
 from fastroute.training.datasets import DATASETS, ImageSet, Options
 from fastroute.training.loaders import Draws, EpochLoader, Finish, MemoryLoader, StreamLoader
 from fastroute.training.sources import Source, folder_sources, tar_sources
-from fastroute.training.transforms import CROP_MODES, eval_transform, policy, train_transform
+from fastroute.training.transforms import CROP_MODES, check_crop, eval_transform, policy, resize_size, train_transform
 
 STREAMED = ("imagefolder", "webdataset")
 ON_BAD_IMAGE = ("stop", "skip")
@@ -32,7 +32,8 @@ class ImageDataModule(pl.LightningDataModule):
     normalised on the device by ImageNet's mean and standard deviation.
 
     Batches are pairs of images, float32 (N, C, H, W) in channels_last strides, and labels, int64 (N,), or float32
-    (N, classes) with `mixup` or `cutmix`. Every image is seen once an epoch, the last batch being smaller. Order and
+    (N, classes) with `mixup` or `cutmix`. Every image is seen once an epoch, the last batch being smaller; where their
+    number is no multiple of that of the processes, the last few of the order are left out. Order and
     augmentation are a function of `seed` and the epoch alone, so a resumed run sees what an uninterrupted one would
     have seen, from the batch at which it stopped. With several processes, each takes its share of every global batch of
     processes · batch_size; in validation each image is in exactly one share.
@@ -54,7 +55,8 @@ class ImageDataModule(pl.LightningDataModule):
         train_crop_mode, scale, ratio, crop_pct: of images decoded by workers; see `train_transform`.
         aa: an automatic augmentation of single images; see `policy`.
         reprob: the probability that an image has a rectangle erased.
-        mixup, cutmix: α of the Beta distributions that batches are mixed with; with both, each mixes half of them.
+        mixup, cutmix: α of the Beta distributions that batches are mixed with, 0.001 to 1,000,000, or 0 for none; with
+            both, each mixes half of them.
 
     With the attribute `deferred`, training batches that are augmented on the device alone are the `Draws` for them, and
     `batch` makes the images: a training step then can hold that too.
@@ -105,8 +107,12 @@ class ImageDataModule(pl.LightningDataModule):
             if not 0 <= value <= 1 or (name == "crop_pct" and value == 0):
                 raise ValueError(f"{name} is {value}; it must be between 0 and 1")
         for name, value in (("mixup", mixup), ("cutmix", cutmix)):
-            if value < 0:
-                raise ValueError(f"{name} is {value}; it must be at least 0")
+            if value != 0 and not 1e-3 <= value <= 1e6:  # beyond, what PyTorch draws is a constant
+                raise ValueError(
+                    f"{name} is {value}; it must be at least 0, and from 0.001 to 1,000,000 if it is not 0"
+                )
+        check_crop(scale, ratio)
+        resize_size(img_size or 224, crop_pct)
         if dataset in STREAMED and data_dir is None:
             what = "train/ and val/" if dataset == "imagefolder" else "tar shards"
             raise ValueError(f"data_dir is None; the dataset {dataset!r} needs a folder with {what} in it")
@@ -151,9 +157,10 @@ class ImageDataModule(pl.LightningDataModule):
 
     @property
     def skipped(self) -> int:
-        """How many images could not be read so far in this process, each time counted."""
-        streamed = sum(loader.skipped for loader in self._loaders if isinstance(loader, StreamLoader))
-        return streamed + (self.images.skipped if self.images else 0)
+        """How many images could not be read so far in this process, each time counted; in memory, in the first only."""
+        if self.images is not None:  # every process has read all of them
+            return self.images.skipped if not dist.is_initialized() or dist.get_rank() == 0 else 0
+        return sum(loader.skipped for loader in self._loaders if isinstance(loader, StreamLoader))
 
     @property
     def varying(self) -> bool:

@@ -1,5 +1,6 @@
 """Small image sets, decoded once into memory."""
 
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
 from fastroute.training.sources import FolderSource, UnreadableImage, folder_sources, read_image
+from fastroute.training.transforms import check_scaled
 
 
 class Split(NamedTuple):
@@ -88,11 +90,35 @@ def cifar100(options: Options) -> ImageSet:
 
 
 class MNIST(torchvision.datasets.MNIST):
-    """torchvision's, but that it needs only the files of the half that is asked for."""
+    """torchvision's, but that it needs only the files of the half that is asked for, and that they must be whole."""
+
+    @property
+    def _files(self) -> list[Path]:
+        half, raw = "train" if self.train else "t10k", Path(self.raw_folder)
+        return [raw / f"{half}-{part}-ubyte" for part in ("images-idx3", "labels-idx1")]
 
     def _check_exists(self) -> bool:
-        half, raw = "train" if self.train else "t10k", Path(self.raw_folder)
-        return all((raw / f"{half}-{part}-ubyte").is_file() for part in ("images-idx3", "labels-idx1"))
+        return all(path.is_file() for path in self._files)
+
+    def _check_legacy_exist(self) -> bool:
+        return False  # tensors of early versions, of any type and shape
+
+    def _load_data(self) -> tuple[Tensor, Tensor]:
+        images, labels = (_read_idx(path, sizes) for path, sizes in zip(self._files, ((28, 28), ()), strict=True))
+        return images, labels.long()
+
+
+def _read_idx(path: Path, sizes: tuple[int, ...]) -> Tensor:
+    """The uint8 tensor (N, *sizes) of a file: two zeros, its type, how many sizes, these, and the values."""
+    start = 4 * (2 + len(sizes))
+    with path.open("rb") as file:
+        header = file.read(start)
+        shape = tuple(int.from_bytes(header[i : i + 4], "big") for i in range(4, start, 4))
+        whole = os.fstat(file.fileno()).st_size == start + math.prod(shape)
+        if header[:4] != bytes((0, 0, 8, len(shape))) or shape[1:] != sizes or not whole:
+            of = "×".join(map(str, ("N", *sizes)))
+            raise ValueError(f"{path} is damaged or cut short; its header and its size must be of {of} values of uint8")
+        return torch.from_numpy(np.fromfile(file, np.uint8)).reshape(shape)
 
 
 def mnist(options: Options) -> ImageSet:
@@ -111,6 +137,8 @@ def stl10(options: Options) -> ImageSet:
         )
         for p in parts
     ]
+    if not hasattr(parts[0], "classes"):
+        raise FileNotFoundError(f"data_dir is {options.data_dir or 'data'}; STL10's class_names.txt is missing in it")
     return _image_set(splits, parts[0].classes, options, flip=True)
 
 
@@ -150,11 +178,20 @@ def _image_set(splits: list[Split], classes: list[str], options: Options, *, fli
     """Shifts are of at most an eighth of the image; of the classes only the first are kept, where that is asked for."""
     train = splits[0]
     val = splits[1] if len(splits) > 1 else Split(train.images[:0], train.labels[:0])
+    where = "" if options.data_dir is None else f"data_dir is {options.data_dir}; "
+    for split in (train, val):
+        if len(split.images) != len(split.labels):
+            raise ValueError(f"{where}there are {len(split.images):,} images, but {len(split.labels):,} labels")
+        if len(split.labels) and not 0 <= split.labels.min() <= split.labels.max() < len(classes):
+            low, high = split.labels.min(), split.labels.max()
+            raise ValueError(f"{where}its labels are {low} to {high}; they must be 0 to {len(classes) - 1}")
     if (count := options.first_classes) is not None:
         if not 1 <= count <= len(classes):
             raise ValueError(f"first_classes is {count}; it must be 1 to {len(classes)}, the classes of the data")
         classes = classes[:count]
         train, val = (Split(s.images[s.labels < count], s.labels[s.labels < count]) for s in (train, val))
+    if not len(train.labels) or (len(splits) > 1 and not len(val.labels)):
+        raise ValueError(f"{where}there are no images to {'validate' if len(train.labels) else 'train'} on")
     return ImageSet(train, val, classes, pad=max(1, train.images.shape[1] // 8), flip=flip)
 
 
@@ -173,6 +210,11 @@ def _torchvision(dataset: type, options: Options, **split):
         raise FileNotFoundError(
             f"data_dir is {root}; {dataset.__name__} is not whole in it ({error}): --download fetches it{also}"
         ) from None
+    except OSError:
+        raise
+    except Exception as error:  # of damaged files, which not every set has a checksum for
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"data_dir is {root}; {dataset.__name__} in it cannot be read: {reason}") from error
 
 
 def _scaled(images: Tensor, size: int | None) -> Tensor:
@@ -203,7 +245,7 @@ def _decode(source: FolderSource, size: int, options: Options) -> tuple[Split, i
     def decode(start: int) -> None:
         for i in range(start, min(start + 256, len(images))):
             try:
-                images[i] = _centre(read_image(source, i), size)
+                images[i] = read_image(source, i, lambda image: _centre(image, size))
             except UnreadableImage as error:
                 if options.on_bad_image == "stop":
                     raise
@@ -213,16 +255,19 @@ def _decode(source: FolderSource, size: int, options: Options) -> tuple[Split, i
         for _ in threads.map(decode, range(0, len(images), 256)):
             pass  # taking each result raises what its thread raised
     split = Split(torch.from_numpy(images), source.labels)
-    for _, message in unreadable:
+    for _, message in sorted(unreadable):
         warnings.warn(f"{message}; it is skipped", stacklevel=2)
     if unreadable:
         kept = torch.ones(len(images), dtype=torch.bool)
         kept[[i for i, _ in unreadable]] = False
         split = Split(split.images[kept], split.labels[kept])
+    if not len(split.labels):
+        raise UnreadableImage(f"none of the {len(images):,} images can be read: {min(unreadable)[1]}")
     return split, len(unreadable)
 
 
 def _centre(image: Image.Image, size: int) -> np.ndarray:
     if image.size != (size, size):
+        check_scaled(image, size)
         image = TF.center_crop(TF.resize(image, size), size)
     return np.asarray(image)

@@ -14,8 +14,8 @@ from fastroute.training.datasets import DATASETS, Options
 from fastroute.training.loaders import EpochLoader, MemoryLoader, StreamLoader
 from fastroute.training.metrics import Totals
 from fastroute.training.routing import RouterStatistics, across_processes, add_routing
-from fastroute.training.sources import val_source
-from fastroute.training.transforms import eval_transform
+from fastroute.training.sources import UnreadableImage, val_source
+from fastroute.training.transforms import eval_transform, resize_size
 
 
 @torch.no_grad()
@@ -42,6 +42,10 @@ def evaluate(
 
     Returns:
         "loss", "error" (top-1), "error5" (top-5), "images" and "skipped", those that could not be read.
+
+    Raises:
+        UnreadableImage: an image cannot be read, or with `on_bad_image="skip"`, none can.
+        ValueError: an image is of a class that the network has no logit for.
     """
     model.eval()
     device = torch.device(device)
@@ -63,6 +67,8 @@ def evaluate(
             crops = images.unbind(1) if images.dim() == 5 else (images,)
             shares = sum(logits(crop).float().softmax(1) for crop in crops)
         scores = (shares / len(crops)).log()
+        if (largest := int(labels.max())) >= scores.shape[1]:
+            raise ValueError(f"there are images of class {largest}, but the network has {scores.shape[1]} logits")
         totals.update(F.nll_loss(scores, labels), scores, labels)
     counts = torch.tensor([totals.samples, getattr(loader, "skipped", 0)], device=device)
     if dist.is_initialized():
@@ -70,6 +76,8 @@ def evaluate(
     if routers is not None:
         routers.update(across_processes(routers))
     images, skipped = counts.tolist()
+    if not images:
+        raise UnreadableImage(f"none of the {skipped:,} images can be read" if skipped else "there are no images")
     result = {name: value.item() for name, value in totals.compute().items()}
     return result | {"images": images, "skipped": skipped}
 
@@ -107,8 +115,7 @@ def validation_loader(
         FileNotFoundError: there are no such images.
         ValueError: an argument is out of range, or ten crops are asked of a set in memory.
     """
-    if not 0 < crop_pct <= 1:
-        raise ValueError(f"crop_pct is {crop_pct}; it must be above 0 and at most 1")
+    resize_size(img_size or 224, crop_pct)  # raises where they are out of range
     streamed = dataset in STREAMED
     if ten_crop and not streamed:
         raise ValueError(f"ten_crop is True; it is for {' and '.join(STREAMED)}, whose images are larger than a crop")

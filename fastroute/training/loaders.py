@@ -70,6 +70,10 @@ class EpochLoader:
         world_size: int,
         finish: Finish | None,
     ):
+        if seed is not None and count < world_size:
+            raise ValueError(
+                f"there are {count} images to train on; there must be one for each of {world_size} processes"
+            )
         self.count = count if seed is None else count - count % world_size
         self.batch_size, self.seed, self.epoch, self.finish = batch_size, seed, epoch, finish
         self.rank, self.world_size = rank, world_size
@@ -189,6 +193,10 @@ class StreamLoader(EpochLoader):
         num_workers: processes that decode; 0 decodes in this one.
         on_bad_image: "stop" raises at an image that cannot be read; "skip" leaves it out of its batch, names it in a
             warning and counts it in `skipped`.
+
+    Raises:
+        UnreadableImage: in an epoch, at an image that cannot be read with "stop"; at a training batch without one that
+            can, or after an evaluation without one in the share of this process, with "skip".
     """
 
     def __init__(
@@ -216,14 +224,16 @@ class StreamLoader(EpochLoader):
         )
 
     def pixels(self, indices: Tensor) -> Tensor:
-        images = [pixels(self.transform(read_image(self.source, index))) for index in indices.tolist()]
+        images = [pixels(read_image(self.source, index, self.transform)) for index in indices.tolist()]
         return torch.from_numpy(np.stack(images))
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         training = self.seed is not None
         order = self.source.order(generator(self.seed, epoch)) if training else torch.arange(self.count)
         self._sampler.batches = [[(epoch, int(i)) for i in indices] for indices in self.shares(order)[start:]]
+        read, first = 0, None
         for images, labels, unreadable in self.loader:
+            read, first = read + len(labels), first or next(iter(unreadable), None)
             if unreadable and self.on_bad_image == "stop":
                 raise UnreadableImage(unreadable[0])
             for message in unreadable:
@@ -235,6 +245,8 @@ class StreamLoader(EpochLoader):
                 raise UnreadableImage(f"none of the {len(unreadable)} images of a batch can be read: {unreadable[0]}")
             images, labels = (t.to(self.mean.device, non_blocking=True) for t in (images, labels))
             yield self._normalize(images), labels
+        if first and not read and not start and self.world_size == 1:
+            raise UnreadableImage(f"none of the {self.count:,} images can be read: {first}")
 
     def _normalize(self, images: Tensor) -> Tensor:
         if images.dim() == 4:
@@ -267,11 +279,10 @@ class _Decoded(Dataset):
     def __getitem__(self, place: tuple[int, int]) -> tuple[np.ndarray, int] | str:
         epoch, index = place
         try:
-            image = read_image(self.source, index)
+            with seeded(self.seed or 0, epoch, index):
+                return pixels(read_image(self.source, index, self.transform)), int(self.source.labels[index])
         except UnreadableImage as error:
             return str(error)
-        with seeded(self.seed or 0, epoch, index):
-            return pixels(self.transform(image)), int(self.source.labels[index])
 
 
 def _collate(items: list[tuple[np.ndarray, int] | str]) -> tuple[Tensor, Tensor, list[str]]:

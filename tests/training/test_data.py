@@ -1,3 +1,4 @@
+import math
 import tarfile
 from types import SimpleNamespace
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 from fastroute.training import ImageDataModule
+from fastroute.training.sources import UnreadableImage
 
 
 def prepared(**options):
@@ -81,6 +83,15 @@ def test_folder_images_are_mirrored(image_folder):
         ({"crop_pct": 0}, "crop_pct is 0; it must be between 0 and 1"),
         ({"reprob": -0.1}, "reprob is -0.1; it must be between 0 and 1"),
         ({"mixup": -1}, "mixup is -1; it must be at least 0"),
+        ({"mixup": math.nan}, "mixup is nan; it must be at least 0, and from 0.001 to 1,000,000 if it is not 0"),
+        ({"cutmix": math.inf}, "cutmix is inf; it must be at least 0"),
+        ({"cutmix": 1e-30}, "cutmix is 1e-30; it must be at least 0"),
+        ({"reprob": math.nan}, "reprob is nan; it must be between 0 and 1"),
+        ({"crop_pct": math.nan}, "crop_pct is nan; it must be between 0 and 1"),
+        ({"scale": (1, 0.5)}, r"scale is \(1, 0.5\); it must be two numbers above 0 and at most 1, the smaller first"),
+        ({"ratio": (math.nan, 1)}, r"ratio is \(nan, 1\); it must be two numbers"),
+        ({"img_size": 100_000}, "img_size is 100000 and crop_pct 0.875; .* must be at most 9,459"),
+        ({"aa": "rand-m9-n99999999"}, "aa is 'rand-m9-n99999999'; it must be one of"),
         ({"dataset": "webdataset"}, "data_dir is None; the dataset 'webdataset' needs a folder with tar shards"),
         ({"dataset": "webdataset", "data_dir": ".", "in_memory": True}, "in_memory is True; it can be chosen for"),
     ],
@@ -174,3 +185,28 @@ def test_mnist_and_stl10_are_read_into_memory(monkeypatch):
         assert images.train.images.shape == images.val.images.shape == shape
         assert (images.train.images == 1).all() and (images.val.images == 0).all()
         assert (images.pad, images.flip) == (pad, flip) and images.train.labels.dtype == torch.int64
+
+
+@pytest.mark.filterwarnings("ignore:.*it is skipped")
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_a_readable_image_is_an_error(image_folder, in_memory, split):
+    for path in image_folder.glob(f"{split}/*/*"):
+        path.write_bytes(b"no image")
+    options = {"img_size": 8, "in_memory": in_memory, "on_bad_image": "skip", "num_workers": 1}
+    with pytest.raises(
+        UnreadableImage, match=r"none of the \d+ images .*can be read: .*\w/\d.png cannot be read"
+    ) as error:
+        data = prepared(dataset="imagefolder", data_dir=image_folder, **options)
+        list(data.train_dataloader() if split == "train" else data.val_dataloader())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*it is skipped")
+def test_images_skipped_in_memory_are_counted_once_for_all_processes(monkeypatch, image_folder):
+    (image_folder / "train" / "ant" / "0.png").write_bytes(b"")
+    data = prepared(dataset="imagefolder", data_dir=image_folder, img_size=8, on_bad_image="skip")
+    assert data.skipped == 1
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    assert data.skipped == 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastroute.training.datasets import DATASETS, Options, digits, imagefolder
+from fastroute.training.datasets import DATASETS, Options, digits, imagefolder, mnist
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEST_DATA = Path(os.environ.get("FASTROUTE_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -94,6 +94,47 @@ def test_an_image_cut_short_is_named(image_folder, suffix):
 def test_images_that_do_not_fit_into_memory_are_refused(image_folder):
     with pytest.raises(ValueError, match=r"its 36 images take .* GB of memory at img_size=100000000"):
         imagefolder(Options(image_folder, 100_000_000, 1))
+
+
+def write_mnist(folder, images=(0x803, 4, 28, 28), labels=(0x801, 4), values=range(4), cut=None):
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for half in ("train", "t10k"):
+        for name, header, data in (("images-idx3", images, bytes(4 * 784)), ("labels-idx1", labels, bytes(values))):
+            content = b"".join(value.to_bytes(4, "big") for value in header) + data
+            (raw / f"{half}-{name}-ubyte").write_bytes(content[:cut])
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"cut": 500}, "train-images-idx3-ubyte is damaged or cut short; .* must be of N×28×28 values of uint8"),
+        ({"cut": 6}, "train-images-idx3-ubyte is damaged or cut short"),
+        ({"cut": 0}, "train-images-idx3-ubyte is damaged or cut short"),
+        ({"images": (0x803, 3, 28, 28)}, "train-images-idx3-ubyte is damaged or cut short"),
+        ({"images": (0x803, 2**32 - 1, 28, 28)}, "train-images-idx3-ubyte is damaged or cut short"),
+        ({"images": (0x803, 4, 14, 56)}, "train-images-idx3-ubyte is damaged or cut short"),
+        ({"images": (0xD03, 4, 28, 28)}, "train-images-idx3-ubyte is damaged or cut short"),
+        ({"labels": (0x801, 5)}, "train-labels-idx1-ubyte is damaged or cut short; .* must be of N values of uint8"),
+        ({"labels": (0x801, 3), "values": range(3)}, "there are 4 images, but 3 labels"),
+        ({"values": (0, 1, 2, 200)}, "its labels are 0 to 200; they must be 0 to 9"),
+    ],
+)
+def test_damaged_files_of_mnist_are_named(tmp_path, files, message):
+    write_mnist(tmp_path, **files)
+    with pytest.raises(ValueError, match=f"data_dir is .*{message}"):
+        mnist(Options(tmp_path))
+
+
+def test_a_set_of_no_images_is_refused(tmp_path):
+    write_mnist(tmp_path)
+    assert mnist(Options(tmp_path)).train.labels.tolist() == [0, 1, 2, 3]
+    for path in tmp_path.glob("MNIST/raw/t10k*"):
+        header = 16 if "images" in path.name else 8
+        path.write_bytes(path.read_bytes()[:4] + bytes(4) + path.read_bytes()[8:header])
+    with pytest.raises(ValueError, match="there are no images to validate on"):
+        mnist(Options(tmp_path))
+    assert len(mnist(Options(tmp_path, train_only=True)).train.labels) == 4
 
 
 def test_real_images(tmp_path):

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from fastroute.training.evaluation import evaluate, validation_loader
+from fastroute.training.sources import UnreadableImage
 
 
 class Corner(nn.Module):
@@ -43,6 +44,29 @@ def test_images_that_cannot_be_read_are_counted(large_folder):
     (large_folder / "val" / "bee" / "0.png").write_bytes(b"")
     result = evaluate(Corner(), loader(large_folder, on_bad_image="skip"))
     assert (result["images"], result["skipped"]) == (11, 1)
+
+
+def test_there_is_no_error_of_no_images(large_folder):
+    with pytest.raises(UnreadableImage, match="there are no images"):
+        evaluate(Corner(), [])
+    for path in large_folder.glob("val/*/*"):
+        path.write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="it is skipped"),
+        pytest.raises(UnreadableImage, match="none of the 12 images can be read"),
+    ):
+        evaluate(Corner(), loader(large_folder, on_bad_image="skip"))
+
+
+def test_each_class_has_a_logit(large_folder):
+    with pytest.raises(ValueError, match="there are images of class 2, but the network has 2 logits"):
+        evaluate(nn.Sequential(Corner(), nn.Linear(3, 2)), loader(large_folder))
+
+
+@pytest.mark.parametrize("options", [{"crop_pct": float("nan")}, {"crop_pct": 1e-9}, {"img_size": 100_000}])
+def test_sizes_out_of_range_are_refused(large_folder, options):
+    with pytest.raises(ValueError, match=r"crop_pct is nan; it must|img_size / crop_pct is the side of a scaled image"):
+        loader(large_folder, **options)
 
 
 def test_a_set_in_memory_is_normalised_by_the_given_statistics():

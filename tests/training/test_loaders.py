@@ -159,6 +159,25 @@ def test_a_batch_with_no_readable_image_stops_training_and_is_left_out_of_valida
         path.write_bytes(b"no image")
     with pytest.raises(UnreadableImage, match="none of the 4 images of a batch can be read"):
         list(stream(image_folder / "val", on_bad_image="skip", seed=0))
+    with pytest.raises(UnreadableImage, match=r"none of the 12 images can be read: .*ant/0.png cannot be read"):
+        list(stream(image_folder / "val", on_bad_image="skip"))
+    parts = [stream(image_folder / "val", on_bad_image="skip", rank=rank, world_size=2) for rank in range(2)]
+    assert [labels(part) for part in parts] == [[], []]  # another process may have readable ones
+
+
+def test_an_image_that_cannot_be_transformed_is_named(tmp_path):
+    (tmp_path / "ant").mkdir()
+    Image.new("1", (1, 400_000)).save(tmp_path / "ant" / "0.png")
+    with pytest.raises(
+        UnreadableImage, match=r"ant/0.png: 1 × 400,000 scaled to 256 are 256 × 102,400,000 pixels, and"
+    ):
+        list(stream(tmp_path, transform=eval_transform(224, 0.875)))
+
+
+def test_there_is_an_image_to_train_on_for_each_process():
+    with pytest.raises(ValueError, match="there are 3 images to train on; there must be one for each of 4 processes"):
+        memory(3, world_size=4)
+    assert len(memory(4, world_size=4)) == 1 and len(memory(3, seed=None, world_size=4)) == 1
 
 
 def test_grey_images_become_colour(image_folder):
