@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastroute import _files
 from fastroute.models import create_model
 from fastroute.training import RoutingClassifier, check_resume, epochs_done, load_weights
 from fastroute.training.checkpoints import AtomicCheckpointIO, read_checkpoint
@@ -50,14 +51,15 @@ def test_killed_at_any_moment_it_leaves_a_whole_checkpoint(tmp_path):
         assert (saved["weights"] == saved["number"]).all() and len(saved["weights"]) == 1_000_000
 
 
-def test_a_full_disk_is_reported_and_leaves_the_checkpoint_before(tmp_path):
+def test_a_full_disk_is_reported_and_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     path = tmp_path / "last.ckpt"
     io = AtomicCheckpointIO()
-    (tmp_path / "last.ckpt.tmp").symlink_to("/dev/full")
+    monkeypatch.setattr(_files, "_temporary", lambda path: path.with_name("full"))
+    (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"last\.ckpt cannot be written, there is none before it: .*No space left"):
         io.save_checkpoint({"weights": torch.ones(1000)}, path)
     io.save_checkpoint({"epoch": 1}, path)
-    (tmp_path / "last.ckpt.tmp").symlink_to("/dev/full")
+    (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"last\.ckpt cannot be written, the one before is whole: .*No space left"):
         io.save_checkpoint({"epoch": 2, "weights": torch.ones(1_000_000)}, path)
     assert torch.load(path) == {"epoch": 1} and os.listdir(tmp_path) == ["last.ckpt"]

@@ -76,7 +76,7 @@ def test_a_run_writes_its_summary_and_the_last_and_best_checkpoints(data, tmp_pa
     module = classifier()
     rows = run(module, data, tmp_path / "run", epochs=3)
     names = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith("events")}
-    assert names == {"best.ckpt", "last.ckpt", "summary.csv", "routers.csv", "hparams.yaml"}
+    assert names == {"best.ckpt", "last.ckpt", "previous.ckpt", "summary.csv", "routers.csv", "hparams.yaml"}
     with (tmp_path / "run" / "summary.csv").open() as file:
         written = list(csv.DictReader(file))
     assert list(written[0]) == [
