@@ -79,6 +79,15 @@ def agreed(value: T) -> T:
     return values[0]
 
 
+def gathered(value: T) -> list[T]:
+    """The values of all processes, in the first one; in the others, nothing. Tensors in them must be on the CPU."""
+    if not dist.is_initialized():
+        return [value]
+    values = [value] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
 def is_lost_process(error: RuntimeError) -> bool:
     """Whether an error says that another process does not answer any more."""
     return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())

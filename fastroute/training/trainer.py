@@ -15,11 +15,20 @@ from pytorch_lightning.strategies import DDPStrategy
 from rich.console import Console
 
 from fastroute.training.callbacks import EpochProgress, EpochSummary, RouterDiagnostics
-from fastroute.training.checkpoints import AtomicCheckpointIO, RecoveryCheckpoint, check_resume
+from fastroute.training.checkpoints import LAST, AtomicCheckpointIO, BestCheckpoint, RecoveryCheckpoint, check_resume
 from fastroute.training.classifier import RoutingClassifier
 from fastroute.training.distributed import world_size
 from fastroute.training.graphs import check_recording
-from fastroute.training.steps import BatchNormSync, LostProcess, MovingAverage, NonFiniteStop, StepSeed
+from fastroute.training.run_folder import run_folder
+from fastroute.training.steps import (
+    BatchNormSync,
+    EpochMeans,
+    FiniteWeights,
+    LostProcess,
+    MovingAverage,
+    NonFiniteStop,
+    StepSeed,
+)
 
 PRECISIONS = {None: "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 DIST_BN = ("reduce", "broadcast", "")
@@ -47,8 +56,9 @@ def fit(
 ) -> list[dict]:
     """Train, and write into `output`.
 
-    `last.ckpt` and `best.ckpt` (of the lowest validation error), `summary.csv`, `routers.csv` for a network with
-    routers, and TensorBoard's events. Started by `torchrun`, the processes train together (DistributedDataParallel).
+    `last.ckpt`, `previous.ckpt` (the one before it) and `best.ckpt` (of the lowest validation error), `summary.csv`,
+    `routers.csv` for a network with routers, and TensorBoard's events. Started by `torchrun`, the processes train
+    together (DistributedDataParallel).
 
     Args:
         module: what to train; its weights change, and it stays on the device.
@@ -65,7 +75,9 @@ def fit(
         dist_bn: before validation, the running statistics are averaged over the processes ("reduce"), taken from the
             first ("broadcast"), or left as they are ("").
         deterministic: whether to use deterministic algorithms alone.
-        resume: the checkpoint to go on from, with its optimiser, schedule and place, within an epoch too.
+        resume: the checkpoint to go on from, with its optimiser, schedule and place, within an epoch too. Where it lies
+            in `output`, moved or renamed as that may be, `best.ckpt` stays until an epoch is better. Another folder has
+            no `best.ckpt` of this run yet: the best of it is that of the epochs trained there.
         recovery_interval: optimiser steps between checkpoints within an epoch; None writes one at its end alone.
         log_interval: steps between readings of the loss.
         accelerator: "auto", "cpu" or "gpu", as Lightning has it. Each process uses one device.
@@ -76,10 +88,12 @@ def fit(
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: an argument is out of range, the checkpoint is of another network or finished already, there is no
-            such accelerator, or `module` is to record its steps where they cannot be; see `check_recording`.
+        ValueError: an argument is out of range, the checkpoint is damaged, of another network or finished already,
+            there is no such accelerator, or `module` is to record its steps where they cannot be; see
+            `check_recording`.
         NotRecordable: a step turned out to be such.
-        FloatingPointError: the loss is NaN or infinite.
+        FolderInUse: another run writes into `output`.
+        FloatingPointError: the loss or a weight is NaN or infinite; the checkpoints from before stay.
         OSError: a file cannot be written; the last whole checkpoint stays.
         ProcessLost: another process of the run is gone.
         Terminated: SIGTERM came, and `last.ckpt` is written.
@@ -120,9 +134,8 @@ def fit(
         check_resume(resume, module, epochs)
 
     output, processes = Path(output), world_size()
-    output.mkdir(parents=True, exist_ok=True)
     summary = EpochSummary(output / "summary.csv")
-    callbacks = [StepSeed(seed), NonFiniteStop(log_interval)]
+    callbacks = [StepSeed(seed), NonFiniteStop(log_interval), FiniteWeights(output / LAST), EpochMeans()]
     if model_ema_decay is not None:
         callbacks.append(MovingAverage(model_ema_decay))
     if processes > 1 and dist_bn:
@@ -132,12 +145,12 @@ def fit(
         RouterDiagnostics(output / "routers.csv"),
         summary,
         EpochProgress(summary, console or Console(), log_interval),
-        RecoveryCheckpoint(output / "last.ckpt", recovery_interval),
+        RecoveryCheckpoint(output / LAST, recovery_interval),
         LostProcess(),
-        ModelCheckpoint(filename="best", monitor="val_error", **checkpoint),
+        BestCheckpoint(resume, filename="best", monitor="val_error", **checkpoint),
         ModelCheckpoint(filename="last", **checkpoint),
     ]
-    with quiet():
+    with run_folder(output), quiet():
         trainer = pl.Trainer(
             accelerator=accelerator,
             **_processes(processes),
@@ -150,7 +163,7 @@ def fit(
             logger=TensorBoardLogger(output, name="", version="", default_hp_metric=False),
             log_every_n_steps=log_interval,
             callbacks=callbacks,
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(resume)],
             enable_model_summary=False,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
