@@ -132,7 +132,6 @@ class RoutingClassifier(pl.LightningModule):
         self.replayed: tuple[Tensor, Tensor | None] | None = None
         """While a recorded step stands in for a training batch: its loss, and what the auxiliary loss gave."""
         self._batch: tuple[Tensor, ...] | None = None
-        self._buffers_of_rank: dict[str, Tensor] = {}
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path | IO, *arguments, **options) -> "RoutingClassifier":
@@ -288,22 +287,21 @@ class RoutingClassifier(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """A run stopped within an epoch goes on counting it; the schedule knows for how many epochs it was made.
 
-        What is a process's own, its buffers and totals, is in `ranks`, as far as it is not that of the first process.
+        With several processes, `ranks` has the totals of each, and its buffers where they are not those of the first.
         """
         totals = {name: getattr(self.train_totals, name).cpu() for name in Totals.SUMS}
-        buffers = dict(self.named_buffers())
+        buffers = {name for name, _ in self.named_buffers()}
         states = {key: checkpoint[key] for key in STATES if key in checkpoint}
         own = {key: {n: value.cpu() for n, value in state.items() if n in buffers} for key, state in states.items()}
-        ranks = gathered(own | {"train_totals": totals})
+        ranks = gathered((totals, own))
         if ranks:  # in the first process, which writes
-            checkpoint["train_totals"] = {name: sum(rank["train_totals"][name] for rank in ranks) for name in totals}
+            checkpoint["train_totals"] = {name: sum(sums[name] for sums, _ in ranks) for name in totals}
         if len(ranks) > 1:
+            first = ranks[0][1]
             checkpoint["ranks"] = [
-                {
-                    key: {n: v for n, v in values.items() if rank is ranks[0] or not torch.equal(v, ranks[0][key][n])}
-                    for key, values in rank.items()
-                }
-                for rank in ranks
+                {"train_totals": sums}
+                | {key: {n: v for n, v in own[key].items() if not torch.equal(v, first[key][n])} for key in states}
+                for sums, own in ranks
             ]
         checkpoint["epochs"] = self.trainer.max_epochs
 
@@ -319,21 +317,11 @@ class RoutingClassifier(pl.LightningModule):
             own = ranks[self.global_rank]
             for key in own.keys() & STATES:
                 checkpoint[key] = checkpoint[key] | own[key]
-            totals = ranks[0]["train_totals"] | own["train_totals"]
-            averaged = any(isinstance(callback, MovingAverage) for callback in self.trainer.callbacks)
-            self._buffers_of_rank = own[
-                "current_model_state" if averaged and "current_model_state" in own else "state_dict"
-            ]
+            totals = own["train_totals"]
         elif self.global_rank > 0:
             totals = {}  # the sum of all processes goes on in the first
         for name, total in totals.items():
             setattr(self.train_totals, name, total.to(self.device))
-
-    def on_fit_start(self) -> None:
-        # DistributedDataParallel has just given every process the buffers of the first.
-        for name, value in self._buffers_of_rank.items():
-            self.get_buffer(name).copy_(value)
-        self._buffers_of_rank = {}
 
 
 def takes_routing(model: nn.Module) -> bool:

@@ -50,6 +50,31 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(image_folder, tmp_p
         torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_a_run_that_stops_within_an_epoch_goes_on_bit_for_bit_in_every_process(image_folder, tmp_path):
+    """Batch norm is each process's own to the end, and so are the moving average's and the sums of the epoch."""
+    options = {"network": "Normed", "model_ema_decay": 0.5, "dist_bn": "", "save_ranks": True, "recovery_interval": 1}
+    result = run(*TORCHRUN, folder=image_folder, output=tmp_path, batch_size=4, stop=(1, 2), **options)
+    assert result.returncode == 0, result.stderr
+    whole, halves = (
+        [torch.load(tmp_path / name / f"rank{rank}.pt") for rank in range(2)] for name in ("whole", "halves")
+    )
+    assert not torch.equal(whole[0]["model.stem.1.running_mean"], whole[1]["model.stem.1.running_mean"])
+    for expected, actual in zip(whole, halves, strict=True):
+        assert all(
+            torch.equal(value, actual[name]) for name, value in expected.items() if isinstance(value, torch.Tensor)
+        )
+    clocks = {"images_per_s", "data_wait", "seconds"}
+    summaries = [rows(tmp_path / name / "summary.csv") for name in ("whole", "halves")]
+    for expected, actual in zip(*summaries, strict=True):
+        assert {k: v for k, v in expected.items() if k not in clocks} == {
+            k: v for k, v in actual.items() if k not in clocks
+        }
+    saved = [torch.load(tmp_path / name / "last.ckpt") for name in ("whole", "halves")]
+    for key in ("state_dict", "current_model_state"):
+        assert all(torch.equal(value, saved[1][key][name]) for name, value in saved[0][key].items())
+        assert saved[0]["ranks"][1][key].keys() >= {"model.stem.1.running_mean", "model.stem.1.running_var"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how, same", [("reduce", True), ("broadcast", True), ("", False)])
 def test_batch_norm_is_the_same_in_both_processes_where_that_is_asked_for(image_folder, tmp_path, how, same):
