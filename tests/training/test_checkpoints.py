@@ -172,12 +172,10 @@ def test_a_digest_beside_weights_is_checked(tmp_path):
         changed = bytearray(whole)
         changed[len(whole) // 2] ^= 4
         path.write_bytes(changed)
-        with pytest.raises(
-            ValueError, match=rf"{name}; it holds no weights any more: the file is damaged: .*; copy it"
-        ):
+        with pytest.raises(ValueError, match=rf"{name}; it holds no weights any more: the file is damaged: .*copy it"):
             load_weights(model, path)
     path = tmp_path / "weights.safetensors"
-    subprocess.run(("sha256sum", "--check", "--quiet", path.name + ".sha256"), cwd=tmp_path, check=False)
+    assert path.with_suffix(".safetensors.sha256").read_text().endswith("  weights.safetensors\n")  # as of sha256sum
     (tmp_path / "weights.safetensors.sha256").unlink()  # as of a file from elsewhere
     load_weights(model, path)
 
