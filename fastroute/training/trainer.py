@@ -1,6 +1,7 @@
 """A training run from start to end, or from a checkpoint to the end."""
 
 import contextlib
+import functools
 import logging
 import os
 import warnings
@@ -13,6 +14,9 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 from rich.console import Console
+from torch import Tensor
+from torch import distributed as dist
+from torch.nn import functional as F
 
 from fastroute.training.callbacks import EpochProgress, EpochSummary, RouterDiagnostics
 from fastroute.training.checkpoints import LAST, AtomicCheckpointIO, BestCheckpoint, RecoveryCheckpoint, check_resume
@@ -180,8 +184,34 @@ def _processes(count: int) -> dict:
     here = int(os.environ["LOCAL_WORLD_SIZE"])
     # Buffers are not broadcast at every step: batch norm's are what BatchNormSync says, and validation, in which
     # processes may have different numbers of images, then needs no talk between them.
-    strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    strategy = OrderedDDP(broadcast_buffers=False, gradient_as_bucket_view=True)
     return {"devices": here, "num_nodes": count // here, "strategy": strategy}
+
+
+class OrderedDDP(DDPStrategy):
+    """Lightning's DistributedDataParallel; on CPUs, processes add each gradient in the order of their ranks.
+
+    Gloo's order depends on where a gradient lies among the others, which DistributedDataParallel changes after the
+    first step: with three processes or more, a resumed run would not end bit for bit as one that was never stopped.
+    """
+
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        if self.root_device.type == "cpu" and self.world_size > 2:
+            self.model.register_comm_hook(None, mean_in_rank_order)
+
+
+def mean_in_rank_order(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Each process adds its share of the gradients, as many bytes as `all_reduce` sends."""
+    count, gradients = dist.get_world_size(), bucket.buffer()
+    given = F.pad(gradients, (0, -len(gradients) % count))
+    parts = torch.empty_like(given)
+    dist.all_to_all_single(parts, given)
+    total = functools.reduce(torch.add, parts.view(count, -1))
+    dist.all_gather_into_tensor(given, total / count)
+    mean = torch.futures.Future()
+    mean.set_result(given[: len(gradients)])
+    return mean
 
 
 @contextlib.contextmanager
