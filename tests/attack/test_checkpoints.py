@@ -15,6 +15,7 @@ from fastroute.training import load_weights, save_weights
 from fastroute.training.checkpoints import read_checkpoint
 
 TRIES = 130  # of each of three files
+COMMANDS = 5  # tries through commands
 TRAIN = ("train", "base_cnn", "-b", 512, "--first-classes", 3, "--sched", "step")
 
 
@@ -105,3 +106,27 @@ def test_a_run_s_checkpoint(folder):
 def test_a_network_s_weights(tmp_path, name):
     save_weights(create_model("base_cnn", num_classes=3, in_chans=1), tmp_path / name)
     attack(tmp_path / name, weights_of)
+
+
+def test_through_the_commands(folder):
+    """Each either says in a sentence what is wrong with the file, or does what it does with the whole one."""
+    last = folder / "last.ckpt"
+    whole = last.read_bytes()
+    resume = (*TRAIN, "--epochs", 3, "--output", folder.parent, "--experiment")
+    assert run(*resume, "expected", "--resume", last).exit_code == 0
+    expected = read_checkpoint(folder.parent / "expected" / "last.ckpt")["state_dict"]
+    for i, (name, damaged) in enumerate(mutations(whole, COMMANDS)):
+        last.write_bytes(damaged)
+        for arguments in (
+            (*resume, f"resumed{i}", "--resume", last),
+            (*resume, f"started{i}", "--initial-checkpoint", last),
+            ("validate", last),
+        ):
+            result = run(*arguments)
+            assert result.exit_code in (0, 2), (name, arguments, result.output)
+            if result.exit_code == 2:
+                assert "error: " in result.output and "Traceback" not in result.output, (name, result.output)
+                assert str(last) in result.output
+            elif arguments[0] == "train" and "--resume" in arguments:
+                assert same(read_checkpoint(folder.parent / f"resumed{i}" / "last.ckpt")["state_dict"], expected), name
+    last.write_bytes(whole)
