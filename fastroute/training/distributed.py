@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import distributed as dist
 
+from fastroute._errors import in_a_line
+
 T = TypeVar("T")
 
 
@@ -71,11 +73,22 @@ def first_on_each_node() -> Iterator[None]:
 
 
 def agreed(value: T) -> T:
-    """The first process's value, in all of them."""
+    """The first process's value, in all of them.
+
+    Raises:
+        ProcessLost: another process is gone.
+    """
     if not dist.is_initialized():
         return value
     values = [value]
-    dist.broadcast_object_list(values)
+    try:
+        dist.broadcast_object_list(values)
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        raise ProcessLost(
+            f"another process of this run is gone, so process {dist.get_rank()} cannot go on: {in_a_line(error)}"
+        ) from error
     return values[0]
 
 
