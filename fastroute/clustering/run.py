@@ -174,7 +174,7 @@ def fit(
             logger=False,
             callbacks=[
                 StepSeed(seed),
-                FiniteWeights(output / "last.ckpt"),
+                FiniteWeights(output / "last.ckpt", advice="lower it"),
                 EpochMeans(),
                 table,
                 RecoveryCheckpoint(output / "last.ckpt"),

@@ -113,13 +113,14 @@ class FiniteWeights(pl.Callback):
 
     Args:
         last: the run's last checkpoint.
+        advice: what to do about the learning rate.
 
     Raises:
         FloatingPointError: there are such weights, in any of the processes.
     """
 
-    def __init__(self, last: Path):
-        self.last, self._saved = last, None
+    def __init__(self, last: Path, advice: str = "lower it, add warmup_epochs or clip_grad"):
+        self.last, self.advice, self._saved = last, advice, None
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         networks = [pl_module, *(c.average_network for c in trainer.callbacks if isinstance(c, MovingAverage))]
@@ -132,8 +133,8 @@ class FiniteWeights(pl.Callback):
         if wrong:
             rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
             raise FloatingPointError(
-                f"weights are NaN or infinite at {place}, with learning rate {rate:g}, and are not saved: lower it, "
-                f"add warmup_epochs or clip_grad; {self._kept(trainer)}"
+                f"weights are NaN or infinite at {place}, with learning rate {rate:g}, and are not saved: "
+                f"{self.advice}; {self._kept(trainer)}"
             )
         self._saved = place
 
