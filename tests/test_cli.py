@@ -14,6 +14,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import fastroute
+from fastroute import _files
 from fastroute.cli import app
 from fastroute.commands.trained import this_device
 from fastroute.training.recipes import recipes
@@ -159,11 +160,13 @@ def test_a_diverging_run_ends_in_a_sentence(tmp_path):
     assert re.search(r"error: the loss is (nan|inf) at epoch \d, step \d, with learning rate 1e\+30", result.output)
 
 
-def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_later(tmp_path):
+def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_later(tmp_path, monkeypatch):
     common = ("train", "resnet20", "-b", 512, "--sched", "step", "--output", tmp_path, "--experiment", "run")
     assert run(*common, "--epochs", 1).exit_code == 0
-    (tmp_path / "run" / "last.ckpt.tmp").symlink_to("/dev/full")
-    result = run(*common, "--epochs", 2, "--resume", "auto")
+    (tmp_path / "run" / "full").symlink_to("/dev/full")
+    with monkeypatch.context() as patch:
+        patch.setattr(_files, "_temporary", lambda path: path.with_name("full" if path.suffix == ".ckpt" else "other"))
+        result = run(*common, "--epochs", 2, "--resume", "auto")
     assert result.exit_code == 1 and "last.ckpt cannot be written, the one before is whole" in result.output
     assert "No space left on device" in result.output and "Traceback" not in result.output
     result = run(*common, "--epochs", 2, "--resume", "auto")

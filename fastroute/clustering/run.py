@@ -15,13 +15,15 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
+from fastroute._files import replacing
 from fastroute.clustering.metrics import cluster_accuracy, many_to_one_accuracy
 from fastroute.clustering.module import ClusteringModule
 from fastroute.training.checkpoints import AtomicCheckpointIO, RecoveryCheckpoint, read_resumable
 from fastroute.training.datasets import DATASETS, Options
 from fastroute.training.loaders import EpochLoader
+from fastroute.training.run_folder import run_folder
 from fastroute.training.seeding import generator
-from fastroute.training.steps import StepSeed
+from fastroute.training.steps import EpochMeans, FiniteWeights, StepSeed
 from fastroute.training.trainer import quiet
 
 CLASSICAL = {
@@ -129,12 +131,10 @@ class Table(pl.Callback):
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="") as file:
+    with replacing(path, newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(temporary, path)
 
 
 def fit(
@@ -150,21 +150,23 @@ def fit(
     amp: bool = False,
     resume: Path | None = None,
 ) -> list[dict]:
-    """Train on all images, and write `last.ckpt` and `summary.csv` into `output`; returns the rows of the summary.
+    """Train on all images, and write `last.ckpt`, `previous.ckpt` (the one before it) and `summary.csv` into `output`;
+    returns the rows of the summary.
 
     A run that goes on from `resume` ends as one that was never stopped.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it is no checkpoint, or of another run, or leaves no epoch to train.
+        ValueError: it is no checkpoint, is damaged, or of another run, or leaves no epoch to train.
+        FolderInUse: another run writes into `output`.
+        FloatingPointError: weights are NaN or infinite; the checkpoints from before stay.
         OSError: a file cannot be written; the last whole checkpoint stays.
         Terminated: SIGTERM came, and `last.ckpt` is written.
     """
     if resume is not None:
         read_resumable(resume, "cluster", dict(module.hparams), epochs)
-    output.mkdir(parents=True, exist_ok=True)
     table = Table(output / "summary.csv", console)
-    with quiet():
+    with run_folder(output), quiet():
         trainer = pl.Trainer(
             max_epochs=epochs,
             devices=1,
@@ -172,13 +174,15 @@ def fit(
             logger=False,
             callbacks=[
                 StepSeed(seed),
+                FiniteWeights(output / "last.ckpt", advice="lower it"),
+                EpochMeans(),
                 table,
                 RecoveryCheckpoint(output / "last.ckpt"),
                 pl.callbacks.ModelCheckpoint(
                     output, "last", enable_version_counter=False, save_on_train_epoch_end=True
                 ),
             ],
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(resume)],
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -203,7 +207,7 @@ def fit_classical(
         "seconds": time.perf_counter() - start,
         "sizes": " ".join(map(str, np.bincount(found, minlength=clusters))),
     }
-    output.mkdir(parents=True, exist_ok=True)
-    write_rows(output / "summary.csv", [row])
+    with run_folder(output):
+        write_rows(output / "summary.csv", [row])
     console.print("  ".join(f"{name} {row[name]:.3f}" for name in ("acc", "acc_many", "nmi", "ari", "seconds")))
     return [row]

@@ -75,6 +75,7 @@ def cluster(
     with plain_errors():
         from fastroute.clustering import run
         from fastroute.training.checkpoints import read_resumable
+        from fastroute.training.run_folder import run_folder
 
         for name in ("heads", "n_init"):
             if getattr(options, name) > 1 and method not in ("two-fold", "em", "consistency"):
@@ -87,6 +88,7 @@ def cluster(
             if resume and not experiment
             else output / (experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{method}-{dataset}")
         )
+        context.with_resource(run_folder(folder))
         if two_dimensional or experiment == "two-dimensional":
             from fastroute.clustering import two_dimensional as plane
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -172,7 +173,7 @@ def train(
     options, console = SimpleNamespace(**context.params), Console(quiet=not is_main())
     with endings(console), process_group():
         with plain_errors():
-            data, module, resume, folder = _prepare(options, console)
+            data, module, resume, folder = _prepare(context, options, console)
             if is_main():
                 _write_arguments(context, folder)
         training.fit(
@@ -199,7 +200,7 @@ def train(
     console.print(f"last.ckpt, best.ckpt, summary.csv, args.yaml: {folder.resolve()}", soft_wrap=True)
 
 
-def _prepare(options: SimpleNamespace, console: Console) -> tuple:
+def _prepare(context: typer.Context, options: SimpleNamespace, console: Console) -> tuple:
     """The data module, the module to train, the checkpoint to go on from if there is one, and the folder of the run."""
     import pytorch_lightning as pl
 
@@ -207,17 +208,18 @@ def _prepare(options: SimpleNamespace, console: Console) -> tuple:
     from fastroute.training.classifier import check_compile_mode
     from fastroute.training.distributed import agreed, first_on_each_node
     from fastroute.training.optim import check_warmup
+    from fastroute.training.run_folder import run_folder
 
     if options.model is None:
         raise ValueError("model is missing; name a network, or a recipe with --config")
     if options.sync_bn and not torch.cuda.is_available():
         raise ValueError("sync_bn is True; PyTorch's synchronised batch norm needs GPUs")
     check_compile_mode(options.compile, options.compile_mode)
-    folder, resume = _places(options)
-    folder = agreed(folder)
+    folder, resume = agreed(_places(options, console))
     if resume is not None and options.resume == "auto" and training.epochs_done(resume) >= options.epochs:
         console.print(f"all {options.epochs} epochs are done: {resume}", soft_wrap=True)
         raise typer.Exit(0)
+    context.with_resource(run_folder(folder))
 
     data = training.ImageDataModule(
         options.dataset,
@@ -307,8 +309,10 @@ def _gate_clustering(options: SimpleNamespace) -> GateClusteringLoss | None:
     return GateClusteringLoss(prior_momentum=momentum, scope=options.gate_reg_scope)
 
 
-def _places(options: SimpleNamespace) -> tuple[Path, Path | None]:
+def _places(options: SimpleNamespace, console: Console) -> tuple[Path, Path | None]:
     """The folder of the run, and the checkpoint to go on from if there is one."""
+    from fastroute.training.checkpoints import latest_checkpoint
+
     resume = None if options.resume in (None, "auto") else Path(options.resume)
     if options.experiment is not None:
         folder = options.output / options.experiment
@@ -318,8 +322,8 @@ def _places(options: SimpleNamespace) -> tuple[Path, Path | None]:
         folder = resume.parent
     else:
         folder = options.output / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.model}-{options.dataset}"
-    if options.resume == "auto" and (folder / "last.ckpt").is_file():
-        resume = folder / "last.ckpt"
+    if options.resume == "auto":
+        resume = latest_checkpoint(folder, partial(console.print, soft_wrap=True, highlight=False, markup=False))
     return folder, resume
 
 

@@ -92,7 +92,7 @@ def validate(
 def _checkpoints(path: Path | None) -> list[Path | None]:
     if path is None or not path.is_dir():
         return [path]
-    found = sorted(path.glob("*.ckpt"))
+    found = sorted(file for file in path.glob("*.ckpt") if file.name != "previous.ckpt")
     if not found:
         raise FileNotFoundError(f"checkpoint is {path}; there is no .ckpt in this folder")
     return found

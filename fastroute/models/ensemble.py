@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastroute._files import DamagedFile, read_tensors
 from fastroute.models.registry import create_model, register_model
 from fastroute.nn import Routing
 
@@ -58,7 +59,10 @@ class Ensemble(nn.Module):
 
 
 def _load(path: str | Path, name: str | None = None) -> nn.Module:
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        checkpoint = read_tensors(path)
+    except DamagedFile as error:
+        raise DamagedFile(f"checkpoint is {path}; {error}; copy it again from where it came, or use another") from error
     options = checkpoint.get("hyper_parameters", {})
     if "model" not in options or "state_dict" not in checkpoint:
         raise ValueError(f"checkpoint is {path}; it must be one of a named network, written by `fastroute train`")

@@ -4,7 +4,7 @@ from fastroute._extras import extra
 
 with extra("train", "fastroute.training"):
     from fastroute.training.callbacks import RouterDiagnostics
-    from fastroute.training.checkpoints import Terminated, check_resume, epochs_done, load_weights
+    from fastroute.training.checkpoints import Terminated, check_resume, epochs_done, load_weights, save_weights
     from fastroute.training.classifier import RoutingClassifier
     from fastroute.training.data import ImageDataModule
     from fastroute.training.routing import gates_table, mean_gates, router_statistics, routing_share
@@ -23,4 +23,5 @@ __all__ = [
     "mean_gates",
     "router_statistics",
     "routing_share",
+    "save_weights",
 ]

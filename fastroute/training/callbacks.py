@@ -2,7 +2,6 @@
 
 import csv
 import datetime
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import distributed as dist
 
+from fastroute._files import replacing
 from fastroute.nn.statistics import RouterStatistics, add_routing
 from fastroute.training.routing import across_processes
 
@@ -220,9 +220,7 @@ class EpochProgress(pl.callbacks.ProgressBar):
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
     """Write rows of the same or of different columns, whole or not at all."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="") as file:
+    with replacing(path, newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(temporary, path)

@@ -3,15 +3,19 @@
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from fastroute._errors import in_a_line
+from fastroute._files import DamagedFile, digest_path, read_tensors, replacing, write_digest
+from fastroute.training.distributed import agreed
 
 
 class Terminated(SystemExit):
@@ -25,29 +29,74 @@ class Terminated(SystemExit):
         return self.message
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write beside the old checkpoint and rename over it, so that at any moment there is a whole one.
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write beside the old checkpoint and rename over it, so that at any moment there is a whole one; check what is
+    read.
+
+    The `last.ckpt` that is replaced stays as `previous.ckpt`, for the day on which the disk damages the last one.
     Lightning's own goes by the system's temporary folder, and moving from there is a copy where that is another disk.
+
+    Args:
+        resumed: the checkpoint that the run goes on from; another run's `last.ckpt` and `previous.ckpt` are not kept.
 
     Raises:
         OSError: the checkpoint cannot be written, as on a full disk; the one before is as it was.
     """
 
+    def __init__(self, resumed: str | Path | None = None):
+        super().__init__()
+        self._own = set() if resumed is None else {Path(resumed).resolve()}
+
     def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options=None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
         try:
-            with temporary.open("wb") as file:
+            with replacing(path, "wb", earlier=self._earlier(path)) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
         except (OSError, RuntimeError) as error:  # torch's own writer reports a full disk as a RuntimeError
-            temporary.unlink(missing_ok=True)
             kept = "the one before is whole" if path.is_file() else "there is none before it"
             raise OSError(f"checkpoint {path} cannot be written, {kept}: {_cause(error)}") from error
+        self._own.add(path.resolve())
+
+    def _earlier(self, path: Path) -> Path | None:
+        """Where the checkpoint that is about to be replaced stays: nowhere, unless it is this run's `last.ckpt`."""
+        previous = path.with_name(PREVIOUS)
+        if path.name != LAST:
+            return None
+        if path.resolve() in self._own:
+            return previous
+        if previous.resolve() not in self._own:  # or it is what the run goes on from, since the last was damaged
+            previous.unlink(missing_ok=True)
+        return None
+
+    def load_checkpoint(self, path: str | Path, map_location=None, weights_only: bool | None = None) -> dict:
+        return read_checkpoint(path)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """The checkpoint of the best epoch, whose score a resumed run keeps wherever its folder is by now.
+
+    Lightning drops the score where the folder had another name. Here it counts that the checkpoint which the run goes
+    on from lies beside the best one; where it does not, as in a new folder, the best starts anew.
+
+    Args:
+        resumed: the checkpoint that the run goes on from, if any.
+        options: of Lightning's.
+    """
+
+    def __init__(self, resumed: str | Path | None, **options):
+        super().__init__(**options)
+        self._resumed = resumed
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        best, scores = self.format_checkpoint_name({}), list(state_dict["best_k_models"].values())
+        beside = Path(self._resumed).parent.resolve() == Path(self.dirpath)
+        if agreed(bool(scores) and beside and os.path.isfile(best)):
+            here = {"dirpath": self.dirpath, "best_model_path": best, "kth_best_model_path": best}
+            super().load_state_dict(state_dict | here | {"best_k_models": {best: scores[0]}})
 
 
 class RecoveryCheckpoint(pl.Callback):
@@ -120,13 +169,55 @@ def read_checkpoint(path: str | Path, name: str = "resume", command: str | None 
     if not Path(path).is_file():
         raise FileNotFoundError(f"{name} is {path}; there is no such file")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_tensors(path)
         checkpoint["hyper_parameters"], checkpoint["state_dict"], _epochs_done(checkpoint)
+    except DamagedFile as error:
+        raise DamagedFile(
+            f"{name} is {path}; it is no checkpoint of a training run any more: {error}; {_instead_of(path)}"
+        ) from error
     except Exception as error:  # whatever a reader does with bytes that are not its own
         raise ValueError(f"{name} is {path}; it is no checkpoint of a training run: {in_a_line(error)}") from error
     if command is not None:
         check_command(checkpoint, command, path, name)
     return checkpoint
+
+
+def latest_checkpoint(folder: str | Path, say: Callable[[str], None] = print) -> Path | None:
+    """The checkpoint with which the run in a folder goes on: `last.ckpt`, or the one before where that is damaged.
+
+    Args:
+        folder: of the run.
+        say: gets a sentence where it is the one before.
+
+    Returns:
+        its path, or None where the folder has no checkpoint.
+
+    Raises:
+        ValueError: there is none that can be read.
+    """
+    last, previous = Path(folder) / LAST, Path(folder) / PREVIOUS
+    try:
+        if last.is_file():
+            read_checkpoint(last)
+            return last
+        reason = f"{last} is missing"
+    except ValueError as error:
+        if not previous.is_file():
+            raise
+        reason = str(error.__cause__ or error)
+        reason = f"{last} cannot be read ({reason})"
+    if not previous.is_file():
+        return None
+    read_checkpoint(previous)
+    say(f"{reason}; going on from the checkpoint before it, {previous}")
+    return previous
+
+
+def _instead_of(path: str | Path) -> str:
+    """What to do about a damaged file."""
+    others = [Path(path).with_name(name) for name in (LAST, PREVIOUS) if name != Path(path).name]
+    there = [str(other) for other in others if other.is_file()]
+    return f"use {there[0]} instead" if there else "copy it again from where it came, or use another"
 
 
 def check_command(checkpoint: dict, command: str, path: str | Path, name: str) -> None:
@@ -183,27 +274,51 @@ def load_weights(model: nn.Module, path: str | Path, averaged: bool = True, name
 
     Args:
         model: gets them.
-        path: a `.ckpt` of a run; any file of a state_dict; a `.safetensors`.
+        path: a `.ckpt` of a run; any file of a state_dict; a `.safetensors`. A digest beside it, as `save_weights` or
+            `sha256sum` writes one to `<name>.sha256`, is checked.
         averaged: whether the moving average is taken where the run kept one; else the weights as trained.
         name: the argument that the file was given as, for messages.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no weights, or those of another network.
+        ValueError: it holds no weights, or those of another network, or is damaged.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{name} is {path}; there is no such file")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = read_tensors(path)
+    except DamagedFile as error:
+        raise DamagedFile(f"{name} is {path}; it holds no weights any more: {error}; {_instead_of(path)}") from error
     except Exception as error:  # whatever a reader does with bytes that are not its own
         raise ValueError(f"{name} is {path}; it holds no weights: {in_a_line(error)}") from error
     load_network_weights(model, weights, path, averaged, name)
+
+
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """Write a network's weights whole or not at all, for `load_weights` or any other reader.
+
+    Args:
+        model: whose `state_dict` is written.
+        path: a `.safetensors`, which has no checksum and gets its SHA-256 beside it, as `<name>.sha256`; any other is
+            written by `torch.save`.
+
+    Raises:
+        OSError: the file cannot be written; the one before is as it was.
+    """
+    path, weights = Path(path), {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    digest_path(path).unlink(missing_ok=True)  # of what was there before
+    with replacing(path, "wb") as file:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save
+
+            file.write(
+                save({name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()})
+            )
+        else:
+            torch.save(weights, file)
+    if path.suffix == ".safetensors":
+        write_digest(path)
 
 
 def load_network_weights(

@@ -1,23 +1,31 @@
 """Image classification as a Lightning module."""
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastroute._files import DamagedFile, checked
 from fastroute.models import create_model
 from fastroute.nn import Routing, exact_convolutions
 from fastroute.training.capturable import CAPTURABLE
+from fastroute.training.distributed import gathered
 from fastroute.training.graphs import COMPILE_MODES, CUDAGraph, Graph, RecordedStep, check_recording
 from fastroute.training.loaders import Draws
 from fastroute.training.metrics import Totals
 from fastroute.training.optim import OPTIMIZERS, SCHEDULES, parameter_groups, scheduler
 from fastroute.training.sources import UnreadableImage
 from fastroute.training.steps import MovingAverage
+
+STATES = ("state_dict", "current_model_state")
+"""Where a checkpoint has a network's weights: the moving average and those as trained, or these alone in the first."""
 
 RoutingLoss = Callable[[dict[str, Routing]], Tensor]
 
@@ -125,6 +133,22 @@ class RoutingClassifier(pl.LightningModule):
         self.replayed: tuple[Tensor, Tensor | None] | None = None
         """While a recorded step stands in for a training batch: its loss, and what the auxiliary loss gave."""
         self._batch: tuple[Tensor, ...] | None = None
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path | IO, *arguments, **options) -> "RoutingClassifier":
+        """Lightning's, of a file whose checksums agree.
+
+        Raises:
+            DamagedFile: they do not.
+        """
+        if not isinstance(checkpoint_path, str | Path) or str(checkpoint_path).startswith("http"):
+            return super().load_from_checkpoint(checkpoint_path, *arguments, **options)
+        with contextlib.ExitStack() as opened:
+            try:
+                file = opened.enter_context(checked(checkpoint_path))
+            except DamagedFile as error:
+                raise DamagedFile(f"checkpoint_path is {checkpoint_path}; {error}") from error
+            return super().load_from_checkpoint(file, *arguments, **options)
 
     def setup(self, stage: str) -> None:
         if self.hparams.cuda_graphs and stage == "fit":
@@ -265,9 +289,24 @@ class RoutingClassifier(pl.LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """A run stopped within an epoch goes on counting it; the schedule knows for how many epochs it was made."""
-        with self.train_totals.sync_context():
-            checkpoint["train_totals"] = {name: getattr(self.train_totals, name).clone() for name in Totals.SUMS}
+        """A run stopped within an epoch goes on counting it; the schedule knows for how many epochs it was made.
+
+        With several processes, `ranks` has the totals of each, and its buffers where they are not those of the first.
+        """
+        totals = {name: getattr(self.train_totals, name).cpu() for name in Totals.SUMS}
+        buffers = {name for name, _ in self.named_buffers()}
+        states = {key: checkpoint[key] for key in STATES if key in checkpoint}
+        own = {key: {n: value.cpu() for n, value in state.items() if n in buffers} for key, state in states.items()}
+        ranks = gathered((totals, own))
+        if ranks:  # in the first process, which writes
+            checkpoint["train_totals"] = {name: sum(sums[name] for sums, _ in ranks) for name in totals}
+        if len(ranks) > 1:
+            first = ranks[0][1]
+            checkpoint["ranks"] = [
+                {"train_totals": sums}
+                | {key: {n: v for n, v in own[key].items() if not torch.equal(v, first[key][n])} for key in states}
+                for sums, own in ranks
+            ]
         checkpoint["epochs"] = self.trainer.max_epochs
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
@@ -277,9 +316,16 @@ class RoutingClassifier(pl.LightningModule):
         else:  # and that of a run without one goes on with it
             own = {k: v for k, v in self.state_dict().items() if k.startswith("aux_loss.")}
             checkpoint["state_dict"] = own | checkpoint["state_dict"]
-        if self.global_rank == 0:  # the sum of all processes goes on in one
-            for name, total in checkpoint.get("train_totals", {}).items():
-                setattr(self.train_totals, name, total.to(self.device))
+        totals, ranks = checkpoint.get("train_totals", {}), checkpoint.get("ranks", [])
+        if self._trainer is not None and len(ranks) == self.trainer.world_size:
+            own = ranks[self.global_rank]
+            for key in own.keys() & STATES:
+                checkpoint[key] = checkpoint[key] | own[key]
+            totals = own["train_totals"]
+        elif self.global_rank > 0:
+            totals = {}  # the sum of all processes goes on in the first
+        for name, total in totals.items():
+            setattr(self.train_totals, name, total.to(self.device))
 
 
 def takes_routing(model: nn.Module) -> bool:

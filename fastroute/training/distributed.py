@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import distributed as dist
 
+from fastroute._errors import in_a_line
+
 T = TypeVar("T")
 
 
@@ -71,12 +73,32 @@ def first_on_each_node() -> Iterator[None]:
 
 
 def agreed(value: T) -> T:
-    """The first process's value, in all of them."""
+    """The first process's value, in all of them.
+
+    Raises:
+        ProcessLost: another process is gone.
+    """
     if not dist.is_initialized():
         return value
     values = [value]
-    dist.broadcast_object_list(values)
+    try:
+        dist.broadcast_object_list(values)
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        raise ProcessLost(
+            f"another process of this run is gone, so process {dist.get_rank()} cannot go on: {in_a_line(error)}"
+        ) from error
     return values[0]
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all processes, in the first one; in the others, nothing. Tensors in them must be on the CPU."""
+    if not dist.is_initialized():
+        return [value]
+    values = [value] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
 
 
 def is_lost_process(error: RuntimeError) -> bool:

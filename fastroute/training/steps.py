@@ -1,17 +1,19 @@
-"""Callbacks that act on a run: its randomness, its moving average, losses that are no numbers, and batch norm between
-processes."""
+"""Callbacks that act on a run: its randomness, its moving average, losses and weights that are no numbers, means over
+an epoch, and batch norm between processes."""
 
 import itertools
 import math
+from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from fastroute.training.distributed import ProcessLost, is_lost_process
+from fastroute.training.distributed import ProcessLost, gathered, is_lost_process
 from fastroute.training.seeding import derived_seed
 
 
@@ -43,6 +45,10 @@ class MovingAverage(WeightAveraging):
         # Lightning would take the network's device, which at this moment is the CPU.
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
+
+    @property
+    def average_network(self) -> nn.Module:
+        return self._average_model.module
 
     def average(self, pl_module: pl.LightningModule) -> None:
         """An update after the first, as `AveragedModel` does it, but without a look at the number of updates, which
@@ -98,6 +104,96 @@ class NonFiniteStop(pl.Callback):
                     f"the loss is {loss} at epoch {epoch}, step {step}, with learning rate {rate:g}: "
                     "lower it, add warmup_epochs or clip_grad; the checkpoints from before are whole"
                 )
+
+
+class FiniteWeights(pl.Callback):
+    """Keep weights that are NaN or infinite out of checkpoints, and stop there: no run could go on from such a one.
+
+    Looked at are parameters, running statistics, and the moving average of both, before each checkpoint.
+
+    Args:
+        last: the run's last checkpoint.
+        advice: what to do about the learning rate.
+
+    Raises:
+        FloatingPointError: there are such weights, in any of the processes.
+    """
+
+    def __init__(self, last: Path, advice: str = "lower it, add warmup_epochs or clip_grad"):
+        self.last, self.advice, self._saved = last, advice, None
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        networks = [pl_module, *(c.average_network for c in trainer.callbacks if isinstance(c, MovingAverage))]
+        weights = [tensor for network in networks for tensor in _weights(network)]
+        wrong = ~get_total_norm(weights, math.inf).isfinite()  # the largest of them: a sum of squares might overflow
+        if trainer.world_size > 1:
+            wrong = wrong.to(trainer.strategy.root_device, torch.int)
+            dist.all_reduce(wrong, dist.ReduceOp.MAX)
+        place = f"epoch {trainer.current_epoch + 1}, step {trainer.fit_loop.batch_idx + 1}"
+        if wrong:
+            rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+            raise FloatingPointError(
+                f"weights are NaN or infinite at {place}, with learning rate {rate:g}, and are not saved: "
+                f"{self.advice}; {self._kept(trainer)}"
+            )
+        self._saved = place
+
+    def _kept(self, trainer: pl.Trainer) -> str:
+        if self._saved is not None:
+            return f"the checkpoint before, {self.last}, is of {self._saved}"
+        if trainer.ckpt_path is not None:
+            return f"the checkpoint before is the one that this run went on from, {trainer.ckpt_path}"
+        return "there is no checkpoint before, so start anew"
+
+
+def _weights(network: nn.Module) -> list[Tensor]:
+    """Parameters and running statistics with elements; other buffers may be infinite, as masks are."""
+    buffers = (b for name, b in network.named_buffers() if name.rpartition(".")[2].startswith("running_"))
+    return [tensor.detach() for tensor in itertools.chain(network.parameters(), buffers) if tensor.numel()]
+
+
+class EpochMeans(pl.Callback):
+    """What a module logs as a mean over the epoch goes on being counted where a run goes on within an epoch.
+
+    Each process has its own sums; in another number of processes, the first one goes on with all of them.
+    """
+
+    def __init__(self):
+        self._before: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        sums = {}
+        if not trainer.is_last_batch:  # of an epoch that is done, nothing is to go on
+            logged = trainer.fit_loop.epoch_loop._results.items()
+            sums = {name: (m.value.cpu(), m.cumulated_batch_size.cpu()) for name, m in logged if _is_mean(m)}
+        checkpoint["epoch_means"] = gathered(sums)
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        saved = checkpoint.get("epoch_means", [])
+        if len(saved) == trainer.world_size:
+            self._before = dict(saved[trainer.global_rank])
+        elif trainer.global_rank == 0:
+            names = dict.fromkeys(name for sums in saved for name in sums)
+            parts = {name: zip(*(sums[name] for sums in saved if name in sums), strict=True) for name in names}
+            self._before = {name: tuple(map(sum, part)) for name, part in parts.items()}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
+        if not self._before:
+            return
+        # By now the first batch is counted, and adding the sum of those before it to it is what was added to that sum.
+        logged = trainer.fit_loop.epoch_loop._results
+        for name in self._before.keys() & logged.keys():
+            value, samples = self._before.pop(name)
+            mean = logged[name]
+            mean.value = mean.value + value.to(mean.value.device)
+            mean.cumulated_batch_size = mean.cumulated_batch_size + samples.to(mean.cumulated_batch_size.device)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._before = {}
+
+
+def _is_mean(metric) -> bool:
+    return metric.is_tensor and metric.meta.is_mean_reduction and metric.meta.on_epoch
 
 
 class LostProcess(pl.Callback):

@@ -1,6 +1,7 @@
 """A training run from start to end, or from a checkpoint to the end."""
 
 import contextlib
+import functools
 import logging
 import os
 import warnings
@@ -13,13 +14,25 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 from rich.console import Console
+from torch import Tensor
+from torch import distributed as dist
+from torch.nn import functional as F
 
 from fastroute.training.callbacks import EpochProgress, EpochSummary, RouterDiagnostics
-from fastroute.training.checkpoints import AtomicCheckpointIO, RecoveryCheckpoint, check_resume
+from fastroute.training.checkpoints import LAST, AtomicCheckpointIO, BestCheckpoint, RecoveryCheckpoint, check_resume
 from fastroute.training.classifier import RoutingClassifier
 from fastroute.training.distributed import world_size
 from fastroute.training.graphs import check_recording
-from fastroute.training.steps import BatchNormSync, LostProcess, MovingAverage, NonFiniteStop, StepSeed
+from fastroute.training.run_folder import run_folder
+from fastroute.training.steps import (
+    BatchNormSync,
+    EpochMeans,
+    FiniteWeights,
+    LostProcess,
+    MovingAverage,
+    NonFiniteStop,
+    StepSeed,
+)
 
 PRECISIONS = {None: "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 DIST_BN = ("reduce", "broadcast", "")
@@ -47,8 +60,9 @@ def fit(
 ) -> list[dict]:
     """Train, and write into `output`.
 
-    `last.ckpt` and `best.ckpt` (of the lowest validation error), `summary.csv`, `routers.csv` for a network with
-    routers, and TensorBoard's events. Started by `torchrun`, the processes train together (DistributedDataParallel).
+    `last.ckpt`, `previous.ckpt` (the one before it) and `best.ckpt` (of the lowest validation error), `summary.csv`,
+    `routers.csv` for a network with routers, and TensorBoard's events. Started by `torchrun`, the processes train
+    together (DistributedDataParallel).
 
     Args:
         module: what to train; its weights change, and it stays on the device.
@@ -65,7 +79,9 @@ def fit(
         dist_bn: before validation, the running statistics are averaged over the processes ("reduce"), taken from the
             first ("broadcast"), or left as they are ("").
         deterministic: whether to use deterministic algorithms alone.
-        resume: the checkpoint to go on from, with its optimiser, schedule and place, within an epoch too.
+        resume: the checkpoint to go on from, with its optimiser, schedule and place, within an epoch too. Where it lies
+            in `output`, moved or renamed as that may be, `best.ckpt` stays until an epoch is better. Another folder has
+            no `best.ckpt` of this run yet: the best of it is that of the epochs trained there.
         recovery_interval: optimiser steps between checkpoints within an epoch; None writes one at its end alone.
         log_interval: steps between readings of the loss.
         accelerator: "auto", "cpu" or "gpu", as Lightning has it. Each process uses one device.
@@ -76,10 +92,12 @@ def fit(
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: an argument is out of range, the checkpoint is of another network or finished already, there is no
-            such accelerator, or `module` is to record its steps where they cannot be; see `check_recording`.
+        ValueError: an argument is out of range, the checkpoint is damaged, of another network or finished already,
+            there is no such accelerator, or `module` is to record its steps where they cannot be; see
+            `check_recording`.
         NotRecordable: a step turned out to be such.
-        FloatingPointError: the loss is NaN or infinite.
+        FolderInUse: another run writes into `output`.
+        FloatingPointError: the loss or a weight is NaN or infinite; the checkpoints from before stay.
         OSError: a file cannot be written; the last whole checkpoint stays.
         ProcessLost: another process of the run is gone.
         Terminated: SIGTERM came, and `last.ckpt` is written.
@@ -120,9 +138,8 @@ def fit(
         check_resume(resume, module, epochs)
 
     output, processes = Path(output), world_size()
-    output.mkdir(parents=True, exist_ok=True)
     summary = EpochSummary(output / "summary.csv")
-    callbacks = [StepSeed(seed), NonFiniteStop(log_interval)]
+    callbacks = [StepSeed(seed), NonFiniteStop(log_interval), FiniteWeights(output / LAST), EpochMeans()]
     if model_ema_decay is not None:
         callbacks.append(MovingAverage(model_ema_decay))
     if processes > 1 and dist_bn:
@@ -132,12 +149,12 @@ def fit(
         RouterDiagnostics(output / "routers.csv"),
         summary,
         EpochProgress(summary, console or Console(), log_interval),
-        RecoveryCheckpoint(output / "last.ckpt", recovery_interval),
+        RecoveryCheckpoint(output / LAST, recovery_interval),
         LostProcess(),
-        ModelCheckpoint(filename="best", monitor="val_error", **checkpoint),
+        BestCheckpoint(resume, filename="best", monitor="val_error", **checkpoint),
         ModelCheckpoint(filename="last", **checkpoint),
     ]
-    with quiet():
+    with run_folder(output), quiet():
         trainer = pl.Trainer(
             accelerator=accelerator,
             **_processes(processes),
@@ -150,7 +167,7 @@ def fit(
             logger=TensorBoardLogger(output, name="", version="", default_hp_metric=False),
             log_every_n_steps=log_interval,
             callbacks=callbacks,
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(resume)],
             enable_model_summary=False,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
@@ -167,8 +184,34 @@ def _processes(count: int) -> dict:
     here = int(os.environ["LOCAL_WORLD_SIZE"])
     # Buffers are not broadcast at every step: batch norm's are what BatchNormSync says, and validation, in which
     # processes may have different numbers of images, then needs no talk between them.
-    strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    strategy = OrderedDDP(broadcast_buffers=False, gradient_as_bucket_view=True)
     return {"devices": here, "num_nodes": count // here, "strategy": strategy}
+
+
+class OrderedDDP(DDPStrategy):
+    """Lightning's DistributedDataParallel; on CPUs, processes add each gradient in the order of their ranks.
+
+    Gloo's order depends on where a gradient lies among the others, which DistributedDataParallel changes after the
+    first step: with three processes or more, a resumed run would not end bit for bit as one that was never stopped.
+    """
+
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        if self.root_device.type == "cpu" and self.world_size > 2:
+            self.model.register_comm_hook(None, mean_in_rank_order)
+
+
+def mean_in_rank_order(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Each process adds its share of the gradients, as many bytes as `all_reduce` sends."""
+    count, gradients = dist.get_world_size(), bucket.buffer()
+    given = F.pad(gradients, (0, -len(gradients) % count))
+    parts = torch.empty_like(given)
+    dist.all_to_all_single(parts, given)
+    total = functools.reduce(torch.add, parts.view(count, -1))
+    dist.all_gather_into_tensor(given, total / count)
+    mean = torch.futures.Future()
+    mean.set_result(given[: len(gradients)])
+    return mean
 
 
 @contextlib.contextmanager

@@ -47,6 +47,14 @@ def test_trains_resumes_and_writes_a_table(tmp_path):
     assert not any(word in again.output for word in ("Tip", "GPU", "TPU"))  # Lightning's remarks
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    arguments = (*QUICK, "--lr-em", 1e30, "--epochs", 2, "--output", tmp_path, "--experiment", "run")
+    result = run(*arguments)
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert "error: weights are NaN or infinite at epoch 1, step 3, with learning rate 1e+30" in result.output
+    assert not (tmp_path / "run" / "last.ckpt").exists()
+
+
 def test_goes_on_within_an_epoch(tmp_path):
     """SIGTERM in the second epoch saves; the run that goes on from it ends as one that was never stopped."""
     arguments = [*map(str, (*QUICK, "--epochs", 2, "--output", tmp_path))]

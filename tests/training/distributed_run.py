@@ -1,5 +1,6 @@
 """A run of `test_distributed.py`, for one process or for `torchrun`: arguments as JSON."""
 
+import contextlib
 import json
 import os
 import sys
@@ -42,15 +43,45 @@ def scores_squared(routing):
     return sum(r.scores.square().mean() for r in routing.values())
 
 
-def main(folder, output, batch_size, network="Network", save_ranks=False, **options):
+class Stopped(Exception):
+    pass
+
+
+class StopAt(pl.Callback):
+    """End the run before a batch of an epoch."""
+
+    def __init__(self, epoch, batch):
+        self.place = (epoch, batch)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == self.place:
+            raise Stopped
+
+
+def run(folder, output, batch_size, network="Network", save_ranks=False, stop=None, **options):
+    class Classifier(RoutingClassifier):
+        def configure_callbacks(self):
+            return [StopAt(*stop)] if stop else []
+
+    data = ImageDataModule("imagefolder", folder, batch_size, 8, 1, seed=1)
+    pl.seed_everything(0, verbose=False)
+    module = Classifier(globals()[network](), 3, aux_loss=scores_squared, sched="cosine")
+    fit(module, data, epochs=3, output=output, accelerator="cpu", console=Console(quiet=True), **options)
+    if save_ranks:
+        torch.save(module.state_dict(), f"{output}/rank{os.environ['RANK']}.pt")
+
+
+def main(folder, output, batch_size, stop=None, **options):
+    """One run; with `stop`, one that never stops in "whole", and one that does and goes on in "halves"."""
     torch.set_num_threads(1)
     with process_group():
-        data = ImageDataModule("imagefolder", folder, batch_size, 8, 1, seed=1)
-        pl.seed_everything(0, verbose=False)
-        module = RoutingClassifier(globals()[network](), 3, aux_loss=scores_squared, sched="cosine")
-        fit(module, data, epochs=3, output=output, accelerator="cpu", console=Console(quiet=True), **options)
-        if save_ranks:
-            torch.save(module.state_dict(), f"{output}/rank{os.environ['RANK']}.pt")
+        if stop is None:
+            run(folder, output, batch_size, **options)
+            return
+        run(folder, f"{output}/whole", batch_size, **options)
+        with contextlib.suppress(Stopped):
+            run(folder, f"{output}/halves", batch_size, stop=stop, **options)
+        run(folder, f"{output}/halves", batch_size, resume=f"{output}/halves/last.ckpt", **options)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastroute import _files
 from fastroute.models import create_model
-from fastroute.training import RoutingClassifier, check_resume, epochs_done, load_weights
+from fastroute.models.ensemble import Ensemble
+from fastroute.training import RoutingClassifier, check_resume, epochs_done, load_weights, save_weights
 from fastroute.training.checkpoints import AtomicCheckpointIO, read_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -50,14 +52,15 @@ def test_killed_at_any_moment_it_leaves_a_whole_checkpoint(tmp_path):
         assert (saved["weights"] == saved["number"]).all() and len(saved["weights"]) == 1_000_000
 
 
-def test_a_full_disk_is_reported_and_leaves_the_checkpoint_before(tmp_path):
+def test_a_full_disk_is_reported_and_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     path = tmp_path / "last.ckpt"
     io = AtomicCheckpointIO()
-    (tmp_path / "last.ckpt.tmp").symlink_to("/dev/full")
+    monkeypatch.setattr(_files, "_temporary", lambda path: path.with_name("full"))
+    (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"last\.ckpt cannot be written, there is none before it: .*No space left"):
         io.save_checkpoint({"weights": torch.ones(1000)}, path)
     io.save_checkpoint({"epoch": 1}, path)
-    (tmp_path / "last.ckpt.tmp").symlink_to("/dev/full")
+    (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"last\.ckpt cannot be written, the one before is whole: .*No space left"):
         io.save_checkpoint({"epoch": 2, "weights": torch.ones(1_000_000)}, path)
     assert torch.load(path) == {"epoch": 1} and os.listdir(tmp_path) == ["last.ckpt"]
@@ -156,6 +159,45 @@ def test_weights_of_another_network_are_refused(tmp_path):
                 read_checkpoint(file)
     with pytest.raises(FileNotFoundError, match="checkpoint is none; there is no such file"):
         load_weights(model, "none", name="checkpoint")
+
+
+def test_a_digest_beside_weights_is_checked(tmp_path):
+    given, model = create_model("base_cnn"), create_model("base_cnn")
+    for name in ("weights.safetensors", "weights.pth"):
+        path = tmp_path / name
+        save_weights(given, path)
+        load_weights(model, path)
+        assert all(torch.equal(value, given.state_dict()[name]) for name, value in model.state_dict().items())
+        whole = path.read_bytes()
+        changed = bytearray(whole)
+        changed[len(whole) // 2] ^= 4
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=rf"{name}; it holds no weights any more: the file is damaged: .*copy it"):
+            load_weights(model, path)
+    path = tmp_path / "weights.safetensors"
+    assert path.with_suffix(".safetensors.sha256").read_text().endswith("  weights.safetensors\n")  # as of sha256sum
+    (tmp_path / "weights.safetensors.sha256").unlink()  # as of a file from elsewhere
+    load_weights(model, path)
+
+
+def test_damaged_checkpoints_are_refused_by_all_that_reads_them(tmp_path):
+    path, module = tmp_path / "last.ckpt", RoutingClassifier("base_cnn")
+    saved = {f"model.{name}": value for name, value in module.model.state_dict().items()}
+    progress = {"fit_loop": {"epoch_progress": {"current": {"processed": 1}}}}
+    torch.save({"state_dict": saved, "hyper_parameters": dict(module.hparams), "loops": progress}, path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    for read in (
+        read_checkpoint,
+        epochs_done,
+        AtomicCheckpointIO().load_checkpoint,
+        RoutingClassifier.load_from_checkpoint,
+        lambda path: load_weights(module.model, path),
+        lambda path: Ensemble.from_checkpoints([path]),
+    ):
+        with pytest.raises(ValueError, match=rf"is {path}; .*the file is damaged: BadZipFile: Bad CRC-32 for file"):
+            read(path)
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])

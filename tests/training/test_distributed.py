@@ -21,7 +21,7 @@ def start(command):
 
 def run(*launcher, **arguments):
     module = ("-m", "tests.training.distributed_run", json.dumps(arguments, default=str))
-    return start((*(launcher or (sys.executable,)), *module))
+    return start((*map(str, launcher or (sys.executable,)), *module))
 
 
 def rows(path):
@@ -48,6 +48,32 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(image_folder, tmp_p
     whole = torch.load(tmp_path / "one" / "last.ckpt")["state_dict"]
     for name, value in whole.items():
         torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_run_that_stops_within_an_epoch_goes_on_bit_for_bit_in_every_process(image_folder, tmp_path, processes):
+    """Batch norm is each process's own to the end, and so are the moving average's and the sums of the epoch."""
+    options = {"network": "Normed", "model_ema_decay": 0.5, "dist_bn": "", "save_ranks": True, "recovery_interval": 1}
+    result = run(*TORCHRUN[:-1], processes, folder=image_folder, output=tmp_path, batch_size=4, stop=(1, 2), **options)
+    assert result.returncode == 0, result.stderr
+    whole, halves = (
+        [torch.load(tmp_path / name / f"rank{rank}.pt") for rank in range(processes)] for name in ("whole", "halves")
+    )
+    assert not torch.equal(whole[0]["model.stem.1.running_mean"], whole[1]["model.stem.1.running_mean"])
+    for expected, actual in zip(whole, halves, strict=True):
+        assert all(
+            torch.equal(value, actual[name]) for name, value in expected.items() if isinstance(value, torch.Tensor)
+        )
+    clocks = {"images_per_s", "data_wait", "seconds"}
+    summaries = [rows(tmp_path / name / "summary.csv") for name in ("whole", "halves")]
+    for expected, actual in zip(*summaries, strict=True):
+        assert {k: v for k, v in expected.items() if k not in clocks} == {
+            k: v for k, v in actual.items() if k not in clocks
+        }
+    saved = [torch.load(tmp_path / name / "last.ckpt") for name in ("whole", "halves")]
+    for key in ("state_dict", "current_model_state"):
+        assert all(torch.equal(value, saved[1][key][name]) for name, value in saved[0][key].items())
+        assert saved[0]["ranks"][1][key].keys() >= {"model.stem.1.running_mean", "model.stem.1.running_var"}
 
 
 @pytest.mark.slow

@@ -138,6 +138,32 @@ def test_going_on_within_an_epoch_needs_the_same_batches(image_folder, tmp_path)
         run(classifier(), image_folder, tmp_path, resume=tmp_path / "last.ckpt", data_options={"batch_size": 8})
 
 
+class Spoil(StopAt):
+    """Have a step with a loss that is a number end in weights that are none."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        pass
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if (trainer.current_epoch, trainer.fit_loop.batch_idx) == self.place:
+            next(pl_module.parameters()).grad.view(-1)[-1] = self.action
+
+
+@pytest.mark.parametrize("options, step", [({"recovery_interval": 1}, 3), ({"model_ema_decay": 0.5}, 6)])
+def test_weights_that_are_not_finite_are_not_saved(image_folder, tmp_path, options, step):
+    callback = Spoil(1, 2 if step == 3 else 5, float("inf" if step == 3 else "nan"))
+    before = "2, step 2" if step == 3 else "1, step 6"
+    message = rf"weights are NaN or infinite at epoch 2, step {step}, with learning rate 0\.0\d+, and are not saved: .*"
+    with pytest.raises(FloatingPointError, match=message + rf"before, .*last\.ckpt, is of epoch {before}$"):
+        run(classifier(callback), image_folder, tmp_path, **options)
+    for name in ("last.ckpt", "best.ckpt", "previous.ckpt"):
+        if (tmp_path / name).exists():
+            weights = torch.load(tmp_path / name)["state_dict"]
+            assert all(value.isfinite().all() for value in weights.values())
+    rows = run(classifier(), image_folder, tmp_path, resume=tmp_path / "last.ckpt", **options)
+    assert len(rows) == 3
+
+
 def test_a_nan_loss_stops_with_step_and_learning_rate(image_folder, tmp_path):
     class Broken(StopAt):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

@@ -76,7 +76,7 @@ def test_a_run_writes_its_summary_and_the_last_and_best_checkpoints(data, tmp_pa
     module = classifier()
     rows = run(module, data, tmp_path / "run", epochs=3)
     names = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith("events")}
-    assert names == {"best.ckpt", "last.ckpt", "summary.csv", "routers.csv", "hparams.yaml"}
+    assert names == {"best.ckpt", "last.ckpt", "previous.ckpt", "summary.csv", "routers.csv", "hparams.yaml"}
     with (tmp_path / "run" / "summary.csv").open() as file:
         written = list(csv.DictReader(file))
     assert list(written[0]) == [
@@ -101,6 +101,28 @@ def test_a_run_writes_its_summary_and_the_last_and_best_checkpoints(data, tmp_pa
         assert torch.equal(actual, expected)
     best = torch.load(tmp_path / "run" / "best.ckpt")
     assert best["epoch"] == min(range(3), key=lambda epoch: rows[epoch]["val_error"])
+
+
+class Worsening(Killed):
+    """Each epoch has a larger error than the one before."""
+
+    def log_dict(self, metrics, **options):
+        worse = {"val_error": torch.tensor(float(self.current_epoch))} if "val_error" in metrics else {}
+        super().log_dict(metrics | worse, **options)
+
+    def on_train_epoch_start(self):
+        if self.trainer.ckpt_path is None:
+            super().on_train_epoch_start()
+
+
+def test_the_best_epoch_stays_the_best_where_the_folder_has_moved(data, tmp_path):
+    with pytest.raises(RuntimeError, match="killed"):
+        run(classifier(Worsening), data, tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    run(classifier(Worsening), data, tmp_path / "elsewhere", resume=tmp_path / "moved" / "last.ckpt")
+    run(classifier(Worsening), data, tmp_path / "moved", resume=tmp_path / "moved" / "last.ckpt")
+    epochs = {name: torch.load(tmp_path / name / "best.ckpt")["epoch"] for name in ("moved", "elsewhere")}
+    assert epochs == {"moved": 0, "elsewhere": 2}  # the first that was trained there
 
 
 def test_val_error_is_over_exactly_the_validation_images(data, tmp_path):

@@ -1,0 +1,154 @@
+"""One run at a time in a folder, and a checkpoint to fall back to."""
+
+import contextlib
+import errno
+import fcntl
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fastroute.cli import app
+from fastroute.training.run_folder import FolderInUse, run_folder
+
+TRAIN = ("train", "base_cnn", "-b", 512, "--first-classes", 3, "--sched", "step")
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def hold(folder, connection):
+    with run_folder(folder):
+        worker = os.fork()
+        if worker == 0:
+            time.sleep(60)
+            os._exit(0)
+        connection.send(worker)
+        time.sleep(60)
+
+
+@contextlib.contextmanager
+def another_run(folder):
+    """A process that holds the folder, and has a worker; both end with the block, at the latest."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=hold, args=(folder, theirs))
+    process.start()
+    worker = ours.recv()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_a_folder_is_one_run_s_until_its_process_ends_although_its_worker_lives_on(tmp_path):
+    with another_run(tmp_path / "run") as other:
+        (tmp_path / "run" / "last.ckpt.0123abcd.tmp").write_bytes(b"half")
+        message = f"output is .*run; another run writes into it, process {other.pid} on .*: wait for its end, or name"
+        for _ in range(2):
+            with pytest.raises(FolderInUse, match=message), run_folder(tmp_path / "run"):
+                pass
+        assert (tmp_path / "run" / "last.ckpt.0123abcd.tmp").exists()
+        other.kill()
+        other.join()
+        with run_folder(tmp_path / "run"):
+            assert os.listdir(tmp_path / "run") == [".lock"]
+    assert not (tmp_path / "run").exists()  # nothing was written there
+
+
+def test_its_own_thread_enters_a_folder_again_and_no_other_does(tmp_path):
+    refused = []
+
+    def enter():
+        with contextlib.suppress(FolderInUse), run_folder(tmp_path):
+            return
+        refused.append(True)
+
+    with run_folder(tmp_path):
+        with run_folder(tmp_path):
+            pass
+        (tmp_path / ".lock").read_bytes()  # as whoever copies the folder does, which must not give it free
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+        with another_process_is_refused(tmp_path):
+            pass
+    assert refused == [True]
+
+
+@contextlib.contextmanager
+def another_process_is_refused(folder):
+    child = os.fork()
+    if child == 0:
+        try:
+            with run_folder(folder):
+                os._exit(1)
+        except FolderInUse:
+            os._exit(0)
+    yield
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_without_locks_a_run_goes_on_with_a_warning(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    (tmp_path / "last.ckpt.0123abcd.tmp").touch()  # perhaps of a run that is there
+    message = r"its file system has no locks \(No locks available\): let no other run write there"
+    with pytest.warns(UserWarning, match=message), run_folder(tmp_path):
+        assert (tmp_path / "last.ckpt.0123abcd.tmp").exists()
+
+
+def test_a_second_run_is_refused_before_it_touches_anything(tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("args.yaml", "summary.csv", "last.ckpt"):
+        (tmp_path / "run" / name).write_text("of the first run")
+    with another_run(tmp_path / "run"):
+        for command in (TRAIN, ("cluster", "--limit", 400), ("cluster", "--limit", 400, "--method", "kmeans")):
+            result = run(*command, "--epochs", 1, "--output", tmp_path, "--experiment", "run")
+            assert result.exit_code == 2 and "another run writes into it, process" in result.output, result.output
+            assert "Traceback" not in result.output
+        names = {path.name: path.read_text() for path in (tmp_path / "run").iterdir() if path.name != ".lock"}
+    assert names == dict.fromkeys(("args.yaml", "summary.csv", "last.ckpt"), "of the first run")
+
+
+def test_a_damaged_checkpoint_is_refused_and_auto_goes_on_from_the_one_before(tmp_path):
+    common = (*TRAIN, "--output", tmp_path, "--experiment")
+    assert run(*common, "whole", "--epochs", 3).exit_code == 0
+    assert run(*common, "run", "--epochs", 2).exit_code == 0
+    last, previous = (tmp_path / "run" / name for name in ("last.ckpt", "previous.ckpt"))
+    data = bytearray(last.read_bytes())
+    data[len(data) // 2] ^= 1
+    for damaged in (bytes(data), bytes(data[:-100])):
+        last.write_bytes(damaged)
+        result = run(*common, "run", "--epochs", 3, "--resume", last)
+        assert result.exit_code == 2 and "Traceback" not in result.output
+        assert f"resume is {last}; it is no checkpoint of a training run any more: the file is damaged" in result.output
+        assert f"use {previous} instead" in result.output
+    result = run("validate", last)
+    assert result.exit_code == 2 and "the file is damaged" in result.output
+    assert torch.load(previous)["epoch"] == 0
+    result = run(*common, "run", "--epochs", 3, "--resume", "auto")
+    assert result.exit_code == 0, result.output
+    assert f"{last} cannot be read (the file is damaged: " in result.output
+    assert f"going on from the checkpoint before it, {previous}" in result.output
+    first, second = (torch.load(tmp_path / name / "last.ckpt")["state_dict"] for name in ("whole", "run"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert torch.load(previous)["epoch"] == 1  # and the damaged one was not kept as the one before
+
+
+def test_without_a_whole_checkpoint_auto_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("last.ckpt", "previous.ckpt"):
+        (tmp_path / "run" / name).write_bytes(b"PK\x03\x04")
+        result = run(*TRAIN, "--epochs", 1, "--output", tmp_path, "--experiment", "run", "--resume", "auto")
+        assert result.exit_code == 2 and f"{name}; it is no checkpoint of a training run" in result.output
