@@ -20,6 +20,7 @@ from fastroute.clustering.module import ClusteringModule
 from fastroute.training.checkpoints import AtomicCheckpointIO, RecoveryCheckpoint, read_resumable
 from fastroute.training.datasets import DATASETS, Options
 from fastroute.training.loaders import EpochLoader
+from fastroute.training.saved_fields import check_training_state
 from fastroute.training.seeding import generator
 from fastroute.training.steps import StepSeed
 from fastroute.training.trainer import quiet
@@ -161,7 +162,7 @@ def fit(
         Terminated: SIGTERM came, and `last.ckpt` is written.
     """
     if resume is not None:
-        read_resumable(resume, "cluster", dict(module.hparams), epochs)
+        check_training_state(read_resumable(resume, "cluster", dict(module.hparams), epochs), module, resume)
     output.mkdir(parents=True, exist_ok=True)
     table = Table(output / "summary.csv", console)
     with quiet():
