@@ -49,6 +49,8 @@ def shown(text: object) -> str:
 def sentence(error: BaseException) -> str | None:
     """What an error of the outside says to the user; None for a fault of the program."""
     text = _message(error)
+    if type(error).__name__ == "ProcessLost":  # by its name: its module would be imported for nothing else
+        return text
     if isinstance(error, torch.OutOfMemoryError):
         return f"the GPU's memory is exhausted: {_first(text)}; lower --batch-size or --img-size, or use --amp"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(mark in text for mark in _MEMORY)):

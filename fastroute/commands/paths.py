@@ -29,7 +29,7 @@ def paths(
     with plain_errors():
         from fastroute.nn.statistics import needed_paths
         from fastroute.training.checkpoints import read_checkpoint
-        from fastroute.visualize.collect import collect_routing
+        from fastroute.visualize.collect import check_gates, collect_routing
 
         given = trained(
             checkpoint,
@@ -43,6 +43,7 @@ def paths(
         console = Console()
         with console.status("routing the validation images"):
             routing = collect_routing(given.network, given.loader)
+        check_gates(routing)
     table = Table("router", "from", title="paths that the gates need", title_justify="left")
     for column in ("paths", "used", "clusters", "needed"):
         table.add_column(column, justify="right")

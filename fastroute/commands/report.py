@@ -1,6 +1,5 @@
 """`fastroute report`: a checkpoint to one page of figures."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -141,14 +140,17 @@ def _summaries(checkpoint: Path) -> dict[str, Path]:
 def _sizes(folder: Path) -> dict[str, tuple[int, float]]:
     """Parameters and best accuracy of each run in a folder, by the name of its own folder."""
     from fastroute.training.checkpoints import read_checkpoint
+    from fastroute.visualize.curves import read_summary
 
     sizes = {}
     for path in sorted(folder.glob("*/best.ckpt")):
         run = read_checkpoint(path, "runs")["hyper_parameters"]
         with torch.device("meta"):
             model = create_model(run["model"], run["num_classes"], run["in_chans"], run["img_size"])
-        with (path.parent / "summary.csv").open(newline="") as file:
-            error = min(float(row["val_error"]) for row in csv.DictReader(file))
+        rows = read_summary(path.parent / "summary.csv")
+        error = min((float(row["val_error"]) for row in rows if row.get("val_error")), default=None)
+        if error is None:
+            raise ValueError(f"runs is {folder}; {path.parent / 'summary.csv'} has no val_error")
         sizes[path.parent.name] = sum(parameter.numel() for parameter in model.parameters()), 100 - error
     if not sizes:
         raise FileNotFoundError(f"runs is {folder}; there are no folders with best.ckpt and summary.csv in it")

@@ -12,6 +12,7 @@ from torch import distributed as dist
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastroute.training.distributed import ProcessLost, is_lost_process
+from fastroute.training.roll_call import reason
 from fastroute.training.seeding import derived_seed
 
 
@@ -113,7 +114,7 @@ class LostProcess(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, RuntimeError) and is_lost_process(exception):
             raise ProcessLost(
-                f"another process of this run is gone, so process {trainer.global_rank} cannot go on; "
+                f"{reason(exception)}, so process {trainer.global_rank} cannot go on; "
                 f"the last checkpoint is whole, for resume: {exception}"
             ) from exception
 
