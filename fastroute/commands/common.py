@@ -67,11 +67,15 @@ def local_path(path: Path, name: str) -> Path:
     """A path, made absolute: what PyTorch Lightning is given as `http_runs` or `file:` is a URL to it.
 
     Raises:
-        ValueError: it would still be one.
+        ValueError: it would still be one, or is not UTF-8.
     """
     path = path.absolute()
     if "::" in str(path):
         raise ValueError(f"{name} is {path}; a path with '::' in it is taken for a URL: choose another name")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is {path}; TensorBoard writes to no path that is not UTF-8: rename it") from None
     return path
 
 
