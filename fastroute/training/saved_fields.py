@@ -406,7 +406,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, state: dict, where: str) 
         for name, value in values.items():
             if name == "step":
                 STEP.check(value, f"{place}['step']")
-            elif value is not None:
+            elif value is not None or name in needed:
                 TENSOR.check(value, f"{place}[{name!r}]")
                 if value.dim() or name in needed:
                     _check_like(parameters[number], value, f"{place}[{name!r}]")

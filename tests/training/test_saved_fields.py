@@ -70,6 +70,7 @@ def test_fields_of_another_type_are_named(saved, tmp_path, keys, value, message)
         (["optimizer_states", 0, "param_groups", 0, "betas"], (0.9,), "expected 2 numbers"),
         (["optimizer_states", 0, "param_groups", 0, "params"], [5], "['params'] is a list"),
         (["optimizer_states", 0, "state", 0, "exp_avg"], torch.zeros(2), "has the shape (2,), expected (16, 1, 3, 3)"),
+        (["optimizer_states", 0, "state", 0, "exp_avg"], None, "['exp_avg'] is None, expected a dense tensor"),
         (["optimizer_states", 0, "state", 0, "exp_avg"], KeyError, "['exp_avg'] is missing"),
         (["optimizer_states", 0, "state", 10**6], {}, "there is no such parameter"),
         (["lr_schedulers", 0, "step"], 1, "no schedule here has that"),
