@@ -15,12 +15,12 @@ try:
     with extra("train", "the command line"):
         import typer
         from rich.console import Console
-        from rich.markup import escape
         from rich.table import Table
 
         from fastroute.commands import bench
         from fastroute.commands.cluster import cluster
         from fastroute.commands.common import plain_errors
+        from fastroute.commands.outside import Commands, shown
         from fastroute.commands.paths import paths
         from fastroute.commands.recipes import recipes
         from fastroute.commands.report import report, write_report
@@ -30,12 +30,22 @@ except ModuleNotFoundError as error:
     raise SystemExit(str(error)) from None
 
 app = typer.Typer(
+    cls=Commands,
     help="Data-dependent routing for multi-path neural networks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="FASTROUTE_DEBUG", help="Show the traceback of an error, too.")
+    ] = False,
+) -> None:
+    """Data-dependent routing for multi-path neural networks."""
 
 
 app.command()(train)
@@ -58,7 +68,7 @@ def demo(
     demo(output, epochs)
     with plain_errors():
         page = write_report(output / NETWORKS[-1] / "best.ckpt", output / "report")
-    Console().print(f"what its routers do: {page.resolve()}", soft_wrap=True)
+    Console().print(f"what its routers do: {shown(page.resolve())}", soft_wrap=True)
 
 
 @app.command()
@@ -100,7 +110,7 @@ def info() -> None:
                 reason = backend.reason_against(torch.device(device), dtype)
                 answers.setdefault(reason, []).append(str(dtype).removeprefix("torch."))
             for reason, types in answers.items():
-                table.add_row(device, name, ", ".join(types), "yes" if reason is None else f"no: {escape(reason)}")
+                table.add_row(device, name, ", ".join(types), "yes" if reason is None else f"no: {shown(reason)}")
         table.add_section()
     console.print(table)
 

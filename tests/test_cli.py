@@ -433,3 +433,111 @@ def test_a_missing_package_names_the_extra(package, module, extra):
     assert result.returncode == 1
     sentence = f"needs the package {package}, which is not installed: pip install 'fastroute[{extra}]'"
     assert sentence in result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "error, sentence",
+    [
+        (MemoryError("Unable to allocate 9 TiB"), "the machine's memory is exhausted: Unable to allocate 9 TiB; lower"),
+        (RuntimeError("[enforce fail] not enough memory: you tried to allocate 9 bytes"), "memory is exhausted"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB"),
+            "the GPU's memory is exhausted: CUDA out of memory",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+            "a process that decodes images is gone",
+        ),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OverflowError("int too big to convert"), "a number or size is too large to compute with: int too big"),
+    ],
+)
+def test_errors_of_the_outside_are_sentences_and_debug_shows_where(error, sentence, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("fastroute.commands.recipes.fnmatchcase", fail)
+    result = run("recipes")
+    assert result.exit_code == 1 and "error: " in result.output and sentence in result.output
+    assert "Traceback" not in result.output
+    for arguments in (("--debug", "recipes"), ("recipes", "--debug")):
+        result = run(*arguments)
+        assert result.exit_code == 1 and "Traceback" in result.output and sentence.split(":")[0] in result.output
+
+
+def test_ctrl_c_has_its_status_and_a_fault_its_traceback(monkeypatch):
+    def fail(error):
+        monkeypatch.setattr("fastroute.commands.recipes.fnmatchcase", lambda *_: (_ for _ in ()).throw(error))
+        return run("recipes")
+
+    result = fail(KeyboardInterrupt())
+    assert result.exit_code == 130 and "stopped by Ctrl-C" in result.output and "Traceback" not in result.output
+    result = fail(KeyError("x"))
+    assert result.exit_code == 1 and "Traceback" in result.output and "please report it" in result.output
+
+
+def test_sizes_are_weighed_before_they_are_taken(tmp_path):
+    common = ("train", "resnet20", "--output", tmp_path)
+    result = run(*common, "--img-size", 100_000)
+    assert result.exit_code == 2 and "img_size is 100000; the 1,797 images of digits would take" in result.output
+    result = run(*common, "--num-classes", 10**9)
+    assert result.exit_code == 2 and "its weights would take at least" in result.output
+    result = run(*common, "--img-size", 1000, "-b", 1437)
+    assert result.exit_code == 2 and "a training step of resnet20 would take at least" in result.output
+
+
+@pytest.mark.parametrize("option", ["lr", "mixup", "weight-decay", "gate-wd", "scale", "crop-pct"])
+@pytest.mark.parametrize("value", ["nan", "inf", "1e308"])
+def test_numbers_are_finite(option, value):
+    value = f"{value},{value}" if option == "scale" else value
+    result = run("train", "resnet20", f"--{option}", value)
+    assert result.exit_code == 2 and "Traceback" not in result.output, result.output
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a: &a [x]\nb: [*a, *a]", "line 1, column 4: anchors and aliases are not read"),
+        ("lr: " + "[" * 900 + "]" * 900, "there are more than 16 levels"),
+        ("# " + "x" * 2**19, "it is larger than 262,144 bytes"),
+        ("".join(f"a{i}: 1\n" for i in range(6000)), "there are more than 10,000 values"),
+        ("lr: 0.1\nlr: 0.2", "'lr' is given twice: keep one"),
+        ("batch-size: 1\nbatch_size: 2", "it names batch_size twice"),
+        ("lr: {a: 1}", "lr holds a dict, and must be one value"),
+        ("lr: abc", "lr is 'abc': 'abc' is not a valid float"),
+        ("epochs: 1.5", "epochs is '1.5': "),
+        ("lr: 2024-99-99", "it is no YAML file of options"),
+        ("mixup: .nan", "mixup is 'nan': it is nan; it must be a finite number"),
+    ],
+)
+def test_yaml_is_read_with_bounds(tmp_path, text, message):
+    config = tmp_path / "c.yaml"
+    config.write_text(text)
+    result = run("train", "resnet20", "-c", config)
+    assert result.exit_code == 2 and f"config is {config}; " in result.output and message in result.output
+
+
+def test_a_config_is_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "c.yaml")
+    for path in (tmp_path / "c.yaml", "/dev/zero"):
+        result = run("train", "resnet20", "-c", path)
+        assert result.exit_code == 2 and "it is no regular file" in result.output, result.output
+
+
+@pytest.mark.parametrize("name", ["[/x]", "a[b]c", "\x1b[31m", "\udcff", "a\nb"])
+def test_names_are_printed_as_they_are(name):
+    result = run("train", name)
+    assert result.exit_code == 2 and "there is no such network" in result.output
+    assert repr(name)[1:-1] in result.output.replace("\\\\", "\\") and "\x1b" not in result.output
+
+
+def test_paths_that_are_no_urls(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = ("train", "resnet20", "-b", 2000, "--first-classes", 2, "--sched", "step", "--experiment", "file:[/x]")
+    assert run(*common, "--epochs", 1, "--output", "http_runs").exit_code == 0
+    result = run(*common, "--epochs", 2, "--output", "http_runs", "--resume", "http_runs/file:[/x]/last.ckpt")
+    assert result.exit_code == 0 and str(tmp_path / "http_runs" / "file:[/x]") in result.output, result.output
+    result = run(*common, "--epochs", 1, "--output", "a::b")
+    assert result.exit_code == 2 and "a path with '::' in it is taken for a URL" in result.output
+    result = run(*common, "--epochs", 1, "--output", "\udcff")
+    assert result.exit_code == 2 and "no path that is not UTF-8" in result.output

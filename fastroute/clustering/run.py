@@ -22,6 +22,7 @@ from fastroute.training.checkpoints import AtomicCheckpointIO, RecoveryCheckpoin
 from fastroute.training.datasets import DATASETS, Options
 from fastroute.training.loaders import EpochLoader
 from fastroute.training.run_folder import run_folder
+from fastroute.training.saved_fields import check_training_state
 from fastroute.training.seeding import generator
 from fastroute.training.steps import EpochMeans, FiniteWeights, StepSeed
 from fastroute.training.trainer import quiet
@@ -164,7 +165,7 @@ def fit(
         Terminated: SIGTERM came, and `last.ckpt` is written.
     """
     if resume is not None:
-        read_resumable(resume, "cluster", dict(module.hparams), epochs)
+        check_training_state(read_resumable(resume, "cluster", dict(module.hparams), epochs), module, resume)
     table = Table(output / "summary.csv", console)
     with run_folder(output), quiet():
         trainer = pl.Trainer(

@@ -26,7 +26,9 @@ def bench(
     ] = False,
     stated: Annotated[bool, typer.Option("--stated", help="The cases of README's table.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. (default: cuda where there is one)")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Timed rounds of each case. (default: by suite)")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, max=10**6, help="Timed rounds of each case. (default: by suite)")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder of the result and its figures.")] = Path("runs/bench"),
     name: Annotated[str | None, typer.Option(help="Stem of the files. (default: device and time)")] = None,
     list_cases: Annotated[bool, typer.Option("--list", help="Print the cases, and measure nothing.")] = False,

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from fastroute.commands.common import config_option, endings, plain_errors
+from fastroute.commands.common import COUNT, PIXELS, SEED, config_option, endings, local_path, plain_errors, real
+from fastroute.commands.memory import check_images
+from fastroute.commands.outside import shown
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +31,10 @@ def cluster(
         Path | None, typer.Option(help="Folder of the data; of an imagefolder, with train/ and val/. (default: data)")
     ] = None,
     download: Annotated[bool, typer.Option("--download", help="Download torchvision's sets.")] = False,
-    img_size: Annotated[int | None, typer.Option(min=1, help="Scale images to it. (default: as they are)")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only so many images. (default: all)")] = None,
+    img_size: Annotated[
+        int | None, typer.Option(min=1, max=PIXELS, help="Scale images to it. (default: as they are)")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(max=COUNT, help="Only so many images. (default: all)")] = None,
     method: Annotated[
         Literal["two-fold", "em", "consistency", "iic", "dec", "kmeans", "gmm", "spectral"],
         typer.Option(help="How to cluster. (dec: the first half of the epochs trains its autoencoder)"),
@@ -41,12 +45,17 @@ def cluster(
             "--two-dimensional", help="Instead: points in a plane, with and without normalised scores (§4.5.1)."
         ),
     ] = False,
-    clusters: Annotated[int, typer.Option("-k", "--clusters", min=1, help="How many; may exceed the classes.")] = 10,
+    clusters: Annotated[
+        int, typer.Option("-k", "--clusters", min=1, max=COUNT, help="How many; may exceed the classes.")
+    ] = 10,
     heads: Annotated[
-        int, typer.Option(min=1, help="Clusterings at once, of which the one that augmentation changes least is kept.")
+        int,
+        typer.Option(
+            min=1, max=1000, help="Clusterings at once, of which the one that augmentation changes least is kept."
+        ),
     ] = 1,
     n_init: Annotated[
-        int, typer.Option(min=1, help="Networks at once, each from its own weights; one is kept as of heads.")
+        int, typer.Option(min=1, max=1000, help="Networks at once, each from its own weights; one is kept as of heads.")
     ] = 1,
     architecture: Annotated[
         str | None, typer.Option(help="mnist, cifar or stl10 of Table 4.2, or its layers. (default: the data's)")
@@ -55,14 +64,14 @@ def cluster(
     statistics: Annotated[
         Literal["running", "batch"], typer.Option(help="What normalises relevance scores in training.")
     ] = "running",
-    epochs: Annotated[int, typer.Option(min=1)] = 250,
-    batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=2)] = 128,
-    lr_em: Annotated[float, typer.Option(help="Of the mixture-EM loss.")] = 5e-5,
-    lr_consistency: Annotated[float, typer.Option(help="Of the consistency loss, and of iic.")] = 1e-4,
-    gamma: Annotated[float, typer.Option(help="γ of Eq. 4.12.")] = 5.0,
+    epochs: Annotated[int, typer.Option(min=1, max=COUNT)] = 250,
+    batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=2, max=COUNT)] = 128,
+    lr_em: Annotated[float, typer.Option(parser=real(), help="Of the mixture-EM loss.")] = 5e-5,
+    lr_consistency: Annotated[float, typer.Option(parser=real(), help="Of the consistency loss, and of iic.")] = 1e-4,
+    gamma: Annotated[float, typer.Option(parser=real(), help="γ of Eq. 4.12.")] = 5.0,
     amp: Annotated[bool, typer.Option("--amp/--no-amp", help="bfloat16 mixed precision.")] = False,
     channels_last: Annotated[bool, typer.Option("--channels-last/--no-channels-last")] = False,
-    seed: Annotated[int, typer.Option(min=0)] = 42,
+    seed: Annotated[int, typer.Option(min=0, max=SEED)] = 42,
     output: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     experiment: Annotated[
         str | None,
@@ -76,17 +85,22 @@ def cluster(
         from fastroute.clustering import run
         from fastroute.training.checkpoints import read_resumable
         from fastroute.training.run_folder import run_folder
+        from fastroute.training.saved_fields import check_training_state
 
         for name in ("heads", "n_init"):
             if getattr(options, name) > 1 and method not in ("two-fold", "em", "consistency"):
                 raise ValueError(f"{name} is {getattr(options, name)}; the method {method!r} has one")
+        output = local_path(output, "output")
+        if resume is not None:
+            resume = local_path(resume, "resume")
+        check_images(dataset, img_size)
         images, labels = run.load_images(dataset, data_dir, limit, img_size, download)
         if len(images) < clusters:
             raise ValueError(f"clusters is {clusters}; it must be at most the number of images, {len(images)}")
         folder = (
             resume.parent
             if resume and not experiment
-            else output / (experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{method}-{dataset}")
+            else local_path(output / (experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{method}-{dataset}"), "output")
         )
         context.with_resource(run_folder(folder))
         if two_dimensional or experiment == "two-dimensional":
@@ -100,7 +114,7 @@ def cluster(
         else:
             module = _module(options, images)
             if resume is not None:
-                read_resumable(resume, "cluster", module.hparams, epochs)
+                check_training_state(read_resumable(resume, "cluster", module.hparams, epochs), module, resume)
     if module is not None:
         with endings(console):
             run.fit(
@@ -115,7 +129,7 @@ def cluster(
                 amp=amp,
                 resume=resume,
             )
-    console.print(f"summary.csv: {folder.resolve()}", soft_wrap=True)
+    console.print(f"summary.csv: {shown(folder.resolve())}", soft_wrap=True)
 
 
 def _module(options: SimpleNamespace, images: "torch.Tensor") -> "ClusteringModule":

@@ -1,17 +1,22 @@
 """What commands share: errors in one sentence, and files of defaults."""
 
 import contextlib
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
-import yaml
 from rich.console import Console
-from rich.markup import escape
+
+from fastroute import _yaml
+from fastroute.commands.outside import end, shown
+
+COUNT, PIXELS, WORKERS, SEED = 2**31 - 1, 2**20, 1024, 2**32 - 1
+"""The largest whole numbers that options take: counts, sizes of images, processes, seeds."""
 
 # What images a trained network is given: options of the commands that take a checkpoint.
 DatasetOption = Annotated[
@@ -22,7 +27,8 @@ DataDirOption = Annotated[
     Path | None, typer.Option(help="Folder with val/, folder of classes, folder of tar shards, or a tar file.")
 ]
 WorkersOption = Annotated[
-    int | None, typer.Option("-j", "--workers", min=1, help="Processes that decode images. (default: all cores)")
+    int | None,
+    typer.Option("-j", "--workers", min=1, max=WORKERS, help="Processes that decode images. (default: all cores)"),
 ]
 
 
@@ -36,8 +42,7 @@ def plain_errors(*also: type[BaseException]) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ModuleNotFoundError, *also) as error:
-        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+        end(error, 2)
 
 
 @contextlib.contextmanager
@@ -52,11 +57,26 @@ def endings(console: Console) -> Iterator[None]:
     try:
         yield
     except Terminated as terminated:
-        console.print(f"{terminated}; --resume goes on from it", soft_wrap=True, highlight=False)
+        console.print(f"{shown(terminated)}; --resume goes on from it", soft_wrap=True, highlight=False)
         raise typer.Exit(terminated.code) from None
     except (FloatingPointError, OSError, UnreadableImage, PlaceMismatch, ProcessLost, NotRecordable) as error:
-        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+        end(error, 1)
+
+
+def local_path(path: Path, name: str) -> Path:
+    """A path, made absolute: what PyTorch Lightning is given as `http_runs` or `file:` is a URL to it.
+
+    Raises:
+        ValueError: it would still be one, or is not UTF-8.
+    """
+    path = path.absolute()
+    if "::" in str(path):
+        raise ValueError(f"{name} is {path}; a path with '::' in it is taken for a URL: choose another name")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is {path}; TensorBoard writes to no path that is not UTF-8: rename it") from None
+    return path
 
 
 def device_named(name: str | None) -> torch.device:
@@ -81,22 +101,33 @@ def device_named(name: str | None) -> torch.device:
     return device
 
 
-def read_options(path: Path) -> dict:
-    """The `name: value` pairs of a YAML file.
+def read_options(path: Path) -> dict[str, Any]:
+    """The `name: value` pairs of a YAML file; a value is a number, a text, yes or no, null, or a list of these.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no YAML file of such pairs.
+        ValueError: it is no YAML file of such pairs; see `fastroute._yaml.load`.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"config is {path}; there is no such file")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config is {path}; it is no YAML file: {error}") from None
+        values = _yaml.read(path)
+    except ValueError as error:
+        raise ValueError(f"config is {path}; {error}") from None
+    if values is None:
+        return {}
     if not isinstance(values, dict):
         raise ValueError(f"config is {path}; it must hold one `name: value` for each option")
-    return values
+    options = {}
+    for name, value in values.items():
+        option = str(name).replace("-", "_")
+        if option in options:
+            raise ValueError(f"config is {path}; it names {option} twice: keep one")
+        for item in value if isinstance(value, list) else [value]:
+            if item is not None and not isinstance(item, bool | int | float | str):
+                raise ValueError(f"config is {path}; {option} holds a {type(item).__name__}, and must be one value")
+        options[option] = value
+    return options
 
 
 def config_option(command: str):
@@ -109,15 +140,20 @@ def config_option(command: str):
         if config is None:
             return None
         with plain_errors():
-            values = {str(name).replace("-", "_"): value for name, value in _recipe_or_file(config, command).items()}
+            values = _recipe_or_file(config, command)
             options = {option.name: option for option in context.command.params if option.name != "config"}
             for name in values.keys() - options:
                 near = "".join(f"; did you mean {option!r}?" for option in get_close_matches(name, options, n=1))
                 raise ValueError(f"config is {config}; there is no option {name!r}{near}")
+            values = {name: _as_typed(value) for name, value in values.items() if value is not None}
             for name, value in values.items():
                 if isinstance(value, bool) and not options[name].is_flag:
                     raise ValueError(f"config is {config}; {name} is {value}, and it must be no yes or no")
-        context.default_map = {n: str(v) if isinstance(v, list) else v for n, v in values.items() if v is not None}
+                try:
+                    options[name].process_value(context, value)
+                except typer.BadParameter as error:
+                    raise ValueError(f"config is {config}; {name} is {value!r}: {error.message}") from None
+        context.default_map = values
         return config
 
     return typer.Option(
@@ -129,12 +165,41 @@ def config_option(command: str):
     )
 
 
+def _as_typed(value: Any) -> bool | str:
+    """A value as it would be typed, so that 1.5 is no whole number here either."""
+    return value if isinstance(value, bool) else str(value)
+
+
 def _recipe_or_file(config: str, command: str) -> dict:
     from fastroute.training.recipes import recipe
 
     path = Path(config)
     is_file = path.suffix in (".yaml", ".yml") or path.exists()
-    return read_options(path) if is_file else recipe(config, command).options
+    if is_file:
+        return read_options(path)
+    return {name.replace("-", "_"): value for name, value in recipe(config, command).options.items()}
+
+
+LARGEST = 1e6
+"""The largest number that an option takes unless it says otherwise: a float32 of its square is still finite."""
+
+
+def real(least: float = -LARGEST, most: float = LARGEST) -> Callable[[Any], float]:
+    """The `parser` of an option that is a finite number, from `least` to `most`."""
+
+    def parse(value: Any) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise typer.BadParameter(f"{value!r} is not a valid float.") from None
+        if not math.isfinite(number):
+            raise typer.BadParameter(f"it is {number}; it must be a finite number.")
+        if not least <= number <= most:
+            raise typer.BadParameter(f"it is {number:g}; it must be from {least:g} to {most:g}.")
+        return number
+
+    parse.__name__ = "float"  # what --help shows
+    return parse
 
 
 def numbers(value: str | None, kind: type = int, what: str = "epochs, such as 80,150") -> list | None:
@@ -146,6 +211,6 @@ def numbers(value: str | None, kind: type = int, what: str = "epochs, such as 80
         parsed = [kind(item) for item in items]
     except ValueError:
         parsed = []
-    if not parsed or min(parsed) < 0:
+    if not parsed or not all(0 <= number <= LARGEST for number in parsed):
         raise typer.BadParameter(f"{value!r} is not a list of {what}")
     return parsed

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastroute.commands.common import plain_errors
+from fastroute.commands.outside import shown
 
 
 def recipes(pattern: Annotated[str, typer.Argument(help="A shell pattern, such as 'ilsvrc*'.")] = "*") -> None:
@@ -30,5 +31,5 @@ def recipes(pattern: Annotated[str, typer.Argument(help="A shell pattern, such a
             table.add_column(f"{measure} %", justify="right")
         for recipe in found:
             reported = (recipe.reported.get(measure) for measure in measures)
-            table.add_row(recipe.name, *("" if value is None else f"{value:.2f}" for value in reported))
-        console.print(f"[bold]{about}[/]", table, sep="\n", highlight=False, soft_wrap=False)
+            table.add_row(shown(recipe.name), *("" if value is None else f"{value:.2f}" for value in reported))
+        console.print(f"[bold]{shown(about)}[/]", table, sep="\n", highlight=False, soft_wrap=False)

@@ -1,6 +1,5 @@
 """`fastroute report`: a checkpoint to one page of figures."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +9,9 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from fastroute.commands.common import DataDirOption, DatasetOption, WorkersOption, plain_errors
-from fastroute.commands.trained import trained, trained_network
+from fastroute.commands.common import COUNT, DataDirOption, DatasetOption, WorkersOption, plain_errors
+from fastroute.commands.outside import shown
+from fastroute.commands.trained import check_finite, trained, trained_network
 from fastroute.models import create_model
 
 
@@ -34,8 +34,10 @@ def report(
         Path | None,
         typer.Option(help="A folder of runs, for accuracy by parameters, or for learning curves of clusterings."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Of a clustering: only the first so many images.")] = None,
-    batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1)] = 128,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=COUNT, help="Of a clustering: only the first so many images.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1, max=COUNT)] = 128,
     workers: WorkersOption = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder to write into. (default: report, beside the checkpoint)")
@@ -60,7 +62,7 @@ def report(
             batch_size=batch_size,
             workers=workers,
         )
-    Console().print(f"report: {path.resolve()}", soft_wrap=True)
+    Console().print(f"report: {shown(path.resolve())}", soft_wrap=True)
 
 
 def write_report(
@@ -87,6 +89,10 @@ def write_report(
     if "architecture" in run:
         return _clustering(checkpoint, saved, folder, data_dir, runs, limit, batch_size)
     given = trained(checkpoint, saved, dataset=dataset, data_dir=data_dir, batch_size=batch_size, workers=workers)
+    check_finite(given.network, checkpoint)
+    earlier = None if before is None else trained_network(before, "before")
+    if earlier is not None:
+        check_finite(earlier, before, "before")
     loader = given.loader
     images = Images(lambda: loader, loader.pixels, given.classes, loader.mean / 255, loader.std / 255)
     chosen = None
@@ -106,7 +112,7 @@ def write_report(
         given.network,
         images,
         chosen=chosen,
-        before=None if before is None else trained_network(before, "before"),
+        before=earlier,
         classes=classes,
         gates=gates,
         summaries=_summaries(checkpoint),
@@ -134,14 +140,17 @@ def _summaries(checkpoint: Path) -> dict[str, Path]:
 def _sizes(folder: Path) -> dict[str, tuple[int, float]]:
     """Parameters and best accuracy of each run in a folder, by the name of its own folder."""
     from fastroute.training.checkpoints import read_checkpoint
+    from fastroute.visualize.curves import read_summary
 
     sizes = {}
     for path in sorted(folder.glob("*/best.ckpt")):
         run = read_checkpoint(path, "runs")["hyper_parameters"]
         with torch.device("meta"):
             model = create_model(run["model"], run["num_classes"], run["in_chans"], run["img_size"])
-        with (path.parent / "summary.csv").open(newline="") as file:
-            error = min(float(row["val_error"]) for row in csv.DictReader(file))
+        rows = read_summary(path.parent / "summary.csv")
+        error = min((float(row["val_error"]) for row in rows if row.get("val_error")), default=None)
+        if error is None:
+            raise ValueError(f"runs is {folder}; {path.parent / 'summary.csv'} has no val_error")
         sizes[path.parent.name] = sum(parameter.numel() for parameter in model.parameters()), 100 - error
     if not sizes:
         raise FileNotFoundError(f"runs is {folder}; there are no folders with best.ckpt and summary.csv in it")
@@ -161,6 +170,7 @@ def _clustering(
     from fastroute.clustering.networks import clustering_network
     from fastroute.clustering.run import Batches, load_images
     from fastroute.clustering.two_fold import TwoFoldClustering
+    from fastroute.training.checkpoints import load_network_weights
     from fastroute.visualize import Images, Report, clustering_report
 
     run = saved["hyper_parameters"]
@@ -184,7 +194,8 @@ def _clustering(
         return TwoFoldClustering(layers, clusters, heads=heads * n_init)
 
     trained = network()
-    trained.load_state_dict(saved["state_dict"])
+    load_network_weights(trained, saved, checkpoint)
+    check_finite(trained, checkpoint)
     images = Images(
         lambda: Batches(pixels, labels, batch_size),
         lambda indices: (pixels[indices].permute(0, 2, 3, 1) * 255).round().byte(),

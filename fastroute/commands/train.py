@@ -13,12 +13,29 @@ import yaml
 from rich.console import Console
 from torch import nn
 
-from fastroute.commands.common import config_option, endings, numbers, plain_errors
+from fastroute.commands.common import (
+    COUNT,
+    PIXELS,
+    SEED,
+    WORKERS,
+    config_option,
+    endings,
+    local_path,
+    numbers,
+    plain_errors,
+    real,
+)
+from fastroute.commands.memory import check_batch, check_images
+from fastroute.commands.outside import shown
 from fastroute.nn import GateClusteringLoss, Router
 
 
 def option(*flags: str, help: str | None = None, panel: str | None = None, **settings):
     return typer.Option(*flags, help=help, rich_help_panel=panel, **settings)
+
+
+def real_option(*bounds: float, **settings):
+    return option(parser=real(*bounds), **settings)
 
 
 DATA, OPTIMISER, SCHEDULE, GATES = "Data", "Optimiser", "Learning rate", "Gates"
@@ -38,12 +55,15 @@ def train(
         option(help="Folder of the data: with train/ and val/, or with tar shards. (default: data)", panel=DATA),
     ] = None,
     download: Annotated[bool, option("--download", help="Download torchvision's sets.", panel=DATA)] = False,
-    num_classes: Annotated[int | None, option(min=1, help="Logits. (default: the data's classes)", panel=DATA)] = None,
+    num_classes: Annotated[
+        int | None, option(min=1, max=COUNT, help="Logits. (default: the data's classes)", panel=DATA)
+    ] = None,
     first_classes: Annotated[
-        int | None, option(min=1, help="Use only the first so many classes of the data.", panel=DATA)
+        int | None, option(min=1, max=COUNT, help="Use only the first so many classes of the data.", panel=DATA)
     ] = None,
     img_size: Annotated[
-        int | None, option(min=1, help="Size of the images. (default: the data's own, 32 or 224)", panel=DATA)
+        int | None,
+        option(min=1, max=PIXELS, help="Size of the images. (default: the data's own, 32 or 224)", panel=DATA),
     ] = None,
     in_memory: Annotated[
         bool | None,
@@ -54,12 +74,17 @@ def train(
         ),
     ] = None,
     batch_size: Annotated[
-        int, option("-b", "--batch-size", min=1, help="Images in a step of one process.", panel=DATA)
+        int, option("-b", "--batch-size", min=1, max=COUNT, help="Images in a step of one process.", panel=DATA)
     ] = 128,
     workers: Annotated[
         int | None,
         option(
-            "-j", "--workers", min=1, help="Threads or processes that decode images. (default: all cores)", panel=DATA
+            "-j",
+            "--workers",
+            min=1,
+            max=WORKERS,
+            help="Threads or processes that decode images. (default: all cores)",
+            panel=DATA,
         ),
     ] = None,
     on_bad_image: Annotated[
@@ -72,47 +97,54 @@ def train(
     scale: Annotated[str, option(help="For rrc: share of the image.", panel=AUGMENTATION)] = "0.08,1.0",
     ratio: Annotated[str, option(help="For rrc: aspect ratio.", panel=AUGMENTATION)] = "0.75,1.3333",
     crop_pct: Annotated[
-        float, option(help="Streamed: the crop's side by the resized image's.", panel=AUGMENTATION)
+        float, real_option(help="Streamed: the crop's side by the resized image's.", panel=AUGMENTATION)
     ] = 0.875,
     aa: Annotated[
         str | None,
         option(help="imagenet, cifar10, svhn, trivial, augmix, or such as rand-m9-n2.", panel=AUGMENTATION),
     ] = None,
-    reprob: Annotated[float, option(help="Probability of random erasing.", panel=AUGMENTATION)] = 0.0,
-    mixup: Annotated[float, option(help="α of mixup; 0 is off.", panel=AUGMENTATION)] = 0.0,
-    cutmix: Annotated[float, option(help="α of CutMix; 0 is off.", panel=AUGMENTATION)] = 0.0,
-    smoothing: Annotated[float, option(help="Of the labels.", panel=AUGMENTATION)] = 0.0,
-    epochs: Annotated[int, option(min=1, panel=SCHEDULE)] = 200,
+    reprob: Annotated[float, real_option(help="Probability of random erasing.", panel=AUGMENTATION)] = 0.0,
+    mixup: Annotated[float, real_option(0, help="α of mixup; 0 is off.", panel=AUGMENTATION)] = 0.0,
+    cutmix: Annotated[float, real_option(0, help="α of CutMix; 0 is off.", panel=AUGMENTATION)] = 0.0,
+    smoothing: Annotated[float, real_option(help="Of the labels.", panel=AUGMENTATION)] = 0.0,
+    epochs: Annotated[int, option(min=1, max=COUNT, panel=SCHEDULE)] = 200,
     opt: Annotated[
         Literal["sgd", "nesterov", "rmsprop", "adam", "adamw"],
         option(help="sgd has plain momentum, nesterov Nesterov's.", panel=OPTIMISER),
     ] = "sgd",
-    momentum: Annotated[float, option(panel=OPTIMISER)] = 0.9,
-    weight_decay: Annotated[float, option(panel=OPTIMISER)] = 5e-4,
+    momentum: Annotated[float, real_option(panel=OPTIMISER)] = 0.9,
+    weight_decay: Annotated[float, real_option(panel=OPTIMISER)] = 5e-4,
     norm_weight_decay: Annotated[
-        float | None, option(help="Of normalisation layers. (default: as all)", panel=OPTIMISER)
+        float | None, real_option(help="Of normalisation layers. (default: as all)", panel=OPTIMISER)
     ] = None,
-    clip_grad: Annotated[float | None, option(min=1e-9, help="Largest norm of the gradient.", panel=OPTIMISER)] = None,
-    grad_accum_steps: Annotated[int, option(min=1, help="Batches for each step.", panel=OPTIMISER)] = 1,
+    clip_grad: Annotated[float | None, real_option(1e-9, help="Largest norm of the gradient.", panel=OPTIMISER)] = None,
+    grad_accum_steps: Annotated[int, option(min=1, max=COUNT, help="Batches for each step.", panel=OPTIMISER)] = 1,
     model_ema: Annotated[
         bool, option("--model-ema/--no-model-ema", help="Keep and validate a moving average.", panel=OPTIMISER)
     ] = False,
-    model_ema_decay: Annotated[float, option(min=0, max=0.9999999, panel=OPTIMISER)] = 0.9998,
+    model_ema_decay: Annotated[float, real_option(0, 0.9999999, panel=OPTIMISER)] = 0.9998,
     lr: Annotated[
-        float, option(help="Learning rate before it decays, or at the top of the cycle.", panel=SCHEDULE)
+        float,
+        real_option(-1e30, 1e30, help="Learning rate before it decays, or at the top of the cycle.", panel=SCHEDULE),
     ] = 0.1,
     sched: Annotated[Literal["step", "multistep", "cosine", "onecycle"], option(panel=SCHEDULE)] = "multistep",
-    warmup_epochs: Annotated[int, option(min=0, help="Epochs over which the rate rises.", panel=SCHEDULE)] = 0,
-    decay_epochs: Annotated[int, option(min=1, help="For step: epochs between decays.", panel=SCHEDULE)] = 30,
+    warmup_epochs: Annotated[
+        int, option(min=0, max=COUNT, help="Epochs over which the rate rises.", panel=SCHEDULE)
+    ] = 0,
+    decay_epochs: Annotated[
+        int, option(min=1, max=COUNT, help="For step: epochs between decays.", panel=SCHEDULE)
+    ] = 30,
     decay_milestones: Annotated[
         str | None,
         option(help="For multistep: epochs, such as 80,150. (default: 2/5 and 3/4 of all)", panel=SCHEDULE),
     ] = None,
-    decay_rate: Annotated[float, option(help="For step and multistep: the factor.", panel=SCHEDULE)] = 0.1,
-    gate_lr_mult: Annotated[float, option(help="The gates' learning rate, as a multiple.", panel=GATES)] = 1.0,
-    gate_wd: Annotated[float | None, option(help="The gates' weight decay. (default: as all)", panel=GATES)] = None,
+    decay_rate: Annotated[float, real_option(help="For step and multistep: the factor.", panel=SCHEDULE)] = 0.1,
+    gate_lr_mult: Annotated[float, real_option(help="The gates' learning rate, as a multiple.", panel=GATES)] = 1.0,
+    gate_wd: Annotated[
+        float | None, real_option(help="The gates' weight decay. (default: as all)", panel=GATES)
+    ] = None,
     gate_reg_weight: Annotated[
-        float, option(min=0, help="Of the gates' clustering loss (§5.1: 0.01); 0 is off.", panel=GATES)
+        float, real_option(0, help="Of the gates' clustering loss (§5.1: 0.01); 0 is off.", panel=GATES)
     ] = 0.0,
     gate_reg_prior: Annotated[
         bool,
@@ -143,7 +175,7 @@ def train(
         Literal["reduce", "broadcast", ""],
         option(help="Batch norm's statistics between processes before validation.", panel=COMPUTE),
     ] = "reduce",
-    seed: Annotated[int, option(min=0, help="Of weights, order and augmentation.", panel=COMPUTE)] = 42,
+    seed: Annotated[int, option(min=0, max=SEED, help="Of weights, order and augmentation.", panel=COMPUTE)] = 42,
     deterministic: Annotated[
         bool, option("--deterministic/--no-deterministic", help="Deterministic algorithms alone.", panel=COMPUTE)
     ] = False,
@@ -157,9 +189,9 @@ def train(
     ] = None,
     initial_checkpoint: Annotated[Path | None, option(help="Weights to start from.", panel=RUN)] = None,
     recovery_interval: Annotated[
-        int | None, option(min=1, help="Steps between checkpoints within an epoch.", panel=RUN)
+        int | None, option(min=1, max=COUNT, help="Steps between checkpoints within an epoch.", panel=RUN)
     ] = None,
-    log_interval: Annotated[int, option(min=1, help="Steps between readings of the loss.", panel=RUN)] = 50,
+    log_interval: Annotated[int, option(min=1, max=COUNT, help="Steps between readings of the loss.", panel=RUN)] = 50,
 ) -> None:
     """Train a network; write checkpoints, summary.csv, routers.csv, TensorBoard events and args.yaml.
 
@@ -197,7 +229,7 @@ def train(
     routers = next(c for c in module.trainer.callbacks if isinstance(c, training.RouterDiagnostics)).statistics
     if gates := {name: router.mean_gates for name, router in routers.items()}:
         console.print(training.gates_table(gates, title="mean gates over the validation images"))
-    console.print(f"last.ckpt, best.ckpt, summary.csv, args.yaml: {folder.resolve()}", soft_wrap=True)
+    console.print(f"last.ckpt, best.ckpt, summary.csv, args.yaml: {shown(folder.resolve())}", soft_wrap=True)
 
 
 def _prepare(context: typer.Context, options: SimpleNamespace, console: Console) -> tuple:
@@ -217,7 +249,7 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
     check_compile_mode(options.compile, options.compile_mode)
     folder, resume = agreed(_places(options, console))
     if resume is not None and options.resume == "auto" and training.epochs_done(resume) >= options.epochs:
-        console.print(f"all {options.epochs} epochs are done: {resume}", soft_wrap=True)
+        console.print(f"all {options.epochs} epochs are done: {shown(resume)}", soft_wrap=True)
         raise typer.Exit(0)
     context.with_resource(run_folder(folder))
 
@@ -243,11 +275,16 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
     )
     if options.cuda_graphs:  # before the images are read
         _check_recording(options, data)
+    if data.in_memory:
+        check_images(options.dataset, options.img_size)
     one_by_one = first_on_each_node() if options.download else contextlib.nullcontext()
     with one_by_one, console.status("reading the images"):
         data.setup()
     if options.num_classes is not None and options.num_classes < data.num_classes:
         raise ValueError(f"num_classes is {options.num_classes}; the data has {data.num_classes} classes")
+    count = len((data.images.train if data.in_memory else data.sources["train"]).labels)
+    batch_size = min(options.batch_size, count)
+    check_batch(options.model, batch_size, data.in_chans, data.img_size, half=options.amp)
     check_warmup(options.sched, options.warmup_epochs, options.epochs)
     pl.seed_everything(options.seed, verbose=False)
     module = training.RoutingClassifier(
@@ -313,15 +350,17 @@ def _places(options: SimpleNamespace, console: Console) -> tuple[Path, Path | No
     """The folder of the run, and the checkpoint to go on from if there is one."""
     from fastroute.training.checkpoints import latest_checkpoint
 
-    resume = None if options.resume in (None, "auto") else Path(options.resume)
+    resume = None if options.resume in (None, "auto") else local_path(Path(options.resume), "resume")
     if options.experiment is not None:
-        folder = options.output / options.experiment
+        folder = local_path(options.output / options.experiment, "output")
     elif options.resume == "auto":
         raise ValueError("resume is 'auto'; it needs the run's name as --experiment")
     elif resume is not None:
         folder = resume.parent
     else:
-        folder = options.output / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.model}-{options.dataset}"
+        folder = (
+            local_path(options.output, "output") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.model}-{options.dataset}"
+        )
     if options.resume == "auto":
         resume = latest_checkpoint(folder, partial(console.print, soft_wrap=True, highlight=False, markup=False))
     return folder, resume

@@ -94,6 +94,21 @@ def check_channels(data_dir: Path | None, channels: int, run: dict) -> None:
         )
 
 
+def check_finite(network: nn.Module, path: Path, name: str = "checkpoint") -> None:
+    """Raise where weights of a checkpoint are NaN or infinite: there is nothing to show of such a network.
+
+    Raises:
+        ValueError: as said.
+    """
+    tensors = {key: value for key, value in network.state_dict().items() if isinstance(value, torch.Tensor)}
+    bad = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"{name} is {path}; {len(bad)} of its {len(tensors)} tensors, such as {bad[0]}, are NaN or infinite, so "
+            "there is nothing to show: name a checkpoint from before the run diverged"
+        )
+
+
 def this_device() -> torch.device:
     """The GPU of this process where there is one."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

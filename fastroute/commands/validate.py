@@ -13,7 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastroute.commands.common import DataDirOption, DatasetOption, WorkersOption, plain_errors
+from fastroute.commands.common import COUNT, PIXELS, DataDirOption, DatasetOption, WorkersOption, plain_errors, real
+from fastroute.commands.memory import check_batch, check_images
+from fastroute.commands.outside import shown
 from fastroute.commands.trained import check_channels, this_device
 from fastroute.models import create_model
 from fastroute.nn import Router, SparseRouter
@@ -29,19 +31,24 @@ def validate(
     ] = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
-    num_classes: Annotated[int | None, typer.Option(min=1, help="Logits. (default: the checkpoint's)")] = None,
-    first_classes: Annotated[
-        int | None, typer.Option(min=1, help="Use only the first so many classes of the data.")
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, max=COUNT, help="Logits. (default: the checkpoint's)")
     ] = None,
-    img_size: Annotated[int | None, typer.Option(min=1, help="Size of the crops. (default: as in training)")] = None,
+    first_classes: Annotated[
+        int | None, typer.Option(min=1, max=COUNT, help="Use only the first so many classes of the data.")
+    ] = None,
+    img_size: Annotated[
+        int | None, typer.Option(min=1, max=PIXELS, help="Size of the crops. (default: as in training)")
+    ] = None,
     crop_pct: Annotated[
-        float | None, typer.Option(help="The crop's side by the resized image's. (default: as in training, or 0.875)")
+        float | None,
+        typer.Option(parser=real(), help="The crop's side by the resized image's. (default: as in training, or 0.875)"),
     ] = None,
     ten_crop: Annotated[bool, typer.Option("--ten-crop", help="Corners and centre, and these mirrored.")] = False,
     use_ema: Annotated[
         bool, typer.Option("--use-ema/--no-use-ema", help="The moving average, where the run kept one.")
     ] = True,
-    batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1, help="Of one process.")] = 128,
+    batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1, max=COUNT, help="Of one process.")] = 128,
     workers: WorkersOption = None,
     on_bad_image: Annotated[
         Literal["stop", "skip"], typer.Option(help="What an image that cannot be read does.")
@@ -77,10 +84,10 @@ def validate(
         counts.add_column(column, justify="right")
     for r in results:
         numbers = (f"{r['error']:.2f}", f"{r['error5']:.2f}", f"{r['images']:,}", f"{r['skipped']:,}")
-        name = Path(r["checkpoint"]).name if r["checkpoint"] else "fresh weights"
+        name = shown(Path(r["checkpoint"]).name) if r["checkpoint"] else "fresh weights"
         if gates:
-            counts.add_row(name, r["model"], *(str(r[key]) for key in ("gates", "never_above", "never_below")))
-        table.add_row(name, r["model"], str(r["crops"]), *numbers, f"{r['images_per_s']:,.0f}")
+            counts.add_row(name, shown(r["model"]), *(str(r[key]) for key in ("gates", "never_above", "never_below")))
+        table.add_row(name, shown(r["model"]), str(r["crops"]), *numbers, f"{r['images_per_s']:,.0f}")
     console.print(table)
     if gates:
         console.print(counts)
@@ -100,6 +107,7 @@ def _checkpoints(path: Path | None) -> list[Path | None]:
 
 def _result(path: Path | None, options: SimpleNamespace, console: Console) -> dict:
     from fastroute.training.checkpoints import load_weights, read_checkpoint
+    from fastroute.training.data import STREAMED
     from fastroute.training.evaluation import evaluate, validation_loader
     from fastroute.training.loaders import MemoryLoader
     from fastroute.training.routing import skewed_gates
@@ -114,6 +122,8 @@ def _result(path: Path | None, options: SimpleNamespace, console: Console) -> di
         raise ValueError("dataset is missing; the checkpoint does not say on what it was trained")
     own = data if dataset == data.get("dataset") or "mean" in data else {}
     img_size = options.img_size or data.get("img_size")
+    if dataset not in STREAMED:
+        check_images(dataset, img_size)
     with console.status("reading the images"):
         loader, classes, in_chans = validation_loader(
             dataset,
@@ -137,11 +147,13 @@ def _result(path: Path | None, options: SimpleNamespace, console: Console) -> di
     if run:
         check_channels(options.data_dir, in_chans, run)
     model = options.model or run["model"]
+    size = img_size or (loader.images.shape[1] if isinstance(loader, MemoryLoader) else 224)
+    check_batch(model, min(options.batch_size, loader.count), in_chans, size, training=False)
     network = create_model(
         model,
         options.num_classes or run.get("num_classes", len(classes)),
         run.get("in_chans", in_chans),
-        img_size or (loader.images.shape[1] if isinstance(loader, MemoryLoader) else 224),
+        size,
     )
     if options.gates and not any(isinstance(layer, Router | SparseRouter) for layer in network.modules()):
         raise ValueError(f"gates is True, but {model} has no routers")
@@ -152,7 +164,7 @@ def _result(path: Path | None, options: SimpleNamespace, console: Console) -> di
     routers = {} if options.gates else None
     start = time.perf_counter()
     amp_dtype = getattr(torch, options.amp_dtype) if options.amp else None
-    with console.status(f"validating {path or model}"):
+    with console.status(f"validating {shown(path or model)}"):
         result = evaluate(network, loader, device=device, amp_dtype=amp_dtype, memory_format=layout, routers=routers)
     speed = result["images"] / (time.perf_counter() - start)
     crops = 10 if options.ten_crop else 1
@@ -164,7 +176,7 @@ def _write(path: Path, results: list[dict]) -> None:
     if path.suffix == ".json":
         path.write_text(json.dumps(results, indent=2) + "\n")
         return
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.DictWriter(file, results[0])
         writer.writeheader()
         writer.writerows(results)

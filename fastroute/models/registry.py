@@ -7,8 +7,11 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
+from fastroute._errors import in_a_line
+from fastroute._memory import check_memory
 from fastroute.nn import exact_convolutions
 
 
@@ -27,6 +30,9 @@ class ModelInfo(NamedTuple):
     table: str = ""
     params: str = ""
 
+
+LARGE = 2**14
+"""The size from which a network is weighed before it is built: its first or last layer may outgrow the memory."""
 
 _MODELS: dict[str, ModelInfo] = {}
 
@@ -99,7 +105,7 @@ def create_model(
         `model(x, return_routing=True)` → (logits, {router name: Routing}).
 
     Raises:
-        ValueError: there is no network of that name, or a size is less than 1.
+        ValueError: there is no network of that name, a size is less than 1, or the weights would not fit into memory.
         ModuleNotFoundError: the network is torchvision's, which is not installed.
     """
     info = model_info(name)
@@ -111,4 +117,17 @@ def create_model(
     for argument, size in sizes.items():
         if size < 1:
             raise ValueError(f"{argument} is {size}; it must be at least 1")
+    if max(sizes.values()) > LARGE and torch.get_default_device().type != "meta":
+        _check_size(name, info, sizes, options)
     return exact_convolutions(info.builder(**sizes, **options))
+
+
+def _check_size(name: str, info: ModelInfo, sizes: dict[str, int], options: dict) -> None:
+    said = ", ".join(f"{argument} {size}" for argument, size in sizes.items())
+    try:
+        with torch.device("meta"):
+            parameters = list(info.builder(**sizes, **options).parameters())
+    except (RuntimeError, TypeError, OverflowError) as error:  # a size that no tensor has
+        raise ValueError(f"name is {name!r} with {said}; a size is too large: {in_a_line(error)}") from None
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    check_memory(needed, f"name is {name!r} with {said}; its weights would take", "lower the largest of them")

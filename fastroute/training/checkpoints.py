@@ -16,6 +16,7 @@ from torch import distributed as dist
 from fastroute._errors import in_a_line
 from fastroute._files import DamagedFile, digest_path, read_tensors, replacing, write_digest
 from fastroute.training.distributed import agreed
+from fastroute.training.saved_fields import check_fields, check_training_state
 
 
 class Terminated(SystemExit):
@@ -177,6 +178,7 @@ def read_checkpoint(path: str | Path, name: str = "resume", command: str | None 
         ) from error
     except Exception as error:  # whatever a reader does with bytes that are not its own
         raise ValueError(f"{name} is {path}; it is no checkpoint of a training run: {in_a_line(error)}") from error
+    check_fields(checkpoint, path, name)
     if command is not None:
         check_command(checkpoint, command, path, name)
     return checkpoint
@@ -254,6 +256,7 @@ def check_resume(path: str | Path, module: pl.LightningModule, epochs: int) -> N
     rates = ("lr", "momentum", "weight_decay", "norm_weight_decay", "gate_lr_mult", "gate_wd")
     fixed = ("model", "num_classes", "in_chans", "opt", "sched", *rates)
     checkpoint = read_resumable(path, "train", {name: module.hparams[name] for name in fixed}, epochs)
+    check_training_state(checkpoint, module, path)
     saved, planned = checkpoint["hyper_parameters"], checkpoint.get("epochs")
     endless = saved["sched"] == "step" or (saved["sched"] == "multistep" and module.hparams.decay_milestones)
     if planned != epochs and not endless:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from fastroute._errors import printable
 from fastroute.training.classifier import RoutingClassifier
 from fastroute.training.data import ImageDataModule
 from fastroute.training.routing import gates_table, mean_gates, routing_share
@@ -45,4 +47,6 @@ def demo(output: str | Path, epochs: int = 20, console: Console | None = None) -
         )
         gates |= mean_gates(module.model, data.val_dataloader())
     console.print(table, gates_table(gates, title=f"mean gates of {NETWORKS[-1]}"))
-    console.print(f"checkpoints and summary.csv: {output.resolve()}/{{{','.join(NETWORKS)}}}", soft_wrap=True)
+    console.print(
+        f"checkpoints and summary.csv: {escape(printable(output.resolve()))}/{{{','.join(NETWORKS)}}}", soft_wrap=True
+    )

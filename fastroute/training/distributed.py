@@ -9,6 +9,7 @@ import torch
 from torch import distributed as dist
 
 from fastroute._errors import in_a_line
+from fastroute.training.roll_call import patience, reason
 
 T = TypeVar("T")
 
@@ -47,6 +48,7 @@ def process_group() -> Iterator[None]:
 
     Raises:
         ValueError: there are more of them than GPUs; see `check_gpus`.
+        ProcessLost: talking to another process has failed; see `patience`.
     """
     check_gpus()
     if world_size() == 1 or dist.is_initialized():
@@ -54,9 +56,13 @@ def process_group() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=patience())
     try:
         yield
+    except RuntimeError as error:
+        if not is_lost_process(error) or isinstance(error, ProcessLost):
+            raise
+        raise ProcessLost(f"{reason(error)}, so process {dist.get_rank()} cannot go on: {error}") from error
     finally:
         dist.destroy_process_group()
 

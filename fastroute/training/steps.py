@@ -14,6 +14,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastroute.training.distributed import ProcessLost, gathered, is_lost_process
+from fastroute.training.roll_call import reason
 from fastroute.training.seeding import derived_seed
 
 
@@ -209,7 +210,7 @@ class LostProcess(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, RuntimeError) and is_lost_process(exception):
             raise ProcessLost(
-                f"another process of this run is gone, so process {trainer.global_rank} cannot go on; "
+                f"{reason(exception)}, so process {trainer.global_rank} cannot go on; "
                 f"the last checkpoint is whole, for resume: {exception}"
             ) from exception
 

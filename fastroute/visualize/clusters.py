@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from fastroute.visualize.style import INK, PALETTE, WIDTH, grid, show, styled
+from fastroute.visualize.style import INK, PALETTE, WIDTH, grid, legible, show, styled
 
 
 @styled
@@ -101,6 +101,6 @@ def confusion(labels: Tensor, clusters: Tensor, classes: Sequence[str]) -> Figur
                 j, i, f"{value:.0f}", ha="center", va="center", color="black" if value > 50 else "white", fontsize=8
             )
     axes.set_xticks(range(len(order)), [str(k + 1) for k in order])
-    axes.set_yticks(range(len(classes)), classes)
+    axes.set_yticks(range(len(classes)), list(map(legible, classes)))
     axes.set(xlabel="cluster", ylabel="class")
     return figure

@@ -13,6 +13,7 @@ from fastroute.nn import CrossConnection, ParallelPaths, Routing
 from fastroute.nn.statistics import RouterStatistics
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+DIVERGED = "the network has diverged, so there is nothing to show: take a checkpoint from before"
 NO_ROUTERS = "the network has no routers; there is no routing to show"
 
 
@@ -140,6 +141,17 @@ def collect_routing(model: nn.Module, batches: Batches) -> RoutingData:
     if not labels:
         raise ValueError("batches are empty; there must be at least one image")
     return RoutingData({name: torch.cat(parts) for name, parts in gates.items()}, torch.cat(labels), torch.cat(colours))
+
+
+def check_gates(data: RoutingData) -> None:
+    """Raise where gates are NaN or infinite, of which there is no histogram and no order.
+
+    Raises:
+        ValueError: as said.
+    """
+    for name, gates in data.gates.items():
+        if wrong := int((~gates.isfinite().flatten(1).all(1)).sum()):
+            raise ValueError(f"the gates of {name} are NaN or infinite for {wrong} of {len(gates)} images; {DIVERGED}")
 
 
 @torch.no_grad()

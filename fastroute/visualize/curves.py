@@ -6,7 +6,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from fastroute.visualize.style import PALETTE, WIDTH, styled
+from fastroute._errors import in_a_line
+from fastroute.visualize.style import PALETTE, WIDTH, legible, styled
 
 # Column of a summary.csv → the axis it is drawn on.
 _CURVES = {
@@ -26,8 +27,13 @@ def read_summary(path: Path) -> list[dict[str, str]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"summary is {path}; there is no such file")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            int(row.get("epoch", 1)), [float(row[column]) for column in _CURVES if row.get(column)]
+    except (csv.Error, TypeError, ValueError) as error:
+        raise ValueError(f"summary is {path}; it is no table of numbers: {in_a_line(error)}") from None
     if not rows or not _CURVES.keys() & rows[0].keys():
         raise ValueError(f"summary is {path}; it must have rows with a column of {', '.join(_CURVES)}")
     return rows
@@ -48,9 +54,9 @@ def learning_curves(summaries: Mapping[str, Path]) -> Figure:
     for k, (name, path) in enumerate(summaries.items()):
         rows = read_summary(path)
         for line, column in zip(("-", "--"), (c for c in _CURVES if c in rows[0]), strict=False):
-            points = [(int(row.get("epoch", 1)), float(row[column])) for row in rows if row[column]]
-            label = f"{name} {column}" if len(summaries) > 1 else column
-            axes.plot(*zip(*points, strict=True), line, color=PALETTE[k % len(PALETTE)], label=label, marker=".")
+            points = [(int(row.get("epoch", 1)), float(row[column])) for row in rows if row.get(column)]
+            text = f"{legible(name)} {column}" if len(summaries) > 1 else column
+            axes.plot(*zip(*points, strict=True), line, color=PALETTE[k % len(PALETTE)], label=text, marker=".")
             axes.set_ylabel(_CURVES[column])
     axes.set(xlabel="epoch")
     axes.set_ylim(bottom=0)
@@ -73,7 +79,9 @@ def accuracy_against_parameters(runs: Mapping[str, tuple[int, float]]) -> Figure
         kind = next((k for k, mark in enumerate(("_cc", "_cp")) if mark in name), 2)
         colour, marker = ((PALETTE[1], "o"), (PALETTE[2], "s"), (PALETTE[0], "^"))[kind]
         axes.plot(parameters / 1e6, accuracy, marker, color=colour)
-        axes.annotate(name, (parameters / 1e6, accuracy), xytext=(5, 3), textcoords="offset points", fontsize=8)
+        axes.annotate(
+            legible(name), (parameters / 1e6, accuracy), xytext=(5, 3), textcoords="offset points", fontsize=8
+        )
     axes.margins(x=0.2, y=0.15)
     axes.set(xlabel="parameters (millions)", ylabel="accuracy %")
     axes.grid()

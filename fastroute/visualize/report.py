@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from fastroute.visualize import clusters, curves, paths, routing
 from fastroute.visualize.collect import (
+    DIVERGED,
     Layer,
+    check_gates,
     collect_flows,
     collect_responses,
     collect_routing,
@@ -98,7 +100,7 @@ class Report:
             title=self.title, facts=self.facts, sections=self.sections
         )
         path = self.folder / "report.html"
-        path.write_text(page, encoding="utf-8")
+        path.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files may be no text
         return path
 
 
@@ -163,9 +165,11 @@ def routing_report(
         the path of the page.
 
     Raises:
-        ValueError: the network has no routers, there are fewer images than each gate shows, or a class does not exist.
+        ValueError: the network has no routers, gates are NaN or infinite, there are fewer images than each gate shows,
+            or a class does not exist.
     """
     data = collect_routing(model, images.batches())
+    check_gates(data)
     count = len(data.labels)
     if count < 2 * EXTREMES:
         raise ValueError(f"there are {count} images; a report shows {2 * EXTREMES} for each gate, and needs as many")
@@ -315,9 +319,11 @@ def clustering_report(
         the path of the page.
 
     Raises:
-        ValueError: there are fewer images than each cluster shows.
+        ValueError: there are fewer images than each cluster shows, or responses are NaN or infinite.
     """
     responses, labels = collect_responses(model, images.batches())
+    if wrong := int((~responses.isfinite().all(1)).sum()):
+        raise ValueError(f"the responses to {wrong} of {len(labels)} images are NaN or infinite; {DIVERGED}")
     count = len(labels)
     if count < EXTREMES:
         raise ValueError(f"there are {count} images; a report shows {EXTREMES} for each cluster, and needs as many")

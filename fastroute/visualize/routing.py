@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastroute.nn.statistics import DEAD, RouterStatistics
 from fastroute.visualize.collect import Gate, Layer, RoutingData, short
-from fastroute.visualize.style import BLUE, INK, ORANGE, PALETTE, RED, WIDTH, grid, show, styled
+from fastroute.visualize.style import BLUE, INK, ORANGE, PALETTE, RED, WIDTH, grid, legible, show, styled
 
 
 @styled
@@ -30,7 +30,7 @@ def routing_flow(flows: Sequence[Sequence[Layer]], images: Tensor, titles: Seque
     for column, (flow, image) in enumerate(zip(flows, images, strict=True)):
         show(axes[0, column], image)
         if titles is not None:
-            axes[0, column].set_title(titles[column])
+            axes[0, column].set_title(legible(titles[column], 18))
         below = axes[1, column]
         below.set(xlim=(-0.75, 0.75), ylim=(-2 * depth + 0.5, 0.6))
         below.set_axis_off()
@@ -165,7 +165,7 @@ def class_histograms(
             colour, line = PALETTE[k % len(PALETTE)], ("-", "--", "-.", ":")[k % 4]
             weights = np.full(len(own), 100 / len(own))
             style = {"histtype": "stepfilled", "linewidth": 1.3, "linestyle": line, "edgecolor": colour}
-            axes.hist(own, bins, weights=weights, facecolor=(colour, 0.15), label=classes[label], **style)
+            axes.hist(own, bins, weights=weights, facecolor=(colour, 0.15), label=legible(classes[label]), **style)
         axes.set(title=str(gate), ylabel="% of the class")
         axes.legend(handlelength=1.6)
     return figure

@@ -12,12 +12,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastroute._errors import printable
+
 BLUE, RED, GREEN, ORANGE = "#0072b2", "#d55e00", "#009e73", "#e69f00"
 PALETTE = (BLUE, RED, GREEN, ORANGE, "#56b4e9", "#cc79a7", "#8c8c8c", "#a6761d")
 # On the page, ink becomes the colour of the text and paper transparent: figures then suit a light and a dark theme.
 INK, PAPER = "#1b1f24", "#fffffe"
 WIDTH = 6.4
 """Of a figure, in inches."""
+LABEL = 40
+"""The most characters of a name within a figure; longer ones would leave no room for what is drawn."""
 THUMBNAIL = 64
 """The most pixels, in height and width, that a picture within a figure keeps."""
 
@@ -42,6 +46,7 @@ _STYLE = {
     "legend.fontsize": 8,
     "savefig.facecolor": PAPER,
     "svg.fonttype": "none",  # text as text
+    "text.parse_math": False,  # a class may be named `$`
 }
 
 
@@ -67,6 +72,16 @@ def grid(count: int, columns: int, height: float, **options) -> tuple[Figure, li
     return figure, list(axes[:count])
 
 
+def legible(name: str, most: int = LABEL) -> str:
+    """A name as it is drawn: in one line, without characters that no font has, and cut to `most`.
+
+    A space comes before an underscore, since matplotlib leaves names that begin with one out of legends.
+    """
+    name = printable(name)
+    name = name if len(name) <= most else f"{name[: most - 1]}…"
+    return f" {name}" if name.startswith("_") else name
+
+
 def thumbnail(image: Tensor) -> np.ndarray:
     """An image (C, H, W), values from 0 to 1, as uint8 (H, W, 3 or 1), no larger than `THUMBNAIL`."""
     if max(image.shape[1:]) > THUMBNAIL:
@@ -88,5 +103,5 @@ def save(figure: Figure, folder: Path, name: str) -> str:
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):  # equal files for equal figures, ids of their own
         figure.savefig(text, format="svg", metadata={"Date": None})
         figure.savefig(folder / f"{name}.png", dpi=150)
-    (folder / f"{name}.svg").write_text(text.getvalue())
+    (folder / f"{name}.svg").write_text(text.getvalue(), encoding="utf-8")
     return text.getvalue()

@@ -133,3 +133,12 @@ def test_equal_figures_are_equal_files_and_leave_the_style_alone(tmp_path, data)
     texts = [save(visualize.gate_context(data), tmp_path, "context") for _ in range(2)]
     assert texts[0] == texts[1] == (tmp_path / "context.svg").read_text() and (tmp_path / "context.png").is_file()
     assert before == dict(matplotlib.rcParams)
+
+
+def test_names_of_classes_are_drawn_as_they_are(tmp_path):
+    names = ["$\\frac{$", "\udcff", "_x", "y" * 300, "\x1b[31m"]
+    data = RoutingData({"a_router": torch.rand(50, 2, 2)}, torch.arange(50) % 5, torch.rand(50, 3))
+    svg = save(visualize.class_histograms(data, [Gate("a_router", 0, 0)], names, names), tmp_path, "histograms")
+    svg += save(visualize.confusion(torch.arange(50) % 5, torch.arange(50) % 3, names), tmp_path, "confusion")
+    for text in ("$\\frac{$", "\\udcff", " _x", "y" * 39 + "…", "\\x1b[31m"):
+        assert svg.count(f">{text}<") >= 2, text

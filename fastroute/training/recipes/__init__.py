@@ -5,7 +5,7 @@ from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
 
-import yaml
+from fastroute import _yaml
 
 
 class Recipe(NamedTuple):
@@ -38,7 +38,7 @@ def recipes(command: str = "train") -> dict[str, Recipe]:
     found = {}
     files = (file for file in resources.files(__name__).iterdir() if file.name.endswith(".yaml"))
     for file in sorted(files, key=lambda file: file.name):
-        experiment = yaml.safe_load(file.read_text())
+        experiment = _yaml.load(file.read_text(encoding="utf-8"))
         for variant, reported in experiment.get(key, {}).items():
             name = experiment["name"].format(**{option: variant})
             options = {option: variant} | experiment["options"]
