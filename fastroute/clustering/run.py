@@ -18,7 +18,7 @@ from torch import Tensor
 from fastroute._files import replacing
 from fastroute.clustering.metrics import cluster_accuracy, many_to_one_accuracy
 from fastroute.clustering.module import ClusteringModule
-from fastroute.training.checkpoints import AtomicCheckpointIO, RecoveryCheckpoint, read_resumable
+from fastroute.training.checkpoints import AtomicCheckpointIO, LastCheckpoint, RecoveryCheckpoint, read_resumable
 from fastroute.training.datasets import DATASETS, Options
 from fastroute.training.loaders import EpochLoader
 from fastroute.training.run_folder import run_folder
@@ -179,9 +179,7 @@ def fit(
                 EpochMeans(),
                 table,
                 RecoveryCheckpoint(output / "last.ckpt"),
-                pl.callbacks.ModelCheckpoint(
-                    output, "last", enable_version_counter=False, save_on_train_epoch_end=True
-                ),
+                LastCheckpoint(dirpath=output, enable_version_counter=False, save_on_train_epoch_end=True),
             ],
             plugins=[AtomicCheckpointIO(resume)],
             enable_progress_bar=False,

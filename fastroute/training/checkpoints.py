@@ -100,6 +100,20 @@ class BestCheckpoint(ModelCheckpoint):
             super().load_state_dict(state_dict | here | {"best_k_models": {best: scores[0]}})
 
 
+class LastCheckpoint(ModelCheckpoint):
+    """The checkpoint of the last epoch.
+
+    Lightning's own takes from a resumed checkpoint where the last one lay, and deletes that when it saves the next in
+    another folder: the original, where the run goes on from a copy.
+    """
+
+    def __init__(self, **options):
+        super().__init__(filename=Path(LAST).stem, **options)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        pass
+
+
 class RecoveryCheckpoint(pl.Callback):
     """Save within epochs: every so many steps, and when SIGTERM comes, after which the run ends.
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 from rich.console import Console
@@ -19,7 +18,14 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from fastroute.training.callbacks import EpochProgress, EpochSummary, RouterDiagnostics
-from fastroute.training.checkpoints import LAST, AtomicCheckpointIO, BestCheckpoint, RecoveryCheckpoint, check_resume
+from fastroute.training.checkpoints import (
+    LAST,
+    AtomicCheckpointIO,
+    BestCheckpoint,
+    LastCheckpoint,
+    RecoveryCheckpoint,
+    check_resume,
+)
 from fastroute.training.classifier import RoutingClassifier
 from fastroute.training.distributed import world_size
 from fastroute.training.graphs import check_recording
@@ -152,7 +158,7 @@ def fit(
         RecoveryCheckpoint(output / LAST, recovery_interval),
         LostProcess(),
         BestCheckpoint(resume, filename="best", monitor="val_error", **checkpoint),
-        ModelCheckpoint(filename="last", **checkpoint),
+        LastCheckpoint(**checkpoint),
     ]
     with run_folder(output), quiet():
         trainer = pl.Trainer(

@@ -1,6 +1,7 @@
 import csv
 import io
 import re
+import shutil
 import warnings
 from types import SimpleNamespace
 
@@ -123,6 +124,15 @@ def test_the_best_epoch_stays_the_best_where_the_folder_has_moved(data, tmp_path
     run(classifier(Worsening), data, tmp_path / "moved", resume=tmp_path / "moved" / "last.ckpt")
     epochs = {name: torch.load(tmp_path / name / "best.ckpt")["epoch"] for name in ("moved", "elsewhere")}
     assert epochs == {"moved": 0, "elsewhere": 2}  # the first that was trained there
+
+
+def test_a_run_that_goes_on_from_a_copy_leaves_the_original(data, tmp_path):
+    with pytest.raises(RuntimeError, match="killed"):
+        run(classifier(Worsening), data, tmp_path / "run")
+    original = (tmp_path / "run" / "last.ckpt").read_bytes()
+    shutil.copy(tmp_path / "run" / "last.ckpt", tmp_path / "copy.ckpt")
+    run(classifier(Worsening), data, tmp_path, resume=tmp_path / "copy.ckpt")
+    assert (tmp_path / "run" / "last.ckpt").read_bytes() == original
 
 
 def test_val_error_is_over_exactly_the_validation_images(data, tmp_path):
