@@ -110,7 +110,7 @@ def _hostile_tensor(r: random.Random, value: torch.Tensor | None) -> torch.Tenso
         return value.to("meta")
     if change == 6:
         return value.flatten()
-    return value.permute(*r.sample(range(value.dim()), value.dim()))
+    return value.permute(r.sample(range(value.dim()), value.dim()))
 
 
 def _hostile(r: random.Random, value: object) -> object:
