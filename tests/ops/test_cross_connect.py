@@ -229,15 +229,22 @@ def test_compiles_whole_with_a_changing_batch(backend, layout, activation):
         assert all(x.grad is not None for x in xs)
 
 
-def test_autocast_with_float32_parameters(backend):
-    xs, ps = paths(2, (3, 5, 4, 4), torch.bfloat16), parameters(2, 2, 5)
-    ps = [p.requires_grad_() for p in ps]
-    with torch.autocast("cpu", torch.bfloat16):
+@pytest.mark.parametrize("bias", [False, True])
+def test_autocast_with_float32_parameters(backend, bias):
+    """Gates are computed as without autocast, in the forward and in a backward that runs under it too."""
+    xs, ps = paths(2, (3, 5, 4, 4), torch.bfloat16), parameters(2, 2, 5, bias=bias)
+    leaves = [p.requires_grad_() for p in ps if p is not None]
+
+    def run():
         result = ops.cross_connect(xs, *ps)
+        return result, torch.autograd.grad(result.outputs[0].float().sum() + result.scores.sum(), leaves)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        result, grads = run()
     assert result.outputs[0].dtype == torch.bfloat16
-    assert result.gates.dtype == result.scores.dtype == torch.float32
-    result.outputs[0].float().sum().backward()
-    assert all(p.grad.dtype == torch.float32 for p in ps)
+    plain, expected = run()
+    assert torch.equal(result.scores, plain.scores) and torch.equal(result.gates, plain.gates)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(grads, expected, strict=True))
 
 
 def test_samples_more_than_two_gigabytes_apart(backend):
