@@ -479,10 +479,12 @@ def test_ctrl_c_has_its_status_and_a_fault_its_traceback(monkeypatch):
 def test_sizes_are_weighed_before_they_are_taken(tmp_path):
     common = ("train", "resnet20", "--output", tmp_path)
     result = run(*common, "--img-size", 100_000)
-    assert result.exit_code == 2 and "img_size is 100000; the 1,797 images of digits would take" in result.output
+    assert result.exit_code == 2 and "img_size is 100000" in result.output and "at most 9,459" in result.output
+    result = run(*common, "--img-size", 8_000)
+    assert result.exit_code == 2 and "img_size is 8000; the 1,797 images of digits would take" in result.output
     result = run(*common, "--num-classes", 10**9)
     assert result.exit_code == 2 and "its weights would take at least" in result.output
-    result = run(*common, "--img-size", 1000, "-b", 1437)
+    result = run(*common, "--img-size", 300, "-b", 1437)
     assert result.exit_code == 2 and "a training step of resnet20 would take at least" in result.output
 
 

@@ -192,9 +192,9 @@ def read_checkpoint(path: str | Path, name: str = "resume", command: str | None 
         ) from error
     except Exception as error:  # whatever a reader does with bytes that are not its own
         raise ValueError(f"{name} is {path}; it is no checkpoint of a training run: {in_a_line(error)}") from error
-    check_fields(checkpoint, path, name)
-    if command is not None:
+    if command is not None and isinstance(checkpoint["hyper_parameters"], dict):
         check_command(checkpoint, command, path, name)
+    check_fields(checkpoint, path, name)
     return checkpoint
 
 

@@ -205,7 +205,9 @@ def _new_optimizers(module: pl.LightningModule) -> list[torch.optim.Optimizer]:
         groups = parameter_groups(module, **{name: options[name] for name in names})
         return [(CAPTURABLE if options.cuda_graphs else OPTIMIZERS)[options.opt](groups, options.momentum)]
     made = module.configure_optimizers()
-    return list(made) if isinstance(made, list | tuple) else [made]
+    if isinstance(made, tuple):  # of optimisers and their schedules
+        made, _ = made
+    return made if isinstance(made, list) else [made]
 
 
 def _check_all(checkpoint: dict) -> None:
@@ -442,6 +444,8 @@ _SCHEDULE = {
     "use_beta1": FLAG,
     "_anneal_func_type": TEXT,
     "_schedule_phases": DICTS,
+    "milestones": MAPPING,
+    "gamma": NUMBER,
 }
 
 

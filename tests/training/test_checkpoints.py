@@ -13,6 +13,7 @@ from fastroute.models import create_model
 from fastroute.models.ensemble import Ensemble
 from fastroute.training import RoutingClassifier, check_resume, epochs_done, load_weights, save_weights
 from fastroute.training.checkpoints import AtomicCheckpointIO, read_checkpoint
+from fastroute.training.optim import OPTIMIZERS, parameter_groups
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -27,6 +28,9 @@ for i in itertools.count():
 """
 
 
+GROUPED = ("lr", "weight_decay", "norm_weight_decay", "gate_lr_mult", "gate_wd")
+
+
 def checkpoint(epochs=4, done=1, averaged=False, **hyper_parameters):
     module = RoutingClassifier("resnet20_cc2", **hyper_parameters)
     state = {f"model.{name}": value.clone() for name, value in module.model.state_dict().items()}
@@ -34,7 +38,10 @@ def checkpoint(epochs=4, done=1, averaged=False, **hyper_parameters):
     found = {"state_dict": state, "hyper_parameters": dict(module.hparams), "epochs": epochs}
     if averaged:
         found["current_model_state"] = {name: value + 1 for name, value in state.items()}
-    return module, found | {"loops": {"fit_loop": progress}}
+    groups = parameter_groups(module, **{name: module.hparams[name] for name in GROUPED})
+    optimizer = OPTIMIZERS[module.hparams.opt](groups, module.hparams.momentum)
+    training = {"optimizer_states": [optimizer.state_dict()], "lr_schedulers": [{"last_epoch": 0}], "callbacks": {}}
+    return module, found | training | {"loops": {"fit_loop": progress}}
 
 
 def test_killed_at_any_moment_it_leaves_a_whole_checkpoint(tmp_path):
