@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastroute.training.augment import normalize, shift_and_flip
+from fastroute.training.roll_call import patience
 from fastroute.training.seeding import generator, seeded
 from fastroute.training.sources import Source, UnreadableImage, read_image
 from fastroute.training.transforms import pixels
@@ -197,6 +198,7 @@ class StreamLoader(EpochLoader):
     Raises:
         UnreadableImage: in an epoch, at an image that cannot be read with "stop"; at a training batch without one that
             can, or after an evaluation without one in the share of this process, with "skip".
+        RuntimeError: a worker does not answer for the seconds in `FASTROUTE_TIMEOUT`, by default half an hour.
     """
 
     def __init__(
@@ -221,6 +223,7 @@ class StreamLoader(EpochLoader):
             pin_memory=mean.device.type == "cuda",
             persistent_workers=num_workers > 0 and self.seed is not None,
             prefetch_factor=4 if num_workers else None,
+            timeout=patience().total_seconds() if num_workers else 0,
         )
 
     def pixels(self, indices: Tensor) -> Tensor:

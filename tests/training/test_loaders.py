@@ -1,3 +1,7 @@
+import multiprocessing
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -163,6 +167,22 @@ def test_a_batch_with_no_readable_image_stops_training_and_is_left_out_of_valida
         list(stream(image_folder / "val", on_bad_image="skip"))
     parts = [stream(image_folder / "val", on_bad_image="skip", rank=rank, world_size=2) for rank in range(2)]
     assert [labels(part) for part in parts] == [[], []]  # another process may have readable ones
+
+
+def test_a_worker_that_does_not_answer_ends_the_epoch(large_folder, monkeypatch):
+    monkeypatch.setenv("FASTROUTE_TIMEOUT", "2")
+
+    def stopped(image):
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return image
+
+    loader = stream(large_folder / "val", num_workers=1, transform=stopped)
+    with pytest.raises(RuntimeError, match="DataLoader timed out after 2"):
+        try:
+            list(loader)
+        finally:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)
 
 
 def test_an_image_that_cannot_be_transformed_is_named(tmp_path):
