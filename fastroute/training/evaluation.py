@@ -113,10 +113,13 @@ def validation_loader(
 
     Raises:
         FileNotFoundError: there are no such images.
-        ValueError: an argument is out of range, or ten crops are asked of a set in memory.
+        ValueError: an argument is out of range or unknown, or ten crops are asked of a set in memory.
     """
     resize_size(img_size or 224, crop_pct)  # raises where they are out of range
     streamed = dataset in STREAMED
+    if not streamed and dataset not in DATASETS:
+        known = ", ".join(map(repr, dict.fromkeys((*DATASETS, *STREAMED))))
+        raise ValueError(f"dataset is {dataset!r}; it must be one of {known}")
     if ten_crop and not streamed:
         raise ValueError(f"ten_crop is True; it is for {' and '.join(STREAMED)}, whose images are larger than a crop")
     if ten_crop and crop_pct >= 1:

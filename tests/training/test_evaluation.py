@@ -78,6 +78,11 @@ def test_a_set_in_memory_is_normalised_by_the_given_statistics():
     torch.testing.assert_close(images * 2 + 10, plain * own.std + own.mean, atol=1e-3, rtol=0)
 
 
+def test_an_unknown_dataset_is_refused():
+    with pytest.raises(ValueError, match="dataset is 'text'; it must be one of 'digits'"):
+        validation_loader("text", None)
+
+
 def test_ten_crops_need_larger_images(large_folder):
     with pytest.raises(ValueError, match="ten_crop is True; crop_pct is 1, and must be below 1 for crops to differ"):
         loader(large_folder, ten_crop=True, crop_pct=1)
