@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastroute.backends import native, reference, triton
-from fastroute.ops._library import KERNELS, NOT_COMPILED, OPERATORS, PLAIN, PYTHON, implement, without_autocast
+from fastroute.ops._library import KERNELS, NOT_COMPILED, OPERATORS, PYTHON, implement, without_autocast
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,6 @@ def _serve(name: str, prepare: Callable) -> Callable:
 
 for _operator, _prepare in OPERATORS.items():
     KERNELS[_operator] = _serve(_operator, _prepare)
-    PLAIN[_operator] = getattr(BACKENDS["reference"].kernels(), _operator)
     implement(_operator, KERNELS[_operator], "CompositeExplicitAutograd")
 if not NOT_COMPILED:
     PYTHON.impl("choose", _answer, "CompositeExplicitAutograd")

@@ -26,8 +26,8 @@ class Convolution:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.dim() == 2:
             return torch.nn.functional.linear(x, weight, bias)
-        x, weight, padding = prepared(x, weight, self.stride, self.padding, self.dilation)
-        return self.arrange(torch.ops.aten.convolution(x, weight, bias, *self._geometry(padding)))
+        x, weight, *geometry = prepared(x, weight, self.stride, self.padding, self.dilation)
+        return self.arrange(torch.ops.aten.convolution(x, weight, bias, self.stride, *geometry, *self._rest))
 
     def to_inputs(self, grad: Tensor, like: Tensor, weight: Tensor) -> Tensor:
         """The gradient of inputs of the shape of `like`, whose values are not read."""
@@ -45,9 +45,11 @@ class Convolution:
             return grad.mT @ x
         return self._backward(grad, x, weight, [False, True, False])[1]
 
-    def _geometry(self, padding: list[int]):
-        return self.stride, padding, self.dilation, False, [0] * len(self.stride), 1
+    @property
+    def _rest(self):
+        """Not transposed, without output padding, in one group."""
+        return False, [0] * len(self.stride), 1
 
     def _backward(self, grad, x, weight, mask):
-        x, weight, padding = prepared(x, weight, self.stride, self.padding, self.dilation)
-        return torch.ops.aten.convolution_backward(grad, x, weight, None, *self._geometry(padding), mask)
+        x, weight, *geometry = prepared(x, weight, self.stride, self.padding, self.dilation)
+        return torch.ops.aten.convolution_backward(grad, x, weight, None, self.stride, *geometry, *self._rest, mask)

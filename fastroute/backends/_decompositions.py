@@ -1,11 +1,11 @@
-"""The operators in plain ones, for whoever asks: ONNX export, and `run_decompositions` of an exported program."""
+"""The operators in plain ones: for transforms, ONNX export, and `run_decompositions` of an exported program."""
 
 from collections.abc import Callable
 
 import torch
 
 from fastroute.backends.reference import kernels
-from fastroute.ops._library import OPERATORS
+from fastroute.ops._library import OPERATORS, PLAIN
 
 
 def _decompose(name: str, prepare: Callable) -> Callable:
@@ -14,6 +14,7 @@ def _decompose(name: str, prepare: Callable) -> Callable:
 
 for _name, _prepare in OPERATORS.items():
     _operator = getattr(torch.ops.fastroute, _name).default
-    torch._decomp.register_decomposition(_operator, unsafe=True)(_decompose(_name, _prepare))
+    PLAIN[_name] = _decompose(_name, _prepare)
+    torch._decomp.register_decomposition(_operator, unsafe=True)(PLAIN[_name])
     # Fake tensors of symbolic sizes would take the decomposition in place of the fake kernel, but for this entry.
     torch._decomp.meta_table[_operator] = _operator

@@ -139,7 +139,7 @@ def _told() -> Iterator[None]:
         if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning turns into this
             end(_INTERRUPTED, INTERRUPTED)
         raise
-    except Exception as error:
+    except Exception as error:  # the one place where what a command lets through is told
         if hasattr(error, "exit_code"):  # of the command line's parser
             raise
         if message := sentence(error):

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastroute.ops._convolution import kernel_fits, plain
+from fastroute.ops._convolution import prepared
 
 
 class _Exact:
@@ -12,18 +12,13 @@ class _Exact:
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.device.type != "cpu" or self.padding_mode != "zeros" or x.dim() != weight.dim():
             return super()._conv_forward(x, weight, bias)
-        weight = plain(weight) if self.in_channels == 1 else weight
-        # The same along a kernel of one, where others than 1 may crash.
-        dilation = [1 if k == 1 else d for k, d in zip(self.kernel_size, self.dilation, strict=True)]
-        sides, padding = self._reversed_padding_repeated_twice, self.padding
-        if padding == "valid":
-            padding = [0] * len(dilation)
-        elif padding == "same":
-            padding = list(reversed(sides[::2]))
-        if padding != self.padding or not kernel_fits(x.shape, weight.shape, self.stride, padding, dilation):
-            x, padding = functional.pad(x, sides), [0] * len(dilation)
-        convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(dilation) - 1]
-        return convolve(plain(x), weight, bias, self.stride, padding, dilation, self.groups)
+        sides = self._reversed_padding_repeated_twice  # of "same" and "valid" too
+        padding = [*reversed(sides[::2])]
+        if sides[::2] != sides[1::2]:
+            x, padding = functional.pad(x, sides), [0] * len(padding)
+        x, weight, padding, dilation = prepared(x, weight, self.stride, padding, self.dilation)
+        convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(padding) - 1]
+        return convolve(x, weight, bias, self.stride, padding, dilation, self.groups)
 
 
 class Conv1d(_Exact, nn.Conv1d):

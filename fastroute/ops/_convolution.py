@@ -7,7 +7,7 @@ from torch.nn import functional
 
 
 def kernel_fits(x: Sequence[int], weight: Sequence[int], stride, padding, dilation) -> bool:
-    """Whether every position of the kernel meets the map itself, and not padding alone, and the map is no smaller.
+    """Return whether every position of the kernel meets the map itself, not only padding, and the map is no smaller.
 
     Where this is not so, PyTorch's convolutions on a CPU may give wrong results or gradients, or crash.
 
@@ -26,20 +26,29 @@ def kernel_fits(x: Sequence[int], weight: Sequence[int], stride, padding, dilati
     return True
 
 
-def plain(x: Tensor) -> Tensor:
-    """x with strides that say [C, *S] where there is one channel, which is both formats.
+def _plain(x: Tensor) -> Tensor:
+    """Return x, of one channel, with strides that say [C, *S]: either format has it so in memory.
 
     PyTorch's convolutions in float32 on a CPU are wrong for some geometries where they say [*S, C].
     """
-    return x.squeeze(1).unsqueeze(1) if x.shape[1] == 1 else x
+    return x.squeeze(1).unsqueeze(1)
 
 
-def prepared(x: Tensor, weight: Tensor, stride, padding, dilation) -> tuple[Tensor, Tensor, list[int]]:
-    """The map, weight and padding to give PyTorch: on a CPU the map has its padding where the kernel does not fit."""
+def prepared(
+    x: Tensor, weight: Tensor, stride, padding, dilation
+) -> tuple[Tensor, Tensor, Sequence[int], Sequence[int]]:
+    """Return the map, weight, padding and dilation to give PyTorch, which on a CPU avoid what it has wrong.
+
+    The map has its padding where the kernel does not fit it. The dilation is 1 along a kernel of one, where all mean
+    the same.
+    """
     known = all(isinstance(size, int) for size in x.shape[2:])  # not so where a program is exported for any size
     if x.device.type != "cpu" or not known:
-        return x, weight, list(padding)
+        return x, weight, padding, dilation
+    dilation = [1 if k == 1 else d for k, d in zip(weight.shape[2:], dilation, strict=True)]
     if not kernel_fits(x.shape, weight.shape, stride, padding, dilation):
         x = functional.pad(x, [p for p in reversed(padding) for _ in range(2)])
         padding = [0] * len(padding)
-    return plain(x), plain(weight), list(padding)
+    if x.shape[1] == 1:
+        x, weight = _plain(x), _plain(weight)
+    return x, weight, padding, dilation

@@ -35,7 +35,7 @@ def schemas() -> list[str]:
     return ["".join(re.findall(r'"([^"]*)"', entry)) for entry in entries]
 
 
-# Operator name -> the reference's function for arguments that have been prepared: the backends fill this in.
+# Operator name -> what computes it in plain PyTorch for arguments as the user gives them: the backends fill this in.
 PLAIN: dict[str, Callable] = {}
 
 if NOT_COMPILED:
@@ -87,9 +87,12 @@ def transformed() -> bool:
 def call(operator, *args):
     """Call an operator; under a transform compute it in plain PyTorch, which transforms see through."""
     if not torch.compiler.is_compiling() and transformed():
-        name = operator._schema.name.partition("::")[2]
-        return PLAIN[name](*OPERATORS[name](*args))
+        return PLAIN[_name(operator)](*args)
     return operator(*args)
+
+
+def _name(operator) -> str:
+    return operator._schema.name.partition("::")[2]
 
 
 def below_autograd(operator, x: Tensor, *args):
@@ -99,7 +102,7 @@ def below_autograd(operator, x: Tensor, *args):
     """
     plain = type(x) is Tensor and not torch.is_grad_enabled() and not torch._C._len_torch_dispatch_stack()
     if plain and not torch.compiler.is_compiling():
-        return KERNELS[operator._schema.name.partition("::")[2]](*args)
+        return KERNELS[_name(operator)](*args)
     if torch.is_grad_enabled():
         return operator(*args)
     with torch._C._AutoDispatchBelowAutograd():

@@ -121,12 +121,7 @@ def _prepare_forward(xs, weight, bias, gates, stride, padding, dilation, relu, f
                 f"xs[0] has shape {tuple(x.shape)}; with padding={list(padding)} and dilation={list(dilation)} it is "
                 f"smaller than a kernel of {tuple(kernel)}"
             )
-    return align_paths("xs", xs), weight, bias, gates, stride, padding, _meaningful(dilation, weight), relu, form
-
-
-def _meaningful(dilation: Sequence[int], weight: Tensor) -> list[int]:
-    """1 along a kernel of one, where a CPU's convolutions in bfloat16 crash with others, which mean the same."""
-    return [1 if k == 1 else d for d, k in zip(dilation, weight.shape[4:], strict=True)]
+    return align_paths("xs", xs), weight, bias, gates, stride, padding, dilation, relu, form
 
 
 def output_shape(x: Tensor, weight: Tensor, stride, padding, dilation) -> tuple[int, ...]:
@@ -140,11 +135,10 @@ def _fake_forward(xs, weight, bias, gates, stride, padding, dilation, relu, form
     return [empty_map(xs[0], shape) for _ in range(weight.shape[1])]
 
 
-def _prepare_backward(grad_outputs, outputs, xs, weight, bias, gates, stride, padding, dilation, grad_inputs):
+def _prepare_backward(grad_outputs, outputs, xs, *rest):
     xs = align_paths("xs", xs)
     like = empty_map(xs[0], grad_outputs[0].shape)
-    grad_outputs, outputs = align_like(grad_outputs, like), align_like(outputs, like)
-    return grad_outputs, outputs, xs, weight, bias, gates, stride, padding, _meaningful(dilation, weight), grad_inputs
+    return align_like(grad_outputs, like), align_like(outputs, like), xs, *rest
 
 
 def _fake_backward(grad_outputs, outputs, xs, weight, bias, gates, stride, padding, dilation, grad_inputs):

@@ -292,7 +292,7 @@ def _named(name: str) -> Iterator[None]:
         ) from error
     except Image.DecompressionBombError as error:  # Pillow's, at twice the limit
         raise UnreadableImage(f"{name} cannot be read as an image: it has too many pixels, {_at_most()}") from error
-    except Exception as error:
+    except Exception as error:  # decoders raise errors of many types for damaged files
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             raise
         raise UnreadableImage(f"{name} cannot be read as an image: {str(error) or type(error).__name__}") from error

@@ -333,7 +333,7 @@ def work(kind: str, seeds: range, results) -> None:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 read(bytes(data), draw, Path(folder))
-            except Exception as error:
+            except Exception as error:  # whatever is not a documented error is a failure, with its name
                 wrong = f"{type(error).__name__}: {error}"
         if not wrong and (taken := peak() - before) > MEMORY:
             wrong = f"it takes {taken / 2**20:.0f} MiB"
