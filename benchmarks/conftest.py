@@ -13,6 +13,7 @@ def pytest_addoption(parser):
         "--full", action="store_true", help="every case: hours; the default selection takes under 5 minutes"
     )
     group.addoption("--rounds", type=int, help="timed rounds of each case, by default those of its suite")
+    group.addoption("--no-budget", action="store_true", help="measure only, on a machine that other work keeps busy")
     group.addoption("--device", help="cpu or cuda; by default cuda where there is one")
 
 

@@ -30,13 +30,14 @@ def check(backend: str, direction: str, ours: float, eager: float) -> None:
     assert ours <= allowed, f"{backend}, {direction}: {ours:.1f} µs, and {allowed:.1f} are allowed (eager {eager:.1f})"
 
 
-def test_overhead(case, race):
+def test_overhead(case, race, request):
     row = race(case)
     ours, eager = (1e3 * row.ms[name] for name in (measuring.OURS, "eager"))
-    check(case.labels["backend"], case.labels["direction"], ours, eager)
+    if not request.config.getoption("--no-budget"):
+        check(case.labels["backend"], case.labels["direction"], ours, eager)
 
 
-def test_overhead_of_triton():
+def test_overhead_of_triton(request):
     """On a driver without a card: the real launches, of kernels that never run."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
@@ -49,4 +50,5 @@ def test_overhead_of_triton():
     found = json.loads(done.stdout)
     print("".join(f"\n{direction}: {times}" for direction, times in found.items()))
     for direction, times in found.items():
-        check("triton", direction, times[measuring.OURS], times["eager"])
+        if not request.config.getoption("--no-budget"):
+            check("triton", direction, times[measuring.OURS], times["eager"])
