@@ -23,7 +23,7 @@ def gate(xs, w1, b1, w2, b2):
 
 
 def mix(xs, w1, b1, w2, b2):
-    return tuple(ops.mix(xs, w2[0].softmax(0)))
+    return tuple(ops.mix(xs, w2[0, :2].softmax(0)))
 
 
 def cross_predict(xs, w1, b1, w2, b2):
@@ -98,7 +98,7 @@ def test_a_fused_graph_computes_what_the_operator_does(name, dtype, layout):
 
 
 def tolerance(theirs):
-    scale = theirs.abs().max().item()
+    scale = max(theirs.abs().max().item(), 1e-2)  # some gradients vanish but for rounding
     return {"rtol": 0, "atol": scale * (1e-5 if theirs.dtype == torch.float32 else 1e-2)}
 
 
@@ -179,3 +179,13 @@ def test_wrong_tensors_are_refused_while_tracing():
     compiled = torch.compile(lambda xs, gates: ops.mix(xs, gates), backend="eager")
     with fastroute.compile_form("fused"), pytest.raises(Exception, match=r"gates have shape \(3, 2\)|gates has shape"):
         compiled([torch.randn(2, 8, 4, 4)] * 2, torch.rand(3, 2))
+
+
+def test_strides_that_a_size_of_one_leaves_free_are_kept():
+    x = torch.randn(4, 8, 1, 1).as_strided((4, 8, 1, 1), (8, 1, 8, 8))
+    gates = torch.rand(4, 1, 2)
+    with fastroute.compile_form("fused"):
+        found = torch.compile(ops.mix, backend=Compiler(), fullgraph=True)([x], gates)
+    for ours, theirs in zip(found, ops.mix([x], gates), strict=True):
+        assert ours.stride() == theirs.stride()
+        torch.testing.assert_close(ours, theirs)
