@@ -4,6 +4,7 @@ import sys
 from typing import Annotated
 
 from fastroute._extras import extra
+from fastroute._version import __version__
 
 try:
     with extra("train", "the command line"):
@@ -24,8 +25,17 @@ app = typer.Typer(
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"fastroute {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", envvar="FASTROUTE_DEBUG", help="Show the traceback of an error, too.")
     ] = False,

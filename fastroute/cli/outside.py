@@ -6,6 +6,7 @@ outside the program, a traceback where it is a fault of the program.
 
 import contextlib
 import multiprocessing
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -31,6 +32,14 @@ DEBUG: ContextVar[bool] = ContextVar("debug", default=False)
 _MEMORY = ("not enough memory", "out of memory", "bad_alloc", "Cannot allocate memory", "can't start new thread")
 _OVERFLOW = ("overflow", "Invalid buffer size", "exceeds the range", "too large to convert", "Out of range")
 _LOWER = "lower --batch-size, --img-size or --workers"
+
+
+def standard_output(**options) -> Console:
+    """Where commands print. Of tables that go to a file or pipe, nothing is cut off, unless COLUMNS is set."""
+    console = Console(**options)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 10_000
+    return console
 
 
 def end(message: object, code: int) -> NoReturn:

@@ -6,11 +6,10 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from torch import nn
 
 from fastroute.cli.common import COUNT, DataDirOption, DatasetOption, WorkersOption, plain_errors
-from fastroute.cli.outside import shown
+from fastroute.cli.outside import shown, standard_output
 from fastroute.cli.trained import check_finite, trained, trained_network
 from fastroute.models import create_model
 
@@ -62,7 +61,7 @@ def report(
             batch_size=batch_size,
             workers=workers,
         )
-    Console().print(f"report: {shown(path.resolve())}", soft_wrap=True)
+    standard_output().print(f"report: {shown(path.resolve())}", soft_wrap=True)
 
 
 def write_report(

@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 
 import torch
 import typer
-import yaml
 from rich.console import Console
 from torch import nn
 
@@ -24,8 +23,9 @@ from fastroute.cli.common import (
     numbers,
     plain_errors,
     real,
+    write_arguments,
 )
-from fastroute.cli.outside import shown
+from fastroute.cli.outside import shown, standard_output
 from fastroute.cli.sizes import check_batch, check_images
 from fastroute.nn import GateClusteringLoss, Router
 
@@ -183,6 +183,9 @@ def train(
     experiment: Annotated[
         str | None, option(help="Folder of this run. (default: time, model, data)", panel=RUN)
     ] = None,
+    overwrite: Annotated[
+        bool, option("--overwrite", help="Take the folder of a finished run for this one.", panel=RUN)
+    ] = False,
     resume: Annotated[
         str | None,
         option(help="Checkpoint to go on from; auto: the experiment's own, if there is one.", panel=RUN),
@@ -202,12 +205,12 @@ def train(
         from fastroute.training.distributed import check_gpus, is_main, process_group
 
         check_gpus()
-    options, console = SimpleNamespace(**context.params), Console(quiet=not is_main())
-    with endings(console), process_group():
+    options, console = SimpleNamespace(**context.params), standard_output(quiet=not is_main())
+    with endings(console, "train"), process_group():
         with plain_errors():
             data, module, resume, folder = _prepare(context, options, console)
             if is_main():
-                _write_arguments(context, folder)
+                write_arguments(context, folder)
         training.fit(
             module,
             data,
@@ -237,6 +240,7 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
     import pytorch_lightning as pl
 
     from fastroute import training
+    from fastroute.training.checkpoints import check_not_finished
     from fastroute.training.classifier import check_compile_mode
     from fastroute.training.distributed import agreed, first_on_each_node
     from fastroute.training.optim import check_warmup
@@ -252,6 +256,8 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
         console.print(f"all {options.epochs} epochs are done: {shown(resume)}", soft_wrap=True)
         raise typer.Exit(0)
     context.with_resource(run_folder(folder))
+    if resume is None and not options.overwrite:
+        check_not_finished(folder, "--overwrite")
 
     data = training.ImageDataModule(
         options.dataset,
@@ -349,6 +355,8 @@ def _gate_clustering(options: SimpleNamespace) -> GateClusteringLoss | None:
 def _places(options: SimpleNamespace, console: Console) -> tuple[Path, Path | None]:
     """The folder of the run, and the checkpoint to go on from if there is one."""
     from fastroute.training.checkpoints import latest_checkpoint
+    from fastroute.training.distributed import is_main
+    from fastroute.training.run_folder import new_folder
 
     resume = None if options.resume in (None, "auto") else local_path(Path(options.resume), "resume")
     if options.experiment is not None:
@@ -358,9 +366,10 @@ def _places(options: SimpleNamespace, console: Console) -> tuple[Path, Path | No
     elif resume is not None:
         folder = resume.parent
     else:
-        folder = (
-            local_path(options.output, "output") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.model}-{options.dataset}"
-        )
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{options.model}-{options.dataset}"
+        folder = local_path(options.output, "output") / name
+        if is_main():
+            folder = new_folder(folder)
     if options.resume == "auto":
         resume = latest_checkpoint(folder, partial(console.print, soft_wrap=True, highlight=False, markup=False))
     return folder, resume
@@ -371,11 +380,3 @@ def _pair(name: str, value: str) -> tuple[float, float]:
     if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
         raise ValueError(f"{name} is {value}; it must be two numbers above 0, the smaller first")
     return pair[0], pair[1]
-
-
-def _write_arguments(context: typer.Context, folder: Path) -> None:
-    """All options with their values, as a file for --config."""
-    folder.mkdir(parents=True, exist_ok=True)
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in context.params.items()}
-    del arguments["config"]
-    (folder / "args.yaml").write_text(yaml.safe_dump(arguments))

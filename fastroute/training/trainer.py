@@ -106,7 +106,7 @@ def fit(
         FloatingPointError: the loss or a weight is NaN or infinite; the checkpoints from before stay.
         OSError: a file cannot be written; the last whole checkpoint stays.
         ProcessLost: another process of the run is gone.
-        Terminated: SIGTERM came, and `last.ckpt` is written.
+        Terminated: SIGTERM or Ctrl-C came, and `last.ckpt` is written.
     """
     counts = {
         "epochs": epochs,
