@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,17 @@ def _link_over(source: Path, target: Path) -> None:
     except OSError:
         os.replace(source, target)
         return
+    os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # a rename between two names of one file does nothing
+
+
+def copy_over(source: Path, target: Path) -> None:
+    """Give a file a second name, at once; where there are no such links, a copy has it."""
+    temporary = _temporary(target)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
     os.replace(temporary, target)
     temporary.unlink(missing_ok=True)  # a rename between two names of one file does nothing
 

@@ -1,7 +1,7 @@
 """What all routers share: the gates that the incoming paths compute."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +9,14 @@ from torch import Tensor, nn
 
 from fastroute.nn._lists import TakesLists
 from fastroute.ops._paths import MAX_PATHS, path_list
+
+TEMPERATURE = "temperature"
+"""What the state dict of a router calls its temperature, where it has one; see `Tempered`."""
+
+
+def without_temperatures(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict but for the temperatures of routers, which another of the same network may lack."""
+    return {k: v for k, v in state.items() if k.rpartition(".")[2] != TEMPERATURE or getattr(v, "dim", lambda: 0)()}
 
 
 class Routing(NamedTuple):
@@ -25,9 +33,12 @@ class Routing(NamedTuple):
 class Tempered:
     """A module whose gates are softmax(A / T): even gates as T grows, a choice of one path as T falls to 0.
 
-    `temperature` is a plain attribute, not a parameter and not in the state dict: assign to it between steps to anneal.
-    A compiled module is compiled anew for the first other temperature alone.
+    `temperature` is a plain number, neither parameter nor buffer: assign to it between steps to anneal. A compiled
+    module is compiled anew for the first other temperature alone. Once it has been another than 1, the state dict has
+    it, as a tensor of one number; a state dict without it, as of older files, leaves it as it is.
     """
+
+    _temperature, _tempered = 1.0, False
 
     @property
     def temperature(self) -> float:
@@ -38,6 +49,17 @@ class Tempered:
         if not 0 < value < math.inf:
             raise ValueError(f"temperature is {value}; it must be positive and finite")
         self._temperature = float(value)
+        self._tempered = self._tempered or self._temperature != 1
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._tempered:
+            destination[prefix + TEMPERATURE] = torch.tensor(self._temperature, dtype=torch.float64, device="cpu")
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
+        if (value := state_dict.pop(prefix + TEMPERATURE, None)) is not None:
+            self.temperature = value.item()
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 class Router(TakesLists, Tempered, nn.Module):

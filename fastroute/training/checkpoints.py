@@ -10,14 +10,16 @@ from typing import ClassVar
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from fastroute._errors import in_a_line
-from fastroute._files import DamagedFile, digest_path, read_tensors, replacing, write_digest
+from fastroute._files import DamagedFile, copy_over, digest_path, read_tensors, replacing, write_digest
+from fastroute.nn.router import without_temperatures
 from fastroute.training.distributed import agreed
+from fastroute.training.optim import GROUP_OPTIONS
 from fastroute.training.saved_fields import check_fields, check_training_state
 
 
@@ -105,6 +107,40 @@ class BestCheckpoint(ModelCheckpoint):
         if agreed(bool(scores) and beside and os.path.isfile(best)):
             here = {"dirpath": self.dirpath, "best_model_path": best, "kth_best_model_path": best}
             super().load_state_dict(state_dict | here | {"best_k_models": {best: scores[0]}})
+
+
+class CheckpointHistory(Checkpoint):
+    """The checkpoints of the best epochs, as `epoch12.ckpt`: second names of what was `last.ckpt` at their end.
+
+    It goes by the rows of the run's summary, so that a resumed run goes on with those that lie in its folder.
+
+    Args:
+        last: the run's last checkpoint, written before this callback comes.
+        rows: gives the rows of the summary.
+        metric: a column of it; lower is better.
+        keep: how many.
+    """
+
+    def __init__(self, last: Path, rows: Callable[[], list[dict]], metric: str, keep: int):
+        self.last, self.rows, self.metric, self.keep = last, rows, metric, keep
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:  # another run's go
+            mine = {self._path(row["epoch"]) for row in self.rows()}
+            for path in set(self.last.parent.glob("epoch*.ckpt")) - mine:
+                path.unlink()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        rows = self.rows()
+        copy_over(self.last, self._path(rows[-1]["epoch"]))
+        there = [row for row in rows if self._path(row["epoch"]).is_file()]
+        for row in sorted(there, key=lambda row: row[self.metric])[self.keep :]:
+            self._path(row["epoch"]).unlink()
+
+    def _path(self, epoch: int) -> Path:
+        return self.last.with_name(f"epoch{epoch}.ckpt")
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -290,14 +326,18 @@ def check_resume(path: str | Path, module: pl.LightningModule, epochs: int) -> N
 
     The optimiser comes back with the rates and decays that it was saved with, so that others would be without effect.
     """
-    rates = ("lr", "momentum", "weight_decay", "norm_weight_decay", "gate_lr_mult", "gate_wd")
-    fixed = ("model", "num_classes", "in_chans", "opt", "sched", *rates)
+    fixed = ("model", "num_classes", "in_chans", "opt", "sched", "momentum", *GROUP_OPTIONS)
     checkpoint = read_resumable(path, "train", {name: module.hparams[name] for name in fixed}, epochs)
     check_training_state(checkpoint, module, path)
     saved, planned = checkpoint["hyper_parameters"], checkpoint.get("epochs")
     endless = saved["sched"] == "step" or (saved["sched"] == "multistep" and module.hparams.decay_milestones)
     if planned != epochs and not endless:
         raise ValueError(f"resume is {path}; its schedule is of {planned} epochs, but this run has epochs={epochs}")
+
+
+def stopped_early(path: str | Path) -> bool:
+    """Whether a checkpoint is of a run that has stopped by its patience; it raises as `read_checkpoint` does."""
+    return read_checkpoint(path).get("stopped_early", False)
 
 
 def epochs_done(path: str | Path) -> int:
@@ -326,7 +366,7 @@ def check_not_finished(folder: str | Path, option: str) -> None:
         with contextlib.suppress(ValueError):  # a damaged one is of no run that anyone could go on with
             checkpoint = read_checkpoint(last)
             done, planned = _epochs_done(checkpoint), checkpoint.get("epochs")
-            if planned is not None and done >= planned:
+            if planned is not None and (done >= planned or checkpoint.get("stopped_early")):
                 raise FileExistsError(
                     f"output is {folder}; a finished run of {done} epochs is there: name another folder, go on with "
                     f"--resume and more epochs, or overwrite it with {option}"
@@ -403,6 +443,7 @@ def load_network_weights(
 
 def _differences(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str:
     """What keeps weights from being those wanted, in a line; nothing where they are."""
+    wanted, given = without_temperatures(wanted), without_temperatures(given)
     given = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     shapes = ((name, given[name].shape, value.shape) for name, value in wanted.items() if name in given)
     kinds = {

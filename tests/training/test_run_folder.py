@@ -156,4 +156,6 @@ def test_without_a_whole_checkpoint_auto_is_refused(tmp_path):
 
 def test_a_new_folder_is_of_no_other_run(tmp_path):
     folders = [new_folder(tmp_path / "runs" / "now") for _ in range(3)]
-    assert [folder.name for folder in folders] == ["now", "now-2", "now-3"] and all(folder.is_dir() for folder in folders)
+    assert [folder.name for folder in folders] == ["now", "now-2", "now-3"] and all(
+        folder.is_dir() for folder in folders
+    )
