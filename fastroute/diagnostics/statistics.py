@@ -30,6 +30,10 @@ class RouterStatistics:
     peak: Tensor
     trough: Tensor
 
+    def __repr__(self) -> str:
+        m, n = self.gates.shape
+        return f"RouterStatistics({self.samples:,} samples, {m}×{n} gates, mean {self.mean_gates.tolist()})"
+
     @classmethod
     def of(cls, routing: Routing | SparseRouting) -> "RouterStatistics":
         gates = routing.gates.detach().float()

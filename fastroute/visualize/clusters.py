@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from fastroute.visualize.style import INK, PALETTE, WIDTH, grid, legible, show, styled
+from fastroute.visualize.style import INK, PALETTE, WIDTH, ShownFigure, grid, legible, show, styled
 
 
 @styled
@@ -45,7 +45,7 @@ def cluster_images(highest: Mapping[str, Tensor], synthesized: Tensor | None = N
     """
     count = max(len(images) for images in highest.values())
     size = WIDTH / (count + 2.6)
-    figure = Figure(figsize=(WIDTH, size * 1.03 * len(highest)), layout="constrained")
+    figure = ShownFigure(figsize=(WIDTH, size * 1.03 * len(highest)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, hspace=0, wspace=0)
     axes = figure.subplots(len(highest), count + 3, squeeze=False, width_ratios=[1.2, *[1] * count, 0.3, 1])
     for row, (name, images) in enumerate(highest.items()):
@@ -66,7 +66,7 @@ def filter_images(layers: Mapping[str, Tensor]) -> Figure:
     Args:
         layers: a layer's name → synthesised images (N, C, H, W), values from 0 to 1.
     """
-    figure = Figure(figsize=(WIDTH, 1.75 * len(layers)), layout="constrained")
+    figure = ShownFigure(figsize=(WIDTH, 1.75 * len(layers)), layout="constrained")
     for part, (name, images) in zip(np.atleast_1d(figure.subfigures(len(layers))), layers.items(), strict=True):
         part.set_facecolor("none")
         part.suptitle(name, fontsize=9)
@@ -92,7 +92,7 @@ def confusion(labels: Tensor, clusters: Tensor, classes: Sequence[str]) -> Figur
     shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
     order = sorted(range(shares.shape[1]), key=lambda k: (counts[:, k].argmax().item(), -counts[:, k].max().item()))
     shares = shares[:, order].numpy()
-    figure = Figure(figsize=(WIDTH, 1 + 0.34 * len(classes)), layout="constrained")
+    figure = ShownFigure(figsize=(WIDTH, 1 + 0.34 * len(classes)), layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     for (i, j), value in np.ndenumerate(shares):

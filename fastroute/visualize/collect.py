@@ -49,6 +49,10 @@ class RoutingData:
     labels: Tensor
     colours: Tensor
 
+    def __repr__(self) -> str:
+        gates = ", ".join(f"{name} {'×'.join(map(str, values.shape[1:]))}" for name, values in self.gates.items())
+        return f"RoutingData({len(self.labels):,} images; gates: {gates})"
+
     def values(self, gate: Gate) -> Tensor:
         """(N,): one gate for every image."""
         return self.gates[gate.router][:, gate.i, gate.j]

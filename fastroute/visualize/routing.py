@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastroute.diagnostics.statistics import DEAD, RouterStatistics
 from fastroute.visualize.collect import Gate, Layer, RoutingData, short
-from fastroute.visualize.style import BLUE, INK, ORANGE, PALETTE, RED, WIDTH, grid, legible, show, styled
+from fastroute.visualize.style import BLUE, INK, ORANGE, PALETTE, RED, WIDTH, ShownFigure, grid, legible, show, styled
 
 
 @styled
@@ -25,7 +25,7 @@ def routing_flow(flows: Sequence[Sequence[Layer]], images: Tensor, titles: Seque
         titles: for each image.
     """
     depth = len(flows[0])
-    figure = Figure(figsize=(max(2.0, 1.5 * len(flows)), 1.6 + 0.95 * depth), layout="constrained")
+    figure = ShownFigure(figsize=(max(2.0, 1.5 * len(flows)), 1.6 + 0.95 * depth), layout="constrained")
     axes = figure.subplots(2, len(flows), squeeze=False, height_ratios=[1.4, 0.95 * depth])
     for column, (flow, image) in enumerate(zip(flows, images, strict=True)):
         show(axes[0, column], image)
@@ -74,7 +74,7 @@ def gate_maximization(highest: Tensor, lowest: Tensor, synthesized: Tensor | Non
     count = len(highest)
     wide = 0 if synthesized is None else 2.1
     size = WIDTH / (count + 1.1 + wide)
-    figure = Figure(figsize=(WIDTH, 2 * size + 0.3), layout="constrained")
+    figure = ShownFigure(figsize=(WIDTH, 2 * size + 0.3), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, hspace=0, wspace=0)
     spec = figure.add_gridspec(2, count + 2, width_ratios=[1.1, *[1] * count, max(wide, 0.01)])
     for row, (name, images) in enumerate((("highest", highest), ("lowest", lowest))):
@@ -183,7 +183,7 @@ def gate_context(data: RoutingData) -> Figure:
     Each gating vector is shown by its widest gate. The two shares may overlap, since classes have colours.
     """
     gates = one_per_vector(data)
-    figure = Figure(figsize=(WIDTH, 0.9 + 0.28 * len(gates)), layout="constrained")
+    figure = ShownFigure(figsize=(WIDTH, 0.9 + 0.28 * len(gates)), layout="constrained")
     axes = figure.subplots()
     for shift, colour, marker, name, shares in (
         (-0.12, ORANGE, "s", "mean colour (R²)", [colour_explained(data.values(g), data.colours) for g in gates]),
@@ -226,7 +226,7 @@ def gate_health(after: RoutingData, before: RoutingData | None = None) -> Figure
             raise ValueError(f"before has the routers {list(before.gates)}; they must be those of the network, alike")
         runs.insert(0, (before, ORANGE, "s", "before"))
     gates = [Gate(name, i, j) for name, g in after.gates.items() for i in range(g.shape[1]) for j in range(g.shape[2])]
-    figure = Figure(figsize=(WIDTH, 0.8 + 0.2 * len(runs) * len(gates)), layout="constrained")
+    figure = ShownFigure(figsize=(WIDTH, 0.8 + 0.2 * len(runs) * len(gates)), layout="constrained")
     axes = figure.subplots()
     step = 0.8 / len(runs)
     for k, (data, colour, marker, name) in enumerate(runs):

@@ -50,6 +50,16 @@ _STYLE = {
 }
 
 
+class ShownFigure(Figure):
+    """A figure that a notebook shows as the value of a cell, whatever matplotlib's backend."""
+
+    def _repr_png_(self) -> bytes:
+        png = io.BytesIO()
+        with matplotlib.rc_context(_STYLE):
+            self.savefig(png, format="png", dpi=110)
+        return png.getvalue()
+
+
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """Draw in the style of all figures, whatever the program around has set."""
 
@@ -65,7 +75,7 @@ def grid(count: int, columns: int, height: float, **options) -> tuple[Figure, li
     """A figure of `count` axes in rows of `columns`, each row `height` inches."""
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(WIDTH, rows * height), layout="constrained")
+    figure = ShownFigure(figsize=(WIDTH, rows * height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options).flatten()
     for unused in axes[count:]:
         unused.set_axis_off()
