@@ -247,7 +247,7 @@ def train(
         int | None, option(min=1, max=COUNT, help="Stop after so many epochs without a better one.", panel=RUN)
     ] = None,
 ) -> None:
-    """Train a network; write checkpoints, summary.csv, routers.csv, TensorBoard events and args.yaml.
+    """Train a network; write checkpoints, summary.csv, routers.csv, figures of loggers and args.yaml.
 
     Started by `torchrun`, all its processes train together.
     """

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import fastroute
 from fastroute import _files
-from fastroute.cli import app
+from fastroute.cli import COMMANDS, app
 from fastroute.cli.outside import standard_output
 from fastroute.cli.trained import this_device
 from fastroute.training.recipes import recipes
@@ -455,6 +455,21 @@ def test_runs_as_a_module():
         [sys.executable, "-m", "fastroute", "--help"], capture_output=True, text=True, cwd=REPOSITORY
     )
     assert result.returncode == 0 and "train" in result.stdout
+
+
+def test_help_needs_no_torch_and_says_what_commands_do():
+    code = "import sys; sys.argv[0] = 'fastroute'; import fastroute.cli; print('torch' in sys.modules)"
+    assert python(code).stdout.strip() == "False"
+    done = run("--help")
+    assert done.exit_code == 0
+    for name, line in COMMANDS.items():
+        assert name in done.output and line.split(";")[0] in " ".join(done.output.replace("│", " ").split())
+        command = get_command(app).commands[name]
+        assert name == "bench" or command.help.partition("\n\n")[0] == line, name
+    code = "import sys; sys.argv[0] = 'fastroute'; import fastroute; print(fastroute.nn.Router, fastroute.multipath)"
+    assert "Router" in python(code).stdout
+    code = "import fastroute, torch; print(torch.ops.fastroute.mix)"
+    assert "fastroute.mix" in python(code).stdout
 
 
 def test_import_needs_torch_alone():
