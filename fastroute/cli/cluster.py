@@ -183,7 +183,18 @@ def _module(options: SimpleNamespace, images: "torch.Tensor") -> "ClusteringModu
                 gamma=options.gamma,
                 training_statistics=options.statistics,
             )
-    kept = ("dataset", "img_size", "method", "clusters", "heads", "n_init", "batch_norm", "lr_em", "lr_consistency")
+    kept = (
+        "dataset",
+        "img_size",
+        "limit",
+        "method",
+        "clusters",
+        "heads",
+        "n_init",
+        "batch_norm",
+        "lr_em",
+        "lr_consistency",
+    )
     settings = {name: getattr(options, name) for name in kept}
     module.save_hyperparameters({"architecture": architecture, **settings}, logger=False)
     return module

@@ -127,6 +127,7 @@ CLUSTER = {
     "architecture": TEXT,
     "dataset": TEXT,
     "img_size": SIZE.or_none(),
+    "limit": COUNT.or_none(),
     "method": TEXT,
     "clusters": OUTPUTS,
     "heads": HEADS,

@@ -25,6 +25,9 @@ LABEL = 40
 THUMBNAIL = 64
 """The most pixels, in height and width, that a picture within a figure keeps."""
 
+FLAT = 0.02
+"""The least standard deviation of an image's values, from 0 to 1, that shows anything."""
+
 _STYLE = {
     "figure.facecolor": PAPER,
     "axes.facecolor": "none",
@@ -99,6 +102,11 @@ def thumbnail(image: Tensor) -> np.ndarray:
         size = [max(1, round(side * scale)) for side in image.shape[1:]]
         image = F.interpolate(image[None].float(), size=size, mode="area")[0]
     return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def is_flat(image: Tensor) -> bool:
+    """Whether an image, values from 0 to 1, has next to no contrast: gradient ascent has not moved it."""
+    return image.std().item() < FLAT
 
 
 def show(axes: Axes, image: Tensor) -> None:

@@ -8,7 +8,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from fastroute.models import create_model
 from fastroute.nn import CrossPrediction2d
-from fastroute.training.optim import OPTIMIZERS, parameter_groups, scheduler
+from fastroute.training.optim import OPTIMIZERS, check_warmup, parameter_groups, scheduler
 
 
 def rates(sched, epochs, per_epoch=1, lr=1.0, **options):
@@ -43,6 +43,12 @@ def test_warmup_rises_and_then_leaves_the_schedule_where_it_is():
     assert found.index(max(found)) == 19
     with pytest.raises(ValueError, match="warmup_epochs is 3; with 'onecycle' it must be below epochs, 3"):
         rates("onecycle", 3, warmup_epochs=3)
+
+
+def test_a_warm_up_longer_than_the_run_is_refused():
+    check_warmup("cosine", 3, 3)
+    with pytest.raises(ValueError, match="warmup_epochs is 4; it must be at most epochs, 3"):
+        check_warmup("cosine", 4, 3)
 
 
 def test_groups_are_of_gates_norms_and_all_others():
