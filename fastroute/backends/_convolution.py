@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastroute.ops._convolution import prepared
+from fastroute.ops._convolution import prepare_convolution
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Convolution:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.dim() == 2:
             return torch.nn.functional.linear(x, weight, bias)
-        x, weight, *geometry = prepared(x, weight, self.stride, self.padding, self.dilation)
+        x, weight, *geometry = prepare_convolution(x, weight, self.stride, self.padding, self.dilation)
         return self.arrange(torch.ops.aten.convolution(x, weight, bias, self.stride, *geometry, *self._rest))
 
     def to_inputs(self, grad: Tensor, like: Tensor, weight: Tensor) -> Tensor:
@@ -51,5 +51,5 @@ class Convolution:
         return False, [0] * len(self.stride), 1
 
     def _backward(self, grad, x, weight, mask):
-        x, weight, *geometry = prepared(x, weight, self.stride, self.padding, self.dilation)
+        x, weight, *geometry = prepare_convolution(x, weight, self.stride, self.padding, self.dilation)
         return torch.ops.aten.convolution_backward(grad, x, weight, None, self.stride, *geometry, *self._rest, mask)

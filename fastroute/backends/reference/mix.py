@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastroute.ops._library import differentiate, transformed
+from fastroute.ops._library import differentiate, under_transform
 from fastroute.ops._paths import accumulate_dtype, empty_path
 
 
@@ -24,7 +24,7 @@ def inner_products(xs: list[Tensor], grad_outputs: list[Tensor], gates: Tensor) 
 
 def dense_like(value: Tensor, x: Tensor) -> Tensor:
     """value in x's dtype and, but under a transform, in the strides that every backend gives its outputs."""
-    if transformed():
+    if under_transform():
         return value.to(x.dtype)
     out = empty_path(x)
     return value.to(x.dtype) if value.stride() == out.stride() else out.copy_(value)
