@@ -53,6 +53,7 @@ def exact_convolutions(network: nn.Module) -> nn.Module:
         The same network.
 
     Example:
+        >>> import torch
         >>> network = exact_convolutions(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)))
         >>> network.bfloat16()(torch.randn(2, 3, 1, 1, dtype=torch.bfloat16)).shape
         torch.Size([2, 8, 1, 1])

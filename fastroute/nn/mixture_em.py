@@ -81,7 +81,7 @@ class RelevanceNorm(nn.Module):
         self.num_batches_tracked.zero_()
 
     def forward(self, scores: Tensor, track: bool = True) -> Tensor:
-        """Return the normalised scores; `track=False`, as for augmented scores, does not update the running statistics."""
+        """Return the normalised scores; `track=False`, as for augmented scores, keeps the running statistics."""
         if scores.dim() < 2 or scores.shape[1:] != self.running_mean.shape:
             expected = ", ".join(map(str, self.running_mean.shape))
             raise ValueError(f"scores have shape {tuple(scores.shape)}; they must be (N, {expected})")
