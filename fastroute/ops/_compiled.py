@@ -16,7 +16,7 @@ from fastroute.ops._source_hash import CPU, CUDA, OPERATORS, source_hash
 
 FOLDER = Path(__file__).parents[1] / "backends" / "native"
 ROOT = Path(__file__).parents[2]
-REBUILD = "build it anew with `python setup.py build_ext --inplace` or `pip install`"
+REBUILD = "rebuild it with `python setup.py build_ext --inplace` or `pip install`"
 
 
 INSTRUCTION_SETS = ("default", "avx2", "avx512", "avx512_bf16")

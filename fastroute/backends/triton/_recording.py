@@ -73,7 +73,7 @@ class _Recorder(TorchDispatchMode):
             self.slots[id(result)] = self.slots[id(args[0])]
             self.aliases.append(result)
         elif func not in _CONVERSIONS or result is not args[0]:
-            self.obstacle = f"{func} is called besides the kernels"
+            self.obstacle = f"{func} is called in addition to kernels"
         return result
 
     def launching(self, kernel, grid):

@@ -32,9 +32,9 @@ def gate_backward(grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hi
     incoming = tuple(None if grad is None else grad.contiguous() for grad in (grad_gates, grad_scores))
     d_saved = (torch.empty_like(gates), torch.empty_like(hidden))  # dA, dH
     with torch.cuda.device_of(x):
-        saved, alone = (gates, hidden), {"CHAINED": False}
+        saved, unchained = (gates, hidden), {"CHAINED": False}
         cc.launch_gate_bwd(  # with 0 parts: no inner products, only the incoming gradients
-            problem, gates, parameters, saved, incoming, d_saved, shares, 0, 0, problem.batch, alone
+            problem, gates, parameters, saved, incoming, d_saved, shares, 0, 0, problem.batch, unchained
         )
         cc.launch_weights(d_saved, pooled, hidden, grads, problem)
     return shares, *grads

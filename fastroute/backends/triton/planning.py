@@ -300,20 +300,20 @@ def split(problem: Problem, chip: Chip) -> Split:
     )
 
 
-def steps_per_program(steps: int, beside: int, slots: int) -> int:
+def steps_per_program(steps: int, loops: int, slots: int) -> int:
     """Return the number of steps per program that minimises the time of a launch in whole waves.
 
     A launch ends with its last wave, so that a wave of a few programs costs as much as a full one.
 
     Args:
         steps: steps of each loop that is divided among programs.
-        beside: number of such loops.
+        loops: number of such loops.
         slots: programs that run at once.
     """
     least = triton.cdiv(steps, MAX_GRID_Y)
     return min(
         range(least, min(steps, least + 255) + 1),
-        key=lambda own: triton.cdiv(beside * triton.cdiv(steps, own), slots) * (own + OVERHEAD_STEPS),
+        key=lambda own: triton.cdiv(loops * triton.cdiv(steps, own), slots) * (own + OVERHEAD_STEPS),
     )
 
 
