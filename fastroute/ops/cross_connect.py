@@ -60,7 +60,7 @@ def cross_connect(
 
     Args:
         activation: "relu" routes X_i = max(xs[i], 0). The kernels apply it while reading and never store it, in the
-            forward and the backward; dX_i is 0 where xs[i] ≤ 0. None routes the paths as they are.
+            forward and the backward; dX_i is 0 unless xs[i] > 0. None routes the paths as they are.
 
     Returns:
         outputs: n tensors (N, C, *S) of the paths' dtype.

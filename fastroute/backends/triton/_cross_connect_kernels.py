@@ -383,7 +383,7 @@ def broadcast_columns(shares, space, M: tl.constexpr, BC: tl.constexpr, BS: tl.c
 
 @triton.jit
 def store_grad_inputs(xs, x_strides, dxs, dy, g, shares, sample, size, offsets, mask, RELU: tl.constexpr):
-    """Store one tile of dX_i = Σ_j g_ij dY_j + share_i (Eq. 3.15); with RELU, 0 where x ≤ 0."""
+    """Store one tile of dX_i = Σ_j g_ij dY_j + share_i (Eq. 3.15); with RELU, 0 unless x > 0."""
     for i in tl.static_range(len(dxs)):
         dx = weighted_sum(dy, g, i * len(dy), 1) + shares[i]
         if RELU:
