@@ -22,6 +22,10 @@ def assert_as_good_as_eager(
 
     Raises:
         AssertionError: a shape differs or an error is too large; the message has the position of the result.
+
+    Example:
+        >>> x = torch.randn(8, 16)
+        >>> assert_as_good_as_eager([x.softmax(1)], [x.exp() / x.exp().sum(1, True)], [x.double().softmax(1)])
     """
     for position, (ours, theirs, truth) in enumerate(zip(actual, eager, exact, strict=True)):
         assert ours.shape == truth.shape, f"result {position} has shape {ours.shape}; it must have {truth.shape}"

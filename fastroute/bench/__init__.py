@@ -39,7 +39,14 @@ ROUNDS = {"operators": 15, "networks": 5, "overhead": 50, "sparse": 15, "paralle
 
 
 def all_cases(device: torch.device) -> list[Case]:
-    """Return the cases of all suites that can be measured on a device."""
+    """Return the cases of all suites.
+
+    Args:
+        device: where they are measured.
+
+    Returns:
+        The cases that can be measured on the device.
+    """
     return [case for cases in SUITES.values() for case in cases(device)]
 
 

@@ -108,6 +108,10 @@ def needed_paths(gates: Tensor) -> Tensor:
 
     Returns:
         (m,) float64, for each incoming path a number from 1 to n.
+
+    Example:
+        >>> needed_paths(torch.full((8, 1, 3), 1 / 3))
+        tensor([1.], dtype=torch.float64)
     """
     gates = gates.double()
     centred = gates - gates.mean(0)

@@ -198,6 +198,12 @@ class ConsistencyLoss(nn.Module):
 
     Raises:
         ValueError: the shapes differ.
+
+    Example:
+        >>> normalized = torch.randn(128, 10)
+        >>> loss = ConsistencyLoss()(normalized.softmax(-1), normalized)
+        >>> torch.allclose(loss, torch.zeros(()), atol=1e-6)
+        True
     """
 
     def forward(self, posterior: Tensor, normalized_aug: Tensor) -> Tensor:
