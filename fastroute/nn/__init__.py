@@ -1,4 +1,4 @@
-"""Modules: the routing layers, and the containers that hold parallel paths."""
+"""Modules: routing layers, containers for parallel paths, and clustering losses."""
 
 from fastroute.nn.containers import MultiPathNetwork, ParallelPaths
 from fastroute.nn.cross_connection import CrossConnection

@@ -1,4 +1,4 @@
-"""Cross-connection routing as a layer (§3.2)."""
+"""The cross-connection layer (§3.2)."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from fastroute.ops._paths import check_activation
 
 
 class CrossConnection(Router):
-    """Route m parallel tensors to n by gates that the tensors themselves compute (§3.2, Alg. 2).
+    """Route m parallel tensors to n by gates computed from the tensors themselves (§3.2, Alg. 2).
 
     For each input path i, with its own weights:
 
@@ -20,25 +20,27 @@ class CrossConnection(Router):
         G_i = softmax(A_i / T)                          (Eq. 3.5, where T = 1)
         Y_j = Σ_i g_ij X_i                              (Eq. 3.7)
 
-    The second layer starts near zero, so that training starts from even gates: 1/n each.
+    The second layer is initialised near zero, so that training starts with even gates: 1/n each.
 
     Args:
         channels: C, the channels of every path.
         in_paths: m, 1 to 8. A one-to-many router has `in_paths=1`.
         out_paths: n, 1 to 8.
-        gate_channels: G, the width of the gate's hidden layer. None or 0 leaves that out: A_i = W2_i Z_i + b2_i, the
-            linear gate of Eq. 3.9.
+        gate_channels: G, the width of the gate's hidden layer. None or 0 omits it: A_i = W2_i Z_i + b2_i, the linear
+            gate of Eq. 3.9.
         bias: whether the gate's layers have biases.
-        activation: "relu" routes ReLU(X_i) in the place of X_i. The kernels take it as they read, and nothing is stored
-            for it: for paths that would end in a ReLU. None routes the paths as they are.
+        activation: "relu" routes ReLU(X_i) instead of X_i, for paths that would end in a ReLU. The kernels apply it
+            while reading and store nothing for it. None routes the paths as they are.
         temperature: T > 0, an attribute that may be changed at any time: high for even gates, low for sharp ones.
+        device, dtype: of the parameters.
 
-    Parameters: w1 (m, G, C), b1 (m, G), w2 (m, n, G), b2 (m, n); w2 is (m, n, C), and w1 and b1 are None, without a
-    hidden layer.
+    Parameters: w1 (m, G, C), b1 (m, G), w2 (m, n, G), b2 (m, n). Without a hidden layer, w2 is (m, n, C), and w1 and b1
+    are None.
 
     Shape:
         xs: list of m tensors (N, C, *S) of one dtype and memory format, with up to three spatial sizes.
-        output: list of n tensors (N, C, *S), in the dtype and memory format of the inputs.
+        output: list of n tensors (N, C, *S), in the dtype and memory format of the inputs. With `return_routing=True`
+            also the `Routing`.
 
     Example:
         >>> router = CrossConnection(64, in_paths=2, out_paths=3)
@@ -50,7 +52,7 @@ class CrossConnection(Router):
 
     Raises:
         TypeError: xs is not a list of floating-point tensors.
-        ValueError: an argument is out of its range, or xs has another number of paths or channels than the router.
+        ValueError: an argument is out of range, or xs has another number of paths or channels than the router.
     """
 
     def __init__(
