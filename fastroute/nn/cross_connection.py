@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastroute.nn.router import Router, Routing
-from fastroute.ops import cross_connect
+from fastroute.ops import cross_connect, mix
 from fastroute.ops._paths import check_activation
 
 
@@ -32,6 +32,9 @@ class CrossConnection(Router):
         activation: "relu" routes ReLU(X_i) instead of X_i, for paths that would end in a ReLU. The kernels apply it
             while reading and store nothing for it. None routes the paths as they are.
         temperature: T > 0, an attribute that may be changed at any time: high for even gates, low for sharp ones.
+        gate_norm: "center" or "standardize": the gates are softmax(A* / T), with A* the scores normalised over the
+            batch in training and by running statistics in evaluation (Eq. 4.11, 4.20); see `GateNorm`. None: A* is A.
+        prior: "learned" with a gate_norm: the gates are posteriors with the running mean gates as priors (Eq. 4.18).
         device, dtype: of the parameters.
 
     Parameters: w1 (m, G, C), b1 (m, G), w2 (m, n, G), b2 (m, n). Without a hidden layer, w2 is (m, n, C), and w1 and b1
@@ -65,13 +68,17 @@ class CrossConnection(Router):
         *,
         activation: str | None = None,
         temperature: float = 1.0,
+        gate_norm: str | None = None,
+        prior: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         if channels < 1:
             raise ValueError(f"channels is {channels}; it must be at least 1")
         check_activation(activation)
-        super().__init__(channels, in_paths, out_paths, gate_channels, bias, temperature, device, dtype)
+        super().__init__(
+            channels, in_paths, out_paths, gate_channels, bias, temperature, gate_norm, prior, device, dtype
+        )
         self.channels, self.activation = channels, activation
         self.reset_parameters()
 
@@ -79,6 +86,12 @@ class CrossConnection(Router):
         self, xs: Sequence[Tensor], return_routing: bool = False
     ) -> list[Tensor] | tuple[list[Tensor], Routing]:
         xs = self._checked(xs, self.channels, "channels")
+        if self.training and self.gate_norm is not None:
+            if self.activation == "relu":
+                xs = [torch.relu(x) for x in xs]
+            routing = self._normalized(xs)
+            outputs = mix(xs, routing.gates)
+            return (outputs, routing) if return_routing else outputs
         outputs, gates, scores = cross_connect(xs, *self._gate(), self.activation)
         return (outputs, self._routing(gates, scores)) if return_routing else outputs
 

@@ -29,6 +29,8 @@ class _CrossPrediction(Router):
         norm_layer: Callable[[int], nn.Module] | None,
         activation: str | None,
         temperature: float,
+        gate_norm: str | None,
+        prior: str | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ):
@@ -36,7 +38,9 @@ class _CrossPrediction(Router):
             if width < 1:
                 raise ValueError(f"{name} is {width}; it must be at least 1")
         check_activation(activation)
-        super().__init__(in_width, in_paths, out_paths, gate_channels, True, temperature, device, dtype)
+        super().__init__(
+            in_width, in_paths, out_paths, gate_channels, True, temperature, gate_norm, prior, device, dtype
+        )
         shape = (in_paths, out_paths, out_width, in_width, *kernel)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(shape[:3], device=device, dtype=dtype)) if bias else None
@@ -57,7 +61,11 @@ class _CrossPrediction(Router):
 
     def _route(self, xs: Sequence[Tensor], return_routing: bool, **convolution):
         xs = self._checked(xs, self.weight.shape[3], self.WIDTHS[0])
-        gates, scores = gate(xs, *self._gate())
+        if self.training and self.gate_norm is not None:
+            routing = self._normalized(xs)
+        else:
+            routing = self._routing(*gate(xs, *self._gate()))
+        gates = routing.gates
         if self.norms is None:
             outputs = cross_predict(xs, self.weight, self.bias, gates, **convolution, activation=self.activation)
         else:
@@ -65,7 +73,7 @@ class _CrossPrediction(Router):
             outputs = [norm(y) for norm, y in zip(self.norms, outputs, strict=True)]
             if self.activation:
                 outputs = [torch.relu(y) for y in outputs]
-        return (outputs, self._routing(gates, scores)) if return_routing else outputs
+        return (outputs, routing) if return_routing else outputs
 
     def extra_repr(self) -> str:
         m, n, out_width, in_width, *kernel = self.weight.shape
@@ -100,7 +108,7 @@ class CrossPrediction2d(_CrossPrediction):
         gate_channels: G, the width of the gate's hidden layer. None or 0 omits it (Eq. 3.9).
         norm_layer: called with C_out for each output, such as `nn.BatchNorm2d`; None for none.
         activation: "relu", or None for none.
-        temperature: T > 0 of the gates' softmax, as in `CrossConnection`.
+        temperature, gate_norm, prior: of the gates' softmax, as in `CrossConnection`.
         device, dtype: of the parameters.
 
     Parameters: weight (m, n, C_out, C_in, kH, kW), bias (m, n, C_out), and the gate's w1 (m, G, C_in), b1 (m, G),
@@ -140,6 +148,8 @@ class CrossPrediction2d(_CrossPrediction):
         activation: str | None = "relu",
         *,
         temperature: float = 1.0,
+        gate_norm: str | None = None,
+        prior: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -154,6 +164,8 @@ class CrossPrediction2d(_CrossPrediction):
             norm_layer,
             activation,
             temperature,
+            gate_norm,
+            prior,
             device,
             dtype,
         )
@@ -188,8 +200,8 @@ class CrossPredictionLinear(_CrossPrediction):
     Args:
         in_features: C_in, the features of every incoming path.
         out_features: C_out, the features of every outgoing path.
-        in_paths, out_paths, bias, gate_channels, norm_layer, activation, temperature, device, dtype: as in
-            `CrossPrediction2d`.
+        in_paths, out_paths, bias, gate_channels, norm_layer, activation, temperature, gate_norm, prior, device, dtype:
+            as in `CrossPrediction2d`.
 
     Parameters: weight (m, n, C_out, C_in), bias (m, n, C_out), and the gate's w1, b1, w2, b2.
 
@@ -222,6 +234,8 @@ class CrossPredictionLinear(_CrossPrediction):
         activation: str | None = "relu",
         *,
         temperature: float = 1.0,
+        gate_norm: str | None = None,
+        prior: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -236,6 +250,8 @@ class CrossPredictionLinear(_CrossPrediction):
             norm_layer,
             activation,
             temperature,
+            gate_norm,
+            prior,
             device,
             dtype,
         )

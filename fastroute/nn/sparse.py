@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastroute.nn.gate_norm import make_gate_norm
 from fastroute.nn.router import Tempered
 from fastroute.ops import mix
 from fastroute.ops._paths import DTYPES, MAX_PATHS, accumulate_dtype, channels_last, path_list
@@ -67,6 +68,7 @@ class SparseRouter(Tempered, nn.Module):
         bias: whether the gate's layers have biases.
         gates: "straight_through", "renormalized" or "softmax".
         temperature: T > 0, an attribute that may be changed at any time: the weights are the softmax of A / T.
+        gate_norm, prior: as in `CrossConnection`; the paths are then chosen by the posteriors.
         device, dtype: of the gate's parameters.
 
     Parameters: w1 (G, C), b1 (G,), w2 (n, G), b2 (n,), as in `CrossConnection`, and those of `paths`.
@@ -97,6 +99,8 @@ class SparseRouter(Tempered, nn.Module):
         *,
         gates: str = "straight_through",
         temperature: float = 1.0,
+        gate_norm: str | None = None,
+        prior: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -133,6 +137,7 @@ class SparseRouter(Tempered, nn.Module):
         self.b1 = parameter(gate_channels) if hidden and bias else None
         self.w2 = parameter(n, gate_channels if hidden else channels)
         self.b2 = parameter(n) if bias else None
+        self.gate_norm = make_gate_norm(gate_norm, prior, None, n, device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -142,6 +147,8 @@ class SparseRouter(Tempered, nn.Module):
             if parameter is not None:
                 nn.init.uniform_(parameter, -bound, bound)
         nn.init.normal_(self.w2, std=0.001)
+        if self.gate_norm is not None:
+            self.gate_norm.reset_running_stats()
         if self.b2 is not None:
             nn.init.zeros_(self.b2)
 
@@ -212,9 +219,11 @@ class SparseRouter(Tempered, nn.Module):
             if w1 is not None:
                 hidden = F.relu(F.linear(hidden, w1, b1))
             scores = F.linear(hidden, w2, b2)
-
-        logits = scores / self.temperature
-        chosen = scores.topk(self.top_k, dim=1).indices
+            if self.gate_norm is not None:
+                logits, scores = self.gate_norm.logits(scores, self.temperature)
+            else:
+                logits = scores / self.temperature
+        chosen = (scores if self.gate_norm is None else logits).topk(self.top_k, dim=1).indices
         if self.gates == "softmax":
             weights = logits.softmax(1).gather(1, chosen)
         else:
