@@ -42,7 +42,8 @@ def cpu_extensions() -> list:
     sanitizers = []
     if wish := os.environ.get("FASTROUTE_SANITIZE"):
         sanitizers = [f"-fsanitize={wish}"]
-        flags = [*flags[2:], "-O1", "-g1", "-fno-omit-frame-pointer", *sanitizers]
+        # Optimised, the checks of one file of kernels compile for minutes; without, for one.
+        flags = [*flags[2:], "-O0", "-g1", "-fno-omit-frame-pointer", *sanitizers]
     instruction_sets = {"default": []}
     if platform.machine() in {"x86_64", "AMD64"}:
         avx512 = [
