@@ -145,7 +145,7 @@ def config_option(command: str):
             for name in values.keys() - options:
                 near = "".join(f"; did you mean {option!r}?" for option in get_close_matches(name, options, n=1))
                 raise ValueError(f"config is {config}; there is no option {name!r}{near}")
-            values = {name: _as_typed(value) for name, value in values.items() if value is not None}
+            values = {name: _as_typed(value, options[name]) for name, value in values.items() if value is not None}
             for name, value in values.items():
                 if isinstance(value, bool) and not options[name].is_flag:
                     raise ValueError(f"config is {config}; {name} is {value}, and it must be no yes or no")
@@ -165,8 +165,10 @@ def config_option(command: str):
     )
 
 
-def _as_typed(value: Any) -> bool | str:
+def _as_typed(value: Any, option: Any) -> bool | str | list[str]:
     """A value as it would be typed, so that 1.5 is no whole number here either."""
+    if option.multiple:
+        return [str(item) for item in (value if isinstance(value, list) else [value])]
     return value if isinstance(value, bool) else str(value)
 
 

@@ -1,6 +1,8 @@
 """`fastroute train`: flags to a data module, a Lightning module and a run."""
 
 import contextlib
+import os
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,7 @@ import yaml
 from rich.console import Console
 from torch import nn
 
+from fastroute.cli import network
 from fastroute.cli.common import (
     COUNT,
     PIXELS,
@@ -44,7 +47,15 @@ AUGMENTATION, COMPUTE, RUN = "Augmentation", "Computation", "The run and its fil
 
 def train(
     context: typer.Context,
-    model: Annotated[str | None, typer.Argument(help="The network; `fastroute models` lists them.")] = None,
+    model: network.ModelArgument = None,
+    more_kwargs: network.MoreArgument = None,
+    pretrained: network.PretrainedOption = False,
+    pretrained_path: network.PretrainedPathOption = None,
+    model_kwargs: network.ModelKwargsOption = None,
+    multipath: network.MultipathOption = None,
+    route_after: network.RouteAfterOption = "auto",
+    routing: network.RoutingOption = "cc",
+    init: network.InitOption = None,
     config: Annotated[str | None, config_option("train")] = None,
     dataset: Annotated[
         Literal["digits", "cifar10", "cifar100", "mnist", "stl10", "imagefolder", "webdataset"],
@@ -202,6 +213,7 @@ def train(
         from fastroute.training.distributed import check_gpus, is_main, process_group
 
         check_gpus()
+        network.merge_arguments(context)
     options, console = SimpleNamespace(**context.params), Console(quiet=not is_main())
     with endings(console), process_group():
         with plain_errors():
@@ -242,12 +254,13 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
     from fastroute.training.optim import check_warmup
     from fastroute.training.run_folder import run_folder
 
-    if options.model is None:
-        raise ValueError("model is missing; name a network, or a recipe with --config")
     if options.sync_bn and not torch.cuda.is_available():
         raise ValueError("sync_bn is True; PyTorch's synchronised batch norm needs GPUs")
     check_compile_mode(options.compile, options.compile_mode)
     folder, resume = agreed(_places(options, console))
+    specification = network.specification(options, resume)
+    network.write_flags(specification, context.params)
+    options.model = specification.text
     if resume is not None and options.resume == "auto" and training.epochs_done(resume) >= options.epochs:
         console.print(f"all {options.epochs} epochs are done: {shown(resume)}", soft_wrap=True)
         raise typer.Exit(0)
@@ -284,11 +297,11 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
         raise ValueError(f"num_classes is {options.num_classes}; the data has {data.num_classes} classes")
     count = len((data.images.train if data.in_memory else data.sources["train"]).labels)
     batch_size = min(options.batch_size, count)
-    check_batch(options.model, batch_size, data.in_chans, data.img_size, half=options.amp)
+    check_batch(specification, batch_size, data.in_chans, data.img_size, half=options.amp)
     check_warmup(options.sched, options.warmup_epochs, options.epochs)
     pl.seed_everything(options.seed, verbose=False)
     module = training.RoutingClassifier(
-        options.model,
+        network.network(specification, options, data, resume, console),
         options.num_classes or data.num_classes,
         data.in_chans,
         data.img_size,
@@ -358,8 +371,9 @@ def _places(options: SimpleNamespace, console: Console) -> tuple[Path, Path | No
     elif resume is not None:
         folder = resume.parent
     else:
+        name = re.sub(r"[^\w.-]+", "-", options.model or "")
         folder = (
-            local_path(options.output, "output") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.model}-{options.dataset}"
+            local_path(options.output, "output") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{options.dataset}"
         )
     if options.resume == "auto":
         resume = latest_checkpoint(folder, partial(console.print, soft_wrap=True, highlight=False, markup=False))
@@ -377,5 +391,7 @@ def _write_arguments(context: typer.Context, folder: Path) -> None:
     """All options with their values, as a file for --config."""
     folder.mkdir(parents=True, exist_ok=True)
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in context.params.items()}
+    if arguments["data_dir"] is not None:  # for commands that find it here, wherever they are started
+        arguments["data_dir"] = os.path.abspath(arguments["data_dir"])
     del arguments["config"]
     (folder / "args.yaml").write_text(yaml.safe_dump(arguments))
