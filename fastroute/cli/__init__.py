@@ -9,7 +9,21 @@ try:
     with extra("train", "the command line"):
         import typer
 
-        from fastroute.cli import bench, cluster, demo, info, memory, models, paths, recipes, report, train, validate
+        from fastroute.cli import (
+            bench,
+            cluster,
+            demo,
+            export,
+            info,
+            memory,
+            models,
+            paths,
+            predict,
+            recipes,
+            report,
+            train,
+            validate,
+        )
         from fastroute.cli.outside import Commands
 except ModuleNotFoundError as error:
     raise SystemExit(str(error)) from None
@@ -35,6 +49,8 @@ def options(
 
 app.command()(train.train)
 app.command()(validate.validate)
+app.command()(predict.predict)
+app.command()(export.export)
 app.command()(paths.paths)
 app.command()(recipes.recipes)
 app.command()(cluster.cluster)

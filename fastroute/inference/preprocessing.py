@@ -60,10 +60,11 @@ class Preprocessing:
             UnreadableImage: the file cannot be read as an image.
             TypeError: image is something else.
         """
+        self.check()
         pixels = torch.from_numpy(self.cut(image).copy()).float()
         pixels = pixels.view(self.img_size, self.img_size, self.in_chans).permute(2, 0, 1)
-        mean, std = self._statistics()
-        return ((pixels - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)).contiguous()
+        mean, std = (value.float().view(-1, 1, 1) for value in (self.mean, self.std))
+        return ((pixels - mean) / std).contiguous()
 
     def cut(self, image: Picture) -> "np.ndarray":
         """The uint8 values (H, W) or (H, W, C) of the image, scaled and cut."""
@@ -71,22 +72,26 @@ class Preprocessing:
 
         from fastroute.data.transforms import eval_transform
 
-        if self.in_chans not in (1, 3):
-            raise ValueError(
-                f"the network takes images of {self.in_chans} channels, which no image file has; give it tensors that "
-                "are normalised"
-            )
         options = {} if self.interpolation == "bilinear" else {"interpolation": self.interpolation}
         cut = eval_transform(self.img_size, self.crop_pct, **options)
         return np.asarray(cut(_picture(image).convert("L" if self.in_chans == 1 else "RGB")))
 
-    def _statistics(self) -> tuple[Tensor, Tensor]:
+    def check(self) -> None:
+        """Raise where images cannot be prepared.
+
+        Raises:
+            ValueError: as said.
+        """
+        if self.in_chans not in (1, 3):
+            raise ValueError(
+                f"the network takes images of {self.in_chans} channels, which no image file has; give the predictor "
+                "tensors that are normalised"
+            )
         if self.mean is None or self.std is None:
             raise ValueError(
                 "the checkpoint does not say how its images were normalised; load it with mean=… and std=…, in units of "
                 "0 to 255, or give the predictor tensors that are normalised"
             )
-        return self.mean.float(), self.std.float()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a file's metadata; mean and std in units of 0 to 1, as most programs have them."""
