@@ -24,12 +24,27 @@ DatasetOption = Annotated[
     typer.Option(help="Where the images come from. (default: as in training)"),
 ]
 DataDirOption = Annotated[
-    Path | None, typer.Option(help="Folder with val/, folder of classes, folder of tar shards, or a tar file.")
+    Path | None,
+    typer.Option(help="Folder with val/, of classes or of tar shards, a tar file, or a pattern. (default: the run's)"),
 ]
 WorkersOption = Annotated[
     int | None,
     typer.Option("-j", "--workers", min=1, max=WORKERS, help="Processes that decode images. (default: all cores)"),
 ]
+
+
+def dataset_named(dataset: str | None, data_dir: Path | None, val_split: float = 0.0) -> str:
+    """The dataset that is named, or else what the folder holds, or the digits where there is no folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it holds no images in a layout that is read.
+        ValueError: it holds several datasets, or no images to validate on and none are set aside.
+    """
+    if dataset is not None or data_dir is None:
+        return dataset or "digits"
+    from fastroute.data.layout import choose
+
+    return choose(data_dir, any_split=val_split > 0).dataset
 
 
 @contextlib.contextmanager
@@ -48,8 +63,8 @@ def plain_errors(*also: type[BaseException]) -> Iterator[None]:
 @contextlib.contextmanager
 def endings(console: Console) -> Iterator[None]:
     """How a run can end before its time, each in one sentence, with a status that is not 0; a bug keeps its trace."""
+    from fastroute.data.decode import UnreadableImage
     from fastroute.data.loaders import PlaceMismatch
-    from fastroute.data.sources import UnreadableImage
     from fastroute.training import Terminated
     from fastroute.training.distributed import ProcessLost
     from fastroute.training.graphs import NotRecordable

@@ -90,6 +90,7 @@ def write_report(
         return _clustering(checkpoint, saved, folder, data_dir, runs, limit, batch_size)
     given = trained(checkpoint, saved, dataset=dataset, data_dir=data_dir, batch_size=batch_size, workers=workers)
     check_finite(given.network, checkpoint)
+    Console().print(shown(given.images), soft_wrap=True, highlight=False)
     earlier = None if before is None else trained_network(before, "before")
     if earlier is not None:
         check_finite(earlier, before, "before")
@@ -124,11 +125,11 @@ def _read(paths: Sequence[Path], img_size: int, crop_pct: float, channels: int) 
     """Images cut as in validation: (k, C, H, W), values from 0 to 1; grey for a network of one channel."""
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    from fastroute.data.sources import decode_image
+    from fastroute.data.decode import decode_image
     from fastroute.data.transforms import eval_transform
 
     cut = eval_transform(img_size, crop_pct)
-    decoded = [cut(decode_image(path, str(path)).convert("L" if channels == 1 else "RGB")) for path in paths]
+    decoded = [cut(decode_image(path, str(path), channels)) for path in paths]
     return torch.stack([pil_to_tensor(image) for image in decoded]).float() / 255
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from fastroute.cli.images import chosen_images
 from fastroute.models import create_model
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 class Trained:
     """A trained network with its validation images, on the GPU where there is one.
 
-    loader: of `validation_loader`, with the names of its `classes`.
+    loader: of `validation_loader`, with the names of its `classes`. images: which they are, in a line.
     """
 
     network: nn.Module
@@ -27,6 +28,7 @@ class Trained:
     classes: list[str]
     img_size: int
     crop_pct: float
+    images: str
 
 
 def trained_network(path: Path, name: str = "checkpoint", checkpoint: dict | None = None) -> nn.Module:
@@ -65,13 +67,11 @@ def trained(
 
     network = trained_network(path, checkpoint=checkpoint)
     run, data = checkpoint["hyper_parameters"], checkpoint.get("ImageDataModule", {})
-    dataset = dataset or data.get("dataset")
-    if dataset is None:
-        raise ValueError("dataset is missing; the checkpoint does not say on what it was trained")
+    images = chosen_images(data, dataset, data_dir)
     img_size, crop_pct = data.get("img_size", run["img_size"]), data.get("crop_pct", 0.875)
     loader, classes, channels = validation_loader(
-        dataset,
-        data_dir,
+        images.dataset,
+        images.data_dir,
         batch_size=batch_size,
         img_size=img_size,
         crop_pct=crop_pct,
@@ -80,9 +80,10 @@ def trained(
         mean=data.get("mean"),
         std=data.get("std"),
         device=this_device(),
+        **images.options,
     )
-    check_channels(data_dir, channels, run)
-    return Trained(network, dataset, loader, classes, img_size, crop_pct)
+    check_channels(images.data_dir, channels, run)
+    return Trained(network, images.dataset, loader, classes, img_size, crop_pct, images.line)
 
 
 def check_channels(data_dir: Path | None, channels: int, run: dict) -> None:

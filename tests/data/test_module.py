@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastroute.data.sources import UnreadableImage
+from fastroute.data.decode import UnreadableImage
 from fastroute.training import ImageDataModule
 
 
