@@ -33,18 +33,18 @@ WorkersOption = Annotated[
 ]
 
 
-def dataset_named(dataset: str | None, data_dir: Path | None, val_split: float = 0.0) -> str:
+def dataset_named(dataset: str | None, data_dir: Path | None, any_split: bool = False) -> str:
     """The dataset that is named, or else what the folder holds, or the digits where there is no folder.
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds no images in a layout that is read.
-        ValueError: it holds several datasets, or no images to validate on and none are set aside.
+        ValueError: it holds several datasets, or no images to validate on, unless with `any_split`.
     """
     if dataset is not None or data_dir is None:
         return dataset or "digits"
     from fastroute.data.layout import choose
 
-    return choose(data_dir, any_split=val_split > 0).dataset
+    return choose(data_dir, any_split=any_split).dataset
 
 
 @contextlib.contextmanager

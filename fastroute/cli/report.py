@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from fastroute.cli.common import COUNT, DataDirOption, DatasetOption, WorkersOption, plain_errors
+from fastroute.cli.common import COUNT, DataDirOption, DatasetOption, WorkersOption, plain_errors, read_options
 from fastroute.cli.outside import shown
 from fastroute.cli.trained import check_finite, trained, trained_network
 from fastroute.models import create_model
@@ -185,7 +185,12 @@ def _clustering(
         summaries = {path.parent.name: path for path in sorted(runs.glob("*/summary.csv"))}
         if not summaries:
             raise FileNotFoundError(f"runs is {runs}; there are no folders with summary.csv in it")
-    pixels, labels = load_images(run["dataset"], data_dir, limit, run["img_size"])
+    kept = _run_images(checkpoint)
+    data_dir, limit = data_dir or kept["data_dir"], limit or kept["limit"]
+    loaded = load_images(run["dataset"], data_dir, limit, run["img_size"], on_bad_image=kept["on_bad_image"])
+    pixels, labels = loaded.images, loaded.labels
+    where = f" in {data_dir}" if data_dir else ""
+    Console().print(shown(f"images: {len(labels):,} of {run['dataset']}{where}"), soft_wrap=True, highlight=False)
 
     def network() -> IIC | TwoFoldClustering:
         size, batch_norm = pixels.shape[-1], run["batch_norm"]
@@ -200,18 +205,29 @@ def _clustering(
     images = Images(
         lambda: Batches(pixels, labels, batch_size),
         lambda indices: (pixels[indices].permute(0, 2, 3, 1) * 255).round().byte(),
-        [str(label) for label in range(int(labels.max()) + 1)],
+        loaded.classes,
         torch.zeros(1),
         torch.ones(1),
     )
     facts = {
         "network": run["architecture"],
         "checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}",
-        "images": f"{len(labels):,} of {run['dataset']}",
+        "images": f"{len(labels):,} of {data_dir.name if data_dir else run['dataset']}",
         "clusters": f"{clusters}, by {run['method']}",
     }
     page = Report(folder, f"Clusters of {run['dataset']}", facts)
     return clustering_report(page, _Responses(trained), images, untrained=_Responses(network()), summaries=summaries)
+
+
+def _run_images(checkpoint: Path) -> dict:
+    """Which images a clustering was made of, by the args.yaml beside its checkpoint; all by default without one."""
+    kept, path = {"data_dir": None, "limit": None, "on_bad_image": "stop"}, checkpoint.parent / "args.yaml"
+    if not path.is_file():
+        return kept
+    kept |= {name: value for name, value in read_options(path).items() if name in kept and value is not None}
+    if not isinstance(kept["limit"], int | None) or kept["on_bad_image"] not in ("stop", "skip"):
+        raise ValueError(f"{path} is no file of options: its limit is {kept['limit']!r}; remove it")
+    return kept | {"data_dir": None if kept["data_dir"] is None else Path(str(kept["data_dir"]))}
 
 
 class _Responses(nn.Module):

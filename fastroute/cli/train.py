@@ -277,7 +277,7 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
     if options.sync_bn and not torch.cuda.is_available():
         raise ValueError("sync_bn is True; PyTorch's synchronised batch norm needs GPUs")
     check_compile_mode(options.compile, options.compile_mode)
-    options.dataset = dataset_named(options.dataset, options.data_dir, options.val_split)
+    options.dataset = dataset_named(options.dataset, options.data_dir, options.val_split > 0)
     context.params["dataset"] = options.dataset  # as args.yaml keeps it
     folder, resume = agreed(_places(options, console))
     if resume is not None and options.resume == "auto" and training.epochs_done(resume) >= options.epochs:

@@ -28,9 +28,7 @@ def response_map(responses: Mapping[str, Tensor], seed: int = 0) -> Figure:
             own = places[clusters == cluster]
             axes.scatter(*own.T, s=4, color=PALETTE[cluster % len(PALETTE)], linewidths=0, rasterized=True)
             box = {"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": INK, "linewidth": 0.5}
-            axes.text(
-                *np.median(own, 0), str(cluster + 1), ha="center", va="center", bbox=box, color="black", fontsize=7
-            )
+            axes.text(*np.median(own, 0), str(cluster), ha="center", va="center", bbox=box, color="black", fontsize=7)
         axes.set(title=title, xticks=[], yticks=[])
     return figure
 
@@ -100,7 +98,7 @@ def confusion(labels: Tensor, clusters: Tensor, classes: Sequence[str]) -> Figur
             axes.text(
                 j, i, f"{value:.0f}", ha="center", va="center", color="black" if value > 50 else "white", fontsize=8
             )
-    axes.set_xticks(range(len(order)), [str(k + 1) for k in order])
+    axes.set_xticks(range(len(order)), [str(k) for k in order])
     axes.set_yticks(range(len(classes)), list(map(legible, classes)))
     axes.set(xlabel="cluster", ylabel="class")
     return figure

@@ -344,25 +344,30 @@ def clustering_report(
     size = images.at(torch.tensor([0])).shape[1:]
     options = {"mean": images.mean, "std": images.std}
     nodes = list(range(min(10, responses.shape[1])))
-    top = {f"cluster {k + 1}": images.at(responses[:, k].topk(EXTREMES).indices) for k in nodes}
+    top = {f"cluster {k}": images.at(responses[:, k].topk(EXTREMES).indices) for k in nodes}
     report.section(
         "Clusters",
         f"The {EXTREMES} images with the highest relevance score of each cluster, and at the right an image made to "
         "maximise it.",
     )
-    mains = "; ".join(
-        f"{k + 1}: mostly {images.classes[labels[found == k].mode().values]}" if sizes[k] else f"{k + 1}: empty"
-        for k in nodes
-    )
+    labelled = bool((labels >= 0).all())
+
+    def main(k: int) -> str:
+        if not sizes[k]:
+            return "empty"
+        return f"mostly {images.classes[labels[found == k].mode().values]}" if labelled else f"{sizes[k]:,} images"
+
+    mains = "; ".join(f"{k}: {main(k)}" for k in nodes)
     report.figure(
         "clusters",
         clusters.cluster_images(top, synthesize_outputs(model, nodes, size, **options)),
         f"Clusters: {mains}.",
     )
-    report.section(
-        "Against the labels", "In percent of each class, the clusters its images came to. The labels were not used."
-    )
-    report.figure("confusion", clusters.confusion(labels, found, images.classes), f"Clusters by class: {mains}.")
+    if labelled:
+        report.section(
+            "Against the labels", "In percent of each class, the clusters its images came to. The labels were not used."
+        )
+        report.figure("confusion", clusters.confusion(labels, found, images.classes), f"Clusters by class: {mains}.")
 
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     report.section("Filters", "Images made to maximise filters of the first and of the last convolution.")
