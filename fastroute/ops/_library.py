@@ -1,9 +1,9 @@
 """The operators' namespaces.
 
 `fastroute::` is the users'. `fastroute_python::` is always implemented in Python. The compiled library defines both,
-checks the arguments and registers autograd; without it, Python does. `fastroute_fused::` has the same operators again, for
-graphs in which Inductor is to decompose them and fuse them with their neighbours. It is a namespace of its own because
-the caches of compiled graphs on disk know an operator by its name alone.
+checks the arguments and registers autograd; without it, Python does. `fastroute_fused::` has the same operators again,
+for graphs in which Inductor is to decompose them and fuse them with their neighbours. It is a namespace of its own
+because the caches of compiled graphs on disk know an operator by its name alone.
 """
 
 import contextlib
@@ -128,7 +128,7 @@ def under_transform() -> bool:
 
 
 def call(operator, *args):
-    """Call an operator: in plain PyTorch under a transform, which can trace that, and by its form in compiled graphs."""
+    """Call an operator: in plain PyTorch under a transform, which can trace that; in its form in compiled graphs."""
     if torch.compiler.is_compiling():
         return _traced(operator, *args)
     if under_transform():
