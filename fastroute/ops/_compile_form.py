@@ -19,8 +19,9 @@ class compile_form:
     "operator": one node each, computed by the library's kernels. "fused": plain operations, forward and hand-derived
     backward (Eq. 3.10 to 3.15), which Inductor fuses with the layers around; other compilers keep the node. "auto", the
     default: what was measured to be faster for the device, the operator and the dtype. A named backend, as by
-    `use_backend`, asks for "operator" where the form is "auto". What is traced already stays as it is until Dynamo's
-    guards see the change, which is at the next call. `torch.export` always keeps the operators.
+    `use_backend`, asks for "operator" where the form is "auto". A compiled function is compiled anew at its next call
+    after a change. `cross_predict`, whose time is that of its convolutions, is always one node, and `torch.export`
+    always keeps the operators.
 
     Example:
         >>> with fastroute.compile_form("fused"):
@@ -46,6 +47,8 @@ class compile_form:
 
 def fuses(operator: str, x: Tensor) -> bool:
     """Return whether a compiled graph fuses the operator for tensors like x."""
+    if operator == "cross_predict":
+        return False
     if _form != "auto":
         return _form == "fused"
     return not _backend_named and MEASURED.get((x.device.type, operator, str(x.dtype))) == "fused"

@@ -36,7 +36,7 @@ def mixture_em_loss(xs, w1, b1, w2, b2):
     return (ops.mixture_em_loss(ops.gate(xs, w1, b1, w2, b2).scores.float()).loss,)
 
 
-FUNCTIONS = {f.__name__: f for f in (cross_connect, gate, mix, cross_predict, mixture_em_loss)}
+FUNCTIONS = {f.__name__: f for f in (cross_connect, gate, mix, mixture_em_loss)}
 
 
 class Compiler:
@@ -100,6 +100,13 @@ def test_a_fused_graph_computes_what_the_operator_does(name, dtype, layout):
 def tolerance(theirs):
     scale = max(theirs.abs().max().item(), 1e-2)  # some gradients vanish but for rounding
     return {"rtol": 0, "atol": scale * (1e-5 if theirs.dtype == torch.float32 else 1e-2)}
+
+
+def test_cross_prediction_stays_an_operator():
+    compiler = Compiler()
+    with fastroute.compile_form("fused"):
+        results(torch.compile(cross_predict, backend=compiler, fullgraph=True), *tensors(torch.float32, "contiguous"))
+    assert compiler.operators() == {"fastroute.cross_predict", "fastroute.cross_predict_backward"}
 
 
 @pytest.mark.parametrize("form, operators", [("operator", {"fastroute::cross_connect"}), ("fused", set())])

@@ -65,24 +65,22 @@ def cross_predict_backward(grad_outputs, outputs, xs, weight, bias, gates, strid
     grads = [grad.to(dtype) for grad in grad_outputs]
     if outputs:
         grads = [torch.where(y <= 0, 0, grad) for grad, y in zip(grads, outputs, strict=True)]
+    grad_weight, grad_gates = gates.new_zeros(weight.shape), torch.zeros_like(gates)
+    grad_bias = gates.new_zeros(0 if bias is None else bias.shape)
     grad_xs = [torch.zeros_like(x, dtype=dtype) for x in xs]
-    to_weight, to_bias, to_gates = [], [], []  # of every i and j, out of place, as Inductor has to have decompositions
     for i in range(m):
         for j in range(n):
             w = weight[i, j].to(x.dtype)
             u = _prediction(xs[i], w, None if bias is None else bias[i, j], geometry)
-            to_gates.append((grads[j] * u).flatten(1).sum(1))
+            grad_gates[:, i, j] = (grads[j] * u).flatten(1).sum(1)
             grad_u = _unsqueeze_like(gates[:, i, j], u) * grads[j]
             if bias is not None:
-                to_bias.append(grad_u.transpose(0, 1).flatten(1).sum(1))
+                grad_bias[i, j] = grad_u.transpose(0, 1).flatten(1).sum(1)
             if len(x):
                 grad_u = convolution.arrange(grad_u.to(x.dtype))
-                to_weight.append(convolution.weight_gradient(grad_u, xs[i], w).to(dtype))
+                grad_weight[i, j] = convolution.weight_gradient(grad_u, xs[i], w)
                 if grad_inputs:
-                    grad_xs[i] = grad_xs[i] + convolution.input_gradient(grad_u, xs[i], w)
-    grad_weight = torch.stack(to_weight).reshape(weight.shape) if to_weight else gates.new_zeros(weight.shape)
-    grad_bias = gates.new_zeros(0) if bias is None else torch.stack(to_bias).reshape(bias.shape)
-    grad_gates = torch.stack(to_gates, 1).reshape(gates.shape)
+                    grad_xs[i] += convolution.input_gradient(grad_u, xs[i], w)
     return [dense_like(grad, x) for grad in grad_xs] if grad_inputs else [], grad_weight, grad_bias, grad_gates
 
 
