@@ -212,7 +212,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
     def score_samples(self, X) -> np.ndarray:
         """The EM objective of each sample, Σ_j p_j (log π_j + log sigmoid(a*_j / γ)) of Eq. 4.21: (n_samples,).
 
-        Samples where no cluster is likely, as between two or far from all, have low ones.
+        `score` is their mean.
         """
         check_is_fitted(self)
         return self._model.objective(self._validate(X, reset=False))
