@@ -442,6 +442,11 @@ def test_models_lists_parameters_and_macs_beside_the_thesis():
         (("resnet20", "--initial-checkpoint", "/nowhere.pt"), "initial_checkpoint is /nowhere.pt; there is no such"),
         (("resnet20", "--dataset", "cifar10", "--data-dir", "/nowhere"), "data_dir is /nowhere; CIFAR10 is not whole"),
         (("resnet20", "--dataset", "webdataset", "--data-dir", "/tmp"), "there are no shards train/*.tar"),
+        (("resnet20", "--device", "cuda:99"), "device is 'cuda:99'; this machine has"),
+        (("resnet20", "--device", "cpu", "--amp", "--amp-dtype", "float16"), "amp_dtype is 'float16'; on a CPU it"),
+        (("resnet20", "--epochs", 1, "--warmup-epochs", 2), "warmup_epochs is 2; it must be at most epochs, 1"),
+        (("resnet20", "--log", "csv,board"), "log is 'board'; it must be of csv, tensorboard, wandb, mlflow"),
+        (("resnet20", "--min-lr", 1), "min_lr is 1.0; it must be from 0 to lr, 0.1"),
     ],
 )
 def test_wrong_arguments_end_in_a_sentence(arguments, message, tmp_path):

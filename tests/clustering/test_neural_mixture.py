@@ -100,14 +100,14 @@ def test_units_of_features_do_not_matter():
     options = {"n_init": 1, "random_state": 0}
     labels = [NeuralMixture(3, **options).fit_predict(x) for x in (X, StandardScaler().fit_transform(X))]
     assert cluster_accuracy(labels[0], labels[1]) > 0.98 and cluster_accuracy(y, labels[0]) > 0.85
-    model = NeuralMixture(3, epochs=0, **options)
     rare = np.zeros((1000, 1))
     rare[:3] = 5.0
-    X = np.hstack([1e6 * np.random.default_rng(0).normal(size=(1000, 1)) + 1e6, rare, np.full((1000, 1), 0.1)])
-    center, scale = model._frame(X)
-    frame = (X - center) * scale
-    np.testing.assert_allclose(frame.mean(0), 0, atol=1e-6)
-    assert frame.std(0)[0] == pytest.approx(1) and np.ptp(frame[:, 1]) == pytest.approx(1 / 0.14) and scale[2] == 0
+    X = np.hstack([np.random.default_rng(0).normal(size=(1000, 2)), rare, np.full((1000, 1), 0.1)])
+    units = np.array([1e6, 1e-3, 1.0, 7.0])
+    frames = [(x - center) * scale for x in (X, X * units + 3) for center, scale in [NeuralMixture()._frame(x)]]
+    np.testing.assert_allclose(*frames, atol=1e-6)
+    np.testing.assert_allclose(frames[0].mean(0), 0, atol=1e-9)
+    assert frames[0].std(0)[:2] == pytest.approx(1) and 0.4 < frames[0].std(0)[2] < 0.8 and not frames[0][:, 3].any()
 
 
 def test_weights_count_as_so_many_samples():
