@@ -78,7 +78,7 @@ def test_config_file_sets_defaults_and_flags_win(tmp_path):
     assert "it must hold one `name: value` for each option" in run("train", "resnet20", "-c", config).output
     assert "there is no such file" in run("train", "resnet20", "-c", tmp_path / "none.yaml").output
     config.write_text("a: [1")
-    assert "it is no YAML file" in run("train", "resnet20", "-c", config).output
+    assert "it is not a YAML file" in run("train", "resnet20", "-c", config).output
     assert "did you mean cifar10_resnet20" in run("train", "-c", "cifar_resnet20").output
 
 
@@ -563,7 +563,7 @@ def test_numbers_are_finite(option, value):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("a: &a [x]\nb: [*a, *a]", "line 1, column 4: anchors and aliases are not read"),
+        ("a: &a [x]\nb: [*a, *a]", "line 1, column 4: anchors and aliases are not supported"),
         ("lr: " + "[" * 900 + "]" * 900, "there are more than 16 levels"),
         ("# " + "x" * 2**19, "it is larger than 262,144 bytes"),
         ("".join(f"a{i}: 1\n" for i in range(6000)), "there are more than 10,000 values"),
@@ -572,7 +572,7 @@ def test_numbers_are_finite(option, value):
         ("lr: {a: 1}", "lr holds a dict, and must be one value"),
         ("lr: abc", "lr is 'abc': 'abc' is not a valid float"),
         ("epochs: 1.5", "epochs is '1.5': "),
-        ("lr: 2024-99-99", "it is no YAML file of options"),
+        ("lr: 2024-99-99", "it is not a YAML file of options"),
         ("mixup: .nan", "mixup is 'nan': it is nan; it must be a finite number"),
     ],
 )
@@ -587,7 +587,7 @@ def test_a_config_is_a_regular_file(tmp_path):
     os.mkfifo(tmp_path / "c.yaml")
     for path in (tmp_path / "c.yaml", "/dev/zero"):
         result = run("train", "resnet20", "-c", path)
-        assert result.exit_code == 2 and "it is no regular file" in result.output, result.output
+        assert result.exit_code == 2 and "it is not a regular file" in result.output, result.output
 
 
 @pytest.mark.parametrize("name", ["[/x]", "a[b]c", "\x1b[31m", "\udcff", "a\nb"])
