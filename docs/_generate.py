@@ -1,0 +1,144 @@
+"""Hooks of mkdocs: write the parts of the pages that come from the package, and add the files that pages link to.
+
+A page asks for a part with `<!-- generated: NAME -->`, NAME being a function of `PARTS`. So the list of commands, networks
+and recipes is made anew at each build. A link to a file outside `docs/` becomes a link to a copy of it in the site.
+"""
+
+import re
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+import click
+import torch
+import typer
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+LINK = re.compile(r"(?<=\]\()(?:\.\./)+(?!\.\./)(?P<path>[\w./-]+)(?=[)#])")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add every file of the repository, outside docs/, that a page links to."""
+    for page in files.documentation_pages():
+        for path in _linked(Path(page.abs_src_path)):
+            name = f"repository/{path}"
+            if not files.get_file_from_path(name) and (ROOT / path).is_file():
+                content = (ROOT / path).read_bytes()
+                if path.endswith(".md"):
+                    content = _without_links(content.decode())
+                files.append(File.generated(config, name, content=content, inclusion=InclusionLevel.NOT_IN_NAV))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put in what is generated, and point links to files of the repository at their copies."""
+    if page.file.src_uri.startswith("repository/"):
+        return markdown
+    up = "../" * page.file.src_uri.count("/")
+    markdown = LINK.sub(lambda match: f"{up}repository/{match['path']}", markdown)
+    return re.sub(r"<!-- generated: (\w+) -->", lambda match: PARTS[match[1]](), markdown)
+
+
+def _linked(page: Path) -> Iterator[str]:
+    for match in LINK.finditer(page.read_text()):
+        yield match["path"]
+
+
+def _without_links(markdown: str) -> str:
+    """The page without its relative links: most of what they name is not in the site."""
+    return re.sub(r"\[([^]]+)\]\((?!https?:|#)[^)]+\)", r"\1", markdown)
+
+
+def commands() -> str:
+    """Every command of `fastroute` with its arguments and options."""
+    from fastroute.cli import app
+
+    root = typer.main.get_command(app)
+    return "\n\n".join(_command(path, command) for path, command in _walk(root, "fastroute"))
+
+
+def _walk(command: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:
+    yield path, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from _walk(inner, f"{path} {name}")
+
+
+def _command(path: str, command: click.Command) -> str:
+    context = click.Context(command, info_name=path)
+    usage = " ".join([path, *(piece for piece in command.collect_usage_pieces(context))])
+    shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
+    rows = [row for parameter in shown if (row := _row(parameter, context))]
+    text = f"## {path}\n\n{(command.help or '').strip()}\n\n```text\n{usage}\n```"
+    return text + ("\n\n| | default | |\n|---|---|---|\n" + "\n".join(rows) if rows else "")
+
+
+def _row(parameter: click.Parameter, context: click.Context) -> str | None:
+    record = parameter.get_help_record(context)
+    if record is None and not isinstance(parameter, click.Argument):
+        return None
+    if isinstance(parameter, click.Argument):
+        name = parameter.make_metavar(context)
+    else:
+        name = ", ".join([*parameter.opts, *parameter.secondary_opts])
+        if not getattr(parameter, "is_flag", False):
+            name += f" {parameter.make_metavar(context)}"
+    words = " ".join((getattr(parameter, "help", None) or "").split())
+    named = re.search(r" ?\(default: (.+)\)$", words)
+    if named:
+        default = named[1]
+    elif parameter.required:
+        default = "required"
+    elif parameter.default is None or parameter.default in (False, ()):
+        default = ""
+    else:
+        default = f"`{parameter.default}`"
+    words = words[: named.start()] if named else words
+    return f"| `{_cell(name)}` | {_cell(default)} | {_cell(words)} |"
+
+
+def _cell(text: str) -> str:
+    return str(text).replace("|", "\\|").replace("<", "&lt;")
+
+
+def networks() -> str:
+    """Every network with its parameters, the thesis's beside them, and its multiply-accumulates."""
+    from fastroute import models
+
+    lines = ["| network | parameters | thesis, M | MACs, M | table |", "|---|---:|---:|---:|---|"]
+    with torch.device("meta"):
+        for name in models.list_models():
+            info, model = models.model_info(name), models.create_model(name)
+            count = sum(parameter.numel() for parameter in model.parameters())
+            macs = models.count_macs(model, (3, info.img_size, info.img_size)) / 1e6
+            lines.append(f"| `{name}` | {count:,} | {info.params} | {macs:,.1f} | {info.table} |")
+    return "\n".join(lines)
+
+
+def recipes() -> str:
+    """Every recipe, by experiment, with the percentages that the thesis reports and the options that it sets."""
+    from fastroute.training.recipes import VARIANTS
+    from fastroute.training.recipes import recipes as known
+
+    lines = []
+    for command, (_, varied) in VARIANTS.items():
+        lines += [f"## For `fastroute {command}`", ""]
+        for about, found in groupby(known(command).values(), key=lambda recipe: recipe.about):
+            found = list(found)
+            measures = list(dict.fromkeys(measure for recipe in found for measure in recipe.reported))
+            options = {name: value for name, value in found[0].options.items() if name != varied}
+            said = ", ".join(f"`{name}: {str(value).lower() if value in (True, False) else value}`" for name, value in options.items())
+            lines += [f"**{about}**", "", f"{said}", ""]
+            lines += [f"| recipe {'| ' + ' | '.join(f'{m}, %' for m in measures) if measures else ''} |"]
+            lines += ["|---|" + "---:|" * len(measures)]
+            for recipe in found:
+                values = (recipe.reported.get(measure) for measure in measures)
+                cells = [f"`{recipe.name}`", *("" if value is None else f"{value:.2f}" for value in values)]
+                lines.append(f"| {' | '.join(cells)} |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+PARTS = {part.__name__: part for part in (commands, networks, recipes)}
