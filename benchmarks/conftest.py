@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastroute import benchmark as measuring
-from fastroute.benchmark import report
+from fastroute import bench as measuring
+from fastroute.bench import report
 
 
 def pytest_addoption(parser):

@@ -118,7 +118,7 @@ def end_with_parent() -> None:
 
 
 def machine(options) -> list[Measurement]:
-    from fastroute.benchmark import Result
+    from fastroute.bench import Result
 
     device = torch.device(options.device)
 
@@ -141,7 +141,7 @@ def does_not_serve(backend: str, device: str) -> str | None:
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str):
     """Paths, gate and incoming gradients for 2 → 2 paths of a shape."""
-    from fastroute.benchmark.cases import LAYOUTS
+    from fastroute.bench.cases import LAYOUTS
 
     torch.manual_seed(0)
     xs = [torch.randn(shape, device=device).to(dtype, memory_format=LAYOUTS[layout]) for _ in range(PATHS)]
@@ -166,7 +166,7 @@ def job(function: Callable, direction: str, xs, gate, grads) -> Callable[[], lis
 def contender(name: str) -> tuple[Callable, contextlib.AbstractContextManager]:
     """The function by a backend's name, or "default", "eager" or "compile", and the context it is to be called in."""
     from fastroute import ops, use_backend
-    from fastroute.benchmark import plain
+    from fastroute.bench import plain
 
     if name == "eager":
         return plain.cross_connect, contextlib.nullcontext()
@@ -227,7 +227,7 @@ def host_time(backend: str, direction: str, device: str) -> Iterator[dict]:
 
 def device_time(backend: str, case: tuple, device: str) -> Iterator[dict]:
     """Microseconds of the device for a call that finds the caches empty, beside a copy, and how far off it is."""
-    from fastroute.benchmark import contest, plain
+    from fastroute.bench import contest, plain
 
     shape, dtype, layout, direction = case
     tensors = draw(shape, dtype, layout, device)
@@ -287,7 +287,7 @@ def by_kernel(backend: str, case: tuple, device: str) -> Iterator[dict]:
     """Microseconds by kernel of a forward and backward."""
     from torch.profiler import ProfilerActivity, profile
 
-    from fastroute.benchmark import contest
+    from fastroute.bench import contest
 
     function, context = contender(backend)
     call, clock = job(function, "forward+backward", *draw(*case, device)), contest.clock(torch.device(device))
@@ -412,7 +412,7 @@ def sanitizer_row(output: str, status: int) -> dict:
 
 def peers(options) -> list[Measurement]:
     """torch.compile of plain routing, then whole training steps: as they are, compiled, and in CUDA graphs."""
-    from fastroute.benchmark import cases, networks
+    from fastroute.bench import cases, networks
 
     cases.COMPILE_MODES.clear()  # the default mode: the thorough one takes minutes
     on_card = options.device == "cuda"
@@ -458,7 +458,7 @@ def peers(options) -> list[Measurement]:
 
 def step_time(step: Callable, options, calls: int = 10) -> dict:
     """Milliseconds of a step in a loop, and of its replay from a CUDA graph."""
-    from fastroute.benchmark import contest
+    from fastroute.bench import contest
 
     clock = contest.clock(torch.device(options.device))
     calls = calls if options.device == "cuda" else 1
@@ -487,15 +487,15 @@ def step_time(step: Callable, options, calls: int = 10) -> dict:
 
 def all_cases(options) -> list[Measurement]:
     """Every case of `fastroute bench`: the default selection, what README states, then the rest in random order."""
-    from fastroute import benchmark
-    from fastroute.benchmark import cases
+    from fastroute import bench
+    from fastroute.bench import cases
 
     cases.COMPILE_MODES.clear()  # the default mode: the thorough one takes minutes a case
 
     def measure(case):
-        yield {"kind": "row", "row": asdict(benchmark.measure(case, options.rounds))}
+        yield {"kind": "row", "row": asdict(bench.measure(case, options.rounds))}
 
-    every = benchmark.all_cases(torch.device(options.device))
+    every = bench.all_cases(torch.device(options.device))
     if options.suite:
         every = [case for case in every if case.suite == options.suite]
     return [(case.id, partial(measure, case)) for case in ordered(every)]
@@ -536,7 +536,7 @@ def main() -> None:
     if options.kind == "tests":
         tests(options, speaker.say)
     else:
-        from fastroute.benchmark import without_tf32
+        from fastroute.bench import without_tf32
 
         without_tf32()
         serve(KINDS[options.kind](options), options.skip, speaker.say, options.device)

@@ -14,8 +14,8 @@ import torch
 
 from fastroute import ops
 from fastroute.backends import BACKENDS
-from fastroute.benchmark.cases import DTYPES, LAYOUTS, draw
-from fastroute.benchmark.operators import FORWARD_BACKWARD, OPERATORS, STATED, Problem
+from fastroute.bench.cases import DTYPES, LAYOUTS, draw
+from fastroute.bench.operators import FORWARD_BACKWARD, OPERATORS, STATED, Problem
 
 CPU = torch.device("cpu")
 SHAPE = (128, 32, 16, 16)  # where the number of paths varies

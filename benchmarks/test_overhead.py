@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastroute import benchmark as measuring
-from fastroute.benchmark.operators import FORWARD, FORWARD_BACKWARD
+from fastroute import bench as measuring
+from fastroute.bench.operators import FORWARD, FORWARD_BACKWARD
 from fastroute.ops import _library
 
 SUITE = "overhead"

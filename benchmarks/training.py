@@ -21,9 +21,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from fastroute.cli import keep_freed_memory
+from fastroute.data.in_memory import ImageSet, Split
+from fastroute.data.module import IMAGENET_MEAN, IMAGENET_STD
 from fastroute.training import ImageDataModule, RoutingClassifier, fit
-from fastroute.training.data import IMAGENET_MEAN, IMAGENET_STD
-from fastroute.training.datasets import ImageSet, Split
 
 
 class RandomImages(ImageDataModule):

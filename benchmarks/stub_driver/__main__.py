@@ -20,8 +20,8 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
 
     from benchmarks import stub_driver
     from fastroute import use_backend
-    from fastroute.benchmark import overhead
-    from fastroute.benchmark.operators import FORWARD, FORWARD_BACKWARD
+    from fastroute.bench import overhead
+    from fastroute.bench.operators import FORWARD, FORWARD_BACKWARD
 
     stub_driver.install()
     torch.set_num_threads(1)

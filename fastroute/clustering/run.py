@@ -18,12 +18,12 @@ from torch import Tensor
 from fastroute._files import replacing
 from fastroute.clustering.metrics import cluster_accuracy, many_to_one_accuracy
 from fastroute.clustering.module import ClusteringModule
+from fastroute.data.in_memory import DATASETS, Options
+from fastroute.data.loaders import EpochLoader
+from fastroute.data.seeding import generator
 from fastroute.training.checkpoints import AtomicCheckpointIO, LastCheckpoint, RecoveryCheckpoint, read_resumable
-from fastroute.training.datasets import DATASETS, Options
-from fastroute.training.loaders import EpochLoader
 from fastroute.training.run_folder import run_folder
 from fastroute.training.saved_fields import check_training_state
-from fastroute.training.seeding import generator
 from fastroute.training.steps import EpochMeans, FiniteWeights, StepSeed
 from fastroute.training.trainer import quiet
 
@@ -54,7 +54,7 @@ def load_images(
 ) -> tuple[Tensor, Tensor]:
     """Images float32 (N, C, H, W) from 0 to 1, and labels (N,): the first `limit`.
 
-    "digits" and "stl10" are all images with labels; others the training images of `fastroute.training.datasets`.
+    "digits" and "stl10" are all images with labels; others the training images of `fastroute.data.in_memory`.
     CIFAR-100's labels are its 20 superclasses.
 
     Raises:

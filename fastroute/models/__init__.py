@@ -11,8 +11,8 @@ from fastroute.models import (  # noqa: F401 (they register their networks)
     imagenet_resnet,
 )
 from fastroute.models._cost import count_macs
-from fastroute.models._multipath import multipath
 from fastroute.models._timm import register_timm
+from fastroute.models.conversion import multipath
 from fastroute.models.ensemble import Ensemble
 from fastroute.models.registry import ModelInfo, create_model, list_models, model_info, register_model
 

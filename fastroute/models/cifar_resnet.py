@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from fastroute.models._multipath import multipath
+from fastroute.models.conversion import multipath
 from fastroute.models.layers import Network, SqueezeExcite, conv, conv_bn, pool_and_classify
 from fastroute.models.registry import register_model
 from fastroute.nn import CrossConnection, CrossPrediction2d, MultiPathNetwork, ParallelPaths

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import nn
 
-from fastroute.models._multipath import multipath
+from fastroute.models.conversion import multipath
 from fastroute.models.layers import Network, SqueezeExcite, conv_bn
 from fastroute.models.registry import register_model
 from fastroute.nn import CrossPrediction2d, CrossPredictionLinear, MultiPathNetwork, ParallelPaths

@@ -4,7 +4,7 @@ from functools import partial
 
 from torch import nn
 
-from fastroute.models._multipath import multipath
+from fastroute.models.conversion import multipath
 from fastroute.models.registry import register_model
 from fastroute.nn import MultiPathNetwork
 

@@ -1,12 +1,12 @@
 """Modules: the routing layers, and the containers that hold parallel paths."""
 
+from fastroute.nn.containers import MultiPathNetwork, ParallelPaths
 from fastroute.nn.cross_connection import CrossConnection
 from fastroute.nn.cross_prediction import CrossPrediction2d, CrossPredictionLinear
 from fastroute.nn.cross_stitch import CrossStitch
 from fastroute.nn.exact_convolutions import exact_convolutions
 from fastroute.nn.gate_clustering import GateClusteringLoss
 from fastroute.nn.mixture_em import ConsistencyLoss, MixtureEMLoss, RelevanceNorm
-from fastroute.nn.multipath import MultiPathNetwork, ParallelPaths
 from fastroute.nn.router import Router, Routing
 from fastroute.nn.sparse import SparseRouter, SparseRouting
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from fastroute.nn._lists import TakesLists
-from fastroute.nn._temperature import Tempered
 from fastroute.ops._paths import MAX_PATHS, path_list
 
 
@@ -21,6 +20,24 @@ class Routing(NamedTuple):
 
     gates: Tensor
     scores: Tensor
+
+
+class Tempered:
+    """A module whose gates are softmax(A / T): even gates as T grows, a choice of one path as T falls to 0.
+
+    `temperature` is a plain attribute, not a parameter and not in the state dict: assign to it between steps to anneal.
+    A compiled module is compiled anew for the first other temperature alone.
+    """
+
+    @property
+    def temperature(self) -> float:
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        if not 0 < value < math.inf:
+            raise ValueError(f"temperature is {value}; it must be positive and finite")
+        self._temperature = float(value)
 
 
 class Router(TakesLists, Tempered, nn.Module):

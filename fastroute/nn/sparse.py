@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastroute.nn._temperature import Tempered
+from fastroute.nn.router import Tempered
 from fastroute.ops import mix
 from fastroute.ops._paths import DTYPES, MAX_PATHS, accumulate_dtype, channels_last, path_list
 

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import distributed as dist
 
 from fastroute._files import replacing
-from fastroute.nn.statistics import RouterStatistics, add_routing
-from fastroute.training.routing import across_processes
+from fastroute.diagnostics.routing import across_processes
+from fastroute.diagnostics.statistics import RouterStatistics, add_routing
 
 METRICS = ("train_loss", "train_error", "train_aux", "val_loss", "val_error", "val_error5")
 

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastroute._files import DamagedFile, checked
+from fastroute.data.loaders import Draws
+from fastroute.data.sources import UnreadableImage
 from fastroute.models import create_model
 from fastroute.nn import Routing, exact_convolutions
 from fastroute.training.capturable import CAPTURABLE
 from fastroute.training.distributed import gathered
 from fastroute.training.graphs import COMPILE_MODES, CUDAGraph, Graph, RecordedStep, check_recording
-from fastroute.training.loaders import Draws
 from fastroute.training.metrics import Totals
 from fastroute.training.optim import OPTIMIZERS, SCHEDULES, parameter_groups, scheduler
-from fastroute.training.sources import UnreadableImage
 from fastroute.training.steps import MovingAverage
 
 STATES = ("state_dict", "current_model_state")

@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastroute._errors import printable
+from fastroute.data.module import ImageDataModule
+from fastroute.diagnostics.routing import gates_table, mean_gates, routing_share
 from fastroute.training.classifier import RoutingClassifier
-from fastroute.training.data import ImageDataModule
-from fastroute.training.routing import gates_table, mean_gates, routing_share
 from fastroute.training.trainer import fit
 
 NETWORKS = ("resnet20", "resnet20_cc2")

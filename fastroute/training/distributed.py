@@ -9,7 +9,8 @@ import torch
 from torch import distributed as dist
 
 from fastroute._errors import in_a_line
-from fastroute.training.roll_call import patience, reason
+from fastroute._timeout import patience
+from fastroute.training.roll_call import reason
 
 T = TypeVar("T")
 

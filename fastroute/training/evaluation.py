@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from fastroute.training.augment import channel_statistics
-from fastroute.training.data import IMAGENET_MEAN, IMAGENET_STD, STREAMED
-from fastroute.training.datasets import DATASETS, Options
-from fastroute.training.loaders import EpochLoader, MemoryLoader, StreamLoader
+from fastroute.data.augment import channel_statistics
+from fastroute.data.in_memory import DATASETS, Options
+from fastroute.data.loaders import EpochLoader, MemoryLoader, StreamLoader
+from fastroute.data.module import IMAGENET_MEAN, IMAGENET_STD, STREAMED
+from fastroute.data.sources import UnreadableImage, val_source
+from fastroute.data.transforms import eval_transform, resize_size
+from fastroute.diagnostics.routing import RouterStatistics, across_processes, add_routing
 from fastroute.training.metrics import Totals
-from fastroute.training.routing import RouterStatistics, across_processes, add_routing
-from fastroute.training.sources import UnreadableImage, val_source
-from fastroute.training.transforms import eval_transform, resize_size
 
 
 @torch.no_grad()

@@ -1,26 +1,13 @@
 """How long processes wait for each other, and which of them did not answer."""
 
 import datetime
-import os
 
 from torch import distributed as dist
 
-VARIABLE = "FASTROUTE_TIMEOUT"
+from fastroute._timeout import VARIABLE, patience
+
 ANSWER = 10.0
 """Seconds in which a process that lives answers."""
-
-
-def patience() -> datetime.timedelta:
-    """How long a process waits for another: the seconds in `FASTROUTE_TIMEOUT`, or half an hour.
-
-    Raises:
-        ValueError: the variable holds something else.
-    """
-    text = os.environ.get(VARIABLE, "1800")
-    try:
-        return datetime.timedelta(seconds=max(1, int(text)))
-    except (ValueError, OverflowError):
-        raise ValueError(f"{VARIABLE} is {text!r}; it must be the seconds to wait for another process") from None
 
 
 def reason(error: BaseException) -> str:

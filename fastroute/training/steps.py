@@ -13,9 +13,9 @@ from torch import distributed as dist
 from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from fastroute.data.seeding import derived_seed
 from fastroute.training.distributed import ProcessLost, gathered, is_lost_process
 from fastroute.training.roll_call import reason
-from fastroute.training.seeding import derived_seed
 
 
 class StepSeed(pl.Callback):

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastroute.diagnostics.statistics import RouterStatistics
 from fastroute.models._modes import modes_kept
 from fastroute.nn import CrossConnection, ParallelPaths, Routing
-from fastroute.nn.statistics import RouterStatistics
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 DIVERGED = "the network has diverged, so there is nothing to show: take a checkpoint from before"

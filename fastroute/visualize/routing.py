@@ -7,7 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fastroute.nn.statistics import DEAD, RouterStatistics
+from fastroute.diagnostics.statistics import DEAD, RouterStatistics
 from fastroute.visualize.collect import Gate, Layer, RoutingData, short
 from fastroute.visualize.style import BLUE, INK, ORANGE, PALETTE, RED, WIDTH, grid, legible, show, styled
 

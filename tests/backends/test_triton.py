@@ -28,7 +28,7 @@ with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TRITON_INTERPRET", "1")
     cc, mx, em, cp, gt, tables = (
         importlib.import_module(f"fastroute.backends.triton.{name}")
-        for name in ("cross_connect", "mix", "mixture_em", "cross_predict", "gate", "launch_tables")
+        for name in ("cross_connect", "mix", "mixture_em", "cross_predict", "gate", "planning")
     )
 
 on_host = pytest.mark.skipif(CUDA, reason="the interpreter is off where there is a card")

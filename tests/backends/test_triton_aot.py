@@ -130,9 +130,9 @@ def compile_all(architecture: int, cases: dict[str, tuple]) -> list[dict]:
     from fastroute.backends.triton import cross_connect as cc
     from fastroute.backends.triton import cross_predict as cp
     from fastroute.backends.triton import gate as gt
-    from fastroute.backends.triton import launch_tables as tables
     from fastroute.backends.triton import mix as mx
     from fastroute.backends.triton import mixture_em as em
+    from fastroute.backends.triton import planning as tables
 
     class Driver:
         def get_current_device(self):

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastroute import ops
 from fastroute.nn import ConsistencyLoss, MixtureEMLoss, RelevanceNorm
-from tests.threads import one_thread
+from tests.threads import small_networks  # noqa: F401
 
 
 def blobs(samples=600, seed=0):
@@ -16,12 +16,6 @@ def blobs(samples=600, seed=0):
     centers = torch.tensor([[0.0, 4.0], [4.0, -3.0], [-4.0, -3.0]])
     labels = torch.arange(samples) % 3
     return centers[labels] + torch.randn(samples, 2, generator=generator), labels
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_networks():
-    with one_thread():
-        yield
 
 
 def train(criterion, steps=200):

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
+from fastroute.data.sources import UnreadableImage
 from fastroute.training.evaluation import evaluate, validation_loader
-from fastroute.training.sources import UnreadableImage
 
 
 class Corner(nn.Module):

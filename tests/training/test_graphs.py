@@ -9,13 +9,13 @@ from rich.console import Console
 from torch import nn
 
 from fastroute.backends import BACKENDS
+from fastroute.data.loaders import Draws
 from fastroute.models.cifar_resnet import cifar_resnet
 from fastroute.nn import GateClusteringLoss, SparseRouter
 from fastroute.training import ImageDataModule, RoutingClassifier, fit
 from fastroute.training import classifier as classifiers
 from fastroute.training.capturable import CAPTURABLE
 from fastroute.training.graphs import CUDAGraph, NotRecordable, RecordedStep, check_recording
-from fastroute.training.loaders import Draws
 from tests.training.recorder import Recorder
 
 CUDA = torch.cuda.is_available()

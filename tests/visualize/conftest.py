@@ -2,13 +2,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fastroute.cli import app
-from tests.threads import one_thread
-
-
-@pytest.fixture(autouse=True, scope="package")
-def small_networks():
-    with one_thread():
-        yield
+from tests.threads import small_networks  # noqa: F401
 
 
 @pytest.fixture(scope="package")

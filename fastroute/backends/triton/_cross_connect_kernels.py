@@ -1,4 +1,4 @@
-"""The kernels of cross-connection routing (Alg. 2) and its backward, in the tiers that `launch_tables` describes.
+"""The kernels of cross-connection routing (Alg. 2) and its backward, in the tiers that `planning` describes.
 
 In them, `gate` is (w, b1, w2, b2), w (m, K, C) being what multiplies the pooled paths: W1, or W2 of the linear gate,
 for which G is 0. `sizes` is what `extents` takes. With RELU, X_i is max(x, 0) of what is loaded.

@@ -6,7 +6,7 @@ import math
 import torch
 import triton
 
-from fastroute.backends.triton import launch_tables as tables
+from fastroute.backends.triton import planning as tables
 from fastroute.backends.triton._cross_connect_kernels import (
     cross_connect_fused_bwd_kernel,
     cross_connect_fused_fwd_kernel,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fastroute.backends._cross_predict import Passes
-from fastroute.backends.triton import launch_tables as tables
+from fastroute.backends.triton import planning as tables
 from fastroute.backends.triton._cross_connect_kernels import corner_of
 from fastroute.backends.triton._recording import launch
 from fastroute.backends.triton._tiles import batch_strides, extents, load_scalars, tile_of, zero_totals

@@ -3,7 +3,7 @@
 import torch
 
 from fastroute.backends.triton import cross_connect as cc
-from fastroute.backends.triton import launch_tables as tables
+from fastroute.backends.triton import planning as tables
 from fastroute.backends.triton._tiles import batch_strides
 
 

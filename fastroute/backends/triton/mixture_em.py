@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastroute.backends.triton import launch_tables as tables
+from fastroute.backends.triton import planning as tables
 from fastroute.backends.triton._recording import launch
 
 

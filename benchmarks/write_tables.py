@@ -1,0 +1,24 @@
+"""Write the documentation's tables of speed: `python -m benchmarks.write_tables RESULT.json [--page FILE]`."""
+
+import argparse
+from pathlib import Path
+
+from fastroute.bench import report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "result", type=Path, help="a result of `fastroute bench --stated`, in or below the page's folder"
+    )
+    parser.add_argument("--page", type=Path, default=Path("README.md"), help="the file whose marked section is written")
+    options = parser.parse_args()
+    try:
+        options.page.write_text(report.rewrite_readme(options.page, options.result))
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+    print(f"wrote {options.page}")
+
+
+if __name__ == "__main__":
+    main()

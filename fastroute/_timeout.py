@@ -1,0 +1,19 @@
+"""How long a process waits for another one."""
+
+import datetime
+import os
+
+VARIABLE = "FASTROUTE_TIMEOUT"
+
+
+def patience() -> datetime.timedelta:
+    """How long a process waits for another: the seconds in `FASTROUTE_TIMEOUT`, or half an hour.
+
+    Raises:
+        ValueError: the variable holds something else.
+    """
+    text = os.environ.get(VARIABLE, "1800")
+    try:
+        return datetime.timedelta(seconds=max(1, int(text)))
+    except (ValueError, OverflowError):
+        raise ValueError(f"{VARIABLE} is {text!r}; it must be the seconds to wait for another process") from None

@@ -1,0 +1,137 @@
+"""Whole steps of the thesis's networks: with routing, without, with plain routing, and compiled."""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastroute.bench.cases import DTYPES, LAYOUTS, Case, compiled
+from fastroute.bench.contest import OURS, Contest
+from fastroute.bench.plain import PlainCrossConnection
+from fastroute.models import create_model, list_models
+from fastroute.nn import CrossConnection
+
+FORWARD, STEP = "forward", "forward+backward+optimiser"
+
+# Network → (paths, batch sizes, classes, size of the images). Those that are not registered are left out.
+CIFAR = {
+    f"resnet20{suffix}": (paths, (128, 64), 10, 32) for paths, suffix in enumerate(("", "_cc2", "_cc3", "_cc4"), 1)
+}
+IMAGENET = {"resnet18_cc2": (2, (32,), 1000, 224), "resnet50_cc2": (2, (32,), 100, 224)}
+
+
+def without_kernels(model: nn.Module) -> nn.Module:
+    """A copy of the network with the same weights, whose cross-connections are computed in plain PyTorch."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if type(module) is CrossConnection:
+            module.__class__ = PlainCrossConnection
+    return model
+
+
+def contest(labels: dict, num_classes: int, img_size: int, compile: bool, device: torch.device) -> Contest:
+    """A network against itself without routers, with plain ones, and, on request, both kinds compiled."""
+    training = labels["direction"] == STEP
+    batch, memory_format, dtype = labels["batch"], LAYOUTS[labels["layout"]], DTYPES[labels["dtype"]]
+    torch.manual_seed(0)
+    images = torch.randn(batch, 3, img_size, img_size, device=device).contiguous(memory_format=memory_format)
+    targets = torch.randint(num_classes, (batch,), device=device)
+
+    def create(**options):
+        model = create_model(labels["network"], num_classes, img_size=img_size, **options)
+        return model.to(device, memory_format=memory_format).train(training)
+
+    def autocast():
+        half = dtype != torch.float32
+        return torch.autocast(device.type, dtype) if half else contextlib.nullcontext()
+
+    def job(model, call):
+        """One step of `model`, which `call` computes: the module, or what was compiled of it."""
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+        def step():
+            if not training:
+                with torch.no_grad(), autocast():
+                    return call(images)
+            optimizer.zero_grad()
+            with autocast():
+                logits = call(images)
+                loss = F.cross_entropy(logits, targets)
+            loss.backward()
+            optimizer.step()
+            return logits
+
+        return step
+
+    model = create()
+    routers = [module for module in model.modules() if isinstance(module, CrossConnection)]
+    for router in routers:
+        nn.init.normal_(router.w2)  # gates that differ, so that comparing the results says something
+    models = {OURS: model}
+    if routers:
+        models |= {"no routing": create(routing=None), "eager": without_kernels(model)}
+    torch._dynamo.reset()
+    calls = dict(models)
+    if compile:
+        for name, source in (("compile", "eager"), ("fastroute compiled", OURS)):
+            if source in models:
+                models[name] = copy.deepcopy(models[source])
+                calls[name] = compiled(models[name], device)
+    contenders = {name: job(models[name], calls[name]) for name in models}
+
+    def check():
+        if "eager" not in models:
+            return
+        # Roundings grow through the layers: two right gradients in bfloat16 were 0.18 of their norm apart, so those
+        # are compared in float32 alone.
+        half = dtype != torch.float32
+        logits = {name: contenders[name]().detach().float() for name in models if name != "no routing"}
+        for name in logits.keys() - {"eager"}:
+            _assert_near(f"{name}: logits", logits[name], logits["eager"], 5e-2 if half else 1e-3)
+            if training and not half:
+                ours, theirs = (torch.cat([p.grad.flatten() for p in models[n].parameters()]) for n in (name, "eager"))
+                _assert_near(f"{name}: gradients", ours, theirs, 1e-2)
+
+    facts = {"routing_share": _routing_share(model, images, targets, autocast())} if training else {}
+    return Contest(contenders, check, device, facts=facts)
+
+
+def _assert_near(what: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:
+    off = float((ours - theirs).norm() / theirs.norm())
+    assert off <= tolerance, f"{what} are off by {off:.2g} of their norm; at most {tolerance} is allowed"
+
+
+def _routing_share(model, images, targets, context) -> float:
+    from fastroute.diagnostics.routing import routing_share
+
+    with context:
+        return routing_share(model, (images, targets))
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    """Every network × direction × dtype × layout × batch size; compiled peers, which take minutes, where not quick."""
+    registered = set(list_models())
+    for network, (paths, batches, classes, img_size) in {**CIFAR, **IMAGENET}.items():
+        if network not in registered:
+            continue
+        if device.type == "cuda" and network in IMAGENET:
+            batches = (256,)
+        for batch in batches:
+            for dtype, layout in (("bfloat16", "channels_last"), ("float32", "contiguous")):
+                for direction in (STEP, FORWARD):
+                    labels = {
+                        "network": network,
+                        "direction": direction,
+                        "dtype": dtype,
+                        "layout": layout,
+                        "batch": batch,
+                        "paths": paths,
+                    }
+                    quick = network in CIFAR and batch == batches[0] and dtype == "bfloat16" and direction == STEP
+                    yield Case(
+                        "networks", labels, partial(contest, labels, classes, img_size, not quick, device), quick
+                    )

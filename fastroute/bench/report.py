@@ -1,0 +1,233 @@
+"""Results as tables: of one run, of two compared, and README's section on speed."""
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from fastroute.bench.results import Result, Row, label_text
+
+_MARKERS = r"<!-- speed: (?P<result>\S+) -->\n.*?<!-- end of speed -->"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int) -> str:
+    """A Markdown table, aligned to be read as it is; after the first `words` columns come numbers, to the right."""
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+
+    def text(line):
+        cells = [
+            cell.ljust(w) if i < words else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ]
+        return f"| {' | '.join(cells)} |"
+
+    rule = ["-" * w if i < words else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join([text(lines[0]), f"| {' | '.join(rule)} |", *map(text, lines[1:])])
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def by_suite(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    suites: dict[str, list[Row]] = {}
+    for row in rows:
+        suites.setdefault(row.suite, []).append(row)
+    return suites
+
+
+def _peers(rows: Iterable[Row]) -> list[str]:
+    """All peers of these rows but the copy, in the order in which they appear."""
+    return list(dict.fromkeys(name for row in rows for name in row.ms if name not in ("fastroute", "copy")))
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _mib(value: int | None) -> str:
+    return "" if value is None else f"{value / 2**20:.1f}"
+
+
+def _means(rows: Sequence[Row], peers: Iterable[str], cold: bool = False) -> list[float | None]:
+    columns = ([r for row in rows if (r := row.times_as_fast_as(peer, cold)) is not None] for peer in peers)
+    return [geometric_mean(column) if column else None for column in columns]
+
+
+def tables(rows: Iterable[Row]) -> str:
+    """A table for each suite: milliseconds, GB/s, share of the copy, how many times as fast as each peer, and memory.
+
+    "cold" are single calls after the others have used the caches, all else calls in a row; see `Row`.
+
+    "saved MiB" is what autograd keeps for backward, ours and eager's; "peak MiB" what is allocated at once, on a GPU.
+    The last row has geometric means.
+    """
+    return "\n\n".join(f"{suite}\n\n{_suite_table(rows)}" for suite, rows in by_suite(rows).items())
+
+
+def _suite_table(rows: list[Row]) -> str:
+    peers = _peers(rows)
+    facts = list(dict.fromkeys(name for row in rows for name in row.facts))
+    columns: dict[str, Callable[[Row], str]] = {"ms": lambda row: _ms(row.ms["fastroute"])}
+    if any("copy" in row.ms for row in rows):
+        columns["GB/s"] = lambda row: "" if row.gb_per_s is None else f"{row.gb_per_s:.1f}"
+        columns["share of copy"] = lambda row: _ratio(row.times_as_fast_as("copy"))
+    for peer in peers:
+        columns[f"× {peer}"] = lambda row, peer=peer: _ratio(row.times_as_fast_as(peer))
+    if any(row.cold_ms for row in rows):
+        columns["cold ms"] = lambda row: _ms(row.cold_ms.get("fastroute"))
+        for peer in peers:
+            columns[f"cold × {peer}"] = lambda row, peer=peer: _ratio(row.times_as_fast_as(peer, cold=True))
+    for name, memory in (("saved", "saved_bytes"), ("peak", "peak_bytes")):
+        if any(any(getattr(row, memory).values()) for row in rows):
+            columns[f"{name} MiB"] = lambda row, memory=memory: _mib(getattr(row, memory).get("fastroute"))
+            columns[f"eager's {name} MiB"] = lambda row, memory=memory: _mib(getattr(row, memory).get("eager"))
+    for fact in facts:
+        columns[fact.replace("_", " ")] = lambda row, fact=fact: _fact(row.facts.get(fact))
+    labels = list(rows[0].labels)
+    lines = [[*map(label_text, row.labels.values()), *(column(row) for column in columns.values())] for row in rows]
+    if len(rows) > 1:
+        means = dict(
+            zip(["share of copy", *(f"× {peer}" for peer in peers)], _means(rows, ["copy", *peers]), strict=True)
+        )
+        means |= zip([f"cold × {peer}" for peer in peers], _means(rows, peers, cold=True), strict=True)
+        lines.append(["geometric mean", *[""] * (len(labels) - 1), *(_ratio(means.get(name)) for name in columns)])
+    return table([*labels, *columns], lines, words=len(labels))
+
+
+def _fact(value) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def compare(old: Result, new: Result) -> str:
+    """Two results case by case: how many times as fast as before, and how much of that is the machine's doing.
+
+    "peers" is the geometric mean of how many times as fast as before the unchanged contenders are: the machine's drift.
+    "net" is the one over the other.
+
+    Raises:
+        ValueError: the results have no case in common.
+    """
+    before = {(row.suite, row.id): row for row in old.rows}
+    pairs = [(before[row.suite, row.id], row) for row in new.rows if (row.suite, row.id) in before]
+    if not pairs:
+        raise ValueError("the results have no case in common, so there is nothing to compare")
+    texts = []
+    for suite, group in groupby(pairs, key=lambda pair: pair[1].suite):
+        lines, nets = [], []
+        for then, now in group:
+            ours = then.ms["fastroute"] / now.ms["fastroute"]
+            same = [name for name in now.ms if name in then.ms and not name.startswith("fastroute")]
+            drift = geometric_mean([then.ms[name] / now.ms[name] for name in same]) if same else 1.0
+            nets.append(ours / drift)
+            times = f"{then.ms['fastroute']:.3f}", f"{now.ms['fastroute']:.3f}"
+            lines.append([now.id, *times, _ratio(ours), _ratio(drift), _ratio(ours / drift)])
+        lines.append(["geometric mean", "", "", "", "", _ratio(geometric_mean(nets))])
+        texts.append(
+            f"{suite}\n\n{table(['case', 'ms before', 'ms now', '× as fast', 'peers', 'net'], lines, words=1)}"
+        )
+    left = len(old.rows) + len(new.rows) - 2 * len(pairs)
+    if left:
+        texts.append(f"{left} cases are in one of the results only")
+    return "\n\n".join(texts)
+
+
+def stated(result: Result) -> list[Row]:
+    """The rows that README states: forward plus backward of `cross_connect`."""
+    return [
+        row
+        for row in result.rows
+        if row.suite == "operators"
+        and row.labels["operator"] == "cross_connect"
+        and row.labels["direction"] == "forward+backward"
+    ]
+
+
+def readme_section(result: Result, name: str) -> str:
+    """README's table of speed, in words and figures, from a result file that README names `name`.
+
+    Raises:
+        ValueError: the result has no case of the kind that README states.
+    """
+    rows = stated(result)
+    if not rows:
+        raise ValueError("the result has no forward+backward of cross_connect: measure with --stated")
+    where, versions = result.machine, result.versions
+    place = f"{where['threads']} threads of " if "threads" in where else ""
+    has_cold = all(row.cold_ms for row in rows)
+    lines, groups = [], {}
+    for row in rows:
+        groups.setdefault((row.labels["dtype"], row.labels["layout"]), []).append(row)
+    for (dtype, layout), group in groups.items():
+        line = [f"{dtype}, {layout}"]
+        for cold in (False, True) if has_cold else (False,):
+            eager, compiled, copied = _means(group, ("eager", "compile", "copy"), cold)
+            line += [f"{eager:.1f}", _ratio(compiled), _ratio(copied)]
+        lines.append(line)
+    paths = sorted({label_text(row.labels["paths"]) for row in rows})
+    shapes = dict.fromkeys(label_text(row.labels["shape"]).replace("x", "×") for row in rows)
+    introduction = (
+        f"On {place}{where['processor']} ({where['capability']}, torch {versions['torch']}): geometric means over\n"
+        f"{len(rows)} cases ([every case]({name})), which are maps of\n"
+        f"{', '.join(shapes)},\n"
+        f"routed {' and '.join(paths).replace('x', ' to ')}."
+    )
+    header = ["× eager", "× `torch.compile`", "share of the copy"]
+    header += ["cold: × eager", "× compile", "share"] if has_cold else []
+    return (
+        f"{introduction}\n\n{table(['dtype, layout', *header], lines, words=1)}\n\n"
+        f"The least of the {len(rows)} cases is {_least(rows)}"
+        + (f",\ncold {_least(rows, cold=True)}." if has_cold else ".")
+    )
+
+
+def _least(rows: Sequence[Row], cold: bool = False) -> str:
+    compiled, eager = (min(row.times_as_fast_as(peer, cold) for row in rows) for peer in ("compile", "eager"))
+    return f"{compiled:.2f} times as fast as `torch.compile` and {eager:.1f} times as fast as eager"
+
+
+def readme_result(readme: Path) -> Path:
+    """The result file that README's section is made of.
+
+    Raises:
+        ValueError: the file has no section between the two comments that mark it.
+    """
+    return readme.parent / _section(readme)["result"]
+
+
+def rewrite_readme(readme: Path, result: Path) -> str:
+    """The text of `readme` with its section on speed made anew from a result file in its folder or below.
+
+    The section lies between `<!-- speed: RESULT -->` and `<!-- end of speed -->`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: readme has no such section, or the result lies elsewhere or has no case that README states.
+    """
+    section = _section(readme)
+    try:
+        name = result.resolve().relative_to(readme.resolve().parent).as_posix()
+    except ValueError:
+        raise ValueError(f"result is {result}; it must lie in the folder of {readme} or below") from None
+    body = readme_section(Result.load(result), name)
+    plots = (result.with_name(f"{result.stem}_{plot}.svg") for plot in ("share_of_copy", "steps", "memory"))
+    images = [f"![{path.stem}]({Path(name).with_name(path.name).as_posix()})" for path in plots if path.is_file()]
+    text = "\n\n".join([body, *images])
+    return section.string[: section.start()] + (
+        f"<!-- speed: {name} -->\n\n{text}\n\n<!-- end of speed -->" + section.string[section.end() :]
+    )
+
+
+def _section(readme: Path) -> re.Match:
+    if not readme.is_file():
+        raise FileNotFoundError(f"readme is {readme}; there is no such file")
+    section = re.search(_MARKERS, readme.read_text(), re.DOTALL)
+    if section is None:
+        raise ValueError(f"readme is {readme}; it must have <!-- speed: RESULT --> and <!-- end of speed -->")
+    return section

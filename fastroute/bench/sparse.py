@@ -1,0 +1,84 @@
+"""A sparse layer that sends each sample to one of four paths, against one path on all samples, and others."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fastroute.bench.cases import LAYOUTS, Case, draw
+from fastroute.bench.contest import OURS, Contest
+from fastroute.bench.operators import FORWARD, FORWARD_BACKWARD
+from fastroute.models.cifar_resnet import BasicBlock
+from fastroute.nn import SparseRouter
+
+PATHS = 4
+BLOCKS = 3  # residual blocks in a path, as in a stack of ResNet20
+
+# The first two stages of the CIFAR ResNets at batch 128.
+SHAPES = [(128, 16, 32, 32), (128, 32, 16, 16)]
+
+
+def masked(router: SparseRouter, x: Tensor) -> Tensor:
+    """Top-1 written with boolean masks."""
+    chosen = router.divide(x)[1].chosen[:, 0]
+    y = torch.empty_like(x)
+    for j, path in enumerate(router.paths):
+        y[chosen == j] = path(x[chosen == j])
+    return y
+
+
+def dense(router: SparseRouter, x: Tensor) -> Tensor:
+    """All paths on all samples, and their weighted sum."""
+    gates = router.divide(x)[1].scores.softmax(1)
+    return sum(g[:, None, None, None] * path(x) for g, path in zip(gates.unbind(1), router.paths, strict=True))
+
+
+def contest(labels: dict, device: torch.device) -> Contest:
+    shape, trained = labels["shape"], labels["direction"] == FORWARD_BACKWARD
+    torch.manual_seed(0)
+    x = draw(shape, torch.float32, labels["layout"], device)
+    paths = [nn.Sequential(*(BasicBlock(shape[1], shape[1], 1) for _ in range(BLOCKS))) for _ in range(PATHS)]
+    router = SparseRouter(shape[1], paths).to(device).to(memory_format=LAYOUTS[labels["layout"]]).eval()
+    # Scores that differ from sample to sample, none of the paths preferred on average.
+    nn.init.normal_(router.w2)
+    with torch.no_grad():
+        router.b2 -= router.divide(x)[1].scores.mean(0)
+        load = router.divide(x)[1].load.tolist()
+    x.requires_grad_(trained)
+
+    def job(function):
+        with torch.set_grad_enabled(trained):
+            y = function(x)
+        if trained:
+            y.backward(y.detach())
+            router.zero_grad()
+            x.grad = None
+        return y
+
+    def check():
+        # Equal results need equal statistics, so these are the running ones until the clock starts.
+        with torch.no_grad():
+            torch.testing.assert_close(router(x), masked(router, x), rtol=1e-4, atol=1e-4)
+            router.top_k = PATHS
+            torch.testing.assert_close(router(x), dense(router, x), rtol=1e-4, atol=1e-4)
+        router.top_k = 1
+        router.train(trained)
+
+    contenders = {
+        OURS: lambda: job(router),
+        "one path": lambda: job(router.paths[0]),
+        "masked": lambda: job(partial(masked, router)),
+        "dense": lambda: job(partial(dense, router)),
+    }
+    return Contest(contenders, check, device, facts={"load": load})
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    """Every direction × layout × shape."""
+    for direction in (FORWARD, FORWARD_BACKWARD):
+        for layout in ("channels_last", "contiguous"):
+            for shape in SHAPES:
+                labels = {"layer": f"top-1 of {PATHS}", "direction": direction, "layout": layout, "shape": shape}
+                quick = layout == "channels_last" and shape == SHAPES[0]
+                yield Case("sparse", labels, partial(contest, labels, device), quick)

@@ -1,0 +1,116 @@
+"""`fastroute bench`: measure on this machine, compare, draw, and write README's section on speed."""
+
+import time
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastroute.cli.common import device_named, plain_errors
+
+app = typer.Typer(help="Measure the operators and networks on this machine, or work with results.")
+
+ResultFile = Annotated[Path, typer.Argument(help="A file that `fastroute bench` wrote.")]
+
+
+@app.callback(invoke_without_command=True)
+def bench(
+    context: typer.Context,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("-k", "--only", help="Of all cases, those that match a shell pattern; repeatable."),
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="All cases: hours. (default: a selection, under 5 minutes)")
+    ] = False,
+    stated: Annotated[bool, typer.Option("--stated", help="The cases of README's table.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. (default: cuda where there is one)")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, max=10**6, help="Timed rounds of each case. (default: by suite)")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the result and its figures.")] = Path("runs/bench"),
+    name: Annotated[str | None, typer.Option(help="Stem of the files. (default: device and time)")] = None,
+    list_cases: Annotated[bool, typer.Option("--list", help="Print the cases, and measure nothing.")] = False,
+    keep_freed_memory: Annotated[
+        bool, typer.Option("--keep-freed-memory", help="Have glibc keep freed memory, as other commands do.")
+    ] = False,
+) -> None:
+    """Measure the operators and networks on this machine, against plain PyTorch, torch.compile and a copy.
+
+    Writes NAME.json and figures. `--full`, `--stated` and `-k` choose among the cases; the exit status is 1 where a
+    result was wrong.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from fastroute import bench
+    from fastroute.cli import memory
+
+    with plain_errors(RuntimeError):
+        device = device_named(device)
+        cases = select(bench.all_cases(device), only, full, stated)
+    if list_cases:
+        typer.echo("\n".join(case.id for case in cases))
+        return
+    if keep_freed_memory:
+        memory.keep_freed_memory()
+    result = bench.Result.here(device, rounds=rounds or bench.ROUNDS, keep_freed_memory=keep_freed_memory)
+    bench.run(result, cases, rounds, say=typer.echo)
+    save(result, output, name or f"{device.type}_{time.strftime('%Y%m%d-%H%M%S')}")
+    if result.settings["failures"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(old: ResultFile, new: ResultFile) -> None:
+    """Compare two results case by case."""
+    from fastroute.bench import Result, report
+
+    with plain_errors():
+        typer.echo(report.compare(Result.load(old), Result.load(new)))
+
+
+@app.command()
+def show(result: ResultFile) -> None:
+    """Print the tables of a result, and draw its figures beside it."""
+    from fastroute.bench import Result, report
+    from fastroute.bench.plots import draw
+
+    with plain_errors():
+        loaded = Result.load(result)
+        typer.echo(report.tables(loaded.rows))
+        for path in draw(loaded, result.parent, result.stem):
+            typer.echo(f"wrote {path}")
+
+
+def select(cases: list, only: list[str] | None, full: bool, stated: bool) -> list:
+    """The cases to measure.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if only:
+        cases = [case for case in cases if any(fnmatchcase(case.id, pattern) for pattern in only)]
+    if stated:
+        cases = [case for case in cases if case.stated]
+    elif not full and not only:
+        cases = [case for case in cases if case.quick]
+    if not cases:
+        raise ValueError(f"no case matches {', '.join(map(repr, only or ()))}: --full --list prints them all")
+    return cases
+
+
+def save(result, folder: Path, stem: str) -> None:
+    """Print the tables of a result; write it, and its figures where matplotlib is installed."""
+    from fastroute.bench import report
+
+    typer.echo("\n" + report.tables(result.rows) + "\n")
+    result.save(folder / f"{stem}.json")
+    typer.echo(f"wrote {folder / stem}.json")
+    try:
+        from fastroute.bench.plots import draw
+    except ModuleNotFoundError as error:
+        typer.echo(str(error))
+        return
+    for path in draw(result, folder, stem):
+        typer.echo(f"wrote {path}")

@@ -1,0 +1,24 @@
+"""`fastroute demo`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fastroute.cli.common import plain_errors
+from fastroute.cli.outside import shown
+from fastroute.cli.report import write_report
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder to write into.")] = Path("runs/demo"),
+    epochs: Annotated[int, typer.Option(min=1, help="For each network.")] = 20,
+) -> None:
+    """Train one path and two routed paths on real handwritten digits, and compare them; show what the routers do."""
+    with plain_errors():
+        from fastroute.training.demo import NETWORKS, demo
+    demo(output, epochs)
+    with plain_errors():
+        page = write_report(output / NETWORKS[-1] / "best.ckpt", output / "report")
+    Console().print(f"what its routers do: {shown(page.resolve())}", soft_wrap=True)

@@ -1,0 +1,28 @@
+"""`fastroute models`."""
+
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import fastroute
+from fastroute.cli.common import plain_errors
+
+
+def models(pattern: Annotated[str, typer.Argument(help="A shell pattern, such as '*cc*'.")] = "*") -> None:
+    """List the networks, with parameters and multiply-accumulates for one image as the thesis has them."""
+    table = Table("network")
+    for column in ("parameters", "thesis, M", "MACs, M", "table"):
+        table.add_column(column, justify="right")
+    registry = fastroute.models
+    with torch.device("meta"), plain_errors():
+        if not registry.list_models(pattern):
+            raise ValueError(f"pattern is {pattern!r}; there is no such network")
+        for name in registry.list_models(pattern):
+            info, model = registry.model_info(name), registry.create_model(name)
+            count = sum(parameter.numel() for parameter in model.parameters())
+            macs = registry.count_macs(model, (3, info.img_size, info.img_size)) / 1e6
+            table.add_row(name, f"{count:,}", info.params, f"{macs:,.1f}", info.table)
+    Console().print(table)

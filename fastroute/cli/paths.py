@@ -1,0 +1,56 @@
+"""`fastroute paths`: a checkpoint to how many paths its routers need."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fastroute.cli.common import COUNT, DataDirOption, DatasetOption, WorkersOption, plain_errors
+from fastroute.cli.outside import shown
+from fastroute.cli.trained import check_finite, trained
+
+
+def paths(
+    checkpoint: Annotated[Path, typer.Argument(help="Of `fastroute train`.")],
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = None,
+    batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1, max=COUNT)] = 128,
+    workers: WorkersOption = None,
+) -> None:
+    """Estimate how many paths each router of a network needs, from its gates over the validation images.
+
+    For each incoming path, "used" is among how many outgoing paths all images together are spread, and "clusters" how
+    many kinds of images its gates tell apart, which is near 1 for gates that differ little. "needed" counts the ways in
+    which they differ, by their shares of the variance and however little it is: about so many paths would do, since
+    what the others get of an image follows from what these get.
+    """
+    with plain_errors():
+        from fastroute.diagnostics.statistics import needed_paths
+        from fastroute.training.checkpoints import read_checkpoint
+        from fastroute.visualize.collect import check_gates, collect_routing
+
+        given = trained(
+            checkpoint,
+            read_checkpoint(checkpoint, "checkpoint"),
+            dataset=dataset,
+            data_dir=data_dir,
+            batch_size=batch_size,
+            workers=workers,
+        )
+        check_finite(given.network, checkpoint)
+        console = Console()
+        with console.status("routing the validation images"):
+            routing = collect_routing(given.network, given.loader)
+        check_gates(routing)
+    table = Table("router", "from", title="paths that the gates need", title_justify="left")
+    for column in ("paths", "used", "clusters", "needed"):
+        table.add_column(column, justify="right")
+    for name, statistics in routing.statistics().items():
+        numbers = statistics.used_paths, statistics.effective_clusters, needed_paths(routing.gates[name])
+        for i, row in enumerate(zip(*(column.tolist() for column in numbers), strict=True)):
+            first = ("", "") if i else (shown(name), str(statistics.gates.shape[1]))
+            table.add_row(first[0], str(i + 1), first[1], *(f"{number:.2f}" for number in row))
+        table.add_section()
+    console.print(table)

@@ -1,0 +1,224 @@
+"""`fastroute report`: a checkpoint to one page of figures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from torch import nn
+
+from fastroute.cli.common import COUNT, DataDirOption, DatasetOption, WorkersOption, plain_errors
+from fastroute.cli.outside import shown
+from fastroute.cli.trained import check_finite, trained, trained_network
+from fastroute.models import create_model
+
+
+def report(
+    checkpoint: Annotated[Path, typer.Argument(help="Of `fastroute train` or `fastroute cluster`.")],
+    more_images: Annotated[list[Path] | None, typer.Argument(metavar="[IMAGE]...", hidden=True)] = None,
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = None,
+    images: Annotated[
+        list[Path] | None, typer.Option(help="Image files for the routing flow. (default: twelve of the data)")
+    ] = None,
+    before: Annotated[
+        Path | None, typer.Option(help="A checkpoint to compare gates with, such as one without regularisation.")
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="For the histograms, such as cat,dog. (default: the most distinct)")
+    ] = None,
+    gates: Annotated[int, typer.Option(min=1, max=32, help="The most gates to maximise.")] = 8,
+    runs: Annotated[
+        Path | None,
+        typer.Option(help="A folder of runs, for accuracy by parameters, or for learning curves of clusterings."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=COUNT, help="Of a clustering: only the first so many images.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1, max=COUNT)] = 128,
+    workers: WorkersOption = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write into. (default: report, beside the checkpoint)")
+    ] = None,
+) -> None:
+    """Show what a network's routers or clusters do: one page, and its figures as PNG and SVG.
+
+    --images takes several files, one after the other.
+    """
+    with plain_errors():
+        path = write_report(
+            checkpoint,
+            output or checkpoint.parent / "report",
+            dataset=dataset,
+            data_dir=data_dir,
+            pictures=[*(images or []), *(more_images or [])],
+            before=before,
+            classes=classes.split(",") if classes else None,
+            gates=gates,
+            runs=runs,
+            limit=limit,
+            batch_size=batch_size,
+            workers=workers,
+        )
+    Console().print(f"report: {shown(path.resolve())}", soft_wrap=True)
+
+
+def write_report(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    dataset: str | None = None,
+    data_dir: Path | None = None,
+    pictures: Sequence[Path] = (),
+    before: Path | None = None,
+    classes: Sequence[str] | None = None,
+    gates: int = 8,
+    runs: Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 128,
+    workers: int | None = None,
+) -> Path:
+    """Write the report of a checkpoint into a folder, by the arguments of the command; returns the page's path."""
+    from fastroute.training.checkpoints import read_checkpoint
+    from fastroute.visualize import Images, Report, routing_report
+
+    saved = read_checkpoint(checkpoint, "checkpoint")
+    run = saved["hyper_parameters"]
+    if "architecture" in run:
+        return _clustering(checkpoint, saved, folder, data_dir, runs, limit, batch_size)
+    given = trained(checkpoint, saved, dataset=dataset, data_dir=data_dir, batch_size=batch_size, workers=workers)
+    check_finite(given.network, checkpoint)
+    earlier = None if before is None else trained_network(before, "before")
+    if earlier is not None:
+        check_finite(earlier, before, "before")
+    loader = given.loader
+    images = Images(lambda: loader, loader.pixels, given.classes, loader.mean / 255, loader.std / 255)
+    chosen = None
+    if pictures:
+        cut = _read(pictures, given.img_size, given.crop_pct, run["in_chans"])
+        chosen = cut, [path.name for path in pictures]
+    facts = {
+        "network": run["model"],
+        "parameters": f"{sum(parameter.numel() for parameter in given.network.parameters()):,}",
+        "checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}",
+        "images": f"{loader.count:,} of {data_dir.name if data_dir else given.dataset}, {len(given.classes)} classes",
+    }
+    if before is not None:
+        facts["before"] = f"{before.parent.name}/{before.name}"
+    return routing_report(
+        Report(folder, f"Routing of {run['model']}", facts),
+        given.network,
+        images,
+        chosen=chosen,
+        before=earlier,
+        classes=classes,
+        gates=gates,
+        summaries=_summaries(checkpoint),
+        runs=None if runs is None else _sizes(runs),
+    )
+
+
+def _read(paths: Sequence[Path], img_size: int, crop_pct: float, channels: int) -> torch.Tensor:
+    """Images cut as in validation: (k, C, H, W), values from 0 to 1; grey for a network of one channel."""
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    from fastroute.data.sources import decode_image
+    from fastroute.data.transforms import eval_transform
+
+    cut = eval_transform(img_size, crop_pct)
+    decoded = [cut(decode_image(path, str(path)).convert("L" if channels == 1 else "RGB")) for path in paths]
+    return torch.stack([pil_to_tensor(image) for image in decoded]).float() / 255
+
+
+def _summaries(checkpoint: Path) -> dict[str, Path]:
+    path = checkpoint.parent / "summary.csv"
+    return {checkpoint.parent.name: path} if path.is_file() else {}
+
+
+def _sizes(folder: Path) -> dict[str, tuple[int, float]]:
+    """Parameters and best accuracy of each run in a folder, by the name of its own folder."""
+    from fastroute.training.checkpoints import read_checkpoint
+    from fastroute.visualize.curves import read_summary
+
+    sizes = {}
+    for path in sorted(folder.glob("*/best.ckpt")):
+        run = read_checkpoint(path, "runs")["hyper_parameters"]
+        with torch.device("meta"):
+            model = create_model(run["model"], run["num_classes"], run["in_chans"], run["img_size"])
+        rows = read_summary(path.parent / "summary.csv")
+        error = min((float(row["val_error"]) for row in rows if row.get("val_error")), default=None)
+        if error is None:
+            raise ValueError(f"runs is {folder}; {path.parent / 'summary.csv'} has no val_error")
+        sizes[path.parent.name] = sum(parameter.numel() for parameter in model.parameters()), 100 - error
+    if not sizes:
+        raise FileNotFoundError(f"runs is {folder}; there are no folders with best.ckpt and summary.csv in it")
+    return sizes
+
+
+def _clustering(
+    checkpoint: Path,
+    saved: dict,
+    folder: Path,
+    data_dir: Path | None,
+    runs: Path | None,
+    limit: int | None,
+    batch_size: int,
+) -> Path:
+    from fastroute.clustering.iic import IIC
+    from fastroute.clustering.networks import clustering_network
+    from fastroute.clustering.run import Batches, load_images
+    from fastroute.clustering.two_fold import TwoFoldClustering
+    from fastroute.training.checkpoints import load_network_weights
+    from fastroute.visualize import Images, Report, clustering_report
+
+    run = saved["hyper_parameters"]
+    clusters, heads, n_init = run["clusters"], run["heads"], run.get("n_init", 1)
+    if run["method"] == "dec":
+        raise ValueError(
+            f"checkpoint is {checkpoint}; a report shows networks of Table 4.2, not the autoencoder of dec"
+        )
+    summaries = _summaries(checkpoint)
+    if runs is not None:
+        summaries = {path.parent.name: path for path in sorted(runs.glob("*/summary.csv"))}
+        if not summaries:
+            raise FileNotFoundError(f"runs is {runs}; there are no folders with summary.csv in it")
+    pixels, labels = load_images(run["dataset"], data_dir, limit, run["img_size"])
+
+    def network() -> IIC | TwoFoldClustering:
+        size, batch_norm = pixels.shape[-1], run["batch_norm"]
+        layers = clustering_network(run["architecture"], heads * clusters, size, batch_norm, n_init)
+        if run["method"] == "iic":
+            return IIC(layers, clusters)
+        return TwoFoldClustering(layers, clusters, heads=heads * n_init)
+
+    trained = network()
+    load_network_weights(trained, saved, checkpoint)
+    check_finite(trained, checkpoint)
+    images = Images(
+        lambda: Batches(pixels, labels, batch_size),
+        lambda indices: (pixels[indices].permute(0, 2, 3, 1) * 255).round().byte(),
+        [str(label) for label in range(int(labels.max()) + 1)],
+        torch.zeros(1),
+        torch.ones(1),
+    )
+    facts = {
+        "network": run["architecture"],
+        "checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}",
+        "images": f"{len(labels):,} of {run['dataset']}",
+        "clusters": f"{clusters}, by {run['method']}",
+    }
+    page = Report(folder, f"Clusters of {run['dataset']}", facts)
+    return clustering_report(page, _Responses(trained), images, untrained=_Responses(network()), summaries=summaries)
+
+
+class _Responses(nn.Module):
+    """A clustering network by what its softmax is taken of."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.module.responses(images)

@@ -1,0 +1,381 @@
+"""`fastroute train`: flags to a data module, a Lightning module and a run."""
+
+import contextlib
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Literal
+
+import torch
+import typer
+import yaml
+from rich.console import Console
+from torch import nn
+
+from fastroute.cli.common import (
+    COUNT,
+    PIXELS,
+    SEED,
+    WORKERS,
+    config_option,
+    endings,
+    local_path,
+    numbers,
+    plain_errors,
+    real,
+)
+from fastroute.cli.outside import shown
+from fastroute.cli.sizes import check_batch, check_images
+from fastroute.nn import GateClusteringLoss, Router
+
+
+def option(*flags: str, help: str | None = None, panel: str | None = None, **settings):
+    return typer.Option(*flags, help=help, rich_help_panel=panel, **settings)
+
+
+def real_option(*bounds: float, **settings):
+    return option(parser=real(*bounds), **settings)
+
+
+DATA, OPTIMISER, SCHEDULE, GATES = "Data", "Optimiser", "Learning rate", "Gates"
+AUGMENTATION, COMPUTE, RUN = "Augmentation", "Computation", "The run and its files"
+
+
+def train(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help="The network; `fastroute models` lists them.")] = None,
+    config: Annotated[str | None, config_option("train")] = None,
+    dataset: Annotated[
+        Literal["digits", "cifar10", "cifar100", "mnist", "stl10", "imagefolder", "webdataset"],
+        option(help="Where the images come from.", panel=DATA),
+    ] = "digits",
+    data_dir: Annotated[
+        Path | None,
+        option(help="Folder of the data: with train/ and val/, or with tar shards. (default: data)", panel=DATA),
+    ] = None,
+    download: Annotated[bool, option("--download", help="Download torchvision's sets.", panel=DATA)] = False,
+    num_classes: Annotated[
+        int | None, option(min=1, max=COUNT, help="Logits. (default: the data's classes)", panel=DATA)
+    ] = None,
+    first_classes: Annotated[
+        int | None, option(min=1, max=COUNT, help="Use only the first so many classes of the data.", panel=DATA)
+    ] = None,
+    img_size: Annotated[
+        int | None,
+        option(min=1, max=PIXELS, help="Size of the images. (default: the data's own, 32 or 224)", panel=DATA),
+    ] = None,
+    in_memory: Annotated[
+        bool | None,
+        option(
+            "--in-memory/--stream",
+            help="Hold an imagefolder decoded in memory, or have workers decode it. (default: up to size 64)",
+            panel=DATA,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, option("-b", "--batch-size", min=1, max=COUNT, help="Images in a step of one process.", panel=DATA)
+    ] = 128,
+    workers: Annotated[
+        int | None,
+        option(
+            "-j",
+            "--workers",
+            min=1,
+            max=WORKERS,
+            help="Threads or processes that decode images. (default: all cores)",
+            panel=DATA,
+        ),
+    ] = None,
+    on_bad_image: Annotated[
+        Literal["stop", "skip"], option(help="What an image that cannot be read does.", panel=DATA)
+    ] = "stop",
+    train_crop_mode: Annotated[
+        Literal["rrc", "rkrc"],
+        option(help="Streamed: a random area, resized; or resize, keep the ratio, random crop.", panel=AUGMENTATION),
+    ] = "rrc",
+    scale: Annotated[str, option(help="For rrc: share of the image.", panel=AUGMENTATION)] = "0.08,1.0",
+    ratio: Annotated[str, option(help="For rrc: aspect ratio.", panel=AUGMENTATION)] = "0.75,1.3333",
+    crop_pct: Annotated[
+        float, real_option(help="Streamed: the crop's side by the resized image's.", panel=AUGMENTATION)
+    ] = 0.875,
+    aa: Annotated[
+        str | None,
+        option(help="imagenet, cifar10, svhn, trivial, augmix, or such as rand-m9-n2.", panel=AUGMENTATION),
+    ] = None,
+    reprob: Annotated[float, real_option(help="Probability of random erasing.", panel=AUGMENTATION)] = 0.0,
+    mixup: Annotated[float, real_option(0, help="α of mixup; 0 is off.", panel=AUGMENTATION)] = 0.0,
+    cutmix: Annotated[float, real_option(0, help="α of CutMix; 0 is off.", panel=AUGMENTATION)] = 0.0,
+    smoothing: Annotated[float, real_option(help="Of the labels.", panel=AUGMENTATION)] = 0.0,
+    epochs: Annotated[int, option(min=1, max=COUNT, panel=SCHEDULE)] = 200,
+    opt: Annotated[
+        Literal["sgd", "nesterov", "rmsprop", "adam", "adamw"],
+        option(help="sgd has plain momentum, nesterov Nesterov's.", panel=OPTIMISER),
+    ] = "sgd",
+    momentum: Annotated[float, real_option(panel=OPTIMISER)] = 0.9,
+    weight_decay: Annotated[float, real_option(panel=OPTIMISER)] = 5e-4,
+    norm_weight_decay: Annotated[
+        float | None, real_option(help="Of normalisation layers. (default: as all)", panel=OPTIMISER)
+    ] = None,
+    clip_grad: Annotated[float | None, real_option(1e-9, help="Largest norm of the gradient.", panel=OPTIMISER)] = None,
+    grad_accum_steps: Annotated[int, option(min=1, max=COUNT, help="Batches for each step.", panel=OPTIMISER)] = 1,
+    model_ema: Annotated[
+        bool, option("--model-ema/--no-model-ema", help="Keep and validate a moving average.", panel=OPTIMISER)
+    ] = False,
+    model_ema_decay: Annotated[float, real_option(0, 0.9999999, panel=OPTIMISER)] = 0.9998,
+    lr: Annotated[
+        float,
+        real_option(-1e30, 1e30, help="Learning rate before it decays, or at the top of the cycle.", panel=SCHEDULE),
+    ] = 0.1,
+    sched: Annotated[Literal["step", "multistep", "cosine", "onecycle"], option(panel=SCHEDULE)] = "multistep",
+    warmup_epochs: Annotated[
+        int, option(min=0, max=COUNT, help="Epochs over which the rate rises.", panel=SCHEDULE)
+    ] = 0,
+    decay_epochs: Annotated[
+        int, option(min=1, max=COUNT, help="For step: epochs between decays.", panel=SCHEDULE)
+    ] = 30,
+    decay_milestones: Annotated[
+        str | None,
+        option(help="For multistep: epochs, such as 80,150. (default: 2/5 and 3/4 of all)", panel=SCHEDULE),
+    ] = None,
+    decay_rate: Annotated[float, real_option(help="For step and multistep: the factor.", panel=SCHEDULE)] = 0.1,
+    gate_lr_mult: Annotated[float, real_option(help="The gates' learning rate, as a multiple.", panel=GATES)] = 1.0,
+    gate_wd: Annotated[
+        float | None, real_option(help="The gates' weight decay. (default: as all)", panel=GATES)
+    ] = None,
+    gate_reg_weight: Annotated[
+        float, real_option(0, help="Of the gates' clustering loss (§5.1: 0.01); 0 is off.", panel=GATES)
+    ] = 0.0,
+    gate_reg_prior: Annotated[
+        bool,
+        option(
+            "--gate-reg-prior/--no-gate-reg-prior", help="Clusters as large as they were, or even ones.", panel=GATES
+        ),
+    ] = True,
+    gate_reg_scope: Annotated[
+        Literal["local", "router", "network"],
+        option(help="A clustering per gating vector, per router, or per vector with even load overall.", panel=GATES),
+    ] = "local",
+    amp: Annotated[bool, option("--amp/--no-amp", help="Mixed precision.", panel=COMPUTE)] = False,
+    amp_dtype: Annotated[Literal["bfloat16", "float16"], option(panel=COMPUTE)] = "bfloat16",
+    channels_last: Annotated[bool, option("--channels-last/--no-channels-last", panel=COMPUTE)] = False,
+    compile: Annotated[bool, option("--compile/--no-compile", help="torch.compile.", panel=COMPUTE)] = False,
+    compile_mode: Annotated[
+        Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None,
+        option(help="With --compile: the mode of torch.compile. (default: default)", panel=COMPUTE),
+    ] = None,
+    cuda_graphs: Annotated[
+        bool,
+        option(
+            "--cuda-graphs/--no-cuda-graphs", help="On a GPU: record a step once and replay it whole.", panel=COMPUTE
+        ),
+    ] = False,
+    sync_bn: Annotated[bool, option("--sync-bn/--no-sync-bn", help="On GPUs.", panel=COMPUTE)] = False,
+    dist_bn: Annotated[
+        Literal["reduce", "broadcast", ""],
+        option(help="Batch norm's statistics between processes before validation.", panel=COMPUTE),
+    ] = "reduce",
+    seed: Annotated[int, option(min=0, max=SEED, help="Of weights, order and augmentation.", panel=COMPUTE)] = 42,
+    deterministic: Annotated[
+        bool, option("--deterministic/--no-deterministic", help="Deterministic algorithms alone.", panel=COMPUTE)
+    ] = False,
+    output: Annotated[Path, option(help="Folder of all runs.", panel=RUN)] = Path("runs"),
+    experiment: Annotated[
+        str | None, option(help="Folder of this run. (default: time, model, data)", panel=RUN)
+    ] = None,
+    resume: Annotated[
+        str | None,
+        option(help="Checkpoint to go on from; auto: the experiment's own, if there is one.", panel=RUN),
+    ] = None,
+    initial_checkpoint: Annotated[Path | None, option(help="Weights to start from.", panel=RUN)] = None,
+    recovery_interval: Annotated[
+        int | None, option(min=1, max=COUNT, help="Steps between checkpoints within an epoch.", panel=RUN)
+    ] = None,
+    log_interval: Annotated[int, option(min=1, max=COUNT, help="Steps between readings of the loss.", panel=RUN)] = 50,
+) -> None:
+    """Train a network; write checkpoints, summary.csv, routers.csv, TensorBoard events and args.yaml.
+
+    Started by `torchrun`, all its processes train together.
+    """
+    with plain_errors():
+        from fastroute import training
+        from fastroute.training.distributed import check_gpus, is_main, process_group
+
+        check_gpus()
+    options, console = SimpleNamespace(**context.params), Console(quiet=not is_main())
+    with endings(console), process_group():
+        with plain_errors():
+            data, module, resume, folder = _prepare(context, options, console)
+            if is_main():
+                _write_arguments(context, folder)
+        training.fit(
+            module,
+            data,
+            epochs=options.epochs,
+            output=folder,
+            seed=options.seed,
+            amp_dtype=options.amp_dtype if options.amp else None,
+            grad_accum_steps=options.grad_accum_steps,
+            clip_grad=options.clip_grad,
+            model_ema_decay=options.model_ema_decay if options.model_ema else None,
+            sync_bn=options.sync_bn,
+            dist_bn=options.dist_bn,
+            deterministic=options.deterministic,
+            resume=resume,
+            recovery_interval=options.recovery_interval,
+            log_interval=options.log_interval,
+            console=console,
+        )
+    routers = next(c for c in module.trainer.callbacks if isinstance(c, training.RouterDiagnostics)).statistics
+    if gates := {name: router.mean_gates for name, router in routers.items()}:
+        console.print(training.gates_table(gates, title="mean gates over the validation images"))
+    console.print(f"last.ckpt, best.ckpt, summary.csv, args.yaml: {shown(folder.resolve())}", soft_wrap=True)
+
+
+def _prepare(context: typer.Context, options: SimpleNamespace, console: Console) -> tuple:
+    """The data module, the module to train, the checkpoint to go on from if there is one, and the folder of the run."""
+    import pytorch_lightning as pl
+
+    from fastroute import training
+    from fastroute.training.classifier import check_compile_mode
+    from fastroute.training.distributed import agreed, first_on_each_node
+    from fastroute.training.optim import check_warmup
+    from fastroute.training.run_folder import run_folder
+
+    if options.model is None:
+        raise ValueError("model is missing; name a network, or a recipe with --config")
+    if options.sync_bn and not torch.cuda.is_available():
+        raise ValueError("sync_bn is True; PyTorch's synchronised batch norm needs GPUs")
+    check_compile_mode(options.compile, options.compile_mode)
+    folder, resume = agreed(_places(options, console))
+    if resume is not None and options.resume == "auto" and training.epochs_done(resume) >= options.epochs:
+        console.print(f"all {options.epochs} epochs are done: {shown(resume)}", soft_wrap=True)
+        raise typer.Exit(0)
+    context.with_resource(run_folder(folder))
+
+    data = training.ImageDataModule(
+        options.dataset,
+        options.data_dir,
+        options.batch_size,
+        options.img_size,
+        options.workers,
+        options.seed,
+        in_memory=options.in_memory,
+        download=options.download,
+        first_classes=options.first_classes,
+        on_bad_image=options.on_bad_image,
+        train_crop_mode=options.train_crop_mode,
+        scale=_pair("scale", options.scale),
+        ratio=_pair("ratio", options.ratio),
+        crop_pct=options.crop_pct,
+        aa=options.aa,
+        reprob=options.reprob,
+        mixup=options.mixup,
+        cutmix=options.cutmix,
+    )
+    if options.cuda_graphs:  # before the images are read
+        _check_recording(options, data)
+    if data.in_memory:
+        check_images(options.dataset, options.img_size)
+    one_by_one = first_on_each_node() if options.download else contextlib.nullcontext()
+    with one_by_one, console.status("reading the images"):
+        data.setup()
+    if options.num_classes is not None and options.num_classes < data.num_classes:
+        raise ValueError(f"num_classes is {options.num_classes}; the data has {data.num_classes} classes")
+    count = len((data.images.train if data.in_memory else data.sources["train"]).labels)
+    batch_size = min(options.batch_size, count)
+    check_batch(options.model, batch_size, data.in_chans, data.img_size, half=options.amp)
+    check_warmup(options.sched, options.warmup_epochs, options.epochs)
+    pl.seed_everything(options.seed, verbose=False)
+    module = training.RoutingClassifier(
+        options.model,
+        options.num_classes or data.num_classes,
+        data.in_chans,
+        data.img_size,
+        opt=options.opt,
+        lr=options.lr,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+        norm_weight_decay=options.norm_weight_decay,
+        gate_lr_mult=options.gate_lr_mult,
+        gate_wd=options.gate_wd,
+        sched=options.sched,
+        warmup_epochs=options.warmup_epochs,
+        decay_epochs=options.decay_epochs,
+        decay_milestones=numbers(options.decay_milestones),
+        decay_rate=options.decay_rate,
+        smoothing=options.smoothing,
+        channels_last=options.channels_last,
+        compile=options.compile,
+        compile_mode=options.compile_mode,
+        cuda_graphs=options.cuda_graphs,
+        aux_loss=_gate_clustering(options),
+        aux_weight=options.gate_reg_weight,
+    )
+    if options.cuda_graphs:
+        _check_recording(options, data, module.model)
+    if options.gate_reg_weight and not any(isinstance(layer, Router) for layer in module.model.modules()):
+        raise ValueError(f"gate_reg_weight is {options.gate_reg_weight}, but {options.model} has no gates")
+    if options.initial_checkpoint is not None:
+        training.load_weights(module.model, options.initial_checkpoint)
+    if resume is not None:
+        training.check_resume(resume, module, options.epochs)
+    return data, module, resume, folder
+
+
+def _check_recording(options: SimpleNamespace, data, model: nn.Module | None = None) -> None:
+    """Raise where `fit` would refuse to record steps."""
+    from fastroute.training.distributed import world_size
+    from fastroute.training.graphs import check_recording
+
+    check_recording(
+        device_type="cuda" if torch.cuda.is_available() else "cpu",
+        processes=world_size(),
+        grad_accum_steps=options.grad_accum_steps,
+        amp_dtype=options.amp_dtype if options.amp else None,
+        compile_mode=options.compile_mode,
+        varying=data.varying,
+        model=model,
+    )
+
+
+def _gate_clustering(options: SimpleNamespace) -> GateClusteringLoss | None:
+    if not options.gate_reg_weight:
+        return None
+    momentum = 0.1 if options.gate_reg_prior else None
+    return GateClusteringLoss(prior_momentum=momentum, scope=options.gate_reg_scope)
+
+
+def _places(options: SimpleNamespace, console: Console) -> tuple[Path, Path | None]:
+    """The folder of the run, and the checkpoint to go on from if there is one."""
+    from fastroute.training.checkpoints import latest_checkpoint
+
+    resume = None if options.resume in (None, "auto") else local_path(Path(options.resume), "resume")
+    if options.experiment is not None:
+        folder = local_path(options.output / options.experiment, "output")
+    elif options.resume == "auto":
+        raise ValueError("resume is 'auto'; it needs the run's name as --experiment")
+    elif resume is not None:
+        folder = resume.parent
+    else:
+        folder = (
+            local_path(options.output, "output") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.model}-{options.dataset}"
+        )
+    if options.resume == "auto":
+        resume = latest_checkpoint(folder, partial(console.print, soft_wrap=True, highlight=False, markup=False))
+    return folder, resume
+
+
+def _pair(name: str, value: str) -> tuple[float, float]:
+    pair = numbers(value, float, "numbers, such as 0.08,1")
+    if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
+        raise ValueError(f"{name} is {value}; it must be two numbers above 0, the smaller first")
+    return pair[0], pair[1]
+
+
+def _write_arguments(context: typer.Context, folder: Path) -> None:
+    """All options with their values, as a file for --config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in context.params.items()}
+    del arguments["config"]
+    (folder / "args.yaml").write_text(yaml.safe_dump(arguments))

@@ -1,0 +1,182 @@
+"""`fastroute validate`: checkpoints to their errors."""
+
+import csv
+import json
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fastroute.cli.common import COUNT, PIXELS, DataDirOption, DatasetOption, WorkersOption, plain_errors, real
+from fastroute.cli.outside import shown
+from fastroute.cli.sizes import check_batch, check_images
+from fastroute.cli.trained import check_channels, this_device
+from fastroute.models import create_model
+from fastroute.nn import Router, SparseRouter
+
+
+def validate(
+    context: typer.Context,
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="A checkpoint, a file of weights (with --model), or a folder of checkpoints.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The network. (default: the checkpoint's; without one, fresh weights)")
+    ] = None,
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, max=COUNT, help="Logits. (default: the checkpoint's)")
+    ] = None,
+    first_classes: Annotated[
+        int | None, typer.Option(min=1, max=COUNT, help="Use only the first so many classes of the data.")
+    ] = None,
+    img_size: Annotated[
+        int | None, typer.Option(min=1, max=PIXELS, help="Size of the crops. (default: as in training)")
+    ] = None,
+    crop_pct: Annotated[
+        float | None,
+        typer.Option(parser=real(), help="The crop's side by the resized image's. (default: as in training, or 0.875)"),
+    ] = None,
+    ten_crop: Annotated[bool, typer.Option("--ten-crop", help="Corners and centre, and these mirrored.")] = False,
+    use_ema: Annotated[
+        bool, typer.Option("--use-ema/--no-use-ema", help="The moving average, where the run kept one.")
+    ] = True,
+    batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1, max=COUNT, help="Of one process.")] = 128,
+    workers: WorkersOption = None,
+    on_bad_image: Annotated[
+        Literal["stop", "skip"], typer.Option(help="What an image that cannot be read does.")
+    ] = "stop",
+    amp: Annotated[bool, typer.Option("--amp/--no-amp", help="Mixed precision.")] = False,
+    amp_dtype: Annotated[Literal["bfloat16", "float16"], typer.Option()] = "bfloat16",
+    channels_last: Annotated[bool, typer.Option("--channels-last/--no-channels-last")] = False,
+    gates: Annotated[bool, typer.Option("--gates", help="Count the gates that are skewed (Figure 5.1).")] = False,
+    results_file: Annotated[Path | None, typer.Option(help="Write the results to it, as .csv or .json.")] = None,
+) -> None:
+    """Measure single-crop or 10-crop errors of checkpoints.
+
+    Started by `torchrun`, the processes share the images; each image is counted once.
+    """
+    options = SimpleNamespace(**context.params)
+    with plain_errors():
+        from fastroute.training.distributed import is_main, process_group
+
+        if checkpoint is None and model is None:
+            raise ValueError("checkpoint is missing; name one, or a network with --model for fresh weights")
+        if results_file is not None and results_file.suffix not in (".csv", ".json"):
+            raise ValueError(f"results_file is {results_file}; it must end in .csv or .json")
+        if results_file is not None and not results_file.absolute().parent.is_dir():
+            raise FileNotFoundError(f"results_file is {results_file}; its folder must be there")
+        with process_group():
+            console = Console(quiet=not is_main())
+            results = [_result(path, options, console) for path in _checkpoints(checkpoint)]
+    table = Table("checkpoint", "network", "crops")
+    for column in ("top-1 error %", "top-5 error %", "images", "skipped", "images/s"):
+        table.add_column(column, justify="right")
+    counts = Table("checkpoint", "network")
+    for column in ("gates", "never above 0.5", "never below 0.5"):
+        counts.add_column(column, justify="right")
+    for r in results:
+        numbers = (f"{r['error']:.2f}", f"{r['error5']:.2f}", f"{r['images']:,}", f"{r['skipped']:,}")
+        name = shown(Path(r["checkpoint"]).name) if r["checkpoint"] else "fresh weights"
+        if gates:
+            counts.add_row(name, shown(r["model"]), *(str(r[key]) for key in ("gates", "never_above", "never_below")))
+        table.add_row(name, shown(r["model"]), str(r["crops"]), *numbers, f"{r['images_per_s']:,.0f}")
+    console.print(table)
+    if gates:
+        console.print(counts)
+    if is_main() and results_file is not None:
+        with plain_errors():
+            _write(results_file, results)
+
+
+def _checkpoints(path: Path | None) -> list[Path | None]:
+    if path is None or not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.glob("*.ckpt") if file.name != "previous.ckpt")
+    if not found:
+        raise FileNotFoundError(f"checkpoint is {path}; there is no .ckpt in this folder")
+    return found
+
+
+def _result(path: Path | None, options: SimpleNamespace, console: Console) -> dict:
+    from fastroute.data.loaders import MemoryLoader
+    from fastroute.data.module import STREAMED
+    from fastroute.diagnostics.routing import skewed_gates
+    from fastroute.training.checkpoints import load_weights, read_checkpoint
+    from fastroute.training.evaluation import evaluate, validation_loader
+
+    run, data = {}, {}
+    if path is not None and options.model is None:
+        checkpoint = read_checkpoint(path, "checkpoint", "train")
+        run, data = checkpoint["hyper_parameters"], checkpoint.get("ImageDataModule", {})
+    device = this_device()
+    dataset = options.dataset or data.get("dataset")
+    if dataset is None:
+        raise ValueError("dataset is missing; the checkpoint does not say on what it was trained")
+    own = data if dataset == data.get("dataset") or "mean" in data else {}
+    img_size = options.img_size or data.get("img_size")
+    if dataset not in STREAMED:
+        check_images(dataset, img_size)
+    with console.status("reading the images"):
+        loader, classes, in_chans = validation_loader(
+            dataset,
+            options.data_dir,
+            batch_size=options.batch_size,
+            img_size=img_size,
+            crop_pct=options.crop_pct or data.get("crop_pct", 0.875),
+            ten_crop=options.ten_crop,
+            num_workers=options.workers or os.cpu_count() or 1,
+            first_classes=options.first_classes or data.get("first_classes"),
+            on_bad_image=options.on_bad_image,
+            mean=own.get("mean"),
+            std=own.get("std"),
+            device=device,
+        )
+    if data and data["classes"] != classes:
+        raise ValueError(
+            f"data_dir is {options.data_dir}; its {len(classes)} classes ({classes[0]}, …) are not the "
+            f"{len(data['classes'])} of the training ({data['classes'][0]}, …)"
+        )
+    if run:
+        check_channels(options.data_dir, in_chans, run)
+    model = options.model or run["model"]
+    size = img_size or (loader.images.shape[1] if isinstance(loader, MemoryLoader) else 224)
+    check_batch(model, min(options.batch_size, loader.count), in_chans, size, training=False)
+    network = create_model(
+        model,
+        options.num_classes or run.get("num_classes", len(classes)),
+        run.get("in_chans", in_chans),
+        size,
+    )
+    if options.gates and not any(isinstance(layer, Router | SparseRouter) for layer in network.modules()):
+        raise ValueError(f"gates is True, but {model} has no routers")
+    if path is not None:
+        load_weights(network, path, averaged=options.use_ema, name="checkpoint")
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    network = network.to(device, memory_format=layout)
+    routers = {} if options.gates else None
+    start = time.perf_counter()
+    amp_dtype = getattr(torch, options.amp_dtype) if options.amp else None
+    with console.status(f"validating {shown(path or model)}"):
+        result = evaluate(network, loader, device=device, amp_dtype=amp_dtype, memory_format=layout, routers=routers)
+    speed = result["images"] / (time.perf_counter() - start)
+    crops = 10 if options.ten_crop else 1
+    place = {"checkpoint": None if path is None else str(path), "model": model, "crops": crops}
+    return place | result | {"images_per_s": speed} | (skewed_gates(routers) if options.gates else {})
+
+
+def _write(path: Path, results: list[dict]) -> None:
+    if path.suffix == ".json":
+        path.write_text(json.dumps(results, indent=2) + "\n")
+        return
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.DictWriter(file, results[0])
+        writer.writeheader()
+        writer.writerows(results)

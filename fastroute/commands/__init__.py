@@ -1,1 +1,0 @@
-"""The commands of `fastroute`, one module each."""

@@ -1,0 +1,273 @@
+"""Small image sets, decoded once into memory."""
+
+import math
+import os
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms import functional as TF
+
+from fastroute.data.sources import FolderSource, UnreadableImage, folder_sources, read_image
+from fastroute.data.transforms import check_scaled
+
+
+class Split(NamedTuple):
+    """images: uint8 (N, H, W, C); labels: int64 (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class ImageSet(NamedTuple):
+    """A data set in memory.
+
+    `pad` and `flip` say how its training images may be shifted and mirrored; `skipped` counts the files that could not
+    be read.
+    """
+
+    train: Split
+    val: Split
+    classes: list[str]
+    pad: int
+    flip: bool
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where images come from and what they become; see `ImageDataModule`.
+
+    With `train_only`, torchvision's sets come without images for validation, which then need not be there.
+    """
+
+    data_dir: Path | None = None
+    img_size: int | None = None
+    num_workers: int = 1
+    download: bool = False
+    first_classes: int | None = None
+    on_bad_image: str = "stop"
+    train_only: bool = False
+
+
+def digits(options: Options) -> ImageSet:
+    """scikit-learn's 1,797 handwritten digits, 8×8 and grey, in a fixed stratified split of 1,437 and 360.
+
+    They stay 8×8 unless `img_size` asks for more; a network's cost grows with the square of that. Shifts are of at
+    most one pixel, an eighth of the image as CIFAR's four pixels of 32 are. A mirrored digit is no digit, so none is.
+    """
+    source = load_digits()
+    images = torch.from_numpy(source.images * (255 / 16)).to(torch.float32)[:, None]
+    size = options.img_size or images.shape[-1]
+    if size != images.shape[-1]:
+        images = F.interpolate(images, size=(size, size), mode="bilinear")
+    images = images.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    labels = torch.from_numpy(source.target).long()
+    train, val = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=source.target, random_state=0)
+    splits = [Split(images[part], labels[part]) for part in (train, val)]
+    return _image_set(splits, [str(name) for name in source.target_names], options, flip=False)
+
+
+def cifar10(options: Options) -> ImageSet:
+    """CIFAR-10: 50,000 and 10,000 images, 32×32, shifted by at most four pixels and mirrored (§3.4.1)."""
+    return _cifar(torchvision.datasets.CIFAR10, options)
+
+
+def cifar100(options: Options) -> ImageSet:
+    """CIFAR-100; see `cifar10`."""
+    return _cifar(torchvision.datasets.CIFAR100, options)
+
+
+class MNIST(torchvision.datasets.MNIST):
+    """torchvision's, but that it needs only the files of the half that is asked for, and that they must be whole."""
+
+    @property
+    def _files(self) -> list[Path]:
+        half, raw = "train" if self.train else "t10k", Path(self.raw_folder)
+        return [raw / f"{half}-{part}-ubyte" for part in ("images-idx3", "labels-idx1")]
+
+    def _check_exists(self) -> bool:
+        return all(path.is_file() for path in self._files)
+
+    def _check_legacy_exist(self) -> bool:
+        return False  # tensors of early versions, of any type and shape
+
+    def _load_data(self) -> tuple[Tensor, Tensor]:
+        images, labels = (_read_idx(path, sizes) for path, sizes in zip(self._files, ((28, 28), ()), strict=True))
+        return images, labels.long()
+
+
+def _read_idx(path: Path, sizes: tuple[int, ...]) -> Tensor:
+    """The uint8 tensor (N, *sizes) of a file: two zeros, its type, how many sizes, these, and the values."""
+    start = 4 * (2 + len(sizes))
+    with path.open("rb") as file:
+        header = file.read(start)
+        shape = tuple(int.from_bytes(header[i : i + 4], "big") for i in range(4, start, 4))
+        whole = os.fstat(file.fileno()).st_size == start + math.prod(shape)
+        if header[:4] != bytes((0, 0, 8, len(shape))) or shape[1:] != sizes or not whole:
+            of = "×".join(map(str, ("N", *sizes)))
+            raise ValueError(f"{path} is damaged or cut short; its header and its size must be of {of} values of uint8")
+        return torch.from_numpy(np.fromfile(file, np.uint8)).reshape(shape)
+
+
+def mnist(options: Options) -> ImageSet:
+    """MNIST: 60,000 and 10,000 digits, 28×28 and grey, shifted by at most three pixels, not mirrored."""
+    parts = [_torchvision(MNIST, options, train=train) for train in _halves(options)]
+    splits = [Split(_scaled(part.data[..., None], options.img_size), part.targets) for part in parts]
+    return _image_set(splits, [str(digit) for digit in range(10)], options, flip=False)
+
+
+def stl10(options: Options) -> ImageSet:
+    """STL-10: the 5,000 labelled training images and the 8,000 of the test, 96×96, shifted by at most 12, mirrored."""
+    parts = [_torchvision(torchvision.datasets.STL10, options, split=split) for split in ("train", "test")]
+    splits = [
+        Split(
+            _scaled(torch.from_numpy(p.data).permute(0, 2, 3, 1), options.img_size), torch.from_numpy(p.labels).long()
+        )
+        for p in parts
+    ]
+    if not hasattr(parts[0], "classes"):
+        raise FileNotFoundError(f"data_dir is {options.data_dir or 'data'}; STL10's class_names.txt is missing in it")
+    return _image_set(splits, parts[0].classes, options, flip=True)
+
+
+def imagefolder(options: Options) -> ImageSet:
+    """Any tree `train/<class>/*` and `val/<class>/*` of images, as RGB, 32×32 unless `img_size` says otherwise.
+
+    Images of another size are scaled on their shorter side and cut to the centre square. Shifts are of at most an
+    eighth of the image, four pixels of 32, with random mirroring.
+
+    Raises:
+        FileNotFoundError: the folder, its `train/` or `val/`, or the images in a class are missing.
+        ValueError: `train/` and `val/` hold different classes, an image cannot be read, or memory does not suffice.
+    """
+    size = options.img_size or 32
+    sources = folder_sources(options.data_dir, options.first_classes)
+    _check_memory(options.data_dir, sum(len(source) for source in sources.values()), size)
+    (train, bad), (val, bad_val) = (_decode(sources[split], size, options) for split in ("train", "val"))
+    return _image_set([train, val], sources["train"].classes, options, flip=True)._replace(skipped=bad + bad_val)
+
+
+DATASETS: dict[str, Callable[[Options], ImageSet]] = {
+    "digits": digits,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "mnist": mnist,
+    "stl10": stl10,
+    "imagefolder": imagefolder,
+}
+
+
+def _halves(options: Options) -> list[bool]:
+    """torchvision's `train`, for training and, unless it is left out, for validation."""
+    return [True] if options.train_only else [True, False]
+
+
+def _image_set(splits: list[Split], classes: list[str], options: Options, *, flip: bool) -> ImageSet:
+    """Shifts are of at most an eighth of the image; of the classes only the first are kept, where that is asked for."""
+    train = splits[0]
+    val = splits[1] if len(splits) > 1 else Split(train.images[:0], train.labels[:0])
+    where = "" if options.data_dir is None else f"data_dir is {options.data_dir}; "
+    for split in (train, val):
+        if len(split.images) != len(split.labels):
+            raise ValueError(f"{where}there are {len(split.images):,} images, but {len(split.labels):,} labels")
+        if len(split.labels) and not 0 <= split.labels.min() <= split.labels.max() < len(classes):
+            low, high = split.labels.min(), split.labels.max()
+            raise ValueError(f"{where}its labels are {low} to {high}; they must be 0 to {len(classes) - 1}")
+    if (count := options.first_classes) is not None:
+        if not 1 <= count <= len(classes):
+            raise ValueError(f"first_classes is {count}; it must be 1 to {len(classes)}, the classes of the data")
+        classes = classes[:count]
+        train, val = (Split(s.images[s.labels < count], s.labels[s.labels < count]) for s in (train, val))
+    if not len(train.labels) or (len(splits) > 1 and not len(val.labels)):
+        raise ValueError(f"{where}there are no images to {'validate' if len(train.labels) else 'train'} on")
+    return ImageSet(train, val, classes, pad=max(1, train.images.shape[1] // 8), flip=flip)
+
+
+def _cifar(dataset: type, options: Options) -> ImageSet:
+    parts = [_torchvision(dataset, options, train=train) for train in _halves(options)]
+    splits = [Split(_scaled(torch.from_numpy(p.data), options.img_size), torch.tensor(p.targets)) for p in parts]
+    return _image_set(splits, parts[0].classes, options, flip=True)
+
+
+def _torchvision(dataset: type, options: Options, **split):
+    root = options.data_dir or Path("data")
+    try:
+        return dataset(root, download=options.download, **split)
+    except RuntimeError as error:
+        also = "; its train/ is for --dataset imagefolder" if (root / "train").is_dir() else ""
+        raise FileNotFoundError(
+            f"data_dir is {root}; {dataset.__name__} is not whole in it ({error}): --download fetches it{also}"
+        ) from None
+    except OSError:
+        raise
+    except Exception as error:  # of damaged files, which not every set has a checksum for
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"data_dir is {root}; {dataset.__name__} in it cannot be read: {reason}") from error
+
+
+def _scaled(images: Tensor, size: int | None) -> Tensor:
+    """uint8 (N, H, W, C), scaled to size × size where that is another."""
+    if size is not None and size != images.shape[1]:
+        parts = [
+            TF.resize(part.permute(0, 3, 1, 2), [size, size], antialias=True).permute(0, 2, 3, 1)
+            for part in images.split(1024)
+        ]
+        images = torch.cat(parts)
+    return images.contiguous()
+
+
+def _check_memory(data_dir: Path, count: int, size: int) -> None:
+    needed, physical = count * size * size * 3, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > physical / 2:
+        raise ValueError(
+            f"data_dir is {data_dir}; its {count:,} images take {needed / 1e9:.0f} GB of memory at img_size={size}, "
+            f"and at most half of this machine's {physical / 1e9:.0f} GB may be used: choose a smaller img_size, "
+            "or in_memory=False"
+        )
+
+
+def _decode(source: FolderSource, size: int, options: Options) -> tuple[Split, int]:
+    images = np.empty((len(source), size, size, 3), np.uint8)
+    unreadable: list[tuple[int, str]] = []
+
+    def decode(start: int) -> None:
+        for i in range(start, min(start + 256, len(images))):
+            try:
+                images[i] = read_image(source, i, lambda image: _centre(image, size))
+            except UnreadableImage as error:
+                if options.on_bad_image == "stop":
+                    raise
+                unreadable.append((i, str(error)))
+
+    with ThreadPoolExecutor(options.num_workers) as threads:
+        for _ in threads.map(decode, range(0, len(images), 256)):
+            pass  # taking each result raises what its thread raised
+    split = Split(torch.from_numpy(images), source.labels)
+    for _, message in sorted(unreadable):
+        warnings.warn(f"{message}; it is skipped", stacklevel=2)
+    if unreadable:
+        kept = torch.ones(len(images), dtype=torch.bool)
+        kept[[i for i, _ in unreadable]] = False
+        split = Split(split.images[kept], split.labels[kept])
+    if not len(split.labels):
+        raise UnreadableImage(f"none of the {len(images):,} images can be read: {min(unreadable)[1]}")
+    return split, len(unreadable)
+
+
+def _centre(image: Image.Image, size: int) -> np.ndarray:
+    if image.size != (size, size):
+        check_scaled(image, size)
+        image = TF.center_crop(TF.resize(image, size), size)
+    return np.asarray(image)

@@ -1,0 +1,295 @@
+"""Batches, epoch after epoch: from images in memory, or from workers that decode them.
+
+Order and augmentation are functions of the seed, the epoch and the place in it alone. A loader therefore resumes within
+an epoch by starting at a batch, and N processes see together what one process with N times the batch would see.
+"""
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastroute._timeout import patience
+from fastroute.data.augment import normalize, shift_and_flip
+from fastroute.data.seeding import generator, seeded
+from fastroute.data.sources import Source, UnreadableImage, read_image
+from fastroute.data.transforms import pixels
+
+Finish = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Draws(NamedTuple):
+    """What was drawn for a training batch of images in memory, which `MemoryLoader.batch` makes of it.
+
+    indices: int64 (N,), which images.
+    offsets, flips: see `shift_and_flip`.
+    """
+
+    indices: Tensor
+    offsets: Tensor
+    flips: Tensor
+
+
+class PlaceMismatch(ValueError):
+    """A run cannot go on within an epoch that is cut into other batches."""
+
+
+def shares(order: Tensor, batch_size: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, ...]:
+    """What one process takes of each global batch of world_size · batch_size samples.
+
+    Shares are contiguous and of equal size, save in the last batch, where they differ by at most one sample and may
+    be empty: every process has as many batches, and no sample is taken twice.
+    """
+    return tuple(batch.tensor_split(world_size)[rank] for batch in order.split(batch_size * world_size))
+
+
+class EpochLoader:
+    """What loaders have in common: the order of an epoch, this process's share of it, and where to resume.
+
+    Args:
+        count: images in an epoch.
+        batch_size: of one process.
+        seed: training images are shuffled and augmented by it; None is evaluation, everything once and in order.
+        epoch: called at the start of an epoch for its number.
+        rank, world_size: this process among all. In training, where `count` is no multiple of `world_size`, the last
+            few images of an epoch are left out, so that all processes have as many.
+        finish: what is done last to a training batch (images, labels), at its own state of PyTorch's generator.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        seed: int | None,
+        epoch: Callable[[], int],
+        rank: int,
+        world_size: int,
+        finish: Finish | None,
+    ):
+        if seed is not None and count < world_size:
+            raise ValueError(
+                f"there are {count} images to train on; there must be one for each of {world_size} processes"
+            )
+        self.count = count if seed is None else count - count % world_size
+        self.batch_size, self.seed, self.epoch, self.finish = batch_size, seed, epoch, finish
+        self.rank, self.world_size = rank, world_size
+        self._start = self._done = 0
+
+    def __len__(self) -> int:
+        return -(-self.count // (self.batch_size * self.world_size))
+
+    def shares(self, order: Tensor) -> tuple[Tensor, ...]:
+        return shares(order[: self.count], self.batch_size, self.rank, self.world_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        epoch, self._done, self._start = self.epoch(), self._start, 0
+        for batch in self.batches(epoch, self._done):
+            if self.finish is not None:
+                with seeded(self.seed, epoch, self._done, self.rank):
+                    batch = self.finish(*batch)
+            self._done += 1
+            yield batch
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
+        """Normalised images and labels of the epoch, from batch `start` on."""
+        raise NotImplementedError
+
+    def pixels(self, indices: Tensor) -> Tensor:
+        """Images by their place in an evaluation's order, not normalised: uint8 (k, H, W, C), on the CPU."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict:
+        return {"done": self._done, "batches": len(self)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Have the next epoch start where the state was taken.
+
+        Raises:
+            PlaceMismatch: it was taken within an epoch of another number of batches.
+        """
+        done, batches = state["done"], state["batches"]
+        if done < batches and batches != len(self):
+            raise PlaceMismatch(
+                f"the run stopped at batch {done} of {batches} of an epoch, but now an epoch has {len(self)}: "
+                "go on with the same data, batch_size and number of processes"
+            )
+        self._start = done % batches
+
+
+class MemoryLoader(EpochLoader):
+    """Batches of images that lie in memory, on the device they are for.
+
+    Args:
+        images: uint8 (N, H, W, C).
+        labels: int64 (N,).
+        mean, std: (C,), in units of the uint8 values.
+        pad, flip: for training, how far images are shifted and whether they are mirrored; see `shift_and_flip`.
+        augment: for training, applied to each image, uint8 (C, H, W), after that.
+        deferred: for training without `augment` and `finish`: give the `Draws` of a batch instead, for `batch`.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        mean: Tensor,
+        std: Tensor,
+        *loader_arguments,
+        pad: int = 0,
+        flip: bool = False,
+        augment: Callable[[Tensor], Tensor] | None = None,
+        deferred: bool = False,
+    ):
+        super().__init__(len(labels), *loader_arguments)
+        self.images, self.labels, self.mean, self.std = images, labels, mean, std
+        self.pad, self.flip, self.augment = pad, flip, augment
+        self.deferred = deferred and augment is None and self.finish is None
+
+    def pixels(self, indices: Tensor) -> Tensor:
+        return self.images[indices.to(self.images.device)].cpu()
+
+    def batch(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Normalised images and labels, made on the device without waiting for it."""
+        return normalize(self._shifted(draws), self.mean, self.std), self.labels[draws.indices]
+
+    def _shifted(self, draws: Draws) -> Tensor:
+        return shift_and_flip(self.images[draws.indices], draws.offsets, draws.flips, self.pad)
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
+        if self.seed is None:
+            for indices in self.shares(torch.arange(self.count))[start:]:
+                first, last = (int(indices[0]), int(indices[-1]) + 1) if len(indices) else (0, 0)
+                yield normalize(self.images[first:last], self.mean, self.std), self.labels[first:last]
+            return
+        # An epoch's random numbers are drawn at once, so that a step on a GPU waits for nothing from the host.
+        count, draw = len(self.labels), generator(self.seed, epoch)
+        order = torch.randperm(count, generator=draw)
+        offsets = torch.randint(0, 2 * self.pad + 1, (count, 2), generator=draw)
+        flips = (torch.rand(count, generator=draw) < 0.5) & self.flip
+        shares = [self.shares(values.to(self.images.device))[start:] for values in (order, offsets, flips)]
+        for i, draws in enumerate(itertools.starmap(Draws, zip(*shares, strict=True)), start):
+            if self.deferred:
+                yield draws
+            elif self.augment is None:
+                yield self.batch(draws)
+            else:
+                images = self._shifted(draws)
+                with seeded(self.seed, epoch, i, self.rank, 1):
+                    images = torch.stack([self.augment(image.movedim(-1, 0)) for image in images]).movedim(1, -1)
+                yield normalize(images, self.mean, self.std), self.labels[draws.indices]
+
+
+class StreamLoader(EpochLoader):
+    """Batches of images that workers read, decode and cut; copied to the device without waiting, normalised there.
+
+    Args:
+        source: the encoded images.
+        transform: PIL image → PIL image, or a tuple of crops; all of one size.
+        mean, std: (C,), in units of the uint8 values, on the device that batches are for.
+        num_workers: processes that decode; 0 decodes in this one.
+        on_bad_image: "stop" raises at an image that cannot be read; "skip" leaves it out of its batch, names it in a
+            warning and counts it in `skipped`.
+
+    Raises:
+        UnreadableImage: in an epoch, at an image that cannot be read with "stop"; at a training batch without one that
+            can, or after an evaluation without one in the share of this process, with "skip".
+        RuntimeError: a worker does not answer for the seconds in `FASTROUTE_TIMEOUT`, by default half an hour.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Callable,
+        mean: Tensor,
+        std: Tensor,
+        *loader_arguments,
+        num_workers: int = 0,
+        on_bad_image: str = "stop",
+    ):
+        super().__init__(len(source), *loader_arguments)
+        self.source, self.transform, self.mean, self.std = source, transform, mean, std
+        self.on_bad_image, self.skipped = on_bad_image, 0
+        self._sampler = _Sampler()
+        self.loader = DataLoader(
+            _Decoded(source, transform, self.seed),
+            batch_sampler=self._sampler,
+            num_workers=num_workers,
+            collate_fn=_collate,
+            pin_memory=mean.device.type == "cuda",
+            persistent_workers=num_workers > 0 and self.seed is not None,
+            prefetch_factor=4 if num_workers else None,
+            timeout=patience().total_seconds() if num_workers else 0,
+        )
+
+    def pixels(self, indices: Tensor) -> Tensor:
+        images = [pixels(read_image(self.source, index, self.transform)) for index in indices.tolist()]
+        return torch.from_numpy(np.stack(images))
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        training = self.seed is not None
+        order = self.source.order(generator(self.seed, epoch)) if training else torch.arange(self.count)
+        self._sampler.batches = [[(epoch, int(i)) for i in indices] for indices in self.shares(order)[start:]]
+        read, first = 0, None
+        for images, labels, unreadable in self.loader:
+            read, first = read + len(labels), first or next(iter(unreadable), None)
+            if unreadable and self.on_bad_image == "stop":
+                raise UnreadableImage(unreadable[0])
+            for message in unreadable:
+                self.skipped += 1
+                warnings.warn(f"{message}; it is skipped", stacklevel=2)
+            if unreadable and not len(labels):
+                if not training:
+                    continue
+                raise UnreadableImage(f"none of the {len(unreadable)} images of a batch can be read: {unreadable[0]}")
+            images, labels = (t.to(self.mean.device, non_blocking=True) for t in (images, labels))
+            yield self._normalize(images), labels
+        if first and not read and not start and self.world_size == 1:
+            raise UnreadableImage(f"none of the {self.count:,} images can be read: {first}")
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        if images.dim() == 4:
+            return normalize(images, self.mean, self.std)
+        return normalize(images.flatten(0, 1), self.mean, self.std).unflatten(0, images.shape[:2])
+
+
+class _Sampler:
+    """The batches of the coming epoch, as lists of (epoch, index): workers that live on learn the epoch from it."""
+
+    def __init__(self):
+        self.batches: list[list[tuple[int, int]]] = []
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+
+class _Decoded(Dataset):
+    """(epoch, index) → (uint8 (H, W, C) or (crops, H, W, C), label), or the message of an `UnreadableImage`."""
+
+    def __init__(self, source: Source, transform: Callable, seed: int | None):
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[np.ndarray, int] | str:
+        epoch, index = place
+        try:
+            with seeded(self.seed or 0, epoch, index):
+                return pixels(read_image(self.source, index, self.transform)), int(self.source.labels[index])
+        except UnreadableImage as error:
+            return str(error)
+
+
+def _collate(items: list[tuple[np.ndarray, int] | str]) -> tuple[Tensor, Tensor, list[str]]:
+    unreadable = [item for item in items if isinstance(item, str)]
+    read = [item for item in items if not isinstance(item, str)]
+    images = np.stack([image for image, _ in read]) if read else np.zeros((0, 1, 1, 3), np.uint8)
+    return torch.from_numpy(images), torch.tensor([label for _, label in read], dtype=torch.long), unreadable

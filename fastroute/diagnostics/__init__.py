@@ -1,0 +1,17 @@
+"""What the routers of a network do, and what they cost."""
+
+from fastroute._extras import extra
+from fastroute.diagnostics.statistics import RouterStatistics, needed_paths
+
+with extra("train", "fastroute.diagnostics"):
+    from fastroute.diagnostics.routing import gates_table, mean_gates, router_statistics, routing_share, skewed_gates
+
+__all__ = [
+    "RouterStatistics",
+    "gates_table",
+    "mean_gates",
+    "needed_paths",
+    "router_statistics",
+    "routing_share",
+    "skewed_gates",
+]

@@ -1,0 +1,121 @@
+"""What the routers of a network do, and what they cost."""
+
+import copy
+import statistics
+import time
+from collections.abc import Iterable, Mapping
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastroute.diagnostics.statistics import RouterStatistics, add_routing
+from fastroute.models._modes import modes_kept
+
+
+def across_processes(totals: dict[str, RouterStatistics]) -> dict[str, RouterStatistics]:
+    """The statistics of all processes together, where `torch.distributed` runs; on the CPU."""
+    totals = {name: total.cpu() for name, total in totals.items()}
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return totals
+    parts: list[dict] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, totals)
+    together: dict[str, RouterStatistics] = {}
+    for part in parts:
+        add_routing(together, part)
+    return together
+
+
+@torch.no_grad()
+def router_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, RouterStatistics]:
+    """The statistics of each router by name, over all images of the batches, with the network in evaluation."""
+    totals: dict[str, RouterStatistics] = {}
+    with modes_kept(model):
+        model.eval()
+        for images, _ in batches:
+            add_routing(totals, model(images, return_routing=True)[1])
+    return {name: total.cpu() for name, total in totals.items()}
+
+
+def skewed_gates(routers: Mapping[str, RouterStatistics]) -> dict[str, int]:
+    """How many gates do not tell samples apart, as the upper one of Figure 5.1.
+
+    Returns:
+        "gates", of all routers with more than one way to go; "never_above", those that exceed 0.5 for no sample; and
+        "never_below", those that fall below it for none. With two ways to go, each of the one has its counterpart.
+    """
+    several = [router for router in routers.values() if router.peak.shape[1] > 1]
+    return {
+        "gates": sum(router.peak.numel() for router in several),
+        "never_above": sum(int(router.never_above.sum()) for router in several),
+        "never_below": sum(int(router.never_below.sum()) for router in several),
+    }
+
+
+def mean_gates(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """The mean gate (m, n) of each router by name, over all images of the batches, with the network in evaluation."""
+    return {name: statistics.mean_gates for name, statistics in router_statistics(model, batches).items()}
+
+
+def gates_table(gates: dict[str, Tensor], title: str = "mean gates") -> Table:
+    """Mean gates as a table: a row for each router and incoming path i, a column for each outgoing path j."""
+    table = Table("router", "from", title=title, title_justify="left")
+    for j in range(max((g.shape[1] for g in gates.values()), default=0)):
+        table.add_column(f"to {j + 1}", justify="right")
+    for name, matrix in gates.items():
+        for i, row in enumerate(matrix.tolist()):
+            table.add_row("" if i else name, str(i + 1), *(f"{gate:.3f}" for gate in row))
+        table.add_section()
+    return table
+
+
+def routing_share(model: nn.Module, batch: tuple[Tensor, Tensor], steps: int = 5) -> float:
+    """The share of a training step's time that the routing operators take, forward and backward.
+
+    Steps of forward, backward and SGD in float32 run on a copy of the network: in turn as they are, for the time of a
+    step, and with a clock around every `fastroute::` operator. The share is the ratio of the medians of `steps` each.
+    """
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    images, labels = batch
+
+    def step() -> float:
+        start = _now(images.device)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        return _now(images.device) - start
+
+    step()  # what the first step sets up is not part of a step
+    whole, routing = [], []
+    for _ in range(steps):
+        whole.append(step())
+        with _RoutingClock(images.device) as clock:
+            step()
+        routing.append(clock.seconds)
+    return statistics.median(routing) / statistics.median(whole)
+
+
+class _RoutingClock(TorchDispatchMode):
+    """Adds up the time inside `fastroute::` operators: a profiler without the profiler's output on stderr."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device, self.seconds = device, 0.0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace != "fastroute":
+            return function(*args, **(kwargs or {}))
+        start = _now(self.device)
+        result = function(*args, **(kwargs or {}))
+        self.seconds += _now(self.device) - start
+        return result
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,109 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from fastroute.bench import Result, report
+from fastroute.bench.plots import draw
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def cells(text, start):
+    line = next(line for line in text.splitlines() if line.startswith(f"| {start}"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_result_comes_back_as_it_was_saved(tmp_path, make_result):
+    make_result().save(tmp_path / "folder" / "a.json")
+    loaded = Result.load(tmp_path / "folder" / "a.json")
+    assert loaded.commit == "0123abc" and loaded.rows[1].ms == make_result().rows[1].ms
+    assert [row.id for row in loaded.rows] == [row.id for row in make_result().rows]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": [{"x": 1}]}', json.dumps({"rows": []})])
+def test_other_files_are_no_results(text, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=r"a.json; it must be a file that `fastroute bench` wrote"):
+        Result.load(tmp_path / "a.json")
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        Result.load(tmp_path / "b.json")
+
+
+def test_tables_have_ratios_bandwidth_memory_and_means(make_result):
+    rows = make_result().rows
+    rows[1].ms["fastroute"] = 4.0
+    text = report.tables(rows)
+    header, first, means = (cells(text, start) for start in ("operator", "cross_connect", "geometric mean"))
+    row = dict(zip(header, first, strict=True))
+    assert row["ms"] == "1.000" and row["GB/s"] == "8.0" and row["share of copy"] == "0.50"
+    assert row["× eager"] == "6.00" and row["× compile"] == "2.00" and row["saved MiB"] == "1.0"
+    assert row["eager's saved MiB"] == "2.0" and row["shape"] == "2x4x8x8"
+    assert dict(zip(header, means, strict=True))["× eager"] == "3.00"  # of 6 and 1.5
+    assert cells(text, "resnet20_cc2")[-3:] == ["30.000", "1.50", "0.2500"]
+
+
+def test_comparison_takes_the_machines_drift_out(make_result):
+    old = make_result(ours=2.0, eager=12.0, copy=1.0)
+    new = make_result(ours=0.5, eager=6.0, copy=0.5)  # 4 times as fast; eager and the copy twice, compile as before
+    text = report.compare(old, new)
+    _, before, now, faster, drift, net = cells(text, "cross_connect")
+    assert (before, now, faster, drift, net) == ("2.000", "0.500", "4.00", "1.59", "2.52")
+    new.rows.pop()
+    assert "1 cases are in one of the results only" in report.compare(old, new)
+    new.rows.clear()
+    with pytest.raises(ValueError, match="no case in common"):
+        report.compare(old, new)
+
+
+def test_readme_section_is_written_between_its_marks(tmp_path, make_result):
+    readme, result = tmp_path / "README.md", tmp_path / "results" / "a.json"
+    make_result().save(result)
+    readme.write_text("above\n<!-- speed: old.json -->\nold\n<!-- end of speed -->\nbelow\n")
+    text = report.rewrite_readme(readme, result)
+    assert text.startswith("above\n<!-- speed: results/a.json -->\n") and text.endswith(
+        "<!-- end of speed -->\nbelow\n"
+    )
+    assert "old" not in text and "2 threads of A Processor (AVX2, torch 2.11)" in text
+    assert cells(text, "float32, contiguous") == ["float32, contiguous", "6.0", "2.00", "0.50"]
+    assert "is 2.00 times as fast as `torch.compile` and 6.0 times as fast as eager.\n" in text
+    readme.write_text(text)
+    assert report.readme_result(readme) == result and report.rewrite_readme(readme, result) == text
+
+    make_result().save(tmp_path.parent / "outside.json")
+    with pytest.raises(ValueError, match="it must lie in the folder of"):
+        report.rewrite_readme(readme, tmp_path.parent / "outside.json")
+    readme.write_text("nothing marked")
+    with pytest.raises(ValueError, match="it must have <!-- speed: RESULT -->"):
+        report.rewrite_readme(readme, result)
+    with pytest.raises(ValueError, match=r"no forward\+backward of cross_connect"):
+        report.readme_section(Result({}, {}, None, {}), "a.json")
+
+
+def test_cold_calls_are_shown_beside_those_in_a_row(make_result):
+    result = make_result()
+    for row in result.rows[:2]:
+        row.cold_ms.update(fastroute=2.0, eager=8.0, compile=3.0, copy=1.5)
+    header, first, means = (cells(report.tables(result.rows), s) for s in ("operator", "cross_connect", "geometric"))
+    assert dict(zip(header, first, strict=True))["cold × compile"] == "1.50"
+    assert dict(zip(header, means, strict=True))["cold × eager"] == "4.00"
+    text = report.readme_section(result, "a.json")
+    assert cells(text, "float32, contiguous")[1:] == ["6.0", "2.00", "0.50", "4.0", "1.50", "0.75"]
+    assert "6.0 times as fast as eager,\ncold 1.50 times as fast as `torch.compile` and 4.0 times as" in text
+
+
+def test_readme_agrees_with_its_result():
+    assert report.rewrite_readme(README, report.readme_result(README)) == README.read_text()
+
+
+def test_figures_are_drawn_where_there_are_figures(tmp_path, make_result):
+    result = make_result()
+    paths = draw(result, tmp_path, "a")
+    assert [path.name for path in paths] == ["a_share_of_copy.svg", "a_steps.svg", "a_memory.svg"]
+    assert "share of the copy" in paths[0].read_text() and "eager: cross_connect, float32" in paths[2].read_text()
+    first = paths[0].read_bytes()
+    assert draw(result, tmp_path, "a")[0].read_bytes() == first
+    result.rows = result.rows[2:]
+    assert [path.name for path in draw(result, tmp_path, "b")] == ["b_steps.svg"]
+    result.rows[0].labels["network"] = "resnet18_cc2"  # with two paths alone, no figure by number of paths
+    assert draw(result, tmp_path, "c") == []

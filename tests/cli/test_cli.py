@@ -1,0 +1,545 @@
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import fastroute
+from fastroute import _files
+from fastroute.cli import app
+from fastroute.cli.trained import this_device
+from fastroute.training.recipes import recipes
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+
+
+def test_trains_on_digits_and_goes_on_from_a_checkpoint(tmp_path):
+    common = ("train", "resnet20_cc2", "-b", 256, "--decay-milestones", "1,2", "--output", tmp_path)
+    result = run(*common, "--epochs", 1, "--experiment", "run")
+    assert result.exit_code == 0, result.output
+    assert "epoch 1/1" in result.output and "stack3_router" in result.output and str(tmp_path / "run") in result.output
+    folder = tmp_path / "run"
+    names = {path.name for path in folder.iterdir() if not path.name.startswith("events")}
+    assert names == {"args.yaml", "hparams.yaml", "best.ckpt", "last.ckpt", "summary.csv", "routers.csv"}
+
+    result = run(*common, "--epochs", 2, "--resume", folder / "last.ckpt")
+    assert result.exit_code == 0, result.output
+    assert "epoch 1/2" not in result.output and "epoch 2/2" in result.output
+    with (folder / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["epoch"], float(row["lr"])) for row in rows] == [("1", 0.1), ("2", pytest.approx(0.01))]
+
+    ensemble = fastroute.models.Ensemble.from_checkpoints([folder / "best.ckpt", folder / "last.ckpt"])
+    assert ensemble(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_config_file_sets_defaults_and_flags_win(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("epochs: 1\nlr: 0.05\nbatch-size: 512\nsched: onecycle\nchannels_last: true\n")
+    result = run("train", "resnet20", "-c", config, "--lr", 0.02, "--output", tmp_path, "--experiment", "run", "--amp")
+    assert result.exit_code == 0, result.output
+    arguments = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
+    expected = {"lr": 0.02, "batch_size": 512, "sched": "onecycle", "channels_last": True, "amp": True}
+    assert expected.items() <= arguments.items()
+    assert torch.load(tmp_path / "run" / "last.ckpt")["hyper_parameters"]["lr"] == 0.02
+
+    config.write_text("epoch: 1")
+    result = run("train", "resnet20", "-c", config)
+    assert result.exit_code == 2 and "there is no option 'epoch'; did you mean 'epochs'?" in result.output
+    config.write_text("zzzzzz: 1")
+    result = run("train", "resnet20", "-c", config)
+    assert result.exit_code == 2 and "there is no option 'zzzzzz'" in result.output, result.output
+    config.write_text("lr: true")
+    result = run("train", "resnet20", "-c", config)
+    assert result.exit_code == 2 and "lr is True, and it must be no yes or no" in result.output
+    config.write_text("- 1")
+    assert "it must hold one `name: value` for each option" in run("train", "resnet20", "-c", config).output
+    assert "there is no such file" in run("train", "resnet20", "-c", tmp_path / "none.yaml").output
+    config.write_text("a: [1")
+    assert "it is no YAML file" in run("train", "resnet20", "-c", config).output
+    assert "did you mean cifar10_resnet20" in run("train", "-c", "cifar_resnet20").output
+
+
+def test_a_run_s_arguments_are_a_config_file(tmp_path):
+    first = ("train", "resnet20", "-b", 512, "--epochs", 1, "--sched", "step", "--decay-epochs", 3, "--smoothing", 0.1)
+    assert run(*first, "--output", tmp_path, "--experiment", "first").exit_code == 0
+    again = run("train", "-c", tmp_path / "first" / "args.yaml", "--experiment", "second")
+    assert again.exit_code == 0, again.output
+    arguments = [yaml.safe_load((tmp_path / name / "args.yaml").read_text()) for name in ("first", "second")]
+    assert arguments[0] == arguments[1] | {"experiment": "first"}
+    weights = [torch.load(tmp_path / name / "last.ckpt")["state_dict"] for name in ("first", "second")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_recipe_is_named_and_flags_win(tmp_path):
+    result = run(
+        *("train", "-c", "cifar10_resnet20_cc2_short", "--dataset", "digits", "--epochs", 1, "-b", 512),
+        *("--no-amp", "--first-classes", 3, "--output", tmp_path, "--experiment", "run"),
+    )
+    assert result.exit_code == 0, result.output
+    arguments = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
+    expected = {"model": "resnet20_cc2", "dataset": "digits", "epochs": 1, "sched": "onecycle", "amp": False}
+    assert expected.items() <= arguments.items()
+    assert torch.load(tmp_path / "run" / "last.ckpt")["hyper_parameters"]["num_classes"] == 3
+    result = run("validate", tmp_path / "run" / "last.ckpt")  # on images of the three classes, without being told
+    assert result.exit_code == 0 and "107" in result.output, result.output
+
+
+def test_every_recipe_holds_options_of_its_command():
+    for command in ("train", "cluster"):
+        options = {option.name for option in get_command(app).commands[command].params}
+        for recipe in recipes(command).values():
+            assert recipe.options.keys() <= options, recipe.name
+
+
+def test_recipes_are_listed_with_what_the_thesis_reports():
+    result = run("recipes", "ilsvrc2012*")
+    assert result.exit_code == 0 and "ilsvrc2012_resnet18_cc2" in result.output and "cifar10" not in result.output
+    assert all(number in result.output for number in ("26.48", "8.60", "24.50", "7.34"))
+    result = run("recipes", "cluster_*")
+    assert "cluster_stl10_two-fold" in result.output and "63.84" in result.output and "ilsvrc" not in result.output
+    result = run("recipes", "resnet*")
+    assert result.exit_code == 2 and "pattern is 'resnet*'; there is no such recipe" in result.output
+
+
+def test_resume_auto_starts_goes_on_and_is_done(tmp_path):
+    common = ("train", "resnet20", "-b", 512, "--sched", "step", "--output", tmp_path, "--resume", "auto")
+    assert "resume is 'auto'; it needs the run's name as --experiment" in run(*common, "--epochs", 1).output
+    for epochs, shown in ((1, "epoch 1/1"), (2, "epoch 2/2"), (2, "all 2 epochs are done")):
+        result = run(*common, "--epochs", epochs, "--experiment", "run")
+        assert result.exit_code == 0 and shown in result.output, result.output
+
+
+def test_starts_from_weights(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.manual_seed(1)
+    network = fastroute.models.create_model("resnet20", in_chans=1)
+    torch.save(network.state_dict(), path)
+    arguments = (
+        "train",
+        "resnet20",
+        "-b",
+        2000,
+        "--epochs",
+        1,
+        "--lr",
+        1e-9,
+        "--output",
+        tmp_path,
+        "--experiment",
+        "run",
+    )
+    assert run(*arguments, "--initial-checkpoint", path).exit_code == 0
+    trained = torch.load(tmp_path / "run" / "last.ckpt")["state_dict"]
+    for name, value in network.named_parameters():
+        torch.testing.assert_close(trained[f"model.{name}"], value)
+
+
+def test_a_diverging_run_ends_in_a_sentence(tmp_path):
+    result = run(
+        "train", "resnet20", "-b", 512, "--lr", 1e30, "--epochs", 3, "--output", tmp_path, "--experiment", "run"
+    )
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert re.search(r"error: the loss is (nan|inf) at epoch \d, step \d, with learning rate 1e\+30", result.output)
+
+
+def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_later(tmp_path, monkeypatch):
+    common = ("train", "resnet20", "-b", 512, "--sched", "step", "--output", tmp_path, "--experiment", "run")
+    assert run(*common, "--epochs", 1).exit_code == 0
+    (tmp_path / "run" / "full").symlink_to("/dev/full")
+    with monkeypatch.context() as patch:
+        patch.setattr(_files, "_temporary", lambda path: path.with_name("full" if path.suffix == ".ckpt" else "other"))
+        result = run(*common, "--epochs", 2, "--resume", "auto")
+    assert result.exit_code == 1 and "last.ckpt cannot be written, the one before is whole" in result.output
+    assert "No space left on device" in result.output and "Traceback" not in result.output
+    result = run(*common, "--epochs", 2, "--resume", "auto")
+    assert result.exit_code == 0 and "epoch 2/2" in result.output
+
+
+def test_sigterm_ends_with_its_status_and_the_run_goes_on(tmp_path):
+    common = ("train", "resnet20", "-b", "64", "--first-classes", "4", "--sched", "step", "--output", tmp_path)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = (
+        sys.executable,
+        "-m",
+        "fastroute",
+        *common,
+        "--experiment",
+        "run",
+        "--epochs",
+        "50",
+        "--log-interval",
+        "1",
+    )
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment) as process:
+        process.stdout.readline()
+        process.terminate()
+        output = process.stdout.read()
+    assert process.returncode == 143 and "stopped by SIGTERM" in output and "--resume goes on from it" in output
+    result = run(*common, "--experiment", "run", "--epochs", 3, "--resume", "auto")
+    assert result.exit_code == 0 and "epoch 3/3" in result.output, result.output
+
+
+def test_validates_a_checkpoint_and_a_folder_of_them(tmp_path):
+    common = ("-b", 256, "--epochs", 1, "--output", tmp_path, "--experiment", "run")
+    assert run("train", "resnet20_cc2", *common, "--model-ema", "--model-ema-decay", 0.5).exit_code == 0
+    with (tmp_path / "run" / "summary.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    results = {}
+    for file, options in (("ema.csv", ()), ("raw.json", ("--no-use-ema",))):
+        result = run("validate", tmp_path / "run", "--results-file", tmp_path / file, *options)
+        assert result.exit_code == 0 and "best.ckpt" in result.output and "last.ckpt" in result.output, result.output
+        text = (tmp_path / file).read_text()
+        results[file] = json.loads(text) if file.endswith("json") else list(csv.DictReader(text.splitlines()))
+    best, last = results["ema.csv"]
+    assert float(last["loss"]) == pytest.approx(float(row["val_loss"]), rel=1e-5) and int(last["images"]) == 360
+    assert float(last["error"]) == pytest.approx(float(row["val_error"])) and best["model"] == "resnet20_cc2"
+    assert results["raw.json"][1]["loss"] != pytest.approx(float(row["val_loss"]), rel=1e-5)
+    file = tmp_path / "gates.json"
+    result = run("validate", tmp_path / "run" / "last.ckpt", "--gates", "--results-file", file)
+    (counted,) = json.loads(file.read_text())
+    assert "never above 0.5" in result.output and counted["error"] == pytest.approx(float(row["val_error"]))
+    # Routers of one path to two, of two to two, and to one, whose gates are none; each other has its counterpart.
+    assert counted["gates"] == 14 and 0 <= counted["never_above"] == counted["never_below"] <= 7
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "checkpoint is missing; name one, or a network with --model for fresh weights"),
+        (("/nowhere.ckpt",), "checkpoint is /nowhere.ckpt; there is no such file"),
+        (("--model", "resnet20"), "dataset is missing; the checkpoint does not say on what it was trained"),
+        (("--model", "resnet20", "--dataset", "digits", "--ten-crop"), "ten_crop is True; it is for imagefolder"),
+        (("--model", "vgg16", "--dataset", "digits", "--img-size", 32, "--gates"), "gates is True, but vgg16 has no"),
+        (("--model", "resnet20", "--dataset", "imagefolder"), "data_dir is None; the dataset 'imagefolder' needs one"),
+        (
+            ("--model", "resnet20", "--dataset", "digits", "--crop-pct", 1.5),
+            "crop_pct is 1.5; it must be above 0 and at most 1",
+        ),
+        (("--model", "resnet20", "--dataset", "digits", "--results-file", "r.txt"), "it must end in .csv or .json"),
+        (
+            ("--model", "resnet20", "--dataset", "digits", "--results-file", "/nowhere/r.csv"),
+            "its folder must be there",
+        ),
+    ],
+)
+def test_validate_with_wrong_arguments(arguments, message):
+    result = run("validate", *arguments)
+    assert result.exit_code == 2 and message in result.output, result.output
+
+
+def test_fresh_weights_are_made_for_the_images_in_memory():
+    result = run("validate", "--model", "base_cnn", "--dataset", "digits")
+    assert result.exit_code == 0 and "360" in result.output, result.output
+
+
+def test_compile_modes_and_recorded_steps_that_cannot_be_are_refused_before_the_images_are_read(tmp_path, monkeypatch):
+    arguments = ("train", "resnet20", "--dataset", "imagefolder", "--data-dir", tmp_path / "none")
+    result = run(*arguments, "--compile-mode", "max-autotune")
+    assert result.exit_code == 2 and "compile_mode is 'max-autotune', but compile is False" in result.output
+    if not torch.cuda.is_available():
+        result = run(*arguments, "--cuda-graphs")
+        assert result.exit_code == 2, result.output
+        assert "cuda_graphs is True; it needs a CUDA device, and there is none" in result.output
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for more, message in (
+        (("--amp", "--amp-dtype", "float16"), "use amp_dtype 'bfloat16'"),
+        (("--grad-accum-steps", 2), "grad_accum_steps must be 1, not 2"),
+        (("--compile", "--compile-mode", "reduce-overhead"), "compile_mode 'reduce-overhead' records CUDA graphs"),
+        (("--stream", "--on-bad-image", "skip"), "batches must be of one size"),
+    ):
+        result = run(*arguments, "--cuda-graphs", *more)
+        assert result.exit_code == 2 and "cuda_graphs is True; " in result.output, result.output
+        assert message in result.output, result.output
+
+
+def test_a_recipe_can_record_steps_and_name_a_mode(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("cuda_graphs: true\ncompile: true\ncompile-mode: max-autotune\n")
+    result = run("train", "resnet20", "-c", config)
+    assert result.exit_code == 2 and "cuda_graphs is True; " in result.output, result.output
+    config.write_text("compile-mode: default\n")
+    assert "compile_mode is 'default', but compile is False" in run("train", "resnet20", "-c", config).output
+    result = run("train", "resnet20", "-b", 512, "--epochs", 1, "--output", tmp_path, "--experiment", "run")
+    assert result.exit_code == 0
+    arguments = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
+    assert arguments["cuda_graphs"] is False and arguments["compile_mode"] is None
+
+
+def test_gpus_that_are_not_there_are_named_in_a_sentence(monkeypatch):
+    for device, message in (
+        ("nonsense", "device is 'nonsense'; it must be cpu, cuda, or such as cuda:1"),
+        ("mps", "device is 'mps'; it must be cpu, cuda, or such as cuda:1"),
+        ("cuda:31", "device is 'cuda:31'; this machine has "),
+    ):
+        result = run("bench", "--list", "--device", device)
+        assert result.exit_code == 2 and message in result.output, result.output
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    result = run("train", "resnet20")
+    assert result.exit_code == 2 and "torchrun started 4 processes on a machine with 1 GPU; start one" in result.output
+
+
+def test_checkpoints_are_taken_to_the_gpu_of_the_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert this_device() == torch.device("cuda", 1)
+
+
+def test_a_folder_without_checkpoints_and_another_data_set_are_refused(tmp_path):
+    assert "there is no .ckpt in this folder" in run("validate", tmp_path).output
+    assert (
+        run("train", "resnet20", "-b", 512, "--epochs", 1, "--output", tmp_path, "--experiment", "run").exit_code == 0
+    )
+    for name in ("x", "y"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "0.png")
+    arguments = ("--dataset", "imagefolder", "--data-dir", tmp_path / "images")
+    result = run("validate", tmp_path / "run" / "last.ckpt", *arguments)
+    assert result.exit_code == 2 and "its 2 classes (x, …) are not the 10 of the training (0, …)" in result.output
+    for digit in range(10):
+        (tmp_path / "rgb" / str(digit)).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "rgb" / str(digit) / "0.png")
+    arguments = ("--dataset", "imagefolder", "--data-dir", tmp_path / "rgb")
+    result = run("validate", tmp_path / "run" / "last.ckpt", *arguments)
+    assert (
+        result.exit_code == 2 and "its images have 3 channels, but resnet20 was trained on images of 1" in result.output
+    )
+
+
+def test_demo_compares_both_networks_and_shows_one(tmp_path):
+    result = run("demo", "--epochs", 1, "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "272,186" in result.output and "548,386" in result.output and "stem_router" in result.output
+    assert (tmp_path / "resnet20" / "summary.csv").is_file() and (tmp_path / "resnet20_cc2" / "best.ckpt").is_file()
+    page = tmp_path / "report" / "report.html"
+    assert page.is_file() and str(page) in result.output
+
+
+def test_gates_are_clustered_beside_the_task(tmp_path):
+    arguments = ("resnet20_cc2", "--epochs", 1, "--output", tmp_path, "--experiment", "run", "-b", 256)
+    result = run("train", *arguments, "--gate-reg-weight", 0.01)
+    assert result.exit_code == 0, result.output
+    state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"]
+    priors = state["aux_loss._extra_state"]
+    assert set(priors) == {"stem_router", "stack1_router", "stack2_router", "stack3_router"}
+    assert priors["stack1_router"].shape == (2, 2)
+    arguments = (*arguments[:-4], "--experiment", "joined", "-b", 256, "--gate-reg-scope", "router")
+    assert run("train", *arguments, "--gate-reg-weight", 0.01).exit_code == 0
+    joined = torch.load(tmp_path / "joined" / "last.ckpt", weights_only=True)["state_dict"]["aux_loss._extra_state"]
+    assert joined["stack1_router"].shape == (2,)
+    from fastroute.training import RoutingClassifier
+
+    RoutingClassifier.load_from_checkpoint(tmp_path / "run" / "last.ckpt")
+
+
+def test_info_names_every_backend():
+    result = run("info")
+    assert result.exit_code == 0, result.output
+    assert fastroute.__version__ in result.output and torch.__version__ in result.output
+    for names in fastroute.backends.ORDER.values():
+        assert all(name in result.output for name in names)
+
+
+def test_models_lists_parameters_and_macs_beside_the_thesis():
+    result = run("models", "resnet20_c?2")
+    rows = {row[0]: row[1:] for line in result.output.splitlines() if (row := line.replace("│", " ").split())}
+    assert rows["resnet20_cc2"] == ["548,674", "0.55", "81.4", "3.3"]
+    assert rows["resnet20_cp2"][:2] == ["593,054", "0.59"] and "resnet20_x2" not in result.output
+    result = run("models", "resnet_20*")
+    assert result.exit_code == 2 and "pattern is 'resnet_20*'; there is no such network" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("resnet2",), "name is 'resnet2'; there is no such network: did you mean"),
+        (("resnet20", "--dataset", "cifar"), "--dataset"),
+        (("resnet20", "--epochs", 0), "--epochs"),
+        (("resnet20", "-b", -1), "--batch-size"),
+        (("resnet20", "--lr", 0), "lr is 0.0; it must be above 0"),
+        (("resnet20", "--num-classes", 5), "num_classes is 5; the data has 10 classes"),
+        (("resnet20", "--decay-milestones", "1,x"), "is not a list of epochs"),
+        (("resnet20", "--dataset", "imagefolder"), "data_dir is None; the dataset 'imagefolder' needs a folder"),
+        (
+            ("resnet20", "--dataset", "imagefolder", "--data-dir", "/nowhere"),
+            "data_dir is /nowhere; it must be a folder",
+        ),
+        (("resnet20", "--resume", "/nowhere.ckpt"), "resume is /nowhere.ckpt; there is no such file"),
+        ((), "model is missing; name a network, or a recipe with --config"),
+        (("resnet20", "--gate-reg-weight", 0.01), "gate_reg_weight is 0.01, but resnet20 has no gates"),
+        (("resnet20", "--first-classes", 11), "first_classes is 11; it must be 1 to 10"),
+        (("resnet20", "--aa", "fast"), "aa is 'fast'; it must be one of"),
+        (("resnet20", "--reprob", 2), "reprob is 2.0; it must be between 0 and 1"),
+        (("resnet20", "--scale", "0.5"), "scale is 0.5; it must be two numbers above 0"),
+        (("resnet20", "--sync-bn"), "sync_bn is True; PyTorch's synchronised batch norm needs GPUs"),
+        (("resnet20", "--clip-grad", 0), "--clip-grad"),
+        (("resnet20", "--model-ema-decay", 1), "--model-ema-decay"),
+        (("resnet20", "--stream"), "in_memory is False; it can be chosen for the dataset 'imagefolder' alone"),
+        (("resnet20", "--initial-checkpoint", "/nowhere.pt"), "initial_checkpoint is /nowhere.pt; there is no such"),
+        (("resnet20", "--dataset", "cifar10", "--data-dir", "/nowhere"), "data_dir is /nowhere; CIFAR10 is not whole"),
+        (("resnet20", "--dataset", "webdataset", "--data-dir", "/tmp"), "there are no shards train/*.tar"),
+    ],
+)
+def test_wrong_arguments_end_in_a_sentence(arguments, message, tmp_path):
+    result = run("train", *arguments, "--output", tmp_path)
+    assert result.exit_code == 2 and message in result.output, result.output
+    assert "Traceback" not in result.output and not list(tmp_path.iterdir())
+
+
+def test_runs_as_a_module():
+    result = subprocess.run(
+        [sys.executable, "-m", "fastroute", "--help"], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert result.returncode == 0 and "train" in result.stdout
+
+
+def test_import_needs_torch_alone():
+    unwanted = {"pytorch_lightning", "torchvision", "torchmetrics", "sklearn", "typer", "rich", "yaml", "PIL"}
+    unwanted |= {"timm", "onnx", "safetensors"}
+    result = python(f"import sys, fastroute; print(sorted({unwanted} & set(sys.modules)))")
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    "package, module, extra",
+    [
+        ("typer", "fastroute.cli", "train"),
+        ("pytorch_lightning", "fastroute.training", "train"),
+        ("matplotlib", "fastroute.bench.plots", "bench"),
+    ],
+)
+def test_a_missing_package_names_the_extra(package, module, extra):
+    result = python(f"import sys; sys.modules[{package!r}] = None; import {module}")
+    assert result.returncode == 1
+    sentence = f"needs the package {package}, which is not installed: pip install 'fastroute[{extra}]'"
+    assert sentence in result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "error, sentence",
+    [
+        (MemoryError("Unable to allocate 9 TiB"), "the machine's memory is exhausted: Unable to allocate 9 TiB; lower"),
+        (RuntimeError("[enforce fail] not enough memory: you tried to allocate 9 bytes"), "memory is exhausted"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB"),
+            "the GPU's memory is exhausted: CUDA out of memory",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+            "a process that decodes images is gone",
+        ),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OverflowError("int too big to convert"), "a number or size is too large to compute with: int too big"),
+    ],
+)
+def test_errors_of_the_outside_are_sentences_and_debug_shows_where(error, sentence, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("fastroute.cli.recipes.fnmatchcase", fail)
+    result = run("recipes")
+    assert result.exit_code == 1 and "error: " in result.output and sentence in result.output
+    assert "Traceback" not in result.output
+    for arguments in (("--debug", "recipes"), ("recipes", "--debug")):
+        result = run(*arguments)
+        assert result.exit_code == 1 and "Traceback" in result.output and sentence.split(":")[0] in result.output
+
+
+def test_ctrl_c_has_its_status_and_a_fault_its_traceback(monkeypatch):
+    def fail(error):
+        monkeypatch.setattr("fastroute.cli.recipes.fnmatchcase", lambda *_: (_ for _ in ()).throw(error))
+        return run("recipes")
+
+    result = fail(KeyboardInterrupt())
+    assert result.exit_code == 130 and "stopped by Ctrl-C" in result.output and "Traceback" not in result.output
+    result = fail(KeyError("x"))
+    assert result.exit_code == 1 and "Traceback" in result.output and "please report it" in result.output
+
+
+def test_sizes_are_weighed_before_they_are_taken(tmp_path):
+    common = ("train", "resnet20", "--output", tmp_path)
+    result = run(*common, "--img-size", 100_000)
+    assert result.exit_code == 2 and "img_size is 100000" in result.output and "at most 9,459" in result.output
+    result = run(*common, "--img-size", 8_000)
+    assert result.exit_code == 2 and "img_size is 8000; the 1,797 images of digits would take" in result.output
+    result = run(*common, "--num-classes", 10**9)
+    assert result.exit_code == 2 and "its weights would take at least" in result.output
+    result = run(*common, "--img-size", 300, "-b", 1437)
+    assert result.exit_code == 2 and "a training step of resnet20 would take at least" in result.output
+
+
+@pytest.mark.parametrize("option", ["lr", "mixup", "weight-decay", "gate-wd", "scale", "crop-pct"])
+@pytest.mark.parametrize("value", ["nan", "inf", "1e308"])
+def test_numbers_are_finite(option, value):
+    value = f"{value},{value}" if option == "scale" else value
+    result = run("train", "resnet20", f"--{option}", value)
+    assert result.exit_code == 2 and "Traceback" not in result.output, result.output
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a: &a [x]\nb: [*a, *a]", "line 1, column 4: anchors and aliases are not read"),
+        ("lr: " + "[" * 900 + "]" * 900, "there are more than 16 levels"),
+        ("# " + "x" * 2**19, "it is larger than 262,144 bytes"),
+        ("".join(f"a{i}: 1\n" for i in range(6000)), "there are more than 10,000 values"),
+        ("lr: 0.1\nlr: 0.2", "'lr' is given twice: keep one"),
+        ("batch-size: 1\nbatch_size: 2", "it names batch_size twice"),
+        ("lr: {a: 1}", "lr holds a dict, and must be one value"),
+        ("lr: abc", "lr is 'abc': 'abc' is not a valid float"),
+        ("epochs: 1.5", "epochs is '1.5': "),
+        ("lr: 2024-99-99", "it is no YAML file of options"),
+        ("mixup: .nan", "mixup is 'nan': it is nan; it must be a finite number"),
+    ],
+)
+def test_yaml_is_read_with_bounds(tmp_path, text, message):
+    config = tmp_path / "c.yaml"
+    config.write_text(text)
+    result = run("train", "resnet20", "-c", config)
+    assert result.exit_code == 2 and f"config is {config}; " in result.output and message in result.output
+
+
+def test_a_config_is_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "c.yaml")
+    for path in (tmp_path / "c.yaml", "/dev/zero"):
+        result = run("train", "resnet20", "-c", path)
+        assert result.exit_code == 2 and "it is no regular file" in result.output, result.output
+
+
+@pytest.mark.parametrize("name", ["[/x]", "a[b]c", "\x1b[31m", "\udcff", "a\nb"])
+def test_names_are_printed_as_they_are(name):
+    result = run("train", name)
+    assert result.exit_code == 2 and "there is no such network" in result.output
+    assert repr(name)[1:-1] in result.output.replace("\\\\", "\\") and "\x1b" not in result.output
+
+
+def test_paths_that_are_no_urls(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = ("train", "resnet20", "-b", 2000, "--first-classes", 2, "--sched", "step", "--experiment", "file:[/x]")
+    assert run(*common, "--epochs", 1, "--output", "http_runs").exit_code == 0
+    result = run(*common, "--epochs", 2, "--output", "http_runs", "--resume", "http_runs/file:[/x]/last.ckpt")
+    assert result.exit_code == 0 and str(tmp_path / "http_runs" / "file:[/x]") in result.output, result.output
+    result = run(*common, "--epochs", 1, "--output", "a::b")
+    assert result.exit_code == 2 and "a path with '::' in it is taken for a URL" in result.output
+    result = run(*common, "--epochs", 1, "--output", "\udcff")
+    assert result.exit_code == 2 and "no path that is not UTF-8" in result.output

@@ -1,0 +1,1 @@
+from tests.threads import small_networks  # noqa: F401

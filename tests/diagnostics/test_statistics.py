@@ -1,0 +1,56 @@
+"""What gates over many samples come to."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastroute.diagnostics.statistics import RouterStatistics, needed_paths
+from fastroute.nn import Routing
+
+# Of 240 samples and 4 outgoing paths: gates (N, 4), and what they use, tell apart and need.
+CASES = {
+    "one-hot, 3 of 4 paths": (F.one_hot(torch.arange(240) % 3, 4).double(), 3, 3, 3),
+    "even": (torch.full((240, 4), 0.25), 4, 1, 1),
+    "all to one path": (torch.tensor([1.0, 0, 0, 0]).expand(240, 4), 1, 1, 1),
+    "even but for rounding": (torch.full((240, 4), 0.25) + 1e-8 * torch.randn(240, 4), 4, 1, 1),
+    "half of the samples lean a little": (
+        torch.tensor([[0.26, 0.24, 0.25, 0.25], [0.24, 0.26, 0.25, 0.25]]).repeat(120, 1), 4, 1, 2
+    ),
+    "unevenly, one-hot": (
+        F.one_hot((torch.arange(240) % 4 == 0).long(), 4).double(), *[math.exp(0.5623351446)] * 2, 2
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_used_paths_clusters_and_needed_paths(case):
+    gates, used, clusters, needed = CASES[case]
+    gates = torch.stack([gates, F.one_hot(torch.arange(240) % 4, 4).to(gates)], 1)  # a second path, as clear as can be
+    parts = [RouterStatistics.of(Routing(part, part)).cpu() for part in gates.split(100)]
+    statistics = parts[0] + parts[1] + parts[2]
+    torch.testing.assert_close(statistics.used_paths, torch.tensor([used, 4.0]).double(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(statistics.effective_clusters, torch.tensor([clusters, 4.0]).double(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(needed_paths(gates), torch.tensor([needed, 4.0]).double(), rtol=1e-3, atol=0)
+
+
+def test_no_samples_leave_the_statistics_of_others_as_they_are():
+    gates = torch.rand(6, 2, 3).softmax(-1)
+    some, none = (RouterStatistics.of(Routing(part, part)) for part in (gates, gates[:0]))
+    for total in (some + none, none + some):
+        assert total.samples == 6 and torch.equal(total.peak, some.peak) and torch.equal(total.trough, some.trough)
+        assert torch.equal(total.gates, some.gates) and torch.equal(total.wins, some.wins)
+
+
+def test_many_gates_that_do_not_differ_need_one_path():
+    gates = torch.tensor([0.1, 0.9, 0.0]).expand(50_000, 1, 3).contiguous()  # whose mean is not exact in float32
+    assert needed_paths(gates).tolist() == [1]
+
+
+def test_a_single_way_to_go_is_one_path():
+    gates = torch.ones(5, 2, 1)
+    statistics = RouterStatistics.of(Routing(gates, gates)).cpu()
+    ones = torch.ones(2, dtype=torch.float64)
+    assert torch.equal(statistics.used_paths, ones) and torch.equal(statistics.effective_clusters, ones)
+    assert torch.equal(needed_paths(gates), ones) and torch.equal(needed_paths(gates[:1]), ones)

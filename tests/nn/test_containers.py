@@ -1,0 +1,86 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastroute.nn import CrossConnection, MultiPathNetwork, ParallelPaths, containers
+
+
+def test_each_path_has_its_own_module():
+    double, negate = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    nn.init.constant_(double.weight, 2.0)
+    nn.init.constant_(negate.weight, -1.0)
+    parallel = ParallelPaths([double, negate])
+    one, three = torch.ones(1, 1), torch.full((1, 1), 3.0)
+    assert [y.item() for y in parallel([one, three])] == [2.0, -3.0]
+    assert [y.item() for y in parallel([three])] == [6.0, -3.0]
+    with pytest.raises(ValueError, match="xs has 3 tensors; it must have one for each of the 2 paths, or one"):
+        parallel([one, one, one])
+
+
+def block(channels):
+    return nn.Sequential(
+        nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(100, 3)
+    )
+
+
+@pytest.mark.parametrize("inputs", [1, 3])
+@pytest.mark.parametrize("training", [True, False])
+def test_batched_paths_are_the_separate_ones(inputs, training):
+    torch.manual_seed(0)
+    separate = ParallelPaths([block(2).double() for _ in range(3)], execution="separate").train(training)
+    batched = copy.deepcopy(separate)
+    batched.execution = "batched"
+    xs = [torch.randn(5, 2, 5, 5, dtype=torch.float64, requires_grad=True) for _ in range(inputs)]
+    results = []
+    for paths in (separate, batched):
+        for _ in range(2):
+            ys = paths(xs)
+        loss = sum((i + 1) * y.square().sum() for i, y in enumerate(ys))
+        results.append([*ys, *torch.autograd.grad(loss, [*xs, *paths.parameters()])])
+    torch.testing.assert_close(results[1], results[0])
+    for name, value in separate.state_dict().items():  # running statistics among them
+        torch.testing.assert_close(batched.state_dict()[name], value, msg=name)
+    assert (separate[0][1].num_batches_tracked == 2) == training
+
+
+def test_paths_run_as_measured_on_their_device_unless_told(monkeypatch):
+    paths, xs = ParallelPaths([nn.Linear(2, 2), nn.Linear(2, 2)]), [torch.randn(3, 2)]
+    calls = []
+    paths[1].register_forward_hook(lambda *_: calls.append("separate"))
+    paths(xs)
+    assert calls == ["separate"]
+    monkeypatch.setitem(containers.EXECUTION, "cpu", "batched")
+    paths(xs)
+    assert calls == ["separate"]
+    paths.execution = "separate"
+    paths(xs)
+    assert calls == ["separate"] * 2
+
+
+def test_paths_without_weights_have_nothing_to_batch():
+    xs = [torch.randn(2, 3, 4), torch.randn(2, 3, 4)]
+    assert [y.shape for y in ParallelPaths([nn.Flatten(), nn.Flatten()], "batched")(xs)] == [(2, 12)] * 2
+
+
+def test_batched_paths_differ_in_weights_alone():
+    with pytest.raises(ValueError, match="execution is 'grouped'; it must be 'auto', 'separate' or 'batched'"):
+        ParallelPaths([nn.Linear(2, 2)], "grouped")
+    with pytest.raises(ValueError, match="execution is 'batched'; the paths must differ in nothing but their weights"):
+        ParallelPaths([nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3, padding=1)], "batched")
+    paths = ParallelPaths([nn.Linear(2, 2), nn.Linear(2, 2)], "batched")
+    paths[1].eval()
+    with pytest.raises(ValueError, match="all in training mode or all in evaluation mode"):
+        paths([torch.randn(3, 2)])
+
+
+def test_network_averages_its_paths_and_names_its_routers():
+    heads = [nn.Linear(4, 3), nn.Linear(4, 3)]
+    network = MultiPathNetwork({"fork": CrossConnection(4, 1, 2), "head": ParallelPaths(heads)})
+    x = torch.randn(5, 4)
+    logits, routing = network(x, return_routing=True)
+    assert list(routing) == ["fork"] and routing["fork"].gates.shape == (5, 1, 2)
+    xs = network.fork([x])
+    torch.testing.assert_close(logits, (heads[0](xs[0]) + heads[1](xs[1])) / 2)
+    assert torch.equal(network(x), logits)
