@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-import click
 import torch
 import typer
 from mkdocs.config.defaults import MkDocsConfig
@@ -17,6 +16,7 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
+COUNT, RANGE = 2**31 - 1, re.compile(r"(?P<least>\d+)<=x<=(?P<most>\d+)")
 LINK = re.compile(r"(?<=\]\()(?:\.\./)+(?!\.\./)(?P<path>[\w./-]+)(?=[)#])")
 
 
@@ -60,47 +60,44 @@ def commands() -> str:
     return "\n\n".join(_command(path, command) for path, command in _walk(root, "fastroute"))
 
 
-def _walk(command: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:
+def _walk(command, path: str) -> Iterator[tuple[str, object]]:
     yield path, command
     for name, inner in getattr(command, "commands", {}).items():
         yield from _walk(inner, f"{path} {name}")
 
 
-def _command(path: str, command: click.Command) -> str:
-    context = click.Context(command, info_name=path)
-    usage = " ".join([path, *(piece for piece in command.collect_usage_pieces(context))])
-    shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
-    rows = [row for parameter in shown if (row := _row(parameter, context))]
-    text = f"## {path}\n\n{(command.help or '').strip()}\n\n```text\n{usage}\n```"
-    return text + ("\n\n| | default | |\n|---|---|---|\n" + "\n".join(rows) if rows else "")
+def _command(path: str, command) -> str:
+    context = command.context_class(command, info_name=path)
+    usage = " ".join([path, *command.collect_usage_pieces(context)])
+    parts = [f"## {path}", (command.help or "").strip(), f"```text\n{usage}\n```"]
+    shown = [parameter for parameter in command.params if parameter.get_help_record(context)]
+    panels = dict.fromkeys(getattr(parameter, "rich_help_panel", None) for parameter in shown)
+    for panel in panels:
+        parts += [f"**{panel}**"] if panel else []
+        rows = (_row(p, context) for p in shown if getattr(p, "rich_help_panel", None) == panel)
+        parts.append("\n".join(["| | | |", "|---|---|---|", *rows]))
+    return "\n\n".join(parts)
 
 
-def _row(parameter: click.Parameter, context: click.Context) -> str | None:
-    record = parameter.get_help_record(context)
-    if record is None and not isinstance(parameter, click.Argument):
-        return None
-    if isinstance(parameter, click.Argument):
-        name = parameter.make_metavar(context)
-    else:
-        name = ", ".join([*parameter.opts, *parameter.secondary_opts])
-        if not getattr(parameter, "is_flag", False):
-            name += f" {parameter.make_metavar(context)}"
-    words = " ".join((getattr(parameter, "help", None) or "").split())
-    named = re.search(r" ?\(default: (.+)\)$", words)
-    if named:
-        default = named[1]
-    elif parameter.required:
-        default = "required"
-    elif parameter.default is None or parameter.default in (False, ()):
-        default = ""
-    else:
-        default = f"`{parameter.default}`"
-    words = words[: named.start()] if named else words
-    return f"| `{_cell(name)}` | {_cell(default)} | {_cell(words)} |"
+def _row(parameter, context) -> str:
+    """The name with its type, the words of its help, and the default, range and "required" that typer adds to these."""
+    name, words = parameter.get_help_record(context)
+    added = re.search(r"\s*\[([^]]+(?:\[[^]]*\][^]]*)*)\]$", words)
+    facts = [added[1]] if added else []
+    words = words[: added.start()] if added else words
+    if said := re.search(r"\s*\(default: (.+)\)$", words):
+        words, facts = words[: said.start()], [f"default: {said[1]}", *facts]
+    name, facts = name.replace("int range", "int"), RANGE.sub(_bounds, "; ".join(facts))
+    return f"| `{name}` | {_cell(words)} | {_cell(facts)} |"
+
+
+def _bounds(match: re.Match) -> str:
+    least, most = match["least"], int(match["most"])
+    return f"{least} to {most:,}" if most < COUNT else f"at least {least}"
 
 
 def _cell(text: str) -> str:
-    return str(text).replace("|", "\\|").replace("<", "&lt;")
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 
 def networks() -> str:

@@ -20,7 +20,7 @@ class Case:
     suite, labels: as in `Row`.
     build: makes the contest; this draws the tensors, so a case costs nothing until then.
     quick: whether it belongs to the default selection, which takes under 5 minutes on 2 cores.
-    stated: whether README's table of speed is made of it.
+    stated: whether the documentation's table of speed is made of it.
     """
 
     suite: str

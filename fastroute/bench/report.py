@@ -1,6 +1,7 @@
-"""Results as tables: of one run, of two compared, and README's section on speed."""
+"""Results as tables: of one run, of two compared, and the documentation's section on speed."""
 
 import math
+import os
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -139,7 +140,7 @@ def compare(old: Result, new: Result) -> str:
 
 
 def stated(result: Result) -> list[Row]:
-    """The rows that README states: forward plus backward of `cross_connect`."""
+    """Return the rows that the documentation states: forward plus backward of `cross_connect`."""
     return [
         row
         for row in result.rows
@@ -149,11 +150,11 @@ def stated(result: Result) -> list[Row]:
     ]
 
 
-def readme_section(result: Result, name: str) -> str:
-    """README's table of speed, in words and figures, from a result file that README names `name`.
+def speed_section(result: Result, name: str) -> str:
+    """Return the documentation's table of speed, in words and figures, from a result file that it links as `name`.
 
     Raises:
-        ValueError: the result has no case of the kind that README states.
+        ValueError: the result has no case of the kind that the documentation states.
     """
     rows = stated(result)
     if not rows:
@@ -192,30 +193,27 @@ def _least(rows: Sequence[Row], cold: bool = False) -> str:
     return f"{compiled:.2f} times as fast as `torch.compile` and {eager:.1f} times as fast as eager"
 
 
-def readme_result(readme: Path) -> Path:
-    """The result file that README's section is made of.
+def page_result(page: Path) -> Path:
+    """Return the result file that the page's section on speed is made of.
 
     Raises:
-        ValueError: the file has no section between the two comments that mark it.
+        ValueError: the page has no section between the two comments that mark it.
     """
-    return readme.parent / _section(readme)["result"]
+    return page.parent / _section(page)["result"]
 
 
-def rewrite_readme(readme: Path, result: Path) -> str:
-    """The text of `readme` with its section on speed made anew from a result file in its folder or below.
+def rewrite_page(page: Path, result: Path) -> str:
+    """Return the text of a page with its section on speed made anew from a result file.
 
-    The section lies between `<!-- speed: RESULT -->` and `<!-- end of speed -->`.
+    The section lies between `<!-- speed: RESULT -->` and `<!-- end of speed -->`, RESULT being relative to the page.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: readme has no such section, or the result lies elsewhere or has no case that README states.
+        ValueError: the page has no such section, or the result has no case that the documentation states.
     """
-    section = _section(readme)
-    try:
-        name = result.resolve().relative_to(readme.resolve().parent).as_posix()
-    except ValueError:
-        raise ValueError(f"result is {result}; it must lie in the folder of {readme} or below") from None
-    body = readme_section(Result.load(result), name)
+    section = _section(page)
+    name = Path(os.path.relpath(result.resolve(), page.resolve().parent)).as_posix()
+    body = speed_section(Result.load(result), name)
     plots = (result.with_name(f"{result.stem}_{plot}.svg") for plot in ("share_of_copy", "steps", "memory"))
     images = [f"![{path.stem}]({Path(name).with_name(path.name).as_posix()})" for path in plots if path.is_file()]
     text = "\n\n".join([body, *images])
@@ -224,10 +222,10 @@ def rewrite_readme(readme: Path, result: Path) -> str:
     )
 
 
-def _section(readme: Path) -> re.Match:
-    if not readme.is_file():
-        raise FileNotFoundError(f"readme is {readme}; there is no such file")
-    section = re.search(_MARKERS, readme.read_text(), re.DOTALL)
+def _section(page: Path) -> re.Match:
+    if not page.is_file():
+        raise FileNotFoundError(f"page is {page}; there is no such file")
+    section = re.search(_MARKERS, page.read_text(), re.DOTALL)
     if section is None:
-        raise ValueError(f"readme is {readme}; it must have <!-- speed: RESULT --> and <!-- end of speed -->")
+        raise ValueError(f"page is {page}; it must have <!-- speed: RESULT --> and <!-- end of speed -->")
     return section
