@@ -1,7 +1,7 @@
 """Hooks of mkdocs: write the parts of the pages that come from the package, and add the files that pages link to.
 
-A page asks for a part with `<!-- generated: NAME -->`, NAME being a function of `PARTS`. So the list of commands, networks
-and recipes is made anew at each build. A link to a file outside `docs/` becomes a link to a copy of it in the site.
+A page asks for a part with `<!-- generated: NAME -->`, NAME being a function of `PARTS`. So the lists of commands,
+networks and recipes are made anew at each build. A link to a file outside `docs/` becomes a link to a copy of it in the site.
 """
 
 import re
@@ -126,7 +126,7 @@ def recipes() -> str:
             found = list(found)
             measures = list(dict.fromkeys(measure for recipe in found for measure in recipe.reported))
             options = {name: value for name, value in found[0].options.items() if name != varied}
-            said = ", ".join(f"`{name}: {str(value).lower() if value in (True, False) else value}`" for name, value in options.items())
+            said = ", ".join(f"`{name}: {str(value).lower()}`" for name, value in options.items())
             lines += [f"**{about}**", "", f"{said}", ""]
             lines += [f"| recipe {'| ' + ' | '.join(f'{m}, %' for m in measures) if measures else ''} |"]
             lines += ["|---|" + "---:|" * len(measures)]

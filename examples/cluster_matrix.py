@@ -19,7 +19,9 @@ def main() -> dict[str, float]:
     mixture = estimators["NeuralMixture"]
     probabilities = mixture.predict_proba(X[:5])  # posteriors, also of samples that it has not seen
     print(f"weights of the clusters: {mixture.priors_.round(2)}")
-    print(f"the first five samples belong to {probabilities.argmax(1)}, with probability {probabilities.max(1).round(2)}")
+    print(
+        f"the first five samples belong to {probabilities.argmax(1)}, with probability {probabilities.max(1).round(2)}"
+    )
     return accuracies
 
 

@@ -26,7 +26,7 @@ def main() -> float:
     norm = RelevanceNorm(num_clusters=10)  # the running statistics that make clusters comparable (Eq. 4.11)
     criterion = MixtureEMLoss(norm=norm)
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-4)
-    for epoch in range(8):
+    for epoch in range(5):
         for batch in torch.randperm(len(images)).split(128)[:-1]:
             loss, _ = criterion(network(images[batch]), network(augment(images[batch])))
             optimizer.zero_grad()

@@ -28,15 +28,17 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def main() -> tuple[float, float, float]:
     torch.manual_seed(0)
     digits = load_digits()
-    images = interpolate(torch.tensor(digits.images, dtype=torch.float32)[:800, None] / 8 - 1, size=32).repeat(1, 3, 1, 1)
-    labels = torch.tensor(digits.target)[:800]
-    training, test = (images[:500], labels[:500]), (images[500:], labels[500:])
+    images = interpolate(torch.tensor(digits.images, dtype=torch.float32)[:600, None] / 8 - 1, size=24).repeat(
+        1, 3, 1, 1
+    )
+    labels = torch.tensor(digits.target)[:600]
+    training, test = (images[:400], labels[:400]), (images[400:], labels[400:])
 
     resnet = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)  # in the place of a pretrained one
     train(resnet, *training, epochs=2, lr=0.02)
     before = accuracy(resnet, *test)
 
-    model = fastroute.multipath(resnet, 2, ["maxpool", "layer1", "layer2"], init="copy", input_size=(3, 32, 32))
+    model = fastroute.multipath(resnet, 2, ["maxpool", "layer1", "layer2"], init="copy", input_size=(3, 24, 24))
     converted = accuracy(model, *test)
     train(model, *training, epochs=1, lr=0.01)
     after = accuracy(model, *test)

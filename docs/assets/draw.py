@@ -1,4 +1,4 @@
-"""Draw the picture of the front page, on light and on dark paper: digits on their way through the network of `make demo`.
+"""Draw the picture of the front page, on light and dark paper: digits on their way through the network of `make demo`.
 
 python docs/assets/draw.py runs/demo/resnet20_cc2/best.ckpt
 """

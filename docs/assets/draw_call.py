@@ -9,8 +9,18 @@ BOXES = {
     "python": (250, 10, 320, ("fastroute.ops.cross_connect(xs, …)", "fastroute/ops: makes lists, names options")),
     "func": (610, 10, 200, ("torch.func, forward mode", "plain PyTorch")),
     "eager": (110, 110, 280, ("eager: autograd", "csrc/ops/cross_connect.cpp", "records the hand-derived backward")),
-    "compiled": (430, 110, 280, ("torch.compile: the graph", "fake kernels give shapes and layouts;", "one node, called as it runs")),
-    "choice": (250, 225, 320, ("checks and choice", "csrc/paths.h, csrc/ops/route.cpp", "use_backend, FASTROUTE_BACKEND go first")),
+    "compiled": (
+        430,
+        110,
+        280,
+        ("torch.compile: the graph", "fake kernels give shapes and layouts;", "one node, called as it runs"),
+    ),
+    "choice": (
+        250,
+        225,
+        320,
+        ("checks and choice", "csrc/paths.h, csrc/ops/route.cpp", "use_backend, FASTROUTE_BACKEND go first"),
+    ),
     "cpu": (10, 350, 185, ("native, CPU", "csrc/cpu", "AVX2, AVX-512,", "AVX-512 with bfloat16")),
     "cuda": (215, 350, 185, ("native, CUDA", "csrc/cuda", "two passes, or clusters", "of multiprocessors")),
     "triton": (420, 350, 185, ("Triton", "backends/triton", "recorded once, launched", "again by csrc/triton")),
@@ -35,10 +45,14 @@ def height(name: str) -> int:
 
 def box(name: str, ink: str, paper: str) -> str:
     x, y, width, lines = BOXES[name]
-    parts = [f'<rect x="{x}" y="{y}" width="{width}" height="{height(name)}" rx="6" fill="{paper}" stroke="{ink}" stroke-opacity="0.4"/>']
+    parts = [
+        f'<rect x="{x}" y="{y}" width="{width}" height="{height(name)}" rx="6" fill="{paper}" stroke="{ink}" stroke-opacity="0.4"/>'
+    ]
     for i, line in enumerate(lines):
         weight = ' font-weight="600"' if i == 0 else ' fill-opacity="0.75"'
-        parts.append(f'<text x="{x + width / 2}" y="{y + 21 + LINE * i}" text-anchor="middle" fill="{ink}"{weight}>{line}</text>')
+        parts.append(
+            f'<text x="{x + width / 2}" y="{y + 21 + LINE * i}" text-anchor="middle" fill="{ink}"{weight}>{line}</text>'
+        )
     return "\n".join(parts)
 
 
@@ -61,7 +75,7 @@ def drawing(ink: str, paper: str, accent: str) -> str:
         for _, end, words in ARROWS
         if words
     )
-    side = '<line x1="570" y1="34" x2="606" y2="34" stroke="{0}" stroke-width="1.5" marker-end="url(#tip)"/>'.format(accent)
+    side = f'<line x1="570" y1="34" x2="606" y2="34" stroke="{accent}" stroke-width="1.5" marker-end="url(#tip)"/>'
     return "\n".join(
         [
             '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 820 465" font-family="system-ui, sans-serif" font-size="13">',

@@ -42,7 +42,7 @@ COMPILE_TIMES = 32
 # Calls in a row where memory bounds the time; where convolutions do, caches matter little and a call takes long.
 REPEATS = 5
 
-# What the documentation states: the stages of the CIFAR ResNets at batch 128, and the first three of ResNet18 at batch 32.
+# What the documentation states: stages of the CIFAR ResNets at batch 128, and the first three of ResNet18 at batch 32.
 STATED = _maps(128, CIFAR_RESNET) + _maps(32, RESNET18[:3])
 
 
