@@ -1,7 +1,8 @@
 """Hooks of mkdocs: write the parts of the pages that come from the package, and add the files that pages link to.
 
 A page asks for a part with `<!-- generated: NAME -->`, NAME being a function of `PARTS`. So the lists of commands,
-networks and recipes are made anew at each build. A link to a file outside `docs/` becomes a link to a copy of it in the site.
+networks and recipes are made anew at each build. A link to a file outside `docs/` becomes a link to a copy of it in the
+site.
 """
 
 import re
