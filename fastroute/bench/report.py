@@ -1,4 +1,4 @@
-"""Results as tables: of one run, of two compared, and the documentation's section on speed."""
+"""Tables of one result, of two results compared, and the documentation's section on speed."""
 
 import math
 import os
@@ -14,7 +14,13 @@ _MARKERS = r"<!-- speed: (?P<result>\S+) -->\n.*?<!-- end of speed -->"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int) -> str:
-    """A Markdown table, aligned to be read as it is; after the first `words` columns come numbers, to the right."""
+    """Format a Markdown table with aligned columns.
+
+    Args:
+        header: the column names.
+        rows: the cells.
+        words: number of left-aligned columns; the others hold numbers and are right-aligned.
+    """
     lines = [list(header), *(list(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
 
@@ -29,10 +35,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int) -> s
 
 
 def geometric_mean(values: Iterable[float]) -> float:
+    """Return the geometric mean of positive values."""
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
 def by_suite(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Group rows by suite."""
     suites: dict[str, list[Row]] = {}
     for row in rows:
         suites.setdefault(row.suite, []).append(row)
@@ -40,7 +48,7 @@ def by_suite(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def _peers(rows: Iterable[Row]) -> list[str]:
-    """All peers of these rows but the copy, in the order in which they appear."""
+    """Return all peers of these rows except the copy, in order of appearance."""
     return list(dict.fromkeys(name for row in rows for name in row.ms if name not in ("fastroute", "copy")))
 
 
@@ -62,12 +70,11 @@ def _means(rows: Sequence[Row], peers: Iterable[str], cold: bool = False) -> lis
 
 
 def tables(rows: Iterable[Row]) -> str:
-    """A table for each suite: milliseconds, GB/s, share of the copy, how many times as fast as each peer, and memory.
+    """Format one table per suite: milliseconds, GB/s, share of the copy's speed, speed-up over each peer, and memory.
 
-    "cold" are single calls after the others have used the caches, all else calls in a row; see `Row`.
-
-    "saved MiB" is what autograd keeps for backward, ours and eager's; "peak MiB" what is allocated at once, on a GPU.
-    The last row has geometric means.
+    "cold" columns are single calls after the others have used the caches, all others consecutive calls; see `Row`.
+    "saved MiB" is the memory that autograd saves for backward, ours and eager's; "peak MiB" the peak allocation on a
+    GPU. The last row has geometric means.
     """
     return "\n\n".join(f"{suite}\n\n{_suite_table(rows)}" for suite, rows in by_suite(rows).items())
 
@@ -107,10 +114,16 @@ def _fact(value) -> str:
 
 
 def compare(old: Result, new: Result) -> str:
-    """Two results case by case: how many times as fast as before, and how much of that is the machine's doing.
+    """Compare two results case by case: the speed-up, and the part of it due to the machine.
 
-    "peers" is the geometric mean of how many times as fast as before the unchanged contenders are: the machine's drift.
-    "net" is the one over the other.
+    "peers" is the geometric mean of the unchanged contenders' speed-ups, which is the drift of the machine. "net" is
+    the speed-up over the drift.
+
+    Args:
+        old, new: results with cases in common.
+
+    Returns:
+        One table per suite.
 
     Raises:
         ValueError: the results have no case in common.
@@ -118,7 +131,7 @@ def compare(old: Result, new: Result) -> str:
     before = {(row.suite, row.id): row for row in old.rows}
     pairs = [(before[row.suite, row.id], row) for row in new.rows if (row.suite, row.id) in before]
     if not pairs:
-        raise ValueError("the results have no case in common, so there is nothing to compare")
+        raise ValueError("the results have no case in common")
     texts = []
     for suite, group in groupby(pairs, key=lambda pair: pair[1].suite):
         lines, nets = [], []
@@ -135,12 +148,12 @@ def compare(old: Result, new: Result) -> str:
         )
     left = len(old.rows) + len(new.rows) - 2 * len(pairs)
     if left:
-        texts.append(f"{left} cases are in one of the results only")
+        texts.append(f"{left} cases are in only one of the results")
     return "\n\n".join(texts)
 
 
 def stated(result: Result) -> list[Row]:
-    """Return the rows that the documentation states: forward plus backward of `cross_connect`."""
+    """Return the rows for the documentation: forward plus backward of `cross_connect`."""
     return [
         row
         for row in result.rows
@@ -151,10 +164,14 @@ def stated(result: Result) -> list[Row]:
 
 
 def speed_section(result: Result, name: str) -> str:
-    """Return the documentation's table of speed, in words and figures, from a result file that it links as `name`.
+    """Return the documentation's section on speed.
+
+    Args:
+        result: a result with the cases of the documentation.
+        name: link to the result file.
 
     Raises:
-        ValueError: the result has no case of the kind that the documentation states.
+        ValueError: the result has no such case.
     """
     rows = stated(result)
     if not rows:
@@ -194,22 +211,23 @@ def _least(rows: Sequence[Row], cold: bool = False) -> str:
 
 
 def page_result(page: Path) -> Path:
-    """Return the result file that the page's section on speed is made of.
+    """Return the path of the result file from which a page's section on speed is generated.
 
     Raises:
-        ValueError: the page has no section between the two comments that mark it.
+        FileNotFoundError: there is no such page.
+        ValueError: it has no section on speed between the marker comments.
     """
     return page.parent / _section(page)["result"]
 
 
 def rewrite_page(page: Path, result: Path) -> str:
-    """Return the text of a page with its section on speed made anew from a result file.
+    """Return the text of a page with its section on speed regenerated from a result file.
 
-    The section lies between `<!-- speed: RESULT -->` and `<!-- end of speed -->`, RESULT being relative to the page.
+    The section is between `<!-- speed: RESULT -->` and `<!-- end of speed -->`; RESULT is relative to the page.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the page has no such section, or the result has no case that the documentation states.
+        ValueError: the page has no such section, or the result has no case for it.
     """
     section = _section(page)
     name = Path(os.path.relpath(result.resolve(), page.resolve().parent)).as_posix()

@@ -6,10 +6,20 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 
-from fastroute.cli.common import COUNT, PIXELS, SEED, config_option, endings, local_path, plain_errors, real
-from fastroute.cli.outside import shown
+from fastroute.cli.common import (
+    COUNT,
+    PIXELS,
+    SEED,
+    OverwriteOption,
+    config_option,
+    endings,
+    local_path,
+    plain_errors,
+    real,
+    write_arguments,
+)
+from fastroute.cli.outside import shown, standard_output
 from fastroute.cli.sizes import check_images
 
 if TYPE_CHECKING:
@@ -77,14 +87,15 @@ def cluster(
         str | None,
         typer.Option(help="Folder of this run; two-dimensional is that of §4.5.1. (default: time, method, data)"),
     ] = None,
+    overwrite: OverwriteOption = False,
     resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
 ) -> None:
     """Cluster images without their labels; write summary.csv, and last.ckpt of a network."""
-    options, console = SimpleNamespace(**context.params), Console()
+    options, console = SimpleNamespace(**context.params), standard_output()
     with plain_errors():
         from fastroute.clustering import run
-        from fastroute.training.checkpoints import read_resumable
-        from fastroute.training.run_folder import run_folder
+        from fastroute.training.checkpoints import check_not_finished, read_resumable
+        from fastroute.training.run_folder import new_folder, run_folder
         from fastroute.training.saved_fields import check_training_state
 
         for name in ("heads", "n_init"):
@@ -97,12 +108,15 @@ def cluster(
         images, labels = run.load_images(dataset, data_dir, limit, img_size, download)
         if len(images) < clusters:
             raise ValueError(f"clusters is {clusters}; it must be at most the number of images, {len(images)}")
-        folder = (
-            resume.parent
-            if resume and not experiment
-            else local_path(output / (experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{method}-{dataset}"), "output")
-        )
+        if experiment:
+            folder = local_path(output / experiment, "output")
+        elif resume is not None:
+            folder = resume.parent
+        else:
+            folder = new_folder(output / f"{time.strftime('%Y%m%d-%H%M%S')}-{method}-{dataset}")
         context.with_resource(run_folder(folder))
+        if resume is None and not overwrite:
+            check_not_finished(folder, "--overwrite")
         if two_dimensional or experiment == "two-dimensional":
             from fastroute.clustering import two_dimensional as plane
 
@@ -116,7 +130,8 @@ def cluster(
             if resume is not None:
                 check_training_state(read_resumable(resume, "cluster", module.hparams, epochs), module, resume)
     if module is not None:
-        with endings(console):
+        write_arguments(context, folder)
+        with endings(console, "cluster"):
             run.fit(
                 module,
                 images,
@@ -168,7 +183,18 @@ def _module(options: SimpleNamespace, images: "torch.Tensor") -> "ClusteringModu
                 gamma=options.gamma,
                 training_statistics=options.statistics,
             )
-    kept = ("dataset", "img_size", "method", "clusters", "heads", "n_init", "batch_norm", "lr_em", "lr_consistency")
+    kept = (
+        "dataset",
+        "img_size",
+        "limit",
+        "method",
+        "clusters",
+        "heads",
+        "n_init",
+        "batch_norm",
+        "lr_em",
+        "lr_consistency",
+    )
     settings = {name: getattr(options, name) for name in kept}
     module.save_hyperparameters({"architecture": architecture, **settings}, logger=False)
     return module

@@ -2,7 +2,9 @@
 
 import contextlib
 import math
+import os
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
+import yaml
 from rich.console import Console
 
 from fastroute import _yaml
@@ -17,6 +20,11 @@ from fastroute.cli.outside import end, shown
 
 COUNT, PIXELS, WORKERS, SEED = 2**31 - 1, 2**20, 1024, 2**32 - 1
 """The largest whole numbers that options take: counts, sizes of images, processes, seeds."""
+
+ARGUMENTS = "args.yaml"
+"""Where a run's folder has the options that it was started with."""
+
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Take the folder of a finished run.")]
 
 # What images a trained network is given: options of the commands that take a checkpoint.
 DatasetOption = Annotated[
@@ -46,8 +54,13 @@ def plain_errors(*also: type[BaseException]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def endings(console: Console) -> Iterator[None]:
-    """How a run can end before its time, each in one sentence, with a status that is not 0; a bug keeps its trace."""
+def endings(console: Console, command: str) -> Iterator[None]:
+    """How a run can end before its time, each in one sentence, with a status that is not 0; a bug keeps its trace.
+
+    Args:
+        console: where the end is told.
+        command: "train" or "cluster".
+    """
     from fastroute.data.loaders import PlaceMismatch
     from fastroute.data.sources import UnreadableImage
     from fastroute.training import Terminated
@@ -57,10 +70,33 @@ def endings(console: Console) -> Iterator[None]:
     try:
         yield
     except Terminated as terminated:
-        console.print(f"{shown(terminated)}; --resume goes on from it", soft_wrap=True, highlight=False)
+        going_on = f"{shown(terminated)}; go on with:\n{shown(command_to_go_on(command, terminated.path))}"
+        console.print(going_on, soft_wrap=True, highlight=False)
         raise typer.Exit(terminated.code) from None
     except (FloatingPointError, OSError, UnreadableImage, PlaceMismatch, ProcessLost, NotRecordable) as error:
         end(error, 1)
+
+
+def write_arguments(context: typer.Context, folder: Path) -> None:
+    """Write all options of a run with their values into its folder, as a file for --config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in context.params.items()}
+    for name in ("config", "overwrite"):
+        del arguments[name]
+    (folder / ARGUMENTS).write_text(yaml.safe_dump(arguments))
+
+
+def command_to_go_on(command: str, checkpoint: Path) -> str:
+    """What to type for a run to go on from its checkpoint, with the options that it had."""
+    with contextlib.suppress(ValueError):
+        checkpoint = checkpoint.relative_to(Path.cwd())
+    processes, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    started = ["fastroute"]
+    if processes > 1:
+        several = [] if processes == here else ["--nnodes", str(processes // here)]
+        started = ["torchrun", *several, "--nproc-per-node", str(here), "-m", "fastroute"]
+    options = ["--config", str(checkpoint.parent / ARGUMENTS), "--resume", str(checkpoint)]
+    return shlex.join([*started, command, *options])
 
 
 def local_path(path: Path, name: str) -> Path:

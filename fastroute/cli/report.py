@@ -1,16 +1,15 @@
 """`fastroute report`: a checkpoint to one page of figures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from torch import nn
 
 from fastroute.cli.common import COUNT, DataDirOption, DatasetOption, WorkersOption, plain_errors
-from fastroute.cli.outside import shown
+from fastroute.cli.outside import shown, standard_output
 from fastroute.cli.trained import check_finite, trained, trained_network
 from fastroute.models import create_model
 
@@ -61,8 +60,9 @@ def report(
             limit=limit,
             batch_size=batch_size,
             workers=workers,
+            progress=_say,
         )
-    Console().print(f"report: {shown(path.resolve())}", soft_wrap=True)
+    standard_output().print(f"report: {shown(path.resolve())}", soft_wrap=True)
 
 
 def write_report(
@@ -79,6 +79,7 @@ def write_report(
     limit: int | None = None,
     batch_size: int = 128,
     workers: int | None = None,
+    progress: Callable[[str], None] = lambda title: None,
 ) -> Path:
     """Write the report of a checkpoint into a folder, by the arguments of the command; returns the page's path."""
     from fastroute.training.checkpoints import read_checkpoint
@@ -87,7 +88,7 @@ def write_report(
     saved = read_checkpoint(checkpoint, "checkpoint")
     run = saved["hyper_parameters"]
     if "architecture" in run:
-        return _clustering(checkpoint, saved, folder, data_dir, runs, limit, batch_size)
+        return _clustering(checkpoint, saved, folder, data_dir, runs, limit, batch_size, progress)
     given = trained(checkpoint, saved, dataset=dataset, data_dir=data_dir, batch_size=batch_size, workers=workers)
     check_finite(given.network, checkpoint)
     earlier = None if before is None else trained_network(before, "before")
@@ -108,7 +109,7 @@ def write_report(
     if before is not None:
         facts["before"] = f"{before.parent.name}/{before.name}"
     return routing_report(
-        Report(folder, f"Routing of {run['model']}", facts),
+        Report(folder, f"Routing of {run['model']}", facts, progress),
         given.network,
         images,
         chosen=chosen,
@@ -118,6 +119,10 @@ def write_report(
         summaries=_summaries(checkpoint),
         runs=None if runs is None else _sizes(runs),
     )
+
+
+def _say(title: str) -> None:
+    standard_output().print(f"{title} …", style="dim", highlight=False, markup=False)
 
 
 def _read(paths: Sequence[Path], img_size: int, crop_pct: float, channels: int) -> torch.Tensor:
@@ -165,6 +170,7 @@ def _clustering(
     runs: Path | None,
     limit: int | None,
     batch_size: int,
+    progress: Callable[[str], None],
 ) -> Path:
     from fastroute.clustering.iic import IIC
     from fastroute.clustering.networks import clustering_network
@@ -184,7 +190,7 @@ def _clustering(
         summaries = {path.parent.name: path for path in sorted(runs.glob("*/summary.csv"))}
         if not summaries:
             raise FileNotFoundError(f"runs is {runs}; there are no folders with summary.csv in it")
-    pixels, labels = load_images(run["dataset"], data_dir, limit, run["img_size"])
+    pixels, labels = load_images(run["dataset"], data_dir, limit or run.get("limit"), run["img_size"])
 
     def network() -> IIC | TwoFoldClustering:
         size, batch_norm = pixels.shape[-1], run["batch_norm"]
@@ -209,7 +215,7 @@ def _clustering(
         "images": f"{len(labels):,} of {run['dataset']}",
         "clusters": f"{clusters}, by {run['method']}",
     }
-    page = Report(folder, f"Clusters of {run['dataset']}", facts)
+    page = Report(folder, f"Clusters of {run['dataset']}", facts, progress)
     return clustering_report(page, _Responses(trained), images, untrained=_Responses(network()), summaries=summaries)
 
 

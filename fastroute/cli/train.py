@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 
 import torch
 import typer
-import yaml
 from rich.console import Console
 from torch import nn
 
@@ -19,13 +18,15 @@ from fastroute.cli.common import (
     SEED,
     WORKERS,
     config_option,
+    device_named,
     endings,
     local_path,
     numbers,
     plain_errors,
     real,
+    write_arguments,
 )
-from fastroute.cli.outside import shown
+from fastroute.cli.outside import shown, standard_output
 from fastroute.cli.sizes import check_batch, check_images
 from fastroute.nn import GateClusteringLoss, Router
 
@@ -103,6 +104,17 @@ def train(
         str | None,
         option(help="imagenet, cifar10, svhn, trivial, augmix, or such as rand-m9-n2.", panel=AUGMENTATION),
     ] = None,
+    hflip: Annotated[
+        float | None,
+        real_option(0, 1, help="Probability of mirroring. (default: 0.5, and 0 for digits)", panel=AUGMENTATION),
+    ] = None,
+    vflip: Annotated[float, real_option(0, 1, help="Probability of turning upside down.", panel=AUGMENTATION)] = 0.0,
+    color_jitter: Annotated[
+        float, real_option(0, 1, help="Of brightness, contrast and saturation.", panel=AUGMENTATION)
+    ] = 0.0,
+    no_aug: Annotated[
+        bool, option("--no-aug", help="No augmentation at all, whatever else is asked for.", panel=AUGMENTATION)
+    ] = False,
     reprob: Annotated[float, real_option(help="Probability of random erasing.", panel=AUGMENTATION)] = 0.0,
     mixup: Annotated[float, real_option(0, help="α of mixup; 0 is off.", panel=AUGMENTATION)] = 0.0,
     cutmix: Annotated[float, real_option(0, help="α of CutMix; 0 is off.", panel=AUGMENTATION)] = 0.0,
@@ -116,6 +128,18 @@ def train(
     weight_decay: Annotated[float, real_option(panel=OPTIMISER)] = 5e-4,
     norm_weight_decay: Annotated[
         float | None, real_option(help="Of normalisation layers. (default: as all)", panel=OPTIMISER)
+    ] = None,
+    filter_bias_and_bn: Annotated[
+        bool,
+        option(
+            "--filter-bias-and-bn/--no-filter-bias-and-bn",
+            help="No weight decay of biases and normalisation layers, as timm has it.",
+            panel=OPTIMISER,
+        ),
+    ] = False,
+    layer_decay: Annotated[
+        float | None,
+        real_option(1e-6, 1, help="Learning rate of a layer, as a share of the next one's.", panel=OPTIMISER),
     ] = None,
     clip_grad: Annotated[float | None, real_option(1e-9, help="Largest norm of the gradient.", panel=OPTIMISER)] = None,
     grad_accum_steps: Annotated[int, option(min=1, max=COUNT, help="Batches for each step.", panel=OPTIMISER)] = 1,
@@ -139,6 +163,10 @@ def train(
         option(help="For multistep: epochs, such as 80,150. (default: 2/5 and 3/4 of all)", panel=SCHEDULE),
     ] = None,
     decay_rate: Annotated[float, real_option(help="For step and multistep: the factor.", panel=SCHEDULE)] = 0.1,
+    min_lr: Annotated[
+        float, real_option(0, help="The least rate: where cosine and onecycle end.", panel=SCHEDULE)
+    ] = 0.0,
+    warmup_lr: Annotated[float, real_option(0, help="Where the warm-up begins.", panel=SCHEDULE)] = 0.0,
     gate_lr_mult: Annotated[float, real_option(help="The gates' learning rate, as a multiple.", panel=GATES)] = 1.0,
     gate_wd: Annotated[
         float | None, real_option(help="The gates' weight decay. (default: as all)", panel=GATES)
@@ -159,6 +187,14 @@ def train(
     amp: Annotated[bool, option("--amp/--no-amp", help="Mixed precision.", panel=COMPUTE)] = False,
     amp_dtype: Annotated[Literal["bfloat16", "float16"], option(panel=COMPUTE)] = "bfloat16",
     channels_last: Annotated[bool, option("--channels-last/--no-channels-last", panel=COMPUTE)] = False,
+    grad_checkpointing: Annotated[
+        bool,
+        option(
+            "--grad-checkpointing/--no-grad-checkpointing",
+            help="Keep fewer activations, and compute them again in the backward pass.",
+            panel=COMPUTE,
+        ),
+    ] = False,
     compile: Annotated[bool, option("--compile/--no-compile", help="torch.compile.", panel=COMPUTE)] = False,
     compile_mode: Annotated[
         Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None,
@@ -175,6 +211,9 @@ def train(
         Literal["reduce", "broadcast", ""],
         option(help="Batch norm's statistics between processes before validation.", panel=COMPUTE),
     ] = "reduce",
+    device: Annotated[
+        str | None, option(help="cpu, cuda, or such as cuda:1. (default: a GPU where there is one)", panel=COMPUTE)
+    ] = None,
     seed: Annotated[int, option(min=0, max=SEED, help="Of weights, order and augmentation.", panel=COMPUTE)] = 42,
     deterministic: Annotated[
         bool, option("--deterministic/--no-deterministic", help="Deterministic algorithms alone.", panel=COMPUTE)
@@ -183,6 +222,9 @@ def train(
     experiment: Annotated[
         str | None, option(help="Folder of this run. (default: time, model, data)", panel=RUN)
     ] = None,
+    overwrite: Annotated[
+        bool, option("--overwrite", help="Take the folder of a finished run for this one.", panel=RUN)
+    ] = False,
     resume: Annotated[
         str | None,
         option(help="Checkpoint to go on from; auto: the experiment's own, if there is one.", panel=RUN),
@@ -192,8 +234,20 @@ def train(
         int | None, option(min=1, max=COUNT, help="Steps between checkpoints within an epoch.", panel=RUN)
     ] = None,
     log_interval: Annotated[int, option(min=1, max=COUNT, help="Steps between readings of the loss.", panel=RUN)] = 50,
+    log: Annotated[
+        str, option(help="What gets the figures: csv, tensorboard, wandb, mlflow, with commas between.", panel=RUN)
+    ] = "tensorboard",
+    eval_metric: Annotated[
+        Literal["top1", "top5", "loss"], option(help="What best.ckpt is the best by.", panel=RUN)
+    ] = "top1",
+    checkpoint_hist: Annotated[
+        int | None, option(min=1, max=COUNT, help="So many of the best epochs stay, too, as epoch12.ckpt.", panel=RUN)
+    ] = None,
+    patience: Annotated[
+        int | None, option(min=1, max=COUNT, help="Stop after so many epochs without a better one.", panel=RUN)
+    ] = None,
 ) -> None:
-    """Train a network; write checkpoints, summary.csv, routers.csv, TensorBoard events and args.yaml.
+    """Train a network; write checkpoints, summary.csv, routers.csv, figures of loggers and args.yaml.
 
     Started by `torchrun`, all its processes train together.
     """
@@ -202,12 +256,12 @@ def train(
         from fastroute.training.distributed import check_gpus, is_main, process_group
 
         check_gpus()
-    options, console = SimpleNamespace(**context.params), Console(quiet=not is_main())
-    with endings(console), process_group():
+    options, console = SimpleNamespace(**context.params), standard_output(quiet=not is_main())
+    with endings(console, "train"), process_group():
         with plain_errors():
             data, module, resume, folder = _prepare(context, options, console)
             if is_main():
-                _write_arguments(context, folder)
+                write_arguments(context, folder)
         training.fit(
             module,
             data,
@@ -224,6 +278,12 @@ def train(
             resume=resume,
             recovery_interval=options.recovery_interval,
             log_interval=options.log_interval,
+            logger=options.log,
+            eval_metric=options.eval_metric,
+            checkpoint_hist=options.checkpoint_hist,
+            patience=options.patience,
+            accelerator="gpu" if options.device.type == "cuda" else "cpu",
+            devices=1 if options.device.index is None else [options.device.index],
             console=console,
         )
     routers = next(c for c in module.trainer.callbacks if isinstance(c, training.RouterDiagnostics)).statistics
@@ -237,21 +297,33 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
     import pytorch_lightning as pl
 
     from fastroute import training
+    from fastroute.training.checkpoints import check_not_finished, stopped_early
     from fastroute.training.classifier import check_compile_mode
     from fastroute.training.distributed import agreed, first_on_each_node
+    from fastroute.training.loggers import check_loggers
     from fastroute.training.optim import check_warmup
     from fastroute.training.run_folder import run_folder
+    from fastroute.training.trainer import check_amp
 
     if options.model is None:
         raise ValueError("model is missing; name a network, or a recipe with --config")
     if options.sync_bn and not torch.cuda.is_available():
         raise ValueError("sync_bn is True; PyTorch's synchronised batch norm needs GPUs")
     check_compile_mode(options.compile, options.compile_mode)
+    options.device = _device(options)
+    check_amp(options.amp_dtype if options.amp else None, options.device.type)
+    check_loggers(options.log.replace(" ", "").split(",") if options.log else [])
     folder, resume = agreed(_places(options, console))
-    if resume is not None and options.resume == "auto" and training.epochs_done(resume) >= options.epochs:
-        console.print(f"all {options.epochs} epochs are done: {shown(resume)}", soft_wrap=True)
-        raise typer.Exit(0)
+    if resume is not None and options.resume == "auto":
+        done = training.epochs_done(resume)
+        early = done < options.epochs and options.patience is not None and stopped_early(resume)
+        if done >= options.epochs or early:
+            why = f"stopped by its patience after epoch {done}" if early else f"all {options.epochs} epochs are done"
+            console.print(f"{why}: {shown(resume)}", soft_wrap=True)
+            raise typer.Exit(0)
     context.with_resource(run_folder(folder))
+    if resume is None and not options.overwrite:
+        check_not_finished(folder, "--overwrite")
 
     data = training.ImageDataModule(
         options.dataset,
@@ -272,6 +344,10 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
         reprob=options.reprob,
         mixup=options.mixup,
         cutmix=options.cutmix,
+        hflip=options.hflip,
+        vflip=options.vflip,
+        color_jitter=options.color_jitter,
+        no_aug=options.no_aug,
     )
     if options.cuda_graphs:  # before the images are read
         _check_recording(options, data)
@@ -304,8 +380,13 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
         decay_epochs=options.decay_epochs,
         decay_milestones=numbers(options.decay_milestones),
         decay_rate=options.decay_rate,
+        min_lr=options.min_lr,
+        warmup_lr=options.warmup_lr,
+        filter_bias_and_bn=options.filter_bias_and_bn,
+        layer_decay=options.layer_decay,
         smoothing=options.smoothing,
         channels_last=options.channels_last,
+        grad_checkpointing=options.grad_checkpointing,
         compile=options.compile,
         compile_mode=options.compile_mode,
         cuda_graphs=options.cuda_graphs,
@@ -323,13 +404,26 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
     return data, module, resume, folder
 
 
+def _device(options: SimpleNamespace) -> torch.device:
+    """Where to train. `torchrun` gives each process its GPU."""
+    from fastroute.training.distributed import world_size
+
+    device = device_named(options.device)
+    if world_size() > 1 and options.device is not None and device != device_named(None):
+        raise ValueError(
+            f"device is {options.device!r}; torchrun gives each process its GPU: choose them by CUDA_VISIBLE_DEVICES, "
+            "with nothing in it for the CPU"
+        )
+    return device
+
+
 def _check_recording(options: SimpleNamespace, data, model: nn.Module | None = None) -> None:
     """Raise where `fit` would refuse to record steps."""
     from fastroute.training.distributed import world_size
     from fastroute.training.graphs import check_recording
 
     check_recording(
-        device_type="cuda" if torch.cuda.is_available() else "cpu",
+        device_type=options.device.type,
         processes=world_size(),
         grad_accum_steps=options.grad_accum_steps,
         amp_dtype=options.amp_dtype if options.amp else None,
@@ -349,6 +443,8 @@ def _gate_clustering(options: SimpleNamespace) -> GateClusteringLoss | None:
 def _places(options: SimpleNamespace, console: Console) -> tuple[Path, Path | None]:
     """The folder of the run, and the checkpoint to go on from if there is one."""
     from fastroute.training.checkpoints import latest_checkpoint
+    from fastroute.training.distributed import is_main
+    from fastroute.training.run_folder import new_folder
 
     resume = None if options.resume in (None, "auto") else local_path(Path(options.resume), "resume")
     if options.experiment is not None:
@@ -358,9 +454,10 @@ def _places(options: SimpleNamespace, console: Console) -> tuple[Path, Path | No
     elif resume is not None:
         folder = resume.parent
     else:
-        folder = (
-            local_path(options.output, "output") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.model}-{options.dataset}"
-        )
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{options.model}-{options.dataset}"
+        folder = local_path(options.output, "output") / name
+        if is_main():
+            folder = new_folder(folder)
     if options.resume == "auto":
         resume = latest_checkpoint(folder, partial(console.print, soft_wrap=True, highlight=False, markup=False))
     return folder, resume
@@ -371,11 +468,3 @@ def _pair(name: str, value: str) -> tuple[float, float]:
     if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
         raise ValueError(f"{name} is {value}; it must be two numbers above 0, the smaller first")
     return pair[0], pair[1]
-
-
-def _write_arguments(context: typer.Context, folder: Path) -> None:
-    """All options with their values, as a file for --config."""
-    folder.mkdir(parents=True, exist_ok=True)
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in context.params.items()}
-    del arguments["config"]
-    (folder / "args.yaml").write_text(yaml.safe_dump(arguments))

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastroute.cli.common import COUNT, PIXELS, DataDirOption, DatasetOption, WorkersOption, plain_errors, real
-from fastroute.cli.outside import shown
+from fastroute.cli.outside import shown, standard_output
 from fastroute.cli.sizes import check_batch, check_images
 from fastroute.cli.trained import check_channels, this_device
 from fastroute.models import create_model
@@ -74,7 +74,7 @@ def validate(
         if results_file is not None and not results_file.absolute().parent.is_dir():
             raise FileNotFoundError(f"results_file is {results_file}; its folder must be there")
         with process_group():
-            console = Console(quiet=not is_main())
+            console = standard_output(quiet=not is_main())
             results = [_result(path, options, console) for path in _checkpoints(checkpoint)]
     table = Table("checkpoint", "network", "crops")
     for column in ("top-1 error %", "top-5 error %", "images", "skipped", "images/s"):

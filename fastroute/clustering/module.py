@@ -32,6 +32,9 @@ class ClusteringModule(pl.LightningModule):
         """Posteriors (N, K)."""
         return torch.softmax(self.responses(images), -1)
 
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["epochs"] = self.trainer.max_epochs
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
         self._seen.append((self(images).float().cpu(), labels.cpu()))

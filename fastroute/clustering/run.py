@@ -162,7 +162,7 @@ def fit(
         FolderInUse: another run writes into `output`.
         FloatingPointError: weights are NaN or infinite; the checkpoints from before stay.
         OSError: a file cannot be written; the last whole checkpoint stays.
-        Terminated: SIGTERM came, and `last.ckpt` is written.
+        Terminated: SIGTERM or Ctrl-C came, and `last.ckpt` is written.
     """
     if resume is not None:
         check_training_state(read_resumable(resume, "cluster", dict(module.hparams), epochs), module, resume)

@@ -14,7 +14,15 @@ from fastroute.data.augment import channel_statistics, erase
 from fastroute.data.in_memory import DATASETS, ImageSet, Options
 from fastroute.data.loaders import Draws, EpochLoader, Finish, MemoryLoader, StreamLoader
 from fastroute.data.sources import Source, folder_sources, tar_sources
-from fastroute.data.transforms import CROP_MODES, check_crop, eval_transform, policy, resize_size, train_transform
+from fastroute.data.transforms import (
+    CROP_MODES,
+    check_crop,
+    eval_transform,
+    policy,
+    resize_size,
+    train_transform,
+    variation,
+)
 
 STREAMED = ("imagefolder", "webdataset")
 ON_BAD_IMAGE = ("stop", "skip")
@@ -54,6 +62,11 @@ class ImageDataModule(pl.LightningDataModule):
         on_bad_image: an image that cannot be read is named, and then "stop" ends the run and "skip" leaves it out.
         train_crop_mode, scale, ratio, crop_pct: of images decoded by workers; see `train_transform`.
         aa: an automatic augmentation of single images; see `policy`.
+        hflip, vflip: the probabilities that an image is mirrored left to right and upside down. By default hflip is
+            0.5, and 0 for digits.
+        color_jitter: the largest share by which brightness, contrast and saturation vary.
+        no_aug: training images are augmented in no way, whatever else is asked for; those that workers decode are cut
+            as for validation.
         reprob: the probability that an image has a rectangle erased.
         mixup, cutmix: α of the Beta distributions that batches are mixed with, 0.001 to 1,000,000, or 0 for none; with
             both, each mixes half of them.
@@ -90,6 +103,10 @@ class ImageDataModule(pl.LightningDataModule):
         reprob: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        hflip: float | None = None,
+        vflip: float = 0.0,
+        color_jitter: float = 0.0,
+        no_aug: bool = False,
     ):
         super().__init__()
         choices = {
@@ -105,6 +122,9 @@ class ImageDataModule(pl.LightningDataModule):
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         for name, value in (("reprob", reprob), ("crop_pct", crop_pct)):
             if not 0 <= value <= 1 or (name == "crop_pct" and value == 0):
+                raise ValueError(f"{name} is {value}; it must be between 0 and 1")
+        for name, value in (("hflip", hflip), ("vflip", vflip), ("color_jitter", color_jitter)):
+            if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}; it must be between 0 and 1")
         for name, value in (("mixup", mixup), ("cutmix", cutmix)):
             if value != 0 and not 1e-3 <= value <= 1e6:  # beyond, what PyTorch draws is a constant
@@ -129,6 +149,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.on_bad_image, self.crop_pct = on_bad_image, crop_pct
         self.crop, self.aa = (train_crop_mode, scale, ratio, crop_pct), aa
         self.reprob, self.mixup, self.cutmix = reprob, mixup, cutmix
+        self.hflip, self.vflip, self.color_jitter, self.no_aug = hflip, vflip, color_jitter, no_aug
         self.deferred = False
         self.images: ImageSet | None = None
         self.sources: dict[str, Source] | None = None
@@ -198,13 +219,24 @@ class ImageDataModule(pl.LightningDataModule):
         return self._train_loader
 
     def _training_images(self) -> EpochLoader:
+        if self.no_aug:
+            return self._training_images_as_they_are()
         if self.images is not None:
-            augment = policy(self.aa) if self.aa else None
-            augmentation = {"pad": self.images.pad, "flip": self.images.flip, "augment": augment}
+            # Mirroring half of the images is part of how a batch is made; all else goes image by image.
+            flip = self.images.flip if self.hflip in (None, 0.5) else False
+            own = variation(0 if flip or self.hflip is None else self.hflip, self.vflip, self.color_jitter)
+            own += [policy(self.aa)] if self.aa else []
+            augmentation = {"pad": self.images.pad, "flip": flip, "augment": v2.Compose(own) if own else None}
             augmentation["deferred"] = self.deferred
             return self._memory_loader(self.images.train, self.seed, self._finish(), **augmentation)
-        transform = train_transform(self.img_size, *self.crop, self.aa)
+        own = variation(0.5 if self.hflip is None else self.hflip, self.vflip, self.color_jitter)
+        transform = train_transform(self.img_size, *self.crop, self.aa, variation=own)
         return self._stream_loader(self.sources["train"], transform, self.seed, self._finish())
+
+    def _training_images_as_they_are(self) -> EpochLoader:
+        if self.images is not None:
+            return self._memory_loader(self.images.train, self.seed, deferred=self.deferred)
+        return self._stream_loader(self.sources["train"], eval_transform(self.img_size, self.crop_pct), self.seed)
 
     def val_dataloader(self) -> EpochLoader:
         if self.images is not None:

@@ -71,9 +71,15 @@ def check_crop(scale: Sequence[float], ratio: Sequence[float]) -> None:
 
 
 def train_transform(
-    img_size: int, crop_mode: str, scale: Sequence[float], ratio: Sequence[float], crop_pct: float, aa: str | None
+    img_size: int,
+    crop_mode: str,
+    scale: Sequence[float],
+    ratio: Sequence[float],
+    crop_pct: float,
+    aa: str | None,
+    variation: Sequence[Callable[[Image.Image], Image.Image]] = (v2.RandomHorizontalFlip(),),
 ) -> Callable[[Image.Image], Image.Image]:
-    """PIL image → PIL image of img_size × img_size, cropped at random, mirrored half of the time, then `aa`.
+    """PIL image → PIL image of img_size × img_size, cropped at random, varied by `variation`, then `aa`.
 
     "rrc" cuts a random area of aspect ratio `ratio` and share `scale` of the image, and scales it; "rkrc" scales the
     shorter side to img_size / crop_pct, keeps the ratio, and cuts a random square: the thesis's 256 → 224.
@@ -83,7 +89,18 @@ def train_transform(
         crop = [v2.RandomResizedCrop(img_size, scale, ratio, antialias=True)]
     else:
         crop = [_Scale(resize_size(img_size, crop_pct)), v2.RandomCrop(img_size)]
-    return v2.Compose([*crop, v2.RandomHorizontalFlip(), *([policy(aa)] if aa else [])])
+    return v2.Compose([*crop, *variation, *([policy(aa)] if aa else [])])
+
+
+def variation(hflip: float, vflip: float, color_jitter: float) -> list[v2.Transform]:
+    """What varies an image besides its crop: mirroring left to right and upside down, then brightness, contrast and
+    saturation by up to a share of `color_jitter`, each where it is not 0."""
+    jitter = 3 * (color_jitter,)
+    return [
+        *([v2.RandomHorizontalFlip(hflip)] if hflip else []),
+        *([v2.RandomVerticalFlip(vflip)] if vflip else []),
+        *([v2.ColorJitter(*jitter)] if color_jitter else []),
+    ]
 
 
 def eval_transform(

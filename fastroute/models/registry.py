@@ -12,7 +12,7 @@ from torch import nn
 
 from fastroute._errors import in_a_line
 from fastroute._memory import check_memory
-from fastroute.nn import exact_convolutions
+from fastroute.nn import exact_convolutions, set_gate_norm
 
 
 class ModelInfo(NamedTuple):
@@ -87,7 +87,14 @@ def model_info(name: str) -> ModelInfo:
 
 
 def create_model(
-    name: str, num_classes: int | None = None, in_chans: int = 3, img_size: int | None = None, **options
+    name: str,
+    num_classes: int | None = None,
+    in_chans: int = 3,
+    img_size: int | None = None,
+    *,
+    gate_norm: str | None = None,
+    prior: str | None = None,
+    **options,
 ) -> nn.Module:
     """Build a network by its name, with fresh weights.
 
@@ -98,6 +105,7 @@ def create_model(
         in_chans: the channels of the images.
         img_size: the height and width of the images; by default 32, or 224 for ImageNet's networks. Networks that end
             in global pooling take any.
+        gate_norm, prior: how the routers normalise their gates; see `nn.CrossConnection`.
         options: for the network itself, such as `routing=None` for the paths of a multi-path network without routers.
 
     Returns:
@@ -119,7 +127,10 @@ def create_model(
             raise ValueError(f"{argument} is {size}; it must be at least 1")
     if max(sizes.values()) > LARGE and torch.get_default_device().type != "meta":
         _check_size(name, info, sizes, options)
-    return exact_convolutions(info.builder(**sizes, **options))
+    model = info.builder(**sizes, **options)
+    if gate_norm is not None or prior is not None:
+        set_gate_norm(model, gate_norm, prior)
+    return exact_convolutions(model)
 
 
 def _check_size(name: str, info: ModelInfo, sizes: dict[str, int], options: dict) -> None:

@@ -15,9 +15,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from fastroute.nn.router import without_temperatures
 from fastroute.training.capturable import CAPTURABLE
 from fastroute.training.metrics import Totals
-from fastroute.training.optim import OPTIMIZERS, parameter_groups
+from fastroute.training.optim import GROUP_OPTIONS, OPTIMIZERS, parameter_groups
 
 MOST = 2**31 - 1
 LARGEST = torch.finfo(torch.float32).max
@@ -110,8 +111,13 @@ TRAIN = {
     "decay_epochs": COUNT,
     "decay_milestones": NUMBERS.or_none(),
     "decay_rate": NUMBER,
+    "min_lr": NUMBER,
+    "warmup_lr": NUMBER,
+    "filter_bias_and_bn": FLAG,
+    "layer_decay": NUMBER.or_none(),
     "smoothing": NUMBER,
     "channels_last": FLAG,
+    "grad_checkpointing": FLAG,
     "compile": FLAG,
     "compile_mode": TEXT.or_none(),
     "cuda_graphs": FLAG,
@@ -121,6 +127,7 @@ CLUSTER = {
     "architecture": TEXT,
     "dataset": TEXT,
     "img_size": SIZE.or_none(),
+    "limit": COUNT.or_none(),
     "method": TEXT,
     "clusters": OUTPUTS,
     "heads": HEADS,
@@ -201,8 +208,7 @@ def _named(path: str | Path, name: str) -> Iterator[None]:
 def _new_optimizers(module: pl.LightningModule) -> list[torch.optim.Optimizer]:
     if "opt" in module.hparams:  # its own `configure_optimizers` asks the trainer for the number of steps
         options = module.hparams
-        names = ("lr", "weight_decay", "norm_weight_decay", "gate_lr_mult", "gate_wd")
-        groups = parameter_groups(module, **{name: options[name] for name in names})
+        groups = parameter_groups(module, **{name: options[name] for name in GROUP_OPTIONS})
         return [(CAPTURABLE if options.cuda_graphs else OPTIMIZERS)[options.opt](groups, options.momentum)]
     made = module.configure_optimizers()
     if isinstance(made, tuple):  # of optimisers and their schedules
@@ -222,7 +228,8 @@ def _check_all(checkpoint: dict) -> None:
     for name in ("state_dict", "current_model_state", "averaging_state"):
         _check_weights(checkpoint.get(name, {}), name)
     _check_means(checkpoint.get("epoch_means", []))
-    _check_fields(checkpoint, {"epochs": NATURAL.or_none(), "epoch": NATURAL, "global_step": NATURAL}, "")
+    counts = {"epochs": NATURAL.or_none(), "epoch": NATURAL, "global_step": NATURAL, "stopped_early": FLAG}
+    _check_fields(checkpoint, counts, "")
     _check_images(checkpoint.get("ImageDataModule", {}))
     _check_totals(checkpoint.get("train_totals", {}))
     _check_callbacks(checkpoint.get("callbacks", {}))
@@ -356,6 +363,7 @@ def _check_state(checkpoint: dict, module: pl.LightningModule, optimizers: list[
 
 def _own(weights: Mapping[str, Any]) -> dict[str, Tensor]:
     """Those that every run of the network has: an auxiliary loss may come and go."""
+    weights = without_temperatures(weights)
     return {k: v for k, v in weights.items() if isinstance(v, Tensor) and not k.startswith("aux_loss.")}
 
 

@@ -338,6 +338,7 @@ def mutations(count: int):
         yield "".join(text)
 
 
+DAMAGED = {f"mutation {i}": text for i, text in enumerate(mutations(40))}
 NOWHERE = ("--dataset", "imagefolder", "--data-dir", "/nowhere")
 
 
@@ -351,9 +352,9 @@ def test_a_hostile_document(tmp_path, document, command):
     check(attempt(command, "-c", tmp_path / "c.yaml", *NOWHERE), 2)
 
 
-@pytest.mark.parametrize("number, text", list(enumerate(mutations(40))))
-def test_a_damaged_document(tmp_path, number, text):
-    (tmp_path / "c.yaml").write_text(text)
+@pytest.mark.parametrize("mutation", DAMAGED)
+def test_a_damaged_document(tmp_path, mutation):
+    (tmp_path / "c.yaml").write_text(DAMAGED[mutation])
     check(attempt("train", "-c", tmp_path / "c.yaml", *NOWHERE), 2)
 
 
@@ -415,6 +416,7 @@ def test_a_list_of_numbers(tmp_path, option, value):
         ("--dataset", "imagefolder", "--data-dir", ".", "--img-size", 100_000),
         ("--lr", 1e30, "--gate-lr-mult", 1e6),
     ],
+    ids=lambda arguments: " ".join(map(str, arguments)),
 )
 def test_a_size_beyond_the_memory(tmp_path, arguments):
     check(attempt(*QUICK, "--epochs", 1, "--output", tmp_path, *arguments), 1, 2)

@@ -50,7 +50,7 @@ def test_comparison_takes_the_machines_drift_out(make_result):
     _, before, now, faster, drift, net = cells(text, "cross_connect")
     assert (before, now, faster, drift, net) == ("2.000", "0.500", "4.00", "1.59", "2.52")
     new.rows.pop()
-    assert "1 cases are in one of the results only" in report.compare(old, new)
+    assert "1 cases are in only one of the results" in report.compare(old, new)
     new.rows.clear()
     with pytest.raises(ValueError, match="no case in common"):
         report.compare(old, new)

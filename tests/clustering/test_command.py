@@ -1,5 +1,6 @@
 import csv
 import os
+import shlex
 import signal
 
 import numpy as np
@@ -73,8 +74,11 @@ def test_goes_on_within_an_epoch(tmp_path):
         patch.setattr(clustering_run, "Table", type("Table", (Stop, clustering_run.Table), {}))
         stopped = run(*arguments, "--experiment", "stopped")
     assert stopped.exit_code == 143 and "stopped by SIGTERM at epoch 2, step" in stopped.output
-    done = run(*arguments, "--resume", tmp_path / "stopped" / "last.ckpt")
+    assert "fastroute cluster --config" in stopped.output
+    done = run(*shlex.split(stopped.output.splitlines()[-1])[1:])
     assert done.exit_code == 0, done.output
+    again = run(*arguments, "--experiment", "stopped")
+    assert again.exit_code == 2 and "a finished run of 2 epochs is there" in again.output
     assert run(*arguments, "--experiment", "whole").exit_code == 0
     ends = (torch.load(tmp_path / name / "last.ckpt")["state_dict"] for name in ("stopped", "whole"))
     torch.testing.assert_close(*ends, rtol=0, atol=0)

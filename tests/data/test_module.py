@@ -210,3 +210,32 @@ def test_images_skipped_in_memory_are_counted_once_for_all_processes(monkeypatch
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
     assert data.skipped == 0
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_mirroring_colours_and_no_augmentation(image_folder, in_memory):
+    def batch(**options):
+        data = ImageDataModule(
+            "imagefolder",
+            image_folder,
+            100,
+            8,
+            1,
+            in_memory=in_memory,
+            scale=(1, 1),
+            ratio=(1, 1),
+            crop_pct=1.0,
+            **options,
+        )
+        data.setup()
+        if in_memory:
+            data.images = data.images._replace(pad=0)
+        return next(iter(data.train_dataloader()))[0]
+
+    plain = batch(hflip=0.0)
+    torch.testing.assert_close(batch(hflip=1.0), plain.flip(3))
+    torch.testing.assert_close(batch(hflip=0.0, vflip=1.0), plain.flip(2))
+    assert not torch.equal(batch(hflip=0.0, color_jitter=0.5), plain)
+    torch.testing.assert_close(batch(no_aug=True, aa="rand-m9-n2", mixup=0.2, reprob=1.0, vflip=1.0), plain)
+    with pytest.raises(ValueError, match=r"hflip is 1\.5; it must be between 0 and 1"):
+        batch(hflip=1.5)
