@@ -63,8 +63,9 @@ def commands() -> str:
 
 def _walk(command, path: str) -> Iterator[tuple[str, object]]:
     yield path, command
-    for name, inner in getattr(command, "commands", {}).items():
-        yield from _walk(inner, f"{path} {name}")
+    commands = getattr(command, "commands", {})
+    for name in commands:
+        yield from _walk(commands[name], f"{path} {name}")  # the item, which is imported when it is asked for
 
 
 def _command(path: str, command) -> str:
