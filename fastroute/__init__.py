@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fastroute._version import __version__
 
-__all__ = ["__version__", "backends", "models", "multipath", "nn", "ops", "use_backend"]
+__all__ = ["__version__", "backends", "load", "models", "multipath", "nn", "ops", "use_backend"]
 
 
 def _is_command() -> bool:
@@ -21,9 +21,10 @@ def _is_command() -> bool:
 if TYPE_CHECKING or not _is_command():  # importing the package registers the operators in torch.ops.fastroute
     from fastroute import backends, models, nn, ops
     from fastroute.backends import use_backend
+    from fastroute.inference import load
     from fastroute.models import multipath
 else:
-    _HOMES = {"use_backend": "backends", "multipath": "models"}
+    _HOMES = {"load": "inference", "use_backend": "backends", "multipath": "models"}
 
     def __getattr__(name: str) -> object:
         if name not in __all__:

@@ -20,6 +20,9 @@ except ModuleNotFoundError as error:
 COMMANDS = {
     "train": "Train a network; write checkpoints, summary.csv, routers.csv, figures of loggers and args.yaml.",
     "validate": "Measure single-crop or 10-crop errors of checkpoints.",
+    "predict": "Predict the classes of images, with their probabilities.",
+    "export": "Write a network into a file, with its classes and preprocessing, "
+    "and check it against the network itself.",
     "paths": "Estimate how many paths each router of a network needs, from its gates over the validation images.",
     "recipes": "List the recipes for `fastroute train|cluster -c NAME`, with the percentages that the thesis reports.",
     "cluster": "Cluster images without their labels; write summary.csv, and last.ckpt of a network.",

@@ -81,6 +81,8 @@ def write_arguments(context: typer.Context, folder: Path) -> None:
     """Write all options of a run with their values into its folder, as a file for --config."""
     folder.mkdir(parents=True, exist_ok=True)
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in context.params.items()}
+    if arguments.get("data_dir") is not None:  # for commands that read it here, wherever they are started
+        arguments["data_dir"] = os.path.abspath(arguments["data_dir"])
     for name in ("config", "overwrite"):
         del arguments[name]
     (folder / ARGUMENTS).write_text(yaml.safe_dump(arguments))
@@ -181,7 +183,7 @@ def config_option(command: str):
             for name in values.keys() - options:
                 near = "".join(f"; did you mean {option!r}?" for option in get_close_matches(name, options, n=1))
                 raise ValueError(f"config is {config}; there is no option {name!r}{near}")
-            values = {name: _as_typed(value) for name, value in values.items() if value is not None}
+            values = {name: _as_typed(value, options[name]) for name, value in values.items() if value is not None}
             for name, value in values.items():
                 if isinstance(value, bool) and not options[name].is_flag:
                     raise ValueError(f"config is {config}; {name} is {value}, and it must be no yes or no")
@@ -201,8 +203,10 @@ def config_option(command: str):
     )
 
 
-def _as_typed(value: Any) -> bool | str:
+def _as_typed(value: Any, option: Any) -> bool | str | list[str]:
     """A value as it would be typed, so that 1.5 is no whole number here either."""
+    if option.multiple:
+        return [str(item) for item in (value if isinstance(value, list) else [value])]
     return value if isinstance(value, bool) else str(value)
 
 

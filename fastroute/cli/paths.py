@@ -8,13 +8,14 @@ from rich.table import Table
 
 from fastroute.cli.common import COUNT, DataDirOption, DatasetOption, WorkersOption, plain_errors
 from fastroute.cli.outside import shown, standard_output
-from fastroute.cli.trained import check_finite, trained
+from fastroute.cli.trained import OwnModelOption, check_finite, trained
 
 
 def paths(
     checkpoint: Annotated[Path, typer.Argument(help="Of `fastroute train`.")],
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
+    model: OwnModelOption = None,
     batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1, max=COUNT)] = 128,
     workers: WorkersOption = None,
 ) -> None:
@@ -37,6 +38,7 @@ def paths(
             data_dir=data_dir,
             batch_size=batch_size,
             workers=workers,
+            model=model,
         )
         check_finite(given.network, checkpoint)
         console = standard_output()

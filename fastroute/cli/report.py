@@ -10,8 +10,8 @@ from torch import nn
 
 from fastroute.cli.common import COUNT, DataDirOption, DatasetOption, WorkersOption, plain_errors
 from fastroute.cli.outside import shown, standard_output
-from fastroute.cli.trained import check_finite, trained, trained_network
-from fastroute.models import create_model
+from fastroute.cli.trained import OwnModelOption, check_finite, trained, trained_network
+from fastroute.models.specification import specification_in
 
 
 def report(
@@ -19,6 +19,7 @@ def report(
     more_images: Annotated[list[Path] | None, typer.Argument(metavar="[IMAGE]...", hidden=True)] = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
+    model: OwnModelOption = None,
     images: Annotated[
         list[Path] | None, typer.Option(help="Image files for the routing flow. (default: twelve of the data)")
     ] = None,
@@ -61,6 +62,7 @@ def report(
             batch_size=batch_size,
             workers=workers,
             progress=_say,
+            model=model,
         )
     standard_output().print(f"report: {shown(path.resolve())}", soft_wrap=True)
 
@@ -80,6 +82,7 @@ def write_report(
     batch_size: int = 128,
     workers: int | None = None,
     progress: Callable[[str], None] = lambda title: None,
+    model: str | None = None,
 ) -> Path:
     """Write the report of a checkpoint into a folder, by the arguments of the command; returns the page's path."""
     from fastroute.training.checkpoints import read_checkpoint
@@ -89,9 +92,11 @@ def write_report(
     run = saved["hyper_parameters"]
     if "architecture" in run:
         return _clustering(checkpoint, saved, folder, data_dir, runs, limit, batch_size, progress)
-    given = trained(checkpoint, saved, dataset=dataset, data_dir=data_dir, batch_size=batch_size, workers=workers)
+    given = trained(
+        checkpoint, saved, dataset=dataset, data_dir=data_dir, batch_size=batch_size, workers=workers, model=model
+    )
     check_finite(given.network, checkpoint)
-    earlier = None if before is None else trained_network(before, "before")
+    earlier = None if before is None else trained_network(before, "before", model=model)
     if earlier is not None:
         check_finite(earlier, before, "before")
     loader = given.loader
@@ -101,10 +106,10 @@ def write_report(
         cut = _read(pictures, given.img_size, given.crop_pct, run["in_chans"])
         chosen = cut, [path.name for path in pictures]
     facts = {
-        "network": run["model"],
+        "network": str(specification_in(run, "checkpoint") if run.get("specification") else run["model"]),
         "parameters": f"{sum(parameter.numel() for parameter in given.network.parameters()):,}",
         "checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}",
-        "images": f"{loader.count:,} of {data_dir.name if data_dir else given.dataset}, {len(given.classes)} classes",
+        "images": f"{loader.count:,} of {given.data_dir.name if given.data_dir else given.dataset}, {len(given.classes)} classes",
     }
     if before is not None:
         facts["before"] = f"{before.parent.name}/{before.name}"
@@ -151,7 +156,7 @@ def _sizes(folder: Path) -> dict[str, tuple[int, float]]:
     for path in sorted(folder.glob("*/best.ckpt")):
         run = read_checkpoint(path, "runs")["hyper_parameters"]
         with torch.device("meta"):
-            model = create_model(run["model"], run["num_classes"], run["in_chans"], run["img_size"])
+            model = specification_in(run, f"runs is {path}").build()
         rows = read_summary(path.parent / "summary.csv")
         error = min((float(row["val_error"]) for row in rows if row.get("val_error")), default=None)
         if error is None:

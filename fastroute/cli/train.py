@@ -1,6 +1,7 @@
 """`fastroute train`: flags to a data module, a Lightning module and a run."""
 
 import contextlib
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 from rich.console import Console
 from torch import nn
 
+from fastroute.cli import network
 from fastroute.cli.common import (
     COUNT,
     PIXELS,
@@ -45,7 +47,15 @@ AUGMENTATION, COMPUTE, RUN = "Augmentation", "Computation", "The run and its fil
 
 def train(
     context: typer.Context,
-    model: Annotated[str | None, typer.Argument(help="The network; `fastroute models` lists them.")] = None,
+    model: network.ModelArgument = None,
+    more_kwargs: network.MoreArgument = None,
+    pretrained: network.PretrainedOption = False,
+    pretrained_path: network.PretrainedPathOption = None,
+    model_kwargs: network.ModelKwargsOption = None,
+    multipath: network.MultipathOption = None,
+    route_after: network.RouteAfterOption = "auto",
+    routing: network.RoutingOption = "cc",
+    init: network.InitOption = None,
     config: Annotated[str | None, config_option("train")] = None,
     dataset: Annotated[
         Literal["digits", "cifar10", "cifar100", "mnist", "stl10", "imagefolder", "webdataset"],
@@ -256,6 +266,7 @@ def train(
         from fastroute.training.distributed import check_gpus, is_main, process_group
 
         check_gpus()
+        network.merge_arguments(context)
     options, console = SimpleNamespace(**context.params), standard_output(quiet=not is_main())
     with endings(console, "train"), process_group():
         with plain_errors():
@@ -305,8 +316,6 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
     from fastroute.training.run_folder import run_folder
     from fastroute.training.trainer import check_amp
 
-    if options.model is None:
-        raise ValueError("model is missing; name a network, or a recipe with --config")
     if options.sync_bn and not torch.cuda.is_available():
         raise ValueError("sync_bn is True; PyTorch's synchronised batch norm needs GPUs")
     check_compile_mode(options.compile, options.compile_mode)
@@ -314,6 +323,9 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
     check_amp(options.amp_dtype if options.amp else None, options.device.type)
     check_loggers(options.log.replace(" ", "").split(",") if options.log else [])
     folder, resume = agreed(_places(options, console))
+    specification = network.specification(options, resume)
+    network.write_flags(specification, context.params)
+    options.model = specification.text
     if resume is not None and options.resume == "auto":
         done = training.epochs_done(resume)
         early = done < options.epochs and options.patience is not None and stopped_early(resume)
@@ -360,11 +372,11 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
         raise ValueError(f"num_classes is {options.num_classes}; the data has {data.num_classes} classes")
     count = len((data.images.train if data.in_memory else data.sources["train"]).labels)
     batch_size = min(options.batch_size, count)
-    check_batch(options.model, batch_size, data.in_chans, data.img_size, half=options.amp)
+    check_batch(specification, batch_size, data.in_chans, data.img_size, half=options.amp)
     check_warmup(options.sched, options.warmup_epochs, options.epochs)
     pl.seed_everything(options.seed, verbose=False)
     module = training.RoutingClassifier(
-        options.model,
+        network.network(specification, options, data, resume, console),
         options.num_classes or data.num_classes,
         data.in_chans,
         data.img_size,
@@ -454,7 +466,8 @@ def _places(options: SimpleNamespace, console: Console) -> tuple[Path, Path | No
     elif resume is not None:
         folder = resume.parent
     else:
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{options.model}-{options.dataset}"
+        model = re.sub(r"[^\w.-]+", "-", options.model or "")
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{model}-{options.dataset}"
         folder = local_path(options.output, "output") / name
         if is_main():
             folder = new_folder(folder)

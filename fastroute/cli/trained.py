@@ -1,17 +1,31 @@
 """What commands take from a checkpoint of `fastroute train`: its network, and the images that it is validated on."""
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+import typer
+from rich.console import Console
 from torch import nn
 
-from fastroute.models import create_model
+from fastroute import _yaml
+from fastroute.cli.outside import shown
 
 if TYPE_CHECKING:
     from fastroute.data.loaders import EpochLoader
+
+
+OwnModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="module:function that builds the network, where the checkpoint is of one of your own; it is imported.",
+    ),
+]
+"""A checkpoint's own word is not enough to import code."""
 
 
 @dataclass(frozen=True)
@@ -23,25 +37,33 @@ class Trained:
 
     network: nn.Module
     dataset: str
+    data_dir: Path | None
     loader: "EpochLoader"
     classes: list[str]
     img_size: int
     crop_pct: float
 
 
-def trained_network(path: Path, name: str = "checkpoint", checkpoint: dict | None = None) -> nn.Module:
+def trained_network(
+    path: Path, name: str = "checkpoint", checkpoint: dict | None = None, model: str | None = None
+) -> nn.Module:
     """The network of a checkpoint, which is read unless it is given, with its averaged weights where the run kept them.
+
+    Args:
+        path, name: the file, and the argument that it was given as.
+        checkpoint: what it holds, where it was read already.
+        model: an own function that builds the network; see `OwnModelOption`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no checkpoint of `fastroute train`, or its weights are of another network.
     """
+    from fastroute.inference.predictor import network_of
     from fastroute.training.checkpoints import check_command, load_network_weights, read_checkpoint
 
     checkpoint = checkpoint or read_checkpoint(path, name)
     check_command(checkpoint, "train", path, name)
-    run = checkpoint["hyper_parameters"]
-    network = create_model(run["model"], run["num_classes"], run["in_chans"], run["img_size"])
+    network = network_of(checkpoint["hyper_parameters"], f"{name} is {path}", model)
     load_network_weights(network, checkpoint, path, name=name)
     return network.to(this_device())
 
@@ -54,6 +76,7 @@ def trained(
     data_dir: Path | None = None,
     batch_size: int = 128,
     workers: int | None = None,
+    model: str | None = None,
 ) -> Trained:
     """The network of a checkpoint that was read, and its validation images, by default of the data of its training.
 
@@ -63,8 +86,9 @@ def trained(
     """
     from fastroute.training.evaluation import validation_loader
 
-    network = trained_network(path, checkpoint=checkpoint)
+    network = trained_network(path, checkpoint=checkpoint, model=model)
     run, data = checkpoint["hyper_parameters"], checkpoint.get("ImageDataModule", {})
+    data_dir = data_dir or folder_of_run(path, dataset, data)
     dataset = dataset or data.get("dataset")
     if dataset is None:
         raise ValueError("dataset is missing; the checkpoint does not say on what it was trained")
@@ -82,7 +106,27 @@ def trained(
         device=this_device(),
     )
     check_channels(data_dir, channels, run)
-    return Trained(network, dataset, loader, classes, img_size, crop_pct)
+    return Trained(network, dataset, data_dir, loader, classes, img_size, crop_pct)
+
+
+def folder_of_run(checkpoint: Path, dataset: str | None, data: dict) -> Path | None:
+    """The data folder of a checkpoint's run, out of its `args.yaml`, which is said; None where there is none to know.
+
+    Args:
+        checkpoint: beside which the file lies.
+        dataset: the one asked for, if any; the folder is that of the run's own.
+        data: what the checkpoint says of its images.
+    """
+    if dataset not in (None, data.get("dataset")):
+        return None
+    path, options = checkpoint.parent / "args.yaml", None
+    with contextlib.suppress(OSError, ValueError):
+        options = _yaml.read(path)
+    folder = options.get("data_dir") if isinstance(options, dict) else None
+    if not isinstance(folder, str):
+        return None
+    Console(stderr=True).print(f"data: {shown(folder)}, as {shown(path)} says", soft_wrap=True, highlight=False)
+    return Path(folder)
 
 
 def check_channels(data_dir: Path | None, channels: int, run: dict) -> None:

@@ -16,8 +16,9 @@ from rich.table import Table
 from fastroute.cli.common import COUNT, PIXELS, DataDirOption, DatasetOption, WorkersOption, plain_errors, real
 from fastroute.cli.outside import shown, standard_output
 from fastroute.cli.sizes import check_batch, check_images
-from fastroute.cli.trained import check_channels, this_device
+from fastroute.cli.trained import check_channels, folder_of_run, this_device
 from fastroute.models import create_model
+from fastroute.models.specification import Specification
 from fastroute.nn import Router, SparseRouter
 
 
@@ -27,7 +28,11 @@ def validate(
         Path | None, typer.Argument(help="A checkpoint, a file of weights (with --model), or a folder of checkpoints.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="The network. (default: the checkpoint's; without one, fresh weights)")
+        str | None,
+        typer.Option(
+            help="The network, as for train. (default: the checkpoint's; without one, fresh weights) One that the "
+            "checkpoint has from module:function must be named again."
+        ),
     ] = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
@@ -109,14 +114,18 @@ def _result(path: Path | None, options: SimpleNamespace, console: Console) -> di
     from fastroute.data.loaders import MemoryLoader
     from fastroute.data.module import STREAMED
     from fastroute.diagnostics.routing import skewed_gates
+    from fastroute.inference.predictor import network_of
     from fastroute.training.checkpoints import load_weights, read_checkpoint
     from fastroute.training.evaluation import evaluate, validation_loader
 
     run, data = {}, {}
-    if path is not None and options.model is None:
+    named = options.model if options.model and Specification.parse(options.model).source == "function" else None
+    if path is not None and (options.model is None or (named and path.suffix == ".ckpt")):
         checkpoint = read_checkpoint(path, "checkpoint", "train")
         run, data = checkpoint["hyper_parameters"], checkpoint.get("ImageDataModule", {})
     device = this_device()
+    if path is not None and options.data_dir is None and data:
+        options.data_dir = folder_of_run(path, options.dataset, data)
     dataset = options.dataset or data.get("dataset")
     if dataset is None:
         raise ValueError("dataset is missing; the checkpoint does not say on what it was trained")
@@ -146,15 +155,13 @@ def _result(path: Path | None, options: SimpleNamespace, console: Console) -> di
         )
     if run:
         check_channels(options.data_dir, in_chans, run)
-    model = options.model or run["model"]
+    model = options.model or run["model"]  # as it is named
     size = img_size or (loader.images.shape[1] if isinstance(loader, MemoryLoader) else 224)
     check_batch(model, min(options.batch_size, loader.count), in_chans, size, training=False)
-    network = create_model(
-        model,
-        options.num_classes or run.get("num_classes", len(classes)),
-        run.get("in_chans", in_chans),
-        size,
-    )
+    if run:
+        network = network_of(run, f"checkpoint is {path}", named, num_classes=options.num_classes, img_size=size)
+    else:
+        network = create_model(model, options.num_classes or len(classes), in_chans, size)
     if options.gates and not any(isinstance(layer, Router | SparseRouter) for layer in network.modules()):
         raise ValueError(f"gates is True, but {model} has no routers")
     if path is not None:

@@ -3,6 +3,7 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 
 import torch
@@ -10,6 +11,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fastroute.models._modes import modes_kept
+from fastroute.models.sources import without_auxiliary_heads
+from fastroute.models.specification import remember, specification_of
 from fastroute.nn import CrossConnection, CrossStitch, MultiPathNetwork, ParallelPaths, exact_convolutions
 from fastroute.ops._paths import MAX_PATHS
 
@@ -89,9 +92,10 @@ def multipath(
     if noise < 0:
         raise ValueError(f"noise is {noise}; it must be at least 0")
 
-    model = copy.deepcopy(model)
+    specification = specification_of(model)
+    model = without_auxiliary_heads(copy.deepcopy(model))
     input_size = _input_size(model) if input_size is None else tuple(input_size)
-    if route_after == "auto":
+    if isinstance(route_after, str) and route_after == "auto":
         route_after = _changes_of_resolution(model, input_size)
     elif isinstance(route_after, str):
         raise ValueError(f"route_after is {route_after!r}; it must be a list of names, or 'auto'")
@@ -114,26 +118,34 @@ def multipath(
     scale = paths if init == "copy" and routing == "cc" else 1
     copies = [model, *(_reseeded(model, init, noise) for _ in range(paths - 1))]
     device = next((parameter.device for parameter in model.parameters()), None)
-    layers, start, width, own = OrderedDict(), graph.find_nodes(op="placeholder")[0], 1, False
+    layers, origins, start, width, own = OrderedDict(), {}, graph.find_nodes(op="placeholder")[0], 1, False
     for name, end in cuts.items():
         part = "stem" if width == 1 else name
         if end is not start or scale > 1:
-            _add(layers, part, ParallelPaths(_part(m, graph, start, end, scale, own) for m in copies[:width]))
+            parts, origin = _parts(copies[:width], graph, start, end, scale, own)
+            origins[_add(layers, part, parts)] = origin
         if routing is not None:
             router = routing if callable(routing) else ROUTERS[routing]
             _add(layers, f"{name}_router", router(shapes[end][1], width, paths).to(device))
         start, width, scale = end, paths, 1
         own = routing is None and end is first and first.meta["overwritten"]
-    _add(layers, "head", ParallelPaths(_part(m, graph, start, output, own=own) for m in copies))
+    parts, origin = _parts(copies, graph, start, output, own=own)
+    origins[_add(layers, "head", parts)] = origin
     network = MultiPathNetwork(layers)
+    network.origins = origins
+    if specification is not None and specification.paths == 1:
+        arguments = {"route_after": tuple(cuts), "routing": routing, "init": init, "input_size": input_size}
+        specification = replace(specification, paths=paths, **arguments)
+    remember(network, specification)
     return exact_convolutions(network if model.training else network.eval())
 
 
-def _add(layers: dict[str, nn.Module], name: str, layer: nn.Module) -> None:
+def _add(layers: dict[str, nn.Module], name: str, layer: nn.Module) -> str:
     name = name.replace(".", "_")
     while name in layers:
         name += "_"
     layers[name] = layer
+    return name
 
 
 class _Tracer(fx.Tracer):
@@ -320,6 +332,13 @@ def _changes_of_resolution(model: nn.Module, input_size: Sequence[int]) -> list[
     if not last:
         raise ValueError("route_after is 'auto', but no module behind which the resolution changes is found; name some")
     return list(last.values())
+
+
+def _parts(models: Sequence[nn.Module], *arguments, **options) -> tuple[ParallelPaths, str]:
+    """A part in each of the networks, and its name in them where it is one module; else ""."""
+    parts = [_part(model, *arguments, **options) for model in models]
+    names = {module: name for name, module in models[0].named_modules()}
+    return ParallelPaths(parts), names.get(parts[0], "")
 
 
 def _part(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from fastroute._errors import in_a_line
 from fastroute._memory import check_memory
-from fastroute.nn import exact_convolutions, set_gate_norm
+from fastroute.nn import exact_convolutions
 
 
 class ModelInfo(NamedTuple):
@@ -92,20 +93,27 @@ def create_model(
     in_chans: int = 3,
     img_size: int | None = None,
     *,
-    gate_norm: str | None = None,
-    prior: str | None = None,
+    pretrained: bool = False,
+    pretrained_path: str | Path | None = None,
     **options,
 ) -> nn.Module:
-    """Build a network by its name, with fresh weights.
+    """Build a network by its name, with fresh weights unless others are asked for.
+
+    How it was built is its attribute `specification`, which a checkpoint keeps.
 
     Args:
-        name: one of `list_models()`.
+        name: one of `list_models()`; "timm:NAME" or "torchvision:NAME", a network of theirs; or
+            "package.module:function", a function of your own, which is imported and called with those of num_classes,
+            in_chans and img_size that it takes.
         num_classes: the number of logits. By default those of the thesis: 10 for networks of small images, 1000 for
             ImageNet's, and 100 for those that it trains on 100 of ImageNet's classes.
         in_chans: the channels of the images.
         img_size: the height and width of the images; by default 32, or 224 for ImageNet's networks. Networks that end
             in global pooling take any.
-        gate_norm, prior: how the routers normalise their gates; see `nn.CrossConnection`.
+        pretrained: whether timm or torchvision downloads its weights.
+        pretrained_path: a file of weights of timm, torchvision or this package, `.safetensors` or of `torch.save`. A
+            classifier for another number of classes is left out, and a network's single-path weights start every path
+            of the multi-path one; see `fastroute.models.weights.load_pretrained`.
         options: for the network itself, such as `routing=None` for the paths of a multi-path network without routers.
 
     Returns:
@@ -113,9 +121,21 @@ def create_model(
         `model(x, return_routing=True)` → (logits, {router name: Routing}).
 
     Raises:
-        ValueError: there is no network of that name, a size is less than 1, or the weights would not fit into memory.
-        ModuleNotFoundError: the network is torchvision's, which is not installed.
+        ValueError: there is no network of that name, a size is less than 1, the weights would not fit into memory, or
+            those to start from are of another network.
+        ModuleNotFoundError: the network is timm's or torchvision's, which is not installed.
     """
+    from fastroute.models.specification import Specification  # which builds by what is here
+
+    specification = Specification.parse(name, kwargs=options)
+    sizes = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
+    return specification.build(**sizes, pretrained=pretrained, pretrained_path=pretrained_path, imports=True)
+
+
+def build(
+    name: str, num_classes: int | None = None, in_chans: int = 3, img_size: int | None = None, **options
+) -> nn.Module:
+    """A network of `list_models()` with fresh weights; see `create_model`."""
     info = model_info(name)
     sizes = {
         "num_classes": info.num_classes if num_classes is None else num_classes,
@@ -127,10 +147,7 @@ def create_model(
             raise ValueError(f"{argument} is {size}; it must be at least 1")
     if max(sizes.values()) > LARGE and torch.get_default_device().type != "meta":
         _check_size(name, info, sizes, options)
-    model = info.builder(**sizes, **options)
-    if gate_norm is not None or prior is not None:
-        set_gate_norm(model, gate_norm, prior)
-    return exact_convolutions(model)
+    return exact_convolutions(info.builder(**sizes, **options))
 
 
 def _check_size(name: str, info: ModelInfo, sizes: dict[str, int], options: dict) -> None:

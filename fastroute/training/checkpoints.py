@@ -12,12 +12,13 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from torch import Tensor, nn
 from torch import distributed as dist
+from torch import nn
 
 from fastroute._errors import in_a_line
 from fastroute._files import DamagedFile, copy_over, digest_path, read_tensors, replacing, write_digest
-from fastroute.nn.router import without_temperatures
+from fastroute.models.specification import specification_in
+from fastroute.models.weights import differences, network_weights
 from fastroute.training.distributed import agreed
 from fastroute.training.optim import GROUP_OPTIONS
 from fastroute.training.saved_fields import check_fields, check_training_state
@@ -328,6 +329,12 @@ def check_resume(path: str | Path, module: pl.LightningModule, epochs: int) -> N
     """
     fixed = ("model", "num_classes", "in_chans", "opt", "sched", "momentum", *GROUP_OPTIONS)
     checkpoint = read_resumable(path, "train", {name: module.hparams[name] for name in fixed}, epochs)
+    if module.hparams.specification is not None:
+        own, other = (
+            specification_in(run, f"resume is {path}") for run in (module.hparams, checkpoint["hyper_parameters"])
+        )
+        if reason := other.differences(own):
+            raise ValueError(f"resume is {path}; its network was built with {reason}")
     check_training_state(checkpoint, module, path)
     saved, planned = checkpoint["hyper_parameters"], checkpoint.get("epochs")
     endless = saved["sched"] == "step" or (saved["sched"] == "multistep" and module.hparams.decay_milestones)
@@ -436,38 +443,9 @@ def load_network_weights(
     weights = network_weights(checkpoint, averaged) if isinstance(checkpoint, dict) else checkpoint
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise ValueError(f"{name} is {path}; it holds a {type(weights).__name__}, and must hold a state_dict")
-    if differences := _differences(model.state_dict(), weights):
-        raise ValueError(f"{name} is {path}; its weights are of another network: {differences}")
+    if reason := differences(model.state_dict(), weights):
+        raise ValueError(f"{name} is {path}; its weights are of another network: {reason}")
     model.load_state_dict(weights)
-
-
-def _differences(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str:
-    """What keeps weights from being those wanted, in a line; nothing where they are."""
-    wanted, given = without_temperatures(wanted), without_temperatures(given)
-    given = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-    shapes = ((name, given[name].shape, value.shape) for name, value in wanted.items() if name in given)
-    kinds = {
-        "missing": [name for name in wanted if name not in given],
-        "unexpected": [name for name in given if name not in wanted],
-        "of another shape": [f"{name} {(*a,)} for {(*b,)}" for name, a, b in shapes if a != b],
-    }
-    shown = ((kind, names, ", ".join(names[:3]) + ", …" * (len(names) > 3)) for kind, names in kinds.items() if names)
-    return "; ".join(f"{len(names)} {kind} ({some})" for kind, names, some in shown)
-
-
-def network_weights(checkpoint: dict, averaged: bool = True) -> dict[str, Tensor]:
-    """The network's state_dict out of a checkpoint, of ours or another trainer's; a state_dict is given back as it is.
-
-    With a moving average, Lightning keeps that as `state_dict` and the weights as trained as `current_model_state`.
-    """
-    if "state_dict" not in checkpoint:
-        return checkpoint
-    weights = checkpoint["state_dict"] if averaged else checkpoint.get("current_model_state", checkpoint["state_dict"])
-    if not isinstance(weights, dict):
-        return weights
-    if any(name.startswith("model.") for name in weights):  # of a training run, which has more than the network
-        return {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
-    return {name.removeprefix("module."): value for name, value in weights.items()}  # as from DistributedDataParallel
 
 
 def _cause(error: BaseException) -> BaseException:

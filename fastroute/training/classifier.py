@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastroute._files import DamagedFile, checked
 from fastroute.data.loaders import Draws
 from fastroute.data.sources import UnreadableImage
-from fastroute.models import create_model
+from fastroute.models.specification import Specification, specification_of
 from fastroute.nn import Routing, exact_convolutions
 from fastroute.training.capturable import CAPTURABLE
 from fastroute.training.distributed import gathered
@@ -38,9 +38,11 @@ class RoutingClassifier(pl.LightningModule):
     an auxiliary loss; errors are in percent, over exactly the images seen, whatever the number of processes.
 
     Args:
-        model: a name from `fastroute.models.list_models()`, or a module. A checkpoint of a named network can be loaded
-            by `RoutingClassifier.load_from_checkpoint(path)` alone.
-        num_classes: the number of classes; like in_chans and img_size, for `create_model`.
+        model: a network's name as `fastroute.models.create_model` takes it, but for own functions, or a module. A
+            checkpoint keeps how the network is built where that is known: of a name, and of a module that
+            `create_model`, `multipath`, timm or torchvision built. It can then be loaded by
+            `RoutingClassifier.load_from_checkpoint(path)` and by `fastroute.load(path)` alone.
+        num_classes: the number of classes; like in_chans and img_size, for `create_model`; a module's own count.
         in_chans: the channels of the images.
         img_size: their height and width.
         opt: "sgd", "nesterov", "rmsprop", "adam" or "adamw"; see `OPTIMIZERS`.
@@ -63,6 +65,7 @@ class RoutingClassifier(pl.LightningModule):
             times `aux_weight`; its gradient reaches the gates through `scores` and `gates`. A module is trained, moved
             and saved with the network. The network's forward must take `return_routing`.
         aux_weight: the weight of `aux_loss`.
+        specification: of the network, as a checkpoint has it; then `model` is only its name.
 
     Raises:
         ValueError: an argument is out of range or unknown, or `model` gives no routing to `aux_loss`.
@@ -102,6 +105,7 @@ class RoutingClassifier(pl.LightningModule):
         cuda_graphs: bool = False,
         aux_loss: RoutingLoss | None = None,
         aux_weight: float = 1.0,
+        specification: dict | None = None,
     ):
         super().__init__()
         for name, value in (("lr", lr), ("decay_epochs", decay_epochs), ("gate_lr_mult", gate_lr_mult)):
@@ -126,11 +130,20 @@ class RoutingClassifier(pl.LightningModule):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
         check_compile_mode(compile, compile_mode)
-        self.save_hyperparameters(ignore=["model", "aux_loss"], logger=False)
-        self.save_hyperparameters({"model": model if isinstance(model, str) else type(model).__name__}, logger=False)
-        self.named = isinstance(model, str)
-        if self.named:
-            model = create_model(model, num_classes, in_chans, img_size)
+        self.save_hyperparameters(ignore=["model", "aux_loss", "specification"], logger=False)
+        if isinstance(model, str):
+            sizes = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
+            given = None if specification is None else Specification.from_dict(specification)
+            model = (given or Specification.parse(model, **sizes)).build()
+        built = specification_of(model)
+        self.named = built is not None
+        name = type(model).__name__ if built is None else built.text
+        self.save_hyperparameters(
+            {"model": name, "specification": None if built is None else built.to_dict()}, logger=False
+        )
+        if built is not None:
+            own = {"num_classes": built.num_classes, "in_chans": built.in_chans, "img_size": built.img_size}
+            self.save_hyperparameters({k: size for k, size in own.items() if size}, logger=False)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model = exact_convolutions(model).to(memory_format=self.memory_format)
         if grad_checkpointing:

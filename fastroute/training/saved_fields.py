@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from fastroute.models.specification import Specification
 from fastroute.nn.router import without_temperatures
 from fastroute.training.capturable import CAPTURABLE
 from fastroute.training.metrics import Totals
@@ -225,6 +226,8 @@ def _check_all(checkpoint: dict) -> None:
             fields = TRAIN if name == "model" else CLUSTER
             _check_fields(run, {key: fields[key] for key in required}, "hyper_parameters", required=True)
             _check_fields(run, fields, "hyper_parameters")
+    if run.get("specification") is not None:
+        Specification.from_dict(run["specification"])
     for name in ("state_dict", "current_model_state", "averaging_state"):
         _check_weights(checkpoint.get(name, {}), name)
     _check_means(checkpoint.get("epoch_means", []))
