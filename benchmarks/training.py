@@ -78,7 +78,7 @@ def trainer(model: str, rounds: int) -> tuple[list[float], list[float]]:
 def streamed(folder: Path, workers: int, rounds: int) -> list[float]:
     """Return for each round the images/s of 256 → 224 crops over those of plain torchvision."""
     data = ImageDataModule(
-        "imagefolder", folder, 64, 224, workers, in_memory=False, train_crop_mode="rkrc", on_bad_image="stop"
+        "imagefolder", folder, 64, 224, workers, in_memory=False, train_crop_mode="random", on_bad_image="stop"
     )
     data.setup()
     mean, std = ([value / 255 for value in values] for values in (IMAGENET_MEAN, IMAGENET_STD))

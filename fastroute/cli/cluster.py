@@ -13,6 +13,7 @@ from fastroute.cli.common import (
     SEED,
     OverwriteOption,
     config_option,
+    dataset_named,
     endings,
     local_path,
     plain_errors,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from fastroute.clustering.module import ClusteringModule
+    from fastroute.clustering.run import Loaded
 
 ARCHITECTURE = {"digits": "mnist", "mnist": "mnist", "stl10": "stl10"}
 
@@ -34,12 +36,16 @@ def cluster(
     context: typer.Context,
     config: Annotated[str | None, config_option("cluster")] = None,
     dataset: Annotated[
-        Literal["digits", "mnist", "cifar10", "cifar100", "stl10", "imagefolder"],
-        typer.Option(help="Where the images come from."),
-    ] = "digits",
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the data; of an imagefolder, with train/ and val/. (default: data)")
+        Literal["digits", "mnist", "cifar10", "cifar100", "stl10", "imagefolder", "webdataset"] | None,
+        typer.Option(help="Where the images come from. (default: what --data-dir holds, or digits)"),
     ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Any folder of images, with classes or without, or of tar shards. (default: data)"),
+    ] = None,
+    on_bad_image: Annotated[
+        Literal["stop", "skip"], typer.Option(help="What an image that cannot be read does.")
+    ] = "stop",
     download: Annotated[bool, typer.Option("--download", help="Download torchvision's sets.")] = False,
     img_size: Annotated[
         int | None, typer.Option(min=1, max=PIXELS, help="Scale images to it. (default: as they are)")
@@ -89,8 +95,14 @@ def cluster(
     ] = None,
     overwrite: OverwriteOption = False,
     resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
+    by_cluster: Annotated[
+        Path | None, typer.Option(help="New folder for links to the images, in a folder for each cluster.")
+    ] = None,
 ) -> None:
-    """Cluster images without their labels; write summary.csv, and last.ckpt of a network."""
+    """Cluster images without their labels; write assignments.csv, summary.csv, args.yaml, and last.ckpt of a network.
+
+    assignments.csv has each image's path, its cluster, counted from 0, and its posterior of each cluster.
+    """
     options, console = SimpleNamespace(**context.params), standard_output()
     with plain_errors():
         from fastroute.clustering import run
@@ -104,8 +116,17 @@ def cluster(
         output = local_path(output, "output")
         if resume is not None:
             resume = local_path(resume, "resume")
+        dataset = options.dataset = _dataset(dataset, data_dir)
+        context.params["dataset"] = dataset  # as args.yaml keeps it
         check_images(dataset, img_size)
-        images, labels = run.load_images(dataset, data_dir, limit, img_size, download)
+        with console.status("reading the images"):
+            loaded = run.load_images(dataset, data_dir, limit, img_size, download, on_bad_image)
+        images, labels = loaded.images, loaded.labels
+        console.print(shown(_description(dataset, data_dir, loaded)), soft_wrap=True, highlight=False)
+        if by_cluster is not None:
+            run.check_by_cluster(by_cluster, data_dir, loaded)
+        if (labels < 0).any() and (two_dimensional or experiment == "two-dimensional"):
+            raise ValueError("two_dimensional is True; it needs images with classes")
         if len(images) < clusters:
             raise ValueError(f"clusters is {clusters}; it must be at most the number of images, {len(images)}")
         if experiment:
@@ -123,7 +144,7 @@ def cluster(
             plane.run(images, labels, clusters, seed, folder, console)
             return
         if method in run.CLASSICAL:
-            run.fit_classical(method, images, labels, clusters, seed, folder, console)
+            posterior = run.fit_classical(method, images, labels, clusters, seed, folder, console)
             module = None
         else:
             module = _module(options, images)
@@ -144,7 +165,29 @@ def cluster(
                 amp=amp,
                 resume=resume,
             )
-    console.print(f"summary.csv: {shown(folder.resolve())}", soft_wrap=True)
+            posterior = run.posteriors(module, images)
+    with plain_errors():
+        run.write_assignments(folder / "assignments.csv", loaded.paths, posterior)
+        if by_cluster is not None:
+            run.link_by_cluster(by_cluster, loaded.paths, posterior)
+            console.print(f"links by cluster: {shown(by_cluster.resolve())}", soft_wrap=True)
+    console.print(f"assignments.csv, summary.csv, args.yaml: {shown(folder.resolve())}", soft_wrap=True)
+
+
+def _dataset(dataset: str | None, data_dir: Path | None) -> str:
+    """The dataset that is named, or else what the folder holds, where images without classes are an imagefolder."""
+    from fastroute.data.layout import layouts
+
+    if dataset is None and data_dir is not None and not layouts(data_dir):
+        return "imagefolder"
+    return dataset_named(dataset, data_dir, any_split=True)
+
+
+def _description(dataset: str, data_dir: Path | None, loaded: "Loaded") -> str:
+    count, channels, size, _ = loaded.images.shape
+    where = f" in {data_dir}" if data_dir is not None else ""
+    classes = f"{len(loaded.classes):,} classes, which are not used" if loaded.classes else "no classes"
+    return f"{dataset}{where}: {count:,} images, {size}×{size}, {'grey' if channels == 1 else 'colour'}, {classes}"
 
 
 def _module(options: SimpleNamespace, images: "torch.Tensor") -> "ClusteringModule":

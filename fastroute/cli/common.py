@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from fastroute import _yaml
+from fastroute._files import replacing
 from fastroute.cli.outside import end, shown
 
 COUNT, PIXELS, WORKERS, SEED = 2**31 - 1, 2**20, 1024, 2**32 - 1
@@ -32,12 +33,27 @@ DatasetOption = Annotated[
     typer.Option(help="Where the images come from. (default: as in training)"),
 ]
 DataDirOption = Annotated[
-    Path | None, typer.Option(help="Folder with val/, folder of classes, folder of tar shards, or a tar file.")
+    Path | None,
+    typer.Option(help="Folder with val/, of classes or of tar shards, a tar file, or a pattern. (default: the run's)"),
 ]
 WorkersOption = Annotated[
     int | None,
     typer.Option("-j", "--workers", min=1, max=WORKERS, help="Processes that decode images. (default: all cores)"),
 ]
+
+
+def dataset_named(dataset: str | None, data_dir: Path | None, any_split: bool = False) -> str:
+    """The dataset that is named, or else what the folder holds, or the digits where there is no folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it holds no images in a layout that is read.
+        ValueError: it holds several datasets, or no images to validate on, unless with `any_split`.
+    """
+    if dataset is not None or data_dir is None:
+        return dataset or "digits"
+    from fastroute.data.layout import choose
+
+    return choose(data_dir, any_split=any_split).dataset
 
 
 @contextlib.contextmanager
@@ -61,8 +77,8 @@ def endings(console: Console, command: str) -> Iterator[None]:
         console: where the end is told.
         command: "train" or "cluster".
     """
+    from fastroute.data.decode import UnreadableImage
     from fastroute.data.loaders import PlaceMismatch
-    from fastroute.data.sources import UnreadableImage
     from fastroute.training import Terminated
     from fastroute.training.distributed import ProcessLost
     from fastroute.training.graphs import NotRecordable
@@ -83,9 +99,10 @@ def write_arguments(context: typer.Context, folder: Path) -> None:
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in context.params.items()}
     if arguments.get("data_dir") is not None:  # for commands that read it here, wherever they are started
         arguments["data_dir"] = os.path.abspath(arguments["data_dir"])
-    for name in ("config", "overwrite"):
-        del arguments[name]
-    (folder / ARGUMENTS).write_text(yaml.safe_dump(arguments))
+    for name in ("config", "overwrite", "by_cluster"):
+        arguments.pop(name, None)
+    with replacing(folder / ARGUMENTS) as file:
+        yaml.safe_dump(arguments, file)
 
 
 def command_to_go_on(command: str, checkpoint: Path) -> str:

@@ -42,6 +42,7 @@ def paths(
         )
         check_finite(given.network, checkpoint)
         console = standard_output()
+        console.print(shown(given.images), soft_wrap=True, highlight=False)
         with console.status("routing the validation images"):
             routing = collect_routing(given.network, given.loader)
         check_gates(routing)

@@ -20,6 +20,7 @@ from fastroute.cli.common import (
     SEED,
     WORKERS,
     config_option,
+    dataset_named,
     device_named,
     endings,
     local_path,
@@ -58,13 +59,35 @@ def train(
     init: network.InitOption = None,
     config: Annotated[str | None, config_option("train")] = None,
     dataset: Annotated[
-        Literal["digits", "cifar10", "cifar100", "mnist", "stl10", "imagefolder", "webdataset"],
-        option(help="Where the images come from.", panel=DATA),
-    ] = "digits",
+        Literal["digits", "cifar10", "cifar100", "mnist", "stl10", "imagefolder", "webdataset"] | None,
+        option(help="Where the images come from. (default: what --data-dir holds, or digits)", panel=DATA),
+    ] = None,
     data_dir: Annotated[
         Path | None,
-        option(help="Folder of the data: with train/ and val/, or with tar shards. (default: data)", panel=DATA),
+        option(help="Folder of the data, a tar file, or a pattern of them. (default: data)", panel=DATA),
     ] = None,
+    val_split: Annotated[
+        float,
+        real_option(
+            0, 0.999, help="Share of each class's training images to validate on; 0: the data's own val.", panel=DATA
+        ),
+    ] = 0.0,
+    class_map: Annotated[
+        Path | None, option(help="Text file with a class on each line, in the order of their numbers.", panel=DATA)
+    ] = None,
+    input_key: Annotated[
+        str | None, option(help="Of shards with several images a key: such as jpg;png or left.jpg.", panel=DATA)
+    ] = None,
+    in_chans: Annotated[
+        int | None, option(min=1, max=3, help="1: grey images, 3: colour. (default: the data's)", panel=DATA)
+    ] = None,
+    mean: Annotated[
+        str | None, option(help="Of each channel, as 0.5 or 0.485,0.456,0.406. (default: the data's)", panel=DATA)
+    ] = None,
+    std: Annotated[str | None, option(help="Of each channel, as --mean.", panel=DATA)] = None,
+    interpolation: Annotated[
+        Literal["bilinear", "bicubic", "nearest"], option(help="How images are scaled.", panel=DATA)
+    ] = "bilinear",
     download: Annotated[bool, option("--download", help="Download torchvision's sets.", panel=DATA)] = False,
     num_classes: Annotated[
         int | None, option(min=1, max=COUNT, help="Logits. (default: the data's classes)", panel=DATA)
@@ -102,11 +125,18 @@ def train(
         Literal["stop", "skip"], option(help="What an image that cannot be read does.", panel=DATA)
     ] = "stop",
     train_crop_mode: Annotated[
-        Literal["rrc", "rkrc"],
-        option(help="Streamed: a random area, resized; or resize, keep the ratio, random crop.", panel=AUGMENTATION),
+        Literal["rrc", "rkrc", "rkrr", "random"],
+        option(
+            help="Streamed: a random area, resized; timm's rkrc and rkrr; or resize to 1/crop-pct, random crop.",
+            panel=AUGMENTATION,
+        ),
     ] = "rrc",
-    scale: Annotated[str, option(help="For rrc: share of the image.", panel=AUGMENTATION)] = "0.08,1.0",
-    ratio: Annotated[str, option(help="For rrc: aspect ratio.", panel=AUGMENTATION)] = "0.75,1.3333",
+    scale: Annotated[
+        str | None, option(help="Share of the image's area. (default: 0.08,1; rkrc 0.8,1)", panel=AUGMENTATION)
+    ] = None,
+    ratio: Annotated[
+        str | None, option(help="Aspect ratio. (default: 0.75,1.3333; rkrc 0.9,1.1111)", panel=AUGMENTATION)
+    ] = None,
     crop_pct: Annotated[
         float, real_option(help="Streamed: the crop's side by the resized image's.", panel=AUGMENTATION)
     ] = 0.875,
@@ -322,6 +352,8 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
     options.device = _device(options)
     check_amp(options.amp_dtype if options.amp else None, options.device.type)
     check_loggers(options.log.replace(" ", "").split(",") if options.log else [])
+    options.dataset = dataset_named(options.dataset, options.data_dir, options.val_split > 0)
+    context.params["dataset"] = options.dataset  # as args.yaml keeps it
     folder, resume = agreed(_places(options, console))
     specification = network.specification(options, resume)
     network.write_flags(specification, context.params)
@@ -360,6 +392,13 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
         vflip=options.vflip,
         color_jitter=options.color_jitter,
         no_aug=options.no_aug,
+        val_split=options.val_split,
+        class_map=options.class_map,
+        input_key=options.input_key,
+        mean=numbers(options.mean, float, "numbers, such as 0.485,0.456,0.406"),
+        std=numbers(options.std, float, "numbers, such as 0.229,0.224,0.225"),
+        interpolation=options.interpolation,
+        in_chans=options.in_chans,
     )
     if options.cuda_graphs:  # before the images are read
         _check_recording(options, data)
@@ -368,9 +407,10 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
     one_by_one = first_on_each_node() if options.download else contextlib.nullcontext()
     with one_by_one, console.status("reading the images"):
         data.setup()
+    console.print(shown(data.description), soft_wrap=True, highlight=False)
     if options.num_classes is not None and options.num_classes < data.num_classes:
         raise ValueError(f"num_classes is {options.num_classes}; the data has {data.num_classes} classes")
-    count = len((data.images.train if data.in_memory else data.sources["train"]).labels)
+    count = data.train_count
     batch_size = min(options.batch_size, count)
     check_batch(specification, batch_size, data.in_chans, data.img_size, half=options.amp)
     check_warmup(options.sched, options.warmup_epochs, options.epochs)
@@ -476,7 +516,9 @@ def _places(options: SimpleNamespace, console: Console) -> tuple[Path, Path | No
     return folder, resume
 
 
-def _pair(name: str, value: str) -> tuple[float, float]:
+def _pair(name: str, value: str | None) -> tuple[float, float] | None:
+    if value is None:
+        return None
     pair = numbers(value, float, "numbers, such as 0.08,1")
     if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
         raise ValueError(f"{name} is {value}; it must be two numbers above 0, the smaller first")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastroute._files import DamagedFile, checked
+from fastroute.data.decode import UnreadableImage
 from fastroute.data.loaders import Draws
-from fastroute.data.sources import UnreadableImage
 from fastroute.models.specification import Specification, specification_of
 from fastroute.nn import Routing, exact_convolutions
 from fastroute.training.capturable import CAPTURABLE

@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from fastroute.data.transforms import INTERPOLATIONS
 from fastroute.models.specification import Specification
 from fastroute.nn.router import without_temperatures
 from fastroute.training.capturable import CAPTURABLE
@@ -78,6 +79,11 @@ OUTPUTS = Field(f"an int above 0 and at most {CLASSES:,}", lambda value: _is_int
 PLANES = Field(f"an int above 0 and at most {CHANNELS:,}", lambda value: _is_int(value, 1, CHANNELS))
 HEADS = Field("an int from 1 to 1,000", lambda value: _is_int(value, 1, 1000))
 SHARE = Field("a number above 0 and at most 1", lambda value: _is_number(value) and 0 < value <= 1)
+PART = Field("a number of at least 0 and below 1", lambda value: _is_number(value) and 0 <= value < 1)
+SEED = Field("an int from 0 to 2⁶⁴ − 1", lambda value: _is_int(value, 0, 2**64 - 1))
+INTERPOLATION = Field(
+    f"one of {', '.join(INTERPOLATIONS)}", lambda value: isinstance(value, str) and value in INTERPOLATIONS
+)
 MAPPING = Field("a dict", lambda value: isinstance(value, dict))
 DICTS = Field("a list of dicts", lambda value: isinstance(value, list) and all(isinstance(v, dict) for v in value))
 TEXTS = Field("a list of texts", _is_texts)
@@ -153,6 +159,12 @@ IMAGES = {
     "crop_pct": SHARE,
     "mean": LEVELS,
     "std": LEVELS,
+    "interpolation": INTERPOLATION,
+    "data_dir": TEXT.or_none(),
+    "val_split": PART,
+    "split_seed": SEED,
+    "input_key": TEXT.or_none(),
+    "class_map": FLAG,
 }
 BEST = {
     "monitor": TEXT.or_none(),

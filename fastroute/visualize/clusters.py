@@ -33,14 +33,17 @@ def response_map(responses: Mapping[str, Tensor], seed: int = 0, names: Sequence
             own = places[clusters == cluster]
             axes.scatter(*own.T, s=4, color=PALETTE[cluster % len(PALETTE)], linewidths=0, rasterized=True)
             box = {"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": INK, "linewidth": 0.5}
-            axes.text(
-                *np.median(own, 0), str(cluster + 1), ha="center", va="center", bbox=box, color="black", fontsize=7
-            )
+            axes.text(*np.median(own, 0), str(cluster), ha="center", va="center", bbox=box, color="black", fontsize=7)
         axes.set(title=title, xticks=[], yticks=[])
     if names is not None and len(names) <= LEGEND:
         marks = [
             Line2D(
-                [], [], marker="o", linestyle="", color=PALETTE[k % len(PALETTE)], label=f"{k + 1}: {legible(name, 14)}"
+                [],
+                [],
+                marker="o",
+                linestyle="",
+                color=PALETTE[k % len(PALETTE)],
+                label=f"{k}: {legible(name, 14)}".removesuffix(": "),
             )
             for k, name in enumerate(names)
         ]
@@ -115,7 +118,7 @@ def confusion(labels: Tensor, clusters: Tensor, classes: Sequence[str]) -> Figur
             axes.text(
                 j, i, f"{value:.0f}", ha="center", va="center", color="black" if value > 50 else "white", fontsize=8
             )
-    axes.set_xticks(range(len(order)), [str(k + 1) for k in order])
+    axes.set_xticks(range(len(order)), [str(k) for k in order])
     axes.set_yticks(range(len(classes)), list(map(legible, classes)))
     axes.set(xlabel="cluster", ylabel="class")
     return figure

@@ -15,6 +15,7 @@ _CURVES = {
     "train_error": "error %",
     "acc": "agreement with the labels",
     "nmi": "agreement with the labels",
+    "entropy": "entropy of the posteriors",
 }
 
 

@@ -414,14 +414,19 @@ def clustering_report(
         shown = [(images.normalized(images.at(part)), labels[part]) for part in some.split(256)]
         maps = {"random network": collect_responses(untrained, shown)[0]} | maps
     sizes = torch.bincount(found, minlength=responses.shape[1]).tolist()
-    main = [int(labels[found == k].mode().values) if size else None for k, size in enumerate(sizes)]
-    names = ["empty" if k is None else images.classes[k] for k in main]
-    accuracy, information = cluster_accuracy(labels, found), normalized_mutual_info_score(labels, found)
-    report.facts = {**report.facts, "ACC": f"{accuracy:.3f}", "NMI": f"{information:.3f}"}
+    labelled = bool((labels >= 0).all())
+    main = [int(labels[found == k].mode().values) if size and labelled else None for k, size in enumerate(sizes)]
+    names = [
+        "empty" if not size else "" if m is None else images.classes[m] for size, m in zip(sizes, main, strict=True)
+    ]
+    verdict = ""
+    if labelled:
+        accuracy, information = cluster_accuracy(labels, found), normalized_mutual_info_score(labels, found)
+        report.facts = {**report.facts, "ACC": f"{accuracy:.3f}", "NMI": f"{information:.3f}"}
+        verdict = f"With one cluster to a class, {accuracy:.1%} of the images are in the cluster of their class (ACC). "
     empty = sum(size == 0 for size in sizes)
-    report.verdict = (
-        f"With one cluster to a class, {accuracy:.1%} of the images are in the cluster of their class (ACC). The "
-        f"largest cluster has {max(sizes):,} images and the smallest {min(size for size in sizes if size):,}; "
+    report.verdict = verdict + (
+        f"The largest cluster has {max(sizes):,} images and the smallest {min(size for size in sizes if size):,}; "
         + ("none is empty." if not empty else f"{empty} of {len(sizes)} are empty.")
     )
     report.section("Responses", f"t-SNE of the responses to {len(some):,} images, before the softmax.")
@@ -434,14 +439,17 @@ def clustering_report(
     size = images.at(torch.tensor([0])).shape[1:]
     options = {"mean": images.mean, "std": images.std}
     nodes = list(range(min(10, responses.shape[1])))
-    top = {f"{k + 1}: {legible(names[k], 10)}": images.at(responses[:, k].topk(EXTREMES).indices) for k in nodes}
+    top = {
+        f"{k}: {legible(names[k], 10)}".removesuffix(": "): images.at(responses[:, k].topk(EXTREMES).indices)
+        for k in nodes
+    }
     report.section(
         "Clusters",
         f"The {EXTREMES} images with the highest relevance score of each cluster, which is named by the class that "
         "most of its images have, and at the right an image made to maximise it, unless it stayed flat.",
         table=[
             {
-                "cluster": str(k + 1),
+                "cluster": str(k),
                 "images": f"{size:,}",
                 "main class": name,
                 "of that class": "" if m is None else f"{(labels[found == k] == m).double().mean().item():.0%}",
@@ -450,18 +458,18 @@ def clustering_report(
         ],
     )
     mains = "; ".join(
-        f"{k + 1}: mostly {images.classes[labels[found == k].mode().values]}" if sizes[k] else f"{k + 1}: empty"
-        for k in nodes
+        f"{k}: {names[k] or f'{sizes[k]:,} images'}" if main[k] is None else f"{k}: mostly {names[k]}" for k in nodes
     )
     report.figure(
         "clusters",
         clusters.cluster_images(top, synthesize_outputs(model, nodes, size, **options)),
         f"Clusters: {mains}.",
     )
-    report.section(
-        "Against the labels", "In percent of each class, the clusters its images came to. The labels were not used."
-    )
-    report.figure("confusion", clusters.confusion(labels, found, images.classes), f"Clusters by class: {mains}.")
+    if labelled:
+        report.section(
+            "Against the labels", "In percent of each class, the clusters its images came to. The labels were not used."
+        )
+        report.figure("confusion", clusters.confusion(labels, found, images.classes), f"Clusters by class: {mains}.")
 
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     report.section("Filters", "Images made to maximise filters of the first and of the last convolution.")

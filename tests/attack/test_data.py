@@ -26,8 +26,9 @@ import pytest
 import torchvision
 from PIL import Image
 
+from fastroute.data.decode import UnreadableImage, decode_image
 from fastroute.data.in_memory import Options, cifar10, mnist
-from fastroute.data.sources import TarSource, UnreadableImage, decode_image, read_image
+from fastroute.data.sources import TarSource, read_image
 
 SECONDS = 20
 """For a case: an image of as many pixels as are allowed decodes within a few."""
