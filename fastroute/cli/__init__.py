@@ -2,20 +2,22 @@
 
 import importlib
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastroute._extras import extra
 from fastroute._version import __version__
 
 try:
     with extra("train", "the command line"):
-        import click
         import typer
 
         from fastroute.cli import memory
         from fastroute.cli.outside import Commands
 except ModuleNotFoundError as error:
     raise SystemExit(str(error)) from None
+
+if TYPE_CHECKING:
+    import click
 
 COMMANDS = {
     "train": "Train a network; write checkpoints, summary.csv, routers.csv, figures of loggers and args.yaml.",
@@ -63,7 +65,7 @@ def options(
     """Data-dependent routing for multi-path neural networks."""
 
 
-def _load(name: str) -> click.Command:
+def _load(name: str) -> "click.Command":
     """The command of a module: its function of the same name, or its `app`, where it has commands of its own."""
     module = importlib.import_module(f"fastroute.cli.{name}")
     command = getattr(module, "app", None)
