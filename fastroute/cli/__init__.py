@@ -27,7 +27,8 @@ COMMANDS = {
     "and check it against the network itself.",
     "paths": "Estimate how many paths each router of a network needs, from its gates over the validation images.",
     "recipes": "List the recipes for `fastroute train|cluster -c NAME`, with the percentages that the thesis reports.",
-    "cluster": "Cluster images without their labels; write summary.csv, and last.ckpt of a network.",
+    "cluster": "Cluster images without their labels; write assignments.csv, summary.csv, args.yaml, and last.ckpt of a "
+    "network.",
     "report": "Show what a network's routers or clusters do: one page, and its figures as PNG and SVG.",
     "demo": "Train one path and two routed paths on real handwritten digits, and compare them; "
     "show what the routers do.",

@@ -13,7 +13,14 @@ from torch.nn import functional as F
 from fastroute.models._modes import modes_kept
 from fastroute.models.sources import without_auxiliary_heads
 from fastroute.models.specification import remember, specification_of
-from fastroute.nn import CrossConnection, CrossStitch, MultiPathNetwork, ParallelPaths, exact_convolutions
+from fastroute.nn import (
+    CrossConnection,
+    CrossStitch,
+    MultiPathNetwork,
+    ParallelPaths,
+    exact_convolutions,
+    set_gate_norm,
+)
 from fastroute.ops._paths import MAX_PATHS
 
 INPUT = "input"
@@ -29,6 +36,8 @@ def multipath(
     init: str = "fresh",
     noise: float = 0.01,
     input_size: Sequence[int] | None = None,
+    gate_norm: str | None = None,
+    prior: str | None = None,
 ) -> MultiPathNetwork:
     """Make parallel paths of a network, with a router after each of the modules named.
 
@@ -65,6 +74,7 @@ def multipath(
             as a share of that of the weights themselves.
         input_size: (channels, height, width) of the images by which the channels at each cut are found. By default
             timm's `pretrained_cfg`, or else 224 × 224 with the channels of the first convolution.
+        gate_norm, prior: how the routers normalise their gates; see `nn.CrossConnection`.
 
     Returns:
         a `MultiPathNetwork`: `forward(x)` → logits; `forward(x, return_routing=True)` → (logits, {name: Routing}).
@@ -133,8 +143,11 @@ def multipath(
     origins[_add(layers, "head", parts)] = origin
     network = MultiPathNetwork(layers)
     network.origins = origins
+    if gate_norm is not None or prior is not None:
+        set_gate_norm(network, gate_norm, prior)
     if specification is not None and specification.paths == 1:
         arguments = {"route_after": tuple(cuts), "routing": routing, "init": init, "input_size": input_size}
+        arguments |= {"gate_norm": gate_norm, "prior": prior}
         specification = replace(specification, paths=paths, **arguments)
     remember(network, specification)
     return exact_convolutions(network if model.training else network.eval())

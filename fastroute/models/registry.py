@@ -95,6 +95,8 @@ def create_model(
     *,
     pretrained: bool = False,
     pretrained_path: str | Path | None = None,
+    gate_norm: str | None = None,
+    prior: str | None = None,
     **options,
 ) -> nn.Module:
     """Build a network by its name, with fresh weights unless others are asked for.
@@ -114,6 +116,7 @@ def create_model(
         pretrained_path: a file of weights of timm, torchvision or this package, `.safetensors` or of `torch.save`. A
             classifier for another number of classes is left out, and a network's single-path weights start every path
             of the multi-path one; see `fastroute.models.weights.load_pretrained`.
+        gate_norm, prior: how the routers normalise their gates; see `nn.CrossConnection`.
         options: for the network itself, such as `routing=None` for the paths of a multi-path network without routers.
 
     Returns:
@@ -127,7 +130,7 @@ def create_model(
     """
     from fastroute.models.specification import Specification  # which builds by what is here
 
-    specification = Specification.parse(name, kwargs=options)
+    specification = Specification.parse(name, kwargs=options, gate_norm=gate_norm, prior=prior)
     sizes = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
     return specification.build(**sizes, pretrained=pretrained, pretrained_path=pretrained_path, imports=True)
 
