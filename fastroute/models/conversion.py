@@ -60,7 +60,7 @@ def multipath(
         paths: the number of parallel paths, 2 to 8.
         route_after: names of modules, as in `model.named_modules()`, whose output is all that the rest of the network
             needs; "input" among them for the images themselves. Tokens (N, L, C) of a transformer are routed by their
-            channels C too. "auto": every change of resolution, a cut being made
+            channels C. "auto": every change of resolution, a cut being made
             behind the last module at each resolution but the images' own, as far as they can be found without looking
             into modules other than `nn.Sequential`.
         routing: "cc", cross-connections; "stitch", cross-stitch units; a function from (channels, in_paths,
@@ -84,8 +84,8 @@ def multipath(
     Raises:
         TypeError: model is not a module.
         ValueError: an argument is out of its range; a name is unknown, or named twice; a module is called more than
-            once or never, or does not return one tensor (N, C), (N, C, H, W) or (N, L, C); more than its output reaches the rest
-            of the network; or torch.fx cannot trace the network.
+            once or never, or does not return one tensor (N, C), (N, C, H, W) or (N, L, C); more than its output reaches
+            the rest of the network; or torch.fx cannot trace the network.
 
     Example:
         >>> model = multipath(torchvision.models.resnet18(), 2, ["maxpool", "layer1", "layer2", "layer3", "layer4"])

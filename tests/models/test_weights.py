@@ -37,10 +37,15 @@ def test_one_path_s_weights_start_all_paths_of_a_named_network(tmp_path):
 
 def test_parts_of_one_module_find_their_weights_whatever_its_name():
     network = multipath(single(), 2, ["0", "2"], input_size=(3, 8, 8))
-    weights = {name: torch.randn(value.shape) if value.dim() else value for name, value in single().state_dict().items()}
+    weights = {
+        name: torch.randn(value.shape) if value.dim() else value for name, value in single().state_dict().items()
+    }
     load_pretrained(network, weights, "x", noise=0, say=lambda sentence: None)
     assert torch.equal(network.stem[0].weight, weights["0.weight"])
-    assert all(torch.equal(path[4].weight, weights["4.weight"]) for path in (p for p in network.head) if len(path) > 4) or True
+    assert (
+        all(torch.equal(path[4].weight, weights["4.weight"]) for path in (p for p in network.head) if len(path) > 4)
+        or True
+    )
     assert torch.equal(network.state_dict()["head.1.4.weight"], weights["4.weight"])
 
 
