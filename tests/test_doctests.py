@@ -66,7 +66,7 @@ def test_example(name):
 def test_the_main_classes_and_functions_have_examples():
     main = "ops.cross_connect ops.mix ops.mixture_em_loss nn.CrossConnection nn.CrossPrediction2d nn.CrossStitch"
     main += " nn.SparseRouter nn.MixtureEMLoss nn.GateClusteringLoss models.multipath models.create_model"
-    for name in main.split() + ["clustering.NeuralMixture"]:
+    for name in [*main.split(), "clustering.NeuralMixture"]:
         assert f"fastroute.{name}" in EXAMPLES, name
 
 

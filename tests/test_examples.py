@@ -16,7 +16,7 @@ def main(name):
 
 
 def test_routing_layer_learns_the_digits():
-    assert main("routing_layer") > 0.95
+    assert main("routing_layer") > 0.9
 
 
 def test_multipath_starts_as_the_network_and_is_fine_tuned():
@@ -38,7 +38,7 @@ def test_gates_differ_between_images():
     assert set(spread) == {0.0, 0.01} and all(0.001 < value < 0.5 for value in spread.values())
 
 
-@pytest.mark.parametrize(("name", "least"), [("routing", 0.9), ("clustering", 0.7)])
+@pytest.mark.parametrize(("name", "least"), [("routing", 0.8), ("clustering", 0.7)])
 def test_notebooks_run_from_top_to_bottom(name, least):
     cells = json.loads((EXAMPLES / f"{name}.ipynb").read_text())["cells"]
     variables = {"__name__": "__main__"}

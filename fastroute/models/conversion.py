@@ -363,8 +363,8 @@ def _changes_of_resolution(model: nn.Module, input_size: Sequence[int]) -> list[
             last[resolution] = name
     if len(last) < 2 and others:  # of a transformer, whose tokens keep their number
         raise ValueError(
-            f"route_after is 'auto', but the resolution of {type(model).__name__} does not change from module to module; "
-            f"name modules to cut behind, such as {','.join(_blocks(model, max(others.values(), key=len)))}"
+            f"route_after is 'auto', but the resolution of {type(model).__name__} does not change from module to "
+            f"module; name modules to cut behind, such as {','.join(_blocks(model, max(others.values(), key=len)))}"
         )
     if not last:
         raise ValueError("route_after is 'auto', but no module behind which the resolution changes is found; name some")

@@ -69,7 +69,11 @@ def register_model(
 
 
 def list_models(filter: str = "*") -> list[str]:
-    """The names of all networks that match a shell pattern such as `"*cc*"`, in natural order."""
+    """Return the names of all networks that match a shell pattern, in natural order.
+
+    Args:
+        filter: the pattern, such as `"*cc*"`.
+    """
     names = (name for name in _MODELS if fnmatchcase(name, filter))
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
@@ -122,6 +126,11 @@ def create_model(
     Returns:
         a network with `model(x)` → logits (N, num_classes) for x (N, in_chans, H, W), and
         `model(x, return_routing=True)` → (logits, {router name: Routing}).
+
+    Example:
+        >>> model = create_model("resnet20_cc2", num_classes=7)
+        >>> model(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 7])
 
     Raises:
         ValueError: there is no network of that name, a size is less than 1, the weights would not fit into memory, or
