@@ -57,6 +57,8 @@ def train(
     route_after: network.RouteAfterOption = "auto",
     routing: network.RoutingOption = "cc",
     init: network.InitOption = None,
+    gate_norm: network.GateNormOption = None,
+    gate_prior: network.GatePriorOption = None,
     config: Annotated[str | None, config_option("train")] = None,
     dataset: Annotated[
         Literal["digits", "cifar10", "cifar100", "mnist", "stl10", "imagefolder", "webdataset"] | None,
@@ -347,10 +349,10 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
     from fastroute import training
     from fastroute.training.checkpoints import check_not_finished, stopped_early
     from fastroute.training.classifier import check_compile_mode
-    from fastroute.training.distributed import agreed, first_on_each_node
+    from fastroute.training.distributed import agreed, first_on_each_node, is_main
     from fastroute.training.loggers import check_loggers
     from fastroute.training.optim import check_warmup
-    from fastroute.training.run_folder import run_folder
+    from fastroute.training.run_folder import new_folder, run_folder
     from fastroute.training.trainer import check_amp
 
     if options.sync_bn and not torch.cuda.is_available():
@@ -362,6 +364,7 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
     options.dataset = dataset_named(options.dataset, options.data_dir, options.val_split > 0)
     context.params["dataset"] = options.dataset  # as args.yaml keeps it
     folder, resume = agreed(_places(options, console))
+    unnamed = options.experiment is None and resume is None
     _drop(options, context.params)
     specification = network.specification(options, resume)
     network.write_flags(specification, context.params)
@@ -373,6 +376,8 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
             why = f"stopped by its patience after epoch {done}" if early else f"all {options.epochs} epochs are done"
             console.print(f"{why}: {shown(resume)}", soft_wrap=True)
             raise typer.Exit(0)
+    if unnamed:
+        folder = agreed(new_folder(folder) if is_main() else None)
     context.with_resource(run_folder(folder))
     if resume is None and not options.overwrite:
         check_not_finished(folder, "--overwrite")
@@ -511,8 +516,6 @@ def _gate_clustering(options: SimpleNamespace) -> GateClusteringLoss | None:
 def _places(options: SimpleNamespace, console: Console) -> tuple[Path, Path | None]:
     """The folder of the run, and the checkpoint to go on from if there is one."""
     from fastroute.training.checkpoints import latest_checkpoint
-    from fastroute.training.distributed import is_main
-    from fastroute.training.run_folder import new_folder
 
     resume = None if options.resume in (None, "auto") else local_path(Path(options.resume), "resume")
     if options.experiment is not None:
@@ -525,8 +528,6 @@ def _places(options: SimpleNamespace, console: Console) -> tuple[Path, Path | No
         model = re.sub(r"[^\w.-]+", "-", options.model or "")
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{model}-{options.dataset}"
         folder = local_path(options.output, "output") / name
-        if is_main():
-            folder = new_folder(folder)
     if options.resume == "auto":
         resume = latest_checkpoint(folder, partial(console.print, soft_wrap=True, highlight=False, markup=False))
     return folder, resume

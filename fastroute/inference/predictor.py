@@ -213,10 +213,7 @@ def network_of(run: dict, where: str, own: str | None = None, **sizes) -> nn.Mod
     Raises:
         ValueError: it cannot be built.
     """
-    if own is None:
-        specification = specification_in(run, where)
-    else:
-        specification = _named_again(run, where, own)
+    specification = specification_in(run, where) if own is None else _named_again(run, where, own)
     try:
         return specification.build(**sizes, imports=own is not None)
     except ValueError as error:

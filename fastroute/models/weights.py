@@ -183,7 +183,7 @@ def _counters(model: nn.Module) -> list[str]:
 
 
 def _modern(name: str) -> str:
-    """The name of a tensor of torchvision's DenseNets, whose files have names with a dot that modules no longer have."""
+    """Return the name of a DenseNet's tensor without the dot that older files of torchvision's have in it."""
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name)
 
 

@@ -124,7 +124,10 @@ VALUES = {
     "tensor": torch.zeros(3),
 }
 HYPER = ("model", "num_classes", "in_chans", "img_size", "opt", "sched", "lr", "momentum", "smoothing", "channels_last")
-IMAGES = ("dataset", "classes", "first_classes", "img_size", "crop_pct", "mean", "std", "place", "place/done")
+IMAGES = (
+    *("dataset", "classes", "first_classes", "img_size", "crop_pct", "mean", "std", "place", "place/done"),
+    *("interpolation", "data_dir", "val_split", "split_seed", "input_key", "class_map"),
+)
 FIT = "loops/fit_loop"
 FIELDS = (
     "hyper_parameters",

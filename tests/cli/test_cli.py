@@ -195,7 +195,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
         "1",
     )
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment) as process:
-        process.stdout.readline()
+        for line in process.stdout:
+            if line.startswith("epoch 1/50"):
+                break
         process.send_signal(signal.SIGINT)
         output = process.stdout.read()
     assert process.returncode == 130 and "stopped by Ctrl-C at epoch 1, step" in output and "saved to" in output
@@ -426,7 +428,7 @@ def test_models_lists_parameters_and_macs_beside_the_thesis():
         (("resnet20", "--dataset", "imagefolder"), "data_dir is None; the dataset 'imagefolder' needs a folder"),
         (
             ("resnet20", "--dataset", "imagefolder", "--data-dir", "/nowhere"),
-            "data_dir is /nowhere; it must be a folder",
+            "data_dir is /nowhere; there is no such file or folder",
         ),
         (("resnet20", "--resume", "/nowhere.ckpt"), "resume is /nowhere.ckpt; there is no such file"),
         ((), "model is missing; name a network, or a recipe with --config"),
