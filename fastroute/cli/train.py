@@ -6,7 +6,7 @@ import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -160,6 +160,13 @@ def train(
     reprob: Annotated[float, real_option(help="Probability of random erasing.", panel=AUGMENTATION)] = 0.0,
     mixup: Annotated[float, real_option(0, help="α of mixup; 0 is off.", panel=AUGMENTATION)] = 0.0,
     cutmix: Annotated[float, real_option(0, help="α of CutMix; 0 is off.", panel=AUGMENTATION)] = 0.0,
+    drop: Annotated[
+        float | None, real_option(0, 1, help="Dropout, where the network takes drop_rate.", panel=AUGMENTATION)
+    ] = None,
+    drop_path: Annotated[
+        float | None,
+        real_option(0, 1, help="Stochastic depth, where the network takes drop_path_rate.", panel=AUGMENTATION),
+    ] = None,
     smoothing: Annotated[float, real_option(help="Of the labels.", panel=AUGMENTATION)] = 0.0,
     epochs: Annotated[int, option(min=1, max=COUNT, panel=SCHEDULE)] = 200,
     opt: Annotated[
@@ -358,6 +365,7 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
     context.params["dataset"] = options.dataset  # as args.yaml keeps it
     folder, resume = agreed(_places(options, console))
     unnamed = options.experiment is None and resume is None
+    _drop(options, context.params)
     specification = network.specification(options, resume)
     network.write_flags(specification, context.params)
     options.model = specification.text
@@ -459,6 +467,14 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
     if resume is not None:
         training.check_resume(resume, module, options.epochs)
     return data, module, resume, folder
+
+
+def _drop(options: SimpleNamespace, params: dict[str, Any]) -> None:
+    """Have --drop and --drop-path be arguments of the network, where a checkpoint and args.yaml keep them."""
+    for option, name in (("drop", "drop_rate"), ("drop_path", "drop_path_rate")):
+        if (rate := getattr(options, option)) is not None:
+            options.model_kwargs = [*(options.model_kwargs or []), f"{name}={rate}"]
+            params[option] = None
 
 
 def _device(options: SimpleNamespace) -> torch.device:

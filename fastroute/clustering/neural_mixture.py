@@ -315,8 +315,6 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         if sample_weight is None:
             return None
         weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        if not weights.sum() > 0:
-            raise ValueError("sample_weight is 0 for all samples; it must be above 0 for some")
         return weights / weights.mean()
 
     def _frame(self, X: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -126,7 +126,7 @@ def test_weights_count_as_so_many_samples():
     statistics = inner.norm.running_mean.clone(), inner.norm.running_std.clone()
     inner.calibrate(repeated)
     torch.testing.assert_close((inner.norm.running_mean, inner.norm.running_std), statistics, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="sample_weight is 0 for all samples"):
+    with pytest.raises(ValueError, match="at least one non-zero number"):
         model.fit(X, sample_weight=np.zeros(len(X)))
 
 
