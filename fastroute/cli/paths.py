@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fastroute.cli.common import COUNT, DataDirOption, DatasetOption, WorkersOption, plain_errors
-from fastroute.cli.outside import shown
+from fastroute.cli.outside import shown, standard_output
 from fastroute.cli.trained import OwnModelOption, check_finite, trained
 
 
@@ -42,7 +41,8 @@ def paths(
             model=model,
         )
         check_finite(given.network, checkpoint)
-        console = Console()
+        console = standard_output()
+        console.print(shown(given.images), soft_wrap=True, highlight=False)
         with console.status("routing the validation images"):
             routing = collect_routing(given.network, given.loader)
         check_gates(routing)

@@ -39,7 +39,13 @@ def check_images(dataset: str, img_size: int | None) -> None:
 
 
 def check_batch(
-    model: Specification | str, batch_size: int, in_chans: int, img_size: int, *, training: bool = True, half: bool = False
+    model: Specification | str,
+    batch_size: int,
+    in_chans: int,
+    img_size: int,
+    *,
+    training: bool = True,
+    half: bool = False,
 ) -> None:
     """Raise where a batch, or what a training step keeps of it, would not fit into the memory that it is computed in.
 

@@ -1,6 +1,5 @@
 """What commands take from a checkpoint of `fastroute train`: its network, and the images that it is validated on."""
 
-import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
-from rich.console import Console
 from torch import nn
 
-from fastroute import _yaml
-from fastroute.cli.outside import shown
+from fastroute.cli.images import chosen_images
 
 if TYPE_CHECKING:
     from fastroute.data.loaders import EpochLoader
@@ -32,7 +29,7 @@ OwnModelOption = Annotated[
 class Trained:
     """A trained network with its validation images, on the GPU where there is one.
 
-    loader: of `validation_loader`, with the names of its `classes`.
+    loader: of `validation_loader`, with the names of its `classes`. images: which they are, in a line.
     """
 
     network: nn.Module
@@ -42,6 +39,7 @@ class Trained:
     classes: list[str]
     img_size: int
     crop_pct: float
+    images: str
 
 
 def trained_network(
@@ -88,14 +86,11 @@ def trained(
 
     network = trained_network(path, checkpoint=checkpoint, model=model)
     run, data = checkpoint["hyper_parameters"], checkpoint.get("ImageDataModule", {})
-    data_dir = data_dir or folder_of_run(path, dataset, data)
-    dataset = dataset or data.get("dataset")
-    if dataset is None:
-        raise ValueError("dataset is missing; the checkpoint does not say on what it was trained")
+    images = chosen_images(data, dataset, data_dir)
     img_size, crop_pct = data.get("img_size", run["img_size"]), data.get("crop_pct", 0.875)
     loader, classes, channels = validation_loader(
-        dataset,
-        data_dir,
+        images.dataset,
+        images.data_dir,
         batch_size=batch_size,
         img_size=img_size,
         crop_pct=crop_pct,
@@ -104,29 +99,10 @@ def trained(
         mean=data.get("mean"),
         std=data.get("std"),
         device=this_device(),
+        **images.options,
     )
-    check_channels(data_dir, channels, run)
-    return Trained(network, dataset, data_dir, loader, classes, img_size, crop_pct)
-
-
-def folder_of_run(checkpoint: Path, dataset: str | None, data: dict) -> Path | None:
-    """The data folder of a checkpoint's run, out of its `args.yaml`, which is said; None where there is none to know.
-
-    Args:
-        checkpoint: beside which the file lies.
-        dataset: the one asked for, if any; the folder is that of the run's own.
-        data: what the checkpoint says of its images.
-    """
-    if dataset not in (None, data.get("dataset")):
-        return None
-    path, options = checkpoint.parent / "args.yaml", None
-    with contextlib.suppress(OSError, ValueError):
-        options = _yaml.read(path)
-    folder = options.get("data_dir") if isinstance(options, dict) else None
-    if not isinstance(folder, str):
-        return None
-    Console(stderr=True).print(f"data: {shown(folder)}, as {shown(path)} says", soft_wrap=True, highlight=False)
-    return Path(folder)
+    check_channels(images.data_dir, channels, run)
+    return Trained(network, images.dataset, images.data_dir, loader, classes, img_size, crop_pct, images.line)
 
 
 def check_channels(data_dir: Path | None, channels: int, run: dict) -> None:

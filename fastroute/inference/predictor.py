@@ -104,9 +104,7 @@ class Predictor:
             raise ValueError("gates is True, but the network has no routers")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        if isinstance(images, Tensor) and images.dim() == 4:
-            images = list(images)
-        elif getattr(images, "ndim", 0) == 4:  # of numpy
+        if (isinstance(images, Tensor) and images.dim() == 4) or getattr(images, "ndim", 0) == 4:
             images = list(images)
         elif not isinstance(images, list | tuple):
             images = [images]
@@ -215,10 +213,7 @@ def network_of(run: dict, where: str, own: str | None = None, **sizes) -> nn.Mod
     Raises:
         ValueError: it cannot be built.
     """
-    if own is None:
-        specification = specification_in(run, where)
-    else:
-        specification = _named_again(run, where, own)
+    specification = specification_in(run, where) if own is None else _named_again(run, where, own)
     try:
         return specification.build(**sizes, imports=own is not None)
     except ValueError as error:

@@ -89,8 +89,8 @@ class Preprocessing:
             )
         if self.mean is None or self.std is None:
             raise ValueError(
-                "the checkpoint does not say how its images were normalised; load it with mean=… and std=…, in units of "
-                "0 to 255, or give the predictor tensors that are normalised"
+                "the checkpoint does not say how its images were normalised; load it with mean=… and std=…, in units "
+                "of 0 to 255, or give the predictor tensors that are normalised"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,9 +123,9 @@ def _picture(image: Picture) -> "Image.Image":
         return decode_image(BytesIO(image), "the image")
     if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() == 3:
         image = image.permute(1, 2, 0).cpu().numpy()
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
-        if image.ndim == 2 or image.shape[2] in (1, 3, 4):
-            return Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
+    drawable = isinstance(image, np.ndarray) and image.dtype == np.uint8
+    if drawable and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))):
+        return Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
     what = f"{type(image).__name__}"
     if hasattr(image, "shape"):
         what += f" of {image.dtype} and the shape {tuple(image.shape)}"

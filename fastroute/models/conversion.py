@@ -14,7 +14,14 @@ from torch.nn import functional as F
 from fastroute.models._modes import modes_kept
 from fastroute.models.sources import without_auxiliary_heads
 from fastroute.models.specification import remember, specification_of
-from fastroute.nn import CrossConnection, CrossStitch, MultiPathNetwork, ParallelPaths, exact_convolutions
+from fastroute.nn import (
+    CrossConnection,
+    CrossStitch,
+    MultiPathNetwork,
+    ParallelPaths,
+    exact_convolutions,
+    set_gate_norm,
+)
 from fastroute.ops._paths import MAX_PATHS
 
 INPUT = "input"
@@ -30,6 +37,8 @@ def multipath(
     init: str = "fresh",
     noise: float = 0.01,
     input_size: Sequence[int] | None = None,
+    gate_norm: str | None = None,
+    prior: str | None = None,
 ) -> MultiPathNetwork:
     """Make parallel paths of a network, with a router after each of the modules named.
 
@@ -51,7 +60,7 @@ def multipath(
         paths: the number of parallel paths, 2 to 8.
         route_after: names of modules, as in `model.named_modules()`, whose output is all that the rest of the network
             needs; "input" among them for the images themselves. Tokens (N, L, C) of a transformer are routed by their
-            channels C too. "auto": every change of resolution, a cut being made
+            channels C. "auto": every change of resolution, a cut being made
             behind the last module at each resolution but the images' own, as far as they can be found without looking
             into modules other than `nn.Sequential`.
         routing: "cc", cross-connections; "stitch", cross-stitch units; a function from (channels, in_paths,
@@ -67,6 +76,7 @@ def multipath(
             as a share of that of the weights themselves.
         input_size: (channels, height, width) of the images by which the channels at each cut are found. By default
             timm's `pretrained_cfg`, or else 224 × 224 with the channels of the first convolution.
+        gate_norm, prior: how the routers normalise their gates; see `nn.CrossConnection`.
 
     Returns:
         a `MultiPathNetwork`: `forward(x)` → logits; `forward(x, return_routing=True)` → (logits, {name: Routing}).
@@ -74,8 +84,8 @@ def multipath(
     Raises:
         TypeError: model is not a module.
         ValueError: an argument is out of its range; a name is unknown, or named twice; a module is called more than
-            once or never, or does not return one tensor (N, C), (N, C, H, W) or (N, L, C); more than its output reaches the rest
-            of the network; or torch.fx cannot trace the network.
+            once or never, or does not return one tensor (N, C), (N, C, H, W) or (N, L, C); more than its output reaches
+            the rest of the network; or torch.fx cannot trace the network.
 
     Example:
         >>> model = multipath(torchvision.models.resnet18(), 2, ["maxpool", "layer1", "layer2", "layer3", "layer4"])
@@ -138,8 +148,11 @@ def multipath(
     origins[_add(layers, "head", parts)] = origin
     network = MultiPathNetwork(layers)
     network.origins = origins
+    if gate_norm is not None or prior is not None:
+        set_gate_norm(network, gate_norm, prior)
     if specification is not None and specification.paths == 1:
         arguments = {"route_after": tuple(cuts), "routing": routing, "init": init, "input_size": input_size}
+        arguments |= {"gate_norm": gate_norm, "prior": prior}
         specification = replace(specification, paths=paths, **arguments)
     remember(network, specification)
     return exact_convolutions(network if model.training else network.eval())
@@ -350,8 +363,8 @@ def _changes_of_resolution(model: nn.Module, input_size: Sequence[int]) -> list[
             last[resolution] = name
     if len(last) < 2 and others:  # of a transformer, whose tokens keep their number
         raise ValueError(
-            f"route_after is 'auto', but the resolution of {type(model).__name__} does not change from module to module; "
-            f"name modules to cut behind, such as {','.join(_blocks(model, max(others.values(), key=len)))}"
+            f"route_after is 'auto', but the resolution of {type(model).__name__} does not change from module to "
+            f"module; name modules to cut behind, such as {','.join(_blocks(model, max(others.values(), key=len)))}"
         )
     if not last:
         raise ValueError("route_after is 'auto', but no module behind which the resolution changes is found; name some")

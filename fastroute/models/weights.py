@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastroute._errors import in_a_line
 from fastroute._files import DamagedFile, read_tensors
 from fastroute.nn import ParallelPaths, Router
+from fastroute.nn.router import without_temperatures
 
 AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
 """Where torchvision's Inception and GoogLeNet have the heads that only their own training uses."""
@@ -67,6 +68,7 @@ def network_weights(checkpoint: dict, averaged: bool = True) -> dict[str, Tensor
 
 def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
     """What keeps weights from being those wanted, in a line; nothing where they are."""
+    wanted, given = without_temperatures(wanted), without_temperatures(given)
     given = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     shapes = ((name, given[name].shape, value.shape) for name, value in wanted.items() if name in given)
     kinds = {
@@ -182,7 +184,7 @@ def _counters(model: nn.Module) -> list[str]:
 
 
 def _modern(name: str) -> str:
-    """The name of a tensor of torchvision's DenseNets, whose files have names with a dot that modules no longer have."""
+    """Return the name of a DenseNet's tensor without the dot that older files of torchvision's have in it."""
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name)
 
 

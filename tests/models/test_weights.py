@@ -22,8 +22,8 @@ def test_one_path_s_weights_start_all_paths_of_a_named_network(tmp_path):
     before = network.stack2_router.w1.clone()
     load_pretrained(network, weights, "pretrained_path is resnet20.pth", say=said.append)
     for name in ("stack1", "stack3"):
-        first, second = (getattr(network, name)[i][1].conv1[0].weight for i in range(2))
-        given = weights[f"{name}.1.conv1.weight"]
+        first, second = (getattr(network, name)[i][1].residual[0].weight for i in range(2))
+        given = weights[f"{name}.1.residual.0.weight"]
         assert torch.equal(first, given) and not torch.equal(second, given)
         assert 0.005 < (second - given).std() / given.std() < 0.02
     assert torch.equal(network.head[0][2].weight, weights["head.2.weight"])
@@ -37,7 +37,9 @@ def test_one_path_s_weights_start_all_paths_of_a_named_network(tmp_path):
 
 def test_parts_of_one_module_find_their_weights_whatever_its_name():
     network = multipath(single(), 2, ["0", "2"], input_size=(3, 8, 8))
-    weights = {name: torch.randn(value.shape) if value.dim() else value for name, value in single().state_dict().items()}
+    weights = {
+        name: torch.randn(value.shape) if value.dim() else value for name, value in single().state_dict().items()
+    }
     load_pretrained(network, weights, "x", noise=0, say=lambda sentence: None)
     assert torch.equal(network.stem[0].weight, weights["0.weight"])
     assert torch.equal(network.state_dict()["head.1.4.weight"], weights["4.weight"])
@@ -50,7 +52,7 @@ def test_a_classifier_of_other_classes_is_left_out(tmp_path):
     before = network.head[1][2].weight.clone()
     load_pretrained(network, weights, "pretrained_path is w.pth", say=said.append)
     assert torch.equal(network.head[1][2].weight, before)
-    assert torch.equal(network.stack2[1][0].conv1[0].weight, weights["stack2.1.0.conv1.weight"])
+    assert torch.equal(network.stack2[1][0].residual[0].weight, weights["stack2.1.0.residual.0.weight"])
     assert len(said) == 1 and "its classifier is of 1,000 classes and is left out: head.0.2.weight" in said[0]
     assert "for 7 classes start fresh" in said[0]
 
@@ -73,7 +75,7 @@ def test_weights_fit_images_of_other_channels():
         (lambda: create_model("resnet32").state_dict(), "its weights are of another network: .*unexpected"),
         (lambda: create_model("resnet20_cc2").state_dict(), "another network: none of its tensors|missing"),
         (lambda: {}, "another network"),
-        (lambda: create_model("resnet20").state_dict() | {"stack1.0.conv1.weight": torch.ones(16, 15, 3, 3)}, "shape"),
+        (lambda: create_model("resnet20").state_dict() | {"stack1.0.residual.0.weight": torch.ones(16, 15, 3, 3)}, "shape"),
         (lambda: create_model("resnet20").state_dict() | {"stem.0.weight": torch.ones(8, 3, 3, 3)}, "left out|shape"),
     ],
 )
