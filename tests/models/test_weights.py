@@ -75,7 +75,10 @@ def test_weights_fit_images_of_other_channels():
         (lambda: create_model("resnet32").state_dict(), "its weights are of another network: .*unexpected"),
         (lambda: create_model("resnet20_cc2").state_dict(), "another network: none of its tensors|missing"),
         (lambda: {}, "another network"),
-        (lambda: create_model("resnet20").state_dict() | {"stack1.0.residual.0.weight": torch.ones(16, 15, 3, 3)}, "shape"),
+        (
+            lambda: create_model("resnet20").state_dict() | {"stack1.0.residual.0.weight": torch.ones(16, 15, 3, 3)},
+            "shape",
+        ),
         (lambda: create_model("resnet20").state_dict() | {"stem.0.weight": torch.ones(8, 3, 3, 3)}, "left out|shape"),
     ],
 )
