@@ -94,7 +94,7 @@ def test_a_file_that_computes_otherwise_is_not_written(predictor, tmp_path, monk
 
     monkeypatch.setitem(exporting._WRITERS, "onnx", wrong)
     (tmp_path / "x.onnx").write_text("before")
-    with pytest.raises(ValueError, match="the file's logits differ from the network's by .*: it is not written"):
+    with pytest.raises(ValueError, match=r"the file.s logits differ from the network's by .*: it is not written"):
         export(predictor, "onnx", tmp_path / "x.onnx")
     assert (tmp_path / "x.onnx").read_text() == "before" and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(ValueError, match="to is 'tflite'; it must be one of 'onnx'"):
