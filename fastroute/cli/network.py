@@ -68,6 +68,10 @@ GatePriorOption = Annotated[
 ]
 
 
+CUTTING = {"route_after": "auto", "routing": "cc", "init": None}
+"""Options that need --multipath, and their defaults."""
+
+
 def merge_arguments(context: typer.Context) -> None:
     """Have words of the form K=V that follow `--model-kwargs` be its values, wherever the network's name stands."""
     params = context.params
@@ -98,7 +102,8 @@ def specification(options: SimpleNamespace, resume: Path | None) -> Specificatio
                     f"resume is {resume}; its network is built by {saved.name}, and own code is imported only where "
                     f"you name it: fastroute train {saved.name} --resume …"
                 )
-            if options.model in (None, saved.text) and options.gate_norm in (None, saved.gate_norm):
+            plain = all(getattr(options, name) == default for name, default in CUTTING.items())
+            if options.model in (None, saved.text) and plain and options.gate_norm in (None, saved.gate_norm):
                 return saved
     if options.model is None:
         raise ValueError("model is missing; name a network, or a recipe with --config")
@@ -107,7 +112,7 @@ def specification(options: SimpleNamespace, resume: Path | None) -> Specificatio
     if options.pretrained and options.pretrained_path is not None:
         raise ValueError(f"pretrained is True, and pretrained_path is {options.pretrained_path}; give one of them")
     if options.multipath is None:
-        for name, default in (("route_after", "auto"), ("routing", "cc"), ("init", None)):
+        for name, default in CUTTING.items():
             if getattr(options, name) != default:
                 raise ValueError(f"{name} is {getattr(options, name)!r}; it needs --multipath with the number of paths")
         return given
@@ -192,7 +197,7 @@ def check_takes(built: nn.Module, name: str, in_chans: int, img_size: int, class
 def _kwargs(words: Sequence[str]) -> dict[str, Any]:
     kwargs = {}
     for word in words:
-        for item in word.split():
+        for item in re.split(r"\s+(?=[^\W\d]\w*=)", word.strip()):
             name, equals, value = item.partition("=")
             if not equals or not name.isidentifier():
                 raise ValueError(f"model_kwargs has {item!r}; each must be K=V, such as drop_rate=0.1")
