@@ -15,6 +15,9 @@ try:
         from fastroute.cli.outside import Commands
 except ModuleNotFoundError as error:
     raise SystemExit(str(error)) from None
+except KeyboardInterrupt:  # later imports are those of a command, whose Ctrl-C `Commands` sees to
+    print("error: stopped by Ctrl-C", file=sys.stderr)
+    raise SystemExit(130) from None
 
 if TYPE_CHECKING:
     import click

@@ -2,8 +2,6 @@
 
 import contextlib
 import re
-import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
@@ -23,8 +21,8 @@ from fastroute.cli.common import (
     dataset_named,
     device_named,
     endings,
-    local_path,
     numbers,
+    place_of_run,
     plain_errors,
     real,
     write_arguments,
@@ -363,7 +361,8 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
     check_loggers(options.log.replace(" ", "").split(",") if options.log else [])
     options.dataset = dataset_named(options.dataset, options.data_dir, options.val_split > 0)
     context.params["dataset"] = options.dataset  # as args.yaml keeps it
-    folder, resume = agreed(_places(options, console))
+    model = re.sub(r"[^\w.-]+", "-", options.model or "")
+    folder, resume = agreed(place_of_run(options, f"{model}-{options.dataset}", console))
     unnamed = options.experiment is None and resume is None
     _drop(options, context.params)
     specification = network.specification(options, resume)
@@ -511,26 +510,6 @@ def _gate_clustering(options: SimpleNamespace) -> GateClusteringLoss | None:
         return None
     momentum = 0.1 if options.gate_reg_prior else None
     return GateClusteringLoss(prior_momentum=momentum, scope=options.gate_reg_scope)
-
-
-def _places(options: SimpleNamespace, console: Console) -> tuple[Path, Path | None]:
-    """The folder of the run, and the checkpoint to go on from if there is one."""
-    from fastroute.training.checkpoints import latest_checkpoint
-
-    resume = None if options.resume in (None, "auto") else local_path(Path(options.resume), "resume")
-    if options.experiment is not None:
-        folder = local_path(options.output / options.experiment, "output")
-    elif options.resume == "auto":
-        raise ValueError("resume is 'auto'; it needs the run's name as --experiment")
-    elif resume is not None:
-        folder = resume.parent
-    else:
-        model = re.sub(r"[^\w.-]+", "-", options.model or "")
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{model}-{options.dataset}"
-        folder = local_path(options.output, "output") / name
-    if options.resume == "auto":
-        resume = latest_checkpoint(folder, partial(console.print, soft_wrap=True, highlight=False, markup=False))
-    return folder, resume
 
 
 def _pair(name: str, value: str | None) -> tuple[float, float] | None:

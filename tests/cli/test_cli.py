@@ -542,6 +542,28 @@ def test_ctrl_c_has_its_status_and_a_fault_its_traceback(monkeypatch):
     assert result.exit_code == 1 and "Traceback" in result.output and "please report it" in result.output
 
 
+@pytest.mark.parametrize("as_module", [True, False], ids=["python -m fastroute", "fastroute"])
+@pytest.mark.parametrize("imported", ["typer", "torch"])
+def test_ctrl_c_during_imports_ends_in_a_line(tmp_path, imported, as_module):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {imported!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    (tmp_path / "fastroute").write_text("from fastroute.cli import main\nmain()\n")  # as pip writes it
+    done = subprocess.run(
+        [sys.executable, *(("-m", "fastroute") if as_module else (tmp_path / "fastroute",)), "info"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(REPOSITORY)))},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 130 and done.stdout == ""
+    assert done.stderr.startswith("error: stopped by Ctrl-C") and done.stderr.count("\n") == 1
+
+
 def test_sizes_are_weighed_before_they_are_taken(tmp_path):
     common = ("train", "resnet20", "--output", tmp_path)
     result = run(*common, "--img-size", 100_000)
