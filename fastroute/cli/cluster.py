@@ -150,8 +150,8 @@ def cluster(
             module = _module(options, images)
             if resume is not None:
                 check_training_state(read_resumable(resume, "cluster", module.hparams, epochs), module, resume)
+    write_arguments(context, folder)
     if module is not None:
-        write_arguments(context, folder)
         with endings(console, "cluster"):
             run.fit(
                 module,
