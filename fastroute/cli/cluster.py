@@ -150,8 +150,8 @@ def cluster(
                 if finished:
                     module.load_state_dict(checkpoint["state_dict"])
                     console.print(f"all {epochs} epochs are done: {shown(resume)}", soft_wrap=True)
+    write_arguments(context, folder)
     if module is not None:
-        write_arguments(context, folder)
         with endings(console, "cluster"):
             if not finished:
                 run.fit(

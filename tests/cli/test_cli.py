@@ -55,6 +55,15 @@ def test_trains_on_digits_and_goes_on_from_a_checkpoint(tmp_path):
     assert ensemble(torch.randn(2, 1, 8, 8)).shape == (2, 10)
 
 
+def test_a_process_of_its_own_trains_a_routed_network(tmp_path):
+    """A command imports less than `import fastroute` does: the kernels must be registered all the same."""
+    arguments = ("train", "resnet20_cc2", "-b", "1437", "--epochs", "1", "--output", str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-m", "fastroute", *arguments], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert done.returncode == 0 and "epoch 1/1" in done.stdout, done.stdout + done.stderr
+
+
 def test_config_file_sets_defaults_and_flags_win(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("epochs: 1\nlr: 0.05\nbatch-size: 512\nsched: onecycle\nchannels_last: true\n")

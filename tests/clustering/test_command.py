@@ -268,6 +268,7 @@ def test_a_flat_folder_without_classes(tmp_path, method):
         assert sum(posterior) == pytest.approx(1, abs=1e-4) and posterior[int(row["cluster"])] == max(posterior)
         (link,) = (tmp_path / "links").glob(f"*/*-{os.path.basename(row['path'])}")
         assert link.parent.name == row["cluster"] and str(link.resolve()) == os.path.realpath(row["path"])
+    assert (tmp_path / "run" / "args.yaml").is_file()
     if method != "two-fold":  # which two epochs do not train
         assert len({(row["cluster"], int(row["path"][-6:-4]) % 2) for row in found}) == 2
     refused = run(*arguments, "--experiment", "again")
