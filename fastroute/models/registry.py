@@ -112,7 +112,7 @@ def create_model(
             "package.module:function", a function of your own, which is imported and called with those of num_classes,
             in_chans and img_size that it takes.
         num_classes: the number of logits. By default those of the thesis: 10 for networks of small images, 1000 for
-            ImageNet's, and 100 for those that it trains on 100 of ImageNet's classes.
+            ImageNet's, and 100 for those that it trains on 100 of ImageNet's classes. 0 gives the features instead.
         in_chans: the channels of the images.
         img_size: the height and width of the images; by default 32, or 224 for ImageNet's networks. Networks that end
             in global pooling take any.
@@ -154,9 +154,13 @@ def build(
         "in_chans": in_chans,
         "img_size": info.img_size if img_size is None else img_size,
     }
+    if num_classes == 0:
+        network = build(name, None, in_chans, img_size, **options)
+        network.reset_classifier(0)
+        return network
     for argument, size in sizes.items():
         if size < 1:
-            raise ValueError(f"{argument} is {size}; it must be at least 1")
+            raise ValueError(f"{argument} is {size}; it must be at least {0 if argument == 'num_classes' else 1}")
     if max(sizes.values()) > LARGE and torch.get_default_device().type != "meta":
         _check_size(name, info, sizes, options)
     return exact_convolutions(info.builder(**sizes, **options))

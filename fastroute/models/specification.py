@@ -130,6 +130,10 @@ class Specification:
         pairs = ((name, _plain(getattr(self, name)), _plain(getattr(other, name))) for name in names)
         return ", ".join(f"{name}={a!r}, not {b!r}" for name, a, b in pairs if a != b)
 
+    def follow(self, network: nn.Module, num_classes: int) -> None:
+        """Have a network that has a new classifier remember this specification with so many classes."""
+        remember(network, replace(self, num_classes=num_classes))
+
     def build(
         self,
         num_classes: int | None = None,

@@ -23,7 +23,7 @@ def check_metadata(metadata, predictor):
     preprocessing = json.loads(metadata["preprocessing"])
     assert preprocessing["img_size"] == 8 and preprocessing["interpolation"] == "bilinear"
     assert preprocessing["mean"] == pytest.approx((predictor.transform.mean / 255).tolist())
-    assert json.loads(metadata["specification"])["name"] == "resnet20_cc2"
+    assert json.loads(metadata["specification"])["name"] == "tiny_cc2"
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
