@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))  # from a checkout, nothing need be installed
 
 from benchmarks.supervise import NO_DEVICE, Job, Rows, Stage, Supervisor, line  # noqa: E402
 
-TRITON_TESTS, NATIVE_TESTS = "tests/backends/test_triton.py", "tests/backends/test_native_cuda.py"
+TRITON_TESTS, NATIVE_TESTS = "tests/backends/test_triton.py", "tests/backends/cuda_kernels"
 
 
 class Plan:

@@ -370,7 +370,7 @@ def tests(options, say) -> None:
 
 
 SANITIZED = [
-    *("tests/backends/test_native_cuda.py", "-m", "gpu"),
+    *("tests/backends/cuda_kernels/test_cross_connect.py", "-m", "gpu"),
     *("-k", "optional_gradients or float32_parameters or extreme_scores"),
 ]
 
