@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) fastroute/ops/schemas.inc
 OLDEST := .venv-oldest
 
-.PHONY: demo test attack sanitize test-oldest oldest-backends oldest-operators lint ctest clean
+.PHONY: demo test attack sanitize test-oldest oldest-backends oldest-operators lint docs ctest clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fastroute demo
@@ -57,6 +57,12 @@ oldest-operators:
 lint: $(VENV)/.ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/codespell
+	$(BIN)/mypy
+
+# The site in build/site; warnings are errors. Nothing is fetched from the network.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 ctest: $(VENV)/.ready
 	cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(abspath $(BIN)/python)

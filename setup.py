@@ -1,8 +1,8 @@
-"""Builds csrc: one CPU library for each instruction set, and a CUDA library where nvcc and a CUDA torch are found.
+"""Build csrc: one CPU library per instruction set, and a CUDA library if nvcc and a CUDA torch are found.
 
-FASTROUTE_BUILD_CUDA=0/1 leaves the CUDA library out or insists on it. FASTROUTE_BUILD_CPU=avx2,avx512 builds those CPU
-libraries alone, and FASTROUTE_BUILD_CPU=0 none. FASTROUTE_SANITIZE=address or undefined builds the operators and CPU
-libraries with that sanitizer, which the process must load first. MAX_JOBS and TORCH_CUDA_ARCH_LIST are torch's.
+FASTROUTE_BUILD_CUDA=0 skips the CUDA library, and 1 requires it. FASTROUTE_BUILD_CPU=avx2,avx512 builds only those CPU
+libraries, and FASTROUTE_BUILD_CPU=0 none. FASTROUTE_SANITIZE=address or undefined builds the operators and CPU
+libraries with that sanitizer, which the process must preload. MAX_JOBS and TORCH_CUDA_ARCH_LIST are torch's.
 """
 
 import os
@@ -23,7 +23,7 @@ PACKAGE = "fastroute.backends.native"
 
 
 def marks(library: str) -> list[str]:
-    """What OPERATORS, CPU or CUDA say they were built from, as the loader computes it: the package is not built yet."""
+    """Return the defines with which OPERATORS, CPU or CUDA record their sources and torch version for the loader."""
     loader = runpy.run_path(str(ROOT / "fastroute/ops/_source_hash.py"))
     built_from = loader["source_hash"](ROOT, *loader[library])
     return [f'-DFASTROUTE_BUILD="{built_from}"', f'-DFASTROUTE_TORCH="{torch.__version__}"']
@@ -42,14 +42,15 @@ def cpu_extensions() -> list:
     sanitizers = []
     if wish := os.environ.get("FASTROUTE_SANITIZE"):
         sanitizers = [f"-fsanitize={wish}"]
-        flags = [*flags[2:], "-O1", "-g1", "-fno-omit-frame-pointer", *sanitizers]
+        # Optimised, the checks of one file of kernels compile for minutes; without, for one.
+        flags = [*flags[2:], "-O0", "-g1", "-fno-omit-frame-pointer", *sanitizers]
     instruction_sets = {"default": []}
     if platform.machine() in {"x86_64", "AMD64"}:
         avx512 = [
             "-DCPU_CAPABILITY=AVX512",
             "-DCPU_CAPABILITY_AVX512",
             *("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"),
-            *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC 12 finds some in its own intrinsics
+            *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC 12 warns about its own intrinsics
         ]
         instruction_sets = {
             "avx2": ["-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"],
@@ -84,7 +85,7 @@ def cpu_extensions() -> list:
 
 
 def nvcc() -> str | None:
-    """The nvcc of a toolkit that has headers too: torch's guess, that behind the nvcc on PATH, the usual place."""
+    """Return the nvcc of a toolkit with headers: from CUDA_HOME, from the nvcc on PATH, or from /usr/local/cuda."""
     homes = [cpp_extension.CUDA_HOME, "/usr/local/cuda"]
     if wrapper := shutil.which("nvcc"):
         dryrun = subprocess.run([wrapper, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
@@ -122,7 +123,7 @@ def cuda_extensions() -> list:
         say(f"installing without compiled CUDA kernels: {reason}")
         return []
     cpp_extension.CUDA_HOME = os.path.dirname(os.path.dirname(nvcc()))
-    # Blackwell came with CUDA 12.8. Without a list, torch would build for the cards of this machine alone.
+    # CUDA 12.8 added Blackwell. Without a list, torch would build only for the GPUs of this machine.
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX" if toolkit_version() >= (12, 8) else "8.0;9.0+PTX")
     return [
         cpp_extension.CUDAExtension(
@@ -151,11 +152,10 @@ def extensions() -> list:
 
 
 class BuildExtension(cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True)):
-    """Compiles the sources of all libraries at once, then links each.
+    """Compiles the sources of all libraries in one ninja build, then links each library.
 
-    Every library has its own folder for objects, since the same sources are compiled for several of them. torch runs
-    one ninja after another, each of which waits for its slowest source: here one ninja has the files of all. Without
-    ninja the libraries are compiled in turn.
+    Every library has its own folder of objects, since several libraries compile the same sources. torch would run one
+    ninja per library, each of which waits for its slowest source. Without ninja the libraries are compiled one by one.
     """
 
     def build_extensions(self):

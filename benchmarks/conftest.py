@@ -1,4 +1,4 @@
-"""`pytest benchmarks/`: a test for each case, timed by pytest-benchmark, the peers in turn between its rounds."""
+"""`pytest benchmarks/`: one test per case, timed by pytest-benchmark, with the peers interleaved between its rounds."""
 
 import pytest
 import torch
@@ -10,11 +10,11 @@ from fastroute.bench import report
 def pytest_addoption(parser):
     group = parser.getgroup("fastroute")
     group.addoption(
-        "--full", action="store_true", help="every case: hours; the default selection takes under 5 minutes"
+        "--full", action="store_true", help="all cases (hours); the default selection takes under 5 minutes"
     )
-    group.addoption("--rounds", type=int, help="timed rounds of each case, by default those of its suite")
-    group.addoption("--no-budget", action="store_true", help="measure only, on a machine that other work keeps busy")
-    group.addoption("--device", help="cpu or cuda; by default cuda where there is one")
+    group.addoption("--rounds", type=int, help="timed rounds of each case; by default those of its suite")
+    group.addoption("--no-budget", action="store_true", help="do not check the budget, on a busy machine")
+    group.addoption("--device", help="cpu or cuda; by default cuda if available")
 
 
 ROWS = pytest.StashKey[list]()
@@ -37,7 +37,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def race(benchmark, request):
-    """Measures a case and returns its row: the time of pytest-benchmark is ours, `extra_info` has that of the peers."""
+    """Measure a case and return its row: pytest-benchmark has our time, its `extra_info` those of the peers."""
 
     def run(case):
         rounds = request.config.getoption("--rounds") or measuring.ROUNDS[case.suite]

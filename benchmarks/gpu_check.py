@@ -1,21 +1,22 @@
-"""On a machine with an NVIDIA card: tests, host time, device time, profile and sanitizer, each under a clock.
+"""Check a machine with an NVIDIA GPU: tests, host time, device time, profile and sanitizer, each with a time limit.
 
     python benchmarks/gpu_check.py                    # --quick, at most 4 1/2 minutes
     python benchmarks/gpu_check.py --peers            # torch.compile and whole training steps, at most 4 minutes
-    python benchmarks/gpu_check.py --full --minutes 6 # every case of `fastroute bench`, in the order of interest
+    python benchmarks/gpu_check.py --full --minutes 6 # all cases of `fastroute bench`, most important first
 
-Every row is printed and appended to OUTPUT/rows.jsonl as it comes; logs lie beside it, and a summary comes last
-(summary.txt, summary.json; of --full also full.json, for `fastroute bench show`). An error is a row; a case that hangs
-or ends its process costs that case alone. The exit status is 1 where a row is an error, 2 without a card.
+Each row is printed and appended to OUTPUT/rows.jsonl at once. The same folder gets logs and, at the end, a summary
+(summary.txt, summary.json; with --full also full.json, for `fastroute bench show`). Errors are rows, and a case that
+hangs or kills its process loses only that case. The exit status is 1 if a row is an error, 2 without a GPU.
 
-Before it, build there what serves CUDA; one ninja has the sources of all libraries, and MAX_JOBS limits it:
+First build the CUDA libraries on that machine; one ninja builds all sources, and MAX_JOBS limits it:
 
     FASTROUTE_BUILD_CPU=0 TORCH_CUDA_ARCH_LIST=9.0 python setup.py build_ext --inplace
 
-Or build where torch and Python are the same, and carry _C.so and _C_cuda.so of fastroute/backends/native.
+Alternatively, build on a machine with the same torch and Python, and copy _C.so and _C_cuda.so into
+fastroute/backends/native.
 
-`--device cpu` rehearses all of it without a card, on tiny shapes: wall clock in place of CUDA graphs, Triton in its
-interpreter, other tests. Its times say nothing.
+`--device cpu` is a dry run without a GPU, on tiny shapes: wall clock instead of CUDA graphs, Triton's interpreter,
+other tests. Its times are meaningless.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # from a checkout, nothing need be installed
+sys.path.insert(0, str(ROOT))  # works in a checkout without installation
 
 from benchmarks.supervise import NO_DEVICE, Job, Rows, Stage, Supervisor, line  # noqa: E402
 
@@ -36,7 +37,7 @@ TRITON_TESTS, NATIVE_TESTS = "tests/backends/test_triton.py", "tests/backends/cu
 
 
 class Plan:
-    """The stages of a run on a device, and the jobs in them."""
+    """Stages of a run on a device, and their jobs."""
 
     def __init__(self, device: str, tests: list[str] | None, processors: int):
         self.device, self.tests, self.processors = device, tests, processors
@@ -45,7 +46,7 @@ class Plan:
         return Stage("machine", 20, [self._job("machine", "machine")])
 
     def quick(self) -> list[Stage]:
-        """What is not timed runs side by side; what is timed has the machine to itself."""
+        """Return the stages of --quick: untimed jobs run in parallel, timed ones alone."""
         return [
             Stage("checks", 105, [*self._tests(), *self._compilers(), *self._sanitizers()]),
             Stage("native", 53, [self._measure("native")]),
@@ -68,7 +69,7 @@ class Plan:
         return Job(name, command, environment, ROOT, **limits)
 
     def _shares(self, name: str, of_16: int, kind: str, *arguments: object) -> list[Job]:
-        """Processes that deal the cases out among them, `of_16` on 16 processors."""
+        """Return jobs that divide the cases among them: `of_16` jobs on 16 processors."""
         parts = max(1, self.processors * of_16 // 16)
         shares = [("--part", k, "--parts", parts) for k in range(parts)]
         return [
@@ -97,7 +98,7 @@ class Plan:
 
 
 def summary(rows: list[dict], clock: list[dict]) -> str:
-    """What a reader needs first, in some 50 lines."""
+    """Return a summary of about 50 lines."""
     return "\n\n".join(
         filter(
             None, [_machine(rows), _tests(rows), _host(rows), _speed(rows), _steps(rows), _errors(rows), _clock(clock)]
@@ -140,7 +141,7 @@ def _host(rows: list[dict]) -> str:
 
 
 def _speed(rows: list[dict]) -> str:
-    """Microseconds and the share of the copy's speed, by case and backend."""
+    """Format microseconds and the share of the copy's speed, by case and backend."""
     speed = {(row["case"], row["backend"]): row for row in _kind(rows, "speed")}
     backends = list(dict.fromkeys(backend for _, backend in speed))
     lines = []
@@ -178,7 +179,7 @@ def _clock(clock: list[dict]) -> str:
 
 
 def save(folder: Path, rows: list[dict], clock: list[dict], arguments: dict) -> None:
-    """summary.json, and of --full the result as `fastroute bench` would have written it."""
+    """Write summary.json and, for --full, the result in the format of `fastroute bench`."""
     errors = [row for row in rows if "error" in row]
     values = {"arguments": arguments, "clock": clock, "rows": len(rows), "errors": errors}
     (folder / "summary.json").write_text(json.dumps(values, indent=1) + "\n")
@@ -195,13 +196,15 @@ def main() -> int:
         "--quick", action="store_true", help="tests, host and device time, profile, sanitizer (default)"
     )
     parser.add_argument("--peers", action="store_true", help="torch.compile, and whole training steps")
-    parser.add_argument("--full", action="store_true", help="all cases of `fastroute bench`, while --minutes last")
-    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="of the chosen stages, these alone")
+    parser.add_argument("--full", action="store_true", help="all cases of `fastroute bench`, within --minutes")
+    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="run only these of the chosen stages")
     parser.add_argument("--minutes", type=float, default=6, help="for --full")
-    parser.add_argument("--rounds", type=int, help="timed rounds of each case of --full, by default those of its suite")
-    parser.add_argument("--suite", help="of --full: the cases of one suite alone")
-    parser.add_argument("--tests", nargs="+", metavar="PATH", help="in place of all tests that need the device")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu rehearses")
+    parser.add_argument("--rounds", type=int, help="timed rounds of each case of --full; by default those of its suite")
+    parser.add_argument("--suite", help="for --full: only the cases of this suite")
+    parser.add_argument(
+        "--tests", nargs="+", metavar="PATH", help="run these tests instead of all that need the device"
+    )
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu for a dry run")
     parser.add_argument("--output", type=Path, default=Path("runs/gpu_check"), help="folder of rows, logs and summary")
     options = parser.parse_args()
     tests = options.tests or (["tests/ops/test_gate.py"] if options.device == "cpu" else None)
@@ -226,7 +229,7 @@ def main() -> int:
         signal.signal(number, supervisor.stop)
     supervisor.run(stages[:1])
     if any(row.get("error") == NO_DEVICE for row in rows.all):
-        parser.exit(2, f"gpu_check: {NO_DEVICE}; `--device cpu` rehearses without one\n")
+        parser.exit(2, f"gpu_check: {NO_DEVICE}; use `--device cpu` for a dry run\n")
     supervisor.run(stages[1:])
     save(options.output, rows.all, supervisor.clock, {**vars(options), "output": str(options.output)})
     text = summary(rows.all, supervisor.clock)

@@ -1,8 +1,8 @@
-"""The measuring processes of `gpu_check.py`: each goes through the cases of one kind, and says rows as it has them.
+"""Measuring processes of `gpu_check.py`: each runs the cases of one kind and writes their rows.
 
     python -m benchmarks.gpu_worker measure --backend native --device cuda
 
-Standard output has one JSON object a line, as `supervise.py` reads them, and nothing else.
+Standard output has one JSON object per line, for `supervise.py`, and nothing else.
 """
 
 import argparse
@@ -30,9 +30,9 @@ import torch
 from benchmarks.supervise import BROKEN, NO_DEVICE
 
 ROOT = Path(__file__).resolve().parents[1]
-Measurement = tuple[str, Callable[[], Iterable[dict]]]  # a case's name, and what yields its rows
+Measurement = tuple[str, Callable[[], Iterable[dict]]]  # name of a case, and a function that yields its rows
 
-# What decides most comes first: a stage that runs out of time loses the last.
+# Most important first: a stage that runs out of time loses the last.
 SHAPES = {
     "cuda": [
         (256, 64, 56, 56),
@@ -49,13 +49,13 @@ PEERS = {"cuda": [SHAPES["cuda"][k] for k in (0, 1, 3, 4)], "cpu": SHAPES["cpu"]
 FORMATS = [(torch.bfloat16, "contiguous"), (torch.bfloat16, "channels_last"), (torch.float32, "contiguous")]
 PATHS, HIDDEN = 2, 16
 HOST_SHAPE = (1, 16, 4, 4)
-MAPS = {"forward": 2 * PATHS, "forward+backward": 5 * PATHS}  # each read or written once
+MAPS = {"forward": 2 * PATHS, "forward+backward": 5 * PATHS}  # maps read or written
 ROUNDS = {"cuda": 15, "cpu": 1}
-HOST_CALLS = {"cuda": (9, 40), "cpu": (1, 2)}  # batches, and calls in each
+HOST_CALLS = {"cuda": (9, 40), "cpu": (1, 2)}  # batches, and calls per batch
 
 
 class Speaker:
-    """Says one JSON object a line to what was standard output; all that others print goes to the log instead."""
+    """Writes one JSON object per line to the original standard output, and redirects all other output to the log."""
 
     def __init__(self):
         sys.stdout.flush()
@@ -68,7 +68,7 @@ class Speaker:
 
 
 def serve(cases: Sequence[Measurement], skip: int, say: Callable[..., None], device: str) -> None:
-    """Measure the cases after the first `skip`. An error is a row; one that breaks the device ends the process."""
+    """Measure the cases after the first `skip`. Errors are rows; an error that breaks the device ends the process."""
     for position, (name, measure) in enumerate(cases):
         if position < skip:
             continue
@@ -94,7 +94,7 @@ def brief(error: BaseException) -> str:
 
 
 def broken(device: str) -> bool:
-    """Whether the device answers no more: after a bad access every call of the process fails."""
+    """Return whether the device is unusable: after an illegal access, every CUDA call of the process fails."""
     if device != "cuda":
         return False
     try:
@@ -106,7 +106,7 @@ def broken(device: str) -> bool:
 
 
 def end_with_parent() -> None:
-    """End this process when the supervisor is gone: nobody would read its rows."""
+    """End this process when the supervisor has ended."""
     parent = os.getppid()
 
     def watch():
@@ -133,14 +133,14 @@ def machine(options) -> list[Measurement]:
 
 
 def does_not_serve(backend: str, device: str) -> str | None:
-    """Why a backend cannot be measured on the device, or None."""
+    """Return why a backend cannot be measured on the device, or None."""
     from fastroute.backends import BACKENDS
 
     return BACKENDS[backend].reason_against(torch.device(device), torch.float32) if backend in BACKENDS else None
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str):
-    """Paths, gate and incoming gradients for 2 → 2 paths of a shape."""
+    """Draw paths, gate and incoming gradients for 2 → 2 paths of a shape."""
     from fastroute.bench.cases import LAYOUTS
 
     torch.manual_seed(0)
@@ -164,7 +164,7 @@ def job(function: Callable, direction: str, xs, gate, grads) -> Callable[[], lis
 
 
 def contender(name: str) -> tuple[Callable, contextlib.AbstractContextManager]:
-    """The function by a backend's name, or "default", "eager" or "compile", and the context it is to be called in."""
+    """Return the function for a backend, "default", "eager" or "compile", and the context in which to call it."""
     from fastroute import ops, use_backend
     from fastroute.bench import plain
 
@@ -181,7 +181,7 @@ def case_name(shape, dtype, layout, direction) -> str:
 
 
 def measured_cases(options) -> list[Measurement]:
-    """What the host needs for a call, then what the device needs at every shape, then that by kernel."""
+    """Return the cases of host time, then of device time at every shape, then of time by kernel."""
     if reason := does_not_serve(options.backend, options.device):
         return [("serves", lambda: [{"error": reason}])]
     host = [(f"host {way}", partial(host_time, options.backend, way, options.device)) for way in MAPS]
@@ -208,7 +208,7 @@ def speed_cases(backend: str, shapes, formats, device: str) -> list[Measurement]
 
 
 def host_time(backend: str, direction: str, device: str) -> Iterator[dict]:
-    """Microseconds that the host needs for a call on tiny maps, where the device is never waited for."""
+    """Measure the host's microseconds for a call on tiny maps, without waiting for the device."""
     function, context = contender(backend)
     call = job(function, direction, *draw(HOST_SHAPE, torch.float32, "contiguous", device))
     (batches, calls), times = HOST_CALLS[device], []
@@ -226,7 +226,7 @@ def host_time(backend: str, direction: str, device: str) -> Iterator[dict]:
 
 
 def device_time(backend: str, case: tuple, device: str) -> Iterator[dict]:
-    """Microseconds of the device for a call that finds the caches empty, beside a copy, and how far off it is."""
+    """Measure the device's microseconds for a call with flushed caches and for a copy, and the error of the result."""
     from fastroute.bench import contest, plain
 
     shape, dtype, layout, direction = case
@@ -253,19 +253,19 @@ def device_time(backend: str, case: tuple, device: str) -> Iterator[dict]:
             results = routed.call()
         else:
             for result in results:
-                result.detach().fill_(torch.nan)  # what the replay does not write shows
+                result.detach().fill_(torch.nan)  # shows what the replay does not write
             routed.call()
     if (backend, device) == ("native", "cuda") and hasattr(torch.ops.fastroute_native, "cuda_last_cluster"):
         row["cluster"] = torch.ops.fastroute_native.cuda_last_cluster()
     try:
         row |= accuracy(results, partial(job, plain.cross_connect, direction), tensors)
-    except RuntimeError as error:  # out of memory, say: the time holds all the same
+    except RuntimeError as error:  # for example out of memory; the time is valid
         row["error"] = f"not checked: {brief(error)}"
     yield row
 
 
 def accuracy(results, plain_job: Callable, tensors) -> dict:
-    """The largest relative error against float64, and eager's; "error" where the library's rule is broken."""
+    """Return the largest relative error against float64, and eager's; "error" if `assert_as_good_as_eager` fails."""
     from fastroute.testing import assert_as_good_as_eager
 
     exact = plain_job(*([t.detach().double().requires_grad_() for t in group] for group in tensors))()
@@ -284,7 +284,7 @@ def relative(results, exact) -> float:
 
 
 def by_kernel(backend: str, case: tuple, device: str) -> Iterator[dict]:
-    """Microseconds by kernel of a forward and backward."""
+    """Measure microseconds by kernel of a forward and backward."""
     from torch.profiler import ProfilerActivity, profile
 
     from fastroute.bench import contest
@@ -307,7 +307,7 @@ def by_kernel(backend: str, case: tuple, device: str) -> Iterator[dict]:
 
 
 def compiled_cases(options) -> list[Measurement]:
-    """One call of each of this process's share of the cases, so that their kernels are in Triton's cache when timed."""
+    """Return one call for each case of this process, so that kernels are in Triton's cache when timed."""
 
     def call(case):
         shape, dtype, layout, direction = case
@@ -324,14 +324,14 @@ def compiled_cases(options) -> list[Measurement]:
 
 
 class Reporter:
-    """Makes a process of pytest one of ours: a begin and a row for each test of its share."""
+    """pytest plugin that runs a share of the tests, and writes a begin and a row for each."""
 
     def __init__(self, options, say):
         self.options, self.say, self.positions, self.failed = options, say, {}, False
 
     def pytest_collection_modifyitems(self, items):
         share = items[self.options.part :: self.options.parts]
-        random.Random(0).shuffle(share)  # if time runs out, something of everything has run
+        random.Random(0).shuffle(share)  # if time runs out, a sample of all tests has run
         self.positions = {item.nodeid: k for k, item in enumerate(share)}
         items[:] = share[self.options.skip :]
 
@@ -376,7 +376,7 @@ SANITIZED = [
 
 
 def sanitized_cases(options) -> list[Measurement]:
-    """NVIDIA's compute-sanitizer over some of the tests of the library's own CUDA kernels."""
+    """Return a case that runs compute-sanitizer on some tests of the native CUDA kernels."""
 
     def check():
         command = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
@@ -401,7 +401,7 @@ def sanitized_cases(options) -> list[Measurement]:
 
 
 def sanitizer_row(output: str, status: int) -> dict:
-    """What a sanitizer said in the end; an "error" where it found something, or nothing was run."""
+    """Return the summary of a sanitizer; with "error" if it found errors or no test ran."""
     said = re.findall(r"^=+ (.*(?:SUMMARY|Error:|Internal).*)$", output, re.MULTILINE)
     tested = re.search(r"\d+ (?:passed|failed|skipped|error).*", output)
     row = {"summary": " / ".join(said[-2:]), "tests": tested[0] if tested else None}
@@ -411,10 +411,10 @@ def sanitizer_row(output: str, status: int) -> dict:
 
 
 def peers(options) -> list[Measurement]:
-    """torch.compile of plain routing, then whole training steps: as they are, compiled, and in CUDA graphs."""
+    """Return cases of torch.compile of plain routing, and of training steps: eager, compiled, and in CUDA graphs."""
     from fastroute.bench import cases, networks
 
-    cases.COMPILE_MODES.clear()  # the default mode: the thorough one takes minutes
+    cases.COMPILE_MODES.clear()  # the default mode: max-autotune takes minutes
     on_card = options.device == "cuda"
     sizes = {"resnet20_cc2": (128, 10, 32), "resnet18_cc2": (256, 1000, 224), "resnet50_cc2": (256, 100, 224)}
     if not on_card:
@@ -441,7 +441,7 @@ def peers(options) -> list[Measurement]:
                     "batch": batch,
                     **step_time(step, options),
                 }
-            except RuntimeError as error:  # out of memory, or not to be compiled: the others may do
+            except RuntimeError as error:  # out of memory, or compilation failed; others may run
                 if broken(options.device):
                     raise
                 yield {"kind": "step", "network": network, "contender": name, "error": brief(error)}
@@ -457,7 +457,7 @@ def peers(options) -> list[Measurement]:
 
 
 def step_time(step: Callable, options, calls: int = 10) -> dict:
-    """Milliseconds of a step in a loop, and of its replay from a CUDA graph."""
+    """Measure milliseconds of a step in a loop, and of its replay from a CUDA graph."""
     from fastroute.bench import contest
 
     clock = contest.clock(torch.device(options.device))
@@ -486,11 +486,11 @@ def step_time(step: Callable, options, calls: int = 10) -> dict:
 
 
 def all_cases(options) -> list[Measurement]:
-    """Every case of `fastroute bench`: the default selection, what README states, then the rest in random order."""
+    """Return all cases of `fastroute bench`, in the order of `ordered`."""
     from fastroute import bench
     from fastroute.bench import cases
 
-    cases.COMPILE_MODES.clear()  # the default mode: the thorough one takes minutes a case
+    cases.COMPILE_MODES.clear()  # the default mode: max-autotune takes minutes per case
 
     def measure(case):
         yield {"kind": "row", "row": asdict(bench.measure(case, options.rounds))}
@@ -502,7 +502,7 @@ def all_cases(options) -> list[Measurement]:
 
 
 def ordered(cases: list) -> list:
-    """The default selection, then what README states, then the rest in random order, so that it is spread evenly."""
+    """Sort cases: the default selection, then those of README, then the rest in random order, to spread it evenly."""
     shuffled = random.Random(0).sample(cases, len(cases))
     return sorted(shuffled, key=lambda case: (not case.quick, not case.stated))
 
@@ -520,16 +520,16 @@ KINDS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=[*KINDS, "tests"])
-    parser.add_argument("files", nargs="*", help="of tests")
-    parser.add_argument("--ignore", action="append", default=[], help="of tests: a file to leave out")
+    parser.add_argument("files", nargs="*", help="test files")
+    parser.add_argument("--ignore", action="append", default=[], help="a test file to skip")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--backend", help="triton, native, reference, default, eager or compile")
-    parser.add_argument("--tool", default="memcheck", help="of compute-sanitizer")
-    parser.add_argument("--part", type=int, default=0, help="which share of the cases")
-    parser.add_argument("--parts", type=int, default=1, help="of how many")
+    parser.add_argument("--tool", default="memcheck", help="tool of compute-sanitizer")
+    parser.add_argument("--part", type=int, default=0, help="index of this share of the cases")
+    parser.add_argument("--parts", type=int, default=1, help="number of shares")
     parser.add_argument("--rounds", type=int, help="timed rounds of each case of `full`")
-    parser.add_argument("--suite", help="of `full`: the cases of one suite alone")
-    parser.add_argument("--skip", type=int, default=0, help="how many cases are done with")
+    parser.add_argument("--suite", help="for `full`: only the cases of this suite")
+    parser.add_argument("--skip", type=int, default=0, help="number of cases to skip")
     options = parser.parse_args()
     speaker = Speaker()
     end_with_parent()
@@ -541,7 +541,7 @@ def main() -> None:
         without_tf32()
         serve(KINDS[options.kind](options), options.skip, speaker.say, options.device)
     sys.stderr.flush()
-    os._exit(0)  # what tears the device down has no part in this
+    os._exit(0)  # skip the teardown of the device
 
 
 if __name__ == "__main__":

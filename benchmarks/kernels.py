@@ -1,9 +1,9 @@
-"""The parts of `cross_connect` on the CPU, each alone in a loop, by maps and by number of paths.
+"""Time the parts of `cross_connect` on the CPU, each in its own loop, by shape and number of paths.
 
     python -m benchmarks.kernels
 
-Microseconds, medians: the forward kernel, the backward kernel, the part of that which computes the gates' gradients,
-and forward plus backward through autograd.
+Median microseconds of the forward kernel, the backward kernel, the part of it that computes the gates' gradients, and
+forward plus backward through autograd.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from fastroute.bench.cases import DTYPES, LAYOUTS, draw
 from fastroute.bench.operators import FORWARD_BACKWARD, OPERATORS, STATED, Problem
 
 CPU = torch.device("cpu")
-SHAPE = (128, 32, 16, 16)  # where the number of paths varies
+SHAPE = (128, 32, 16, 16)  # for the cases with different numbers of paths
 
 
 def measure(shape, paths, dtype, layout, rounds):
-    """Median microseconds of each part, for `paths` to `paths`."""
+    """Measure the median microseconds of each part, for `paths` to `paths`."""
     problem = Problem("cross_connect", FORWARD_BACKWARD, "native", dtype, layout, shape, (paths, paths))
     xs = [draw(shape, DTYPES[dtype], layout, CPU) for _ in range(paths)]
     parameters = OPERATORS["cross_connect"].parameters(problem)
@@ -62,7 +62,7 @@ def main():
     parser.add_argument("--layout", choices=sorted(LAYOUTS), default="contiguous")
     options = parser.parse_args()
     if reason := BACKENDS["native"].reason_against(CPU, torch.float32):
-        parser.error(f"the compiled kernels are what is measured: {reason}")
+        parser.error(f"this measures the compiled kernels: {reason}")
     print("maps                 paths  dtype     forward  backward     gates      call  elements/s over float32")
     for shape, paths in [*((shape, 2) for shape in STATED), *((SHAPE, paths) for paths in range(1, 9))]:
         calls = {}

@@ -1,8 +1,8 @@
-"""Forward plus backward of the mixture-EM loss on this machine, against eager PyTorch and `torch.compile` of it.
+"""Time forward plus backward of the mixture-EM loss, against eager PyTorch and `torch.compile` of it.
 
     python -m benchmarks.mixture_em
 
-All in one process, in random order, medians. Before a time counts, the results are compared.
+Medians, in one process, in random order. The results are compared first.
 """
 
 import argparse
@@ -19,14 +19,14 @@ SHAPES = [(128, 10), (128, 4, 4), (128, 2, 2), (1024, 20), (128, 100)]
 
 
 def plain(scores, gamma=5.0):
-    """Eq. 4.11, 4.20 and 4.22 as a user of PyTorch would write them."""
+    """Compute Eq. 4.11, 4.20 and 4.22 as a user of PyTorch would write them."""
     normalized = (scores - scores.mean(0)) / scores.std(0, correction=0)
     posterior = torch.softmax(normalized, -1).detach()
     return -(posterior * logsigmoid(normalized / gamma)).sum(-1).mean(0)
 
 
 def measure(shape, rounds, repeats=20):
-    """Median microseconds of each contender."""
+    """Measure the median microseconds of each contender."""
     torch.manual_seed(0)
     scores = torch.randn(shape).requires_grad_()
     torch._dynamo.reset()

@@ -1,8 +1,8 @@
-"""One epoch of NeuralMixture on 100,000 × 32 float32 numbers and 20 clusters, against scikit-learn's MiniBatchKMeans.
+"""Time an epoch of NeuralMixture on 100,000 × 32 float32 values and 20 clusters, against MiniBatchKMeans.
 
     python -m benchmarks.neural_mixture
 
-Both go over the same samples in batches of the same size, once, in one process, in turn; medians.
+Both process the same samples once, in batches of the same size, alternately in one process; medians.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main():
     print("batch  network                     s   MiniBatchKMeans s   ratio")
     for batch_size in (128, 1024):
         for name, options in SETTINGS.items():
-            # One epoch each: of the mixture by the same loop as in `fit`, without what comes once before and after.
+            # One epoch each; the mixture's by the loop of `fit`, without its setup and final steps.
             model = NeuralMixture(20, batch_size=batch_size, random_state=0, epochs=0, n_init=1, **options).fit(
                 X[:1000]
             )

@@ -1,8 +1,8 @@
-"""Runs measuring processes under a clock: rows are kept as they come, and no process can take another's time.
+"""Supervision of measuring processes: rows are saved at once, and every case and stage has a time limit.
 
-A worker (see `gpu_worker.py`) writes JSON objects to its standard output, one a line: before its case k
-`{"begin": k, "of": n, "case": name}`, then rows. All else that it writes goes to its log. When it dies, or a case
-outlasts its limit, that is a row too, and a new process begins at the next case.
+A worker (see `gpu_worker.py`) writes JSON objects to its standard output, one per line: before case k
+`{"begin": k, "of": n, "case": name}`, then the rows. All other output goes to its log. If it dies, or a case exceeds
+its limit, a row says so, and a new process begins at the next case.
 """
 
 import contextlib
@@ -19,16 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 NO_DEVICE = "this machine has no CUDA device that torch can use"
-BROKEN = 3  # how a worker exits whose device is broken, after it has said so in a row
+BROKEN = 3  # exit status of a worker whose device is broken, after it has written a row about it
 
 
 @dataclass(frozen=True)
 class Job:
-    """One process at a time. The command is given `--skip K`: how many cases are done with.
+    """A command, run as one process at a time with the option `--skip K`, the number of cases already begun.
 
-    folder: where it runs.
-    case_seconds, start_seconds: the limits of a case, and of what comes before the first.
-    quiet: whether rows without an error are kept, but not printed.
+    folder: working directory.
+    case_seconds, start_seconds: time limits of a case, and of the start before the first case.
+    quiet: whether to print only rows with an error; all rows are saved.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Stage:
-    """Jobs that run side by side, and how long all of them may take."""
+    """Jobs that run in parallel, with a common time limit."""
 
     name: str
     seconds: float
@@ -50,7 +50,7 @@ class Stage:
 
 
 class Rows:
-    """The rows so far: each is printed, and appended to a file, as soon as there is one."""
+    """Rows so far; each new one is printed and appended to a file at once."""
 
     def __init__(self, path: Path, say: Callable[[str], None]):
         self.all: list[dict] = []
@@ -69,7 +69,7 @@ class Rows:
 
 
 def line(row: dict) -> str:
-    """A row in one line, for people."""
+    """Format a row as one line of text."""
     words = [f"{row['at']:6.1f}", *(str(row[key]) for key in ("stage", "job", "case") if key in row)]
     rest = {key: value for key, value in row.items() if key not in ("at", "stage", "job", "case")}
     return " ".join([*words, *(f"{key}={_short(value)}" for key, value in rest.items())])
@@ -81,15 +81,15 @@ def _short(value) -> str:
 
 
 class Supervisor:
-    """Runs stage after stage, each within its time, and keeps what their processes say."""
+    """Runs stages one after the other within their time limits, and collects the rows of their processes."""
 
     def __init__(self, rows: Rows, folder: Path):
         self.rows, self.folder = rows, folder
-        self.clock: list[dict] = []  # for each stage its budget and the seconds it took
+        self.clock: list[dict] = []  # budget and actual seconds of each stage
         self._end, self._stopped = time.monotonic(), False
 
     def run(self, stages: Sequence[Stage]) -> None:
-        """A stage that ends early leaves its time to those after it; the sum of the budgets bounds the whole."""
+        """Run the stages. Unused time goes to later stages; the total is limited by the sum of the budgets."""
         for stage in stages:
             start, self._end = time.monotonic(), self._end + stage.seconds
             with ThreadPoolExecutor(max(1, len(stage.jobs))) as pool:
@@ -99,15 +99,15 @@ class Supervisor:
             self.clock.append({"stage": stage.name, "budget_s": stage.seconds, "took_s": took})
 
     def stop(self, *_) -> None:
-        """As if all time were over. May be a signal's handler."""
+        """Stop as if all time limits were reached; usable as a signal handler."""
         self._stopped = True
 
     def left(self) -> float:
-        """Seconds until the present stage has to end."""
+        """Return the seconds until the current stage must end."""
         return 0.0 if self._stopped else max(0.0, self._end - time.monotonic())
 
     def _run(self, stage: str, job: Job) -> None:
-        """Have a job's cases done, by as many processes as it takes."""
+        """Run all cases of a job, with as many processes as needed."""
         labels = {"stage": stage} if job.name == stage else {"stage": stage, "job": job.name}
         done, total, case = 0, None, {}
         with (self.folder / f"{stage}-{job.name}.log").open("ab") as log:
@@ -128,13 +128,13 @@ class Supervisor:
                     return
                 if reason:
                     self.rows.add({**labels, **case, "error": reason})
-                # The next process would have no case, or end before its first again.
+                # The next process would have no cases, or die before its first case again.
                 if self.left() and done in (begun, total):
                     return
 
 
 class _Process:
-    """A worker in a session of its own, by which all its children can be found."""
+    """A worker in its own session, by which all its children can be found."""
 
     def __init__(self, job: Job, skip: int, log):
         self._job, self._log, self._late = job, log, False
@@ -152,7 +152,7 @@ class _Process:
         return self
 
     def __exit__(self, *_):
-        """End the worker and all of its session: what its children started is no use either."""
+        """Kill the worker and all processes of its session."""
         while members := _session(self._popen.pid):
             for member in members:
                 with contextlib.suppress(ProcessLookupError):
@@ -161,13 +161,13 @@ class _Process:
         self._popen.stdout.close()
 
     def values(self, left: Callable[[], float]) -> Iterator[dict]:
-        """What the worker says, until it ends, a case's limit is reached or no time is left."""
+        """Yield the worker's objects until it ends, a case reaches its limit, or no time is left."""
         limit, buffer, stdout = time.monotonic() + self._job.start_seconds, b"", self._popen.stdout
         with selectors.DefaultSelector() as selector:
             selector.register(stdout, selectors.EVENT_READ)
             while True:
                 if not selector.select(min(left(), 0.2)):
-                    if self._popen.poll() is not None:  # a child of it may still hold the pipe
+                    if self._popen.poll() is not None:  # its children may still hold the pipe
                         return
                     if not left() or time.monotonic() > limit:
                         self._late = True
@@ -187,7 +187,7 @@ class _Process:
                     yield value
 
     def reason(self, left: Callable[[], float]) -> str | None:
-        """Why not all is done: None where it is, and "" where a row has said so or the stage's time is over."""
+        """Return why cases are missing: None if all are done, "" if a row says so or the stage's time is over."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             if not self._late:
                 code = self._popen.wait(min(left(), 10))

@@ -1,4 +1,4 @@
-"""Whole steps of the thesis's networks."""
+"""Benchmarks of training and inference steps of the thesis's networks."""
 
 SUITE = "networks"
 

@@ -1,4 +1,4 @@
-"""Operators on the maps of the thesis's networks."""
+"""Benchmarks of operators on the shapes of the thesis's networks."""
 
 SUITE = "operators"
 

@@ -1,4 +1,4 @@
-"""What the host spends on one call, held to a budget."""
+"""Benchmarks of the host time of one call, with a budget."""
 
 import importlib.util
 import json
@@ -14,14 +14,14 @@ from fastroute.ops import _library
 
 SUITE = "overhead"
 
-# Microseconds of one call of cross_connect from 2 paths to 2, of 16 channels and 4 × 4 positions.
+# Microseconds of one call of cross_connect: 2 paths to 2, 16 channels, 4 × 4 positions.
 BUDGET = {
     "native": {FORWARD: 12, FORWARD_BACKWARD: 50},
     "triton": {FORWARD: 40, FORWARD_BACKWARD: 130},
     "reference": {FORWARD: 300, FORWARD_BACKWARD: 900},
 }
 
-# Those of plain PyTorch on the machine that the budget was set on. A slower or busier machine has as much more.
+# Those of plain PyTorch on the machine for which the budget was set; budgets scale with it on slower machines.
 EAGER = {FORWARD: 73, FORWARD_BACKWARD: 273}
 
 
@@ -38,7 +38,7 @@ def test_overhead(case, race, request):
 
 
 def test_overhead_of_triton(request):
-    """On a driver without a card: the real launches, of kernels that never run."""
+    """Time the real launches on a stub driver, whose kernels never run."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     if _library.NOT_COMPILED:

@@ -1,4 +1,4 @@
-"""The forms in which parallel convolutions can run."""
+"""Benchmarks of the forms of parallel convolutions."""
 
 SUITE = "parallel"
 

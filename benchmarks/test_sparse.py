@@ -1,4 +1,4 @@
-"""Sparse layers, which send each sample to one of their paths."""
+"""Benchmarks of sparse layers."""
 
 SUITE = "sparse"
 

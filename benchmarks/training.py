@@ -1,8 +1,8 @@
-"""What the trainer and the data path cost, as ratios of rounds that take turns in one process.
+"""Measure the overhead of the trainer and of the data pipeline, as ratios of interleaved rounds in one process.
 
-Images/s of `fit` over those of a bare loop around the same step on batches that lie ready, with the share of the time
-that `fit` waited for data in memory; and images/s of streamed images over those of torchvision's `ImageFolder` and
-`DataLoader` with as many workers.
+Images/s of `fit` over those of a bare loop around the same step on prepared batches, with the share of time for which
+`fit` waited for data in memory; and images/s of streamed images over those of torchvision's `ImageFolder` and
+`DataLoader` with the same number of workers.
 
     python -m benchmarks.training DIR    # an image folder with train/ and val/
 """
@@ -27,7 +27,7 @@ from fastroute.training import ImageDataModule, RoutingClassifier, fit
 
 
 class RandomImages(ImageDataModule):
-    """CIFAR's shapes, with no file behind them."""
+    """Random images of CIFAR's shapes."""
 
     def setup(self, stage: str | None = None) -> None:
         train, val = (Split(torch.randint(256, (n, 32, 32, 3)).byte(), torch.randint(10, (n,))) for n in (1024, 128))
@@ -37,7 +37,7 @@ class RandomImages(ImageDataModule):
 
 
 def bare_loop(module: RoutingClassifier, batches: list) -> float:
-    """Images/s of forward, backward and SGD in bfloat16 autocast, with nothing around them."""
+    """Return the images/s of a bare loop of forward, backward and SGD in bfloat16 autocast."""
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     module.train()
     start = time.perf_counter()
@@ -51,12 +51,12 @@ def bare_loop(module: RoutingClassifier, batches: list) -> float:
 
 
 def trainer(model: str, rounds: int) -> tuple[list[float], list[float]]:
-    """For each round, images/s of `fit` over the bare loop's, and the percentage of waiting for data."""
+    """Return for each round the images/s of `fit` over the bare loop's, and the percentage of waiting for data."""
     data = RandomImages(batch_size=128)
     data.setup()
     batches = list(data.train_dataloader())
     ratios, waits = [], []
-    for _ in range(rounds + 1):  # the first warms up
+    for _ in range(rounds + 1):  # the first is warm-up
         module = RoutingClassifier(model, channels_last=True)
         bare = bare_loop(module, batches)
         with tempfile.TemporaryDirectory() as output:
@@ -76,9 +76,9 @@ def trainer(model: str, rounds: int) -> tuple[list[float], list[float]]:
 
 
 def streamed(folder: Path, workers: int, rounds: int) -> list[float]:
-    """For each round, images/s of 256 → 224 crops over those of plain torchvision."""
+    """Return for each round the images/s of 256 → 224 crops over those of plain torchvision."""
     data = ImageDataModule(
-        "imagefolder", folder, 64, 224, workers, in_memory=False, train_crop_mode="rkrc", on_bad_image="stop"
+        "imagefolder", folder, 64, 224, workers, in_memory=False, train_crop_mode="random", on_bad_image="stop"
     )
     data.setup()
     mean, std = ([value / 255 for value in values] for values in (IMAGENET_MEAN, IMAGENET_STD))

@@ -1,8 +1,33 @@
 """Data-dependent routing for multi-path neural networks, with fused kernels (Tissera, 2023)."""
 
-from fastroute import backends, models, nn, ops
-from fastroute._version import __version__
-from fastroute.backends import use_backend
-from fastroute.models import multipath
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["__version__", "backends", "models", "multipath", "nn", "ops", "use_backend"]
+from fastroute._version import __version__
+
+__all__ = ["__version__", "backends", "load", "models", "multipath", "nn", "ops", "use_backend"]
+
+
+def _is_command() -> bool:
+    """Whether this process is `fastroute …` or `python -m fastroute …`, of which `--help` needs no torch."""
+    program = sys.argv[0] if sys.argv else ""
+    if program == "-m":  # as long as Python looks for the module
+        return "fastroute" in sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1]
+    return Path(program).stem == "fastroute"
+
+
+if TYPE_CHECKING or not _is_command():  # importing the package registers the operators in torch.ops.fastroute
+    from fastroute import backends, models, nn, ops
+    from fastroute.backends import use_backend
+    from fastroute.inference import load
+    from fastroute.models import multipath
+else:
+    _HOMES = {"load": "inference", "use_backend": "backends", "multipath": "models"}
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = importlib.import_module(f"{__name__}.{_HOMES.get(name, name)}")
+        return getattr(home, name) if name in _HOMES else home

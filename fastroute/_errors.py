@@ -1,18 +1,18 @@
-"""What errors say."""
+"""Formatting of error messages."""
 
 import unicodedata
 
 
 def in_a_line(error: BaseException) -> str:
-    """The error's type and the first line of its message: torch's can be pages long."""
+    """Return the error's type and the first line of its message: torch's messages can be pages long."""
     return f"{type(error).__name__}: {printable((str(error).strip() or '-').splitlines()[0])}"
 
 
 def printable(text: object) -> str:
-    """Text as one line that every terminal and encoding takes.
+    """Return text as one line that every terminal and encoding can show.
 
-    A file's name may hold control characters, which a terminal obeys, and bytes that are no text, which cannot be
-    encoded; both are shown as escapes such as `\\x1b`.
+    A file name may hold control characters, which a terminal obeys, and bytes that are not text, which cannot be
+    encoded. Both are shown as escapes such as `\\x1b`.
     """
     return "".join(
         c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()

@@ -1,4 +1,4 @@
-"""The optional parts of the package, and the sentence that says how to add a missing one."""
+"""Optional dependencies, and the error that says how to install a missing one."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,7 +6,15 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def extra(name: str, what: str) -> Iterator[None]:
-    """Have a missing third-party package, imported inside the block, name the `pip install` that adds it."""
+    """Name the `pip install` that adds a third-party package whose import fails inside the block.
+
+    Args:
+        name: the extra of fastroute that has the package.
+        what: the subject of the message.
+
+    Raises:
+        ModuleNotFoundError: a package is missing.
+    """
     try:
         yield
     except ModuleNotFoundError as error:

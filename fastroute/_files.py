@@ -1,10 +1,11 @@
-"""Files that are written whole or not at all, and files of tensors that are checked before they are used."""
+"""Atomic file writes, and files of tensors that are verified before use."""
 
 import contextlib
 import hashlib
 import os
 import re
 import secrets
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,19 +19,22 @@ _TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
 
 
 class DamagedFile(ValueError):
-    """The bytes of a file are not those that were written."""
+    """Raised where the bytes of a file are not those that were written."""
 
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: str = "w", earlier: Path | None = None, **options) -> Iterator[IO]:
-    """A new file, which takes the place of `path` at the end of the block, whole; after an error nothing has changed.
+    """Write a new file that atomically replaces `path` at the end of the block; after an error nothing has changed.
 
-    It is written beside `path`, under a name of its own, since a rename is at once only within a file system.
+    The new file is written beside `path` under a temporary name, since a rename is atomic only within a file system.
 
     Args:
-        path: the file.
-        mode: of writing; like further options, for `open`.
-        earlier: where the file that is replaced stays; None keeps it nowhere.
+        path: the file to replace.
+        mode: passed to `open`, as are further options.
+        earlier: path under which the replaced file is kept; None discards it.
+
+    Yields:
+        The open temporary file.
     """
     temporary = _temporary(path)
     try:
@@ -51,7 +55,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _link_over(source: Path, target: Path) -> None:
-    """Give a file a second name, at once; where there are no such links, it only has the second name then."""
+    """Hard-link `source` as `target`, atomically; on a file system without hard links, rename it instead."""
     temporary = _temporary(target)
     try:
         os.link(source, temporary)
@@ -59,11 +63,22 @@ def _link_over(source: Path, target: Path) -> None:
         os.replace(source, target)
         return
     os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # a rename between two links to one file does nothing
+
+
+def copy_over(source: Path, target: Path) -> None:
+    """Give a file a second name, at once; where there are no such links, a copy has it."""
+    temporary = _temporary(target)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
     temporary.unlink(missing_ok=True)  # a rename between two names of one file does nothing
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what processes that were killed within `replacing` have left in a folder."""
+    """Remove the temporary files left in a folder by processes that were killed within `replacing`."""
     for path in folder.iterdir():
         if _TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
@@ -71,29 +86,29 @@ def remove_temporaries(folder: Path) -> None:
 
 @contextlib.contextmanager
 def checked(path: str | Path) -> Iterator[BinaryIO]:
-    """A file of tensors to read, once its checksums agree.
+    """Open a file of tensors for reading, after verifying its checksums.
 
-    A file of `torch.save` is a zip with a checksum for each of its parts, which `torch.load` itself does not look at.
-    For formats without any, `write_digest` puts one beside the file; without it, such a file is taken as it is.
+    A file written by `torch.save` is a zip with a checksum for each part, which `torch.load` does not verify. For
+    formats without checksums, `write_digest` puts one beside the file; without that, such a file is not verified.
 
     Raises:
-        DamagedFile: a checksum does not agree.
+        DamagedFile: a checksum does not match.
     """
     path = Path(path)
-    with path.open("rb") as file:  # once: what is checked is what is read, also where another file takes its place
+    with path.open("rb") as file:  # opened once: the bytes verified are the bytes read, even if the file is replaced
         _check_digest(path, file)
-        if path.suffix != ".safetensors" and file.read(4) == b"PK\x03\x04":  # as PyTorch tells a zip
+        if path.suffix != ".safetensors" and file.read(4) == b"PK\x03\x04":  # how PyTorch recognises a zip
             _check_zip(file)
         file.seek(0)
         yield file
 
 
 def read_tensors(path: str | Path) -> object:
-    """What a file of `torch.save` or a `.safetensors` holds, on the CPU; see `checked`.
+    """Load a file of `torch.save` or a `.safetensors` file to the CPU, after verifying it with `checked`.
 
     Raises:
-        DamagedFile: a checksum does not agree.
-        Exception: whatever a reader does with bytes that are not its own.
+        DamagedFile: a checksum does not match.
+        Exception: any error of the reader on bytes of another format.
     """
     with checked(path) as file:
         if Path(path).suffix == ".safetensors":
@@ -104,13 +119,13 @@ def read_tensors(path: str | Path) -> object:
 
 
 def write_digest(path: Path) -> None:
-    """Write the SHA-256 of a file beside it, as `sha256sum` does."""
+    """Write the SHA-256 of a file beside it, in the format of `sha256sum`."""
     with path.open("rb") as file, replacing(digest_path(path)) as beside:
         beside.write(f"{_sha256(file)}  {path.name}\n")
 
 
 def digest_path(path: Path) -> Path:
-    """Where the digest of a file lies: its name, with `.sha256` added."""
+    """Return the path of a file's digest: its name with `.sha256` appended."""
     return path.with_name(path.name + ".sha256")
 
 
@@ -136,12 +151,12 @@ def _check_zip(file: BinaryIO) -> None:
         with zipfile.ZipFile(file) as archive:
             parts = archive.infolist()
             if len({part.filename for part in parts}) < len(parts):
-                raise zipfile.BadZipFile("two of its parts have one name")
+                raise zipfile.BadZipFile("two of its parts have the same name")
             for part in parts:
                 if part.compress_type != zipfile.ZIP_STORED:
                     raise zipfile.BadZipFile(f"{part.filename} is compressed, which PyTorch does not do")
-                with archive.open(part) as stream:  # which compares the checksum at the end
+                with archive.open(part) as stream:  # reading to the end verifies the checksum
                     while stream.read(1 << 20):
                         pass
-    except Exception as error:  # zipfile raises errors of many types for bytes that are not its own
+    except Exception as error:  # zipfile raises errors of many types on bytes that are not a zip
         raise DamagedFile(f"the file is damaged: {in_a_line(error)}") from error

@@ -1,4 +1,4 @@
-"""How long a process waits for another one."""
+"""Timeout of waits between processes."""
 
 import datetime
 import os
@@ -7,10 +7,10 @@ VARIABLE = "FASTROUTE_TIMEOUT"
 
 
 def patience() -> datetime.timedelta:
-    """How long a process waits for another: the seconds in `FASTROUTE_TIMEOUT`, or half an hour.
+    """Return how long a process waits for another: the seconds in `FASTROUTE_TIMEOUT`, or half an hour.
 
     Raises:
-        ValueError: the variable holds something else.
+        ValueError: the variable is not an integer.
     """
     text = os.environ.get(VARIABLE, "1800")
     try:

@@ -1,4 +1,4 @@
-"""YAML that others wrote, read with bounds: a short file can otherwise take all memory or never end."""
+"""Bounded reading of untrusted YAML: a short file could otherwise exhaust memory or never finish."""
 
 import os
 import stat
@@ -15,40 +15,41 @@ DEPTH = 16
 
 
 def read(path: Path) -> Any:
-    """What a YAML file holds; see `load`.
+    """Read a YAML file with `load`.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no regular file, is larger than `BYTES`, or as of `load`. The message does not name the file.
+        ValueError: it is not a regular file, is larger than `BYTES`, or `load` raises. The message does not name the
+            file.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # which does not wait for the writer of a pipe
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # O_NONBLOCK: do not wait for the writer of a pipe
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("it is no regular file, and must be a YAML file")
+            raise ValueError("it is not a regular file; it must be a YAML file")
         content = file.read(BYTES + 1)
     if len(content) > BYTES:
         raise ValueError(f"it is larger than {BYTES:,} bytes, the most that a YAML file of options may have")
     try:
         return load(content.decode())
     except UnicodeDecodeError as error:
-        raise ValueError(f"it is no YAML file: it is not UTF-8 at byte {error.start}") from None
+        raise ValueError(f"it is not a YAML file: it is not UTF-8 at byte {error.start}") from None
 
 
 def load(text: str) -> Any:
-    """What a YAML text holds, of plain values, lists and mappings.
+    """Parse YAML text into plain values, lists and mappings.
 
     Raises:
-        ValueError: it is no YAML; has anchors or aliases, which can stand for far more than is written; a key twice;
-            more than `DEPTH` levels or `NODES` values.
+        ValueError: it is not YAML; it has anchors or aliases, which can expand to far more than is written; it repeats
+            a key; or it has more than `DEPTH` levels or `NODES` values.
     """
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ValueError(f"it is no YAML file of options: {place}{error.problem or error.context}") from None
-    except Exception as error:  # whatever a constructor does with a text that is no number or date
-        raise ValueError(f"it is no YAML file of options: {in_a_line(error)}") from None
+        raise ValueError(f"it is not a YAML file of options: {place}{error.problem or error.context}") from None
+    except Exception as error:  # any error of a constructor on malformed numbers or dates
+        raise ValueError(f"it is not a YAML file of options: {in_a_line(error)}") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -59,7 +60,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent, index):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            raise _refusal("anchors and aliases are not read: write the value out", event)
+            raise _refusal("anchors and aliases are not supported: write the value out", event)
         self._nodes += 1
         self._depth += 1
         if self._depth > DEPTH:

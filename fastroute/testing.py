@@ -1,4 +1,4 @@
-"""The rule by which a result of a routing operator is right."""
+"""Numerical checks for routing operators."""
 
 from collections.abc import Iterable
 
@@ -9,19 +9,23 @@ from torch import Tensor
 def assert_as_good_as_eager(
     actual: Iterable[Tensor], eager: Iterable[Tensor], exact: Iterable[Tensor], times: float = 2
 ) -> None:
-    """Hold results to an error against float64 of at most `times` that of eager PyTorch in the same dtype.
+    """Assert that the error of results against float64 is at most `times` that of eager PyTorch in the same dtype.
 
-    A tiny absolute term is allowed beside that: a few roundings of the sums, and that of the result itself, since with
-    few elements eager may be exact by luck.
+    A tiny absolute term is added: a few roundings of the sums, and one of the result itself, since with few elements
+    eager may be exact by luck.
 
     Args:
-        actual: the results to be judged.
-        eager: the same from plain PyTorch, in the dtypes of `actual`.
-        exact: the same from plain PyTorch in float64.
-        times: the multiple of eager's error that is allowed; the rule is twice.
+        actual: results to check.
+        eager: the same results from plain PyTorch, in the dtypes of `actual`.
+        exact: the same results from plain PyTorch in float64.
+        times: allowed multiple of eager's error.
 
     Raises:
         AssertionError: a shape differs or an error is too large; the message has the position of the result.
+
+    Example:
+        >>> x = torch.randn(8, 16)
+        >>> assert_as_good_as_eager([x.softmax(1)], [x.exp() / x.exp().sum(1, True)], [x.double().softmax(1)])
     """
     for position, (ours, theirs, truth) in enumerate(zip(actual, eager, exact, strict=True)):
         assert ours.shape == truth.shape, f"result {position} has shape {ours.shape}; it must have {truth.shape}"

@@ -1,7 +1,7 @@
-"""Triton on a CUDA driver without a card: kernels are compiled to real code for sm_90 and never run.
+"""Triton on a stub CUDA driver: kernels are compiled to real code for sm_90, and never run.
 
-`environment()` is for a process of its own, in which `install()` has Triton serve CPU tensors through the stub. What it
-writes to outputs is nothing: only times on the host, and what is launched, mean anything.
+`environment()` is for a separate process, in which `install()` makes Triton serve CPU tensors through the stub. Outputs
+are not written: only host times and the launches themselves are meaningful.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ LIBRARY = "libcuda.so.1"
 
 
 class Launch(ctypes.Structure):
-    """One launch as the driver was asked for it."""
+    """One launch requested from the driver."""
 
     _fields_ = (
         ("function", ctypes.c_void_p),
@@ -28,7 +28,7 @@ class Launch(ctypes.Structure):
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Build the stub in `folder`; return the variables of a process that is to use it.
+    """Build the stub in `folder`, and return the environment of a process that uses it.
 
     Raises:
         FileNotFoundError: there is no C compiler.
@@ -49,7 +49,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def install() -> ctypes.CDLL:
-    """Have Triton compile for sm_90 and launch through the stub, and serve CPU tensors; return the stub."""
+    """Make Triton compile for sm_90, launch through the stub, and serve CPU tensors; return the stub."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import driver

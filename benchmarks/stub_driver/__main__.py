@@ -1,9 +1,9 @@
-"""Print what the host spends on one call through Triton, as JSON: microseconds by direction and contender.
+"""Print the host time of one call through Triton, as JSON: microseconds by direction and contender.
 
     python -m benchmarks.stub_driver [rounds]
 
-The least of the rounds, each of 100 calls in a row. `fastroute` is the operator as users call it, `kernel` the launches
-by Python alone, `eager` plain PyTorch, which computes beside the time that it takes on the host.
+The minimum over rounds, each of 100 consecutive calls. `fastroute` is the public operator, `kernel` the launches from
+Python only, and `eager` plain PyTorch, whose time includes its computation on the CPU.
 """
 
 import json

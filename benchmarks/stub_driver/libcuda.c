@@ -1,5 +1,5 @@
-// A CUDA driver without a card: it loads every module, launches nothing, and keeps what it was asked to launch. It lets the
-// real launchers of Triton and of csrc/triton run, for the time that they take and for what they hand over.
+// A stub CUDA driver: it loads every module, launches nothing, and keeps the requested launches. The real launchers of Triton and
+// of csrc/triton run on it, to measure their time and to check their arguments.
 
 #include <stddef.h>
 #include <stdint.h>
@@ -22,10 +22,10 @@ typedef struct {
 
 static Launch launches[kMostLaunches];
 static int launch_count, keeping;
-static char functions[kMostFunctions];  // a function is the address of its byte
+static char functions[kMostFunctions];  // a function handle is the address of its byte
 static int argument_counts[kMostFunctions], function_count;
 
-// For tests: begin to keep launches, and read them.
+// For tests: start keeping launches, and read them.
 void stub_keep(int keep) { keeping = keep, launch_count = 0; }
 int stub_launch_count(void) { return launch_count; }
 const Launch* stub_launch(int index) { return &launches[index]; }
@@ -51,7 +51,7 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
   return 0;
 }
 int cuFuncGetAttribute(int* value, int attribute, void* function) {
-  *value = attribute == 0 ? 1024 : 0;  // threads of a block
+  *value = attribute == 0 ? 1024 : 0;  // threads per block
   return 0;
 }
 int cuFuncSetAttribute(void* function, int attribute, int value) { return 0; }

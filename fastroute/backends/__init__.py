@@ -1,6 +1,6 @@
-"""Who computes an operator: the backends, what each can serve, and the ordered choice between them."""
+"""Backends that compute the operators, and the choice between them."""
 
-from fastroute.backends import _decompositions  # noqa: F401 (registers them)
+from fastroute.backends import _decompositions  # noqa: F401 (registers the decompositions)
 from fastroute.backends._choice import BACKENDS, ORDER, Backend, use_backend
 
 __all__ = ["BACKENDS", "ORDER", "Backend", "use_backend"]

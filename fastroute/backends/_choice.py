@@ -16,10 +16,11 @@ from fastroute.ops._library import KERNELS, NOT_COMPILED, OPERATORS, PYTHON, imp
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute the operators.
+    """A backend of the operators.
 
-    `reason_against(device, dtype)` is None where the backend can serve tensors of that device and dtype, else a
-    sentence that says why not. `kernels()` is the module that holds one function for each operator, by its name.
+    name: "triton", "native" or "reference".
+    reason_against: called with device and dtype; returns None if the backend supports such tensors, else the reason.
+    kernels: returns the module with one function per operator, of the operator's name.
     """
 
     name: str
@@ -34,14 +35,14 @@ def _backend(package: ModuleType) -> Backend:
 
 BACKENDS = {backend.name: backend for backend in map(_backend, (triton, native, reference))}
 
-# Device type -> backends, the fastest first; other devices have the reference alone. On CUDA, csrc/ops/problem_sizes.h
-# says for which sizes the native kernels go before Triton.
+# Device type -> backends, the fastest first; other devices only have the reference. On CUDA, csrc/ops/problem_sizes.h
+# defines the problem sizes for which the native kernels are preferred to Triton.
 ORDER = {"cuda": ("triton", "native", "reference"), "cpu": ("native", "reference")}
 
 _override: str | None = None
 
 
-def _named(name: str) -> Backend:
+def _lookup(name: str) -> Backend:
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; it must be one of {', '.join(map(repr, BACKENDS))}")
     return BACKENDS[name]
@@ -49,24 +50,34 @@ def _named(name: str) -> Backend:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Have every operator inside the `with` block computed by one backend: "triton", "native" or "reference".
+    """Compute all operators inside the `with` block with one backend.
 
-    Holds for the whole process, autograd's own threads included, and goes before the variable FASTROUTE_BACKEND.
-    A block does not change what `torch.compile` has traced: the choice is made at each call.
+    The setting applies to the whole process, including autograd's threads, and takes precedence over the environment
+    variable FASTROUTE_BACKEND. The backend is chosen at each call, also in code compiled by `torch.compile`.
+
+    Args:
+        name: "triton", "native" or "reference".
 
     Raises:
         ValueError: there is no backend of that name.
-        RuntimeError: at the first operator that it cannot serve, with the reason.
+        RuntimeError: raised by the first operator whose tensors the backend does not support.
+
+    Example:
+        >>> from fastroute.ops import mix
+        >>> with use_backend("reference"):
+        ...     ys = mix([torch.ones(4, 8), torch.ones(4, 8)], torch.eye(2))
+        >>> len(ys)
+        2
     """
     previous = _override
-    _name(_named(name).name)
+    _set_override(_lookup(name).name)
     try:
         yield
     finally:
-        _name(previous)
+        _set_override(previous)
 
 
-def _name(backend: str | None) -> None:
+def _set_override(backend: str | None) -> None:
     global _override
     _override = backend
     if not NOT_COMPILED:
@@ -76,7 +87,7 @@ def _name(backend: str | None) -> None:
 @cache
 def _choose(override: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
     if override:
-        backend = _named(override)
+        backend = _lookup(override)
         if reason := backend.reason_against(device, dtype):
             raise RuntimeError(f"backend {override!r} cannot serve {dtype} tensors on {device}: {reason}")
         return backend
@@ -94,12 +105,12 @@ def _choose(override: str | None, device: torch.device, dtype: torch.dtype) -> B
     raise AssertionError("the reference serves every device and dtype")
 
 
-# What the compiled library is told: the sum of those that can serve. Without any, it calls Python's way.
+# Flags of the backends that can serve a tensor, for the compiled library. With none, it calls the Python operator.
 _NATIVE, _TRITON, _CLUSTERS = 1, 2, 4
 
 
-def _answer(like: Tensor) -> int:
-    """Tell the compiled library who can serve tensors like this one; it decides between several by their sizes."""
+def _serving_flags(like: Tensor) -> int:
+    """Return the flags of the backends that support a tensor; the compiled library chooses among them by size."""
     device, dtype = like.device, like.dtype
     override = _override or os.environ.get("FASTROUTE_BACKEND")
     chosen = _choose(override, device, dtype).name
@@ -128,4 +139,4 @@ for _operator, _prepare in OPERATORS.items():
     KERNELS[_operator] = _serve(_operator, _prepare)
     implement(_operator, KERNELS[_operator], "CompositeExplicitAutograd")
 if not NOT_COMPILED:
-    PYTHON.impl("choose", _answer, "CompositeExplicitAutograd")
+    PYTHON.impl("choose", _serving_flags, "CompositeExplicitAutograd")

@@ -1,8 +1,8 @@
-"""Cross-prediction (Alg. 1) from PyTorch's convolutions and Triton's passes between them.
+"""Cross-prediction (Alg. 1) from PyTorch's convolutions and Triton kernels between them.
 
-csrc/ops/predictions.cpp is the same for the compiled passes.
+csrc/ops/predictions.cpp does the same with the compiled kernels.
 
-The backward works on the side of the inputs, whatever form the forward had. With dP_j the gradient before the ReLU:
+The backward is the same for both forms of the forward. With dP_j the gradient before the ReLU:
 
     T_ij = W_ijᵀ dP_j, for all i at once
     dg_ij = <T_ij, X_i> + <b_ij, Σ dP_j>, since <dP_j, W_ij X_i> = <W_ijᵀ dP_j, X_i>
@@ -10,7 +10,7 @@ The backward works on the side of the inputs, whatever form the forward had. Wit
     dW_ij, from X_i and g_ij dP_j
     db_ij = Σ_s g_ij Σ dP_j
 
-so that nothing of the size of the m·n predictions is kept from the forward.
+so that the m·n predictions need not be saved in the forward.
 """
 
 from dataclasses import dataclass
@@ -26,20 +26,20 @@ from fastroute.ops.cross_predict import output_shape
 
 @dataclass(frozen=True)
 class Passes:
-    """What a backend brings to cross-prediction.
+    """Cross-prediction with a backend's elementwise kernels.
 
-    A joined tensor has several paths side by side in its channels. `kernels` has
+    A joined tensor holds several paths concatenated along its channels. The module `kernels` has
 
         sum_predictions(predictions, gates, offsets, relu, outputs)
-            outputs_j = ReLU(Σ_i g_ij U_ij + offsets_j); predictions are, for each i, the joined U_ij of all j.
+            outputs_j = ReLU(Σ_i g_ij U_ij + offsets_j). predictions[i] joins U_ij over j.
         scale_paths(paths, masks, weights, sums, masked, scaled) -> totals
-            masked_p = paths_p where masks_p > 0, or all of it without masks; scaled_q are the joined w_pq masked_p of
-            all p. With `sums`, totals (N, P, C) are those of masked over space.
+            masked_p = paths_p where masks_p > 0, else 0; without masks, masked_p = paths_p. scaled[q] joins
+            w_pq masked_p over p. With `sums`, totals (N, P, C) are the sums of masked over space.
         sum_gradients(terms, xs, gates, grad_xs) -> products
-            products_ij = <T_ij, X_i>, and grad_xs_i = Σ_j g_ij T_ij unless there are none; terms are, for each j, the
-            joined T_ij of all i. xs have the format of the convolutions, and grad_xs that of the paths.
+            products_ij = <T_ij, X_i>, and grad_xs_i = Σ_j g_ij T_ij unless grad_xs is empty. terms[j] joins T_ij over
+            i. xs have the memory format of the convolutions, grad_xs that of the paths.
 
-    chunk_bytes: how many bytes of a path are worked on at once, of as many samples as that allows.
+    chunk_bytes: maximal bytes of a path per chunk of samples.
     """
 
     kernels: ModuleType
@@ -49,17 +49,17 @@ class Passes:
         return Convolution(*geometry, not channels_first(x))
 
     def _empty(self, convolution: Convolution, x: Tensor, channels: int, count: int) -> list[Tensor]:
-        """Unwritten tensors of x's samples and space, in the format of the convolutions."""
+        """Return uninitialised tensors with x's samples and space, in the memory format of the convolutions."""
         shape = x.shape[0], channels, *x.shape[2:]
         strides = dense_strides(shape, channels_first=not convolution.channels_last)
         return [x.new_empty_strided(shape, strides) for _ in range(count)]
 
     def _arranged(self, convolution: Convolution, xs: list[Tensor]) -> list[Tensor]:
-        """The paths in the format of the convolutions."""
+        """Return the paths in the memory format of the convolutions."""
         return [convolution.arrange(x) for x in xs]
 
     def _chunks(self, path: Tensor) -> list[slice]:
-        """Slices of equal numbers of samples."""
+        """Return slices of equal numbers of samples."""
         count = max(1, -(-path.numel() * path.itemsize // self.chunk_bytes))
         size = max(1, -(-path.shape[0] // count))
         return [slice(first, first + size) for first in range(0, path.shape[0], size)]
@@ -119,7 +119,7 @@ class Passes:
         return grad_xs, grad_weight, (gates[..., None] * totals[:, None]).sum(0), grad_gates
 
     def _grads_of_sums(self, convolution, grad_outputs, outputs, gates, sums):
-        """dP_j in the format of the convolutions, and with `sums` their totals over space."""
+        """Return dP_j in the memory format of the convolutions and, with `sums`, their sums over space."""
         if not outputs and not sums:  # dY_j itself
             return self._arranged(convolution, grad_outputs), None
         grad = grad_outputs[0]
@@ -128,25 +128,25 @@ class Passes:
         return grads, self.kernels.scale_paths(grad_outputs, outputs, none, sums, grads, [])
 
     def _grad_weight(self, convolution, grads, xs, weight, gates, grad_weight):
-        """dW, input by input, so that only n of the m·n g_ij dP_j exist at a time."""
+        """Add to dW, input by input, so that only n of the m·n terms g_ij dP_j exist at a time."""
         n, width = weight.shape[1:3]
         [scaled] = self._empty(convolution, grads[0], n * width, 1)
         for i, x in enumerate(xs):
             self.kernels.scale_paths(grads, [], gates[:, i, :, None], False, [], [scaled])
-            grad_weight[i] += convolution.to_weight(scaled, x, weight[i].flatten(0, 1))
+            grad_weight[i] += convolution.weight_gradient(scaled, x, weight[i].flatten(0, 1))
 
     def _grad_inputs(self, convolution, grads, xs, weights, gates, grad_xs):
-        """The inner products <T_ij, X_i>, and dX unless grad_xs is empty."""
+        """Return the inner products <T_ij, X_i>, and write dX unless grad_xs is empty."""
         [like] = self._empty(convolution, xs[0], weights[0].shape[1], 1)
-        terms = [convolution.to_inputs(grad, like, w) for grad, w in zip(grads, weights, strict=True)]
+        terms = [convolution.input_gradient(grad, like, w) for grad, w in zip(grads, weights, strict=True)]
         return self.kernels.sum_gradients(terms, xs, gates, grad_xs)
 
 
 def _by_input(convolution: Convolution, weight: Tensor) -> list[Tensor]:
-    """For each i the W_ij of all j (n·C_out, C_in, *k), in the format of the convolutions."""
+    """Return for each i the W_ij of all j (n·C_out, C_in, *k), in the memory format of the convolutions."""
     return [convolution.arrange(w.flatten(0, 1)) for w in weight]
 
 
 def _by_output(convolution: Convolution, weight: Tensor) -> list[Tensor]:
-    """For each j the W_ij of all i (C_out, m·C_in, *k), in the format of the convolutions."""
+    """Return for each j the W_ij of all i (C_out, m·C_in, *k), in the memory format of the convolutions."""
     return [convolution.arrange(w.transpose(0, 1).flatten(1, 2)) for w in weight.unbind(1)]

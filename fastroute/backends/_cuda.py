@@ -21,7 +21,7 @@ def reason_against_device(device: torch.device, capability: tuple[int, int]) -> 
 
 def _reason_for_no_device() -> str:
     try:
-        torch.cuda.init()  # says what is wrong: no driver, or one that is too old
+        torch.cuda.init()  # raises the reason: no driver, or one that is too old
     except (RuntimeError, AssertionError) as error:
         return f"PyTorch can use no CUDA device: {str(error).partition('. ')[0].rstrip('.')}"
     return "this machine has no CUDA device"

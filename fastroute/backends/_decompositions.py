@@ -1,4 +1,4 @@
-"""The operators in plain ones: for transforms, ONNX export, and `run_decompositions` of an exported program."""
+"""Decompositions into plain PyTorch: for transforms, ONNX export, and `run_decompositions` of an exported program."""
 
 from collections.abc import Callable
 
@@ -16,5 +16,5 @@ for _name, _prepare in OPERATORS.items():
     _operator = getattr(torch.ops.fastroute, _name).default
     PLAIN[_name] = _decompose(_name, _prepare)
     torch._decomp.register_decomposition(_operator, unsafe=True)(PLAIN[_name])
-    # Fake tensors of symbolic sizes would take the decomposition in place of the fake kernel, but for this entry.
+    # Without this entry, fake tensors of symbolic sizes would use the decomposition instead of the fake kernel.
     torch._decomp.meta_table[_operator] = _operator

@@ -1,4 +1,4 @@
-"""Measures the operators and networks on this machine: what `fastroute bench` and `pytest benchmarks/` share."""
+"""Benchmarks of operators and networks, shared by `fastroute bench` and `pytest benchmarks/`."""
 
 import math
 import time
@@ -26,7 +26,7 @@ __all__ = [
     "without_tf32",
 ]
 
-# Suite → its cases on a device.
+# Suite → function that yields its cases for a device.
 SUITES: dict[str, Callable[[torch.device], Iterable[Case]]] = {
     "operators": operators.cases,
     "networks": networks.cases,
@@ -39,17 +39,31 @@ ROUNDS = {"operators": 15, "networks": 5, "overhead": 50, "sparse": 15, "paralle
 
 
 def all_cases(device: torch.device) -> list[Case]:
-    """Every case of every suite that can be measured on a device."""
+    """Return the cases of all suites.
+
+    Args:
+        device: where they are measured.
+
+    Returns:
+        The cases that can be measured on the device.
+    """
     return [case for cases in SUITES.values() for case in cases(device)]
 
 
 def without_tf32() -> None:
-    """Have float32 computed in float32 by the rest of this process: contenders for one job must do the same work."""
+    """Disable TF32 for the rest of the process, so that all contenders compute in float32."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def measure(case: Case, rounds: int | None = None) -> Row:
-    """Check a case's results, then time it for a number of rounds, that of its suite by default.
+    """Check the results of a case, then time it.
+
+    Args:
+        case: the case.
+        rounds: timed rounds; by default those of its suite.
+
+    Returns:
+        The median times of all contenders, in ms.
 
     Raises:
         AssertionError: a contender's result is wrong.
@@ -68,23 +82,26 @@ def run(
     seconds: float | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Measure case after case into a result, and say each.
+    """Measure cases one by one, add their rows to a result, and report each.
 
-    A case whose results are wrong, or that does not run, has no row: `result.settings["failures"]` says why.
+    A case that gives wrong results or does not run has no row; the reason is added to `result.settings["failures"]`.
 
     Args:
+        result: gets the rows.
+        cases: the cases to measure.
         rounds: timed rounds of each case; by default those of its suite.
-        seconds: when these are over, no further case is begun.
+        seconds: time limit after which no further case is started; None for none.
+        say: called with a line for each case.
     """
     failures = result.settings["failures"] = []
     end = math.inf if seconds is None else time.monotonic() + seconds
     for position, case in enumerate(cases, 1):
         if time.monotonic() > end:
-            say(f"{len(cases) - position + 1} cases are left for want of time")
+            say(f"skipped {len(cases) - position + 1} cases: time limit reached")
             return
         try:
             row = measure(case, rounds)
-        except (AssertionError, RuntimeError) as error:  # wrong; out of memory, or not to be compiled
+        except (AssertionError, RuntimeError) as error:  # wrong results; out of memory, or compilation failed
             failures.append(f"{case.id}: {in_a_line(error)}")
             say(f"{position}/{len(cases)} {failures[-1]}")
         else:

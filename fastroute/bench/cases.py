@@ -1,4 +1,4 @@
-"""What a case is, and what its builders share."""
+"""Benchmark cases, and helpers to build them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure.
+    """A case to measure.
 
     suite, labels: as in `Row`.
-    build: makes the contest; this draws the tensors, so a case costs nothing until then.
-    quick: whether it belongs to the default selection, which takes under 5 minutes on 2 cores.
-    stated: whether README's table of speed is made of it.
+    build: makes the contest. It also allocates the tensors, so that a case costs nothing before.
+    quick: whether the case is in the default selection, which takes under 5 minutes on 2 cores.
+    stated: whether the case is part of the documentation's table of speed.
     """
 
     suite: str
@@ -35,14 +35,20 @@ class Case:
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device) -> Tensor:
-    """A random tensor; `torch.manual_seed` decides which. Only maps (N, C, H, W) have the layout channels_last."""
+    """Draw a random tensor from PyTorch's global generator.
+
+    Args:
+        shape: of the tensor; channels_last needs (N, C, H, W).
+        dtype, device: of the tensor.
+        layout: a key of `LAYOUTS`.
+    """
     return torch.randn(shape).to(device, dtype).contiguous(memory_format=LAYOUTS[layout])
 
 
-# torch.compile's mode by type of device. On a GPU without CUDA graphs, whose copies of the inputs would slow a peer.
+# Device type → mode of torch.compile. On a GPU without CUDA graphs, whose input copies would slow a peer down.
 COMPILE_MODES = {"cuda": "max-autotune-no-cudagraphs"}
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:
-    """`torch.compile` of a peer."""
+    """Return `torch.compile` of a peer's function, in the mode for the device."""
     return torch.compile(function, dynamic=False, mode=COMPILE_MODES.get(device.type, "default"))

@@ -1,4 +1,4 @@
-"""Contenders for one job: checked, then timed in turns."""
+"""Contests between implementations of one task: checked, then timed in interleaved rounds."""
 
 import random
 import statistics
@@ -18,21 +18,21 @@ OURS = "fastroute"
 
 @dataclass
 class Contest:
-    """What one case races: contenders for the same job on the same tensors.
+    """Contenders for the same task on the same tensors.
 
-    Rounds of all, in random order, are interleaved, so that ratios of their medians hold when the machine's speed
-    drifts. A turn on the CPU is one call with the caches and the heap as the others left them, whose time is kept apart
-    as that of a cold call, and then calls in a row, as in a loop. On a GPU the caches are emptied before every timing,
-    and the replay of a CUDA graph is timed, with no time of the host in it. `facts` says what could not be captured.
+    Rounds over all contenders, in random order, are interleaved, so that ratios of their medians are valid even if the
+    machine's speed drifts. A turn on the CPU is one cold call, with caches and heap as the others left them and timed
+    separately, followed by consecutive calls, as in a loop. On a GPU the caches are flushed before every timing, and
+    the replay of a CUDA graph is timed, without host time. `facts` names the contenders that could not be captured.
 
-    contenders: name → a call that does the job once. `OURS` is among them.
+    contenders: name → function that does the task once. `OURS` is among them.
     check: raises AssertionError unless all contenders have the same result.
-    device: where they compute.
-    floor_bytes: the bytes that must move at least, or None where no copy is a bound.
-    host: whether the time of the host is meant, with work on a GPU going on beside it.
-    repeats: calls in a row, of which the mean is taken for one time.
-    facts: what else a row should say.
-    seconds, cold_seconds: what was measured, by contender.
+    device: of the tensors.
+    floor_bytes: minimal number of bytes moved, or None if memory is not the bound.
+    host: whether to time the host, with work on a GPU running asynchronously.
+    repeats: consecutive calls, whose mean is one time.
+    facts: further entries of the row.
+    seconds, cold_seconds: measured times by contender.
     """
 
     contenders: dict[str, Callable[[], object]]
@@ -57,7 +57,7 @@ class Contest:
         self._timed = dict(self.contenders)
 
     def warm_up(self, calls: int = 2) -> None:
-        """Check the results, call everybody in turn, unmeasured, and make what is to be timed of each."""
+        """Check the results, call all contenders without timing, and capture CUDA graphs."""
         self.check()
         for name in self.turns(calls):
             self.contenders[name]()
@@ -67,30 +67,32 @@ class Contest:
             self.facts["not in a CUDA graph"] = "; ".join(reasons)
 
     def turns(self, rounds: int) -> Iterator[str]:
-        """The names in the order in which they are to be timed: each once a round, at random."""
+        """Yield the contenders' names in the order of timing: each once per round, in random order."""
         for _ in range(rounds):
             yield from random.sample(sorted(self.contenders), len(self.contenders))
 
     def prepare(self, name: str) -> None:
-        """Begin a turn: bring the device to rest and, unless that has emptied the caches, time the cold call."""
+        """Begin a turn: synchronise the device and, unless that flushes the caches, time the cold call."""
         self._clock.prepare()
-        if not self._clock.empties_caches:
+        if not self._clock.flushes_caches:
             self.cold_seconds[name].append(self._clock.time(self._timed[name], 1))
 
     def call(self, name: str) -> None:
-        """Time a contender's calls in a row, after `prepare`."""
+        """Time a contender's consecutive calls, after `prepare`."""
         self.seconds[name].append(self._clock.time(self._timed[name], self.repeats) / self.repeats)
 
     def turn(self, name: str) -> None:
+        """Run one turn of a contender."""
         self.prepare(name)
         self.call(name)
 
     def run(self, rounds: int) -> None:
+        """Run a number of rounds."""
         for name in self.turns(rounds):
             self.turn(name)
 
     def row(self, suite: str, labels: dict) -> Row:
-        """The medians so far, with the memory of each contender, which is measured now."""
+        """Return the median times so far and the memory of each contender, which is measured now."""
         peers = [name for name in self.contenders if name != "copy"]
         return Row(
             suite=suite,
@@ -111,12 +113,12 @@ def _medians(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 
 def clock(device: torch.device) -> "HostClock | DeviceClock":
-    """What times work on a device."""
+    """Return the clock for a device."""
     return DeviceClock(device) if device.type == "cuda" else HostClock(device)
 
 
 class Prepared(NamedTuple):
-    """What to time in a function's place, the results that it writes, and why it is no graph where it could not be."""
+    """A function to time in place of another, the results it writes, and the reason if it is not a CUDA graph."""
 
     call: Callable[[], object]
     results: object = None
@@ -124,7 +126,9 @@ class Prepared(NamedTuple):
 
 
 class HostClock:
-    empties_caches = False
+    """Wall-clock time on the host."""
+
+    flushes_caches = False
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -144,24 +148,24 @@ class HostClock:
 
 
 class DeviceClock:
-    """Time between two events on the stream, with nothing of the inputs left in L2.
+    """Time between two CUDA events, with L2 flushed before.
 
-    Writing 256 MiB keeps the device busy for 90 µs at 3 TB/s, and the host may need 200 to queue an operator and its
-    backward, which would then be in the time. The replay of a graph is one call.
+    A graph is replayed by one call. Without it, host time would be included: the flush, a write of 256 MiB, keeps the
+    device busy for 90 µs at 3 TB/s, but the host may need 200 µs to queue an operator and its backward.
     """
 
-    empties_caches = True
+    flushes_caches = True
 
     def __init__(self, device: torch.device):
         self.device, self.flush = device, torch.empty(256 << 20, dtype=torch.uint8, device=device)
-        # One pool: no two graphs are replayed at once, so they may use the same memory for what nobody keeps.
+        # Graphs are never replayed concurrently, so they can share one pool for temporary memory.
         self._pool = cuda.graph_pool_handle()
 
     def prepared(self, function: Callable[[], object]) -> Prepared:
-        """The replay of a call as captured in a CUDA graph; where that fails, the function itself."""
+        """Capture a call in a CUDA graph and return its replay; if that fails, return the function itself."""
         stream = cuda.Stream(self.device)
         stream.wait_stream(cuda.current_stream(self.device))
-        with cuda.stream(stream):  # what a capture does not allow, such as compiling, is done before it
+        with cuda.stream(stream):  # warm-up: a capture does not allow, for example, compilation
             for _ in range(3):
                 function()
         cuda.current_stream(self.device).wait_stream(stream)
@@ -189,7 +193,7 @@ class DeviceClock:
 
 
 def saved_bytes(function: Callable[[], object]) -> int:
-    """The bytes of all storages that autograd saves for backward while `function` runs, each counted once."""
+    """Return the bytes of all storages that autograd saves for backward while `function` runs."""
     storages = {}
 
     def pack(tensor):
@@ -203,7 +207,7 @@ def saved_bytes(function: Callable[[], object]) -> int:
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """The most memory that `function` has at once on a GPU, beyond what was allocated before."""
+    """Return the peak of the GPU memory that `function` allocates, in bytes."""
     cuda.synchronize(device)
     before = cuda.memory_allocated(device)
     cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""Whole steps of the thesis's networks: with routing, without, with plain routing, and compiled."""
+"""Benchmarks of the thesis's networks: with routing, without, with plain PyTorch routing, and compiled."""
 
 import contextlib
 import copy
@@ -17,7 +17,7 @@ from fastroute.nn import CrossConnection
 
 FORWARD, STEP = "forward", "forward+backward+optimiser"
 
-# Network → (paths, batch sizes, classes, size of the images). Those that are not registered are left out.
+# Network → (paths, batch sizes, classes, image size). Networks that are not registered are skipped.
 CIFAR = {
     f"resnet20{suffix}": (paths, (128, 64), 10, 32) for paths, suffix in enumerate(("", "_cc2", "_cc3", "_cc4"), 1)
 }
@@ -25,7 +25,7 @@ IMAGENET = {"resnet18_cc2": (2, (32,), 1000, 224), "resnet50_cc2": (2, (32,), 10
 
 
 def without_kernels(model: nn.Module) -> nn.Module:
-    """A copy of the network with the same weights, whose cross-connections are computed in plain PyTorch."""
+    """Return a copy of the network with cross-connections in plain PyTorch."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if type(module) is CrossConnection:
@@ -34,7 +34,7 @@ def without_kernels(model: nn.Module) -> nn.Module:
 
 
 def contest(labels: dict, num_classes: int, img_size: int, compile: bool, device: torch.device) -> Contest:
-    """A network against itself without routers, with plain ones, and, on request, both kinds compiled."""
+    """Build a contest of a network against itself without routers, with plain ones and, if `compile`, both compiled."""
     training = labels["direction"] == STEP
     batch, memory_format, dtype = labels["batch"], LAYOUTS[labels["layout"]], DTYPES[labels["dtype"]]
     torch.manual_seed(0)
@@ -50,7 +50,7 @@ def contest(labels: dict, num_classes: int, img_size: int, compile: bool, device
         return torch.autocast(device.type, dtype) if half else contextlib.nullcontext()
 
     def job(model, call):
-        """One step of `model`, which `call` computes: the module, or what was compiled of it."""
+        """Return a step of `model`, computed by `call`: the module, or its compiled version."""
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
         def step():
@@ -70,7 +70,7 @@ def contest(labels: dict, num_classes: int, img_size: int, compile: bool, device
     model = create()
     routers = [module for module in model.modules() if isinstance(module, CrossConnection)]
     for router in routers:
-        nn.init.normal_(router.w2)  # gates that differ, so that comparing the results says something
+        nn.init.normal_(router.w2)  # gates that differ between samples, so that the comparison is meaningful
     models = {OURS: model}
     if routers:
         models |= {"no routing": create(routing=None), "eager": without_kernels(model)}
@@ -86,8 +86,8 @@ def contest(labels: dict, num_classes: int, img_size: int, compile: bool, device
     def check():
         if "eager" not in models:
             return
-        # Roundings grow through the layers: two right gradients in bfloat16 were 0.18 of their norm apart, so those
-        # are compared in float32 alone.
+        # Rounding errors grow through the layers: two correct bfloat16 gradients differed by 0.18 of their norm, so
+        # gradients are compared in float32 only.
         half = dtype != torch.float32
         logits = {name: contenders[name]().detach().float() for name in models if name != "no routing"}
         for name in logits.keys() - {"eager"}:
@@ -113,7 +113,7 @@ def _routing_share(model, images, targets, context) -> float:
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Every network × direction × dtype × layout × batch size; compiled peers, which take minutes, where not quick."""
+    """Yield network × direction × dtype × layout × batch size; only cases that are not quick have compiled peers."""
     registered = set(list_models())
     for network, (paths, batches, classes, img_size) in {**CIFAR, **IMAGENET}.items():
         if network not in registered:

@@ -1,4 +1,4 @@
-"""Operators on the maps of the thesis's networks, against plain PyTorch, `torch.compile` of it, and a copy."""
+"""Benchmarks of operators on the thesis's shapes, against plain PyTorch, `torch.compile` of it, and a copy."""
 
 import contextlib
 import os
@@ -29,26 +29,26 @@ def _maps(batch: int, stages: Sequence[tuple[int, int]]) -> list[tuple[int, ...]
 
 
 def stages(device: str) -> list[tuple[int, ...]]:
-    """(N, C, H, W) behind every stage of the thesis's networks, at its batch sizes; on a CPU at 32 for ImageNet."""
+    """Return (N, C, H, W) after each stage of the thesis's networks, at its batch sizes; 32 for ImageNet on a CPU."""
     imagenet = 256 if device == "cuda" else 32
     small = _maps(64, CIFAR_RESNET) + _maps(128, CIFAR_RESNET + BASE_CNN)
     return small + _maps(imagenet, RESNET18 + RESNET50)
 
 
-# The error of torch.compile's result, in eager's, that passes for the same result: summing as its code does leaves the
-# gradients of a gate's few parameters with 1.5 to 8 times the error of eager (rms over draws), and one draw varies.
+# Allowed error of torch.compile's result, as a multiple of eager's: its order of summation gives the gradients of a
+# gate's few parameters 1.5 to 8 times the error of eager (rms over draws), and single draws vary.
 COMPILE_TIMES = 32
 
-# Calls in a row where memory bounds the time; where convolutions do, caches matter little and a call takes long.
+# Consecutive calls of memory-bound cases. With convolutions, caches matter little and a call takes long.
 REPEATS = 5
 
-# What README states: the stages of the CIFAR ResNets at batch 128, and the first three of ResNet18 at batch 32.
+# Shapes in the documentation: stages of the CIFAR ResNets at batch 128, and the first three of ResNet18 at batch 32.
 STATED = _maps(128, CIFAR_RESNET) + _maps(32, RESNET18[:3])
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One call to be timed: m paths of a shape, routed to n."""
+    """A call to time: m paths of a shape, routed to n."""
 
     operator: str
     direction: str
@@ -61,17 +61,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class Operator:
-    """What a benchmark needs to know of an operator.
+    """An operator to benchmark.
 
     fused, plain: from (list of m paths, *parameters) to a list of tensors; ours, and the same in plain PyTorch.
-    parameters: the float32 parameters beside the paths, drawn for a problem.
-    maps: how many maps of the paths' size (forward, backward) must read and write at least, by (m, n); None where
-        moving them is not what bounds the time.
+    parameters: draws the float32 parameters of a problem.
+    maps: (m, n) → minimal number of maps read and written by (forward, backward); None if the operator is not bound by
+        memory.
     shapes: device type → the shapes of a path.
-    quick: those of the default selection, with the first of `paths`, the first of them in both directions.
-    paths: (m, n); backends that are not the first choice are measured with the first.
-    rectified: whether the outputs come from a ReLU; beside its kink, where it is chance whether a gradient passes, none
-        is sent.
+    quick: shapes of the default selection, for the first of `paths`; the first shape in both directions.
+    paths: (m, n); backends other than the first choice are measured with the first only.
+    rectified: whether the outputs come from a ReLU. Near its kink, where rounding decides whether a gradient passes,
+        the incoming gradient is set to 0.
     """
 
     fused: Callable[..., Sequence[Tensor]]
@@ -106,7 +106,7 @@ def _gates(problem: Problem) -> list[Tensor]:
 
 
 def _routed_maps(m: int, n: int) -> tuple[int, int]:
-    """Forward reads m maps and writes n; backward reads those m and n gradients, and writes m."""
+    """Return the maps moved: forward reads m and writes n; backward reads these m and n gradients, and writes m."""
     return m + n, 2 * m + n
 
 
@@ -128,14 +128,16 @@ OPERATORS = {
         shapes=lambda device: _maps(128, CIFAR_RESNET[:2]),
         quick=_maps(128, CIFAR_RESNET[:1]),
         paths=((2, 2), (3, 3)),
-        dtypes=("float32",),  # in bfloat16 the gradients of the few gates and biases differ by chance, as compile's do
+        dtypes=(
+            "float32",
+        ),  # in bfloat16 the gradients of the few gates and biases differ by chance, also those of torch.compile
         rectified=True,
     ),
 }
 
 
 def contest(problem: Problem, device: torch.device) -> Contest:
-    """The operator by one backend against the peers, on the same tensors."""
+    """Build a contest of an operator on one backend against its peers, on the same tensors."""
     operator, dtype = OPERATORS[problem.operator], DTYPES[problem.dtype]
     m, n = problem.paths
     torch.manual_seed(0)
@@ -156,7 +158,7 @@ def contest(problem: Problem, device: torch.device) -> Contest:
         return [*outputs, *torch.autograd.grad(outputs, [*xs, *parameters], incoming)]
 
     def fused():
-        # The first choice is left to be made as for any user: naming it takes another way.
+        # Do not name the backend of first choice: naming takes a different code path from the user's.
         first = _serving(device, dtype)[0] == problem.backend
         with contextlib.nullcontext() if first else use_backend(problem.backend):
             return job(operator.fused)
@@ -183,7 +185,7 @@ def contest(problem: Problem, device: torch.device) -> Contest:
         forward, backward = operator.maps(m, n)
         maps = forward if problem.direction == FORWARD else forward + backward
         floor = maps * xs[0].numel() * xs[0].element_size()
-    # On a GPU each call finds the caches empty.
+    # On a GPU the caches are flushed before each call.
     repeats = 1 if floor is None or device.type == "cuda" else REPEATS
     return Contest(contenders, check, device, floor, repeats=repeats)
 
@@ -193,10 +195,10 @@ def _serving(device: torch.device, dtype: torch.dtype) -> list[str]:
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Every operator × direction × backend × dtype × layout × shape × number of paths.
+    """Yield operator × direction × backend × dtype × layout × shape × number of paths.
 
     Raises:
-        ValueError: FASTROUTE_BACKEND is set, which would go before the backends that the cases name.
+        ValueError: FASTROUTE_BACKEND is set, which would override the backends of the cases.
     """
     if override := os.environ.get("FASTROUTE_BACKEND"):
         raise ValueError(f"FASTROUTE_BACKEND is {override!r}; it must not be set, since the cases name the backends")
@@ -220,7 +222,7 @@ def _problems(name, operator, backend, dtype, paths, device) -> Iterator[Problem
             for direction in (FORWARD_BACKWARD, FORWARD):
                 for m, n in paths:
                     yield Problem(name, direction, backend, dtype, layout, shape, (m, n))
-        if operator.shapes is stages:  # inference, an image at a time
+        if operator.shapes is stages:  # inference, one image at a time
             for shape in _maps(1, RESNET50):
                 yield Problem(name, FORWARD, backend, dtype, layout, shape, paths[0])
 

@@ -1,4 +1,4 @@
-"""What the host spends on one call of an operator, on a tiny input, against calling the kernel directly."""
+"""Benchmarks of the host time of an operator call on a tiny input, against a direct call of the kernel."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -17,7 +17,7 @@ SHAPE, PATHS, REPEATS = (1, 16, 4, 4), 2, 100
 
 
 def contest(labels: dict, device: torch.device) -> Contest:
-    """`ops.cross_connect` against the kernel of the backend that serves it, without checks, dispatch and autograd."""
+    """Build a contest of `ops.cross_connect` against its kernel, without checks, dispatch and autograd."""
     torch.manual_seed(0)
     xs = [torch.randn(SHAPE, device=device) for _ in range(PATHS)]
     sizes = (PATHS, 16, SHAPE[1]), (PATHS, 16), (PATHS, PATHS, 16), (PATHS, PATHS)
@@ -58,7 +58,7 @@ def contest(labels: dict, device: torch.device) -> Contest:
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Forward, and forward plus backward, by the backend of first choice."""
+    """Yield forward, and forward plus backward, on the backend of first choice."""
     backend = next(n for n in ORDER[device.type] if BACKENDS[n].reason_against(device, torch.float32) is None)
     for direction in (FORWARD, FORWARD_BACKWARD):
         labels = {

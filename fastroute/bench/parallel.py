@@ -1,4 +1,4 @@
-"""Parallel convolutions: one after the other, batched over their stacked weights, and as one grouped convolution."""
+"""Benchmarks of parallel convolutions: separate, batched over stacked weights, and as one grouped convolution."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -15,16 +15,15 @@ PATHS = (2, 3)
 
 
 def layer(channels: int, groups: int = 1) -> nn.Sequential:
-    """A convolution that keeps the size of the maps, its batch normalisation and ReLU."""
+    """Return a 3 × 3 convolution that keeps the map size, with batch normalisation and ReLU."""
     convolution = nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(channels), nn.ReLU())
 
 
 def contest(labels: dict, device: torch.device) -> Contest:
-    """A layer of parallel paths in each of its forms.
+    """Build a contest between the forms of a layer of parallel paths.
 
-    "grouped" finds its maps side by side in one tensor and its weights in another, and leaves them so: what the form
-    would take in a network that never has the paths apart.
+    "grouped" takes and returns joined maps and has joined weights, as in a network that never separates the paths.
     """
     shape, count, trained = labels["shape"], labels["paths"], labels["direction"] == FORWARD_BACKWARD
     dtype, memory_format = DTYPES[labels["dtype"]], LAYOUTS[labels["layout"]]
@@ -33,7 +32,7 @@ def contest(labels: dict, device: torch.device) -> Contest:
     joined = torch.cat(xs, 1).contiguous(memory_format=memory_format)
     options = {"device": device, "dtype": dtype, "memory_format": memory_format}
     paths = ParallelPaths(layer(shape[1]) for _ in range(count)).to(**options)
-    batched = ParallelPaths(paths, execution="batched")  # of the same modules
+    batched = ParallelPaths(paths, execution="batched")  # shares the modules
     grouped = ParallelPaths([layer(count * shape[1], groups=count)]).to(**options)
     with torch.no_grad():
         grouped[0][0].weight.copy_(torch.cat([path[0].weight for path in paths]))
@@ -55,7 +54,7 @@ def contest(labels: dict, device: torch.device) -> Contest:
 
     def check():
         results = {name: call() for name, call in contenders.items()}
-        # Gradients of the convolutions cancel in the normalisation after them, so those are compared by their maps.
+        # The gradients of convolutions cancel in the normalisation, so only the gradients of the maps are compared.
         near = {"rtol": 2e-2, "atol": 0.5} if dtype == torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-3}
         for position in (0, count) if trained else (0,):
             ours = results[OURS][position : position + count]
@@ -67,7 +66,7 @@ def contest(labels: dict, device: torch.device) -> Contest:
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Every direction × dtype and layout × shape × number of paths."""
+    """Yield direction × dtype and layout × shape × number of paths."""
     for dtype, layout in (("float32", "contiguous"), ("float32", "channels_last"), ("bfloat16", "channels_last")):
         for shape in STATED:
             for count in PATHS:

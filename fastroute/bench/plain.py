@@ -1,4 +1,4 @@
-"""The operators as a user of PyTorch would write them: lists, `mean`, `softmax` and Python sums."""
+"""The operators in plain PyTorch, as a user would write them: lists, `mean`, `softmax` and Python sums."""
 
 import torch
 from torch import Tensor
@@ -9,19 +9,19 @@ from fastroute.nn.cross_connection import Routing
 
 
 def mix(xs: list[Tensor], gates: Tensor) -> list[Tensor]:
-    """Eq. 3.7, with gates (N, m, n)."""
+    """Compute Eq. 3.7, with gates (N, m, n)."""
     return _weighted_sums(xs, gates.unbind(1))
 
 
 def cross_connect(xs: list[Tensor], w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> list[Tensor]:
-    """Alg. 2; the gates are computed in the dtype of the weights."""
+    """Compute Alg. 2, with the gates in the dtype of the weights."""
     return _weighted_sums(xs, _gates(xs, w1, b1, w2, b2)[0])
 
 
 def cross_predict(
     xs: list[Tensor], weight: Tensor, bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
 ) -> list[Tensor]:
-    """Alg. 1 with its gates, by 3 × 3 convolutions that keep the size of the maps."""
+    """Compute Alg. 1 with its gates, by 3 × 3 convolutions that keep the map size."""
     dtype = xs[0].dtype
     predictions = []
     for x, weights, biases in zip(xs, weight.to(dtype), bias.to(dtype), strict=True):
@@ -51,7 +51,7 @@ def _weighted_sums(xs, gates):
 
 
 class PlainCrossConnection(CrossConnection):
-    """The router in plain PyTorch. The gates and scores of its `Routing` are lists, since nobody reads them here."""
+    """`CrossConnection` in plain PyTorch. Gates and scores of its `Routing` are lists, since they are not used here."""
 
     def forward(self, xs, return_routing=False):
         if self.activation:

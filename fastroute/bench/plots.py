@@ -1,4 +1,4 @@
-"""Figures of a result: share of the copy by size, step time by number of paths, memory."""
+"""Figures of a result: share of the copy's speed by size, step time by number of paths, and memory."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,12 +11,21 @@ with extra("bench", "fastroute.bench.plots"):
     import matplotlib
     from matplotlib.figure import Figure
 
-# Text as text, and equal files for equal results.
+# Keep text as text, and make files reproducible.
 _STYLE = {"svg.fonttype": "none", "svg.hashsalt": "fastroute", "axes.spines.top": False, "axes.spines.right": False}
 
 
 def draw(result: Result, folder: Path, stem: str) -> list[Path]:
-    """Write `STEM_share_of_copy.svg`, `STEM_steps.svg` and `STEM_memory.svg`, each where the result has its figures."""
+    """Write `STEM_share_of_copy.svg`, `STEM_steps.svg` and `STEM_memory.svg`, if the result has their cases.
+
+    Args:
+        result: a benchmark result.
+        folder: where the files go.
+        stem: prefix of the file names.
+
+    Returns:
+        The files written.
+    """
     suites = by_suite(result.rows)
     operators = [row for row in suites.get("operators", []) if "copy" in row.ms]
     steps = [
@@ -75,7 +84,7 @@ def _steps(rows: list[Row]) -> Figure:
 
 
 def _memory(rows: list[Row]) -> Figure:
-    """At the peak where the device can tell, else what is saved for backward, per byte of the floor."""
+    """Plot peak memory, or memory saved for backward where the peak is unknown, over the minimal bytes moved."""
     kind = "peak_bytes" if any(any(row.peak_bytes.values()) for row in rows) else "saved_bytes"
     what = "at the peak" if kind == "peak_bytes" else "saved for backward"
     figure, axes = _axes("bytes that must move (MB)", f"memory {what} (MB)")

@@ -1,6 +1,7 @@
-"""Results as tables: of one run, of two compared, and README's section on speed."""
+"""Tables of one result, of two results compared, and the documentation's section on speed."""
 
 import math
+import os
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +14,13 @@ _MARKERS = r"<!-- speed: (?P<result>\S+) -->\n.*?<!-- end of speed -->"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int) -> str:
-    """A Markdown table, aligned to be read as it is; after the first `words` columns come numbers, to the right."""
+    """Format a Markdown table with aligned columns.
+
+    Args:
+        header: the column names.
+        rows: the cells.
+        words: number of left-aligned columns; the others hold numbers and are right-aligned.
+    """
     lines = [list(header), *(list(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
 
@@ -28,10 +35,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int) -> s
 
 
 def geometric_mean(values: Iterable[float]) -> float:
+    """Return the geometric mean of positive values."""
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
 def by_suite(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Group rows by suite."""
     suites: dict[str, list[Row]] = {}
     for row in rows:
         suites.setdefault(row.suite, []).append(row)
@@ -39,7 +48,7 @@ def by_suite(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def _peers(rows: Iterable[Row]) -> list[str]:
-    """All peers of these rows but the copy, in the order in which they appear."""
+    """Return all peers of these rows except the copy, in order of appearance."""
     return list(dict.fromkeys(name for row in rows for name in row.ms if name not in ("fastroute", "copy")))
 
 
@@ -61,12 +70,11 @@ def _means(rows: Sequence[Row], peers: Iterable[str], cold: bool = False) -> lis
 
 
 def tables(rows: Iterable[Row]) -> str:
-    """A table for each suite: milliseconds, GB/s, share of the copy, how many times as fast as each peer, and memory.
+    """Format one table per suite: milliseconds, GB/s, share of the copy's speed, speed-up over each peer, and memory.
 
-    "cold" are single calls after the others have used the caches, all else calls in a row; see `Row`.
-
-    "saved MiB" is what autograd keeps for backward, ours and eager's; "peak MiB" what is allocated at once, on a GPU.
-    The last row has geometric means.
+    "cold" columns are single calls after the others have used the caches, all others consecutive calls; see `Row`.
+    "saved MiB" is the memory that autograd saves for backward, ours and eager's; "peak MiB" the peak allocation on a
+    GPU. The last row has geometric means.
     """
     return "\n\n".join(f"{suite}\n\n{_suite_table(rows)}" for suite, rows in by_suite(rows).items())
 
@@ -106,10 +114,16 @@ def _fact(value) -> str:
 
 
 def compare(old: Result, new: Result) -> str:
-    """Two results case by case: how many times as fast as before, and how much of that is the machine's doing.
+    """Compare two results case by case: the speed-up, and the part of it due to the machine.
 
-    "peers" is the geometric mean of how many times as fast as before the unchanged contenders are: the machine's drift.
-    "net" is the one over the other.
+    "peers" is the geometric mean of the unchanged contenders' speed-ups, which is the drift of the machine. "net" is
+    the speed-up over the drift.
+
+    Args:
+        old, new: results with cases in common.
+
+    Returns:
+        One table per suite.
 
     Raises:
         ValueError: the results have no case in common.
@@ -117,7 +131,7 @@ def compare(old: Result, new: Result) -> str:
     before = {(row.suite, row.id): row for row in old.rows}
     pairs = [(before[row.suite, row.id], row) for row in new.rows if (row.suite, row.id) in before]
     if not pairs:
-        raise ValueError("the results have no case in common, so there is nothing to compare")
+        raise ValueError("the results have no case in common")
     texts = []
     for suite, group in groupby(pairs, key=lambda pair: pair[1].suite):
         lines, nets = [], []
@@ -134,12 +148,12 @@ def compare(old: Result, new: Result) -> str:
         )
     left = len(old.rows) + len(new.rows) - 2 * len(pairs)
     if left:
-        texts.append(f"{left} cases are in one of the results only")
+        texts.append(f"{left} cases are in only one of the results")
     return "\n\n".join(texts)
 
 
 def stated(result: Result) -> list[Row]:
-    """The rows that README states: forward plus backward of `cross_connect`."""
+    """Return the rows for the documentation: forward plus backward of `cross_connect`."""
     return [
         row
         for row in result.rows
@@ -149,11 +163,15 @@ def stated(result: Result) -> list[Row]:
     ]
 
 
-def readme_section(result: Result, name: str) -> str:
-    """README's table of speed, in words and figures, from a result file that README names `name`.
+def speed_section(result: Result, name: str) -> str:
+    """Return the documentation's section on speed.
+
+    Args:
+        result: a result with the cases of the documentation.
+        name: link to the result file.
 
     Raises:
-        ValueError: the result has no case of the kind that README states.
+        ValueError: the result has no such case.
     """
     rows = stated(result)
     if not rows:
@@ -192,30 +210,28 @@ def _least(rows: Sequence[Row], cold: bool = False) -> str:
     return f"{compiled:.2f} times as fast as `torch.compile` and {eager:.1f} times as fast as eager"
 
 
-def readme_result(readme: Path) -> Path:
-    """The result file that README's section is made of.
+def page_result(page: Path) -> Path:
+    """Return the path of the result file from which a page's section on speed is generated.
 
     Raises:
-        ValueError: the file has no section between the two comments that mark it.
+        FileNotFoundError: there is no such page.
+        ValueError: it has no section on speed between the marker comments.
     """
-    return readme.parent / _section(readme)["result"]
+    return page.parent / _section(page)["result"]
 
 
-def rewrite_readme(readme: Path, result: Path) -> str:
-    """The text of `readme` with its section on speed made anew from a result file in its folder or below.
+def rewrite_page(page: Path, result: Path) -> str:
+    """Return the text of a page with its section on speed regenerated from a result file.
 
-    The section lies between `<!-- speed: RESULT -->` and `<!-- end of speed -->`.
+    The section is between `<!-- speed: RESULT -->` and `<!-- end of speed -->`; RESULT is relative to the page.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: readme has no such section, or the result lies elsewhere or has no case that README states.
+        ValueError: the page has no such section, or the result has no case for it.
     """
-    section = _section(readme)
-    try:
-        name = result.resolve().relative_to(readme.resolve().parent).as_posix()
-    except ValueError:
-        raise ValueError(f"result is {result}; it must lie in the folder of {readme} or below") from None
-    body = readme_section(Result.load(result), name)
+    section = _section(page)
+    name = Path(os.path.relpath(result.resolve(), page.resolve().parent)).as_posix()
+    body = speed_section(Result.load(result), name)
     plots = (result.with_name(f"{result.stem}_{plot}.svg") for plot in ("share_of_copy", "steps", "memory"))
     images = [f"![{path.stem}]({Path(name).with_name(path.name).as_posix()})" for path in plots if path.is_file()]
     text = "\n\n".join([body, *images])
@@ -224,10 +240,10 @@ def rewrite_readme(readme: Path, result: Path) -> str:
     )
 
 
-def _section(readme: Path) -> re.Match:
-    if not readme.is_file():
-        raise FileNotFoundError(f"readme is {readme}; there is no such file")
-    section = re.search(_MARKERS, readme.read_text(), re.DOTALL)
+def _section(page: Path) -> re.Match:
+    if not page.is_file():
+        raise FileNotFoundError(f"page is {page}; there is no such file")
+    section = re.search(_MARKERS, page.read_text(), re.DOTALL)
     if section is None:
-        raise ValueError(f"readme is {readme}; it must have <!-- speed: RESULT --> and <!-- end of speed -->")
+        raise ValueError(f"page is {page}; it must have <!-- speed: RESULT --> and <!-- end of speed -->")
     return section

@@ -1,4 +1,4 @@
-"""What a benchmark run measured, and the file it is kept in."""
+"""Results of a benchmark run, and their file format."""
 
 import json
 import platform
@@ -14,17 +14,18 @@ import fastroute
 
 @dataclass(frozen=True)
 class Row:
-    """One case.
+    """Measurements of one case.
 
-    suite: the kind of case: rows of a suite have the same labels.
-    labels: what the case is, such as `{"operator": "mix", "dtype": "float32", …}`.
-    ms: contender → median milliseconds of calls in a row; of work on a GPU, of calls that find its caches empty.
-        "fastroute" is this package, "copy" a copy of `floor_bytes`.
-    floor_bytes: the bytes that must be read and written at least, where that bounds the time.
+    suite: the kind of case; rows of a suite have the same labels.
+    labels: describe the case, such as `{"operator": "mix", "dtype": "float32", …}`.
+    ms: contender → median milliseconds of consecutive calls; on a GPU, of calls with flushed caches. "fastroute" is
+        this package, "copy" a copy of `floor_bytes`.
+    floor_bytes: minimal number of bytes read and written, if memory is the bound.
     saved_bytes: contender → bytes saved for backward.
-    peak_bytes: contender → bytes allocated at once, where the device can tell.
-    facts: what else was measured.
-    cold_ms: the same of single calls, each after those of the others have used the caches; none of work on a GPU.
+    peak_bytes: contender → peak of allocated bytes, if the device reports it.
+    facts: further measurements.
+    cold_ms: contender → median milliseconds of single calls, each after the other contenders have used the caches;
+        empty on a GPU.
     """
 
     suite: str
@@ -42,18 +43,18 @@ class Row:
 
     @property
     def gb_per_s(self) -> float | None:
-        """The floor's bytes in the time that it took: what a user gets of the memory's bandwidth."""
+        """Effective memory bandwidth: `floor_bytes` over the time."""
         return self.floor_bytes / self.ms["fastroute"] / 1e6 if self.floor_bytes is not None else None
 
     def times_as_fast_as(self, peer: str, cold: bool = False) -> float | None:
-        """The peer's time over ours. Of the copy, this is the share of its speed."""
+        """Return the peer's time over ours; for the copy, this is the share of its speed."""
         ms = self.cold_ms if cold else self.ms
         return ms[peer] / ms["fastroute"] if peer in ms else None
 
 
 @dataclass
 class Result:
-    """The rows of a run, and where they come from."""
+    """Rows of a run, with machine, versions and settings."""
 
     machine: dict
     versions: dict
@@ -63,7 +64,7 @@ class Result:
 
     @classmethod
     def here(cls, device: torch.device, **settings) -> "Result":
-        """A result without rows, for this machine and this checkout."""
+        """Return a result without rows, for this machine and checkout."""
         versions = {"fastroute": fastroute.__version__, "torch": str(torch.__version__)}
         versions |= {"python": platform.python_version()}
         if device.type == "cuda":
@@ -71,13 +72,14 @@ class Result:
         return cls(machine(device), versions, commit(), settings)
 
     def save(self, path: str | Path) -> None:
+        """Write the result to a JSON file."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Result":
-        """Read what `save` wrote.
+        """Read a file written by `save`.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -94,15 +96,17 @@ class Result:
 
 
 def case_id(labels: Mapping[str, object]) -> str:
-    """The labels in one word, such as "mix-forward-native-float32-contiguous-128x16x32x32-2x2"."""
+    """Return the labels as one word, such as "mix-forward-native-float32-contiguous-128x16x32x32-2x2"."""
     return "-".join(label_text(value) for value in labels.values())
 
 
 def label_text(value: object) -> str:
+    """Return a label as text; tuples as "128x16x32x32"."""
     return "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def machine(device: torch.device) -> dict:
+    """Return the properties of a device: processor, capability, and its threads or memory."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return {
@@ -121,9 +125,9 @@ def machine(device: torch.device) -> dict:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package lies in, "+changes" where files differ; None without git."""
+    """Return the commit of this checkout, with "+changes" if files differ from it; None without git."""
     root = Path(fastroute.__file__).parents[1]
-    if not (root / ".git").exists():  # installed, perhaps into a folder of somebody else's repository
+    if not (root / ".git").exists():  # installed, possibly inside another repository
         return None
 
     def git(*arguments):

@@ -1,4 +1,4 @@
-"""A sparse layer that sends each sample to one of four paths, against one path on all samples, and others."""
+"""Benchmarks of a sparse layer, top-1 of four paths, against one path on all samples, masks, and a dense sum."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -20,7 +20,7 @@ SHAPES = [(128, 16, 32, 32), (128, 32, 16, 16)]
 
 
 def masked(router: SparseRouter, x: Tensor) -> Tensor:
-    """Top-1 written with boolean masks."""
+    """Compute top-1 routing with boolean masks."""
     chosen = router.divide(x)[1].chosen[:, 0]
     y = torch.empty_like(x)
     for j, path in enumerate(router.paths):
@@ -29,18 +29,19 @@ def masked(router: SparseRouter, x: Tensor) -> Tensor:
 
 
 def dense(router: SparseRouter, x: Tensor) -> Tensor:
-    """All paths on all samples, and their weighted sum."""
+    """Compute all paths on all samples, and their weighted sum."""
     gates = router.divide(x)[1].scores.softmax(1)
     return sum(g[:, None, None, None] * path(x) for g, path in zip(gates.unbind(1), router.paths, strict=True))
 
 
 def contest(labels: dict, device: torch.device) -> Contest:
+    """Build a contest of a sparse layer against one path, masks, and a dense sum."""
     shape, trained = labels["shape"], labels["direction"] == FORWARD_BACKWARD
     torch.manual_seed(0)
     x = draw(shape, torch.float32, labels["layout"], device)
     paths = [nn.Sequential(*(BasicBlock(shape[1], shape[1], 1) for _ in range(BLOCKS))) for _ in range(PATHS)]
     router = SparseRouter(shape[1], paths).to(device).to(memory_format=LAYOUTS[labels["layout"]]).eval()
-    # Scores that differ from sample to sample, none of the paths preferred on average.
+    # Scores that differ between samples and prefer no path on average.
     nn.init.normal_(router.w2)
     with torch.no_grad():
         router.b2 -= router.divide(x)[1].scores.mean(0)
@@ -57,7 +58,7 @@ def contest(labels: dict, device: torch.device) -> Contest:
         return y
 
     def check():
-        # Equal results need equal statistics, so these are the running ones until the clock starts.
+        # In evaluation mode until timing starts: equal results need equal batch statistics.
         with torch.no_grad():
             torch.testing.assert_close(router(x), masked(router, x), rtol=1e-4, atol=1e-4)
             router.top_k = PATHS
@@ -75,7 +76,7 @@ def contest(labels: dict, device: torch.device) -> Contest:
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Every direction × layout × shape."""
+    """Yield direction × layout × shape."""
     for direction in (FORWARD, FORWARD_BACKWARD):
         for layout in ("channels_last", "contiguous"):
             for shape in SHAPES:

@@ -1,18 +1,42 @@
 """The command line: `fastroute <command>`, or `python -m fastroute <command>`."""
 
+import importlib
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastroute._extras import extra
+from fastroute._version import __version__
 
 try:
     with extra("train", "the command line"):
         import typer
 
-        from fastroute.cli import bench, cluster, demo, info, memory, models, paths, recipes, report, train, validate
+        from fastroute.cli import memory
         from fastroute.cli.outside import Commands
 except ModuleNotFoundError as error:
     raise SystemExit(str(error)) from None
+
+if TYPE_CHECKING:
+    import click
+
+COMMANDS = {
+    "train": "Train a network; write checkpoints, summary.csv, routers.csv, figures of loggers and args.yaml.",
+    "validate": "Measure single-crop or 10-crop errors of checkpoints.",
+    "predict": "Predict the classes of images, with their probabilities.",
+    "export": "Write a network into a file, with its classes and preprocessing, "
+    "and check it against the network itself.",
+    "paths": "Estimate how many paths each router of a network needs, from its gates over the validation images.",
+    "recipes": "List the recipes for `fastroute train|cluster -c NAME`, with the percentages that the thesis reports.",
+    "cluster": "Cluster images without their labels; write assignments.csv, summary.csv, args.yaml, and last.ckpt of a "
+    "network.",
+    "report": "Show what a network's routers or clusters do: one page, and its figures as PNG and SVG.",
+    "demo": "Train one path and two routed paths on real handwritten digits, and compare them; "
+    "show what the routers do.",
+    "models": "List the networks, with parameters and multiply-accumulates for one image as the thesis has them.",
+    "info": "Print versions, and which backend serves which tensors, or why it cannot.",
+    "bench": "Measure the operators and networks on this machine, or work with results.",
+}
+"""Each command's module, and the first line of its help, for which the module need not be imported."""
 
 app = typer.Typer(
     cls=Commands,
@@ -24,8 +48,17 @@ app = typer.Typer(
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"fastroute {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", envvar="FASTROUTE_DEBUG", help="Show the traceback of an error, too.")
     ] = False,
@@ -33,16 +66,17 @@ def options(
     """Data-dependent routing for multi-path neural networks."""
 
 
-app.command()(train.train)
-app.command()(validate.validate)
-app.command()(paths.paths)
-app.command()(recipes.recipes)
-app.command()(cluster.cluster)
-app.command()(report.report)
-app.command()(demo.demo)
-app.command()(models.models)
-app.command()(info.info)
-app.add_typer(bench.app, name="bench")
+def _load(name: str) -> "click.Command":
+    """The command of a module: its function of the same name, or its `app`, where it has commands of its own."""
+    module = importlib.import_module(f"fastroute.cli.{name}")
+    command = getattr(module, "app", None)
+    if command is None:
+        command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        command.command(name)(getattr(module, name))
+    return typer.main.get_command(command)
+
+
+Commands.loaded_by(_load, COMMANDS)
 
 
 def main() -> None:

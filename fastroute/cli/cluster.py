@@ -6,16 +6,28 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 
-from fastroute.cli.common import COUNT, PIXELS, SEED, config_option, endings, local_path, plain_errors, real
-from fastroute.cli.outside import shown
+from fastroute.cli.common import (
+    COUNT,
+    PIXELS,
+    SEED,
+    OverwriteOption,
+    config_option,
+    dataset_named,
+    endings,
+    local_path,
+    plain_errors,
+    real,
+    write_arguments,
+)
+from fastroute.cli.outside import shown, standard_output
 from fastroute.cli.sizes import check_images
 
 if TYPE_CHECKING:
     import torch
 
     from fastroute.clustering.module import ClusteringModule
+    from fastroute.clustering.run import Loaded
 
 ARCHITECTURE = {"digits": "mnist", "mnist": "mnist", "stl10": "stl10"}
 
@@ -24,12 +36,16 @@ def cluster(
     context: typer.Context,
     config: Annotated[str | None, config_option("cluster")] = None,
     dataset: Annotated[
-        Literal["digits", "mnist", "cifar10", "cifar100", "stl10", "imagefolder"],
-        typer.Option(help="Where the images come from."),
-    ] = "digits",
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the data; of an imagefolder, with train/ and val/. (default: data)")
+        Literal["digits", "mnist", "cifar10", "cifar100", "stl10", "imagefolder", "webdataset"] | None,
+        typer.Option(help="Where the images come from. (default: what --data-dir holds, or digits)"),
     ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Any folder of images, with classes or without, or of tar shards. (default: data)"),
+    ] = None,
+    on_bad_image: Annotated[
+        Literal["stop", "skip"], typer.Option(help="What an image that cannot be read does.")
+    ] = "stop",
     download: Annotated[bool, typer.Option("--download", help="Download torchvision's sets.")] = False,
     img_size: Annotated[
         int | None, typer.Option(min=1, max=PIXELS, help="Scale images to it. (default: as they are)")
@@ -77,14 +93,21 @@ def cluster(
         str | None,
         typer.Option(help="Folder of this run; two-dimensional is that of §4.5.1. (default: time, method, data)"),
     ] = None,
+    overwrite: OverwriteOption = False,
     resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
+    by_cluster: Annotated[
+        Path | None, typer.Option(help="New folder for links to the images, in a folder for each cluster.")
+    ] = None,
 ) -> None:
-    """Cluster images without their labels; write summary.csv, and last.ckpt of a network."""
-    options, console = SimpleNamespace(**context.params), Console()
+    """Cluster images without their labels; write assignments.csv, summary.csv, args.yaml, and last.ckpt of a network.
+
+    assignments.csv has each image's path, its cluster, counted from 0, and its posterior of each cluster.
+    """
+    options, console = SimpleNamespace(**context.params), standard_output()
     with plain_errors():
         from fastroute.clustering import run
-        from fastroute.training.checkpoints import read_resumable
-        from fastroute.training.run_folder import run_folder
+        from fastroute.training.checkpoints import check_not_finished, read_resumable
+        from fastroute.training.run_folder import new_folder, run_folder
         from fastroute.training.saved_fields import check_training_state
 
         for name in ("heads", "n_init"):
@@ -93,30 +116,43 @@ def cluster(
         output = local_path(output, "output")
         if resume is not None:
             resume = local_path(resume, "resume")
+        dataset = options.dataset = _dataset(dataset, data_dir)
+        context.params["dataset"] = dataset  # as args.yaml keeps it
         check_images(dataset, img_size)
-        images, labels = run.load_images(dataset, data_dir, limit, img_size, download)
+        with console.status("reading the images"):
+            loaded = run.load_images(dataset, data_dir, limit, img_size, download, on_bad_image)
+        images, labels = loaded.images, loaded.labels
+        console.print(shown(_description(dataset, data_dir, loaded)), soft_wrap=True, highlight=False)
+        if by_cluster is not None:
+            run.check_by_cluster(by_cluster, data_dir, loaded)
+        if (labels < 0).any() and (two_dimensional or experiment == "two-dimensional"):
+            raise ValueError("two_dimensional is True; it needs images with classes")
         if len(images) < clusters:
             raise ValueError(f"clusters is {clusters}; it must be at most the number of images, {len(images)}")
-        folder = (
-            resume.parent
-            if resume and not experiment
-            else local_path(output / (experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{method}-{dataset}"), "output")
-        )
+        if experiment:
+            folder = local_path(output / experiment, "output")
+        elif resume is not None:
+            folder = resume.parent
+        else:
+            folder = new_folder(output / f"{time.strftime('%Y%m%d-%H%M%S')}-{method}-{dataset}")
         context.with_resource(run_folder(folder))
+        if resume is None and not overwrite:
+            check_not_finished(folder, "--overwrite")
         if two_dimensional or experiment == "two-dimensional":
             from fastroute.clustering import two_dimensional as plane
 
             plane.run(images, labels, clusters, seed, folder, console)
             return
         if method in run.CLASSICAL:
-            run.fit_classical(method, images, labels, clusters, seed, folder, console)
+            posterior = run.fit_classical(method, images, labels, clusters, seed, folder, console)
             module = None
         else:
             module = _module(options, images)
             if resume is not None:
                 check_training_state(read_resumable(resume, "cluster", module.hparams, epochs), module, resume)
     if module is not None:
-        with endings(console):
+        write_arguments(context, folder)
+        with endings(console, "cluster"):
             run.fit(
                 module,
                 images,
@@ -129,7 +165,29 @@ def cluster(
                 amp=amp,
                 resume=resume,
             )
-    console.print(f"summary.csv: {shown(folder.resolve())}", soft_wrap=True)
+            posterior = run.posteriors(module, images)
+    with plain_errors():
+        run.write_assignments(folder / "assignments.csv", loaded.paths, posterior)
+        if by_cluster is not None:
+            run.link_by_cluster(by_cluster, loaded.paths, posterior)
+            console.print(f"links by cluster: {shown(by_cluster.resolve())}", soft_wrap=True)
+    console.print(f"assignments.csv, summary.csv, args.yaml: {shown(folder.resolve())}", soft_wrap=True)
+
+
+def _dataset(dataset: str | None, data_dir: Path | None) -> str:
+    """The dataset that is named, or else what the folder holds, where images without classes are an imagefolder."""
+    from fastroute.data.layout import layouts
+
+    if dataset is None and data_dir is not None and not layouts(data_dir):
+        return "imagefolder"
+    return dataset_named(dataset, data_dir, any_split=True)
+
+
+def _description(dataset: str, data_dir: Path | None, loaded: "Loaded") -> str:
+    count, channels, size, _ = loaded.images.shape
+    where = f" in {data_dir}" if data_dir is not None else ""
+    classes = f"{len(loaded.classes):,} classes, which are not used" if loaded.classes else "no classes"
+    return f"{dataset}{where}: {count:,} images, {size}×{size}, {'grey' if channels == 1 else 'colour'}, {classes}"
 
 
 def _module(options: SimpleNamespace, images: "torch.Tensor") -> "ClusteringModule":
@@ -168,7 +226,18 @@ def _module(options: SimpleNamespace, images: "torch.Tensor") -> "ClusteringModu
                 gamma=options.gamma,
                 training_statistics=options.statistics,
             )
-    kept = ("dataset", "img_size", "method", "clusters", "heads", "n_init", "batch_norm", "lr_em", "lr_consistency")
+    kept = (
+        "dataset",
+        "img_size",
+        "limit",
+        "method",
+        "clusters",
+        "heads",
+        "n_init",
+        "batch_norm",
+        "lr_em",
+        "lr_consistency",
+    )
     settings = {name: getattr(options, name) for name in kept}
     module.save_hyperparameters({"architecture": architecture, **settings}, logger=False)
     return module

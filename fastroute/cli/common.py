@@ -2,7 +2,9 @@
 
 import contextlib
 import math
+import os
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,13 +12,20 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
+import yaml
 from rich.console import Console
 
 from fastroute import _yaml
+from fastroute._files import replacing
 from fastroute.cli.outside import end, shown
 
 COUNT, PIXELS, WORKERS, SEED = 2**31 - 1, 2**20, 1024, 2**32 - 1
 """The largest whole numbers that options take: counts, sizes of images, processes, seeds."""
+
+ARGUMENTS = "args.yaml"
+"""Where a run's folder has the options that it was started with."""
+
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Take the folder of a finished run.")]
 
 # What images a trained network is given: options of the commands that take a checkpoint.
 DatasetOption = Annotated[
@@ -24,12 +33,27 @@ DatasetOption = Annotated[
     typer.Option(help="Where the images come from. (default: as in training)"),
 ]
 DataDirOption = Annotated[
-    Path | None, typer.Option(help="Folder with val/, folder of classes, folder of tar shards, or a tar file.")
+    Path | None,
+    typer.Option(help="Folder with val/, of classes or of tar shards, a tar file, or a pattern. (default: the run's)"),
 ]
 WorkersOption = Annotated[
     int | None,
     typer.Option("-j", "--workers", min=1, max=WORKERS, help="Processes that decode images. (default: all cores)"),
 ]
+
+
+def dataset_named(dataset: str | None, data_dir: Path | None, any_split: bool = False) -> str:
+    """The dataset that is named, or else what the folder holds, or the digits where there is no folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it holds no images in a layout that is read.
+        ValueError: it holds several datasets, or no images to validate on, unless with `any_split`.
+    """
+    if dataset is not None or data_dir is None:
+        return dataset or "digits"
+    from fastroute.data.layout import choose
+
+    return choose(data_dir, any_split=any_split).dataset
 
 
 @contextlib.contextmanager
@@ -46,10 +70,15 @@ def plain_errors(*also: type[BaseException]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def endings(console: Console) -> Iterator[None]:
-    """How a run can end before its time, each in one sentence, with a status that is not 0; a bug keeps its trace."""
+def endings(console: Console, command: str) -> Iterator[None]:
+    """How a run can end before its time, each in one sentence, with a status that is not 0; a bug keeps its trace.
+
+    Args:
+        console: where the end is told.
+        command: "train" or "cluster".
+    """
+    from fastroute.data.decode import UnreadableImage
     from fastroute.data.loaders import PlaceMismatch
-    from fastroute.data.sources import UnreadableImage
     from fastroute.training import Terminated
     from fastroute.training.distributed import ProcessLost
     from fastroute.training.graphs import NotRecordable
@@ -57,10 +86,36 @@ def endings(console: Console) -> Iterator[None]:
     try:
         yield
     except Terminated as terminated:
-        console.print(f"{shown(terminated)}; --resume goes on from it", soft_wrap=True, highlight=False)
+        going_on = f"{shown(terminated)}; go on with:\n{shown(command_to_go_on(command, terminated.path))}"
+        console.print(going_on, soft_wrap=True, highlight=False)
         raise typer.Exit(terminated.code) from None
     except (FloatingPointError, OSError, UnreadableImage, PlaceMismatch, ProcessLost, NotRecordable) as error:
         end(error, 1)
+
+
+def write_arguments(context: typer.Context, folder: Path) -> None:
+    """Write all options of a run with their values into its folder, as a file for --config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in context.params.items()}
+    if arguments.get("data_dir") is not None:  # for commands that read it here, wherever they are started
+        arguments["data_dir"] = os.path.abspath(arguments["data_dir"])
+    for name in ("config", "overwrite", "by_cluster"):
+        arguments.pop(name, None)
+    with replacing(folder / ARGUMENTS) as file:
+        yaml.safe_dump(arguments, file)
+
+
+def command_to_go_on(command: str, checkpoint: Path) -> str:
+    """What to type for a run to go on from its checkpoint, with the options that it had."""
+    with contextlib.suppress(ValueError):
+        checkpoint = checkpoint.relative_to(Path.cwd())
+    processes, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    started = ["fastroute"]
+    if processes > 1:
+        several = [] if processes == here else ["--nnodes", str(processes // here)]
+        started = ["torchrun", *several, "--nproc-per-node", str(here), "-m", "fastroute"]
+    options = ["--config", str(checkpoint.parent / ARGUMENTS), "--resume", str(checkpoint)]
+    return shlex.join([*started, command, *options])
 
 
 def local_path(path: Path, name: str) -> Path:
@@ -145,7 +200,7 @@ def config_option(command: str):
             for name in values.keys() - options:
                 near = "".join(f"; did you mean {option!r}?" for option in get_close_matches(name, options, n=1))
                 raise ValueError(f"config is {config}; there is no option {name!r}{near}")
-            values = {name: _as_typed(value) for name, value in values.items() if value is not None}
+            values = {name: _as_typed(value, options[name]) for name, value in values.items() if value is not None}
             for name, value in values.items():
                 if isinstance(value, bool) and not options[name].is_flag:
                     raise ValueError(f"config is {config}; {name} is {value}, and it must be no yes or no")
@@ -165,8 +220,10 @@ def config_option(command: str):
     )
 
 
-def _as_typed(value: Any) -> bool | str:
+def _as_typed(value: Any, option: Any) -> bool | str | list[str]:
     """A value as it would be typed, so that 1.5 is no whole number here either."""
+    if option.multiple:
+        return [str(item) for item in (value if isinstance(value, list) else [value])]
     return value if isinstance(value, bool) else str(value)
 
 

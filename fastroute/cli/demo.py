@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fastroute.cli.common import plain_errors
-from fastroute.cli.outside import shown
+from fastroute.cli.outside import shown, standard_output
 from fastroute.cli.report import write_report
 
 
@@ -18,7 +17,7 @@ def demo(
     """Train one path and two routed paths on real handwritten digits, and compare them; show what the routers do."""
     with plain_errors():
         from fastroute.training.demo import NETWORKS, demo
-    demo(output, epochs)
+    demo(output, epochs, standard_output())
     with plain_errors():
         page = write_report(output / NETWORKS[-1] / "best.ckpt", output / "report")
-    Console().print(f"what its routers do: {shown(page.resolve())}", soft_wrap=True)
+    standard_output().print(f"what its routers do: {shown(page.resolve())}", soft_wrap=True)

@@ -3,16 +3,15 @@
 import platform
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import fastroute
-from fastroute.cli.outside import shown
+from fastroute.cli.outside import shown, standard_output
 
 
 def info() -> None:
     """Print versions, and which backend serves which tensors, or why it cannot."""
-    console = Console()
+    console = standard_output()
     table = Table(show_header=False)
     table.add_row("fastroute", fastroute.__version__)
     table.add_row("torch", torch.__version__)

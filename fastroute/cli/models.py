@@ -4,11 +4,11 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 import fastroute
 from fastroute.cli.common import plain_errors
+from fastroute.cli.outside import standard_output
 
 
 def models(pattern: Annotated[str, typer.Argument(help="A shell pattern, such as '*cc*'.")] = "*") -> None:
@@ -25,4 +25,4 @@ def models(pattern: Annotated[str, typer.Argument(help="A shell pattern, such as
             count = sum(parameter.numel() for parameter in model.parameters())
             macs = registry.count_macs(model, (3, info.img_size, info.img_size)) / 1e6
             table.add_row(name, f"{count:,}", info.params, f"{macs:,.1f}", info.table)
-    Console().print(table)
+    standard_output().print(table)

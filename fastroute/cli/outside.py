@@ -6,20 +6,23 @@ outside the program, a traceback where it is a fault of the program.
 
 import contextlib
 import multiprocessing
+import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, ClassVar, NoReturn
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from fastroute._errors import printable
+
+if TYPE_CHECKING:
+    import click  # not installed beside every typer: newer ones bring their own
 
 INTERRUPTED = 130
 """The status that a shell gives to a command that Ctrl-C ended."""
@@ -31,6 +34,14 @@ DEBUG: ContextVar[bool] = ContextVar("debug", default=False)
 _MEMORY = ("not enough memory", "out of memory", "bad_alloc", "Cannot allocate memory", "can't start new thread")
 _OVERFLOW = ("overflow", "Invalid buffer size", "exceeds the range", "too large to convert", "Out of range")
 _LOWER = "lower --batch-size, --img-size or --workers"
+
+
+def standard_output(**options) -> Console:
+    """Where commands print. Of tables that go to a file or pipe, nothing is cut off, unless COLUMNS is set."""
+    console = Console(**options)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 10_000
+    return console
 
 
 def end(message: object, code: int) -> NoReturn:
@@ -51,7 +62,8 @@ def sentence(error: BaseException) -> str | None:
     text = _message(error)
     if type(error).__name__ == "ProcessLost":  # by its name: its module would be imported for nothing else
         return text
-    if isinstance(error, torch.OutOfMemoryError):
+    torch = sys.modules.get("torch")  # without it, no error is its own
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return f"the GPU's memory is exhausted: {_first(text)}; lower --batch-size or --img-size, or use --amp"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(mark in text for mark in _MEMORY)):
         return f"the machine's memory is exhausted{f': {_first(text)}' if text else ''}; {_LOWER}"
@@ -106,8 +118,52 @@ def _silent_workers() -> str:
     return f"process {', '.join(stopped)} is stopped (SIGCONT lets it go on)" if stopped else "no worker answers"
 
 
+class Lazy(dict):
+    """Commands by name, each of which is made when it is looked up; their number and names are there at once."""
+
+    def __init__(self, load: Callable[[str], "click.Command"], names: Iterable[str]):
+        super().__init__(dict.fromkeys(names))
+        self._load = load
+
+    def __getitem__(self, name: str) -> "click.Command":
+        if super().__getitem__(name) is None:
+            self[name] = self._load(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: object = None) -> object:
+        return self[name] if name in self else default  # noqa: SIM401 (dict's own would not load it)
+
+
 class Commands(TyperGroup):
-    """The commands. `--debug` may come before or after the command's name."""
+    """The commands, which are imported when they are called. `--debug` may come before or after the command's name."""
+
+    _load: ClassVar[Callable[[str], "click.Command"]]
+    _helps: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def loaded_by(cls, load: Callable[[str], "click.Command"], helps: Mapping[str, str]) -> None:
+        """Say which commands there are, in their order, and the first line of each one's help."""
+        cls._load, cls._helps = staticmethod(load), helps
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.commands = Lazy(type(self)._load, self._helps)
+        self._listing = False
+
+    def list_commands(self, ctx) -> list[str]:
+        return list(self.commands)
+
+    def get_command(self, ctx, name: str) -> "click.Command | None":
+        if self._listing:
+            return TyperCommand(name, help=self._helps[name])
+        return super().get_command(ctx, name)
+
+    def format_help(self, ctx, formatter) -> None:
+        self._listing = True
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self._listing = False
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         own = args[: args.index("--")] if "--" in args else args

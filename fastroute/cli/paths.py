@@ -4,18 +4,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fastroute.cli.common import COUNT, DataDirOption, DatasetOption, WorkersOption, plain_errors
-from fastroute.cli.outside import shown
-from fastroute.cli.trained import check_finite, trained
+from fastroute.cli.outside import shown, standard_output
+from fastroute.cli.trained import OwnModelOption, check_finite, trained
 
 
 def paths(
     checkpoint: Annotated[Path, typer.Argument(help="Of `fastroute train`.")],
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
+    model: OwnModelOption = None,
     batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1, max=COUNT)] = 128,
     workers: WorkersOption = None,
 ) -> None:
@@ -38,9 +38,11 @@ def paths(
             data_dir=data_dir,
             batch_size=batch_size,
             workers=workers,
+            model=model,
         )
         check_finite(given.network, checkpoint)
-        console = Console()
+        console = standard_output()
+        console.print(shown(given.images), soft_wrap=True, highlight=False)
         with console.status("routing the validation images"):
             routing = collect_routing(given.network, given.loader)
         check_gates(routing)

@@ -1,18 +1,17 @@
 """`fastroute report`: a checkpoint to one page of figures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from torch import nn
 
-from fastroute.cli.common import COUNT, DataDirOption, DatasetOption, WorkersOption, plain_errors
-from fastroute.cli.outside import shown
-from fastroute.cli.trained import check_finite, trained, trained_network
-from fastroute.models import create_model
+from fastroute.cli.common import COUNT, DataDirOption, DatasetOption, WorkersOption, plain_errors, read_options
+from fastroute.cli.outside import shown, standard_output
+from fastroute.cli.trained import OwnModelOption, check_finite, trained, trained_network
+from fastroute.models.specification import specification_in
 
 
 def report(
@@ -20,6 +19,7 @@ def report(
     more_images: Annotated[list[Path] | None, typer.Argument(metavar="[IMAGE]...", hidden=True)] = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
+    model: OwnModelOption = None,
     images: Annotated[
         list[Path] | None, typer.Option(help="Image files for the routing flow. (default: twelve of the data)")
     ] = None,
@@ -61,8 +61,10 @@ def report(
             limit=limit,
             batch_size=batch_size,
             workers=workers,
+            progress=_say,
+            model=model,
         )
-    Console().print(f"report: {shown(path.resolve())}", soft_wrap=True)
+    standard_output().print(f"report: {shown(path.resolve())}", soft_wrap=True)
 
 
 def write_report(
@@ -79,6 +81,8 @@ def write_report(
     limit: int | None = None,
     batch_size: int = 128,
     workers: int | None = None,
+    progress: Callable[[str], None] = lambda title: None,
+    model: str | None = None,
 ) -> Path:
     """Write the report of a checkpoint into a folder, by the arguments of the command; returns the page's path."""
     from fastroute.training.checkpoints import read_checkpoint
@@ -87,10 +91,13 @@ def write_report(
     saved = read_checkpoint(checkpoint, "checkpoint")
     run = saved["hyper_parameters"]
     if "architecture" in run:
-        return _clustering(checkpoint, saved, folder, data_dir, runs, limit, batch_size)
-    given = trained(checkpoint, saved, dataset=dataset, data_dir=data_dir, batch_size=batch_size, workers=workers)
+        return _clustering(checkpoint, saved, folder, data_dir, runs, limit, batch_size, progress)
+    given = trained(
+        checkpoint, saved, dataset=dataset, data_dir=data_dir, batch_size=batch_size, workers=workers, model=model
+    )
     check_finite(given.network, checkpoint)
-    earlier = None if before is None else trained_network(before, "before")
+    standard_output().print(shown(given.images), soft_wrap=True, highlight=False)
+    earlier = None if before is None else trained_network(before, "before", model=model)
     if earlier is not None:
         check_finite(earlier, before, "before")
     loader = given.loader
@@ -100,15 +107,16 @@ def write_report(
         cut = _read(pictures, given.img_size, given.crop_pct, run["in_chans"])
         chosen = cut, [path.name for path in pictures]
     facts = {
-        "network": run["model"],
+        "network": str(specification_in(run, "checkpoint") if run.get("specification") else run["model"]),
         "parameters": f"{sum(parameter.numel() for parameter in given.network.parameters()):,}",
         "checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}",
-        "images": f"{loader.count:,} of {data_dir.name if data_dir else given.dataset}, {len(given.classes)} classes",
+        "images": f"{loader.count:,} of {given.data_dir.name if given.data_dir else given.dataset}, "
+        f"{len(given.classes)} classes",
     }
     if before is not None:
         facts["before"] = f"{before.parent.name}/{before.name}"
     return routing_report(
-        Report(folder, f"Routing of {run['model']}", facts),
+        Report(folder, f"Routing of {run['model']}", facts, progress),
         given.network,
         images,
         chosen=chosen,
@@ -120,15 +128,19 @@ def write_report(
     )
 
 
+def _say(title: str) -> None:
+    standard_output().print(f"{title} …", style="dim", highlight=False, markup=False)
+
+
 def _read(paths: Sequence[Path], img_size: int, crop_pct: float, channels: int) -> torch.Tensor:
     """Images cut as in validation: (k, C, H, W), values from 0 to 1; grey for a network of one channel."""
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    from fastroute.data.sources import decode_image
+    from fastroute.data.decode import decode_image
     from fastroute.data.transforms import eval_transform
 
     cut = eval_transform(img_size, crop_pct)
-    decoded = [cut(decode_image(path, str(path)).convert("L" if channels == 1 else "RGB")) for path in paths]
+    decoded = [cut(decode_image(path, str(path), channels)) for path in paths]
     return torch.stack([pil_to_tensor(image) for image in decoded]).float() / 255
 
 
@@ -146,7 +158,7 @@ def _sizes(folder: Path) -> dict[str, tuple[int, float]]:
     for path in sorted(folder.glob("*/best.ckpt")):
         run = read_checkpoint(path, "runs")["hyper_parameters"]
         with torch.device("meta"):
-            model = create_model(run["model"], run["num_classes"], run["in_chans"], run["img_size"])
+            model = specification_in(run, f"runs is {path}").build()
         rows = read_summary(path.parent / "summary.csv")
         error = min((float(row["val_error"]) for row in rows if row.get("val_error")), default=None)
         if error is None:
@@ -165,6 +177,7 @@ def _clustering(
     runs: Path | None,
     limit: int | None,
     batch_size: int,
+    progress: Callable[[str], None],
 ) -> Path:
     from fastroute.clustering.iic import IIC
     from fastroute.clustering.networks import clustering_network
@@ -184,7 +197,14 @@ def _clustering(
         summaries = {path.parent.name: path for path in sorted(runs.glob("*/summary.csv"))}
         if not summaries:
             raise FileNotFoundError(f"runs is {runs}; there are no folders with summary.csv in it")
-    pixels, labels = load_images(run["dataset"], data_dir, limit, run["img_size"])
+    kept = _run_images(checkpoint)
+    data_dir, limit = data_dir or kept["data_dir"], limit or kept["limit"]
+    loaded = load_images(run["dataset"], data_dir, limit, run["img_size"], on_bad_image=kept["on_bad_image"])
+    pixels, labels = loaded.images, loaded.labels
+    where = f" in {data_dir}" if data_dir else ""
+    standard_output().print(
+        shown(f"images: {len(labels):,} of {run['dataset']}{where}"), soft_wrap=True, highlight=False
+    )
 
     def network() -> IIC | TwoFoldClustering:
         size, batch_norm = pixels.shape[-1], run["batch_norm"]
@@ -199,18 +219,29 @@ def _clustering(
     images = Images(
         lambda: Batches(pixels, labels, batch_size),
         lambda indices: (pixels[indices].permute(0, 2, 3, 1) * 255).round().byte(),
-        [str(label) for label in range(int(labels.max()) + 1)],
+        loaded.classes,
         torch.zeros(1),
         torch.ones(1),
     )
     facts = {
         "network": run["architecture"],
         "checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}",
-        "images": f"{len(labels):,} of {run['dataset']}",
+        "images": f"{len(labels):,} of {data_dir.name if data_dir else run['dataset']}",
         "clusters": f"{clusters}, by {run['method']}",
     }
-    page = Report(folder, f"Clusters of {run['dataset']}", facts)
+    page = Report(folder, f"Clusters of {run['dataset']}", facts, progress)
     return clustering_report(page, _Responses(trained), images, untrained=_Responses(network()), summaries=summaries)
+
+
+def _run_images(checkpoint: Path) -> dict:
+    """Which images a clustering was made of, by the args.yaml beside its checkpoint; all by default without one."""
+    kept, path = {"data_dir": None, "limit": None, "on_bad_image": "stop"}, checkpoint.parent / "args.yaml"
+    if not path.is_file():
+        return kept
+    kept |= {name: value for name, value in read_options(path).items() if name in kept and value is not None}
+    if not isinstance(kept["limit"], int | None) or kept["on_bad_image"] not in ("stop", "skip"):
+        raise ValueError(f"{path} is no file of options: its limit is {kept['limit']!r}; remove it")
+    return kept | {"data_dir": None if kept["data_dir"] is None else Path(str(kept["data_dir"]))}
 
 
 class _Responses(nn.Module):

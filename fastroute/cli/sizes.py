@@ -1,12 +1,13 @@
 """What sizes take of the memory, before it is taken: the system ends a process that takes too much without a word."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from fastroute._memory import check_memory
-from fastroute.models import create_model
+from fastroute.models.specification import Specification
 
 # Images and channels of the sets that are held in memory, training and validation together.
 _IN_MEMORY = {
@@ -38,11 +39,18 @@ def check_images(dataset: str, img_size: int | None) -> None:
 
 
 def check_batch(
-    model: str, batch_size: int, in_chans: int, img_size: int, *, training: bool = True, half: bool = False
+    model: Specification | str,
+    batch_size: int,
+    in_chans: int,
+    img_size: int,
+    *,
+    training: bool = True,
+    half: bool = False,
 ) -> None:
     """Raise where a batch, or what a training step keeps of it, would not fit into the memory that it is computed in.
 
-    It is a lower bound: the images, and in training the outputs of convolutions, which their backward needs.
+    It is a lower bound: the images, and in training the outputs of convolutions, which their backward needs. Only then
+    must `model` be a specification.
 
     Raises:
         ValueError: as said.
@@ -58,7 +66,7 @@ def check_batch(
         check_memory(kept, f"{says} a training step of {model} would take", advice, there)
 
 
-def _convolved(model: str, in_chans: int, img_size: int) -> int:
+def _convolved(model: Specification, in_chans: int, img_size: int) -> int:
     """Numbers that convolutions give for one image, counted without computing anything; 0 where they cannot be."""
     count = 0
 
@@ -68,7 +76,7 @@ def _convolved(model: str, in_chans: int, img_size: int) -> int:
 
     try:
         with torch.device("meta"), torch.no_grad():
-            network = create_model(model, in_chans=in_chans, img_size=img_size).eval()
+            network = replace(model, paths=1).build(in_chans=in_chans, img_size=img_size, imports=True).eval()
             for module in network.modules():
                 if isinstance(module, nn.Conv2d):
                     module.register_forward_hook(add)

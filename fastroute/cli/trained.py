@@ -3,45 +3,65 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+import typer
 from torch import nn
 
-from fastroute.models import create_model
+from fastroute.cli.images import chosen_images
 
 if TYPE_CHECKING:
     from fastroute.data.loaders import EpochLoader
+
+
+OwnModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="module:function that builds the network, where the checkpoint is of one of your own; it is imported.",
+    ),
+]
+"""A checkpoint's own word is not enough to import code."""
 
 
 @dataclass(frozen=True)
 class Trained:
     """A trained network with its validation images, on the GPU where there is one.
 
-    loader: of `validation_loader`, with the names of its `classes`.
+    loader: of `validation_loader`, with the names of its `classes`. images: which they are, in a line.
     """
 
     network: nn.Module
     dataset: str
+    data_dir: Path | None
     loader: "EpochLoader"
     classes: list[str]
     img_size: int
     crop_pct: float
+    images: str
 
 
-def trained_network(path: Path, name: str = "checkpoint", checkpoint: dict | None = None) -> nn.Module:
+def trained_network(
+    path: Path, name: str = "checkpoint", checkpoint: dict | None = None, model: str | None = None
+) -> nn.Module:
     """The network of a checkpoint, which is read unless it is given, with its averaged weights where the run kept them.
+
+    Args:
+        path, name: the file, and the argument that it was given as.
+        checkpoint: what it holds, where it was read already.
+        model: an own function that builds the network; see `OwnModelOption`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no checkpoint of `fastroute train`, or its weights are of another network.
     """
+    from fastroute.inference.predictor import network_of
     from fastroute.training.checkpoints import check_command, load_network_weights, read_checkpoint
 
     checkpoint = checkpoint or read_checkpoint(path, name)
     check_command(checkpoint, "train", path, name)
-    run = checkpoint["hyper_parameters"]
-    network = create_model(run["model"], run["num_classes"], run["in_chans"], run["img_size"])
+    network = network_of(checkpoint["hyper_parameters"], f"{name} is {path}", model)
     load_network_weights(network, checkpoint, path, name=name)
     return network.to(this_device())
 
@@ -54,6 +74,7 @@ def trained(
     data_dir: Path | None = None,
     batch_size: int = 128,
     workers: int | None = None,
+    model: str | None = None,
 ) -> Trained:
     """The network of a checkpoint that was read, and its validation images, by default of the data of its training.
 
@@ -63,15 +84,13 @@ def trained(
     """
     from fastroute.training.evaluation import validation_loader
 
-    network = trained_network(path, checkpoint=checkpoint)
+    network = trained_network(path, checkpoint=checkpoint, model=model)
     run, data = checkpoint["hyper_parameters"], checkpoint.get("ImageDataModule", {})
-    dataset = dataset or data.get("dataset")
-    if dataset is None:
-        raise ValueError("dataset is missing; the checkpoint does not say on what it was trained")
+    images = chosen_images(data, dataset, data_dir)
     img_size, crop_pct = data.get("img_size", run["img_size"]), data.get("crop_pct", 0.875)
     loader, classes, channels = validation_loader(
-        dataset,
-        data_dir,
+        images.dataset,
+        images.data_dir,
         batch_size=batch_size,
         img_size=img_size,
         crop_pct=crop_pct,
@@ -80,9 +99,10 @@ def trained(
         mean=data.get("mean"),
         std=data.get("std"),
         device=this_device(),
+        **images.options,
     )
-    check_channels(data_dir, channels, run)
-    return Trained(network, dataset, loader, classes, img_size, crop_pct)
+    check_channels(images.data_dir, channels, run)
+    return Trained(network, images.dataset, images.data_dir, loader, classes, img_size, crop_pct, images.line)
 
 
 def check_channels(data_dir: Path | None, channels: int, run: dict) -> None:

@@ -14,10 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from fastroute.cli.common import COUNT, PIXELS, DataDirOption, DatasetOption, WorkersOption, plain_errors, real
-from fastroute.cli.outside import shown
+from fastroute.cli.images import chosen_images
+from fastroute.cli.outside import shown, standard_output
 from fastroute.cli.sizes import check_batch, check_images
 from fastroute.cli.trained import check_channels, this_device
 from fastroute.models import create_model
+from fastroute.models.specification import Specification
 from fastroute.nn import Router, SparseRouter
 
 
@@ -27,7 +29,11 @@ def validate(
         Path | None, typer.Argument(help="A checkpoint, a file of weights (with --model), or a folder of checkpoints.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="The network. (default: the checkpoint's; without one, fresh weights)")
+        str | None,
+        typer.Option(
+            help="The network, as for train. (default: the checkpoint's; without one, fresh weights) One that the "
+            "checkpoint has from module:function must be named again."
+        ),
     ] = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
@@ -74,7 +80,7 @@ def validate(
         if results_file is not None and not results_file.absolute().parent.is_dir():
             raise FileNotFoundError(f"results_file is {results_file}; its folder must be there")
         with process_group():
-            console = Console(quiet=not is_main())
+            console = standard_output(quiet=not is_main())
             results = [_result(path, options, console) for path in _checkpoints(checkpoint)]
     table = Table("checkpoint", "network", "crops")
     for column in ("top-1 error %", "top-5 error %", "images", "skipped", "images/s"):
@@ -109,17 +115,19 @@ def _result(path: Path | None, options: SimpleNamespace, console: Console) -> di
     from fastroute.data.loaders import MemoryLoader
     from fastroute.data.module import STREAMED
     from fastroute.diagnostics.routing import skewed_gates
+    from fastroute.inference.predictor import network_of
     from fastroute.training.checkpoints import load_weights, read_checkpoint
     from fastroute.training.evaluation import evaluate, validation_loader
 
     run, data = {}, {}
-    if path is not None and options.model is None:
+    named = options.model if options.model and Specification.parse(options.model).source == "function" else None
+    if path is not None and (options.model is None or (named and path.suffix == ".ckpt")):
         checkpoint = read_checkpoint(path, "checkpoint", "train")
         run, data = checkpoint["hyper_parameters"], checkpoint.get("ImageDataModule", {})
     device = this_device()
-    dataset = options.dataset or data.get("dataset")
-    if dataset is None:
-        raise ValueError("dataset is missing; the checkpoint does not say on what it was trained")
+    images = chosen_images(data, options.dataset, options.data_dir)
+    dataset, data_dir = images.dataset, images.data_dir
+    console.print(shown(images.line), soft_wrap=True, highlight=False)
     own = data if dataset == data.get("dataset") or "mean" in data else {}
     img_size = options.img_size or data.get("img_size")
     if dataset not in STREAMED:
@@ -127,7 +135,7 @@ def _result(path: Path | None, options: SimpleNamespace, console: Console) -> di
     with console.status("reading the images"):
         loader, classes, in_chans = validation_loader(
             dataset,
-            options.data_dir,
+            data_dir,
             batch_size=options.batch_size,
             img_size=img_size,
             crop_pct=options.crop_pct or data.get("crop_pct", 0.875),
@@ -138,23 +146,22 @@ def _result(path: Path | None, options: SimpleNamespace, console: Console) -> di
             mean=own.get("mean"),
             std=own.get("std"),
             device=device,
+            **images.options,
         )
     if data and data["classes"] != classes:
         raise ValueError(
-            f"data_dir is {options.data_dir}; its {len(classes)} classes ({classes[0]}, …) are not the "
+            f"data_dir is {data_dir}; its {len(classes)} classes ({classes[0]}, …) are not the "
             f"{len(data['classes'])} of the training ({data['classes'][0]}, …)"
         )
     if run:
-        check_channels(options.data_dir, in_chans, run)
-    model = options.model or run["model"]
+        check_channels(data_dir, in_chans, run)
+    model = options.model or run["model"]  # as it is named
     size = img_size or (loader.images.shape[1] if isinstance(loader, MemoryLoader) else 224)
     check_batch(model, min(options.batch_size, loader.count), in_chans, size, training=False)
-    network = create_model(
-        model,
-        options.num_classes or run.get("num_classes", len(classes)),
-        run.get("in_chans", in_chans),
-        size,
-    )
+    if run:
+        network = network_of(run, f"checkpoint is {path}", named, num_classes=options.num_classes, img_size=size)
+    else:
+        network = create_model(model, options.num_classes or len(classes), in_chans, size)
     if options.gates and not any(isinstance(layer, Router | SparseRouter) for layer in network.modules()):
         raise ValueError(f"gates is True, but {model} has no routers")
     if path is not None:

@@ -77,6 +77,7 @@ class DEC(ClusteringModule):
         return [optimizer], [schedule]
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["pretrain_epochs"] = self.pretrain_epochs
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:

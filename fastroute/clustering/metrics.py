@@ -5,9 +5,23 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 from sklearn.utils import check_consistent_length
 from torch import Tensor
+
+
+def label_metrics(labels: Sequence, clusters: Sequence) -> dict[str, float]:
+    """`cluster_accuracy`, `many_to_one_accuracy`, normalised mutual information and adjusted Rand index, by the names
+    of summary.csv; nothing where samples have no labels, which is −1."""
+    if len(labels) and min(labels) < 0:
+        return {}
+    return {
+        "acc": cluster_accuracy(labels, clusters),
+        "acc_many": many_to_one_accuracy(labels, clusters),
+        "nmi": normalized_mutual_info_score(labels, clusters),
+        "ari": adjusted_rand_score(labels, clusters),
+    }
 
 
 def cluster_accuracy(labels: Sequence, clusters: Sequence) -> float:

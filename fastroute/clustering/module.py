@@ -5,10 +5,9 @@ import warnings
 
 import pytorch_lightning as pl
 import torch
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
-from fastroute.clustering.metrics import cluster_accuracy, many_to_one_accuracy
+from fastroute.clustering.metrics import label_metrics
 
 
 class ClusteringModule(pl.LightningModule):
@@ -17,8 +16,8 @@ class ClusteringModule(pl.LightningModule):
 
     Batches are images (N, C, H, W), values from 0 to 1, and labels (N,), which are used for nothing but the metrics
     that each validation logs: `acc`, `acc_many` (many clusters to a label), `nmi` and `ari` over exactly the images
-    seen, `entropy` (of the posteriors, as a share of log K: 1 is no clustering at all) and `empty` (clusters without a
-    sample). A collapse is said in a warning.
+    seen, unless they have no labels, which is −1; `entropy` (of the posteriors, as a share of log K: 1 is no clustering
+    at all) and `empty` (clusters without a sample). A collapse is said in a warning.
     """
 
     EVEN = 0.98  # an entropy above this is that of even posteriors
@@ -31,6 +30,9 @@ class ClusteringModule(pl.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Posteriors (N, K)."""
         return torch.softmax(self.responses(images), -1)
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["epochs"] = self.trainer.max_epochs
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
@@ -45,10 +47,7 @@ class ClusteringModule(pl.LightningModule):
         entropy = torch.special.entr(posterior).sum(1).mean() / (math.log(self.num_clusters) or 1)
         empty = int((sizes == 0).sum())
         metrics = {
-            "acc": cluster_accuracy(labels, clusters),
-            "acc_many": many_to_one_accuracy(labels, clusters),
-            "nmi": normalized_mutual_info_score(labels, clusters),
-            "ari": adjusted_rand_score(labels, clusters),
+            **label_metrics(labels, clusters),
             "entropy": entropy.item(),
             "empty": float(empty),
         }

@@ -5,7 +5,8 @@ import itertools
 import math
 import numbers
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
 
 import numpy as np
 import torch
@@ -13,15 +14,16 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Cluster
 from sklearn.cluster import kmeans_plusplus
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, logsigmoid
 
 from fastroute.nn import MixtureEMLoss, RelevanceNorm
 from fastroute.ops.mixture_em import MAX_CLUSTERS
 
 INFERENCE_BATCH = 4096
-# Features with less than this share of the typical spread are not stretched to 1: border pixels of digits are noise.
+# A feature whose standard deviation is less than this share of what is typical, both as shares of the features' ranges,
+# is not stretched to 1: most of the time it has one value, as border pixels of digits have, and the rest is noise.
 LEAST_SPREAD = 0.7
 # The priors are a moving average of the posteriors' means, over some 20 batches.
 PRIOR_MOMENTUM = 0.05
@@ -64,8 +66,11 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         gamma: γ of Eq. 4.12.
         noise: standard deviation of the Gaussian noise, after standardisation, that makes augmented samples (Eq. 4.23).
             Borders then keep away from samples. 0 trains on the samples alone.
-        standardize: whether features are centred and brought to spread 1 before the network; those that vary little,
-            beside what is typical, stay below 1.
+        standardize: whether each feature is centred and brought to spread 1 before the network, whatever its unit; one
+            that has nearly always one value, unlike the others, stays below 1.
+        warm_start: whether `fit` goes on from the network of the last one, for `epochs` more in one run, and leaves
+            standardisation and merged clusters as they are.
+        verbose: 1 prints a line for each run, 2 for each pass over the data, too.
         random_state: int, RandomState or None: weights, order and seeds.
         device: where the network lives. Samples go there a batch at a time, so data need not fit.
 
@@ -74,6 +79,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         labels_: (N,), the cluster of each sample of `fit`, or of the last `partial_fit`.
         priors_: (K,), the weight of each cluster.
         loss_: the mean EM loss of the samples of `fit`.
+        n_iter_: passes over the data of the run that was kept, by `partial_fit` too.
         network_: the trained network.
         n_features_in_, feature_names_in_: as everywhere in scikit-learn.
 
@@ -102,6 +108,8 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         standardize: bool = True,
         random_state=None,
         device: torch.device | str = "cpu",
+        warm_start: bool = False,
+        verbose: int = 0,
     ):
         self.n_clusters = n_clusters
         self.max_clusters = max_clusters
@@ -118,6 +126,8 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         self.standardize = standardize
         self.random_state = random_state
         self.device = device
+        self.warm_start = warm_start
+        self.verbose = verbose
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -125,48 +135,63 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         tags.non_deterministic = False
         return tags
 
-    def fit(self, X, y=None):
+    def fit(self, X, y=None, sample_weight=None):
         """Train on X; y is ignored.
+
+        Args:
+            sample_weight: (n_samples,), from 0 on: each pass visits a sample in proportion to its weight, of 2 twice as
+                often as of 1. None is 1 for all.
 
         Raises:
             ValueError: X has NaN, infinity or fewer samples than clusters, or a parameter is out of its range.
         """
-        X = self._validate(X, reset=True)
+        going_on = self.warm_start and hasattr(self, "_model")
+        X = self._validate(X, reset=not going_on)
         self._check_parameters(len(X))
+        weights = self._weights(sample_weight, X)
+        if going_on:
+            model = self._model
+            if self.n_clusters != "auto" and self.n_clusters != len(model.clusters):
+                raise ValueError(f"n_clusters is {self.n_clusters}; with warm_start it must stay {len(model.clusters)}")
+            model.fit(X, weights, 1)
+            self.n_iter_ += self.epochs
+            self.loss_ = model.loss(X, weights)
+            return self._finish(X)
         random = check_random_state(self.random_state)
-        frame, best = self._frame(X), None
+        frame, best = self._frame(X, weights), None
         for run in range(self.n_init):
             seed = random.randint(2**31 - 1)
             model = _Model(self, X, frame, seed, fresh=run > 0)
             if self._init() == "k-means++":
-                model.learn_seeds(X)
-            for _ in range(self.epochs):
-                model.train_epoch(X)
-            model.calibrate(X)
-            loss = model.loss(X)
+                model.learn_seeds(X, weights)
+            model.fit(X, weights, run + 1)
+            loss = model.loss(X, weights)
             if best is None or loss < best[0]:
                 best = loss, model
         self.loss_, self._model = best
+        self.n_iter_ = self.epochs
         if self.n_clusters == "auto":
             self._model.merge(X)
         return self._finish(X)
 
-    def partial_fit(self, X, y=None):
+    def partial_fit(self, X, y=None, sample_weight=None):
         """One pass of EM steps over X, which may be one of many parts of the data; y is ignored.
 
         The first part sets the standardisation, the seeds and the network; there is one run, whatever n_init. With
-        n_clusters="auto", only `fit` merges clusters; they stay merged as it left them.
+        n_clusters="auto", only `fit` merges clusters; they stay merged as it left them. For sample_weight, see `fit`.
         """
         first = not hasattr(self, "_model")
         X = self._validate(X, reset=first)
+        weights = self._weights(sample_weight, X)
         if first:
             self._check_parameters(len(X))
             seed = check_random_state(self.random_state).randint(2**31 - 1)
-            self._model = _Model(self, X, self._frame(X), seed, fresh=False)
+            self._model, self.n_iter_ = _Model(self, X, self._frame(X, weights), seed, fresh=False), 0
             if self._init() == "k-means++":
-                self._model.learn_seeds(X)
-        self._model.train_epoch(X, track=True)
-        self.loss_ = self._model.loss(X)
+                self._model.learn_seeds(X, weights)
+        self._model.train_epoch(X, weights, track=True)
+        self.n_iter_ += 1
+        self.loss_ = self._model.loss(X, weights)
         return self._finish(X)
 
     def predict(self, X) -> np.ndarray:
@@ -184,10 +209,19 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         """
         return self._infer(X)[1]
 
-    def score(self, X, y=None) -> float:
+    def score_samples(self, X) -> np.ndarray:
+        """The EM objective of each sample, Σ_j p_j (log π_j + log sigmoid(a*_j / γ)) of Eq. 4.21: (n_samples,).
+
+        `score` is their mean.
+        """
+        check_is_fitted(self)
+        return self._model.objective(self._validate(X, reset=False))
+
+    def score(self, X, y=None, sample_weight=None) -> float:
         """The mean EM objective of X, the negative of the loss of Eq. 4.22: greater is better; y is ignored."""
         check_is_fitted(self)
-        return -self._model.loss(self._validate(X, reset=False))
+        X = self._validate(X, reset=False)
+        return -self._model.loss(X, self._weights(sample_weight, X))
 
     @property
     def _n_features_out(self) -> int:
@@ -195,14 +229,13 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
 
     def _infer(self, X) -> tuple[np.ndarray, np.ndarray]:
         check_is_fitted(self)
-        parts = [self._model.posterior(x) for x in self._model.in_order(self._validate(X, reset=False))]
-        return tuple(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+        return self._model.infer(self._validate(X, reset=False))
 
     def _finish(self, X):
         self.network_ = self._model.network
         self.priors_ = self._model.cluster_prior().cpu().numpy()
         self.n_clusters_ = len(self.priors_)
-        self.labels_ = self.predict(X)
+        self.labels_ = self._model.infer(X)[0].argmax(1)
         empty = self.n_clusters_ - len(np.unique(self.labels_))
         if empty:
             warnings.warn(
@@ -247,6 +280,8 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         if self.n_clusters == "auto" and (self.noise == 0 or not isinstance(self.prior, str)):
             name, needed = ("noise", "greater than 0") if self.noise == 0 else ("prior", "'even' or 'learned'")
             raise ValueError(f"{name} is {getattr(self, name)!r}; with n_clusters='auto' it must be {needed}")
+        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device is {str(self.device)!r}; PyTorch finds no GPU here")
         if self.network is not None and not isinstance(self.network, nn.Module):
             raise ValueError(f"network is {self.network!r}; it must be a torch.nn.Module or None")
         if self.init not in ("auto", "random", "k-means++"):
@@ -275,18 +310,37 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
     def _learns_prior(self) -> bool:
         return self.n_clusters == "auto" or (isinstance(self.prior, str) and self.prior == "learned")
 
-    def _frame(self, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _weights(self, sample_weight, X: np.ndarray) -> np.ndarray | None:
+        """The weights, with a mean of 1."""
+        if sample_weight is None:
+            return None
+        weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        return weights / weights.mean()
+
+    def _frame(self, X: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The centre and the scale of each feature, by batches: X may lie on disk."""
         if not self.standardize:
             return X.dtype.type(0), X.dtype.type(1)
-        parts = [X[i : i + INFERENCE_BATCH] for i in range(0, len(X), INFERENCE_BATCH)]
-        center = sum(part.sum(0, dtype=np.float64) for part in parts) / len(X)
-        variance = sum(np.square(part - center, dtype=np.float64).sum(0) for part in parts) / len(X)
-        typical = math.sqrt(variance.mean())
-        # A spread within the rounding of the values is that of a constant.
-        constant = typical <= np.finfo(X.dtype).eps * np.abs(center).max()
-        spread = np.maximum(np.sqrt(variance), LEAST_SPREAD * typical)
-        return center.astype(X.dtype), np.zeros_like(spread, X.dtype) if constant else (1 / spread).astype(X.dtype)
+        parts = [slice(i, i + INFERENCE_BATCH) for i in range(0, len(X), INFERENCE_BATCH)]
+
+        def mean(values: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+            if weights is None:
+                return sum(values(X[part]).sum(0, dtype=np.float64) for part in parts) / len(X)
+            return sum(np.tensordot(weights[part], values(X[part]), 1) for part in parts) / len(X)
+
+        center = mean(lambda part: part)
+        variance = mean(lambda part: np.square(part - center, dtype=np.float64))
+        seen = [X[part] if weights is None else X[part][weights[part] > 0] for part in parts]
+        seen = [part for part in seen if len(part)]
+        high, low = (reduce(f, (f.reduce(part, 0) for part in seen)) for f in (np.maximum, np.minimum))
+        # A range within the rounding of the values is that of a constant.
+        extent = (high - low).astype(np.float64)
+        constant = extent <= 4 * np.finfo(X.dtype).eps * np.abs(center)
+        share = np.sqrt(variance) / np.where(constant, 1, extent)
+        typical = np.sqrt(np.square(share[~constant]).mean()) if not constant.all() else 1.0
+        spread = np.maximum(share, LEAST_SPREAD * typical) * extent
+        scale = np.where(constant, 0, 1 / np.where(constant, 1, spread))
+        return center.astype(X.dtype), scale.astype(X.dtype)
 
 
 class _Model:
@@ -325,9 +379,21 @@ class _Model:
         for first in range(0, len(X), INFERENCE_BATCH):
             yield self._load(X[first : first + INFERENCE_BATCH])
 
-    def batches(self, X: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """The samples in random order and batches of equal size, each with their indices."""
+    def infer(self, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Posteriors and normalised scores of the clusters, for all samples."""
+        parts = [self.posterior(x) for x in self.in_order(X)]
+        return tuple(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+
+    def batches(self, X: np.ndarray, weights: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """The samples in random order and batches of equal size, each with their indices.
+
+        With weights, of mean 1, each comes as often as its weight says, give or take one.
+        """
         order = torch.randperm(len(X), generator=self.generator).numpy()
+        if weights is not None:
+            start = torch.rand((), generator=self.generator, dtype=torch.float64).item()
+            ends = np.cumsum(weights)
+            order = np.searchsorted(ends, (order + start) * ends[-1] / len(X), side="right").clip(max=len(X) - 1)
         for index in np.array_split(order, max(1, len(X) // self.options.batch_size)):
             yield index, self._load(X[index])
 
@@ -347,26 +413,39 @@ class _Model:
         loss.backward()
         self.optimizer.step()
 
-    def learn_seeds(self, X: np.ndarray) -> None:
+    def fit(self, X: np.ndarray, weights: np.ndarray | None, run: int) -> None:
+        """The estimator's number of EM passes, and the statistics of what has been trained."""
+        verbose = self.options.verbose
+        for epoch in range(1, self.options.epochs + 1):
+            self.train_epoch(X, weights)
+            if verbose > 1:
+                self.calibrate(X, weights)
+                print(f"run {run}, pass {epoch} of {self.options.epochs}: loss {self.loss(X, weights):.4f}")
+        self.calibrate(X, weights)
+        if verbose == 1:
+            print(f"run {run} of {self.options.n_init}: loss {self.loss(X, weights):.4f}")
+
+    def learn_seeds(self, X: np.ndarray, weights: np.ndarray | None = None) -> None:
         """Teach the network which of K samples, drawn far apart, is the nearest."""
         draw = np.random.default_rng(self.seed)
-        some = X[np.sort(draw.choice(len(X), min(len(X), INFERENCE_BATCH), replace=False))].reshape(-1, X[0].size)
-        seeds, _ = kmeans_plusplus(some, len(self.clusters), random_state=self.seed % 2**32)
+        index = np.sort(draw.choice(len(X), min(len(X), INFERENCE_BATCH), replace=False))
+        some, weight = X[index].reshape(-1, X[0].size), None if weights is None else weights[index]
+        seeds, _ = kmeans_plusplus(some, len(self.clusters), sample_weight=weight, random_state=self.seed % 2**32)
         seeds = self._load(seeds.reshape(-1, *X.shape[1:])).flatten(1)
         counts = torch.ones_like(self.prior)
         for _ in range(SEEDING_EPOCHS):
-            for _, x in self.batches(X):
+            for _, x in self.batches(X, weights):
                 nearest = torch.cdist(x.flatten(1), seeds).argmin(1)
                 counts += torch.bincount(nearest, minlength=len(counts))
                 self._step(cross_entropy(self.scores(x), nearest))
         if self.learns_prior:
             self.prior = counts / counts.sum()
 
-    def train_epoch(self, X: np.ndarray, track: bool = False) -> None:
+    def train_epoch(self, X: np.ndarray, weights: np.ndarray | None = None, track: bool = False) -> None:
         """EM steps over X (Eq. 4.22). With `track`, the running statistics follow; else `calibrate` sets them later."""
         self.network.train()
         self.norm.train()
-        for _, x in self.batches(X):
+        for _, x in self.batches(X, weights):
             scores = self.scores(x)
             augmented = self.scores(self._noisy(x)) if self.options.noise else None
             loss, posterior = self.criterion(scores, augmented, self.prior if self.uses_prior else None)
@@ -378,17 +457,25 @@ class _Model:
                 self.norm(scores.detach())
 
     @torch.no_grad()
-    def calibrate(self, X: np.ndarray) -> None:
+    def calibrate(self, X: np.ndarray, weights: np.ndarray | None = None) -> None:
         """The mean and spread of the trained network's scores over all of X."""
         self.network.eval()
         count, mean, square = 0, 0.0, 0.0
-        for x in self.in_order(X):  # Chan's update, batch by batch
+        for first, x in zip(range(0, len(X), INFERENCE_BATCH), self.in_order(X), strict=True):  # Chan's, by the batch
             scores = self.scores(x)
-            variance, part = torch.var_mean(scores, 0, correction=0)
-            total = count + len(x)
+            if weights is None:
+                (variance, part), new = torch.var_mean(scores, 0, correction=0), len(x)
+            else:
+                weight = torch.as_tensor(weights[first : first + len(x)]).to(scores)[:, None]
+                new = weight.sum().item()
+                if not new:
+                    continue
+                part = (weight * scores).sum(0) / new
+                variance = (weight * (scores - part).square()).sum(0) / new
+            total = count + new
             delta = part - mean
-            square = square + variance * len(x) + delta.square() * (count * len(x) / total)
-            mean, count = mean + delta * (len(x) / total), total
+            square = square + variance * new + delta.square() * (count * new / total)
+            mean, count = mean + delta * (new / total), total
         self.norm.running_mean.copy_(mean)
         self.norm.running_std.copy_((square / count).sqrt())
 
@@ -432,13 +519,23 @@ class _Model:
         self.prior = torch.where((clusters >= 0).to(self.device), self.prior, 0)
         self.prior = self.prior / self.prior.sum()
 
-    @torch.no_grad()
-    def loss(self, X: np.ndarray) -> float:
+    def loss(self, X: np.ndarray, weights: np.ndarray | None = None) -> float:
         """The mean loss under the running statistics (Eq. 4.22)."""
+        return -float(np.average(self.objective(X), weights=weights))
+
+    @torch.no_grad()
+    def objective(self, X: np.ndarray) -> np.ndarray:
+        """The negative loss of each sample under the running statistics."""
         self.network.eval()
-        criterion = MixtureEMLoss(self.options.gamma, self.norm.eval())
-        prior = self.prior if self.uses_prior else None
-        return sum(criterion(self.scores(x), prior=prior).loss.item() * len(x) for x in self.in_order(X)) / len(X)
+        tiny = torch.finfo(self.prior.dtype).tiny
+        log_prior = self.prior.clamp(min=tiny).log() if self.uses_prior else torch.zeros_like(self.prior)
+        found = []
+        for x in self.in_order(X):
+            normalized = self.norm.eval()(self.scores(x))
+            logits = torch.where(self.prior > 0, normalized + log_prior, -torch.inf)
+            log_joint = log_prior + logsigmoid(normalized / self.options.gamma)
+            found.append((torch.softmax(logits, 1) * log_joint).sum(1))
+        return torch.cat(found).cpu().numpy()
 
 
 def merged(moved: np.ndarray, crossing: float) -> list[list[int]]:

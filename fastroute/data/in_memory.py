@@ -3,9 +3,9 @@
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
-from fastroute.data.sources import FolderSource, UnreadableImage, folder_sources, read_image
-from fastroute.data.transforms import check_scaled
+from fastroute.data.decode import UnreadableImage
+from fastroute.data.sources import Reading, Source, TarSource, folder_sources, read_image, stratified
+from fastroute.data.transforms import check_scaled, pixels
 
 
 class Split(NamedTuple):
@@ -49,7 +50,8 @@ class ImageSet(NamedTuple):
 class Options:
     """Where images come from and what they become; see `ImageDataModule`.
 
-    With `train_only`, torchvision's sets come without images for validation, which then need not be there.
+    With `train_only` or a `val_split`, torchvision's sets are read without their own images for validation, which then
+    need not be there. `in_chans` is None for as many channels as the images have.
     """
 
     data_dir: Path | None = None
@@ -59,6 +61,15 @@ class Options:
     first_classes: int | None = None
     on_bad_image: str = "stop"
     train_only: bool = False
+    val_split: float = 0.0
+    seed: int = 0
+    class_map: Sequence[str] | None = None
+    interpolation: str = "bilinear"
+    in_chans: int | None = None
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.first_classes, self.num_workers, self.val_split, self.seed, self.class_map)
 
 
 def digits(options: Options) -> ImageSet:
@@ -71,7 +82,7 @@ def digits(options: Options) -> ImageSet:
     images = torch.from_numpy(source.images * (255 / 16)).to(torch.float32)[:, None]
     size = options.img_size or images.shape[-1]
     if size != images.shape[-1]:
-        images = F.interpolate(images, size=(size, size), mode="bilinear")
+        images = F.interpolate(images, size=(size, size), mode=options.interpolation).clamp(0, 255)
     images = images.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     labels = torch.from_numpy(source.target).long()
     train, val = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=source.target, random_state=0)
@@ -124,7 +135,7 @@ def _read_idx(path: Path, sizes: tuple[int, ...]) -> Tensor:
 def mnist(options: Options) -> ImageSet:
     """MNIST: 60,000 and 10,000 digits, 28×28 and grey, shifted by at most three pixels, not mirrored."""
     parts = [_torchvision(MNIST, options, train=train) for train in _halves(options)]
-    splits = [Split(_scaled(part.data[..., None], options.img_size), part.targets) for part in parts]
+    splits = [Split(_scaled(part.data[..., None], options), part.targets) for part in parts]
     return _image_set(splits, [str(digit) for digit in range(10)], options, flip=False)
 
 
@@ -132,9 +143,7 @@ def stl10(options: Options) -> ImageSet:
     """STL-10: the 5,000 labelled training images and the 8,000 of the test, 96×96, shifted by at most 12, mirrored."""
     parts = [_torchvision(torchvision.datasets.STL10, options, split=split) for split in ("train", "test")]
     splits = [
-        Split(
-            _scaled(torch.from_numpy(p.data).permute(0, 2, 3, 1), options.img_size), torch.from_numpy(p.labels).long()
-        )
+        Split(_scaled(torch.from_numpy(p.data).permute(0, 2, 3, 1), options), torch.from_numpy(p.labels).long())
         for p in parts
     ]
     if not hasattr(parts[0], "classes"):
@@ -152,11 +161,13 @@ def imagefolder(options: Options) -> ImageSet:
         FileNotFoundError: the folder, its `train/` or `val/`, or the images in a class are missing.
         ValueError: `train/` and `val/` hold different classes, an image cannot be read, or memory does not suffice.
     """
-    size = options.img_size or 32
-    sources = folder_sources(options.data_dir, options.first_classes)
-    _check_memory(options.data_dir, sum(len(source) for source in sources.values()), size)
-    (train, bad), (val, bad_val) = (_decode(sources[split], size, options) for split in ("train", "val"))
-    return _image_set([train, val], sources["train"].classes, options, flip=True)._replace(skipped=bad + bad_val)
+    sources = folder_sources(options.data_dir, options.reading)
+    count = sum(len(source) for source in sources.values())
+    _check_memory(options.data_dir, count, options.img_size or 32, options.in_chans or 3)
+    train, val = (decode(sources[split], options) for split in ("train", "val"))
+    options = replace(options, first_classes=None, val_split=0, in_chans=None)  # which the sources have seen to
+    images = _image_set([train.split, val.split], sources["train"].classes, options, flip=True)
+    return images._replace(skipped=train.skipped + val.skipped)
 
 
 DATASETS: dict[str, Callable[[Options], ImageSet]] = {
@@ -171,11 +182,15 @@ DATASETS: dict[str, Callable[[Options], ImageSet]] = {
 
 def _halves(options: Options) -> list[bool]:
     """torchvision's `train`, for training and, unless it is left out, for validation."""
-    return [True] if options.train_only else [True, False]
+    return [True] if options.train_only or options.val_split else [True, False]
 
 
 def _image_set(splits: list[Split], classes: list[str], options: Options, *, flip: bool) -> ImageSet:
     """Shifts are of at most an eighth of the image; of the classes only the first are kept, where that is asked for."""
+    splits = [Split(_channels(images, options.in_chans), labels) for images, labels in splits]
+    if options.val_split:
+        images, labels = splits[0]
+        splits = [Split(images[part], labels[part]) for part in stratified(labels, options.val_split, options.seed)]
     train = splits[0]
     val = splits[1] if len(splits) > 1 else Split(train.images[:0], train.labels[:0])
     where = "" if options.data_dir is None else f"data_dir is {options.data_dir}; "
@@ -197,7 +212,7 @@ def _image_set(splits: list[Split], classes: list[str], options: Options, *, fli
 
 def _cifar(dataset: type, options: Options) -> ImageSet:
     parts = [_torchvision(dataset, options, train=train) for train in _halves(options)]
-    splits = [Split(_scaled(torch.from_numpy(p.data), options.img_size), torch.tensor(p.targets)) for p in parts]
+    splits = [Split(_scaled(torch.from_numpy(p.data), options), torch.tensor(p.targets)) for p in parts]
     return _image_set(splits, parts[0].classes, options, flip=True)
 
 
@@ -217,19 +232,32 @@ def _torchvision(dataset: type, options: Options, **split):
         raise ValueError(f"data_dir is {root}; {dataset.__name__} in it cannot be read: {reason}") from error
 
 
-def _scaled(images: Tensor, size: int | None) -> Tensor:
+def _channels(images: Tensor, count: int | None) -> Tensor:
+    """Images (N, H, W, C) as grey or as colour; as they are with None."""
+    if count is None or count == images.shape[-1]:
+        return images
+    if count == 3:
+        return images.expand(*images.shape[:-1], 3).contiguous()
+    luma = torch.tensor([299, 587, 114], dtype=torch.float32) / 1000  # as Pillow's "L"
+    return torch.cat([(part.float() @ luma).round().to(torch.uint8)[..., None] for part in images.split(1024)])
+
+
+def _scaled(images: Tensor, options: Options) -> Tensor:
     """uint8 (N, H, W, C), scaled to size × size where that is another."""
+    size = options.img_size
     if size is not None and size != images.shape[1]:
         parts = [
-            TF.resize(part.permute(0, 3, 1, 2), [size, size], antialias=True).permute(0, 2, 3, 1)
+            TF.resize(part.permute(0, 3, 1, 2), [size, size], TF.InterpolationMode(options.interpolation)).permute(
+                0, 2, 3, 1
+            )
             for part in images.split(1024)
         ]
         images = torch.cat(parts)
     return images.contiguous()
 
 
-def _check_memory(data_dir: Path, count: int, size: int) -> None:
-    needed, physical = count * size * size * 3, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _check_memory(data_dir: Path, count: int, size: int, channels: int) -> None:
+    needed, physical = count * size * size * channels, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > physical / 2:
         raise ValueError(
             f"data_dir is {data_dir}; its {count:,} images take {needed / 1e9:.0f} GB of memory at img_size={size}, "
@@ -238,36 +266,51 @@ def _check_memory(data_dir: Path, count: int, size: int) -> None:
         )
 
 
-def _decode(source: FolderSource, size: int, options: Options) -> tuple[Split, int]:
-    images = np.empty((len(source), size, size, 3), np.uint8)
+class Decoded(NamedTuple):
+    """Images in memory. kept: (n,), the places in their source of those that could be read; skipped: of the others."""
+
+    split: Split
+    kept: Tensor
+    skipped: int
+
+
+def decode(source: Source, options: Options) -> Decoded:
+    """Read all images of a source, 32×32 unless `img_size` says otherwise.
+
+    Raises:
+        UnreadableImage: one cannot be read; with `on_bad_image="skip"`, none can.
+        ValueError: memory does not suffice.
+    """
+    size, channels = options.img_size or 32, options.in_chans or 3
+    _check_memory(options.data_dir, len(source), size, channels)
+    images = np.empty((len(source), size, size, channels), np.uint8)
     unreadable: list[tuple[int, str]] = []
 
-    def decode(start: int) -> None:
+    def read(start: int) -> None:
         for i in range(start, min(start + 256, len(images))):
             try:
-                images[i] = read_image(source, i, lambda image: _centre(image, size))
+                images[i] = read_image(source, i, lambda image: _centre(image, size, options.interpolation), channels)
             except UnreadableImage as error:
                 if options.on_bad_image == "stop":
                     raise
                 unreadable.append((i, str(error)))
 
-    with ThreadPoolExecutor(options.num_workers) as threads:
-        for _ in threads.map(decode, range(0, len(images), 256)):
+    with ThreadPoolExecutor(1 if isinstance(source, TarSource) else options.num_workers) as threads:
+        for _ in threads.map(read, range(0, len(images), 256)):
             pass  # taking each result raises what its thread raised
-    split = Split(torch.from_numpy(images), source.labels)
+    split, kept = Split(torch.from_numpy(images), source.labels), torch.ones(len(images), dtype=torch.bool)
     for _, message in sorted(unreadable):
         warnings.warn(f"{message}; it is skipped", stacklevel=2)
     if unreadable:
-        kept = torch.ones(len(images), dtype=torch.bool)
         kept[[i for i, _ in unreadable]] = False
         split = Split(split.images[kept], split.labels[kept])
     if not len(split.labels):
         raise UnreadableImage(f"none of the {len(images):,} images can be read: {min(unreadable)[1]}")
-    return split, len(unreadable)
+    return Decoded(split, kept.nonzero().flatten(), len(unreadable))
 
 
-def _centre(image: Image.Image, size: int) -> np.ndarray:
+def _centre(image: Image.Image, size: int, interpolation: str) -> np.ndarray:
     if image.size != (size, size):
         check_scaled(image, size)
-        image = TF.center_crop(TF.resize(image, size), size)
-    return np.asarray(image)
+        image = TF.center_crop(TF.resize(image, size, TF.InterpolationMode(interpolation)), size)
+    return pixels(image)

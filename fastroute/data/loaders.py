@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastroute._timeout import patience
 from fastroute.data.augment import normalize, shift_and_flip
+from fastroute.data.decode import UnreadableImage
 from fastroute.data.seeding import generator, seeded
-from fastroute.data.sources import Source, UnreadableImage, read_image
+from fastroute.data.sources import Source, read_image
 from fastroute.data.transforms import pixels
 
 Finish = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -39,13 +40,26 @@ class PlaceMismatch(ValueError):
     """A run cannot go on within an epoch that is cut into other batches."""
 
 
-def shares(order: Tensor, batch_size: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, ...]:
+def shares(
+    order: Tensor, batch_size: int, rank: int = 0, world_size: int = 1, *, training: bool = False
+) -> tuple[Tensor, ...]:
     """What one process takes of each global batch of world_size · batch_size samples.
 
     Shares are contiguous and of equal size, save in the last batch, where they differ by at most one sample and may
-    be empty: every process has as many batches, and no sample is taken twice.
+    be empty: every process has as many batches, and no sample is taken twice. In training, a last batch that would
+    leave a process a single sample is joined to the one before: batch norm has no statistics of one sample.
     """
-    return tuple(batch.tensor_split(world_size)[rank] for batch in order.split(batch_size * world_size))
+    sizes = batch_sizes(len(order), batch_size, world_size, training=training)
+    return tuple(batch.tensor_split(world_size)[rank] for batch in order.split(sizes))
+
+
+def batch_sizes(count: int, batch_size: int, world_size: int = 1, *, training: bool = False) -> list[int]:
+    """Samples in each global batch of an epoch; see `shares`."""
+    whole, rest = divmod(count, batch_size * world_size)
+    sizes = [batch_size * world_size] * whole + [rest] * (rest > 0)
+    if training and 0 < rest <= world_size and whole and batch_size > 1:
+        sizes[-2:] = [sum(sizes[-2:])]
+    return sizes
 
 
 class EpochLoader:
@@ -81,10 +95,11 @@ class EpochLoader:
         self._start = self._done = 0
 
     def __len__(self) -> int:
-        return -(-self.count // (self.batch_size * self.world_size))
+        return len(batch_sizes(self.count, self.batch_size, self.world_size, training=self.seed is not None))
 
     def shares(self, order: Tensor) -> tuple[Tensor, ...]:
-        return shares(order[: self.count], self.batch_size, self.rank, self.world_size)
+        training = self.seed is not None
+        return shares(order[: self.count], self.batch_size, self.rank, self.world_size, training=training)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         epoch, self._done, self._start = self.epoch(), self._start, 0
@@ -192,6 +207,7 @@ class StreamLoader(EpochLoader):
         transform: PIL image → PIL image, or a tuple of crops; all of one size.
         mean, std: (C,), in units of the uint8 values, on the device that batches are for.
         num_workers: processes that decode; 0 decodes in this one.
+        channels: 3 for colour, 1 for grey.
         on_bad_image: "stop" raises at an image that cannot be read; "skip" leaves it out of its batch, names it in a
             warning and counts it in `skipped`.
 
@@ -209,14 +225,15 @@ class StreamLoader(EpochLoader):
         std: Tensor,
         *loader_arguments,
         num_workers: int = 0,
+        channels: int = 3,
         on_bad_image: str = "stop",
     ):
         super().__init__(len(source), *loader_arguments)
         self.source, self.transform, self.mean, self.std = source, transform, mean, std
-        self.on_bad_image, self.skipped = on_bad_image, 0
+        self.on_bad_image, self.skipped, self.channels = on_bad_image, 0, channels
         self._sampler = _Sampler()
         self.loader = DataLoader(
-            _Decoded(source, transform, self.seed),
+            _Decoded(source, transform, self.seed, channels),
             batch_sampler=self._sampler,
             num_workers=num_workers,
             collate_fn=_collate,
@@ -227,7 +244,7 @@ class StreamLoader(EpochLoader):
         )
 
     def pixels(self, indices: Tensor) -> Tensor:
-        images = [pixels(read_image(self.source, index, self.transform)) for index in indices.tolist()]
+        images = [pixels(read_image(self.source, i, self.transform, self.channels)) for i in indices.tolist()]
         return torch.from_numpy(np.stack(images))
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -273,8 +290,8 @@ class _Sampler:
 class _Decoded(Dataset):
     """(epoch, index) → (uint8 (H, W, C) or (crops, H, W, C), label), or the message of an `UnreadableImage`."""
 
-    def __init__(self, source: Source, transform: Callable, seed: int | None):
-        self.source, self.transform, self.seed = source, transform, seed
+    def __init__(self, source: Source, transform: Callable, seed: int | None, channels: int):
+        self.source, self.transform, self.seed, self.channels = source, transform, seed, channels
 
     def __len__(self) -> int:
         return len(self.source)
@@ -283,7 +300,8 @@ class _Decoded(Dataset):
         epoch, index = place
         try:
             with seeded(self.seed or 0, epoch, index):
-                return pixels(read_image(self.source, index, self.transform)), int(self.source.labels[index])
+                image = read_image(self.source, index, self.transform, self.channels)
+            return pixels(image), int(self.source.labels[index])
         except UnreadableImage as error:
             return str(error)
 

@@ -1,7 +1,7 @@
 """Images as a Lightning data module: small sets in memory, large ones decoded by workers."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -12,9 +12,20 @@ from torchvision.transforms import v2
 
 from fastroute.data.augment import channel_statistics, erase
 from fastroute.data.in_memory import DATASETS, ImageSet, Options
-from fastroute.data.loaders import Draws, EpochLoader, Finish, MemoryLoader, StreamLoader
-from fastroute.data.sources import Source, folder_sources, tar_sources
-from fastroute.data.transforms import CROP_MODES, check_crop, eval_transform, policy, resize_size, train_transform
+from fastroute.data.layout import TORCHVISION, choose
+from fastroute.data.loaders import Draws, EpochLoader, Finish, MemoryLoader, PlaceMismatch, StreamLoader
+from fastroute.data.sources import Reading, Source, folder_sources, read_class_map, tar_sources
+from fastroute.data.tar import shown
+from fastroute.data.transforms import (
+    CROP_MODES,
+    INTERPOLATIONS,
+    check_crop,
+    eval_transform,
+    policy,
+    resize_size,
+    train_transform,
+    variation,
+)
 
 STREAMED = ("imagefolder", "webdataset")
 ON_BAD_IMAGE = ("stop", "skip")
@@ -39,10 +50,12 @@ class ImageDataModule(pl.LightningDataModule):
     processes · batch_size; in validation each image is in exactly one share.
 
     Args:
-        dataset: "digits", scikit-learn's handwritten digits (8×8, grey); "cifar10", "cifar100", "mnist", "stl10",
-            torchvision's; "imagefolder", any tree with `train/<class>/*` and `val/<class>/*`; "webdataset", tar shards
+        dataset: None or "auto" is what `data_dir` holds, and without one "digits", scikit-learn's handwritten digits
+            (8×8, grey). "cifar10", "cifar100", "mnist" and "stl10" are torchvision's; "imagefolder" is any tree with
+            `train/<class>/*` and `val/<class>/*`, or with `val_split` `<class>/*` alone; "webdataset" is tar shards
             `train/*.tar` and `val/*.tar` or `*train*.tar` and `*val*.tar`, see `TarSource`.
-        data_dir: the folder of the data; "data" by default for torchvision's sets.
+        data_dir: the folder of the data, a tar file, or a pattern of tar files such as `train-{0000..0127}.tar`; "data"
+            by default for torchvision's sets.
         batch_size: images in a batch of one process.
         img_size: the height and width that images are scaled and cut to; by default the data set's own, 32 for an
             "imagefolder" and 224 for a "webdataset".
@@ -54,24 +67,39 @@ class ImageDataModule(pl.LightningDataModule):
         on_bad_image: an image that cannot be read is named, and then "stop" ends the run and "skip" leaves it out.
         train_crop_mode, scale, ratio, crop_pct: of images decoded by workers; see `train_transform`.
         aa: an automatic augmentation of single images; see `policy`.
+        hflip, vflip: the probabilities that an image is mirrored left to right and upside down. By default hflip is
+            0.5, and 0 for digits.
+        color_jitter: the largest share by which brightness, contrast and saturation vary.
+        no_aug: training images are augmented in no way, whatever else is asked for; those that workers decode are cut
+            as for validation.
         reprob: the probability that an image has a rectangle erased.
         mixup, cutmix: α of the Beta distributions that batches are mixed with, 0.001 to 1,000,000, or 0 for none; with
             both, each mixes half of them.
+        val_split: the share of the training images of each class that the seed sets aside for validation, in the place
+            of images of the data's own; 0 is none.
+        class_map: of folders and shards, a text file with the names of the classes, one a line, in the order of their
+            numbers; folders that it does not name are left out.
+        input_key: of shards with several images for one class; see `TarSource`.
+        mean, std: of each channel, or one number for all, where the images are from 0 to 1.
+        interpolation: how images are scaled: "bilinear", "bicubic" or "nearest".
+        in_chans: 3 makes images colour, 1 grey; by default as the data are, folders and shards colour.
 
     With the attribute `deferred`, training batches that are augmented on the device alone are the `Draws` for them, and
     `batch` makes the images: a training step then can hold that too.
 
-    After `setup()`: `classes`, `num_classes`, `in_chans` and `img_size`; `mean` and `std` in units of the uint8 values.
+    After `setup()`: `classes`, `num_classes`, `in_chans` and `img_size`; `mean` and `std` in units of the uint8 values;
+    `description`, what the data are, in a line.
 
     Raises:
-        FileNotFoundError: at `setup()`, a folder is missing or has no images.
+        FileNotFoundError: at `setup()`, a folder is missing or has no images; at once, where what it holds must say
+            the `dataset`.
         ValueError: an argument is out of range or unknown; at `setup()`, the folders' classes differ, or an image
             cannot be read.
     """
 
     def __init__(
         self,
-        dataset: str = "digits",
+        dataset: str | None = None,
         data_dir: str | Path | None = None,
         batch_size: int = 128,
         img_size: int | None = None,
@@ -83,19 +111,34 @@ class ImageDataModule(pl.LightningDataModule):
         first_classes: int | None = None,
         on_bad_image: str = "stop",
         train_crop_mode: str = "rrc",
-        scale: tuple[float, float] = (0.08, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        scale: tuple[float, float] | None = None,
+        ratio: tuple[float, float] | None = None,
         crop_pct: float = 0.875,
         aa: str | None = None,
         reprob: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        hflip: float | None = None,
+        vflip: float = 0.0,
+        color_jitter: float = 0.0,
+        no_aug: bool = False,
+        val_split: float = 0.0,
+        class_map: str | Path | None = None,
+        input_key: str | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        interpolation: str = "bilinear",
+        in_chans: int | None = None,
     ):
         super().__init__()
+        if dataset in (None, "auto"):
+            dataset = "digits" if data_dir is None else choose(Path(data_dir), any_split=val_split > 0).dataset
         choices = {
             "dataset": (dataset, (*DATASETS, "webdataset")),
             "on_bad_image": (on_bad_image, ON_BAD_IMAGE),
             "train_crop_mode": (train_crop_mode, CROP_MODES),
+            "interpolation": (interpolation, INTERPOLATIONS),
+            "in_chans": (in_chans, (None, 1, 3)),
         }
         for name, (value, allowed) in choices.items():
             if value not in allowed:
@@ -106,11 +149,23 @@ class ImageDataModule(pl.LightningDataModule):
         for name, value in (("reprob", reprob), ("crop_pct", crop_pct)):
             if not 0 <= value <= 1 or (name == "crop_pct" and value == 0):
                 raise ValueError(f"{name} is {value}; it must be between 0 and 1")
+        for name, value in (("hflip", hflip), ("vflip", vflip), ("color_jitter", color_jitter)):
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}; it must be between 0 and 1")
         for name, value in (("mixup", mixup), ("cutmix", cutmix)):
             if value != 0 and not 1e-3 <= value <= 1e6:  # beyond, what PyTorch draws is a constant
                 raise ValueError(
                     f"{name} is {value}; it must be at least 0, and from 0.001 to 1,000,000 if it is not 0"
                 )
+        if not 0 <= val_split < 1:
+            raise ValueError(f"val_split is {val_split}; it must be at least 0 and below 1")
+        if dataset == "digits" and data_dir is not None:
+            raise ValueError(f"data_dir is {data_dir}; the dataset 'digits' is scikit-learn's own and reads no folder")
+        if class_map is not None and dataset not in STREAMED:
+            raise ValueError(f"class_map is {class_map}; the classes of {dataset!r} have names of their own")
+        if input_key is not None and dataset != "webdataset":
+            raise ValueError(f"input_key is {input_key!r}; it is for tar shards, not {dataset!r}")
+        given = {"mean": _levels("mean", mean, -100, 100), "std": _levels("std", std, 1e-6, 100)}
         check_crop(scale, ratio)
         resize_size(img_size or 224, crop_pct)
         if dataset in STREAMED and data_dir is None:
@@ -129,6 +184,9 @@ class ImageDataModule(pl.LightningDataModule):
         self.on_bad_image, self.crop_pct = on_bad_image, crop_pct
         self.crop, self.aa = (train_crop_mode, scale, ratio, crop_pct), aa
         self.reprob, self.mixup, self.cutmix = reprob, mixup, cutmix
+        self.hflip, self.vflip, self.color_jitter, self.no_aug = hflip, vflip, color_jitter, no_aug
+        self.val_split, self.interpolation, self._chosen_chans, self._given = val_split, interpolation, in_chans, given
+        self.class_map, self.input_key = class_map, input_key
         self.deferred = False
         self.images: ImageSet | None = None
         self.sources: dict[str, Source] | None = None
@@ -139,21 +197,61 @@ class ImageDataModule(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.images is not None or self.sources is not None:
             return
+        root = self.data_dir
+        if root is not None and (self.dataset in STREAMED or root.exists()):
+            root = choose(root, self.dataset, any_split=self.val_split > 0 or self.dataset not in STREAMED).root
+        class_map = None if self.class_map is None else read_class_map(Path(self.class_map))
         if self.in_memory:
-            options = (self.data_dir, self.img_size, self.num_workers, self.download, self.first_classes)
-            self.images = DATASETS[self.dataset](Options(*options, self.on_bad_image))
-            self.mean, self.std = channel_statistics(self.images.train.images)
+            options = Options(
+                root,
+                self.img_size,
+                self.num_workers,
+                self.download,
+                self.first_classes,
+                self.on_bad_image,
+                val_split=self.val_split,
+                seed=self.seed,
+                class_map=class_map,
+                interpolation=self.interpolation,
+                in_chans=self._chosen_chans,
+            )
+            self.images = DATASETS[self.dataset](options)
+            mean, std = channel_statistics(self.images.train.images)
             self.classes = self.images.classes
             _, self.img_size, _, self.in_chans = self.images.train.images.shape
         else:
-            if self.dataset == "imagefolder":
-                self.sources = folder_sources(self.data_dir, self.first_classes)
-            else:
-                self.sources = tar_sources(self.data_dir, self.first_classes, self.num_workers)
-            self.mean, self.std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+            reading = Reading(
+                self.first_classes, self.num_workers, self.val_split, self.seed, class_map, self.input_key
+            )
+            read = folder_sources if self.dataset == "imagefolder" else tar_sources
+            self.sources = read(root, reading)
             self.classes = self.sources["train"].classes
-            self.img_size, self.in_chans = self.img_size or 224, 3
+            self.img_size, self.in_chans = self.img_size or 224, self._chosen_chans or 3
+            mean, std = imagenet_statistics(self.in_chans)
+        self.mean = channels_of("mean", self._given["mean"], mean)
+        self.std = channels_of("std", self._given["std"], std)
         self.num_classes = len(self.classes)
+
+    @property
+    def description(self) -> str:
+        """What the images are, in a line; after `setup()`."""
+        train, val = self.train_count, len(self._labels("val"))
+        where = f" in {shown(self.data_dir)}" if self.data_dir is not None else ""
+        aside = f", {self.val_split:.0%} of each class set aside by seed {self.seed}" if self.val_split else ""
+        colour = "grey" if self.in_chans == 1 else "colour"
+        held = "in memory" if self.in_memory else "decoded by workers"
+        return (
+            f"{self.dataset}{where}: {train:,} images to train and {val:,} to validate on{aside}; {self.num_classes:,} "
+            f"classes, {colour}, {self.img_size}×{self.img_size}, {held}"
+        )
+
+    @property
+    def train_count(self) -> int:
+        """How many images an epoch has; after `setup()`."""
+        return len(self._labels("train"))
+
+    def _labels(self, split: str) -> Tensor:
+        return (getattr(self.images, split) if self.images is not None else self.sources[split]).labels
 
     @property
     def skipped(self) -> int:
@@ -183,10 +281,30 @@ class ImageDataModule(pl.LightningDataModule):
             "crop_pct": 1.0 if self.in_memory else self.crop_pct,
             "mean": self.mean,
             "std": self.std,
+            "interpolation": self.interpolation,
+            "data_dir": self._absolute_dir(),
+            "val_split": self.val_split,
+            "split_seed": self.seed,
+            "input_key": self.input_key,
+            "class_map": self.class_map is not None,
         }
 
+    def _absolute_dir(self) -> str | None:
+        folder = self.data_dir or (Path("data") if self.dataset in TORCHVISION else None)
+        return None if folder is None else os.path.abspath(folder)
+
     def load_state_dict(self, state: dict) -> None:
-        """Have the training loader start at the place: what the images are is this run's own."""
+        """Have the training loader start at the place: what the images are is this run's own.
+
+        Raises:
+            PlaceMismatch: another part of the images was set aside for validation, and would be trained on.
+        """
+        share, seed = state.get("val_split", 0.0), state.get("split_seed", self.seed)
+        if share != self.val_split or (share and seed != self.seed):
+            raise PlaceMismatch(
+                f"the run set val_split={share} aside by seed {seed}, but now val_split is {self.val_split} and seed "
+                f"{self.seed}, which trains on images that the run validated on: go on with the same"
+            )
         self._place = state["place"]
 
     def train_dataloader(self) -> EpochLoader:
@@ -198,18 +316,32 @@ class ImageDataModule(pl.LightningDataModule):
         return self._train_loader
 
     def _training_images(self) -> EpochLoader:
+        if self.no_aug:
+            return self._training_images_as_they_are()
         if self.images is not None:
-            augment = policy(self.aa) if self.aa else None
-            augmentation = {"pad": self.images.pad, "flip": self.images.flip, "augment": augment}
+            # Mirroring half of the images is part of how a batch is made; all else goes image by image.
+            flip = self.images.flip if self.hflip in (None, 0.5) else False
+            own = variation(0 if flip or self.hflip is None else self.hflip, self.vflip, self.color_jitter)
+            own += [policy(self.aa)] if self.aa else []
+            augmentation = {"pad": self.images.pad, "flip": flip, "augment": v2.Compose(own) if own else None}
             augmentation["deferred"] = self.deferred
             return self._memory_loader(self.images.train, self.seed, self._finish(), **augmentation)
-        transform = train_transform(self.img_size, *self.crop, self.aa)
+        own = variation(0.5 if self.hflip is None else self.hflip, self.vflip, self.color_jitter)
+        transform = train_transform(self.img_size, *self.crop, self.aa, self.interpolation, own)
         return self._stream_loader(self.sources["train"], transform, self.seed, self._finish())
+
+    def _training_images_as_they_are(self) -> EpochLoader:
+        if self.images is not None:
+            return self._memory_loader(self.images.train, self.seed, deferred=self.deferred)
+        return self._stream_loader(self.sources["train"], eval_transform(self.img_size, self.crop_pct), self.seed)
 
     def val_dataloader(self) -> EpochLoader:
         if self.images is not None:
             return self._memory_loader(self.images.val)
-        return self._stream_loader(self.sources["val"], eval_transform(self.img_size, self.crop_pct))
+        return self._stream_loader(self.sources["val"], self._eval_transform())
+
+    def _eval_transform(self) -> Callable:
+        return eval_transform(self.img_size, self.crop_pct, interpolation=self.interpolation)
 
     def _memory_loader(self, split, seed: int | None = None, finish: Finish | None = None, **augmentation):
         tensors = (tensor.to(self._device) for tensor in (*split, self.mean, self.std))
@@ -218,7 +350,11 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _stream_loader(self, source: Source, transform, seed: int | None = None, finish: Finish | None = None):
         mean, std = self.mean.to(self._device), self.std.to(self._device)
-        workers = {"num_workers": self.num_workers, "on_bad_image": self.on_bad_image}
+        workers = {
+            "num_workers": self.num_workers,
+            "channels": self.in_chans,
+            "on_bad_image": self.on_bad_image,
+        }
         loader = StreamLoader(source, transform, mean, std, *self._loader_arguments(seed, finish), **workers)
         return self._kept(loader)
 
@@ -251,3 +387,30 @@ class ImageDataModule(pl.LightningDataModule):
             return mix(images, labels) if mix else (images, labels)
 
         return finish
+
+
+def imagenet_statistics(channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of ImageNet's images for each channel, of their mean where images are grey."""
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    return (mean, std) if channels == 3 else (mean.mean(0, keepdim=True), std.mean(0, keepdim=True))
+
+
+def _levels(name: str, value: float | Sequence[float] | None, low: float, high: float) -> Tensor | None:
+    """What is given for each channel from 0 to 1, in units of the uint8 values."""
+    if value is None:
+        return None
+    numbers = [value] if isinstance(value, int | float) else list(value)
+    if len(numbers) not in (1, 3) or not all(isinstance(v, int | float) and low <= v <= high for v in numbers):
+        raise ValueError(
+            f"{name} is {value}; it must be one number, or three, from {low:g} to {high:g}, where images are 0 to 1"
+        )
+    return 255 * torch.tensor(numbers, dtype=torch.float32)
+
+
+def channels_of(name: str, given: Tensor | None, found: Tensor) -> Tensor:
+    """The levels that are given, or else those that were found, a number for each channel."""
+    if given is None:
+        return found
+    if len(given) not in (1, len(found)):
+        raise ValueError(f"{name} has {len(given)} numbers; the images have {len(found)} channels")
+    return given.expand(len(found)).clone()

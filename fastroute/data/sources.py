@@ -4,81 +4,46 @@ What lies there may be damaged or hostile: only regular files are opened, only a
 for, and neither an index nor an image takes more memory than a stated bound.
 """
 
-import contextlib
+import copy
 import errno
 import io
+import json
 import os
 import re
 import stat
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from heapq import heappop, heappush
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from fastroute.data.decode import UnreadableImage, check_size, decode_image, named
+from fastroute.data.layout import all_shards, expanded, hidden, shards_of, split_folders
+from fastroute.data.seeding import generator
 from fastroute.data.tar import FILE, FOLDER, Member, NotRegular, members, open_regular, shown
 
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
-"""Pillow's names of what `IMG_EXTENSIONS` stand for. Others are not tried: EPS, for one, starts Ghostscript."""
 NOT_READ = (".gif", ".avif", ".jxl", ".jp2", ".heic", ".heif", ".jfif", ".jpe", ".pbm", ".pnm", ".tga", ".svg")
 """Names of images all the same, so that leaving them out is worth a word."""
 OTHER_IMAGES = f"images of other names than {', '.join(IMG_EXTENSIONS)}"
 MAX_CLASSES = 1_000_000
 """Numbers of classes are below this; a network has a logit for each class up to the largest number."""
 
-MAX_SCANS = 100
-"""Of a JPEG, as in libtiff: photographs have about 10, and each passes over all pixels with a few bytes of the file."""
-
-SCAN, END = b"\xff\xda", b"\xff\xd9"
-MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
-"""Of JPEG, where what follows has a length, or the end; the others are within a scan."""
+LABEL_KEYS = ("label", "cls", "class", "class_name", "target")
+"""Of a `.json` beside an image: the first of these that is there is its class."""
+MAX_JSON = 2**20
+MAX_CLASS_NAME = 1000
+"""Bytes that a `.json`, and a `.cls` or `.txt`, may have."""
+MAX_CLASS_MAP = 2**26
 
 LeftOut = dict[str, list[str]]
 """Names of what is left out, by what they are."""
-
-
-def limit_pixels(number: str) -> None:
-    """Set the most pixels that an image may have, which is Pillow's own limit, to a number in digits.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if not re.fullmatch(r"[1-9]\d{0,11}", number, re.ASCII):
-        raise ValueError(f"FASTROUTE_MAX_IMAGE_PIXELS is {number!r}; it must be a number of pixels, at least 1")
-    Image.MAX_IMAGE_PIXELS = int(number)
-
-
-if "FASTROUTE_MAX_IMAGE_PIXELS" in os.environ:
-    limit_pixels(os.environ["FASTROUTE_MAX_IMAGE_PIXELS"])
-
-
-class UnreadableImage(ValueError):
-    """An image cannot be decoded; the message names it and says why."""
-
-
-def check_pixels(width: int, height: int, what: str) -> None:
-    """Raise for an image of more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, 89,478,485 unless that is changed.
-
-    Raises:
-        UnreadableImage: it has more; the message starts with `what`.
-    """
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > limit:
-        raise UnreadableImage(f"{what} {width:,} × {height:,} pixels, {_at_most()}")
-
-
-def _at_most() -> str:
-    return (
-        f"and at most {Image.MAX_IMAGE_PIXELS:,} are allowed; set the environment variable FASTROUTE_MAX_IMAGE_PIXELS, "
-        "or PIL.Image.MAX_IMAGE_PIXELS, to allow more"
-    )
 
 
 class _Names:
@@ -92,13 +57,35 @@ class _Names:
     def __getitem__(self, index: int) -> bytes:
         return self.text[self.ends[index - 1] if index else 0 : self.ends[index]]
 
+    def chosen(self, indices: Tensor) -> "_Names":
+        return _Names(self[index] for index in indices.tolist())
 
-class FolderSource:
-    """A tree `<class>/*` of image files, as torchvision's `ImageFolder` has it.
+
+class _Source:
+    """What sources have in common: `labels`, int64 (N,), of which −1 is none, and the names of the `classes`."""
+
+    labels: Tensor
+    classes: list[str]
+    names: _Names
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: Tensor) -> Self:
+        """The images of these indices, in rising order, with the same classes."""
+        chosen = copy.copy(self)
+        chosen.names, chosen.labels = self.names.chosen(indices), self.labels[indices]
+        return chosen
+
+
+class FolderSource(_Source):
+    """A tree `<class>/*` of image files, as torchvision's `ImageFolder` has it; what is hidden is left out.
 
     Args:
         folder: the folder of the classes' folders.
         first_classes: only the first so many classes, in the order of their names.
+        class_map: names of the classes in another order; folders that it does not name are left out.
+        labelled: whether folders are classes; otherwise the source is all images below the folder, without classes.
 
     Raises:
         FileNotFoundError: there is no such folder, no class in it, or a class has no images.
@@ -106,103 +93,144 @@ class FolderSource:
         ValueError: there are fewer classes than `first_classes`.
     """
 
-    def __init__(self, folder: Path, first_classes: int | None = None):
-        needed = f"{shown(folder)} must hold one folder of images for each class"
+    def __init__(
+        self,
+        folder: Path,
+        first_classes: int | None = None,
+        class_map: Sequence[str] | None = None,
+        *,
+        labelled: bool = True,
+    ):
+        needed = f"{shown(folder)} must hold {'one folder of images for each class' if labelled else 'images'}"
         if not os.path.isdir(folder):
             raise FileNotFoundError(f"{needed}: there is no such folder")
         left_out = defaultdict(list)
-        with os.scandir(folder) as entries:
-            classes = sorted(entry.name for entry in entries if _is_folder(entry, left_out))
-        if not classes:
+        classes = self._classes(folder, class_map, left_out) if labelled else []
+        if labelled and not classes:
             raise FileNotFoundError(f"{needed}: Couldn't find any class folder in it")
-        found = [_images_below(os.path.join(folder, name), left_out) for name in classes]
+        folders = [os.path.join(folder, name) for name in classes] if labelled else [str(folder)]
+        found = [_images_below(below, left_out) if os.path.isdir(below) else [] for below in folders]
         _warn(folder, left_out)
-        if empty := [name for name, paths in zip(classes, found, strict=True) if not paths]:
-            raise FileNotFoundError(
-                f"{needed}: Found no valid file for the classes {_some(empty)}; images are {', '.join(IMG_EXTENSIONS)}"
-            )
-        self.classes = _first(classes, first_classes, folder)
-        found = found[: len(self.classes)]
+        if empty := [name for name, paths in zip(classes or [""], found, strict=True) if not paths]:
+            of = f" for the classes {_some(empty)}" if labelled else ""
+            raise FileNotFoundError(f"{needed}: Found no valid file{of}; images are {', '.join(IMG_EXTENSIONS)}")
+        if labelled:
+            classes = _first(classes, first_classes, folder)
+            found = found[: len(classes)]
         # One text, not a list: counting references in a list would copy its memory into every worker.
-        self.paths = _Names(os.fsencode(path) for paths in found for path in paths)
-        self.labels = torch.arange(len(found)).repeat_interleave(torch.tensor([len(paths) for paths in found]))
+        self.names = _Names(os.fsencode(path) for paths in found for path in paths)
+        numbers = torch.arange(len(found)) if labelled else torch.tensor([-1])
+        self.labels = numbers.repeat_interleave(torch.tensor([len(paths) for paths in found]))
+        self.classes = classes
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    @staticmethod
+    def _classes(folder: Path, class_map: Sequence[str] | None, left_out: LeftOut) -> list[str]:
+        with os.scandir(folder) as entries:
+            folders = sorted(e.name for e in entries if not hidden(e.name) and _is_folder(e, left_out))
+        if class_map is None:
+            return folders
+        if wrong := [name for name in class_map if hidden(name) or os.path.basename(name) != name]:
+            raise ValueError(f"the class map names {shown(wrong[0])}, which can be no folder of a class")
+        if others := [os.path.join(folder, name) for name in folders if name not in set(class_map)]:
+            left_out["folders that the class map does not name"] = others
+        return list(class_map)
 
     def name(self, index: int) -> str:
-        return shown(self.paths[index])
+        return shown(self.names[index])
 
     def open(self, index: int) -> str:
-        return os.fsdecode(self.paths[index])
+        return os.fsdecode(self.names[index])
 
     def order(self, generator: torch.Generator) -> Tensor:
         """All indices, shuffled."""
         return torch.randperm(len(self), generator=generator)
 
 
-class TarSource:
+class TarSource(_Source):
     """Images in tar files, read from where they lie, without unpacking.
 
-    Two layouts: WebDataset's, `<key>.jpg` and, in the same shard, `<key>.cls` with the number of the class in it, 0 to
-    999,999; or a packed tree `…/<class>/<name>.jpg`. The headers are read once, by seeking from one to the next, and
-    kept in `index`.
+    Two layouts: WebDataset's, `<key>.jpg` and, in the same shard, its class as `<key>.cls`, a number from 0 to 999,999
+    or a name, or in `<key>.json` under one of `LABEL_KEYS`, or, for images in no folder, a name in `<key>.txt`; or a
+    packed tree `…/<class>/<name>.jpg`. The headers are read once, by seeking from one to the next, and kept in `index`.
 
     Args:
         shards: the files.
         first_classes: only the first so many classes.
         num_workers: threads that read headers.
+        input_key: which images are taken where a key has several, by what follows the first dot of their names, such
+            as "png" or "left.jpg"; of several, such as "jpg;png", the first that is there.
+        class_map: names of the classes, in the order of their numbers.
 
     Raises:
         FileNotFoundError: there are no shards, or they hold no images.
         OSError: a shard cannot be opened.
         ValueError: a file is no tar file or damaged, a name is in it twice, an image is no plain file, has no class or
-            shares a `.cls` with another, or there are fewer classes than `first_classes`.
+            shares one with another, or there are fewer classes than `first_classes` or others than `class_map`.
     """
 
     SHARDS_AT_ONCE = 16
     """How many shards an epoch's order mixes: reads stay within these, which caches and network disks reward."""
 
-    def __init__(self, shards: Sequence[Path], first_classes: int | None = None, num_workers: int = 1):
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        first_classes: int | None = None,
+        num_workers: int = 1,
+        input_key: str | None = None,
+        class_map: Sequence[str] | None = None,
+    ):
         self.shards = [str(path) for path in shards]
-        with ThreadPoolExecutor(num_workers) as threads:
-            found = list(threads.map(_shard_images, self.shards))
+        keys = _input_keys(input_key)
+        with ThreadPoolExecutor(min(num_workers, 32)) as threads:  # each opens a file
+            found = list(threads.map(lambda path: _shard_images(path, keys), self.shards))
         images = [(shard, *image) for shard, images in enumerate(found) for image in images]
         where = _some(self.shards)
         if not images:
-            raise FileNotFoundError(f"there are no images in {where or 'no tar files'}")
-        shard, names, offset, size, labels = zip(*images, strict=True)
-        if len({type(label) for label in labels}) > 1:
-            raise ValueError(f"{where}: some images have a .cls and some have none")
-        if isinstance(labels[0], int):
-            classes, labels = [str(number) for number in range(max(labels) + 1)], torch.tensor(labels)
-        else:
-            classes = sorted(set(labels))
-            number = {name: i for i, name in enumerate(classes)}
-            labels = torch.tensor([number[label] for label in labels])
+            of_key = f" of input_key {input_key!r}" if keys else ""
+            raise FileNotFoundError(f"there are no images{of_key} in {where or 'no tar files'}")
+        shard, names, offset, size, labels, ways = zip(*images, strict=True)
+        if len(set(ways)) > 1:
+            raise ValueError(f"{where}: {' and '.join(f'some images have {way}' for way in sorted(set(ways)))}")
+        classes, labels = _numbers_of(labels, class_map, where)
         self.classes = _first(classes, first_classes, self.shards[0])
-        kept = (labels < len(self.classes)).nonzero().flatten()
+        kept = ((labels >= 0) & (labels < len(self.classes))).nonzero().flatten()
         if not len(kept):
-            raise FileNotFoundError(f"there are no images of the first {first_classes} classes in {where}")
+            of = f" of the first {first_classes} classes" if first_classes else " of the classes of the class map"
+            raise FileNotFoundError(f"there are no images{of} in {where}")
         self.index = torch.tensor([shard, offset, size]).T[kept].contiguous()
         self.names = _Names(names[i] for i in kept.tolist())
         self.labels = labels[kept]
         self._files: dict[int, int] = {}
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def subset(self, indices: Tensor) -> Self:
+        chosen = super().subset(indices)
+        chosen.index, chosen._files = self.index[indices], {}
+        return chosen
 
     def name(self, index: int) -> str:
         return f"{shown(self.shards[self.index[index, 0]])}:{shown(self.names[index])}"
 
     def open(self, index: int) -> io.BytesIO:
         shard, offset, size = self.index[index].tolist()
-        _check_size(size)
+        check_size(size)
         if shard not in self._files:
-            if len(self._files) == 2 * self.SHARDS_AT_ONCE:  # a process may hold some thousand at most
-                os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = open_regular(self.shards[shard])
+            self._files[shard] = self._opened(shard)
         return io.BytesIO(os.pread(self._files[shard], size, offset))  # pread: forked workers share the position
+
+    def _opened(self, shard: int) -> int:
+        """The descriptor of a shard; the oldest ones are closed where a process has as many as it may have."""
+        if len(self._files) == 2 * self.SHARDS_AT_ONCE:
+            self._close_oldest()
+        while True:
+            try:
+                return open_regular(self.shards[shard])
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._files:
+                    raise
+                self._close_oldest()
+
+    def _close_oldest(self) -> None:
+        os.close(self._files.pop(next(iter(self._files))))
 
     def order(self, generator: torch.Generator) -> Tensor:
         """All indices: the shards in random order, and the images of `SHARDS_AT_ONCE` of them shuffled together."""
@@ -222,16 +250,16 @@ class TarSource:
 Source = FolderSource | TarSource
 
 
-def read_image(source: Source, index: int, transform: Callable | None = None):
-    """Decode one image, as RGB, and transform it.
+def read_image(source: Source, index: int, transform: Callable | None = None, channels: int = 3):
+    """Decode one image, as RGB or of one channel grey, and transform it.
 
     Raises:
         UnreadableImage: as `decode_image` does, or `transform` does; the message names the image.
     """
     name = source.name(index)
-    with _named(name):
+    with named(name):
         file = source.open(index)
-    image = decode_image(file, name)
+    image = decode_image(file, name, channels)
     if transform is None:
         return image
     try:
@@ -240,169 +268,181 @@ def read_image(source: Source, index: int, transform: Callable | None = None):
         raise UnreadableImage(f"{name}: {error}") from None
 
 
-def decode_image(file: str | Path | io.BytesIO, name: str) -> Image.Image:
-    """Decode an image, as RGB; of several in one file, the first.
+class Reading(NamedTuple):
+    """How sources are read; see `ImageDataModule` for all but `input_key`, for which see `TarSource`."""
 
-    Raises:
-        UnreadableImage: it is damaged, missing, no regular file, of none of `FORMATS`, or of too many pixels (see
-            `check_pixels`) or scans; `name` names it.
-    """
-    with _named(name), _opened(file) as stream, Image.open(stream, formats=FORMATS) as image:
-        check_pixels(*image.size, "it has")
-        _check_work(image, stream)
-        if 0 in image.size:
-            raise ValueError("it has no pixels")
-        return image.convert("RGB")
+    first_classes: int | None = None
+    num_workers: int = 1
+    val_split: float = 0.0
+    seed: int = 0
+    class_map: Sequence[str] | None = None
+    input_key: str | None = None
 
 
-def _check_work(image: Image.Image, stream: io.BufferedIOBase) -> None:
-    """Raise where decoding takes more work than the pixels tell."""
-    if image.format == "TIFF" and (tile := [image.tag_v2.get(tag) for tag in (322, 323)]) != [None, None]:
-        whole = [-(-size // int(side)) * int(side) for size, side in zip(image.size, tile, strict=True)]
-        check_pixels(*whole, "its tiles have")
-    if image.format in ("JPEG", "MPO"):
-        place = stream.tell()
-        stream.seek(0)
-        data = stream.read()
-        stream.seek(place)
-        if data.count(SCAN) > MAX_SCANS and (scans := _scans(data)) > MAX_SCANS:
-            raise ValueError(f"it has {scans:,} scans, and at most {MAX_SCANS} are allowed")
-
-
-def _scans(jpeg: bytes) -> int:
-    """How many scans are before the end of the first image; a video may follow it."""
-    count, at = 0, 2
-    while (marker := MARKER.search(jpeg, at)) and marker[0] != END:
-        count += marker[0] == SCAN
-        at = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big")
-    return count
-
-
-@contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Whatever goes wrong in reading an image is an `UnreadableImage`, except that a process has too many files open.
-
-    Decoders raise errors of all kinds for damaged files: Pillow's own for a PNG cut short is a SyntaxError.
-    """
-    try:
-        yield
-    except UnidentifiedImageError as error:
-        raise UnreadableImage(
-            f"{name} cannot be read as an image: it is none of {', '.join(FORMATS)}, or damaged"
-        ) from error
-    except Image.DecompressionBombError as error:  # Pillow's, at twice the limit
-        raise UnreadableImage(f"{name} cannot be read as an image: it has too many pixels, {_at_most()}") from error
-    except Exception as error:  # decoders raise errors of many types for damaged files
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            raise
-        raise UnreadableImage(f"{name} cannot be read as an image: {str(error) or type(error).__name__}") from error
-
-
-@contextlib.contextmanager
-def _opened(file: str | Path | io.BytesIO) -> Iterator[io.BufferedIOBase]:
-    if isinstance(file, io.BytesIO):
-        yield file
-        return
-    with os.fdopen(open_regular(file), "rb") as stream:
-        _check_size(os.fstat(stream.fileno()).st_size)
-        yield stream
-
-
-def _check_size(size: int) -> None:
-    """Raise for a file larger than an image of as many pixels as allowed, of 16 bits in 4 channels, with 1 MiB more."""
-    if Image.MAX_IMAGE_PIXELS is not None and size > (limit := 8 * Image.MAX_IMAGE_PIXELS + 2**20):
-        raise ValueError(f"it has {size:,} bytes, and at most {limit:,} are allowed")
-
-
-def folder_sources(
-    data_dir: Path, first_classes: int | None = None, splits: Sequence[str] = ("train", "val")
-) -> dict[str, FolderSource]:
-    """`train/` and `val/` of a folder, which must hold the same classes.
+def folder_sources(data_dir: Path, reading: Reading | None = None) -> dict[str, FolderSource]:
+    """`train/` and `val/` of a folder, which must hold the same classes, or its images split by `val_split`.
 
     Raises:
         FileNotFoundError: a folder is missing or has no images.
-        ValueError: the classes differ.
+        ValueError: the classes differ, or are too small to split.
     """
-    for folder in (data_dir, *(data_dir / split for split in splits)):
+    reading = reading or Reading()
+    options = reading.first_classes, reading.class_map
+    splits = ("train", "val")
+    needed = [data_dir] if reading.val_split else [data_dir, *(data_dir / split for split in splits)]
+    for folder in needed:
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"data_dir is {data_dir}; it must be a folder with {' and '.join(f'{s}/' for s in splits)} in it, "
-                f"but {folder} is missing"
+                f"data_dir is {data_dir}; it must be a folder with train/ and val/ in it, but {folder} is missing"
             )
     try:
-        sources = {split: FolderSource(data_dir / split, first_classes) for split in splits}
+        if reading.val_split:
+            source = FolderSource(data_dir / "train" if split_folders(data_dir) else data_dir, *options)
+            return _split(source, data_dir, reading)
+        sources = {split: FolderSource(data_dir / split, *options) for split in splits}
     except FileNotFoundError as error:
         raise FileNotFoundError(f"data_dir is {data_dir}; {error}") from None
     check_classes(data_dir, sources)
     return sources
 
 
-def tar_sources(
-    data_dir: Path,
-    first_classes: int | None = None,
-    num_workers: int = 1,
-    splits: Sequence[str] = ("train", "val"),
-) -> dict[str, TarSource]:
-    """The shards of a folder: `train/*.tar` and `val/*.tar`, or `*train*.tar` and `*val*.tar`.
+def tar_sources(data_dir: Path, reading: Reading | None = None) -> dict[str, TarSource]:
+    """The shards of a folder: `train/*.tar` and `val/*.tar`, or `*train*.tar` and `*val*.tar`; or of a pattern.
+
+    With `val_split`, those for training, or all where none is named so, are split by it.
 
     Raises:
         FileNotFoundError: a split has no shards or no images.
         ValueError: a file is no tar file, a shard is of both splits by its name, or the classes differ.
     """
-    shards = {split: _shards(data_dir, split) for split in splits}
+    reading = reading or Reading()
+    options = reading.first_classes, reading.num_workers, reading.input_key, reading.class_map
+    if reading.val_split:
+        shards = shards_of(data_dir, "train") or all_shards(data_dir)
+        if not shards:
+            raise FileNotFoundError(f"data_dir is {data_dir}; there are no tar shards in it")
+        return _split(TarSource(shards, *options), data_dir, reading)
+    splits = ("train", "val")
+    shards = {split: shards_of(data_dir, split) for split in splits}
     for split, found in shards.items():
         if not found:
             raise FileNotFoundError(
                 f"data_dir is {data_dir}; there are no shards {split}/*.tar or *{split}*.tar in it for '{split}'"
             )
-    if both := sorted(set.intersection(*map(set, shards.values()))) if len(shards) > 1 else []:
+    if both := sorted(set.intersection(*map(set, shards.values()))):
         raise ValueError(
             f"data_dir is {data_dir}; {_some(both)} would be for {' and '.join(splits)} at once: put shards into "
             f"{' and '.join(f'{split}/' for split in splits)}"
         )
-    sources = {split: TarSource(found, first_classes, num_workers) for split, found in shards.items()}
+    sources = {split: TarSource(found, *options) for split, found in shards.items()}
     check_classes(data_dir, sources)
     return sources
 
 
-def val_source(
-    dataset: str, data_dir: Path, first_classes: int | None = None, num_workers: int = 1
-) -> FolderSource | TarSource:
+def val_source(dataset: str, data_dir: Path, reading: Reading | None = None) -> Source:
     """The images to validate on, where training images need not be at hand.
 
     Args:
         dataset: "imagefolder": `val/` of the folder, or else the classes' folders themselves; "webdataset": its shards
-            for `val`, or else all `*.tar` in it, or one tar file.
-        data_dir, first_classes, num_workers: as in `FolderSource` and `TarSource`.
+            for `val`, or else all `*.tar` in it, or one tar file, or those of a pattern.
+        data_dir: the folder.
+        reading: with `val_split`, the images are those that a training with the same `val_split` and `seed` set aside.
 
     Raises:
         FileNotFoundError: there are no such images.
         ValueError: a file is no tar file.
     """
-    if not data_dir.exists():
+    reading = reading or Reading()
+    if expanded(data_dir) is None and not data_dir.exists():
         raise FileNotFoundError(f"data_dir is {data_dir}; there is no such file or folder")
+    if reading.val_split:
+        read = folder_sources if dataset == "imagefolder" else tar_sources
+        return read(data_dir, reading)["val"]
     if dataset == "imagefolder":
-        return FolderSource(data_dir / "val" if (data_dir / "val").is_dir() else data_dir, first_classes)
-    shards = [data_dir] if not data_dir.is_dir() else _shards(data_dir, "val") or sorted(data_dir.glob("*.tar"))
+        folder = data_dir / "val" if (data_dir / "val").is_dir() else data_dir
+        return FolderSource(folder, reading.first_classes, reading.class_map)
+    shards = shards_of(data_dir, "val") or all_shards(data_dir)
     if not shards:
         raise FileNotFoundError(f"data_dir is {data_dir}; there are no tar shards in it")
-    return TarSource(shards, first_classes, num_workers)
+    return TarSource(shards, reading.first_classes, reading.num_workers, reading.input_key, reading.class_map)
 
 
-def _shards(data_dir: Path, split: str) -> list[Path]:
-    return sorted((data_dir / split).glob("*.tar")) or sorted(data_dir.glob(f"*{split}*.tar"))
+def read_class_map(path: Path) -> list[str]:
+    """The names of classes from a text file, one a line, in the order of their numbers.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it has no names, a name twice, or is no text.
+    """
+    says = f"class_map is {shown(path)};"
+    try:
+        file = open_regular(path)
+    except NotRegular as error:
+        raise ValueError(f"{says} {error}") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{says} there is no such file") from None
+    with os.fdopen(file, "rb") as stream:
+        data = stream.read(MAX_CLASS_MAP + 1)
+    if len(data) > MAX_CLASS_MAP:
+        raise ValueError(f"{says} it has more than {MAX_CLASS_MAP:,} bytes")
+    try:
+        names = [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"{says} it must be a text in UTF-8, with the name of a class on each line") from None
+    if not names or len(set(names)) < len(names):
+        twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+        raise ValueError(f"{says} {f'it names {shown(twice)} twice' if twice else 'it names no class'}")
+    return names
+
+
+def stratified(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices to train on and to validate on: of each class about `share`, chosen by a seed, is for validation.
+
+    Each class has at least one image on either side; a class of a single image has it in training.
+
+    Args:
+        labels: int64 (N,), at least 0.
+        share: above 0 and below 1.
+        seed: of the choice.
+
+    Returns:
+        both in rising order.
+    """
+    order = torch.randperm(len(labels), generator=generator(seed))
+    order = order[labels[order].argsort(stable=True)]  # by class, within each at random
+    counts = torch.bincount(labels)
+    places = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
+    chosen = (counts * share).round().clamp(min=1).minimum(counts - 1)
+    aside = places < chosen[labels[order]]
+    return order[~aside].sort().values, order[aside].sort().values
+
+
+def _split(source: Source, data_dir: Path, reading: Reading) -> dict[str, Source]:
+    train, val = stratified(source.labels, reading.val_split, reading.seed)
+    if not len(val):
+        raise ValueError(
+            f"data_dir is {data_dir}; val_split is {reading.val_split}, but no class has two images to split"
+        )
+    return {"train": source.subset(train), "val": source.subset(val)}
 
 
 def check_classes(data_dir: Path, sources: dict[str, Source]) -> None:
-    """Raise unless `train` and `val`, where both are there, hold the same classes."""
-    classes = {split: set(source.classes) for split, source in sources.items()}
-    if len(classes) == 2 and classes["train"] != classes["val"]:
-        only = {s: sorted(classes[s] - classes[o]) for s, o in (("train", "val"), ("val", "train"))}
-        only = {s: f"{names[:10]}{f' and {len(names) - 10:,} more' * (len(names) > 10)}" for s, names in only.items()}
-        raise ValueError(
-            f"data_dir is {data_dir}; train/ and val/ must hold the same classes, "
-            f"but only train/ has {only['train']} and only val/ has {only['val']}"
-        )
+    """Raise unless `train` and `val` hold images of the same classes.
+
+    Raises:
+        ValueError: they do not; the message says which of them lacks which classes.
+    """
+    present = {split: {source.classes[i] for i in source.labels.unique()} for split, source in sources.items()}
+    only = {s: sorted(present[s] - present[o]) for s, o in (("train", "val"), ("val", "train"))}
+    if not any(only.values()):
+        return
+    has = " and ".join(
+        f"only {split}/ has {names[:10]}{f' and {len(names) - 10:,} more' * (len(names) > 10)}"
+        for split, names in only.items()
+        if names
+    )
+    lacks = "" if all(only.values()) else f", which {'val/' if only['train'] else 'train/'} lacks"
+    raise ValueError(f"data_dir is {data_dir}; train/ and val/ must hold the same classes, but {has}{lacks}")
 
 
 def _first(classes: list[str], count: int | None, where: Path | str) -> list[str]:
@@ -411,15 +451,27 @@ def _first(classes: list[str], count: int | None, where: Path | str) -> list[str
     return classes[:count]
 
 
-def _shard_images(path: str) -> list[tuple[bytes, int, int, int | str]]:
-    """(name, offset, size, class) of every image of a tar file; the class is a number or a folder's name."""
+class Labelled(NamedTuple):
+    """An image of a shard: its name, where its bytes lie, its class, a number or a name, and how the class is given."""
+
+    name: bytes
+    offset: int
+    size: int
+    label: int | str
+    way: str
+
+
+BY_NUMBER, BY_NAME, BY_FOLDER = "a number as class", "a name as class", "the name of their folder as class"
+
+
+def _shard_images(path: str, input_keys: Sequence[str] = ()) -> list[Labelled]:
     cannot = f"{shown(path)} cannot be read as a tar file of images"
     try:
         file = open_regular(path)
     except NotRegular as error:
         raise ValueError(f"{cannot}: {error}") from None
     try:
-        found, left_out = _classified(file)
+        found, left_out = _classified(file, input_keys)
     except ValueError as error:
         raise ValueError(f"{cannot}: {error}") from error
     finally:
@@ -428,51 +480,143 @@ def _shard_images(path: str) -> list[tuple[bytes, int, int, int | str]]:
     return found
 
 
-def _classified(file: int) -> tuple[list[tuple[bytes, int, int, int | str]], LeftOut]:
+def _classified(file: int, input_keys: Sequence[str]) -> tuple[list[Labelled], LeftOut]:
     """The images of an open shard, and what is left out."""
-    images, numbers, left_out = {}, {}, defaultdict(list)
+    images, labels, left_out = {}, {}, defaultdict(list)
     for member in members(file):
-        name = str(PurePosixPath(os.fsdecode(member.name)))
-        key, suffix = os.path.splitext(name)
-        is_class = suffix.lower() == ".cls"
-        if not is_class and (suffix.lower() not in IMG_EXTENSIONS or member.kind == FOLDER):
-            if suffix.lower() in NOT_READ:
+        path = PurePosixPath(os.fsdecode(member.name))
+        name, suffix = str(path), path.suffix.lower()
+        key = name[: len(name) - len(suffix)]
+        if any(map(hidden, path.parts)) or (suffix in (".json", ".txt") and member.kind != FILE):
+            continue
+        is_label = suffix in (".cls", ".json", ".txt")
+        if not is_label and (suffix not in IMG_EXTENSIONS or member.kind == FOLDER):
+            if suffix in NOT_READ:
                 left_out[OTHER_IMAGES].append(name)
             continue
         if member.kind != FILE:
             raise ValueError(f"{shown(name)} is a {member.kind}, and must be a plain file")
-        if name in images or (is_class and key in numbers):
+        if name in images or (key, suffix) in labels:
             raise ValueError(f"{shown(name)} is in it twice")
-        if is_class:
-            numbers[key] = _class_number(file, member)
+        if is_label:
+            labels[key, suffix] = member
         else:
             images[name] = member
-    found, named = [], {}
+    if input_keys:
+        images = _of_keys(images, input_keys)
+    found, used, read = [], {}, {}
+    numbered = any(suffix == ".cls" for _, suffix in labels)
     for name, member in images.items():
-        key = os.path.splitext(name)[0]
-        label = numbers.get(key, "") if numbers else PurePosixPath(name).parent.name
+        place, label = _label_of(name, labels, numbered, file, read)
         if label == "":
-            key = shown(key)
+            key = shown(os.path.splitext(name)[0])
             raise ValueError(f"{shown(name)} has no class: there must be a {key}.cls, or a folder for each class")
-        if numbers and named.setdefault(key, name) != name:
+        if place is not None and used.setdefault(place, name) != name:
             raise ValueError(
-                f"{shown(named[key])} and {shown(name)} have one {shown(key)}.cls for both, and it can be of one alone"
+                f"{shown(used[place])} and {shown(name)} have one {shown(''.join(place))} for both, and it can be of "
+                f"one alone: choose one by input_key, such as {_keyed(name)[1]!r}"
             )
-        found.append((member.name, member.offset, member.size, label))
-    if lone := sorted(numbers.keys() - named.keys()):
+        way = BY_FOLDER if place is None else BY_NUMBER if isinstance(label, int) else BY_NAME
+        found.append(Labelled(member.name, member.offset, member.size, label, way))
+    if lone := sorted({key for key, suffix in labels if suffix == ".cls"} - {key for key, _ in used}):
         left_out[".cls without an image"] = [f"{key}.cls" for key in lone]
     return found, left_out
 
 
-def _class_number(file: int, member: Member) -> int:
-    if member.size > 20:
-        raise ValueError(f"{shown(member.name)} has {member.size:,} bytes; a .cls holds the number of a class alone")
-    text = os.pread(file, member.size, member.offset).strip()
-    if not re.fullmatch(rb"\d+", text) or int(text) >= MAX_CLASSES:
+Labels = dict[tuple[str, str], Member]
+"""What gives images their classes, by its name without suffix, and suffix."""
+
+
+def _label_of(
+    name: str, labels: Labels, numbered: bool, file: int, read: dict[tuple[str, str], int | str | None]
+) -> tuple[tuple[str, str] | None, int | str]:
+    """Where the class of an image is given, None for its folder, and the class; "" where there is none.
+
+    `a.left.jpg` takes `a.left.cls`, or else WebDataset's `a.cls`. Where some image has a `.cls`, all must have one. In
+    a folder, a `.txt` is no class: there it is often a caption.
+    """
+    folder = PurePosixPath(name).parent.name
+    suffixes = (".cls",) if numbered else (".json",) if folder else (".json", ".txt")
+    for suffix in suffixes:
+        for key in dict.fromkeys((os.path.splitext(name)[0], _keyed(name)[0])):
+            if (place := (key, suffix)) not in labels:
+                continue
+            if place not in read:
+                read[place] = _label_in(file, labels[place], suffix)
+            if read[place] is not None:
+                return place, read[place]
+    return None, "" if numbered else folder
+
+
+def _label_in(file: int, member: Member, suffix: str) -> int | str | None:
+    """The class that a `.cls`, a `.txt` or a `.json` says; None where a `.json` says none."""
+    name, most = shown(member.name), MAX_JSON if suffix == ".json" else MAX_CLASS_NAME
+    if member.size > most:
+        raise ValueError(f"{name} has {member.size:,} bytes; a {suffix} with a class has at most {most:,}")
+    text = os.pread(file, member.size, member.offset)
+    if suffix != ".json":
+        return _class(text.strip().decode("utf-8", "backslashreplace"), name)
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{name} is no JSON") from None
+    keys = [key for key in LABEL_KEYS if key in fields] if isinstance(fields, dict) else []
+    return _class(str(fields[keys[0]]), name) if keys else None
+
+
+def _class(text: str, name: str) -> int | str:
+    number = re.fullmatch(r"[+-]?[\d.]+", text, re.ASCII)
+    whole = re.fullmatch(r"\d{1,20}", text, re.ASCII)
+    if not text or len(text) > MAX_CLASS_NAME or not text.isprintable() or (number and not whole):
+        text = text[:50]
+    elif not whole or int(text) < MAX_CLASSES:
+        return int(text) if whole else text
+    raise ValueError(
+        f"{name} says class {shown(text)}; classes are numbered from 0 to {MAX_CLASSES - 1:,}, or have names of one "
+        "line"
+    )
+
+
+def _keyed(name: str) -> tuple[str, str]:
+    """WebDataset's key of a name, and what follows it: "a/0.left.jpg" to "a/0" and "left.jpg"."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, rest = base.partition(".")
+    return f"{folder}{slash}{stem}", rest.lower()
+
+
+def _input_keys(input_key: str | None) -> list[str]:
+    keys = [key.strip().strip(".").lower() for key in (input_key or "").split(";") if key.strip()]
+    if wrong := [key for key in keys if not f".{key}".endswith(IMG_EXTENSIONS)]:
         raise ValueError(
-            f"{shown(member.name)} says class {shown(text)}; classes are numbered from 0 to {MAX_CLASSES - 1:,}"
+            f"input_key is {input_key!r}; {wrong[0]!r} must end as an image does: {', '.join(IMG_EXTENSIONS)}"
         )
-    return int(text)
+    return keys
+
+
+def _of_keys(images: dict[str, Member], keys: Sequence[str]) -> dict[str, Member]:
+    """Of each WebDataset key the image whose rest is first among `keys`."""
+    best: dict[str, str] = {}
+    for name in images:
+        key, rest = _keyed(name)
+        if rest in keys and (key not in best or keys.index(rest) < keys.index(_keyed(best[key])[1])):
+            best[key] = name
+    return {name: images[name] for name in images if best.get(_keyed(name)[0]) == name}
+
+
+def _numbers_of(labels: Sequence[int | str], class_map: Sequence[str] | None, where: str) -> tuple[list[str], Tensor]:
+    """The names of the classes, and the number of each label; −1 for a name that the class map does not have."""
+    if isinstance(labels[0], int):
+        if class_map is not None and max(labels) >= len(class_map):
+            raise ValueError(
+                f"{where}: there are images of class {max(labels)}, but the class map names {len(class_map)}"
+            )
+        classes = [str(number) for number in range(max(labels) + 1)] if class_map is None else list(class_map)
+        return classes, torch.tensor(labels)
+    classes = sorted(set(labels)) if class_map is None else list(class_map)
+    number = {name: i for i, name in enumerate(classes)}
+    if others := sorted(set(labels) - number.keys()):
+        _warn(where, {"classes that the class map does not name": others})
+    return classes, torch.tensor([number.get(label, -1) for label in labels])
 
 
 def _images_below(folder: str, left_out: LeftOut) -> list[str]:
@@ -492,6 +636,8 @@ def _images_below(folder: str, left_out: LeftOut) -> list[str]:
         with os.scandir(root) as entries:
             for entry in entries:
                 name = entry.name.lower()
+                if hidden(entry.name):
+                    continue
                 if _is_folder(entry, left_out):
                     heappush(waiting, (entry.is_symlink(), entry.path))
                 elif name.endswith(IMG_EXTENSIONS):

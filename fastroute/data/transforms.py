@@ -5,12 +5,19 @@ import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import nn
+from torchvision.transforms import functional as TF
 from torchvision.transforms import v2
 
-from fastroute.data.sources import check_pixels
+from fastroute.data.decode import check_pixels
 
-CROP_MODES = ("rrc", "rkrc")
+CROP_MODES = ("rrc", "rkrc", "rkrr", "random")
+SCALES = {"rrc": (0.08, 1.0), "rkrc": (0.8, 1.0), "rkrr": (0.8, 1.0), "random": (1.0, 1.0)}
+RATIOS = {"rrc": (3 / 4, 4 / 3), "rkrc": (0.9, 1 / 0.9), "rkrr": (0.9, 1 / 0.9), "random": (1.0, 1.0)}
+"""What areas and aspect ratios are drawn from, by the mode, unless told otherwise; timm's where it has the mode."""
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 POLICIES = {
     "imagenet": lambda: v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET),
     "cifar10": lambda: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
@@ -59,9 +66,11 @@ def resize_size(img_size: int, crop_pct: float) -> int:
     return int(side)
 
 
-def check_crop(scale: Sequence[float], ratio: Sequence[float]) -> None:
-    """Raise unless these are ranges for "rrc": shares of an image, and width by height."""
+def check_crop(scale: Sequence[float] | None, ratio: Sequence[float] | None) -> None:
+    """Raise unless these are ranges: shares of an image, and width by height; None is the mode's own."""
     for name, pair, low, high in (("scale", scale, 0, 1), ("ratio", ratio, 1e-3, 1e3)):
+        if pair is None:
+            continue
         numbers = len(pair) == 2 and all(isinstance(value, int | float) for value in pair)
         if not numbers or not low <= pair[0] <= pair[1] <= high or pair[0] == 0:
             least = f"at least {low}" if low else "above 0"
@@ -71,27 +80,83 @@ def check_crop(scale: Sequence[float], ratio: Sequence[float]) -> None:
 
 
 def train_transform(
-    img_size: int, crop_mode: str, scale: Sequence[float], ratio: Sequence[float], crop_pct: float, aa: str | None
+    img_size: int,
+    crop_mode: str,
+    scale: Sequence[float] | None,
+    ratio: Sequence[float] | None,
+    crop_pct: float,
+    aa: str | None,
+    interpolation: str = "bilinear",
+    variation: Sequence[Callable[[Image.Image], Image.Image]] = (v2.RandomHorizontalFlip(),),
 ) -> Callable[[Image.Image], Image.Image]:
-    """PIL image → PIL image of img_size × img_size, cropped at random, mirrored half of the time, then `aa`.
+    """PIL image → PIL image of img_size × img_size, cropped at random, varied by `variation`, then `aa`.
 
-    "rrc" cuts a random area of aspect ratio `ratio` and share `scale` of the image, and scales it; "rkrc" scales the
-    shorter side to img_size / crop_pct, keeps the ratio, and cuts a random square: the thesis's 256 → 224.
+    "rrc" cuts a random area of aspect ratio `ratio` and share `scale` of the image, and scales it. timm's "rkrc" and
+    "rkrr" scale the shorter side to img_size, half of the time enlarged to leave a share `scale` of the area and half
+    of the time stretched by `ratio`, and cut the centre or a random square. "random" scales the shorter side to
+    img_size / crop_pct and cuts a random square: the thesis's 256 → 224.
     """
+    check_crop(scale, ratio)
+    scale, ratio = scale or SCALES[crop_mode], ratio or RATIOS[crop_mode]
+    mode = v2.InterpolationMode(interpolation)
     if crop_mode == "rrc":
-        check_crop(scale, ratio)
-        crop = [v2.RandomResizedCrop(img_size, scale, ratio, antialias=True)]
+        crop = [v2.RandomResizedCrop(img_size, scale, ratio, mode, antialias=True)]
+    elif crop_mode == "random":
+        crop = [_Scale(resize_size(img_size, crop_pct), mode), v2.RandomCrop(img_size)]
     else:
-        crop = [_Scale(resize_size(img_size, crop_pct)), v2.RandomCrop(img_size)]
-    return v2.Compose([*crop, v2.RandomHorizontalFlip(), *([policy(aa)] if aa else [])])
+        crop = [_Jitter(img_size, scale, ratio, mode, at_random=crop_mode == "rkrr")]
+    return v2.Compose([*crop, *variation, *([policy(aa)] if aa else [])])
+
+
+def variation(hflip: float, vflip: float, color_jitter: float) -> list[v2.Transform]:
+    """What varies an image besides its crop: mirroring left to right and upside down, then brightness, contrast and
+    saturation by up to a share of `color_jitter`, each where it is not 0."""
+    jitter = 3 * (color_jitter,)
+    return [
+        *([v2.RandomHorizontalFlip(hflip)] if hflip else []),
+        *([v2.RandomVerticalFlip(vflip)] if vflip else []),
+        *([v2.ColorJitter(*jitter)] if color_jitter else []),
+    ]
+
+
+class _Jitter(nn.Module):
+    """timm's `ResizeKeepRatio` and `CenterCropOrPad`, or `RandomCropOrPad`, as its mode "rkrc", or "rkrr", has them."""
+
+    def __init__(self, img_size: int, scale: Sequence[float], ratio: Sequence[float], mode, *, at_random: bool):
+        super().__init__()
+        self.img_size, self.scale, self.ratio, self.mode, self.at_random = img_size, scale, ratio, mode, at_random
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        zoomed, area, stretched, by = torch.rand(4).tolist()
+        enlarged = (self.scale[0] + area * (self.scale[1] - self.scale[0])) ** -0.5 if zoomed < 0.5 else 1.0
+        low, high = (math.log(side) for side in self.ratio)
+        aspect = math.exp((low + by * (high - low)) / 2) if stretched < 0.5 else 1.0
+        shrunk = min(image.size) / self.img_size
+        width = max(1, round(image.width * (enlarged * aspect) / shrunk))
+        height = max(1, round(image.height * (enlarged / aspect) / shrunk))
+        check_pixels(width, height, f"{image.width:,} × {image.height:,} scaled for {self.img_size:,} are")
+        return self._cut(TF.resize(image, [height, width], self.mode))
+
+    def _cut(self, image: Image.Image) -> Image.Image:
+        size = self.img_size
+        margins = image.height - size, image.width - size
+        if self.at_random:
+            top, left = (int(math.copysign(torch.randint(abs(m) + 1, ()).item(), m)) for m in margins)
+        else:
+            top, left = (-(-m // 2) if m < 0 else round(m / 2) for m in margins)
+        if min(margins) < 0:
+            before = [max(0, -left), max(0, -top)]
+            after = [max(0, left + size - image.width), max(0, top + size - image.height)]
+            image = TF.pad(image, before + after, padding_mode="reflect")
+        return TF.crop(image, max(0, top), max(0, left), size, size)
 
 
 def eval_transform(
-    img_size: int, crop_pct: float, ten_crop: bool = False
+    img_size: int, crop_pct: float, ten_crop: bool = False, interpolation: str = "bilinear"
 ) -> Callable[[Image.Image], Image.Image | tuple[Image.Image, ...]]:
     """The shorter side scaled to img_size / crop_pct, then the centre square; or the corners, the centre, and these
     five mirrored."""
-    scale = _Scale(resize_size(img_size, crop_pct))
+    scale = _Scale(resize_size(img_size, crop_pct), v2.InterpolationMode(interpolation))
     return v2.Compose([scale, v2.TenCrop(img_size) if ten_crop else v2.CenterCrop(img_size)])
 
 
@@ -116,4 +181,7 @@ def check_scaled(image: Image.Image, size: int) -> None:
 
 def pixels(image: Image.Image | tuple[Image.Image, ...]) -> np.ndarray:
     """uint8 (H, W, C), or (crops, H, W, C)."""
-    return np.stack([np.asarray(crop) for crop in image]) if isinstance(image, tuple) else np.array(image)
+    if isinstance(image, tuple):
+        return np.stack([pixels(crop) for crop in image])
+    values = np.array(image)
+    return values[..., None] if values.ndim == 2 else values

@@ -1,4 +1,4 @@
-"""What the routers of a network do, and what they cost."""
+"""Statistics of a network's routers, and their cost."""
 
 from fastroute._extras import extra
 from fastroute.diagnostics.statistics import RouterStatistics, needed_paths

@@ -1,4 +1,4 @@
-"""What the routers of a network do, and what they cost."""
+"""Statistics of a network's routers over a dataset, and their share of a training step."""
 
 import copy
 import statistics
@@ -17,7 +17,14 @@ from fastroute.models._modes import modes_kept
 
 
 def across_processes(totals: dict[str, RouterStatistics]) -> dict[str, RouterStatistics]:
-    """The statistics of all processes together, where `torch.distributed` runs; on the CPU."""
+    """Add up the statistics of all processes, if `torch.distributed` is initialised.
+
+    Args:
+        totals: router name → statistics of this process.
+
+    Returns:
+        Router name → statistics of all processes, on the CPU.
+    """
     totals = {name: total.cpu() for name, total in totals.items()}
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return totals
@@ -31,7 +38,15 @@ def across_processes(totals: dict[str, RouterStatistics]) -> dict[str, RouterSta
 
 @torch.no_grad()
 def router_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, RouterStatistics]:
-    """The statistics of each router by name, over all images of the batches, with the network in evaluation."""
+    """Compute the statistics of each router over all images of the batches, in evaluation mode.
+
+    Args:
+        model: a network whose forward takes `return_routing`; its modes are restored.
+        batches: (images, labels); the labels are not used.
+
+    Returns:
+        Router name → statistics, on the CPU.
+    """
     totals: dict[str, RouterStatistics] = {}
     with modes_kept(model):
         model.eval()
@@ -41,11 +56,15 @@ def router_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
 
 
 def skewed_gates(routers: Mapping[str, RouterStatistics]) -> dict[str, int]:
-    """How many gates do not tell samples apart, as the upper one of Figure 5.1.
+    """Count the skewed gates, which do not tell samples apart, as the upper one of Figure 5.1.
+
+    Args:
+        routers: router name → statistics.
 
     Returns:
-        "gates", of all routers with more than one way to go; "never_above", those that exceed 0.5 for no sample; and
-        "never_below", those that fall below it for none. With two ways to go, each of the one has its counterpart.
+        "gates": the number of gates of all routers with more than one outgoing path. "never_above": those that exceed
+        0.5 for no sample. "never_below": those that fall below 0.5 for no sample. With two outgoing paths, the two
+        kinds come in pairs.
     """
     several = [router for router in routers.values() if router.peak.shape[1] > 1]
     return {
@@ -56,12 +75,24 @@ def skewed_gates(routers: Mapping[str, RouterStatistics]) -> dict[str, int]:
 
 
 def mean_gates(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """The mean gate (m, n) of each router by name, over all images of the batches, with the network in evaluation."""
+    """Compute the mean gates of each router over all images of the batches, in evaluation mode.
+
+    Args:
+        model, batches: as for `router_statistics`.
+
+    Returns:
+        Router name → mean gates (m, n).
+    """
     return {name: statistics.mean_gates for name, statistics in router_statistics(model, batches).items()}
 
 
 def gates_table(gates: dict[str, Tensor], title: str = "mean gates") -> Table:
-    """Mean gates as a table: a row for each router and incoming path i, a column for each outgoing path j."""
+    """Format mean gates as a table with a row per router and incoming path i, and a column per outgoing path j.
+
+    Args:
+        gates: router name → mean gates (m, n), from `mean_gates`.
+        title: of the table.
+    """
     table = Table("router", "from", title=title, title_justify="left")
     for j in range(max((g.shape[1] for g in gates.values()), default=0)):
         table.add_column(f"to {j + 1}", justify="right")
@@ -73,10 +104,18 @@ def gates_table(gates: dict[str, Tensor], title: str = "mean gates") -> Table:
 
 
 def routing_share(model: nn.Module, batch: tuple[Tensor, Tensor], steps: int = 5) -> float:
-    """The share of a training step's time that the routing operators take, forward and backward.
+    """Measure the share of a training step's time spent in routing operators, forward and backward.
 
-    Steps of forward, backward and SGD in float32 run on a copy of the network: in turn as they are, for the time of a
-    step, and with a clock around every `fastroute::` operator. The share is the ratio of the medians of `steps` each.
+    Steps of forward, backward and SGD in float32 run on a copy of the network: alternately plain steps, and steps with
+    a timer around every `fastroute::` operator. The share is the ratio of the two medians.
+
+    Args:
+        model: the network, on the device to measure.
+        batch: (images, labels) on that device.
+        steps: number of steps of each kind.
+
+    Returns:
+        The share, 0 to 1.
     """
     model = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
@@ -89,7 +128,7 @@ def routing_share(model: nn.Module, batch: tuple[Tensor, Tensor], steps: int = 5
         optimizer.step()
         return _now(images.device) - start
 
-    step()  # what the first step sets up is not part of a step
+    step()  # warm-up
     whole, routing = [], []
     for _ in range(steps):
         whole.append(step())
@@ -100,7 +139,7 @@ def routing_share(model: nn.Module, batch: tuple[Tensor, Tensor], steps: int = 5
 
 
 class _RoutingClock(TorchDispatchMode):
-    """Adds up the time inside `fastroute::` operators: a profiler without the profiler's output on stderr."""
+    """Accumulates the time inside `fastroute::` operators; unlike the profiler, it prints nothing to stderr."""
 
     def __init__(self, device: torch.device):
         super().__init__()

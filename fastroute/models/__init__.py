@@ -15,10 +15,12 @@ from fastroute.models._timm import register_timm
 from fastroute.models.conversion import multipath
 from fastroute.models.ensemble import Ensemble
 from fastroute.models.registry import ModelInfo, create_model, list_models, model_info, register_model
+from fastroute.models.specification import Specification, specification_of
 
 __all__ = [
     "Ensemble",
     "ModelInfo",
+    "Specification",
     "count_macs",
     "create_model",
     "list_models",
@@ -26,6 +28,7 @@ __all__ = [
     "multipath",
     "register_model",
     "register_timm",
+    "specification_of",
 ]
 
 if "timm" in sys.modules:

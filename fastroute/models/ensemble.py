@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastroute._files import DamagedFile, read_tensors
 from fastroute.models.registry import create_model, register_model
+from fastroute.models.specification import specification_in
 from fastroute.nn import Routing
 
 
@@ -68,7 +69,7 @@ def _load(path: str | Path, name: str | None = None) -> nn.Module:
         raise ValueError(f"checkpoint is {path}; it must be one of a named network, written by `fastroute train`")
     if name not in (None, options["model"]):
         raise ValueError(f"checkpoint {path} is of {options['model']!r}; this member must be {name!r}")
-    model = create_model(options["model"], options["num_classes"], options["in_chans"], options["img_size"])
+    model = specification_in(options, f"checkpoint is {path}").build()
     prefix = "model."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     model.load_state_dict(weights)

@@ -1,4 +1,4 @@
-"""Modules: the routing layers, and the containers that hold parallel paths."""
+"""Modules: routing layers, containers for parallel paths, and clustering losses."""
 
 from fastroute.nn.containers import MultiPathNetwork, ParallelPaths
 from fastroute.nn.cross_connection import CrossConnection
@@ -6,8 +6,9 @@ from fastroute.nn.cross_prediction import CrossPrediction2d, CrossPredictionLine
 from fastroute.nn.cross_stitch import CrossStitch
 from fastroute.nn.exact_convolutions import exact_convolutions
 from fastroute.nn.gate_clustering import GateClusteringLoss
+from fastroute.nn.gate_norm import GateNorm
 from fastroute.nn.mixture_em import ConsistencyLoss, MixtureEMLoss, RelevanceNorm
-from fastroute.nn.router import Router, Routing
+from fastroute.nn.router import Router, Routing, set_gate_norm
 from fastroute.nn.sparse import SparseRouter, SparseRouting
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "CrossPredictionLinear",
     "CrossStitch",
     "GateClusteringLoss",
+    "GateNorm",
     "MixtureEMLoss",
     "MultiPathNetwork",
     "ParallelPaths",
@@ -26,4 +28,5 @@ __all__ = [
     "SparseRouter",
     "SparseRouting",
     "exact_convolutions",
+    "set_gate_norm",
 ]

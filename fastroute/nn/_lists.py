@@ -1,10 +1,10 @@
-"""What layers that take and return lists of tensors have in common."""
+"""Common code of layers that take and return lists of tensors."""
 
 import warnings
 
 
 class TakesLists:
-    """PyTorch's hooks on a module's gradients see tensors, and not the tensors in a list."""
+    """Mixin that warns about full backward hooks, which PyTorch does not run for tensors in a list."""
 
     def register_full_backward_hook(self, hook, prepend: bool = False):
         self._warn("register_full_backward_hook")

@@ -8,29 +8,35 @@ from torch import Tensor, nn
 from fastroute.nn._lists import TakesLists
 from fastroute.nn.router import Router, Routing
 
-# Device type → how parallel paths run where that is left to us; elsewhere "separate". On two cores of an EPYC, 72 cases
-# of convolution, normalisation and ReLU at the thesis's shapes ran 1.05 to 3.13 times as fast "separate" as "batched",
-# and 0.85 to 2.02 times (geometric mean 1.11) as fast as one grouped convolution over maps that lie joined already
+# Device type → execution chosen by "auto"; "separate" on other devices. On two cores of an EPYC, 72 cases of
+# convolution, normalisation and ReLU at the thesis's shapes ran 1.05 to 3.13 times as fast "separate" as "batched", and
+# 0.85 to 2.02 times (geometric mean 1.11) as fast as one grouped convolution over maps that are already joined
 # (`fastroute bench -k "parallel-*"`).
 EXECUTION = {"cpu": "separate"}
 
 
 class ParallelPaths(TakesLists, nn.ModuleList):
-    """One module for each path, each applied to its own tensor.
+    """Parallel paths: one module per path, each applied to its own tensor.
 
     Args:
         paths: the modules.
-        execution: "separate": one path after the other. "batched": all at once, over their stacked weights and tensors
-            (`torch.vmap`), so that convolutions become one grouped convolution and dense layers one batched product;
-            for paths that differ in their weights alone. "auto": what was measured to be faster on the tensors' device
-            (`EXECUTION`). The parameters are the same in all.
+        execution: "separate" runs one path after the other. "batched" runs all at once over their stacked weights and
+            tensors (`torch.vmap`), so that convolutions become one grouped convolution and dense layers one batched
+            product; the paths may differ only in their weights. "auto" takes the faster one, as measured on the
+            tensors' device (`EXECUTION`). The parameters are the same in all modes.
 
     Shape:
         xs: list of n tensors for n modules, or a list of one tensor, which all of them share.
         output: list of n tensors.
 
     Raises:
-        ValueError: xs has another number of tensors; execution is unknown, or "batched" and the paths differ.
+        ValueError: xs has another number of tensors; or execution is unknown, or is "batched" and the paths differ.
+
+    Example:
+        >>> paths = ParallelPaths(nn.Conv2d(16, 32, 3, padding=1) for _ in range(2))
+        >>> ys = paths([torch.randn(8, 16, 32, 32) for _ in range(2)])
+        >>> len(ys), ys[0].shape
+        (2, torch.Size([8, 32, 32, 32]))
     """
 
     _execution = "auto"
@@ -71,11 +77,11 @@ class ParallelPaths(TakesLists, nn.ModuleList):
         def run(parameters, buffers, x):
             return torch.func.functional_call(first, (parameters, buffers), x)
 
-        # The paths lie beside the channels, which is where a grouped convolution has them.
+        # Stack the paths next to the channels, as a grouped convolution needs them.
         x, in_dim = (xs[0], None) if len(xs) == 1 else (torch.stack(list(xs), 1), 1)
         ys = torch.vmap(run, (0, 0, in_dim), out_dims=1, randomness="different")(parameters, buffers, x)
         with torch.no_grad():
-            for name, stacked in buffers.items():  # running statistics went on in the stack
+            for name, stacked in buffers.items():  # vmap updated the stacked running statistics
                 for path, value in zip(self, stacked, strict=True):
                     path.get_buffer(name).copy_(value)
         return list(ys.unbind(1))
@@ -84,16 +90,29 @@ class ParallelPaths(TakesLists, nn.ModuleList):
 class MultiPathNetwork(nn.Module):
     """A network of layers that take and return lists of parallel tensors; the logits of its paths are averaged.
 
-    The image enters as a list of one tensor. A plain network is the same with one path throughout.
+    The image enters as a list of one tensor. A plain network is the special case of one path throughout.
 
     Args:
-        layers: name → module, in the order in which they run. Each takes a list of tensors and returns one; the last
-            returns logits (N, num_classes) for each path.
+        layers: name → module, in the order in which they run. Each takes a list of tensors and returns a list; the
+            last returns logits (N, num_classes) for each path.
 
     Shape:
         x: (N, in_chans, H, W).
-        output: logits (N, num_classes); with `return_routing=True` also a dict with the `Routing` of each router by
-            the router's name among the layers, empty for a network without routers.
+        output: logits (N, num_classes). With `return_routing=True` also a dict from the layer name of each router to
+            its `Routing`; it is empty for a network without routers.
+
+    Example:
+        >>> from fastroute.nn import CrossConnection
+        >>> def head():
+        ...     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+        >>> network = MultiPathNetwork({
+        ...     "stem": ParallelPaths(nn.Conv2d(3, 16, 3, padding=1) for _ in range(2)),
+        ...     "router": CrossConnection(16, in_paths=2, out_paths=2),
+        ...     "head": ParallelPaths(head() for _ in range(2)),
+        ... })
+        >>> logits, routing = network(torch.randn(8, 3, 32, 32), return_routing=True)
+        >>> logits.shape, routing["router"].gates.shape
+        (torch.Size([8, 10]), torch.Size([8, 2, 2]))
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]):

@@ -1,4 +1,4 @@
-"""Cross-prediction routing as a layer (§3.1)."""
+"""The cross-prediction layers (§3.1)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from fastroute.ops._paths import check_activation
 
 
 class _CrossPrediction(Router):
-    """The layer for predictions of any kernel shape; a dense prediction has none."""
+    """Base of the layers, for any number of kernel dimensions; none for dense predictions."""
 
     WIDTHS: tuple[str, str]  # the names of C_in and C_out among the arguments
 
@@ -29,6 +29,8 @@ class _CrossPrediction(Router):
         norm_layer: Callable[[int], nn.Module] | None,
         activation: str | None,
         temperature: float,
+        gate_norm: str | None,
+        prior: str | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ):
@@ -36,7 +38,9 @@ class _CrossPrediction(Router):
             if width < 1:
                 raise ValueError(f"{name} is {width}; it must be at least 1")
         check_activation(activation)
-        super().__init__(in_width, in_paths, out_paths, gate_channels, True, temperature, device, dtype)
+        super().__init__(
+            in_width, in_paths, out_paths, gate_channels, True, temperature, gate_norm, prior, device, dtype
+        )
         shape = (in_paths, out_paths, out_width, in_width, *kernel)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(shape[:3], device=device, dtype=dtype)) if bias else None
@@ -48,16 +52,20 @@ class _CrossPrediction(Router):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start each prediction as `nn.Conv2d` and `nn.Linear` do, and the gates near 1/n."""
+        """Initialise each prediction as `nn.Conv2d` and `nn.Linear` do, and the gates near 1/n."""
         super().reset_parameters()
-        bound = 1 / math.sqrt(math.prod(self.weight.shape[3:]))  # their Kaiming-uniform comes to this
+        bound = 1 / math.sqrt(math.prod(self.weight.shape[3:]))  # equals their Kaiming-uniform bound
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
     def _route(self, xs: Sequence[Tensor], return_routing: bool, **convolution):
         xs = self._checked(xs, self.weight.shape[3], self.WIDTHS[0])
-        gates, scores = gate(xs, *self._gate())
+        if self.training and self.gate_norm is not None:
+            routing = self._normalized(xs)
+        else:
+            routing = self._routing(*gate(xs, *self._gate()))
+        gates = routing.gates
         if self.norms is None:
             outputs = cross_predict(xs, self.weight, self.bias, gates, **convolution, activation=self.activation)
         else:
@@ -65,7 +73,7 @@ class _CrossPrediction(Router):
             outputs = [norm(y) for norm, y in zip(self.norms, outputs, strict=True)]
             if self.activation:
                 outputs = [torch.relu(y) for y in outputs]
-        return (outputs, self._routing(gates, scores)) if return_routing else outputs
+        return (outputs, routing) if return_routing else outputs
 
     def extra_repr(self) -> str:
         m, n, out_width, in_width, *kernel = self.weight.shape
@@ -78,16 +86,16 @@ class _CrossPrediction(Router):
 
 
 class CrossPrediction2d(_CrossPrediction):
-    """Route m parallel feature maps to n by gated convolutions from each to each (§3.1, Alg. 1).
+    """Route m parallel feature maps to n by gated convolutions from every input to every output (§3.1, Alg. 1).
 
-    For each input path i and output path j, with weights of their own:
+    For each input path i and output path j, with its own weights:
 
         U_ij = W_ij X_i + b_ij, a convolution           (Eq. 3.1)
         G_i = softmax((W2_i ReLU(W1_i Z_i + b1_i) + b2_i) / T), Z_i = mean of X_i over space   (Eq. 3.2 to 3.5)
         Y_j = ReLU(Σ_i g_ij U_ij)                       (Eq. 3.6)
 
-    With `norm_layer`, each output has one, between the sum and the activation. The predictions start as `nn.Conv2d`
-    does; the second layer of the gates starts near zero, so that training starts from even gates: 1/n each.
+    With `norm_layer`, each output is normalised between the sum and the activation. The predictions are initialised as
+    in `nn.Conv2d`, and the second layer of the gates near zero, so that training starts with even gates: 1/n each.
 
     Args:
         in_channels: C_in, the channels of every incoming path.
@@ -95,20 +103,21 @@ class CrossPrediction2d(_CrossPrediction):
         kernel_size: the height and width of the kernels.
         in_paths: m, 1 to 8. A one-to-many layer has `in_paths=1`.
         out_paths: n, 1 to 8.
-        stride, padding, dilation: as in `nn.Conv2d`, in numbers.
-        bias: whether each prediction has a bias b_ij, which is gated as the prediction is.
-        gate_channels: G, the width of the gate's hidden layer. None or 0 leaves that out (Eq. 3.9).
+        stride, padding, dilation: as in `nn.Conv2d`, but numbers only.
+        bias: whether each prediction has a bias b_ij, which is gated with it.
+        gate_channels: G, the width of the gate's hidden layer. None or 0 omits it (Eq. 3.9).
         norm_layer: called with C_out for each output, such as `nn.BatchNorm2d`; None for none.
         activation: "relu", or None for none.
-        temperature: T > 0 of the gates' softmax, as in `CrossConnection`.
+        temperature, gate_norm, prior: of the gates' softmax, as in `CrossConnection`.
+        device, dtype: of the parameters.
 
     Parameters: weight (m, n, C_out, C_in, kH, kW), bias (m, n, C_out), and the gate's w1 (m, G, C_in), b1 (m, G),
-    w2 (m, n, G), b2 (m, n); w2 is (m, n, C_in), and w1 and b1 are None, without a hidden layer.
+    w2 (m, n, G), b2 (m, n). Without a hidden layer, w2 is (m, n, C_in), and w1 and b1 are None.
 
     Shape:
         xs: list of m tensors (N, C_in, H, W) of one dtype and memory format.
-        output: list of n tensors (N, C_out, H', W'), H' and W' as `nn.Conv2d` gives them. With `return_routing=True`
-            also the `Routing`.
+        output: list of n tensors (N, C_out, H', W'), with H' and W' as in `nn.Conv2d`. With `return_routing=True` also
+            the `Routing`.
 
     Example:
         >>> layer = CrossPrediction2d(16, 32, 3, in_paths=2, out_paths=2, padding=1, norm_layer=torch.nn.BatchNorm2d)
@@ -118,7 +127,7 @@ class CrossPrediction2d(_CrossPrediction):
 
     Raises:
         TypeError: xs is not a list of floating-point tensors.
-        ValueError: an argument is out of its range, or xs has another number of paths or channels than the layer.
+        ValueError: an argument is out of range, or xs has another number of paths or channels than the layer.
     """
 
     WIDTHS = ("in_channels", "out_channels")
@@ -139,13 +148,15 @@ class CrossPrediction2d(_CrossPrediction):
         activation: str | None = "relu",
         *,
         temperature: float = 1.0,
+        gate_norm: str | None = None,
+        prior: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__(
             in_channels,
             out_channels,
-            _two("kernel_size", kernel_size, 1),
+            _pair_of_integers("kernel_size", kernel_size, 1),
             in_paths,
             out_paths,
             bias,
@@ -153,11 +164,13 @@ class CrossPrediction2d(_CrossPrediction):
             norm_layer,
             activation,
             temperature,
+            gate_norm,
+            prior,
             device,
             dtype,
         )
-        self.stride, self.padding = _two("stride", stride, 1), _two("padding", padding, 0)
-        self.dilation = _two("dilation", dilation, 1)
+        self.stride, self.padding = _pair_of_integers("stride", stride, 1), _pair_of_integers("padding", padding, 0)
+        self.dilation = _pair_of_integers("dilation", dilation, 1)
 
     def forward(
         self, xs: Sequence[Tensor], return_routing: bool = False
@@ -168,8 +181,8 @@ class CrossPrediction2d(_CrossPrediction):
         return f"{super().extra_repr()}, stride={self.stride}, padding={self.padding}, dilation={self.dilation}"
 
 
-def _two(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
-    """One number for each of height and width."""
+def _pair_of_integers(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
+    """Return the value for height and width; raise unless they are integers of at least `least`."""
     values = tuple(_pair(value))
     if len(values) != 2 or not all(isinstance(number, int) and number >= least for number in values):
         raise ValueError(
@@ -179,15 +192,16 @@ def _two(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]
 
 
 class CrossPredictionLinear(_CrossPrediction):
-    """Route m parallel vectors to n by gated dense layers from each to each (§3.1, Alg. 1).
+    """Route m parallel vectors to n by gated dense layers from every input to every output (§3.1, Alg. 1).
 
-    As `CrossPrediction2d`, with dense predictions: U_ij = W_ij X_i + b_ij. The gates are computed from X_i itself:
-    there is nothing to pool.
+    Same as `CrossPrediction2d` with dense predictions U_ij = W_ij X_i + b_ij. The gates are computed from X_i itself,
+    since there is nothing to pool.
 
     Args:
         in_features: C_in, the features of every incoming path.
         out_features: C_out, the features of every outgoing path.
-        in_paths, out_paths, bias, gate_channels, norm_layer, activation, temperature: as in `CrossPrediction2d`.
+        in_paths, out_paths, bias, gate_channels, norm_layer, activation, temperature, gate_norm, prior, device, dtype:
+            as in `CrossPrediction2d`.
 
     Parameters: weight (m, n, C_out, C_in), bias (m, n, C_out), and the gate's w1, b1, w2, b2.
 
@@ -195,9 +209,15 @@ class CrossPredictionLinear(_CrossPrediction):
         xs: list of m tensors (N, C_in) of one dtype.
         output: list of n tensors (N, C_out). With `return_routing=True` also the `Routing`.
 
+    Example:
+        >>> layer = CrossPredictionLinear(64, 32, in_paths=2, out_paths=3)
+        >>> ys, routing = layer([torch.randn(8, 64) for _ in range(2)], return_routing=True)
+        >>> len(ys), ys[0].shape, routing.gates.shape
+        (3, torch.Size([8, 32]), torch.Size([8, 2, 3]))
+
     Raises:
         TypeError: xs is not a list of floating-point tensors.
-        ValueError: an argument is out of its range, or xs has another number of paths or features than the layer.
+        ValueError: an argument is out of range, or xs has another number of paths or features than the layer.
     """
 
     WIDTHS = ("in_features", "out_features")
@@ -214,6 +234,8 @@ class CrossPredictionLinear(_CrossPrediction):
         activation: str | None = "relu",
         *,
         temperature: float = 1.0,
+        gate_norm: str | None = None,
+        prior: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -228,6 +250,8 @@ class CrossPredictionLinear(_CrossPrediction):
             norm_layer,
             activation,
             temperature,
+            gate_norm,
+            prior,
             device,
             dtype,
         )

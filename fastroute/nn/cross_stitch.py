@@ -1,4 +1,4 @@
-"""Cross-stitch units: cross-connections with weights that are learned, and the same for every sample."""
+"""Cross-stitch units: cross-connections with learned weights that are the same for every sample."""
 
 from collections.abc import Sequence
 
@@ -11,18 +11,19 @@ from fastroute.ops._paths import MAX_PATHS, path_list
 
 
 class CrossStitch(TakesLists, nn.Module):
-    """Mix m parallel tensors into n by learned coefficients (Misra et al., 2016): the static peer of `CrossConnection`.
+    """Mix m parallel tensors into n by learned weights (Misra et al., 2016): the static form of `CrossConnection`.
 
         Y_j = Σ_i g_ij X_i                              (Eq. 3.8, with G a parameter)
 
-    Between as many paths, G starts near the identity: every output is `same` of its own input and shares the rest
-    evenly among the others, 0.9 and 0.1 for two paths, as Misra et al. found best. Otherwise no input is an output's
-    own, and each output starts as the mean of the inputs; a one-to-many unit starts as copies of its input.
+    If m = n, G is initialised near the identity: each output takes its own input with weight `same`, and the others
+    share the rest evenly; 0.9 and 0.1 for two paths, as Misra et al. found best. Otherwise each output starts as the
+    mean of the inputs; a one-to-many unit starts as copies of its input.
 
     Args:
         in_paths: m, 1 to 8.
-        out_paths: n, 1 to 8; None for as many as come in.
-        same: the first coefficient of each path to itself, 0 to 1. Without effect where m ≠ n or m = 1.
+        out_paths: n, 1 to 8; None for n = m.
+        same: initial weight of each path for itself, 0 to 1. Ignored if m ≠ n or m = 1.
+        device, dtype: of the parameter.
 
     Parameters: gates (m, n); `gates[i, j]` is the weight of input i in output j.
 
@@ -38,7 +39,7 @@ class CrossStitch(TakesLists, nn.Module):
 
     Raises:
         TypeError: xs is not a list of floating-point tensors.
-        ValueError: an argument is out of its range, or xs has another number of paths than the unit.
+        ValueError: an argument is out of range, or xs has another number of paths than the unit.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class CrossStitch(TakesLists, nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start near the identity between as many paths, else from means of the inputs: columns sum to 1."""
+        """Initialise near the identity if m = n, else to means of the inputs; columns sum to 1."""
         m, n = self.gates.shape
         if m == n > 1:
             self.gates.fill_((1 - self.same) / (m - 1)).fill_diagonal_(self.same)

@@ -1,52 +1,59 @@
-"""Convolutions that are right on a CPU, whatever their geometry and memory format."""
+"""Convolutions that are correct on a CPU for every geometry and memory format."""
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastroute.ops._convolution import prepared
+from fastroute.ops._convolution import prepare_convolution
 
 
 class _Exact:
-    """Pad the map first where the kernel does not fit it, as a kernel of 3 on a map of 1."""
+    """Mixin that pads the map first where the kernel does not fit it, such as a kernel of 3 on a map of 1."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.device.type != "cpu" or self.padding_mode != "zeros" or x.dim() != weight.dim():
             return super()._conv_forward(x, weight, bias)
-        sides = self._reversed_padding_repeated_twice  # of "same" and "valid" too
+        sides = self._reversed_padding_repeated_twice  # also set for "same" and "valid"
         padding = [*reversed(sides[::2])]
         if sides[::2] != sides[1::2]:
             x, padding = functional.pad(x, sides), [0] * len(padding)
-        x, weight, padding, dilation = prepared(x, weight, self.stride, padding, self.dilation)
+        x, weight, padding, dilation = prepare_convolution(x, weight, self.stride, padding, self.dilation)
         convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(padding) - 1]
         return convolve(x, weight, bias, self.stride, padding, dilation, self.groups)
 
 
 class Conv1d(_Exact, nn.Conv1d):
-    pass
+    """`nn.Conv1d` that is correct on a CPU; see `exact_convolutions`."""
 
 
 class Conv2d(_Exact, nn.Conv2d):
-    pass
+    """`nn.Conv2d` that is correct on a CPU; see `exact_convolutions`."""
 
 
 class Conv3d(_Exact, nn.Conv3d):
-    pass
+    """`nn.Conv3d` that is correct on a CPU; see `exact_convolutions`."""
 
 
 _EXACT = {nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}
 
 
 def exact_convolutions(network: nn.Module) -> nn.Module:
-    """Avoid the geometries for which PyTorch's convolutions on a CPU are wrong, and return the network.
+    """Make the convolutions of a network correct on a CPU, in place, and return the network.
 
-    In bfloat16 they give a wrong gradient of the weight, or crash, where some positions of the kernel meet padding
-    alone: a kernel of 3 with padding 1 on a map of one pixel, as small images have in the last stage of a ResNet. In
-    float32 they are wrong for some strides over images of one channel in channels_last. Layers of the types
-    `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` become subclasses of the same name, in place, which pad such maps first and
-    compute all others as before. Parameters and their names stay. `create_model`, `multipath` and `RoutingClassifier`
-    do this themselves.
+    In bfloat16, PyTorch's CPU convolutions give a wrong gradient of the weight, or crash, if some kernel positions see
+    only padding: for example a kernel of 3 with padding 1 on a map of one pixel, as in the last stage of a ResNet on
+    small images. In float32 they are wrong for some strides over one-channel images in channels_last. Layers of the
+    types `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` become subclasses of the same name, which pad such maps first and
+    compute all others as before. Parameters and their names do not change. `create_model`, `multipath` and
+    `RoutingClassifier` call this function themselves.
+
+    Args:
+        network: any module.
+
+    Returns:
+        The same network.
 
     Example:
+        >>> import torch
         >>> network = exact_convolutions(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)))
         >>> network.bfloat16()(torch.randn(2, 3, 1, 1, dtype=torch.bfloat16)).shape
         torch.Size([2, 8, 1, 1])

@@ -13,41 +13,45 @@ from fastroute.ops import mixture_em_loss
 
 
 class GateClusteringLoss(nn.Module):
-    """Have every gate cluster what it sees, beside what the task asks of it (§5.1).
+    """Regularise gates to cluster their inputs (§5.1).
 
-    To the relevance scores of each gating vector, one for each incoming path of each router, the mixture-EM loss is
-    applied on its own (Eq. 4.22), normalised by the batch's statistics (Eq. 4.11); the losses are added up. The thesis
-    weighs the sum by 0.01 beside the loss of the task, and less with more paths. Gating vectors with one way to go are
-    left out.
+    The mixture-EM loss (Eq. 4.22) is applied to the relevance scores of each gating vector, normalised by the batch's
+    statistics (Eq. 4.11), and summed over all gating vectors. There is one gating vector per incoming path of each
+    router; those with a single outgoing path are left out. The thesis adds the sum to the loss of the task with weight
+    0.01, and less with more paths.
 
-    Being normalised, the loss is the same for scores with another mean or scale: it shapes which samples go together,
+    Since scores are normalised, the loss does not depend on their mean or scale: it shapes which samples are grouped,
     and has no gradient to the last layer's bias.
 
-    That is local: each gating vector sees itself alone. With scope "router" a router's gating vectors are joined, and
-    the router as a whole clusters by the scores Σ_i a_ij of its outgoing paths j. With scope "network" the vectors
-    cluster each on its own, and a balance term asks of the network what none of them is asked alone: that its paths
-    carry the same. It is Σ_j ḡ_j log(n ḡ_j), with ḡ_j the mean of the gates to path j over the samples and all gating
-    vectors with n ways to go, for each n: 0 where all paths get the same, log n where one gets everything.
+    With scope "local", each gating vector clusters on its own. With scope "router", each router as a whole clusters by
+    the scores Σ_i a_ij of its outgoing paths j. Scope "network" adds a balance term to "local", so that the paths of
+    the network carry the same load: Σ_j ḡ_j log(n ḡ_j) for each n, with ḡ_j the mean gate to path j over the samples
+    and all gating vectors with n outgoing paths. It is 0 if all paths get the same, and log n if one gets everything.
 
-    Gates cluster unevenly, so the prior of each cluster is its share of the posteriors of the steps before. The priors
-    move in training mode alone, are saved with the module, and with several processes are those of all together.
+    Gates cluster unevenly, so the prior of each cluster is its share of the posteriors in previous steps. Priors are
+    updated in training mode only, over all processes, and are saved with the module.
 
     Args:
         gamma: γ of Eq. 4.12.
-        prior_momentum: the weight of the last step's posteriors in the priors, up to 1, which is the last step alone;
-            None keeps the even prior.
+        prior_momentum: weight of the last step's posteriors in the priors, above 0 and up to 1; 1 uses the last step
+            only. None keeps the even prior.
         scope: "local", "router" or "network".
 
     Shape:
-        routing: {router name: Routing}, as networks return it, with scores (N, m, n), or a `SparseRouting`'s (N, n).
-        output: (), float32 or better.
+        routing: {router name: Routing}, as networks return it, with scores (N, m, n), or (N, n) in a `SparseRouting`.
+        output: (), float32 or float64.
 
     Example:
-        >>> logits, routing = model(images, return_routing=True)
-        >>> loss = cross_entropy(logits, labels) + 0.01 * gate_clustering(routing)
+        >>> from fastroute.nn import CrossConnection
+        >>> router = CrossConnection(16, in_paths=2, out_paths=3)
+        >>> ys, routing = router([torch.randn(32, 16, 8, 8) for _ in range(2)], return_routing=True)
+        >>> gate_clustering = GateClusteringLoss()
+        >>> loss = 0.01 * gate_clustering({"router": routing})  # added to the loss of the task
+        >>> loss.shape
+        torch.Size([])
 
     Raises:
-        ValueError: an argument is out of its range, or there is no gating vector to cluster.
+        ValueError: an argument is out of range, or there is no gating vector to cluster.
     """
 
     def __init__(
@@ -78,7 +82,7 @@ class GateClusteringLoss(nn.Module):
             loss, posterior = mixture_em_loss(scores, self.gamma, prior)
             losses.append(loss.sum())
             if prior is not None and self.training:
-                self._move(prior, posterior)
+                self._update_prior(prior, posterior)
         if not losses:
             raise ValueError(
                 f"routing has {len(routing)} routers; it must have at least one with two outgoing paths or more"
@@ -96,12 +100,12 @@ class GateClusteringLoss(nn.Module):
         return prior
 
     @torch.no_grad()
-    def _move(self, prior: Tensor, posterior: Tensor) -> None:
+    def _update_prior(self, prior: Tensor, posterior: Tensor) -> None:
         sums, count = posterior.sum(0), posterior.new_ones(posterior.shape[:1]).sum()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             for total in (sums, count):
                 dist.all_reduce(total)
-        # Where there are no samples, to itself; a branch would wait for the device.
+        # Without samples the prior stays as it is; a branch would synchronise.
         prior.lerp_(torch.where(count > 0, sums / count.clamp(min=1), prior), self.prior_momentum)
 
     def get_extra_state(self) -> dict[str, Tensor]:
@@ -115,11 +119,11 @@ class GateClusteringLoss(nn.Module):
 
 
 def _balance(routing: Mapping[str, Routing | SparseRouting]) -> list[Tensor]:
-    """Σ_j ḡ_j log(n ḡ_j) of the gating vectors with n > 1 ways to go, for each n."""
+    """Return Σ_j ḡ_j log(n ḡ_j) over the gating vectors with n > 1 outgoing paths, for each n."""
     loads: dict[int, list[Tensor]] = {}
     for router in routing.values():
         gates = router.gates
         loads.setdefault(gates.shape[-1], []).extend((gates.sum(0) / max(len(gates), 1)).reshape(-1, gates.shape[-1]))
     means = {n: torch.stack(rows).mean(0) for n, rows in loads.items() if n > 1}
-    # The bound keeps the gradient of a path that gets nothing, as from sparse routers, finite.
+    # The clamp keeps gradients finite for paths that get nothing, as in sparse routers.
     return [(mean * (n * mean).clamp(min=torch.finfo(mean.dtype).tiny).log()).sum() for n, mean in means.items()]

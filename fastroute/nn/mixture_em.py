@@ -1,4 +1,4 @@
-"""The neural mixture model's losses, and the running statistics that make its clusters hold for any batch (§4.4)."""
+"""Losses of the neural mixture model, and running statistics of its relevance scores (§4.4)."""
 
 from typing import Literal
 
@@ -14,30 +14,38 @@ from fastroute.ops.mixture_em import MAX_CLUSTERS
 class RelevanceNorm(nn.Module):
     """Normalise the relevance scores of each cluster: a*_j = (a_j − μ_j) / σ_j (Eq. 4.11).
 
-    In training mode each batch moves running μ and σ, over all processes where `torch.distributed` runs; the first
-    batches count alike, so that no start value is left in them. In evaluation mode they stand still. A column with
-    σ = 0 becomes 0.
+    In training mode each batch updates running μ and σ, over all processes if `torch.distributed` is initialised. The
+    first batches have equal weight, so that nothing of the initial values remains. In evaluation mode the running
+    statistics are fixed. A column with σ = 0 becomes 0.
 
-    With running statistics, training and evaluation are one function of the scores, but the gradient still goes through
-    the batch's own (as in batch renormalisation, Ioffe 2017). Were μ and σ constants of it, the mixture-EM loss would
-    have a way out that is no clustering: −log sigmoid falls wherever any score rises, so every score of every cluster
-    is raised, for ever ahead of the running mean, by what all samples have in common. What tells samples apart fades
-    against that: the posteriors become even, and the loss goes to log 2, or 2 log 2 with augmented samples.
+    With running statistics, training and evaluation compute the same function of the scores, but the gradient still
+    flows through the batch statistics (as in batch renormalisation, Ioffe 2017). If μ and σ were constants, the
+    mixture-EM loss would have a degenerate solution: −log sigmoid decreases as any score grows, so a component common
+    to all samples would raise every score of every cluster, always ahead of the running mean. The differences between
+    samples would vanish against it: posteriors become even, and the loss goes to log 2, or 2 log 2 with augmented
+    samples.
 
     Args:
         num_clusters: K, 1 to 1024.
-        momentum: the weight of a new batch in the running statistics, above 0 and up to 1; None is a plain average.
-        num_gates: m, where the scores are (N, m, K).
-        training_statistics: what training mode normalises by: "running", as the thesis does (§4.5.1), or "batch", the
-            batch's own. Either has its gradient through the batch's; under DDP each process has its own batch there.
+        momentum: weight of a new batch in the running statistics, above 0 and up to 1; None for a cumulative average.
+        num_gates: m, for scores (N, m, K).
+        training_statistics: statistics used in training mode: "running", as in the thesis (§4.5.1), or "batch". Both
+            take the gradient through the batch statistics; under DDP these are those of each process's own batch.
+        device, dtype: of the running statistics.
 
     Shape:
         scores: (N, K), or (N, m, K) with num_gates=m.
-        output: the same, in float32 or, if the scores or the statistics have it, in float64.
+        output: the same, in float32, or in float64 if the scores or the statistics are.
 
     Raises:
-        ValueError: an argument is out of its range, scores have another shape, or a batch of one sample comes in
-            training mode: it has no spread.
+        ValueError: an argument is out of range, scores have another shape, or a batch in training mode has one sample,
+            which has no spread.
+
+    Example:
+        >>> norm = RelevanceNorm(10, training_statistics="batch")
+        >>> normalized = norm(torch.randn(128, 10))
+        >>> normalized.shape, torch.allclose(normalized.mean(0), torch.zeros(10), atol=1e-5)
+        (torch.Size([128, 10]), True)
     """
 
     def __init__(
@@ -67,13 +75,13 @@ class RelevanceNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=device))
 
     def reset_running_stats(self) -> None:
-        """Forget all batches."""
+        """Reset the running statistics to those of no batch."""
         self.running_mean.zero_()
         self.running_std.fill_(1)
         self.num_batches_tracked.zero_()
 
     def forward(self, scores: Tensor, track: bool = True) -> Tensor:
-        """The normalised scores; without `track`, such as for augmented ones, they leave the running statistics."""
+        """Return the normalised scores; `track=False`, as for augmented scores, keeps the running statistics."""
         if scores.dim() < 2 or scores.shape[1:] != self.running_mean.shape:
             expected = ", ".join(map(str, self.running_mean.shape))
             raise ValueError(f"scores have shape {tuple(scores.shape)}; they must be (N, {expected})")
@@ -95,13 +103,13 @@ class RelevanceNorm(nn.Module):
         return torch.addcmul((mean.detach() - running_mean) * scale, normalized, std.detach() * scale)
 
     def _running(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The running μ and 1/σ."""
+        """Return the running μ and 1/σ."""
         return self.running_mean.to(dtype), _inverse(self.running_std.to(dtype))
 
     @torch.no_grad()
     def _track(self, scores: Tensor, mean: Tensor, std: Tensor, shared: bool) -> None:
         if shared:
-            # Sums about the running mean, which all processes have in common: squares about 0 may lose the spread.
+            # Sums about the running mean, which all processes share: squares about 0 may lose the spread to rounding.
             distance = scores - self.running_mean
             sums = torch.stack([torch.ones_like(distance), distance, distance.square()]).sum(1)
             dist.all_reduce(sums)
@@ -121,7 +129,7 @@ class RelevanceNorm(nn.Module):
 
 
 def _std_mean(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """σ and μ of each column, divided by a power of two meanwhile, so that no square over- or underflows."""
+    """Return σ and μ of each column, scaled by a power of two meanwhile, so that no square over- or underflows."""
     if scores.shape[0] == 0:
         return torch.std_mean(scores, dim=0, correction=0)
     exponent = torch.frexp(scores.detach().abs().amax(0)).exponent
@@ -135,25 +143,28 @@ def _inverse(std: Tensor) -> Tensor:
 
 
 class MixtureEMLoss(nn.Module):
-    """The mixture-EM loss of relevance scores, with the posteriors as constants (Eq. 4.22, 4.23).
+    """Mixture-EM loss of relevance scores, with the posteriors held constant (Eq. 4.22, 4.23).
 
     Args:
         gamma: γ, which keeps the scores of a batch in the linear part of the sigmoid; 5 suits 128 samples.
-        norm: normalises the scores. Without one, every batch is normalised by its own statistics.
-        norm_aug: the same for the augmented scores; without one they share the running statistics of `norm`.
+        norm: normalises the scores. None normalises every batch by its own statistics.
+        norm_aug: normalises the augmented scores. None uses the running statistics of `norm`.
 
     Shape:
         scores, scores_aug: (N, K), or (N, m, K) for m gates.
-        prior: (K,) or (m, K); None is the even prior.
-        output: `MixtureEM(loss, posterior)`: loss (), or (m,); posterior as scores.
+        prior: (K,) or (m, K); None for the even prior.
+        output: `MixtureEM(loss, posterior)`: loss (), or (m,) for m gates; posterior as scores.
 
     Example:
+        >>> network, x = nn.Linear(8, 10), torch.randn(128, 8)
         >>> criterion = MixtureEMLoss(norm=RelevanceNorm(10))
-        >>> loss, posterior = criterion(network(x), network(augment(x)))
+        >>> loss, posterior = criterion(network(x), network(x + 0.1 * torch.randn(128, 8)))
         >>> loss.backward()
+        >>> loss.shape, posterior.shape
+        (torch.Size([]), torch.Size([128, 10]))
 
     Raises:
-        ValueError: gamma is not positive; norm_aug comes without norm; or as `fastroute.ops.mixture_em_loss`.
+        ValueError: gamma is not positive; norm_aug is given without norm; or `fastroute.ops.mixture_em_loss` raises.
     """
 
     def __init__(self, gamma: float = 5.0, norm: RelevanceNorm | None = None, norm_aug: RelevanceNorm | None = None):
@@ -178,15 +189,21 @@ class MixtureEMLoss(nn.Module):
 
 
 class ConsistencyLoss(nn.Module):
-    """KL divergence of the augmented samples' posteriors q from the originals' p, which is a constant (Eq. 4.24).
+    """KL divergence KL(p ‖ q) of the posteriors q of augmented samples from the constant p of the originals (Eq. 4.24).
 
     Shape:
         posterior: p, (N, K) or (N, m, K).
         normalized_aug: normalised relevance scores a* of the augmented samples, shaped as p; q is their softmax.
-        output: mean over samples, () or (m,); 0 where N = 0.
+        output: mean over samples, () or (m,); 0 if N = 0.
 
     Raises:
         ValueError: the shapes differ.
+
+    Example:
+        >>> normalized = torch.randn(128, 10)
+        >>> loss = ConsistencyLoss()(normalized.softmax(-1), normalized)
+        >>> torch.allclose(loss, torch.zeros(()), atol=1e-6)
+        True
     """
 
     def forward(self, posterior: Tensor, normalized_aug: Tensor) -> Tensor:

@@ -1,21 +1,33 @@
 """What all routers share: the gates that the incoming paths compute."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastroute.nn._lists import TakesLists
+from fastroute.nn.gate_norm import make_gate_norm
+from fastroute.ops import gate
+from fastroute.ops._library import without_autocast
 from fastroute.ops._paths import MAX_PATHS, path_list
+
+TEMPERATURE = "temperature"
+"""What the state dict of a router calls its temperature, where it has one; see `Tempered`."""
+
+
+def without_temperatures(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict but for the temperatures of routers, which another of the same network may lack."""
+    return {k: v for k, v in state.items() if k.rpartition(".")[2] != TEMPERATURE or getattr(v, "dim", lambda: 0)()}
 
 
 class Routing(NamedTuple):
     """What a router decided for each sample.
 
     gates: (N, m, n); `gates[s, i, j]` is the weight of input i in output j, and each row i sums to 1.
-    scores: (N, m, n), the relevance scores A, before the temperature and softmax.
+    scores: (N, m, n), the relevance scores A, before the temperature and softmax; normalised where the router has a
+        `gate_norm`.
     """
 
     gates: Tensor
@@ -25,9 +37,12 @@ class Routing(NamedTuple):
 class Tempered:
     """A module whose gates are softmax(A / T): even gates as T grows, a choice of one path as T falls to 0.
 
-    `temperature` is a plain attribute, not a parameter and not in the state dict: assign to it between steps to anneal.
-    A compiled module is compiled anew for the first other temperature alone.
+    `temperature` is a plain number, neither parameter nor buffer: assign to it between steps to anneal. A compiled
+    module is compiled anew for the first other temperature alone. Once it has been another than 1, the state dict has
+    it, as a tensor of one number; a state dict without it, as of older files, leaves it as it is.
     """
+
+    _temperature, _tempered = 1.0, False
 
     @property
     def temperature(self) -> float:
@@ -38,6 +53,17 @@ class Tempered:
         if not 0 < value < math.inf:
             raise ValueError(f"temperature is {value}; it must be positive and finite")
         self._temperature = float(value)
+        self._tempered = self._tempered or self._temperature != 1
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._tempered:
+            destination[prefix + TEMPERATURE] = torch.tensor(self._temperature, dtype=torch.float64, device="cpu")
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
+        if (value := state_dict.pop(prefix + TEMPERATURE, None)) is not None:
+            self.temperature = value.item()
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 class Router(TakesLists, Tempered, nn.Module):
@@ -57,6 +83,8 @@ class Router(TakesLists, Tempered, nn.Module):
         gate_channels: int | None,
         gate_bias: bool,
         temperature: float,
+        gate_norm: str | None,
+        prior: str | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ):
@@ -78,6 +106,7 @@ class Router(TakesLists, Tempered, nn.Module):
         self.b1 = parameter(in_paths, gate_channels) if hidden and gate_bias else None
         self.w2 = parameter(in_paths, out_paths, gate_channels if hidden else channels)
         self.b2 = parameter(in_paths, out_paths) if gate_bias else None
+        self.gate_norm = make_gate_norm(gate_norm, prior, in_paths, out_paths, device)
 
     def reset_parameters(self) -> None:
         """Start the first layer as `nn.Linear` does, and the second near zero: gates within about 0.001 of 1/n."""
@@ -87,20 +116,33 @@ class Router(TakesLists, Tempered, nn.Module):
                 if parameter is not None:
                     nn.init.uniform_(parameter, -bound, bound)
         nn.init.normal_(self.w2, std=0.001)
+        if self.gate_norm is not None:
+            self.gate_norm.reset_running_stats()
         if self.b2 is not None:
             nn.init.zeros_(self.b2)
 
     def _gate(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
         """w1, b1, w2 and b2 for scores A / T: A is linear in the second layer, so the operators need not know of T."""
-        if self.temperature == 1:
+        if self.gate_norm is not None and not self.training:
+            return self.w1, self.b1, *self.gate_norm.fold(self.w2, self.b2, self.temperature)
+        if self.temperature == 1 or self.gate_norm is not None:
             return self.w1, self.b1, self.w2, self.b2
         dtype = torch.promote_types(self.w2.dtype, torch.float32)  # in float16 a small temperature gives infinities
         w2, b2 = (None if p is None else p.to(dtype) / self.temperature for p in (self.w2, self.b2))
         return self.w1, self.b1, w2, b2
 
     def _routing(self, gates: Tensor, scores: Tensor) -> Routing:
-        """From scores A / T."""
+        """From scores A / T, or those of a folded normalisation."""
+        if self.gate_norm is not None:
+            return Routing(gates, self.gate_norm.unfold(scores, self.temperature))
         return Routing(gates, scores if self.temperature == 1 else scores * self.temperature)
+
+    def _normalized(self, xs: Sequence[Tensor]) -> Routing:
+        """The routing by normalised scores in training mode: they are known when the whole batch has its scores."""
+        _, scores = gate(xs, *self._gate())
+        with without_autocast(scores.device.type):
+            logits, scores = self.gate_norm.logits(scores, self.temperature)
+            return Routing(logits.softmax(-1), scores)
 
     def _checked(self, xs: Sequence[Tensor], channels: int, name: str) -> list[Tensor]:
         """xs, after the checks that they are as many paths of as many channels as `name` says."""
@@ -110,3 +152,18 @@ class Router(TakesLists, Tempered, nn.Module):
         if xs[0].dim() < 2 or xs[0].shape[1] != channels:
             raise ValueError(f"xs[0] has shape {tuple(xs[0].shape)}; it must be (N, C, *S) with {name}={channels}")
         return xs
+
+
+def set_gate_norm(network: nn.Module, gate_norm: str | None, prior: str | None = None) -> None:
+    """Give every router of a network this normalisation, with fresh statistics; see `CrossConnection`.
+
+    Raises:
+        ValueError: gate_norm or prior is unknown, or the network has no router.
+    """
+    routers = [module for module in network.modules() if isinstance(module, Tempered)]
+    if not routers and gate_norm is not None:
+        raise ValueError(f"gate_norm is {gate_norm!r}; the network has no router to normalise the gates of")
+    for router in routers:
+        *in_paths, out_paths, _ = router.w2.shape
+        norm = make_gate_norm(gate_norm, prior, *(in_paths or [None]), out_paths, router.w2.device)
+        router.gate_norm = None if norm is None else norm.train(router.training)

@@ -1,4 +1,4 @@
-"""Sparse multi-path layers: each sample is sent to a few of the paths, and only those compute (§5.3)."""
+"""Sparse multi-path layers, which compute only a few of the paths for each sample (§5.3)."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastroute.nn.gate_norm import make_gate_norm
 from fastroute.nn.router import Tempered
 from fastroute.ops import mix
 from fastroute.ops._paths import DTYPES, MAX_PATHS, accumulate_dtype, channels_last, path_list
@@ -16,12 +17,12 @@ GATES = ("straight_through", "renormalized", "softmax")
 
 
 class SparseRouting(NamedTuple):
-    """What a sparse router decided for each sample, for n paths of which k run.
+    """Decisions of a sparse router for each sample, with n paths of which k run.
 
-    gates: (N, n), the weight of each path in a sample's output; 0 for the paths it was not sent to.
+    gates: (N, n), the weight of each path in a sample's output; 0 for paths that were not chosen.
     scores: (N, n), the relevance scores A of every path, before the temperature and softmax.
-    chosen: (N, k) int64, the paths that a sample was sent to, the best first.
-    load: (n,) int64, how many samples each path was sent; their sum is N·k.
+    chosen: (N, k) int64, the paths chosen for each sample, the best first.
+    load: (n,) int64, the number of samples of each path; they sum to N·k.
     """
 
     gates: Tensor
@@ -31,48 +32,50 @@ class SparseRouting(NamedTuple):
 
 
 class SparseRouter(Tempered, nn.Module):
-    """Divide samples among n paths, compute each path on its samples alone, and accumulate the results (§5.3).
+    """Divide samples among n paths, compute each path on its samples only, and accumulate the results (§5.3).
 
-    One gate decides for the layer, where `CrossConnection` has one for each path:
+    The layer has a single gate, where `CrossConnection` has one per incoming path:
 
         A = W2 ReLU(W1 mean(X) + b1) + b2               (Eq. 3.3, 3.4)
         K = the k paths with the highest A
         Y = Σ_{j ∈ K} g_j path_j(X)
 
-    By `gates`, the weights g and what the gate learns from are:
+    The argument `gates` selects the weights g and their gradient:
 
-    - "straight_through": g = softmax of the chosen scores, which sums to 1; the gradient is that of the softmax over
-      all n paths, so that a gate learns even where k = 1 and g is 1 whatever the score.
-    - "renormalized": the same g with its own gradient. It is 0 for k = 1: the gate then learns from the scores alone.
+    - "straight_through": g = softmax of the chosen scores, which sums to 1. The gradient is that of the softmax over
+      all n paths, so that the gate learns even if k = 1, where g is always 1.
+    - "renormalized": the same g with its own gradient. It is 0 for k = 1: the gate then learns only from losses on the
+      scores.
     - "softmax": g = the chosen entries of the softmax over all n paths, with its own gradient. They sum to less than 1.
 
-    For k = n all three are the softmax over all paths. Divided by the temperature, scores give other weights, and the
-    same choice. Nothing here evens out the load: that takes a loss on the scores, as a clustering objective (§5.3).
+    For k = n all three are the softmax over all paths. The temperature changes the weights but not the choice. The
+    layer does not balance the load: that takes a loss on the scores, such as a clustering objective (§5.3).
 
-    A path without samples does not run. Its parameters get no gradient from that step, for which
-    `DistributedDataParallel` needs `find_unused_parameters=True`. Batch normalisation in a path sees the path's samples
-    alone, so its statistics are those of what the path is sent; in training it raises on a single sample of spatial
-    size 1, as anywhere. A batch of 0 samples passes through the first path, for the shape of its output.
+    A path without samples does not run. Its parameters get no gradient in that step, for which
+    `DistributedDataParallel` needs `find_unused_parameters=True`. Batch normalisation in a path sees only the path's
+    samples; in training it raises on a single sample of spatial size 1, as it always does. A batch of 0 samples passes
+    through the first path, to get the shape of the output.
 
-    How many samples a path gets is read on the host: one synchronisation for each call on a GPU, and a graph break
-    under `torch.compile`, so `fullgraph=True` and `torch.export` do not take this layer.
+    The load of the paths is read on the host: this costs one synchronisation per call on a GPU and a graph break under
+    `torch.compile`, so `fullgraph=True` and `torch.export` do not support this layer.
 
     Args:
         channels: C, the channels of the input.
-        paths: n modules, each from (M, C, *S) for any M ≥ 1 to outputs of one shape beside M; or their number n, for a
-            router that owns no modules: `divide` and `accumulate` are then called around the paths' computation.
-        top_k: k, how many paths each sample is sent to, 1 to n and at most 8.
-        gate_channels: G, the width of the gate's hidden layer; None or 0 leaves it out, as in `CrossConnection`.
+        paths: n modules, each from (M, C, *S) for any M ≥ 1 to outputs of one shape, apart from M; or their number n,
+            for a router without modules: call `divide` and `accumulate` around the paths' computation.
+        top_k: k, the number of paths for each sample, 1 to n and at most 8.
+        gate_channels: G, the width of the gate's hidden layer; None or 0 omits it, as in `CrossConnection`.
         bias: whether the gate's layers have biases.
         gates: "straight_through", "renormalized" or "softmax".
-        temperature: T > 0, an attribute that may be changed at any time: the softmax is that of A / T.
+        temperature: T > 0, an attribute that may be changed at any time: the weights are the softmax of A / T.
+        gate_norm, prior: as in `CrossConnection`; the paths are then chosen by the posteriors.
         device, dtype: of the gate's parameters.
 
-    Parameters: w1 (G, C), b1 (G,), w2 (n, G), b2 (n,), as in `CrossConnection`, beside those of `paths`.
+    Parameters: w1 (G, C), b1 (G,), w2 (n, G), b2 (n,), as in `CrossConnection`, and those of `paths`.
 
     Shape:
-        x: (N, C, *S), with up to three spatial sizes; NCHW and channels_last reach the paths as they are.
-        output: (N, …) as the paths give it; with `return_routing=True` also a `SparseRouting`.
+        x: (N, C, *S), with up to three spatial sizes; the paths get it in its own memory format.
+        output: (N, …), of the shape of the paths' outputs. With `return_routing=True` also a `SparseRouting`.
 
     Example:
         >>> router = SparseRouter(16, [nn.Conv2d(16, 32, 3, padding=1) for _ in range(4)], top_k=1)
@@ -82,8 +85,8 @@ class SparseRouter(Tempered, nn.Module):
 
     Raises:
         TypeError: paths are not modules, or x is not a floating-point tensor.
-        ValueError: an argument is out of its range, x has another shape, or the paths return another number of samples.
-        RuntimeError: called as a module without modules for its paths.
+        ValueError: an argument is out of range, x has another shape, or the paths return another number of samples.
+        RuntimeError: the router is called but has no modules for its paths.
     """
 
     def __init__(
@@ -96,6 +99,8 @@ class SparseRouter(Tempered, nn.Module):
         *,
         gates: str = "straight_through",
         temperature: float = 1.0,
+        gate_norm: str | None = None,
+        prior: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -132,15 +137,18 @@ class SparseRouter(Tempered, nn.Module):
         self.b1 = parameter(gate_channels) if hidden and bias else None
         self.w2 = parameter(n, gate_channels if hidden else channels)
         self.b2 = parameter(n) if bias else None
+        self.gate_norm = make_gate_norm(gate_norm, prior, None, n, device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start the gate as `CrossConnection` does: the first layer as `nn.Linear`, the second near zero."""
+        """Initialise the gate as in `CrossConnection`: the first layer as `nn.Linear`, the second near zero."""
         bound = 1 / math.sqrt(self.channels)
         for parameter in (self.w1, self.b1):
             if parameter is not None:
                 nn.init.uniform_(parameter, -bound, bound)
         nn.init.normal_(self.w2, std=0.001)
+        if self.gate_norm is not None:
+            self.gate_norm.reset_running_stats()
         if self.b2 is not None:
             nn.init.zeros_(self.b2)
 
@@ -156,19 +164,30 @@ class SparseRouter(Tempered, nn.Module):
         return (y, routing) if return_routing else y
 
     def divide(self, x: Tensor) -> tuple[list[Tensor], SparseRouting]:
-        """The samples of x (N, C, *S) for each path, in their order: n tensors (load[j], C, *S); and the routing."""
+        """Divide a batch among the paths.
+
+        Args:
+            x: (N, C, *S).
+
+        Returns:
+            parts: n tensors (load[j], C, *S), the samples of each path in the order of the batch.
+            routing: the decisions of the gate.
+        """
         self._check(x)
         routing = self._route(x)
         copies = x if self.top_k == 1 else torch.cat([x] * self.top_k)
-        parts = _take(copies, _order(routing.chosen)).split(routing.load.tolist())
+        parts = _index_select(copies, _samples_by_path(routing.chosen)).split(routing.load.tolist())
         return list(parts), routing
 
     def accumulate(self, ys: Sequence[Tensor], routing: SparseRouting) -> Tensor:
-        """The weighted sum (N, …) of the paths' outputs, for the samples that `divide` gave them.
+        """Return the weighted sum (N, …) of the paths' outputs for the samples from `divide`.
 
         Args:
-            ys: (load[j], …) for each path j in turn; the outputs of paths without samples may be left out.
-            routing: what `divide` returned. Gradients reach the gate through `routing.gates`.
+            ys: (load[j], …) for each path j, in order; paths without samples may be left out.
+            routing: from `divide`. Gradients reach the gate through `routing.gates`.
+
+        Raises:
+            ValueError: the number of samples differs from that of `divide`.
         """
         batch, k = routing.chosen.shape
         ys = path_list("ys", ys)
@@ -176,11 +195,11 @@ class SparseRouter(Tempered, nn.Module):
         if not ys or samples != batch * k:
             raise ValueError(f"ys have {samples} samples in all; they must have the {batch * k} that were divided")
         y = torch.cat(ys)
-        # A permutation, here as in divide: no sum in it, so that backward adds nothing in an order left to chance.
-        y = _take(y, _order(routing.chosen).argsort())
+        # A permutation, as in divide: without sums, so that the backward is deterministic.
+        y = _index_select(y, _samples_by_path(routing.chosen).argsort())
         weights = routing.gates.gather(1, routing.chosen).to(accumulate_dtype(y.dtype))
         shape = y.shape[1:]
-        if not 1 <= len(shape) <= 4:  # what the operator has no layout for
+        if not 1 <= len(shape) <= 4:  # the operator supports no such layout
             y = y.reshape(len(y), -1)
         return mix(y.chunk(k), weights.unsqueeze(-1))[0].reshape(batch, *shape)
 
@@ -196,13 +215,15 @@ class SparseRouter(Tempered, nn.Module):
         dtype = accumulate_dtype(x.dtype)
         w1, b1, w2, b2 = (None if p is None else p.to(dtype) for p in (self.w1, self.b1, self.w2, self.b2))
         hidden = x.mean(tuple(range(2, x.dim())), dtype=dtype) if x.dim() > 2 else x.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):  # scores as precise as everywhere: float32 or better
+        with torch.autocast(x.device.type, enabled=False):  # keep scores in float32 or float64
             if w1 is not None:
                 hidden = F.relu(F.linear(hidden, w1, b1))
             scores = F.linear(hidden, w2, b2)
-
-        logits = scores / self.temperature
-        chosen = scores.topk(self.top_k, dim=1).indices
+            if self.gate_norm is not None:
+                logits, scores = self.gate_norm.logits(scores, self.temperature)
+            else:
+                logits = scores / self.temperature
+        chosen = (scores if self.gate_norm is None else logits).topk(self.top_k, dim=1).indices
         if self.gates == "softmax":
             weights = logits.softmax(1).gather(1, chosen)
         else:
@@ -224,15 +245,18 @@ class SparseRouter(Tempered, nn.Module):
         )
 
 
-def _order(chosen: Tensor) -> Tensor:
-    """The samples of each path in turn, as places among k batches on end: all first choices, all second, and so on."""
+def _samples_by_path(chosen: Tensor) -> Tensor:
+    """Return the samples of path 0, then of path 1, and so on, as indices into k concatenated copies of the batch.
+
+    Copy c of the batch holds the c-th choice of each sample.
+    """
     batch, k = chosen.shape
     order = chosen.flatten().argsort(stable=True)
     return order if k == 1 else order % k * batch + order // k
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] in x's memory format; `index_select` alone returns NCHW."""
+def _index_select(x: Tensor, index: Tensor) -> Tensor:
+    """Return x[index] in x's memory format; `Tensor.index_select` always returns NCHW."""
     if x.is_contiguous() or not channels_last(x):
         return x.index_select(0, index)
     return x.movedim(1, -1).index_select(0, index).movedim(-1, 1)

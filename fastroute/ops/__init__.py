@@ -1,4 +1,4 @@
-"""Functional operators. Each file holds one operator: schema, checks, fake kernel, autograd and docstring."""
+"""Functional operators. Each module holds one operator: checks, fake kernel, autograd and documentation."""
 
 from fastroute.ops.cross_connect import Routed, cross_connect
 from fastroute.ops.cross_predict import cross_predict

@@ -1,8 +1,8 @@
-"""The libraries compiled from csrc: which there are, whether they fit, and loading them.
+"""Loading of the libraries compiled from csrc.
 
-A library that is missing, or was built for another torch or, in a checkout, from other sources than those beside the
-package, is a reason not to use it, never an error at import. FASTROUTE_COMPILED=0 leaves all of them out;
-FASTROUTE_CPU=avx2 takes the kernels of an older instruction set than the processor has.
+A library is not used if it is missing, was built for another torch version or, in a checkout, was built from other
+sources than those in csrc. That is never an error at import. FASTROUTE_COMPILED=0 disables all compiled libraries;
+FASTROUTE_CPU=avx2 selects the kernels of an older instruction set than the processor supports.
 """
 
 import mmap
@@ -16,14 +16,14 @@ from fastroute.ops._source_hash import CPU, CUDA, OPERATORS, source_hash
 
 FOLDER = Path(__file__).parents[1] / "backends" / "native"
 ROOT = Path(__file__).parents[2]
-REBUILD = "build it anew with `python setup.py build_ext --inplace` or `pip install`"
+REBUILD = "rebuild it with `python setup.py build_ext --inplace` or `pip install`"
 
 
 INSTRUCTION_SETS = ("default", "avx2", "avx512", "avx512_bf16")
 
 
 def cpu_library() -> str:
-    """Return the name of the CPU library for this processor's instruction set, as torch reports it, or an older one."""
+    """Return the name of the CPU library for the instruction set of FASTROUTE_CPU, or the newest that torch reports."""
     return f"_C_{os.environ.get('FASTROUTE_CPU') or _capability()}"
 
 
@@ -33,8 +33,8 @@ def _capability() -> str:
     return "avx512_bf16" if newer else capability
 
 
-def _reason_against_set() -> str | None:
-    """Return why the instruction set that FASTROUTE_CPU names cannot be taken, or None."""
+def _reason_against_instruction_set() -> str | None:
+    """Return why the instruction set in FASTROUTE_CPU cannot be used, or None."""
     named, own = os.environ.get("FASTROUTE_CPU"), _capability()
     if not named or named == own:
         return None
@@ -43,7 +43,7 @@ def _reason_against_set() -> str | None:
 
 
 def reason_against(path: Path, folders: tuple[str, ...]) -> str | None:
-    """Return why the library in this file must not be loaded, or None."""
+    """Return why the library at `path` must not be loaded, or None."""
     if not path.exists():
         return f"the compiled library {path.name} is missing; {REBUILD}"
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -82,7 +82,7 @@ def load_operators() -> str | None:
 
 def load_cpu() -> str | None:
     """Load the kernels for this processor; return why they cannot be loaded, or None."""
-    return load_operators() or _reason_against_set() or load(cpu_library(), CPU)
+    return load_operators() or _reason_against_instruction_set() or load(cpu_library(), CPU)
 
 
 def load_cuda() -> str | None:

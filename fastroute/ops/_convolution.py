@@ -1,4 +1,4 @@
-"""What PyTorch's convolutions are given, so that they are right."""
+"""Workarounds for wrong results of PyTorch's convolutions on a CPU."""
 
 from collections.abc import Sequence
 
@@ -7,9 +7,9 @@ from torch.nn import functional
 
 
 def kernel_fits(x: Sequence[int], weight: Sequence[int], stride, padding, dilation) -> bool:
-    """Return whether every position of the kernel meets the map itself, not only padding, and the map is no smaller.
+    """Return whether each kernel position reads the map itself, not only padding, and the kernel fits in the map.
 
-    Where this is not so, PyTorch's convolutions on a CPU may give wrong results or gradients, or crash.
+    Otherwise, PyTorch's convolutions on a CPU may give wrong results or gradients, or crash.
 
     Args:
         x, weight: the shapes (N, C, *S) and (C', C, *k).
@@ -19,30 +19,30 @@ def kernel_fits(x: Sequence[int], weight: Sequence[int], stride, padding, dilati
         if reach >= size:
             return False
         last = (size + 2 * p - reach - 1) // s
-        for first in (position * d - p for position in range(k)):  # what the first output's position meets
-            output = max(0, -(first // s))  # the first output that meets the map there
+        for first in (position * d - p for position in range(k)):  # what it reads for the first output
+            output = max(0, -(first // s))  # the first output for which it reads the map
             if output > last or output * s + first >= size:
                 return False
     return True
 
 
-def _plain(x: Tensor) -> Tensor:
-    """Return x, of one channel, with strides that say [C, *S]: either format has it so in memory.
+def _with_channels_first_strides(x: Tensor) -> Tensor:
+    """Return x, of one channel, with the strides of [C, *S]; with one channel, both formats are the same in memory.
 
-    PyTorch's convolutions in float32 on a CPU are wrong for some geometries where they say [*S, C].
+    PyTorch's float32 convolutions on a CPU are wrong for some geometries if the strides are those of [*S, C].
     """
     return x.squeeze(1).unsqueeze(1)
 
 
-def prepared(
+def prepare_convolution(
     x: Tensor, weight: Tensor, stride, padding, dilation
 ) -> tuple[Tensor, Tensor, Sequence[int], Sequence[int]]:
-    """Return the map, weight, padding and dilation to give PyTorch, which on a CPU avoid what it has wrong.
+    """Return the map, weight, padding and dilation with which PyTorch's convolution is right, also on a CPU.
 
-    The map has its padding where the kernel does not fit it. The dilation is 1 along a kernel of one, where all mean
-    the same.
+    Where the kernel does not fit the map, the map is padded first. The dilation is set to 1 along a kernel of size 1,
+    where it has no effect.
     """
-    known = all(isinstance(size, int) for size in x.shape[2:])  # not so where a program is exported for any size
+    known = all(isinstance(size, int) for size in x.shape[2:])  # sizes are symbolic in torch.export
     if x.device.type != "cpu" or not known:
         return x, weight, padding, dilation
     dilation = [1 if k == 1 else d for k, d in zip(weight.shape[2:], dilation, strict=True)]
@@ -50,5 +50,5 @@ def prepared(
         x = functional.pad(x, [p for p in reversed(padding) for _ in range(2)])
         padding = [0] * len(padding)
     if x.shape[1] == 1:
-        x, weight = _plain(x), _plain(weight)
+        x, weight = _with_channels_first_strides(x), _with_channels_first_strides(weight)
     return x, weight, padding, dilation

@@ -1,4 +1,4 @@
-"""What every operator asks of a list of parallel paths: the checks, and the memory format of what comes out."""
+"""Checks and memory formats of lists of parallel paths, shared by all operators."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which sums, gates and scores of `dtype` inputs are held: at least float32."""
+    """Return the dtype of sums, gates and scores for inputs of `dtype`: at least float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -27,30 +27,30 @@ def _sample_is_dense(x: Tensor, order: Sequence[int]) -> bool:
 
 
 def channels_first(x: Tensor) -> bool:
-    """Whether each sample of x (N, C, *S) lies in memory as [C, *S]; the batch stride is free."""
+    """Return whether each sample of x (N, C, *S) is dense in memory as [C, *S]; any batch stride is allowed."""
     return _sample_is_dense(x, range(x.dim() - 1, 0, -1))
 
 
 def channels_last(x: Tensor) -> bool:
-    """Whether each sample of x (N, C, *S) lies in memory as [*S, C]; the batch stride is free."""
+    """Return whether each sample of x (N, C, *S) is dense in memory as [*S, C]; any batch stride is allowed."""
     return _sample_is_dense(x, (1, *range(x.dim() - 1, 1, -1)))
 
 
 def empty_path(x: Tensor) -> Tensor:
-    """An unwritten tensor of x's shape and sample layout, the samples next to each other.
+    """Return an uninitialised tensor of x's shape and sample layout, with a dense batch dimension.
 
-    The strides of x are kept also where a size of 1 leaves them free: they tell later layers the memory format.
+    The strides of x are kept even along dimensions of size 1: later layers read the memory format from them.
     """
     return x.new_empty_strided(x.shape, (math.prod(x.shape[1:]), *x.stride()[1:]))
 
 
 def empty_map(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """An unwritten tensor (N, C', *S') of x's dtype and memory format, [C', *S'] where x could be either."""
+    """Return an uninitialised tensor (N, C', *S') of x's dtype and memory format; [C', *S'] if x fits both formats."""
     return x.new_empty_strided(shape, dense_strides(shape, channels_first(x)))
 
 
 def dense_strides(shape: Sequence[int], channels_first: bool) -> list[int]:
-    """Those of a map (N, C, *S) that is [N, C, *S] in memory, or [N, *S, C]."""
+    """Return the strides of a map (N, C, *S) that is dense in memory as [N, C, *S], or else as [N, *S, C]."""
     order = range(len(shape) - 1, 0, -1) if channels_first else (1, *range(len(shape) - 1, 1, -1))
     strides, expected = [0] * len(shape), 1
     for dim in (*order, 0):
@@ -60,7 +60,7 @@ def dense_strides(shape: Sequence[int], channels_first: bool) -> list[int]:
 
 
 def path_list(name: str, xs: Sequence[Tensor]) -> list[Tensor]:
-    """xs as a list, after the check that it is one of tensors."""
+    """Return xs as a list; raise TypeError unless it is a list or tuple of tensors."""
     if not isinstance(xs, (list, tuple)):
         raise TypeError(f"{name} is a {type(xs).__name__}; it must be a list of tensors, one for each path")
     for i, x in enumerate(xs):
@@ -70,7 +70,7 @@ def path_list(name: str, xs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Raise unless each of these arguments, by its name, is a tensor."""
+    """Raise TypeError unless each of the named arguments is a tensor."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             given = "None" if tensor is None else f"a {type(tensor).__name__}"
@@ -78,12 +78,13 @@ def check_tensors(**tensors: Tensor) -> None:
 
 
 def check_activation(activation: str | None) -> None:
+    """Raise ValueError unless the activation is "relu" or None."""
     if activation not in ("relu", None):
         raise ValueError(f"activation is {activation!r}; it must be 'relu' or None")
 
 
 def check_paths(name: str, xs: Sequence[Tensor]) -> None:
-    """Raise unless xs are 1 to 8 floating-point tensors (N, C, *S) of one shape, type and device."""
+    """Raise unless xs are 1 to 8 floating-point tensors (N, C, *S) of one shape, dtype and device."""
     if not 1 <= len(xs) <= MAX_PATHS:
         raise ValueError(f"{name} has {len(xs)} paths; it must have 1 to {MAX_PATHS}")
     first = xs[0]
@@ -109,12 +110,12 @@ def check_paths(name: str, xs: Sequence[Tensor]) -> None:
 
 
 def align_paths(name: str, xs: Sequence[Tensor]) -> list[Tensor]:
-    """The paths in one sample layout, as they are where that is [C, *S] or [*S, C], else by one `.contiguous()`.
+    """Return the paths in one sample layout, [C, *S] or [*S, C]; paths in any other layout are copied.
 
     Raises:
-        ValueError: some paths are NCHW and others channels_last. Copying one silently would cost more than routing.
+        ValueError: some paths are NCHW and others channels_last. A silent copy would cost more than the routing.
     """
-    if all(x.is_contiguous() for x in xs):  # the common case, settled without a loop over strides in Python
+    if all(x.is_contiguous() for x in xs):  # fast path without a loop over strides in Python
         return list(xs)
     firsts, lasts = [channels_first(x) for x in xs], [channels_last(x) for x in xs]
     if all(firsts) or all(lasts):
@@ -132,7 +133,7 @@ def align_paths(name: str, xs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def align_like(xs: Sequence[Tensor], like: Tensor) -> list[Tensor]:
-    """Tensors of like's shape in like's sample layout and dtype, copied only where they differ: incoming gradients."""
+    """Return tensors, such as incoming gradients, in like's sample layout and dtype; copy only where they differ."""
     xs = [x if x.dtype == like.dtype else x.to(like.dtype) for x in xs]
     if channels_first(like):
         return [x if x.is_contiguous() or channels_first(x) else x.contiguous() for x in xs]
@@ -144,7 +145,7 @@ def _to_channels_last(x: Tensor) -> Tensor:
 
 
 def check_weight(name: str, weight: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    """Raise unless a gate's parameter has this shape, lies on x's device and is at least as precise as it need be."""
+    """Raise unless a parameter has this shape, x's device, and x's dtype or float32."""
     if weight.shape != shape:
         raise ValueError(f"{name} has shape {tuple(weight.shape)}; it must have shape {shape}")
     if weight.device != x.device:
@@ -155,7 +156,7 @@ def check_weight(name: str, weight: Tensor, shape: tuple[int, ...], x: Tensor) -
 
 
 def check_gate(xs: Sequence[Tensor], w1, b1, w2, b2) -> None:
-    """Raise unless these are the parameters of gates for the paths, as `cross_connect` takes them."""
+    """Raise unless w1, b1, w2 and b2 are gate parameters for the paths, as `cross_connect` takes them."""
     x, m, channels = xs[0], len(xs), xs[0].shape[1]
     if w2.dim() != 3 or not 1 <= w2.shape[1] <= MAX_PATHS:
         raise ValueError(

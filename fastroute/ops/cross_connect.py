@@ -1,4 +1,4 @@
-"""Cross-connection routing (§3.2, Alg. 2): outputs are sums of the inputs, weighted by gates the inputs compute."""
+"""Cross-connection routing (§3.2, Alg. 2)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from fastroute.ops._paths import (
 
 
 class Routed(NamedTuple):
-    """What `cross_connect` returns; see there for the shapes."""
+    """Result of `cross_connect`, which documents the shapes."""
 
     outputs: list[Tensor]
     gates: Tensor
@@ -38,9 +38,14 @@ def cross_connect(
 ) -> Routed:
     """Route m parallel tensors to n by gates computed from the tensors themselves (Alg. 2).
 
-    Each path is averaged over space (Eq. 3.3), two dense layers with a ReLU between give n relevance scores (Eq. 3.4),
-    softmax makes them gates (Eq. 3.5), and output j is the sum of all paths weighted by their gates to j (Eq. 3.7).
-    The backward is Eq. 3.10 to 3.15 by hand. A second derivative is taken through the reference in plain PyTorch.
+    For each input path i:
+
+        Z_i = mean of X_i over space                    (Eq. 3.3)
+        A_i = W2_i ReLU(W1_i Z_i + b1_i) + b2_i         (Eq. 3.4)
+        G_i = softmax(A_i)                              (Eq. 3.5)
+        Y_j = Σ_i g_ij X_i                              (Eq. 3.7)
+
+    The backward implements Eq. 3.10 to 3.15. Second derivatives go through the reference backend in plain PyTorch.
 
     | argument | shape | type |
     |---|---|---|
@@ -50,24 +55,32 @@ def cross_connect(
     | w2 | (m, n, G), or (m, n, C) where w1 is None; 1 ≤ n ≤ 8 | the paths' or float32 |
     | b2 | (m, n) or None | the paths' or float32 |
 
-    Each sample of a path may lie in memory as [C, *S] or as [*S, C] (channels_last), with any stride between samples;
-    the outputs take the layout of the inputs. Any other layout costs one `.contiguous()`.
+    Each sample of a path may be dense in memory as [C, *S] or as [*S, C] (channels_last), with any batch stride. The
+    outputs have the layout of the inputs. Any other layout costs one `.contiguous()`.
 
     Args:
-        activation: "relu" routes X_i = max(xs[i], 0), which is never stored: the kernels take it as they read, forward
-            and backward, and dX_i is zero where xs[i] is not above 0. None routes the paths as they are.
+        activation: "relu" routes X_i = max(xs[i], 0). The kernels apply it while reading and never store it, in the
+            forward and the backward; dX_i is 0 unless xs[i] > 0. None routes the paths as they are.
 
     Returns:
         outputs: n tensors (N, C, *S) of the paths' dtype.
         gates: (N, m, n), `gates[s, i, j]` is the weight of input i in output j; each row i sums to 1.
         scores: (N, m, n), the scores before softmax. Gates and scores are float32 for half-precision paths.
-        All three can be differentiated.
+        All three are differentiable.
 
     Raises:
         TypeError: xs is not a list of floating-point tensors of one dtype, or a parameter has another dtype.
-        ValueError: shapes, devices or memory formats do not agree, there are more than 8 paths, or the activation is
+        ValueError: shapes, devices or memory formats do not match, there are more than 8 paths, or the activation is
             unknown.
-        RuntimeError: the backend asked for by name cannot serve these tensors.
+        RuntimeError: the selected backend does not support these tensors.
+
+    Example:
+        >>> xs = [torch.randn(8, 64, 16, 16) for _ in range(2)]
+        >>> w1, b1 = torch.randn(2, 16, 64), torch.zeros(2, 16)
+        >>> w2, b2 = torch.randn(2, 3, 16), torch.zeros(2, 3)
+        >>> outputs, gates, scores = cross_connect(xs, w1, b1, w2, b2)
+        >>> len(outputs), outputs[0].shape, gates.shape
+        (3, torch.Size([8, 64, 16, 16]), torch.Size([8, 2, 3]))
     """
     check_activation(activation)
     check_tensors(w2=w2)

@@ -1,4 +1,4 @@
-"""Cross-prediction routing (§3.1, Alg. 1): outputs are gated sums of predictions that every input makes for them."""
+"""Cross-prediction routing (§3.1, Alg. 1)."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ from fastroute.ops._paths import (
 )
 
 FORMS = ("predict", "gate")
-MAX_SIZE = 2**30  # of strides, paddings and dilations: products with sizes do not overflow
+MAX_SIZE = 2**30  # of strides, paddings and dilations, so that products with sizes do not overflow
 
 
 def cross_predict(
@@ -39,9 +39,11 @@ def cross_predict(
 ) -> list[Tensor]:
     """Route m parallel tensors to n by gated predictions from each to each (Alg. 1).
 
-    Y_j = ReLU(Σ_i g_ij U_ij) with U_ij = W_ij X_i + b_ij, a convolution or a dense layer (Eq. 3.1, 3.6). Neither form
-    keeps anything of the size of the m·n predictions for the backward, which takes their gradients through
-    <dY_j, U_ij> = <W_ijᵀ dY_j, X_i>. A second derivative is taken through the reference in plain PyTorch.
+        U_ij = W_ij X_i + b_ij, a convolution or a dense layer     (Eq. 3.1)
+        Y_j  = ReLU(Σ_i g_ij U_ij)                                 (Eq. 3.6)
+
+    The m·n predictions are not saved for the backward, which uses <dY_j, U_ij> = <W_ijᵀ dY_j, X_i>. Second derivatives
+    go through the reference backend in plain PyTorch.
 
     | argument | shape | type |
     |---|---|---|
@@ -51,21 +53,30 @@ def cross_predict(
     | gates | (N, m, n) | the paths' or float32 |
 
     Args:
-        stride, padding, dilation: as for `torch.nn.functional.conv2d`, in numbers; without meaning for dense layers.
-        activation: "relu", or None for the sum as it is.
-        form: "predict" sums gated predictions, as Alg. 1 says. "gate" predicts from gated inputs, one output at a time:
+        stride, padding, dilation: as for `torch.nn.functional.conv2d`, but numbers only; ignored for dense layers.
+        activation: "relu", or None for the plain sum.
+        form: "predict" sums gated predictions, as in Alg. 1. "gate" predicts from gated inputs, one output at a time:
             conv(concat_i g_ij X_i; W_·j) + Σ_i g_ij b_ij, which is equal. On a CPU "predict" was as fast or faster in
-            either format and precision, and both keep the same for the backward.
+            either format and precision. Both save the same tensors for the backward.
 
-    Under autocast the paths and the weight are cast as those of a convolution are.
+    Under autocast the paths and the weight are cast as for a convolution.
 
     Returns:
         n tensors (N, C_out, *S') of the paths' dtype and memory format. Differentiable in all tensors.
 
     Raises:
         TypeError: xs is not a list of floating-point tensors of one dtype, or a parameter has another dtype.
-        ValueError: shapes, devices or memory formats do not agree, an option is unknown, or more than 8 paths.
-        RuntimeError: the backend asked for by name cannot serve these tensors.
+        ValueError: shapes, devices or memory formats do not match, an option is unknown, or there are more than 8
+            paths.
+        RuntimeError: the selected backend does not support these tensors.
+
+    Example:
+        >>> xs = [torch.randn(8, 16, 32, 32) for _ in range(2)]
+        >>> weight, bias = torch.randn(2, 3, 32, 16, 3, 3), torch.zeros(2, 3, 32)
+        >>> gates = torch.rand(8, 2, 3).softmax(-1)
+        >>> ys = cross_predict(xs, weight, bias, gates, padding=1)
+        >>> len(ys), ys[0].shape
+        (3, torch.Size([8, 32, 32, 32]))
     """
     check_activation(activation)
     if form not in FORMS:
@@ -74,23 +85,23 @@ def cross_predict(
     check_tensors(weight=weight, gates=gates)
     rank = max(weight.dim() - 4, 0)
     geometry = [
-        _numbers(name, value, rank, least)
+        _per_dimension(name, value, rank, least)
         for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
     ]
     return call(_FORWARD, xs, weight, bias, gates, *geometry, activation == "relu", form)
 
 
 def _autocast(xs: list[Tensor]) -> list[Tensor]:
-    """The paths as autocast hands them to a convolution; the kernels cast the weight to the paths' dtype anyway."""
+    """Cast the paths as autocast does for a convolution; the kernels cast the weight to the paths' dtype."""
     device = xs[0].device.type if xs else "cpu"
-    # Meta tensors have no autocast. `torch.amp.is_autocast_available` says so too, but torch 2.11 cannot trace it.
+    # Meta tensors have no autocast. torch 2.11 cannot trace `torch.amp.is_autocast_available`, which reports that too.
     if device == "meta" or not torch.is_autocast_enabled(device):
         return xs
     dtype = torch.get_autocast_dtype(device)
     return [x.to(dtype) if x.dtype in DTYPES and x.dtype != torch.float64 else x for x in xs]
 
 
-def _numbers(name: str, value: int | Sequence[int], count: int, least: int) -> list[int]:
+def _per_dimension(name: str, value: int | Sequence[int], count: int, least: int) -> list[int]:
     values = [value] * count if isinstance(value, int) else list(value)
     if len(values) != count:
         raise ValueError(f"{name} is {value}; it must be one number, or one for each of {count} spatial sizes")
@@ -125,7 +136,7 @@ def _prepare_forward(xs, weight, bias, gates, stride, padding, dilation, relu, f
 
 
 def output_shape(x: Tensor, weight: Tensor, stride, padding, dilation) -> tuple[int, ...]:
-    """(N, C_out, *S')."""
+    """Return the shape (N, C_out, *S') of an output."""
     sizes = zip(x.shape[2:], weight.shape[4:], stride, padding, dilation, strict=True)
     return x.shape[0], weight.shape[2], *((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes)
 

@@ -1,4 +1,4 @@
-"""The gates of a router on their own (Eq. 3.3 to 3.5)."""
+"""The gates of a router, without routing (Eq. 3.3 to 3.5)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,14 +11,14 @@ from fastroute.ops._paths import accumulate_dtype, align_paths, check_gate, chec
 
 
 class Gates(NamedTuple):
-    """What `gate` returns; see there for the shapes."""
+    """Result of `gate`, which documents the shapes."""
 
     gates: Tensor
     scores: Tensor
 
 
 def gate(xs: Sequence[Tensor], w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Gates:
-    """The gates that m parallel tensors compute for n outputs: what `cross_connect` has, without its mixing.
+    """Compute the gates of m parallel tensors for n outputs: `cross_connect` without the weighted sum (Eq. 3.3 to 3.5).
 
     Args:
         xs, w1, b1, w2, b2: as for `cross_connect`.
@@ -28,7 +28,13 @@ def gate(xs: Sequence[Tensor], w1: Tensor | None, b1: Tensor | None, w2: Tensor,
         scores: (N, m, n), the scores before softmax. Both are float32 for half-precision paths, and differentiable.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `cross_connect`.
+        TypeError, ValueError, RuntimeError: as for `cross_connect`.
+
+    Example:
+        >>> xs = [torch.randn(8, 64, 16, 16) for _ in range(2)]
+        >>> gates, scores = gate(xs, None, None, torch.randn(2, 3, 64), torch.zeros(2, 3))
+        >>> gates.shape, torch.allclose(gates.sum(-1), torch.ones(8, 2))
+        (torch.Size([8, 2, 3]), True)
     """
     check_tensors(w2=w2)
     gates, scores, _, _ = call(_FORWARD, path_list("xs", xs), w1, b1, w2, b2)
@@ -82,7 +88,7 @@ class _Gate(torch.autograd.Function):
         ]
         shares = shares.to(xs[0].dtype)
         shares = shares.reshape(*shares.shape, *[1] * (xs[0].dim() - 2)).unbind(1)
-        # No map of its own: what adds it to the other gradients of X broadcasts it over space.
+        # Expanded, not copied: it is broadcast over space when it is added to the other gradients of X.
         return *grads, *(share.expand_as(x) for share, x in zip(shares, xs, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""The cross-path weighted sum on its own (Eq. 3.7, 3.8), with gates from anywhere."""
+"""The cross-path weighted sum (Eq. 3.7, 3.8) with given gates."""
 
 from collections.abc import Sequence
 
@@ -20,20 +20,26 @@ from fastroute.ops._paths import (
 
 
 def mix(xs: Sequence[Tensor], gates: Tensor) -> list[Tensor]:
-    """Sum m parallel tensors into n, output j being Σ_i gates[…, i, j] · X_i (Eq. 3.7; in matrix form Eq. 3.8).
+    """Mix m parallel tensors into n by given weights: Y_j = Σ_i gates[…, i, j] X_i (Eq. 3.7; in matrix form Eq. 3.8).
 
     Args:
         xs: m tensors (N, C, *S), 1 ≤ m ≤ 8, of one shape, dtype, device and memory format, as for `cross_connect`.
-        gates: (N, m, n), one matrix for each sample, or (m, n), one for all, as in a cross-stitch unit; 1 ≤ n ≤ 8;
-            the paths' dtype or float32 (float32 gates beside bfloat16 paths are right under autocast).
+        gates: (N, m, n), one matrix per sample, or (m, n), one for all samples, as in a cross-stitch unit; 1 ≤ n ≤ 8;
+            in the paths' dtype or float32, so that bfloat16 paths under autocast can have float32 gates.
 
     Returns:
         n tensors (N, C, *S) of the paths' dtype and layout. Differentiable in xs and gates.
 
     Raises:
         TypeError: xs is not a list of floating-point tensors of one dtype, or gates have another dtype.
-        ValueError: shapes, devices or memory formats do not agree, or there are more than 8 paths.
-        RuntimeError: the backend asked for by name cannot serve these tensors.
+        ValueError: shapes, devices or memory formats do not match, or there are more than 8 paths.
+        RuntimeError: the selected backend does not support these tensors.
+
+    Example:
+        >>> xs = [torch.full((4, 8), 1.0), torch.full((4, 8), 3.0)]
+        >>> [mean] = mix(xs, torch.tensor([[0.5], [0.5]]))
+        >>> mean.shape, mean[0, 0].item()
+        (torch.Size([4, 8]), 2.0)
     """
     check_tensors(gates=gates)
     return call(_FORWARD, path_list("xs", xs), gates)

@@ -1,18 +1,18 @@
-"""The mixture-EM loss of a neural mixture model (§4.4): clustering by the relevance scores that a network gives."""
+"""The mixture-EM loss of a neural mixture model, which clusters by a network's relevance scores (§4.4)."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastroute.ops._library import below_autograd, call, define, differentiate, implement, transformed
+from fastroute.ops._library import below_autograd, call, define, differentiate, implement, under_transform
 from fastroute.ops._paths import DTYPES, accumulate_dtype, check_tensors
 
 MAX_CLUSTERS = 1024
 
 
 class MixtureEM(NamedTuple):
-    """What `mixture_em_loss` returns; see there for the shapes."""
+    """Result of `mixture_em_loss`, which documents the shapes."""
 
     loss: Tensor
     posterior: Tensor
@@ -26,15 +26,15 @@ def mixture_em_loss(
     std: Tensor | None = None,
     scores_aug: Tensor | None = None,
 ) -> MixtureEM:
-    """One EM step's loss of the relevance scores a of N samples to K clusters, and the posteriors p it holds constant.
+    """Compute the loss of one EM step for the relevance scores a of N samples to K clusters, and the posteriors p.
 
         a*_ij = (a_ij − μ_j) / σ_j                                   (Eq. 4.11)
         p_ij  = softmax_j(a*_ij + log π_j)                           (Eq. 4.18, 4.20)
         loss  = −1/N Σ_i Σ_j p_ij (log π_j + log sigmoid(a*_ij / γ))   (Eq. 4.22)
 
     Without a prior, the terms in log π are left out. With augmented scores, the loss is the sum of two such terms, both
-    under the posteriors of the original scores (Eq. 4.23). (N, m, K) holds the scores of m gates: each is a mixture of
-    its own, with its own loss.
+    with the posteriors of the original scores (Eq. 4.23). Scores (N, m, K) belong to m gates: each is a separate
+    mixture with its own loss.
 
     | argument | shape | type |
     |---|---|---|
@@ -44,21 +44,29 @@ def mixture_em_loss(
     | mean, std | μ, σ ≥ 0: (K,) or (m, K); None is the batch's own | the scores' or float32 |
     | scores_aug | scores of the augmented samples, shaped as scores | the scores' |
 
-    The statistics of the batch are those of Eq. 4.11, σ with 1/N; the augmented scores have their own. Given statistics
-    hold for both. A column with σ = 0 says nothing of its cluster: its a* and its gradient are 0.
+    Batch statistics follow Eq. 4.11, σ with 1/N; the augmented scores have their own. Given statistics are used for
+    both. A column with σ = 0 carries no information: its a* and its gradient are 0.
 
-    The gradient goes to scores and scores_aug, by hand, with p held constant (§4.4.2), and through the statistics where
-    they are the batch's: it then sums to 0 over each column. Given statistics and the prior are constants.
+    The gradient flows to scores and scores_aug, with p held constant (§4.4.2). It also flows through batch statistics,
+    and then sums to 0 over each column. Given statistics and the prior are constants.
 
     Returns:
-        loss: () for scores (N, K), (m,) for (N, m, K); 0 where N = 0. Sums are taken in one order: bitwise repeatable.
+        loss: () for scores (N, K), (m,) for (N, m, K); 0 if N = 0. The order of summation is fixed, so the loss is
+            bitwise reproducible.
         posterior: p, in the shape of scores; not differentiable. Both are float32 for half-precision scores.
 
     Raises:
-        TypeError: a tensor has a dtype that is not served.
-        ValueError: shapes or devices do not agree, gamma is not positive, mean comes without std, or, where they lie on
-            the CPU, the prior is not a distribution or std is negative. On a GPU that check would wait for the device.
-        RuntimeError: a second derivative is asked for; or the backend asked for by name cannot serve these tensors.
+        TypeError: a tensor has an unsupported dtype.
+        ValueError: shapes or devices do not match, gamma is not positive, mean is given without std, or, for tensors on
+            the CPU, the prior is not a distribution or std is negative. On a GPU that check would synchronise.
+        RuntimeError: a second derivative is requested, or the selected backend does not support these tensors.
+
+    Example:
+        >>> scores = torch.randn(128, 10, requires_grad=True)
+        >>> loss, posterior = mixture_em_loss(scores)
+        >>> loss.backward()
+        >>> loss.shape, posterior.shape
+        (torch.Size([]), torch.Size([128, 10]))
     """
     check_tensors(scores=scores)
     loss, posterior, _, _ = call(_FORWARD, scores, scores_aug, prior, mean, std, gamma)
@@ -78,7 +86,7 @@ def _check_scores(name: str, scores: Tensor) -> None:
 
 
 def _per_column(name: str, value: Tensor, scores: Tensor) -> Tensor:
-    """One number for each cluster, in the form that every backend takes: contiguous, in the accumulation type."""
+    """Return one number per cluster in the form that all backends take: contiguous, in the accumulation dtype."""
     shape = scores.shape[1:]
     if value.shape != shape and value.shape != shape[-1:]:
         allowed = " or ".join(dict.fromkeys((str(tuple(shape[-1:])), str(tuple(shape)))))
@@ -91,9 +99,9 @@ def _per_column(name: str, value: Tensor, scores: Tensor) -> Tensor:
     return value.to(accumulate_dtype(scores.dtype)).expand(shape).contiguous()
 
 
-def _readable(value: Tensor) -> bool:
-    """Whether values can be looked at without waiting for a device: not so in a compiler or a transform."""
-    return value.device.type == "cpu" and type(value) is Tensor and not transformed()
+def _is_readable(value: Tensor) -> bool:
+    """Return whether values can be read without synchronising: not on a GPU, in a compiler or under a transform."""
+    return value.device.type == "cpu" and type(value) is Tensor and not under_transform()
 
 
 def _check_prior(prior: Tensor) -> None:
@@ -121,11 +129,11 @@ def _prepare_forward(scores, scores_aug, prior, mean, std, gamma):
         raise ValueError(f"{given} is given without {absent}; both are needed, or neither")
     if mean is not None:
         mean, std = _per_column("mean", mean, scores), _per_column("std", std, scores)
-        if _readable(std) and std.min() < 0:
+        if _is_readable(std) and std.min() < 0:
             raise ValueError(f"std is {std.tolist()}; it must be 0 or greater")
     if prior is not None:
         prior = _per_column("prior", prior, scores)
-        if _readable(prior):
+        if _is_readable(prior):
             _check_prior(prior)
     return scores.contiguous(), scores_aug, prior, mean, std, gamma
 

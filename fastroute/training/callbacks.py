@@ -4,10 +4,12 @@ import csv
 import datetime
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import distributed as dist
@@ -15,6 +17,7 @@ from torch import distributed as dist
 from fastroute._files import replacing
 from fastroute.diagnostics.routing import across_processes
 from fastroute.diagnostics.statistics import RouterStatistics, add_routing
+from fastroute.training.loggers import StepTable
 
 METRICS = ("train_loss", "train_error", "train_aux", "val_loss", "val_error", "val_error5")
 
@@ -59,7 +62,7 @@ class EpochSummary(pl.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         self.waited += time.perf_counter() - self._ready
-        self._lr = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+        self.lr = max(group["lr"] for group in trainer.optimizers[0].param_groups)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self._images += len(batch[1])
@@ -79,7 +82,7 @@ class EpochSummary(pl.Callback):
             {
                 "epoch": trainer.current_epoch + 1,
                 **{name: metrics[name].item() for name in METRICS if name in metrics},
-                "lr": self._lr,
+                "lr": self.lr,
                 "images_per_s": speed,
                 "data_wait": self._waiting,
                 "skipped": int(skipped),
@@ -88,6 +91,76 @@ class EpochSummary(pl.Callback):
         )
         if trainer.is_global_zero:
             write_csv(self.path, self.rows)
+
+
+class StepLog(pl.Callback):
+    """What each logger gets: hyperparameters once, and every so many steps loss, learning rate and images/s.
+
+    Args:
+        summary: counts images.
+        interval: steps between readings of the loss, each of which makes the host wait for a GPU.
+        options: the run's, which join those of the network, `module.hparams`.
+    """
+
+    def __init__(self, summary: EpochSummary, interval: int, options: dict):
+        self.summary, self.interval, self.options = summary, interval, options
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        batch_size = getattr(trainer.datamodule, "batch_size", None)
+        options = {**pl_module.hparams, **({"batch_size": batch_size} if batch_size else {}), **self.options}
+        options = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+        for logger in trainer.loggers:
+            logger.log_hyperparams(options)
+            if isinstance(logger, StepTable):
+                logger.go_on(trainer.global_step)
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                rows = "\n".join(f"|{name}|{value}|" for name, value in sorted(options.items()))
+                logger.experiment.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if (batch_idx + 1) % self.interval and not trainer.is_last_batch:
+            return
+        figures = {
+            "step/loss": outputs["loss"].item(),
+            "step/lr": self.summary.lr,
+            "step/images_per_s": self.summary.images_per_s * trainer.world_size,
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step)
+
+
+class Patience(pl.Callback):
+    """Stop once so many epochs have not been better than the best one before them.
+
+    It goes by the rows of the summary, which are part of a checkpoint, so that a resumed run stops where one would that
+    was never interrupted. The checkpoint then says `stopped_early`.
+
+    Args:
+        summary: of the run.
+        metric: a column of it; lower is better.
+        patience: epochs.
+        console: is told.
+    """
+
+    def __init__(self, summary: EpochSummary, metric: str, patience: int, console: Console):
+        self.summary, self.metric, self.patience, self.console = summary, metric, patience, console
+        self._stopped = False
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        rows = [row for row in self.summary.rows if self.metric in row]
+        best = min(rows, key=lambda row: row[self.metric], default=None)  # the first of equal ones
+        if best is None or rows[-1]["epoch"] - best["epoch"] < self.patience:
+            return
+        self._stopped = trainer.should_stop = True
+        self.console.print(
+            f"stopped after epoch {rows[-1]['epoch']}: the last {self.patience} had no lower {self.metric} than "
+            f"epoch {best['epoch']}, {best[self.metric]:.4g}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        checkpoint["stopped_early"] = self._stopped
 
 
 class RouterDiagnostics(pl.Callback):
@@ -138,14 +211,15 @@ class EpochProgress(pl.callbacks.ProgressBar):
     """A line for the epoch that runs, and one for each that is done.
 
     The first has the step, loss, learning rate, images/s over all processes, the share of the time spent in waiting for
-    data, and the time left in the whole run. Where the console is no terminal, it is printed at every reading of the
-    loss instead.
+    data, and the time left in the whole run, from the first step on. Where the console is neither a terminal nor a
+    notebook with ipywidgets, it is printed at every reading of the loss instead.
     """
 
     def __init__(self, summary: EpochSummary, console: Console, log_interval: int):
         super().__init__()
         self.summary, self.console, self.log_interval = summary, console, log_interval
         self._enabled = True
+        self._live = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -153,7 +227,7 @@ class EpochProgress(pl.callbacks.ProgressBar):
             TextColumn("{task.fields[status]}"),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=not self._live,
         )
 
     def disable(self) -> None:
@@ -175,10 +249,10 @@ class EpochProgress(pl.callbacks.ProgressBar):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self._steps += 1
         done = batch_idx + 1
-        if done % self.log_interval == 0:  # reading the loss makes the host wait for a GPU
+        if done % self.log_interval == 0 or self._steps == 1:  # reading the loss makes the host wait for a GPU
             status = self._status(trainer, outputs["loss"].item(), done)
             self.progress.update(self._task, status=status)
-            if not self.console.is_terminal and not trainer.is_last_batch:
+            if not self._live and not trainer.is_last_batch:
                 place = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {done}/{trainer.num_training_batches}"
                 self.console.print(f"{place}  {status}", highlight=False, soft_wrap=True)
         self.progress.update(self._task, completed=done)
@@ -188,7 +262,7 @@ class EpochProgress(pl.callbacks.ProgressBar):
         seconds = left * (time.perf_counter() - self._start) / self._steps  # validation's share is in it
         speed = self.summary.images_per_s * trainer.world_size
         return (
-            f"loss {loss:.3f}  lr {trainer.optimizers[0].param_groups[0]['lr']:.3g}  "
+            f"loss {loss:.3f}  lr {self.summary.lr:.3g}  "
             f"{speed:,.0f} images/s  data wait {self.summary.data_wait:.1f} %  "
             f"eta {datetime.timedelta(seconds=round(seconds))}"
         )
@@ -196,13 +270,15 @@ class EpochProgress(pl.callbacks.ProgressBar):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop()
         row = self.summary.rows[-1]
-        top5 = f" top-5 {row['val_error5']:5.2f} %" if pl_module.hparams.get("num_classes", 0) > 10 else ""
+        validated = ""
+        if "val_loss" in row:
+            top5 = f" top-5 {row['val_error5']:5.2f} %" if pl_module.hparams.get("num_classes", 0) > 10 else ""
+            validated = f"  val loss {row['val_loss']:.3f} error {row['val_error']:5.2f} %{top5}"
         skipped = f"  skipped {row['skipped']}" if row["skipped"] else ""
         self.console.print(
             f"epoch {row['epoch']:>{len(str(trainer.max_epochs))}}/{trainer.max_epochs}"
             f"  train loss {row['train_loss']:.3f} error {row['train_error']:5.2f} %"
-            f"  val loss {row['val_loss']:.3f} error {row['val_error']:5.2f} %{top5}"
-            f"  lr {row['lr']:.3g}  {row['images_per_s']:,.0f} images/s"
+            f"{validated}  lr {row['lr']:.3g}  {row['images_per_s']:,.0f} images/s"
             f"  data wait {row['data_wait']:.1f} %{skipped}  {row['seconds']:.1f} s",
             highlight=False,
             soft_wrap=True,

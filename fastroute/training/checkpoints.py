@@ -1,30 +1,40 @@
 """Checkpoints: written whole or not at all, on time, and read with care."""
 
+import contextlib
 import os
 import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from torch import Tensor, nn
 from torch import distributed as dist
+from torch import nn
 
 from fastroute._errors import in_a_line
-from fastroute._files import DamagedFile, digest_path, read_tensors, replacing, write_digest
+from fastroute._files import DamagedFile, copy_over, digest_path, read_tensors, replacing, write_digest
+from fastroute.models.specification import specification_in
+from fastroute.models.weights import differences, network_weights
 from fastroute.training.distributed import agreed
+from fastroute.training.optim import GROUP_OPTIONS
 from fastroute.training.saved_fields import check_fields, check_training_state
 
 
 class Terminated(SystemExit):
-    """The run got SIGTERM, has saved, and ends with the status that a shell gives for it."""
+    """The run got SIGTERM or Ctrl-C, has saved, and ends with the status that a shell gives for it: 143 or 130.
 
-    def __init__(self, message: str):
-        super().__init__(128 + signal.SIGTERM)
-        self.message = message
+    Attributes:
+        message: where it stopped.
+        path: the checkpoint to go on from.
+    """
+
+    def __init__(self, message: str, path: Path, signum: int = signal.SIGTERM):
+        super().__init__(128 + signum)
+        self.message, self.path = message, path
 
     def __str__(self) -> str:
         return self.message
@@ -100,6 +110,40 @@ class BestCheckpoint(ModelCheckpoint):
             super().load_state_dict(state_dict | here | {"best_k_models": {best: scores[0]}})
 
 
+class CheckpointHistory(Checkpoint):
+    """The checkpoints of the best epochs, as `epoch12.ckpt`: second names of what was `last.ckpt` at their end.
+
+    It goes by the rows of the run's summary, so that a resumed run goes on with those that lie in its folder.
+
+    Args:
+        last: the run's last checkpoint, written before this callback comes.
+        rows: gives the rows of the summary.
+        metric: a column of it; lower is better.
+        keep: how many.
+    """
+
+    def __init__(self, last: Path, rows: Callable[[], list[dict]], metric: str, keep: int):
+        self.last, self.rows, self.metric, self.keep = last, rows, metric, keep
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:  # another run's go
+            mine = {self._path(row["epoch"]) for row in self.rows()}
+            for path in set(self.last.parent.glob("epoch*.ckpt")) - mine:
+                path.unlink()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        rows = self.rows()
+        copy_over(self.last, self._path(rows[-1]["epoch"]))
+        there = [row for row in rows if self._path(row["epoch"]).is_file()]
+        for row in sorted(there, key=lambda row: row[self.metric])[self.keep :]:
+            self._path(row["epoch"]).unlink()
+
+    def _path(self, epoch: int) -> Path:
+        return self.last.with_name(f"epoch{epoch}.ckpt")
+
+
 class LastCheckpoint(ModelCheckpoint):
     """The checkpoint of the last epoch.
 
@@ -115,54 +159,70 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 class RecoveryCheckpoint(pl.Callback):
-    """Save within epochs: every so many steps, and when SIGTERM comes, after which the run ends.
+    """Save within epochs: every so many steps, and at SIGTERM or Ctrl-C, after which the run ends.
 
-    During a validation, SIGTERM waits for its end and the checkpoint that is written then.
+    During a validation, the signal waits for its end and the checkpoint that is written then. A second Ctrl-C stops at
+    once, as without this callback; processes of `torchrun` get it twice from one key, and wait.
 
     Args:
         path: the checkpoint to write.
-        interval: optimiser steps between checkpoints; None writes none but at SIGTERM.
+        interval: optimiser steps between checkpoints; None writes none but at a signal.
 
     Raises:
-        Terminated: SIGTERM came, and the checkpoint is written.
+        Terminated: a signal came, and the checkpoint is written.
+        KeyboardInterrupt: a second Ctrl-C came before that.
     """
+
+    NAMES: ClassVar = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
     STEPS_BETWEEN_AGREEMENTS = 10
     """With several processes, all must stop at one step; agreeing on it makes the host wait, so not every step."""
 
     def __init__(self, path: Path, interval: int | None = None):
-        self.path, self.interval, self._asked = path, interval, False
+        self.path, self.interval = path, interval
+        self._signal = 0  # the one that came, if any
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # This replaces Lightning's handler, which talks to the other processes from within the signal; Lightning puts
         # back at the end of the run whatever was there before it.
+        self._alone = trainer.world_size == 1
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._ask)
+            for signum in self.NAMES:
+                if signal.getsignal(signum) is not signal.SIG_IGN:  # as SIGINT is in a script's background
+                    signal.signal(signum, self._ask)
 
-    def _ask(self, *_) -> None:
-        self._asked = True
+    def _ask(self, signum: int, frame: object) -> None:
+        if signum == signal.SIGINT and self._alone:
+            if self._signal == signal.SIGINT:
+                raise KeyboardInterrupt
+            # Not by print, which the signal may have come within.
+            os.write(2, b"\nsaving after this step or validation; Ctrl-C again stops at once\n")
+        self._signal = self._signal or signum
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._agreed(trainer):
-            raise Terminated(f"stopped by SIGTERM after epoch {trainer.current_epoch}; {self.path} is whole")
+        if signum := self._agreed(trainer):
+            message = f"stopped by {self.NAMES[signum]} after epoch {trainer.current_epoch}; {self.path} is whole"
+            raise Terminated(message, self.path, signum)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # the epoch's own checkpoint comes, or a step is half done
         steps = trainer.global_step
-        if (trainer.world_size == 1 or steps % self.STEPS_BETWEEN_AGREEMENTS == 0) and self._agreed(trainer):
+        agreeing = trainer.world_size == 1 or steps % self.STEPS_BETWEEN_AGREEMENTS == 0
+        if agreeing and (signum := self._agreed(trainer)):
             trainer.save_checkpoint(self.path)
             place = f"epoch {trainer.current_epoch + 1}, step {batch_idx + 1}"
-            raise Terminated(f"stopped by SIGTERM at {place}; saved to {self.path}")
+            raise Terminated(f"stopped by {self.NAMES[signum]} at {place}; saved to {self.path}", self.path, signum)
         if self.interval and steps % self.interval == 0:
             trainer.save_checkpoint(self.path)
 
-    def _agreed(self, trainer: pl.Trainer) -> bool:
+    def _agreed(self, trainer: pl.Trainer) -> int:
+        """The signal that any of the processes got; 0 without one."""
         if trainer.world_size == 1:
-            return self._asked
-        asked = torch.tensor(int(self._asked), device=trainer.strategy.root_device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        return bool(asked)
+            return self._signal
+        signum = torch.tensor(int(self._signal), device=trainer.strategy.root_device)
+        dist.all_reduce(signum, dist.ReduceOp.MAX)
+        return int(signum)
 
 
 # The option that tells which command's run a checkpoint is of.
@@ -267,14 +327,24 @@ def check_resume(path: str | Path, module: pl.LightningModule, epochs: int) -> N
 
     The optimiser comes back with the rates and decays that it was saved with, so that others would be without effect.
     """
-    rates = ("lr", "momentum", "weight_decay", "norm_weight_decay", "gate_lr_mult", "gate_wd")
-    fixed = ("model", "num_classes", "in_chans", "opt", "sched", *rates)
+    fixed = ("model", "num_classes", "in_chans", "opt", "sched", "momentum", *GROUP_OPTIONS)
     checkpoint = read_resumable(path, "train", {name: module.hparams[name] for name in fixed}, epochs)
+    if module.hparams.specification is not None:
+        own, other = (
+            specification_in(run, f"resume is {path}") for run in (module.hparams, checkpoint["hyper_parameters"])
+        )
+        if reason := other.differences(own):
+            raise ValueError(f"resume is {path}; its network was built with {reason}")
     check_training_state(checkpoint, module, path)
     saved, planned = checkpoint["hyper_parameters"], checkpoint.get("epochs")
     endless = saved["sched"] == "step" or (saved["sched"] == "multistep" and module.hparams.decay_milestones)
     if planned != epochs and not endless:
         raise ValueError(f"resume is {path}; its schedule is of {planned} epochs, but this run has epochs={epochs}")
+
+
+def stopped_early(path: str | Path) -> bool:
+    """Whether a checkpoint is of a run that has stopped by its patience; it raises as `read_checkpoint` does."""
+    return read_checkpoint(path).get("stopped_early", False)
 
 
 def epochs_done(path: str | Path) -> int:
@@ -284,6 +354,34 @@ def epochs_done(path: str | Path) -> int:
 
 def _epochs_done(checkpoint: dict) -> int:
     return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+
+
+def check_not_finished(folder: str | Path, option: str) -> None:
+    """Raise where a folder has a run that a new one would overwrite, and whose last checkpoint is of its last epoch.
+
+    A run without epochs, as of k-means, is finished once its summary is there.
+
+    Args:
+        folder: of a run.
+        option: how to overwrite it nevertheless, for the message.
+
+    Raises:
+        FileExistsError: as said.
+    """
+    last, summary = Path(folder) / LAST, Path(folder) / "summary.csv"
+    if last.is_file():
+        with contextlib.suppress(ValueError):  # a damaged one is of no run that anyone could go on with
+            checkpoint = read_checkpoint(last)
+            done, planned = _epochs_done(checkpoint), checkpoint.get("epochs")
+            if planned is not None and (done >= planned or checkpoint.get("stopped_early")):
+                raise FileExistsError(
+                    f"output is {folder}; a finished run of {done} epochs is there: name another folder, go on with "
+                    f"--resume and more epochs, or overwrite it with {option}"
+                )
+    elif summary.is_file() and not summary.read_text(encoding="utf-8", errors="replace").startswith("epoch"):
+        raise FileExistsError(
+            f"output is {folder}; a finished run is there: name another folder, or overwrite it with {option}"
+        )
 
 
 def load_weights(model: nn.Module, path: str | Path, averaged: bool = True, name: str = "initial_checkpoint") -> None:
@@ -345,37 +443,9 @@ def load_network_weights(
     weights = network_weights(checkpoint, averaged) if isinstance(checkpoint, dict) else checkpoint
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise ValueError(f"{name} is {path}; it holds a {type(weights).__name__}, and must hold a state_dict")
-    if differences := _differences(model.state_dict(), weights):
-        raise ValueError(f"{name} is {path}; its weights are of another network: {differences}")
+    if reason := differences(model.state_dict(), weights):
+        raise ValueError(f"{name} is {path}; its weights are of another network: {reason}")
     model.load_state_dict(weights)
-
-
-def _differences(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str:
-    """What keeps weights from being those wanted, in a line; nothing where they are."""
-    given = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-    shapes = ((name, given[name].shape, value.shape) for name, value in wanted.items() if name in given)
-    kinds = {
-        "missing": [name for name in wanted if name not in given],
-        "unexpected": [name for name in given if name not in wanted],
-        "of another shape": [f"{name} {(*a,)} for {(*b,)}" for name, a, b in shapes if a != b],
-    }
-    shown = ((kind, names, ", ".join(names[:3]) + ", …" * (len(names) > 3)) for kind, names in kinds.items() if names)
-    return "; ".join(f"{len(names)} {kind} ({some})" for kind, names, some in shown)
-
-
-def network_weights(checkpoint: dict, averaged: bool = True) -> dict[str, Tensor]:
-    """The network's state_dict out of a checkpoint, of ours or another trainer's; a state_dict is given back as it is.
-
-    With a moving average, Lightning keeps that as `state_dict` and the weights as trained as `current_model_state`.
-    """
-    if "state_dict" not in checkpoint:
-        return checkpoint
-    weights = checkpoint["state_dict"] if averaged else checkpoint.get("current_model_state", checkpoint["state_dict"])
-    if not isinstance(weights, dict):
-        return weights
-    if any(name.startswith("model.") for name in weights):  # of a training run, which has more than the network
-        return {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
-    return {name.removeprefix("module."): value for name, value in weights.items()}  # as from DistributedDataParallel
 
 
 def _cause(error: BaseException) -> BaseException:

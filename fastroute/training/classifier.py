@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastroute._files import DamagedFile, checked
+from fastroute.data.decode import UnreadableImage
 from fastroute.data.loaders import Draws
-from fastroute.data.sources import UnreadableImage
-from fastroute.models import create_model
+from fastroute.models.specification import Specification, specification_of
 from fastroute.nn import Routing, exact_convolutions
 from fastroute.training.capturable import CAPTURABLE
 from fastroute.training.distributed import gathered
 from fastroute.training.graphs import COMPILE_MODES, CUDAGraph, Graph, RecordedStep, check_recording
 from fastroute.training.metrics import Totals
-from fastroute.training.optim import OPTIMIZERS, SCHEDULES, parameter_groups, scheduler
+from fastroute.training.optim import GROUP_OPTIONS, OPTIMIZERS, SCHEDULES, parameter_groups, scheduler
+from fastroute.training.recomputation import checkpoint_gradients
 from fastroute.training.steps import MovingAverage
 
 STATES = ("state_dict", "current_model_state")
@@ -37,20 +38,24 @@ class RoutingClassifier(pl.LightningModule):
     an auxiliary loss; errors are in percent, over exactly the images seen, whatever the number of processes.
 
     Args:
-        model: a name from `fastroute.models.list_models()`, or a module. A checkpoint of a named network can be loaded
-            by `RoutingClassifier.load_from_checkpoint(path)` alone.
-        num_classes: the number of classes; like in_chans and img_size, for `create_model`.
+        model: a network's name as `fastroute.models.create_model` takes it, but for own functions, or a module. A
+            checkpoint keeps how the network is built where that is known: of a name, and of a module that
+            `create_model`, `multipath`, timm or torchvision built. It can then be loaded by
+            `RoutingClassifier.load_from_checkpoint(path)` and by `fastroute.load(path)` alone.
+        num_classes: the number of classes; like in_chans and img_size, for `create_model`; a module's own count.
         in_chans: the channels of the images.
         img_size: their height and width.
         opt: "sgd", "nesterov", "rmsprop", "adam" or "adamw"; see `OPTIMIZERS`.
         lr: the learning rate at the start, or at the top of the cycle.
         momentum: of SGD and RMSprop.
-        weight_decay, norm_weight_decay, gate_lr_mult, gate_wd: see `parameter_groups`.
-        sched: "step", "multistep", "cosine" or "onecycle"; like warmup_epochs, decay_epochs, decay_milestones and
-            decay_rate, see `scheduler`.
+        weight_decay, norm_weight_decay, gate_lr_mult, gate_wd, filter_bias_and_bn, layer_decay: see `parameter_groups`.
+        sched: "step", "multistep", "cosine" or "onecycle"; like warmup_epochs, decay_epochs, decay_milestones,
+            decay_rate, min_lr and warmup_lr, see `scheduler`.
         smoothing: of the labels, 0 to 1.
         channels_last: whether the network computes in channels_last, which is the faster on a CPU in bfloat16 and on
             tensor cores.
+        grad_checkpointing: whether activations are computed again in the backward pass instead of being kept; see
+            `checkpoint_gradients`.
         compile: whether the network is compiled by `torch.compile`.
         compile_mode: its mode, of `COMPILE_MODES`; None is its default.
         cuda_graphs: whether a step is recorded in a CUDA graph and replayed: forward, loss, backward, clipping,
@@ -60,6 +65,7 @@ class RoutingClassifier(pl.LightningModule):
             times `aux_weight`; its gradient reaches the gates through `scores` and `gates`. A module is trained, moved
             and saved with the network. The network's forward must take `return_routing`.
         aux_weight: the weight of `aux_loss`.
+        specification: of the network, as a checkpoint has it; then `model` is only its name.
 
     Raises:
         ValueError: an argument is out of range or unknown, or `model` gives no routing to `aux_loss`.
@@ -87,18 +93,29 @@ class RoutingClassifier(pl.LightningModule):
         decay_epochs: int = 30,
         decay_milestones: Sequence[int] | None = None,
         decay_rate: float = 0.1,
+        min_lr: float = 0.0,
+        warmup_lr: float = 0.0,
+        filter_bias_and_bn: bool = False,
+        layer_decay: float | None = None,
         smoothing: float = 0.0,
         channels_last: bool = False,
+        grad_checkpointing: bool = False,
         compile: bool = False,
         compile_mode: str | None = None,
         cuda_graphs: bool = False,
         aux_loss: RoutingLoss | None = None,
         aux_weight: float = 1.0,
+        specification: dict | None = None,
     ):
         super().__init__()
         for name, value in (("lr", lr), ("decay_epochs", decay_epochs), ("gate_lr_mult", gate_lr_mult)):
             if value <= 0:
                 raise ValueError(f"{name} is {value}; it must be above 0")
+        for name, value in (("min_lr", min_lr), ("warmup_lr", warmup_lr)):
+            if not 0 <= value <= lr:
+                raise ValueError(f"{name} is {value}; it must be from 0 to lr, {lr}")
+        if layer_decay is not None and not 0 < layer_decay <= 1:
+            raise ValueError(f"layer_decay is {layer_decay}; it must be above 0 and at most 1")
         decays = {"weight_decay": weight_decay, "norm_weight_decay": norm_weight_decay, "gate_wd": gate_wd}
         for name, value in ({"momentum": momentum, "warmup_epochs": warmup_epochs} | decays).items():
             if value is not None and value < 0:
@@ -113,13 +130,27 @@ class RoutingClassifier(pl.LightningModule):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
         check_compile_mode(compile, compile_mode)
-        self.save_hyperparameters(ignore=["model", "aux_loss"], logger=False)
-        self.save_hyperparameters({"model": model if isinstance(model, str) else type(model).__name__}, logger=False)
-        self.named = isinstance(model, str)
-        if self.named:
-            model = create_model(model, num_classes, in_chans, img_size)
+        self.save_hyperparameters(ignore=["model", "aux_loss", "specification"], logger=False)
+        if isinstance(model, str):
+            sizes = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
+            given = None if specification is None else Specification.from_dict(specification)
+            model = (given or Specification.parse(model, **sizes)).build()
+        built = specification_of(model)
+        self.named = built is not None
+        name = type(model).__name__ if built is None else built.text
+        self.save_hyperparameters(
+            {"model": name, "specification": None if built is None else built.to_dict()}, logger=False
+        )
+        if built is not None:
+            own = {"num_classes": built.num_classes, "in_chans": built.in_chans, "img_size": built.img_size}
+            self.save_hyperparameters({k: size for k, size in own.items() if size}, logger=False)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model = exact_convolutions(model).to(memory_format=self.memory_format)
+        if grad_checkpointing:
+            for name, value in (("compile", compile), ("cuda_graphs", cuda_graphs)):
+                if value:
+                    raise ValueError(f"{name} is True, and grad_checkpointing too; they do not go together: choose one")
+            checkpoint_gradients(self.model)
         if compile:
             self.model.compile(mode=compile_mode)
         self.routed = takes_routing(model)
@@ -170,6 +201,9 @@ class RoutingClassifier(pl.LightningModule):
             raise ValueError(f"num_classes is {self.hparams.num_classes}; the data have {classes} classes")
 
     def forward(self, images: Tensor, **options):
+        weights = next(self.model.parameters(), images)
+        if images.is_floating_point() and weights.is_floating_point():  # float64, where that is the default type
+            images = images.to(weights.dtype)
         return self.model(images.contiguous(memory_format=self.memory_format), **options)
 
     def on_train_start(self) -> None:
@@ -271,21 +305,17 @@ class RoutingClassifier(pl.LightningModule):
 
     def configure_optimizers(self):
         options = self.hparams
-        names = ("lr", "weight_decay", "norm_weight_decay", "gate_lr_mult", "gate_wd")
-        groups = parameter_groups(self, **{name: options[name] for name in names})
+        groups = parameter_groups(self, **{name: options[name] for name in GROUP_OPTIONS})
         optimizer = (CAPTURABLE if options.cuda_graphs else OPTIMIZERS)[options.opt](groups, options.momentum)
-        names = ("warmup_epochs", "decay_epochs", "decay_milestones", "decay_rate")
+        names = ("warmup_epochs", "decay_epochs", "decay_milestones", "decay_rate", "min_lr", "warmup_lr")
         steps, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs
         if self.trainer.max_steps != -1:  # then that is what ends the run, perhaps within an epoch
             self.trainer.fit_loop.setup_data()  # or, without max_epochs, the number of batches is not known yet
             epochs = steps / math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        schedule = scheduler(
-            optimizer,
-            options.sched,
-            epochs=epochs,
-            steps=steps,
-            **{name: options[name] for name in names},
-        )
+        given = {name: options[name] for name in names}
+        if self.trainer.fast_dev_run:  # too short for a warm-up
+            given["warmup_epochs"] = 0
+        schedule = scheduler(optimizer, options.sched, epochs=epochs, steps=steps, **given)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:

@@ -1,6 +1,7 @@
 """The error of a network over a validation set, each image counted once however many processes share the work."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,10 +10,12 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from fastroute.data.augment import channel_statistics
+from fastroute.data.decode import UnreadableImage
 from fastroute.data.in_memory import DATASETS, Options
+from fastroute.data.layout import choose
 from fastroute.data.loaders import EpochLoader, MemoryLoader, StreamLoader
-from fastroute.data.module import IMAGENET_MEAN, IMAGENET_STD, STREAMED
-from fastroute.data.sources import UnreadableImage, val_source
+from fastroute.data.module import STREAMED, channels_of, imagenet_statistics
+from fastroute.data.sources import Reading, val_source
 from fastroute.data.transforms import eval_transform, resize_size
 from fastroute.diagnostics.routing import RouterStatistics, across_processes, add_routing
 from fastroute.training.metrics import Totals
@@ -95,17 +98,26 @@ def validation_loader(
     on_bad_image: str = "stop",
     mean: Tensor | None = None,
     std: Tensor | None = None,
+    interpolation: str = "bilinear",
+    in_chans: int | None = None,
+    val_split: float = 0.0,
+    split_seed: int = 0,
+    input_key: str | None = None,
+    classes: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[EpochLoader, list[str], int]:
     """The validation images of a data set, this process's share of them, for `evaluate`.
 
     Args:
-        dataset, data_dir, batch_size, img_size, num_workers, first_classes, on_bad_image: see `ImageDataModule`; for
-            "imagefolder" and "webdataset", where images are looked for says `val_source`.
+        dataset, data_dir, batch_size, img_size, num_workers, first_classes, on_bad_image, interpolation, in_chans,
+            input_key: see `ImageDataModule`; for "imagefolder" and "webdataset", where images are looked for says
+            `val_source`.
         crop_pct: the crop's side by the resized image's.
         ten_crop: the corners, the centre, and these mirrored, instead of the centre alone.
         mean, std: in units of the uint8 values; by default ImageNet's for images that are streamed, and those of the
             training images for sets in memory.
+        val_split, split_seed: the images that a run with this `val_split` and `seed` set aside.
+        classes: the names in the order of a run's class map; by default in their own.
         device: for the images.
 
     Returns:
@@ -129,17 +141,28 @@ def validation_loader(
     if streamed:
         if data_dir is None:
             raise ValueError(f"data_dir is None; the dataset {dataset!r} needs one")
-        source = val_source(dataset, data_dir, first_classes, num_workers)
-        statistics = (
-            torch.tensor(default) if given is None else given
-            for given, default in ((mean, IMAGENET_MEAN), (std, IMAGENET_STD))
-        )
-        mean, std = (value.to(device) for value in statistics)
-        transform = eval_transform(img_size or 224, crop_pct, ten_crop)
-        workers = {"num_workers": num_workers, "on_bad_image": on_bad_image}
-        return StreamLoader(source, transform, mean, std, *arguments, **workers), source.classes, 3
-    images = DATASETS[dataset](Options(data_dir, img_size, num_workers, first_classes=first_classes))
-    if mean is None or std is None:
-        mean, std = channel_statistics(images.train.images)
-    tensors = (tensor.to(device) for tensor in (*images.val, mean, std))
+        reading = Reading(first_classes, num_workers, val_split, split_seed, classes, input_key)
+        source, channels = val_source(dataset, data_dir, reading), in_chans or 3
+        found = imagenet_statistics(channels)
+        mean, std = (levels.to(device) for levels in _levels(mean, std, found))
+        transform = eval_transform(img_size or 224, crop_pct, ten_crop, interpolation)
+        workers = {"num_workers": num_workers, "channels": channels, "on_bad_image": on_bad_image}
+        return StreamLoader(source, transform, mean, std, *arguments, **workers), source.classes, channels
+    options = Options(
+        choose(data_dir, dataset, any_split=True).root if data_dir is not None and data_dir.exists() else data_dir,
+        img_size,
+        num_workers,
+        first_classes=first_classes,
+        val_split=val_split,
+        seed=split_seed,
+        interpolation=interpolation,
+        in_chans=in_chans,
+    )
+    images = DATASETS[dataset](options)
+    found = channel_statistics(images.train.images) if mean is None or std is None else (mean, std)
+    tensors = (tensor.to(device) for tensor in (*images.val, *_levels(mean, std, found)))
     return MemoryLoader(*tensors, *arguments), images.classes, images.val.images.shape[-1]
+
+
+def _levels(mean: Tensor | None, std: Tensor | None, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return channels_of("mean", mean, found[0]), channels_of("std", std, found[1])

@@ -1,13 +1,14 @@
 """Optimisers, groups of parameters, and schedules of the learning rate."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from fastroute.nn import Router, SparseRouter
@@ -26,6 +27,11 @@ SCHEDULES = ("step", "multistep", "cosine", "onecycle")
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 ROUTERS = (Router, SparseRouter)
 GATE_PARAMETERS = ("w1", "b1", "w2", "b2")
+GROUP_OPTIONS = (
+    *("lr", "weight_decay", "norm_weight_decay", "gate_lr_mult", "gate_wd"),
+    *("filter_bias_and_bn", "layer_decay"),
+)
+"""The arguments of `parameter_groups`."""
 
 
 def parameter_groups(
@@ -36,39 +42,90 @@ def parameter_groups(
     norm_weight_decay: float | None = None,
     gate_lr_mult: float = 1.0,
     gate_wd: float | None = None,
+    filter_bias_and_bn: bool = False,
+    layer_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """The parameters in up to three groups: of gates, of normalisation layers, and all others.
+    """The parameters in groups: of gates, of normalisation layers, and all others; of biases too, where they differ.
 
-    Gates are the parameters `GATE_PARAMETERS` of `ROUTERS`.
+    Gates are the parameters `GATE_PARAMETERS` of `ROUTERS`, also where they are parametrised or pruned.
 
     Args:
         lr, weight_decay: of all that is not said otherwise.
         norm_weight_decay: of normalisation layers; None is `weight_decay`.
         gate_lr_mult: the gates' learning rate, as a multiple of `lr`.
         gate_wd: the gates' weight decay; None is `weight_decay`.
+        filter_bias_and_bn: whether biases, other vectors and normalisation layers have no weight decay, as in timm.
+        layer_decay: the learning rate of each layer, as a share of that of the layer after it; see `layers`.
     """
-    gates, norms, others = [], [], []
+    gates, levels, last = _gate_parameters(model), {}, 0
+    if layer_decay is not None:
+        for last, layer in enumerate(layers(model)):
+            for module in layer:
+                levels |= {id(parameter): last for parameter in module.parameters()}
+    decays = {"norms": norm_weight_decay, "gates": gate_wd}
+    if filter_bias_and_bn:
+        decays |= {"biases": 0.0, "gate_biases": 0.0, "norms": norm_weight_decay or 0.0}
+    found = {name: {} for name in ("others", "biases", "norms", "gates", "gate_biases")}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
-            if isinstance(module, ROUTERS) and name in GATE_PARAMETERS:
-                gates.append(parameter)
+            bias = filter_bias_and_bn and (parameter.dim() <= 1 or name.startswith(("bias", "b1", "b2")))
+            if id(parameter) in gates:
+                kind = "gate_biases" if bias else "gates"
             elif isinstance(module, NORMS):
-                norms.append(parameter)
+                kind = "norms"
             else:
-                others.append(parameter)
-    decays = {"norms": norm_weight_decay, "gates": gate_wd}
-    groups = [
+                kind = "biases" if bias else "others"
+            level = levels.get(id(parameter), 0)
+            found[kind].setdefault(level, []).append(parameter)
+    return [
         {
-            "name": name,
+            "name": kind if layer_decay is None else f"{kind}.{level}",
             "params": list(dict.fromkeys(parameters)),  # modules may share one
-            "lr": lr * (gate_lr_mult if name == "gates" else 1.0),
-            "weight_decay": weight_decay if decays.get(name) is None else decays[name],
+            "lr": lr * (gate_lr_mult if kind.startswith("gate") else 1.0) * (layer_decay or 1.0) ** (last - level),
+            "weight_decay": weight_decay if decays.get(kind) is None else decays[kind],
         }
-        for name, parameters in (("others", others), ("norms", norms), ("gates", gates))
+        for kind, by_level in found.items()
+        for level, parameters in sorted(by_level.items())
     ]
-    return [group for group in groups if group["params"]]
+
+
+def _gate_parameters(model: nn.Module) -> set[int]:
+    """The ids of the parameters that gates are computed from, as they are or by way of a parametrisation."""
+    found = set()
+    for router in model.modules():
+        if not isinstance(router, ROUTERS):
+            continue
+        for name in GATE_PARAMETERS:
+            # Of `torch.nn.utils.prune`, and of the older `weight_norm`.
+            found |= {id(router._parameters.get(name + end)) for end in ("", "_orig", "_g", "_v")}
+            if is_parametrized(router, name):
+                found |= {id(parameter) for parameter in router.parametrizations[name].parameters()}
+    return found
+
+
+def layers(network: nn.Module) -> list[list[nn.Module]]:
+    """The layers of a network in their order: its children, and in place of an `nn.Sequential` the layers in it.
+
+    Parallel paths are one layer, and a normalisation layer is part of the layer before it.
+    """
+    found = []
+    for module in _in_order(network):
+        if isinstance(module, NORMS) and found:
+            found[-1].append(module)
+        else:
+            found.append([module])
+    return found
+
+
+def _in_order(module: nn.Module) -> Iterator[nn.Module]:
+    children = [child for child in module.children() if next(child.parameters(), None) is not None]
+    for child in children:
+        if len(children) == 1 or isinstance(child, nn.Sequential):
+            yield from _in_order(child) if any(child.children()) else [child]
+        else:
+            yield child
 
 
 def decay(
@@ -87,9 +144,11 @@ def decay(
 
 
 def check_warmup(sched: str, warmup_epochs: int, epochs: float) -> None:
-    """Raise where a cycle would rise to its end."""
+    """Raise where a cycle would rise to its end, or the warm-up is longer than the run."""
     if sched == "onecycle" and warmup_epochs >= epochs:
         raise ValueError(f"warmup_epochs is {warmup_epochs}; with 'onecycle' it must be below epochs, {epochs:g}")
+    if warmup_epochs > epochs:
+        raise ValueError(f"warmup_epochs is {warmup_epochs}; it must be at most epochs, {epochs:g}")
 
 
 def scheduler(
@@ -102,6 +161,8 @@ def scheduler(
     decay_epochs: int = 30,
     decay_milestones: Sequence[int] | None = None,
     decay_rate: float = 0.1,
+    min_lr: float = 0.0,
+    warmup_lr: float = 0.0,
 ) -> LRScheduler:
     """A scheduler to be stepped after every step of the optimiser.
 
@@ -114,15 +175,20 @@ def scheduler(
         warmup_epochs: over these the rate rises linearly from nearly zero, and then goes on as without them.
         decay_epochs, decay_milestones, decay_rate: see `decay`. By default the milestones are at 2/5 and 3/4 of the
             epochs, the thesis's 80 and 150 of 200, and may lie within one.
+        min_lr: the least rate: where "cosine" ends, what the steps do not go below, and about where "onecycle" ends if
+            it is not 0. Groups whose rate is a multiple of the highest one have that multiple of it.
+        warmup_lr: where the warm-up of all but "onecycle" begins.
 
     Raises:
         ValueError: sched is "onecycle", and the rate would rise to the end.
     """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    least, first = (rate / max(rates) for rate in (min_lr, warmup_lr))
     if sched == "onecycle":
         check_warmup(sched, warmup_epochs, epochs)
-        rates = [group["lr"] for group in optimizer.param_groups]
         rising = warmup_epochs / epochs if warmup_epochs else 0.3
-        return OneCycleLR(optimizer, rates, total_steps=steps, pct_start=rising)
+        falling = {"final_div_factor": 1 / (25 * least)} if least else {}  # the cycle begins at 1/25
+        return OneCycleLR(optimizer, rates, total_steps=steps, pct_start=rising, **falling)
     milestones = decay_milestones or (0.4 * epochs, 0.75 * epochs)
     factor = partial(
         decay,
@@ -135,6 +201,9 @@ def scheduler(
     warmup_steps = warmup_epochs * steps / epochs
 
     def multiple(step: int) -> float:
-        return (step + 1) / warmup_steps if step + 1 < warmup_steps else factor(step * epochs / steps)
+        if step + 1 < warmup_steps:
+            return first + (1 - first) * (step + 1) / warmup_steps
+        share = factor(step * epochs / steps)
+        return least + (1 - least) * share if sched == "cosine" else max(share, least)
 
     return LambdaLR(optimizer, multiple)

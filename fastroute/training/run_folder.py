@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import socket
 import threading
@@ -24,6 +25,17 @@ _locks: set[int] = set()
 
 class FolderInUse(OSError):
     """Another run writes into the folder."""
+
+
+def new_folder(folder: str | Path) -> Path:
+    """Make a folder that there was not: `folder`, or with -2, -3, … added, as for two runs of one second."""
+    for count in itertools.count(1):
+        new = Path(folder) if count == 1 else Path(f"{folder}-{count}")
+        try:
+            new.mkdir(parents=True)
+            return new
+        except FileExistsError:
+            continue
 
 
 @contextlib.contextmanager

@@ -15,9 +15,12 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from fastroute.data.transforms import INTERPOLATIONS
+from fastroute.models.specification import Specification
+from fastroute.nn.router import without_temperatures
 from fastroute.training.capturable import CAPTURABLE
 from fastroute.training.metrics import Totals
-from fastroute.training.optim import OPTIMIZERS, parameter_groups
+from fastroute.training.optim import GROUP_OPTIONS, OPTIMIZERS, parameter_groups
 
 MOST = 2**31 - 1
 LARGEST = torch.finfo(torch.float32).max
@@ -76,6 +79,11 @@ OUTPUTS = Field(f"an int above 0 and at most {CLASSES:,}", lambda value: _is_int
 PLANES = Field(f"an int above 0 and at most {CHANNELS:,}", lambda value: _is_int(value, 1, CHANNELS))
 HEADS = Field("an int from 1 to 1,000", lambda value: _is_int(value, 1, 1000))
 SHARE = Field("a number above 0 and at most 1", lambda value: _is_number(value) and 0 < value <= 1)
+PART = Field("a number of at least 0 and below 1", lambda value: _is_number(value) and 0 <= value < 1)
+SEED = Field("an int from 0 to 2⁶⁴ − 1", lambda value: _is_int(value, 0, 2**64 - 1))
+INTERPOLATION = Field(
+    f"one of {', '.join(INTERPOLATIONS)}", lambda value: isinstance(value, str) and value in INTERPOLATIONS
+)
 MAPPING = Field("a dict", lambda value: isinstance(value, dict))
 DICTS = Field("a list of dicts", lambda value: isinstance(value, list) and all(isinstance(v, dict) for v in value))
 TEXTS = Field("a list of texts", _is_texts)
@@ -110,8 +118,13 @@ TRAIN = {
     "decay_epochs": COUNT,
     "decay_milestones": NUMBERS.or_none(),
     "decay_rate": NUMBER,
+    "min_lr": NUMBER,
+    "warmup_lr": NUMBER,
+    "filter_bias_and_bn": FLAG,
+    "layer_decay": NUMBER.or_none(),
     "smoothing": NUMBER,
     "channels_last": FLAG,
+    "grad_checkpointing": FLAG,
     "compile": FLAG,
     "compile_mode": TEXT.or_none(),
     "cuda_graphs": FLAG,
@@ -121,6 +134,7 @@ CLUSTER = {
     "architecture": TEXT,
     "dataset": TEXT,
     "img_size": SIZE.or_none(),
+    "limit": COUNT.or_none(),
     "method": TEXT,
     "clusters": OUTPUTS,
     "heads": HEADS,
@@ -145,6 +159,12 @@ IMAGES = {
     "crop_pct": SHARE,
     "mean": LEVELS,
     "std": LEVELS,
+    "interpolation": INTERPOLATION,
+    "data_dir": TEXT.or_none(),
+    "val_split": PART,
+    "split_seed": SEED,
+    "input_key": TEXT.or_none(),
+    "class_map": FLAG,
 }
 BEST = {
     "monitor": TEXT.or_none(),
@@ -201,8 +221,7 @@ def _named(path: str | Path, name: str) -> Iterator[None]:
 def _new_optimizers(module: pl.LightningModule) -> list[torch.optim.Optimizer]:
     if "opt" in module.hparams:  # its own `configure_optimizers` asks the trainer for the number of steps
         options = module.hparams
-        names = ("lr", "weight_decay", "norm_weight_decay", "gate_lr_mult", "gate_wd")
-        groups = parameter_groups(module, **{name: options[name] for name in names})
+        groups = parameter_groups(module, **{name: options[name] for name in GROUP_OPTIONS})
         return [(CAPTURABLE if options.cuda_graphs else OPTIMIZERS)[options.opt](groups, options.momentum)]
     made = module.configure_optimizers()
     if isinstance(made, tuple):  # of optimisers and their schedules
@@ -219,10 +238,13 @@ def _check_all(checkpoint: dict) -> None:
             fields = TRAIN if name == "model" else CLUSTER
             _check_fields(run, {key: fields[key] for key in required}, "hyper_parameters", required=True)
             _check_fields(run, fields, "hyper_parameters")
+    if run.get("specification") is not None:
+        Specification.from_dict(run["specification"])
     for name in ("state_dict", "current_model_state", "averaging_state"):
         _check_weights(checkpoint.get(name, {}), name)
     _check_means(checkpoint.get("epoch_means", []))
-    _check_fields(checkpoint, {"epochs": NATURAL.or_none(), "epoch": NATURAL, "global_step": NATURAL}, "")
+    counts = {"epochs": NATURAL.or_none(), "epoch": NATURAL, "global_step": NATURAL, "stopped_early": FLAG}
+    _check_fields(checkpoint, counts, "")
     _check_images(checkpoint.get("ImageDataModule", {}))
     _check_totals(checkpoint.get("train_totals", {}))
     _check_callbacks(checkpoint.get("callbacks", {}))
@@ -356,6 +378,7 @@ def _check_state(checkpoint: dict, module: pl.LightningModule, optimizers: list[
 
 def _own(weights: Mapping[str, Any]) -> dict[str, Tensor]:
     """Those that every run of the network has: an auxiliary loss may come and go."""
+    weights = without_temperatures(weights)
     return {k: v for k, v in weights.items() if isinstance(v, Tensor) and not k.startswith("aux_loss.")}
 
 

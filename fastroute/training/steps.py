@@ -14,6 +14,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastroute.data.seeding import derived_seed
+from fastroute.nn.router import Tempered
 from fastroute.training.distributed import ProcessLost, gathered, is_lost_process
 from fastroute.training.roll_call import reason
 
@@ -62,6 +63,12 @@ class MovingAverage(WeightAveraging):
         for group in filter(None, (floats, others)):
             averages.multi_avg_fn(*map(list, zip(*group, strict=True)), averages.n_averaged)
         averages.n_averaged += 1
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        for average, module in zip(self.average_network.modules(), pl_module.modules(), strict=True):
+            if isinstance(module, Tempered) and module.temperature != average.temperature:
+                average.temperature = module.temperature
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         if getattr(pl_module, "replayed", None) is None:

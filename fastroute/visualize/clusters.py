@@ -5,19 +5,24 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from fastroute.visualize.style import INK, PALETTE, WIDTH, grid, legible, show, styled
+from fastroute.visualize.style import INK, PALETTE, WIDTH, ShownFigure, grid, is_flat, legible, show, styled
+
+LEGEND = 20
+"""The most clusters that a legend has room for."""
 
 
 @styled
-def response_map(responses: Mapping[str, Tensor], seed: int = 0) -> Figure:
+def response_map(responses: Mapping[str, Tensor], seed: int = 0, names: Sequence[str] | None = None) -> Figure:
     """t-SNE of responses before the softmax, coloured by cluster and with the clusters' numbers (Fig. 4.7).
 
     Args:
         responses: title → (N, K), such as of a random and of the trained network; N at least 10.
         seed: of t-SNE.
+        names: of the clusters, for a legend; left out where there are more than fit.
     """
     figure, panels = grid(len(responses), 2, 3.1)
     for axes, (title, values) in zip(panels, responses.items(), strict=True):
@@ -28,10 +33,21 @@ def response_map(responses: Mapping[str, Tensor], seed: int = 0) -> Figure:
             own = places[clusters == cluster]
             axes.scatter(*own.T, s=4, color=PALETTE[cluster % len(PALETTE)], linewidths=0, rasterized=True)
             box = {"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": INK, "linewidth": 0.5}
-            axes.text(
-                *np.median(own, 0), str(cluster + 1), ha="center", va="center", bbox=box, color="black", fontsize=7
-            )
+            axes.text(*np.median(own, 0), str(cluster), ha="center", va="center", bbox=box, color="black", fontsize=7)
         axes.set(title=title, xticks=[], yticks=[])
+    if names is not None and len(names) <= LEGEND:
+        marks = [
+            Line2D(
+                [],
+                [],
+                marker="o",
+                linestyle="",
+                color=PALETTE[k % len(PALETTE)],
+                label=f"{k}: {legible(name, 14)}".removesuffix(": "),
+            )
+            for k, name in enumerate(names)
+        ]
+        figure.legend(handles=marks, loc="outside lower center", ncols=min(5, len(names)), handletextpad=0.1)
     return figure
 
 
@@ -45,7 +61,7 @@ def cluster_images(highest: Mapping[str, Tensor], synthesized: Tensor | None = N
     """
     count = max(len(images) for images in highest.values())
     size = WIDTH / (count + 2.6)
-    figure = Figure(figsize=(WIDTH, size * 1.03 * len(highest)), layout="constrained")
+    figure = ShownFigure(figsize=(WIDTH, size * 1.03 * len(highest)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, hspace=0, wspace=0)
     axes = figure.subplots(len(highest), count + 3, squeeze=False, width_ratios=[1.2, *[1] * count, 0.3, 1])
     for row, (name, images) in enumerate(highest.items()):
@@ -54,8 +70,10 @@ def cluster_images(highest: Mapping[str, Tensor], synthesized: Tensor | None = N
         axes[row, 0].text(1, 0.5, name, ha="right", va="center", fontsize=8, transform=axes[row, 0].transAxes)
         for k, image in enumerate(images):
             show(axes[row, k + 1], image)
-        if synthesized is not None:
+        if synthesized is not None and not is_flat(synthesized[row]):
             show(axes[row, -1], synthesized[row])
+            if row == 0:
+                axes[row, -1].set_title("made", fontsize=7)
     return figure
 
 
@@ -66,7 +84,7 @@ def filter_images(layers: Mapping[str, Tensor]) -> Figure:
     Args:
         layers: a layer's name → synthesised images (N, C, H, W), values from 0 to 1.
     """
-    figure = Figure(figsize=(WIDTH, 1.75 * len(layers)), layout="constrained")
+    figure = ShownFigure(figsize=(WIDTH, 1.75 * len(layers)), layout="constrained")
     for part, (name, images) in zip(np.atleast_1d(figure.subfigures(len(layers))), layers.items(), strict=True):
         part.set_facecolor("none")
         part.suptitle(name, fontsize=9)
@@ -92,7 +110,7 @@ def confusion(labels: Tensor, clusters: Tensor, classes: Sequence[str]) -> Figur
     shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
     order = sorted(range(shares.shape[1]), key=lambda k: (counts[:, k].argmax().item(), -counts[:, k].max().item()))
     shares = shares[:, order].numpy()
-    figure = Figure(figsize=(WIDTH, 1 + 0.34 * len(classes)), layout="constrained")
+    figure = ShownFigure(figsize=(WIDTH, 1 + 0.34 * len(classes)), layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     for (i, j), value in np.ndenumerate(shares):
@@ -100,7 +118,7 @@ def confusion(labels: Tensor, clusters: Tensor, classes: Sequence[str]) -> Figur
             axes.text(
                 j, i, f"{value:.0f}", ha="center", va="center", color="black" if value > 50 else "white", fontsize=8
             )
-    axes.set_xticks(range(len(order)), [str(k + 1) for k in order])
+    axes.set_xticks(range(len(order)), [str(k) for k in order])
     axes.set_yticks(range(len(classes)), list(map(legible, classes)))
     axes.set(xlabel="cluster", ylabel="class")
     return figure

@@ -43,11 +43,17 @@ class RoutingData:
         gates: router → (N, m, n), float32.
         labels: (N,), int64.
         colours: (N, C), the mean of each image's channels, as the network sees them.
+        predictions: (N,), the class with the highest logit, where it is known.
     """
 
     gates: dict[str, Tensor]
     labels: Tensor
     colours: Tensor
+    predictions: Tensor | None = None
+
+    def __repr__(self) -> str:
+        gates = ", ".join(f"{name} {'×'.join(map(str, values.shape[1:]))}" for name, values in self.gates.items())
+        return f"RoutingData({len(self.labels):,} images; gates: {gates})"
 
     def values(self, gate: Gate) -> Tensor:
         """(N,): one gate for every image."""
@@ -119,7 +125,7 @@ def matrix(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def collect_routing(model: nn.Module, batches: Batches) -> RoutingData:
-    """One pass over the images, of which nothing is held but gates, labels and mean colours.
+    """One pass over the images, of which nothing is held but gates, labels, predictions and mean colours.
 
     Args:
         model: `model(images, return_routing=True)` → (logits, {router: Routing}).
@@ -128,19 +134,21 @@ def collect_routing(model: nn.Module, batches: Batches) -> RoutingData:
     Raises:
         ValueError: the model has no routers, or there are no images.
     """
-    gates, labels, colours = {}, [], []
+    gates, labels, colours, predictions = {}, [], [], []
     with frozen(model):
         for images, targets in batches:
-            routing = model(images, return_routing=True)[1]
+            logits, routing = model(images, return_routing=True)
             if not routing:
                 raise ValueError(NO_ROUTERS)
             for name, value in routing.items():
                 gates.setdefault(name, []).append(matrix(value.gates).float().cpu())
             labels.append(targets.cpu())
             colours.append(images.mean((2, 3)).cpu())
+            predictions.append(logits.argmax(1).cpu())
     if not labels:
         raise ValueError("batches are empty; there must be at least one image")
-    return RoutingData({name: torch.cat(parts) for name, parts in gates.items()}, torch.cat(labels), torch.cat(colours))
+    joined = {name: torch.cat(parts) for name, parts in gates.items()}
+    return RoutingData(joined, *(torch.cat(parts) for parts in (labels, colours, predictions)))
 
 
 def check_gates(data: RoutingData) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from fastroute._errors import in_a_line
-from fastroute.visualize.style import PALETTE, WIDTH, legible, styled
+from fastroute.visualize.style import PALETTE, WIDTH, ShownFigure, legible, styled
 
 # Column of a summary.csv → the axis it is drawn on.
 _CURVES = {
@@ -15,6 +15,7 @@ _CURVES = {
     "train_error": "error %",
     "acc": "agreement with the labels",
     "nmi": "agreement with the labels",
+    "entropy": "entropy of the posteriors",
 }
 
 
@@ -49,7 +50,7 @@ def learning_curves(summaries: Mapping[str, Path]) -> Figure:
     Raises:
         FileNotFoundError, ValueError: as of `read_summary`.
     """
-    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+    figure = ShownFigure(figsize=(WIDTH, 2.8), layout="constrained")
     axes = figure.subplots()
     for k, (name, path) in enumerate(summaries.items()):
         rows = read_summary(path)
@@ -73,7 +74,7 @@ def accuracy_against_parameters(runs: Mapping[str, tuple[int, float]]) -> Figure
     Args:
         runs: a network's name → its parameters and its accuracy in percent.
     """
-    figure = Figure(figsize=(WIDTH, 3), layout="constrained")
+    figure = ShownFigure(figsize=(WIDTH, 3), layout="constrained")
     axes = figure.subplots()
     for name, (parameters, accuracy) in runs.items():
         kind = next((k for k, mark in enumerate(("_cc", "_cp")) if mark in name), 2)

@@ -12,24 +12,30 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
+from fastroute._extras import extra
 from fastroute.visualize import clusters, curves, paths, routing
 from fastroute.visualize.collect import (
     DIVERGED,
     Layer,
+    RoutingData,
     check_gates,
     collect_flows,
     collect_responses,
     collect_routing,
+    frozen,
     parallel_weights,
     path_similarity,
     short,
 )
-from fastroute.visualize.style import INK, PAPER, save, thumbnail
+from fastroute.visualize.style import INK, PAPER, is_flat, legible, save, thumbnail
 from fastroute.visualize.synthesis import synthesize_filters, synthesize_gates, synthesize_outputs
 
 EXTREMES = 10
 """The images shown for each end of a gate (Fig. 3.8)."""
 SIMILARITY_IMAGES = 512
+COLLAPSED, EVEN, FOLLOWS, MOST_PATHS = 0.95, 0.01, 0.2, 64
+"""For the verdict: the CKA from which paths are alike, the standard deviation of a gate below which it is the same for
+all images, the share of its variance that something must explain, and the most paths that are looked at."""
 RESPONSES = 2560
 """The images in a map of responses, as in Fig. 4.7."""
 
@@ -69,11 +75,15 @@ class Report:
         folder: gets `report.html`, and each figure as PNG and SVG.
         title: of the page.
         facts: what the network and the images are: name → value.
+        progress: is told the title of each section as it begins.
+        verdict: a sentence or two at the top.
     """
 
     folder: Path
     title: str
     facts: Mapping[str, str]
+    progress: Callable[[str], None] = field(default=lambda title: None, repr=False)
+    verdict: str = ""
     sections: list[dict] = field(default_factory=list)
 
     def __post_init__(self):
@@ -82,6 +92,7 @@ class Report:
 
     def section(self, title: str, text: str, **content) -> None:
         """Begin a section; `content`: `table`, a list of dicts of text, or `flow`, of `flow_data`."""
+        self.progress(title)
         self.sections.append({"title": title, "text": text, "figures": [], **content})
 
     def figure(self, name: str, figure: Figure, description: str) -> None:
@@ -97,7 +108,7 @@ class Report:
             loader=jinja2.PackageLoader("fastroute.visualize"), autoescape=True, undefined=jinja2.StrictUndefined
         )
         page = environment.get_template("report.html").render(
-            title=self.title, facts=self.facts, sections=self.sections
+            title=self.title, verdict=self.verdict, facts=self.facts, sections=self.sections
         )
         path = self.folder / "report.html"
         path.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files may be no text
@@ -176,16 +187,31 @@ def routing_report(
     if classes is not None:
         routing.class_numbers(data, images.classes, classes)
 
+    similarity = _similarity(model, images, count)
+    error = 100 * (data.predictions != data.labels).double().mean().item()
+    report.facts = {**report.facts, "accuracy": f"{100 - error:.2f} % of these images"}
+    report.verdict = verdict(data, similarity)
+
+    def said(label: int, prediction: int) -> str:
+        name = images.classes[label]
+        return name if prediction == label else f"{name}, taken for {_class(images, prediction)}"
+
     if chosen is None:
         indices = torch.linspace(0, count - 1, 12).round().long()
-        chosen = images.at(indices), [images.classes[label] for label in data.labels[indices].tolist()]
+        pairs = zip(data.labels[indices].tolist(), data.predictions[indices].tolist(), strict=True)
+        chosen = images.at(indices), [said(*pair) for pair in pairs]
+    else:
+        with torch.no_grad(), frozen(model):
+            found = model(images.normalized(chosen[0])).argmax(1).tolist()
+        chosen = chosen[0], [f"{name}: {_class(images, k)}" for name, k in zip(chosen[1], found, strict=True)]
     pictures, titles = chosen
     flows = collect_flows(model, images.normalized(pictures))
     report.section(
         "Routing flow",
         "Each router is two rows of nodes: the parallel tensors that enter it and those that leave it. The redder a "
         "node, the larger its tensor's share of the mean magnitude of all; the wider and bluer an edge, the stronger "
-        "the gate.",
+        "the gate. The gate g_ij is the share of incoming path i that goes to outgoing path j; over j they sum to 1. "
+        "Under an image stand its class and, where the network is wrong, what it was taken for.",
         flow=flow_data(flows, pictures, titles),
     )
     report.figure(
@@ -194,13 +220,14 @@ def routing_report(
         f"Routing flow of {', '.join(titles[:4])} side by side.",
     )
 
+    tint = routing.tint(data.colours)
     report.section(
         "What gates follow",
-        "How much of a gate's variance over the images their mean colour explains, and how much their class. A gate "
-        "that follows colour more than class answers to something shallow.",
+        f"How much of a gate's variance over the images their mean {tint} explains, and how much their class. A gate "
+        f"that follows {tint} more than class answers to something shallow.",
     )
     shares = "; ".join(
-        f"{gate}: colour {routing.colour_explained(data.values(gate), data.colours):.0%}, "
+        f"{gate}: {tint} {routing.colour_explained(data.values(gate), data.colours):.0%}, "
         f"class {routing.variance_explained(data.values(gate), data.labels):.0%}"
         for gate in routing.one_per_vector(data)
     )
@@ -211,17 +238,28 @@ def routing_report(
     made = synthesize_gates(model, widest, (channels, height, width), images.mean, images.std)
     report.section(
         "What maximises a gate",
-        f"The {EXTREMES} images for which a gate is highest and lowest, and an image made by gradient ascent on its "
-        "score before the softmax.",
+        f"The {EXTREMES} images for which a gate is highest and lowest, with their class and, in a second line, what "
+        "the network took them for where that is wrong; and an image made by gradient ascent on the gate's score "
+        "before the softmax, unless it stayed flat.",
     )
     for k, gate in enumerate(widest):
         highest, lowest = data.extremes(gate, EXTREMES)
+        captions = [
+            [
+                images.classes[a] if a == b else f"{images.classes[a]}\n→ {_class(images, b)}"
+                for a, b in zip(data.labels[end].tolist(), data.predictions[end].tolist(), strict=True)
+            ]
+            for end in (highest, lowest)
+        ]
+        flat = is_flat(made[k])
         ends = [[images.classes[label] for label in data.labels[end].tolist()] for end in (highest, lowest)]
         report.figure(
             f"gate_{short(gate.router)}_{gate.i + 1}_{gate.j + 1}",
-            routing.gate_maximization(images.at(highest), images.at(lowest), made[k], str(gate)),
-            f"{gate} is highest for {', '.join(ends[0])}, and lowest for {', '.join(ends[1])}; "
-            "at the right the image made to maximise it.",
+            routing.gate_maximization(
+                images.at(highest), images.at(lowest), None if flat else made[k], str(gate), captions
+            ),
+            f"{gate} is highest for {', '.join(ends[0])}, and lowest for {', '.join(ends[1])}"
+            + ("." if flat else "; at the right the image made to maximise it."),
         )
 
     distinct = routing.most_distinct(data)
@@ -247,16 +285,53 @@ def routing_report(
 
     weights = parallel_weights(model)
     if weights:
-        _report_paths(report, model, images, weights, count)
+        _report_paths(report, weights, similarity, count)
     _report_runs(report, summaries, runs)
     return report.write()
 
 
-def _report_paths(report: Report, model: nn.Module, images: Images, weights: dict, count: int) -> None:
+def _class(images: Images, k: int) -> str:
+    """The name of a class; a network may have more logits than there are classes."""
+    return images.classes[k] if k < len(images.classes) else str(k)
+
+
+def verdict(data: RoutingData, similarity: Mapping[str, Tensor]) -> str:
+    """Whether the paths have collapsed into one, and what the last router follows, in a sentence each.
+
+    Paths have collapsed where the features of the last parallel layer are alike (a CKA above `COLLAPSED`).
+
+    Args:
+        data: gates of every image.
+        similarity: of `path_similarity`.
+    """
+    said = []
+    if similarity:
+        name, cka = list(similarity.items())[-1]
+        alike = _between_paths(cka)
+        state = "have collapsed" if alike > COLLAPSED else "have not collapsed"
+        said.append(f"The paths {state}: the CKA between their features in {name} is {alike:.2f}.")
+    last = list(data.gates)[-1]
+    gates = [gate for gate in routing.one_per_vector(data, len(data.gates) * MOST_PATHS) if gate.router == last]
+    values = [data.values(gate) for gate in gates]
+    if max(value.std().item() for value in values) < EVEN:
+        return " ".join([*said, f"The last router, {short(last)}, gives nearly the same gates to all images."])
+    shares = {
+        "class": max(routing.variance_explained(value, data.labels) for value in values),
+        routing.tint(data.colours): max(routing.colour_explained(value, data.colours) for value in values),
+    }
+    follows = max(shares, key=shares.get)
+    shown = ", ".join(f"{name} explains {share:.0%}" for name, share in shares.items())
+    what = f"follows {follows}" if shares[follows] >= FOLLOWS else "follows neither class nor " + list(shares)[1]
+    return " ".join([*said, f"The last router, {short(last)}, {what}: of its gates' variance, {shown}."])
+
+
+def _similarity(model: nn.Module, images: Images, count: int) -> dict[str, Tensor]:
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:SIMILARITY_IMAGES]
     labels = torch.zeros(128, dtype=torch.long)
-    mixed = ((images.normalized(images.at(part)), labels[: len(part)]) for part in order.split(128))
-    similarity = path_similarity(model, mixed)
+    return path_similarity(model, ((images.normalized(images.at(p)), labels[: len(p)]) for p in order.split(128)))
+
+
+def _report_paths(report: Report, weights: dict, similarity: Mapping[str, Tensor], count: int) -> None:
     report.section(
         "Parallel paths",
         "Paths that collapse into one learn nothing from being parallel. Weights: the Wasserstein distance between the "
@@ -321,6 +396,11 @@ def clustering_report(
     Raises:
         ValueError: there are fewer images than each cluster shows, or responses are NaN or infinite.
     """
+    with extra("cluster", "the report of a clustering"):
+        from sklearn.metrics import normalized_mutual_info_score
+
+        from fastroute.clustering.metrics import cluster_accuracy
+
     responses, labels = collect_responses(model, images.batches())
     if wrong := int((~responses.isfinite().all(1)).sum()):
         raise ValueError(f"the responses to {wrong} of {len(labels)} images are NaN or infinite; {DIVERGED}")
@@ -333,36 +413,63 @@ def clustering_report(
     if untrained is not None:
         shown = [(images.normalized(images.at(part)), labels[part]) for part in some.split(256)]
         maps = {"random network": collect_responses(untrained, shown)[0]} | maps
-    report.section("Responses", f"t-SNE of the responses to {len(some):,} images, before the softmax.")
     sizes = torch.bincount(found, minlength=responses.shape[1]).tolist()
+    labelled = bool((labels >= 0).all())
+    main = [int(labels[found == k].mode().values) if size and labelled else None for k, size in enumerate(sizes)]
+    names = [
+        "empty" if not size else "" if m is None else images.classes[m] for size, m in zip(sizes, main, strict=True)
+    ]
+    verdict = ""
+    if labelled:
+        accuracy, information = cluster_accuracy(labels, found), normalized_mutual_info_score(labels, found)
+        report.facts = {**report.facts, "ACC": f"{accuracy:.3f}", "NMI": f"{information:.3f}"}
+        verdict = f"With one cluster to a class, {accuracy:.1%} of the images are in the cluster of their class (ACC). "
+    empty = sum(size == 0 for size in sizes)
+    report.verdict = verdict + (
+        f"The largest cluster has {max(sizes):,} images and the smallest {min(size for size in sizes if size):,}; "
+        + ("none is empty." if not empty else f"{empty} of {len(sizes)} are empty.")
+    )
+    report.section("Responses", f"t-SNE of the responses to {len(some):,} images, before the softmax.")
     report.figure(
         "responses",
-        clusters.response_map(maps),
+        clusters.response_map(maps, names=names),
         f"Map of responses, coloured by cluster. Images in each cluster: {', '.join(map(str, sizes))}.",
     )
 
     size = images.at(torch.tensor([0])).shape[1:]
     options = {"mean": images.mean, "std": images.std}
     nodes = list(range(min(10, responses.shape[1])))
-    top = {f"cluster {k + 1}": images.at(responses[:, k].topk(EXTREMES).indices) for k in nodes}
+    top = {
+        f"{k}: {legible(names[k], 10)}".removesuffix(": "): images.at(responses[:, k].topk(EXTREMES).indices)
+        for k in nodes
+    }
     report.section(
         "Clusters",
-        f"The {EXTREMES} images with the highest relevance score of each cluster, and at the right an image made to "
-        "maximise it.",
+        f"The {EXTREMES} images with the highest relevance score of each cluster, which is named by the class that "
+        "most of its images have, and at the right an image made to maximise it, unless it stayed flat.",
+        table=[
+            {
+                "cluster": str(k),
+                "images": f"{size:,}",
+                "main class": name,
+                "of that class": "" if m is None else f"{(labels[found == k] == m).double().mean().item():.0%}",
+            }
+            for k, (size, name, m) in enumerate(zip(sizes, names, main, strict=True))
+        ],
     )
     mains = "; ".join(
-        f"{k + 1}: mostly {images.classes[labels[found == k].mode().values]}" if sizes[k] else f"{k + 1}: empty"
-        for k in nodes
+        f"{k}: {names[k] or f'{sizes[k]:,} images'}" if main[k] is None else f"{k}: mostly {names[k]}" for k in nodes
     )
     report.figure(
         "clusters",
         clusters.cluster_images(top, synthesize_outputs(model, nodes, size, **options)),
         f"Clusters: {mains}.",
     )
-    report.section(
-        "Against the labels", "In percent of each class, the clusters its images came to. The labels were not used."
-    )
-    report.figure("confusion", clusters.confusion(labels, found, images.classes), f"Clusters by class: {mains}.")
+    if labelled:
+        report.section(
+            "Against the labels", "In percent of each class, the clusters its images came to. The labels were not used."
+        )
+        report.figure("confusion", clusters.confusion(labels, found, images.classes), f"Clusters by class: {mains}.")
 
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     report.section("Filters", "Images made to maximise filters of the first and of the last convolution.")

@@ -9,7 +9,20 @@ from torch import Tensor
 
 from fastroute.diagnostics.statistics import DEAD, RouterStatistics
 from fastroute.visualize.collect import Gate, Layer, RoutingData, short
-from fastroute.visualize.style import BLUE, INK, ORANGE, PALETTE, RED, WIDTH, grid, legible, show, styled
+from fastroute.visualize.style import (
+    BLUE,
+    INK,
+    ORANGE,
+    PALETTE,
+    PAPER,
+    RED,
+    WIDTH,
+    ShownFigure,
+    grid,
+    legible,
+    show,
+    styled,
+)
 
 
 @styled
@@ -25,7 +38,7 @@ def routing_flow(flows: Sequence[Sequence[Layer]], images: Tensor, titles: Seque
         titles: for each image.
     """
     depth = len(flows[0])
-    figure = Figure(figsize=(max(2.0, 1.5 * len(flows)), 1.6 + 0.95 * depth), layout="constrained")
+    figure = ShownFigure(figsize=(max(2.0, 1.5 * len(flows)), 1.6 + 0.95 * depth), layout="constrained")
     axes = figure.subplots(2, len(flows), squeeze=False, height_ratios=[1.4, 0.95 * depth])
     for column, (flow, image) in enumerate(zip(flows, images, strict=True)):
         show(axes[0, column], image)
@@ -48,12 +61,19 @@ def _places(count: int) -> list[float]:
     return [0.0] if count == 1 else np.linspace(-0.45, 0.45, count).tolist()
 
 
+_BEHIND = {"boxstyle": "round,pad=0.1", "facecolor": PAPER, "edgecolor": "none", "alpha": 0.7}
+
+
 def _draw_layer(axes, layer: Layer, top: float) -> None:
     m, n = layer.gates.shape
     for i, x in enumerate(_places(m)):
         for j, y in enumerate(_places(n)):
             gate = layer.gates[i, j].item()
             axes.plot([x, y], [-top, -top - 1], color=BLUE, alpha=max(0.05, gate), linewidth=0.5 + 5 * gate, zorder=1)
+            if m * n <= 4:  # of more, values would lie upon each other
+                place = 0.36 if m > 1 else 0.5
+                where = x + (y - x) * place, -top - place
+                axes.text(*where, f"{gate:.2f}", fontsize=6, ha="center", va="center", bbox=_BEHIND, zorder=4)
     for row, (count, strengths) in enumerate(((m, layer.before), (n, layer.after))):
         for k, x in enumerate(_places(count)):
             share = 0.0 if strengths is None else min(1.0, strengths[k].item() * count / 2)
@@ -63,18 +83,26 @@ def _draw_layer(axes, layer: Layer, top: float) -> None:
 
 
 @styled
-def gate_maximization(highest: Tensor, lowest: Tensor, synthesized: Tensor | None = None, title: str = "") -> Figure:
+def gate_maximization(
+    highest: Tensor,
+    lowest: Tensor,
+    synthesized: Tensor | None = None,
+    title: str = "",
+    captions: Sequence[Sequence[str]] | None = None,
+) -> Figure:
     """The images that a gate answers to most (above) and least (below), and one made to maximise it (Fig. 3.8).
 
     Args:
         highest, lowest: (N, C, H, W), values from 0 to 1, the most extreme first.
         synthesized: (C, H, W), values from 0 to 1.
         title: such as the gate's name.
+        captions: what stands under each image, for the highest and for the lowest; of two lines at most.
     """
     count = len(highest)
     wide = 0 if synthesized is None else 2.1
     size = WIDTH / (count + 1.1 + wide)
-    figure = Figure(figsize=(WIDTH, 2 * size + 0.3), layout="constrained")
+    below = 0.0 if captions is None else 0.5
+    figure = ShownFigure(figsize=(WIDTH, 2 * size + 0.3 + below), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, hspace=0, wspace=0)
     spec = figure.add_gridspec(2, count + 2, width_ratios=[1.1, *[1] * count, max(wide, 0.01)])
     for row, (name, images) in enumerate((("highest", highest), ("lowest", lowest))):
@@ -82,9 +110,15 @@ def gate_maximization(highest: Tensor, lowest: Tensor, synthesized: Tensor | Non
         label.set_axis_off()
         label.text(1, 0.5, name, ha="right", va="center", fontsize=8)
         for k, image in enumerate(images):
-            show(figure.add_subplot(spec[row, k + 1]), image)
+            place = figure.add_subplot(spec[row, k + 1])
+            show(place, image)
+            if captions is not None:
+                text = "\n".join(legible(line, 9) for line in captions[row][k].split("\n"))
+                place.set_title(text, y=-0.02, va="top", fontsize=5.5, pad=0)
     if synthesized is not None:
-        show(figure.add_subplot(spec[:, -1]), synthesized)
+        place = figure.add_subplot(spec[:, -1])
+        show(place, synthesized)
+        place.set_title("made by ascent", fontsize=7)
     if title:
         figure.suptitle(title, fontsize=9)
     return figure
@@ -97,6 +131,11 @@ def variance_explained(values: Tensor, labels: Tensor) -> float:
     means = torch.zeros_like(counts).index_add(0, labels, values) / counts.clamp(min=1)
     between = (counts * (means - values.mean()).square()).sum()
     return (between / (values - values.mean()).square().sum().clamp(min=1e-12)).item()
+
+
+def tint(colours: Tensor) -> str:
+    """What mean channels (N, C) are of images: "colour", or of grey ones "brightness"."""
+    return "brightness" if colours.shape[1] == 1 else "colour"
 
 
 def colour_explained(values: Tensor, colours: Tensor) -> float:
@@ -183,10 +222,16 @@ def gate_context(data: RoutingData) -> Figure:
     Each gating vector is shown by its widest gate. The two shares may overlap, since classes have colours.
     """
     gates = one_per_vector(data)
-    figure = Figure(figsize=(WIDTH, 0.9 + 0.28 * len(gates)), layout="constrained")
+    figure = ShownFigure(figsize=(WIDTH, 0.9 + 0.28 * len(gates)), layout="constrained")
     axes = figure.subplots()
     for shift, colour, marker, name, shares in (
-        (-0.12, ORANGE, "s", "mean colour (R²)", [colour_explained(data.values(g), data.colours) for g in gates]),
+        (
+            -0.12,
+            ORANGE,
+            "s",
+            f"mean {tint(data.colours)} (R²)",
+            [colour_explained(data.values(g), data.colours) for g in gates],
+        ),
         (0.12, BLUE, "o", "class (η²)", [variance_explained(data.values(g), data.labels) for g in gates]),
     ):
         places = np.arange(len(gates)) + shift
@@ -226,7 +271,7 @@ def gate_health(after: RoutingData, before: RoutingData | None = None) -> Figure
             raise ValueError(f"before has the routers {list(before.gates)}; they must be those of the network, alike")
         runs.insert(0, (before, ORANGE, "s", "before"))
     gates = [Gate(name, i, j) for name, g in after.gates.items() for i in range(g.shape[1]) for j in range(g.shape[2])]
-    figure = Figure(figsize=(WIDTH, 0.8 + 0.2 * len(runs) * len(gates)), layout="constrained")
+    figure = ShownFigure(figsize=(WIDTH, 0.8 + 0.2 * len(runs) * len(gates)), layout="constrained")
     axes = figure.subplots()
     step = 0.8 / len(runs)
     for k, (data, colour, marker, name) in enumerate(runs):

@@ -25,6 +25,9 @@ LABEL = 40
 THUMBNAIL = 64
 """The most pixels, in height and width, that a picture within a figure keeps."""
 
+FLAT = 0.02
+"""The least standard deviation of an image's values, from 0 to 1, that shows anything."""
+
 _STYLE = {
     "figure.facecolor": PAPER,
     "axes.facecolor": "none",
@@ -50,6 +53,16 @@ _STYLE = {
 }
 
 
+class ShownFigure(Figure):
+    """A figure that a notebook shows as the value of a cell, whatever matplotlib's backend."""
+
+    def _repr_png_(self) -> bytes:
+        png = io.BytesIO()
+        with matplotlib.rc_context(_STYLE):
+            self.savefig(png, format="png", dpi=110)
+        return png.getvalue()
+
+
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """Draw in the style of all figures, whatever the program around has set."""
 
@@ -65,7 +78,7 @@ def grid(count: int, columns: int, height: float, **options) -> tuple[Figure, li
     """A figure of `count` axes in rows of `columns`, each row `height` inches."""
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(WIDTH, rows * height), layout="constrained")
+    figure = ShownFigure(figsize=(WIDTH, rows * height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options).flatten()
     for unused in axes[count:]:
         unused.set_axis_off()
@@ -89,6 +102,11 @@ def thumbnail(image: Tensor) -> np.ndarray:
         size = [max(1, round(side * scale)) for side in image.shape[1:]]
         image = F.interpolate(image[None].float(), size=size, mode="area")[0]
     return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def is_flat(image: Tensor) -> bool:
+    """Whether an image, values from 0 to 1, has next to no contrast: gradient ascent has not moved it."""
+    return image.std().item() < FLAT
 
 
 def show(axes: Axes, image: Tensor) -> None:

@@ -63,9 +63,9 @@ def check(folder, expected):
     assert not [*folder.glob("*.tmp"), *folder.glob(LOCK)]
 
 
-@pytest.mark.parametrize("name, arguments, kills", [("train", TRAIN, 16), ("cluster", CLUSTER, 10)])
-def test_one_process(start, tmp_path, name, arguments, kills):
-    arguments += ("--output", tmp_path)
+@pytest.mark.parametrize("name, kills", [("train", 16), ("cluster", 10)])
+def test_one_process(start, tmp_path, name, kills):
+    arguments = (*{"train": TRAIN, "cluster": CLUSTER}[name], "--output", tmp_path)
     before = time.perf_counter()
     whole = start(*arguments, "--experiment", "whole")
     whole.join(SECONDS)

@@ -124,7 +124,10 @@ VALUES = {
     "tensor": torch.zeros(3),
 }
 HYPER = ("model", "num_classes", "in_chans", "img_size", "opt", "sched", "lr", "momentum", "smoothing", "channels_last")
-IMAGES = ("dataset", "classes", "first_classes", "img_size", "crop_pct", "mean", "std", "place", "place/done")
+IMAGES = (
+    *("dataset", "classes", "first_classes", "img_size", "crop_pct", "mean", "std", "place", "place/done"),
+    *("interpolation", "data_dir", "val_split", "split_seed", "input_key", "class_map"),
+)
 FIT = "loops/fit_loop"
 FIELDS = (
     "hyper_parameters",
@@ -338,6 +341,7 @@ def mutations(count: int):
         yield "".join(text)
 
 
+DAMAGED = {f"mutation {i}": text for i, text in enumerate(mutations(40))}
 NOWHERE = ("--dataset", "imagefolder", "--data-dir", "/nowhere")
 
 
@@ -351,9 +355,9 @@ def test_a_hostile_document(tmp_path, document, command):
     check(attempt(command, "-c", tmp_path / "c.yaml", *NOWHERE), 2)
 
 
-@pytest.mark.parametrize("number, text", list(enumerate(mutations(40))))
-def test_a_damaged_document(tmp_path, number, text):
-    (tmp_path / "c.yaml").write_text(text)
+@pytest.mark.parametrize("mutation", DAMAGED)
+def test_a_damaged_document(tmp_path, mutation):
+    (tmp_path / "c.yaml").write_text(DAMAGED[mutation])
     check(attempt("train", "-c", tmp_path / "c.yaml", *NOWHERE), 2)
 
 
@@ -415,6 +419,7 @@ def test_a_list_of_numbers(tmp_path, option, value):
         ("--dataset", "imagefolder", "--data-dir", ".", "--img-size", 100_000),
         ("--lr", 1e30, "--gate-lr-mult", 1e6),
     ],
+    ids=lambda arguments: " ".join(map(str, arguments)),
 )
 def test_a_size_beyond_the_memory(tmp_path, arguments):
     check(attempt(*QUICK, "--epochs", 1, "--output", tmp_path, *arguments), 1, 2)

@@ -19,10 +19,10 @@ CPU = torch.device("cpu")
 def fresh_choice():
     """Has the choice made anew."""
     _choice._choose.cache_clear()
-    _choice._name(None)
+    _choice._set_override(None)
     yield
     _choice._choose.cache_clear()
-    _choice._name(None)
+    _choice._set_override(None)
 
 
 def route():

@@ -646,17 +646,17 @@ def test_plan():
     for last in (False, True):
         problem = tables.Problem(32, 2, 2, 64, 56**2, 16, 2, last, False)
         settings = tables.plan(problem, tables.H100)
-        assert settings.chunk * problem.twice_bytes <= tables.H100.reread_bytes
+        assert settings.chunk * problem.reread_bytes <= tables.H100.reread_budget
         programs = settings.chunk * 2 * -(-64 // settings.block_c) * -(-(56**2) // settings.span)
         waves = programs / (3 * tables.H100.sms)
         assert waves / -(-programs // (3 * tables.H100.sms)) > 0.8  # the last wave is nearly full
 
 
 def test_whole_waves():
-    assert tables.in_whole_waves(98, 32, 264) == 13  # 32 × 8 programs, all at once
-    assert tables.in_whole_waves(1, 8192, 264) == 1
-    assert tables.in_whole_waves(10**6, 1, 264) >= 10**6 / tables.MAX_GRID_Y
-    assert -(-(10**6) // tables.in_whole_waves(10**6, 1, 264)) <= tables.MAX_GRID_Y
+    assert tables.steps_per_program(98, 32, 264) == 13  # 32 × 8 programs, all at once
+    assert tables.steps_per_program(1, 8192, 264) == 1
+    assert tables.steps_per_program(10**6, 1, 264) >= 10**6 / tables.MAX_GRID_Y
+    assert -(-(10**6) // tables.steps_per_program(10**6, 1, 264)) <= tables.MAX_GRID_Y
 
 
 def test_batch_at_once(device, monkeypatch, launches):

@@ -64,7 +64,7 @@ def test_nothing_is_timed_after_a_wrong_result():
     assert result.settings["failures"] == ["wrong: AssertionError: fastroute: result 0 is off"]
     assert [row.id for row in result.rows] == ["right"] and said[1].startswith("2/2 right: ")
     run(result, [right, right], 1, seconds=-1, say=said.append)
-    assert len(result.rows) == 1 and said[-1] == "2 cases are left for want of time"
+    assert len(result.rows) == 1 and said[-1] == "skipped 2 cases: time limit reached"
 
 
 def test_saved_bytes_count_each_storage_once():

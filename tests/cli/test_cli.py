@@ -1,7 +1,10 @@
 import csv
+import io
 import json
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +13,14 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from rich.table import Table
 from typer.main import get_command
 from typer.testing import CliRunner
 
 import fastroute
 from fastroute import _files
-from fastroute.cli import app
+from fastroute.cli import COMMANDS, app
+from fastroute.cli.outside import standard_output
 from fastroute.cli.trained import this_device
 from fastroute.training.recipes import recipes
 
@@ -73,7 +78,7 @@ def test_config_file_sets_defaults_and_flags_win(tmp_path):
     assert "it must hold one `name: value` for each option" in run("train", "resnet20", "-c", config).output
     assert "there is no such file" in run("train", "resnet20", "-c", tmp_path / "none.yaml").output
     config.write_text("a: [1")
-    assert "it is no YAML file" in run("train", "resnet20", "-c", config).output
+    assert "it is not a YAML file" in run("train", "resnet20", "-c", config).output
     assert "did you mean cifar10_resnet20" in run("train", "-c", "cifar_resnet20").output
 
 
@@ -173,7 +178,8 @@ def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_later(tmp_path, monk
     assert result.exit_code == 0 and "epoch 2/2" in result.output
 
 
-def test_sigterm_ends_with_its_status_and_the_run_goes_on(tmp_path):
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
     common = ("train", "resnet20", "-b", "64", "--first-classes", "4", "--sched", "step", "--output", tmp_path)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     command = (
@@ -189,12 +195,52 @@ def test_sigterm_ends_with_its_status_and_the_run_goes_on(tmp_path):
         "1",
     )
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment) as process:
-        process.stdout.readline()
-        process.terminate()
+        for line in process.stdout:
+            if line.startswith("epoch 1/50"):
+                break
+        process.send_signal(signal.SIGINT)
         output = process.stdout.read()
-    assert process.returncode == 143 and "stopped by SIGTERM" in output and "--resume goes on from it" in output
-    result = run(*common, "--experiment", "run", "--epochs", 3, "--resume", "auto")
+    assert process.returncode == 130 and "stopped by Ctrl-C at epoch 1, step" in output and "saved to" in output
+    started, *arguments = shlex.split(output.splitlines()[-1])
+    assert started == "fastroute" and arguments[0] == "train"
+    result = run(*arguments, "--epochs", 3)
     assert result.exit_code == 0 and "epoch 3/3" in result.output, result.output
+
+
+def test_a_finished_run_is_overwritten_on_request_alone(tmp_path):
+    common = ("-b", 2000, "--first-classes", 2, "--sched", "step", "--output", tmp_path, "--experiment", "lr0.1[bn]")
+    train = ("train", "resnet20", *common)
+    first = run(*train, "--epochs", 1)
+    assert first.exit_code == 0 and str(tmp_path / "lr0.1[bn]") in first.output
+    again = run(*train, "--epochs", 1)
+    assert again.exit_code == 2 and "a finished run of 1 epochs is there" in again.output
+    assert "lr0.1[bn]" in again.output and "--overwrite" in again.output
+    assert run(*train, "--epochs", 1, "--overwrite").exit_code == 0
+    assert run(*train, "--epochs", 2, "--resume", "auto").exit_code == 0
+    last = torch.load(tmp_path / "lr0.1[bn]" / "last.ckpt")
+    last["epochs"] = 3  # as of a run that was stopped
+    torch.save(last, tmp_path / "lr0.1[bn]" / "last.ckpt")
+    assert run(*train, "--epochs", 1).exit_code == 0
+
+
+def test_the_version_and_a_recipe_are_printed():
+    result = run("--version")
+    assert result.exit_code == 0 and result.output == f"fastroute {fastroute.__version__}\n"
+    result = run("recipes", "cifar10_base_cnn_cc2")
+    assert result.exit_code == 0 and yaml.safe_load(result.output)["decay_milestones"] == [80, 150]
+    assert "7.03 %" in result.output
+    assert "did you mean cifar10_base_cnn_cc" in run("recipes", "cifar10_base_cnn_cc").output
+
+
+def test_piped_tables_keep_their_width(monkeypatch):
+    names = "a" * 60, "b" * 60
+    for columns, whole in ((None, True), ("80", False)):
+        monkeypatch.delenv("COLUMNS", raising=False)
+        if columns:
+            monkeypatch.setenv("COLUMNS", columns)
+        file = io.StringIO()
+        standard_output(file=file).print(Table(*names))
+        assert any(all(name in line for name in names) for line in file.getvalue().splitlines()) == whole
 
 
 def test_validates_a_checkpoint_and_a_folder_of_them(tmp_path):
@@ -382,7 +428,7 @@ def test_models_lists_parameters_and_macs_beside_the_thesis():
         (("resnet20", "--dataset", "imagefolder"), "data_dir is None; the dataset 'imagefolder' needs a folder"),
         (
             ("resnet20", "--dataset", "imagefolder", "--data-dir", "/nowhere"),
-            "data_dir is /nowhere; it must be a folder",
+            "data_dir is /nowhere; there is no such file or folder",
         ),
         (("resnet20", "--resume", "/nowhere.ckpt"), "resume is /nowhere.ckpt; there is no such file"),
         ((), "model is missing; name a network, or a recipe with --config"),
@@ -398,6 +444,11 @@ def test_models_lists_parameters_and_macs_beside_the_thesis():
         (("resnet20", "--initial-checkpoint", "/nowhere.pt"), "initial_checkpoint is /nowhere.pt; there is no such"),
         (("resnet20", "--dataset", "cifar10", "--data-dir", "/nowhere"), "data_dir is /nowhere; CIFAR10 is not whole"),
         (("resnet20", "--dataset", "webdataset", "--data-dir", "/tmp"), "there are no shards train/*.tar"),
+        (("resnet20", "--device", "cuda:99"), "device is 'cuda:99'; this machine has"),
+        (("resnet20", "--device", "cpu", "--amp", "--amp-dtype", "float16"), "amp_dtype is 'float16'; on a CPU it"),
+        (("resnet20", "--epochs", 1, "--warmup-epochs", 2), "warmup_epochs is 2; it must be at most epochs, 1"),
+        (("resnet20", "--log", "csv,board"), "log is 'board'; it must be of csv, tensorboard, wandb, mlflow"),
+        (("resnet20", "--min-lr", 1), "min_lr is 1.0; it must be from 0 to lr, 0.1"),
     ],
 )
 def test_wrong_arguments_end_in_a_sentence(arguments, message, tmp_path):
@@ -411,6 +462,21 @@ def test_runs_as_a_module():
         [sys.executable, "-m", "fastroute", "--help"], capture_output=True, text=True, cwd=REPOSITORY
     )
     assert result.returncode == 0 and "train" in result.stdout
+
+
+def test_help_needs_no_torch_and_says_what_commands_do():
+    code = "import sys; sys.argv[0] = 'fastroute'; import fastroute.cli; print('torch' in sys.modules)"
+    assert python(code).stdout.strip() == "False"
+    done = run("--help")
+    assert done.exit_code == 0
+    for name, line in COMMANDS.items():
+        assert name in done.output and line.split(";")[0] in " ".join(done.output.replace("│", " ").split())
+        command = get_command(app).commands[name]
+        assert name == "bench" or command.help.partition("\n\n")[0] == line, name
+    code = "import sys; sys.argv[0] = 'fastroute'; import fastroute; print(fastroute.nn.Router, fastroute.multipath)"
+    assert "Router" in python(code).stdout
+    code = "import fastroute, torch; print(torch.ops.fastroute.mix)"
+    assert "fastroute.mix" in python(code).stdout
 
 
 def test_import_needs_torch_alone():
@@ -499,7 +565,7 @@ def test_numbers_are_finite(option, value):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("a: &a [x]\nb: [*a, *a]", "line 1, column 4: anchors and aliases are not read"),
+        ("a: &a [x]\nb: [*a, *a]", "line 1, column 4: anchors and aliases are not supported"),
         ("lr: " + "[" * 900 + "]" * 900, "there are more than 16 levels"),
         ("# " + "x" * 2**19, "it is larger than 262,144 bytes"),
         ("".join(f"a{i}: 1\n" for i in range(6000)), "there are more than 10,000 values"),
@@ -508,7 +574,7 @@ def test_numbers_are_finite(option, value):
         ("lr: {a: 1}", "lr holds a dict, and must be one value"),
         ("lr: abc", "lr is 'abc': 'abc' is not a valid float"),
         ("epochs: 1.5", "epochs is '1.5': "),
-        ("lr: 2024-99-99", "it is no YAML file of options"),
+        ("lr: 2024-99-99", "it is not a YAML file of options"),
         ("mixup: .nan", "mixup is 'nan': it is nan; it must be a finite number"),
     ],
 )
@@ -523,7 +589,7 @@ def test_a_config_is_a_regular_file(tmp_path):
     os.mkfifo(tmp_path / "c.yaml")
     for path in (tmp_path / "c.yaml", "/dev/zero"):
         result = run("train", "resnet20", "-c", path)
-        assert result.exit_code == 2 and "it is no regular file" in result.output, result.output
+        assert result.exit_code == 2 and "it is not a regular file" in result.output, result.output
 
 
 @pytest.mark.parametrize("name", ["[/x]", "a[b]c", "\x1b[31m", "\udcff", "a\nb"])

@@ -1,6 +1,8 @@
 import csv
 import os
+import shlex
 import signal
+import tarfile
 
 import numpy as np
 import pytest
@@ -73,8 +75,11 @@ def test_goes_on_within_an_epoch(tmp_path):
         patch.setattr(clustering_run, "Table", type("Table", (Stop, clustering_run.Table), {}))
         stopped = run(*arguments, "--experiment", "stopped")
     assert stopped.exit_code == 143 and "stopped by SIGTERM at epoch 2, step" in stopped.output
-    done = run(*arguments, "--resume", tmp_path / "stopped" / "last.ckpt")
+    assert "fastroute cluster --config" in stopped.output
+    done = run(*shlex.split(stopped.output.splitlines()[-1])[1:])
     assert done.exit_code == 0, done.output
+    again = run(*arguments, "--experiment", "stopped")
+    assert again.exit_code == 2 and "a finished run of 2 epochs is there" in again.output
     assert run(*arguments, "--experiment", "whole").exit_code == 0
     ends = (torch.load(tmp_path / name / "last.ckpt")["state_dict"] for name in ("stopped", "whole"))
     torch.testing.assert_close(*ends, rtol=0, atol=0)
@@ -160,7 +165,8 @@ def test_images_of_a_folder(tmp_path):
             folder.mkdir(parents=True)
             for i in range(4):
                 Image.fromarray(generator.integers(shade, shade + 60, (9, 9, 3), np.uint8)).save(folder / f"{i}.png")
-    images, labels = load_images("imagefolder", tmp_path / "data", img_size=8)
+    images, labels, classes, paths, files = load_images("imagefolder", tmp_path / "data", img_size=8)
+    assert classes == ["dark", "light"] and files and paths[4].endswith("train/light/0.png")
     assert images.shape == (8, 3, 8, 8) and labels.tolist() == [0] * 4 + [1] * 4
     arguments = ["--dataset", "imagefolder", "--data-dir", tmp_path / "data", "--img-size", 8, "-k", 2, "-b", 8]
     done = run("cluster", *arguments, "--method", "kmeans", "--output", tmp_path, "--experiment", "kmeans")
@@ -180,6 +186,8 @@ def test_superclasses_of_cifar100():
     [
         (["--dataset", "imagefolder"], "data_dir is None"),
         (["--dataset", "mnist", "--data-dir", "nowhere"], "data_dir is nowhere; MNIST is not whole in it"),
+        (["--data-dir", "nowhere"], "data_dir is nowhere; there is no such file or folder"),
+        (["--by-cluster", "links"], "by_cluster is links; it links to image files, which a folder of images has"),
         (["--limit", "0"], "limit is 0"),
         (["--limit", "9"], "clusters is 10; it must be at most the number of images, 9"),
         (["--architecture", "resnet"], "architecture is 'resnet'"),
@@ -200,6 +208,88 @@ def test_reads_mnist_by_its_training_files_alone(tmp_path):
     for name, header, size in (("images-idx3", [0x803, 4, 28, 28], 4 * 784), ("labels-idx1", [0x801, 4], 4)):
         numbers = b"".join(value.to_bytes(4, "big") for value in header)
         (raw / f"train-{name}-ubyte").write_bytes(numbers + bytes(i % 256 for i in range(size)))
-    images, labels = load_images("mnist", tmp_path, limit=3)
+    images, labels, _, paths, files = load_images("mnist", tmp_path, limit=3)
+    assert paths == ["mnist:0", "mnist:1", "mnist:2"] and not files
     assert images.shape == (3, 1, 28, 28) and images.max() == 1 and images.dtype == torch.float32
     assert labels.tolist() == [0, 1, 2]
+
+
+def assignments(folder):
+    with (folder / "assignments.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("method", ["two-fold", "kmeans", "gmm"])
+def test_a_flat_folder_without_classes(tmp_path, method):
+    """Dark and light images side by side, and one that is hidden: no labels, no ACC, a row and a link for each."""
+    generator, folder = np.random.default_rng(0), tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    for i in range(24):
+        pixels = generator.integers(0, 40, (9, 9, 3), np.uint8) + (200 if i % 2 else 0)
+        Image.fromarray(pixels.astype(np.uint8)).save((folder / "deep" if i < 4 else folder) / f"{i:02}.png")
+    (folder / "._00.png").write_bytes(b"no image")
+    arguments = ["cluster", "--data-dir", folder, "--img-size", 8, "-k", 2, "-b", 8, "--method", method, "--epochs", 2]
+    arguments += ["--architecture", "C4 F8", "--output", tmp_path, "--by-cluster", tmp_path / "links"]
+    done = run(*arguments, "--experiment", "run")
+    assert done.exit_code == 0, done.output
+    assert "imagefolder in" in done.output and "24 images, 8×8, colour, no classes" in done.output.replace("\n", "")
+    assert not {"acc", "nmi"} & rows(tmp_path / "run")[-1].keys()
+    found = assignments(tmp_path / "run")
+    assert list(found[0]) == ["path", "cluster", "posterior_0", "posterior_1"]
+    assert sorted(row["path"] for row in found) == sorted(map(str, folder.glob("**/[0-9]*.png"))) and len(found) == 24
+    for row in found:
+        posterior = [float(row["posterior_0"]), float(row["posterior_1"])]
+        assert sum(posterior) == pytest.approx(1, abs=1e-4) and posterior[int(row["cluster"])] == max(posterior)
+        (link,) = (tmp_path / "links").glob(f"*/*-{os.path.basename(row['path'])}")
+        assert link.parent.name == row["cluster"] and str(link.resolve()) == os.path.realpath(row["path"])
+    if method != "two-fold":  # which two epochs do not train
+        assert len({(row["cluster"], int(row["path"][-6:-4]) % 2) for row in found}) == 2
+    refused = run(*arguments, "--experiment", "again")
+    assert refused.exit_code == 2 and "it must be a new or an empty folder" in refused.output
+    refused = run(*arguments[:-1], folder / "links")
+    assert refused.exit_code == 2 and "it lies in data_dir" in refused.output
+
+
+def test_a_flat_folder_of_classes_and_a_page_of_it(tmp_path, image_folder):
+    (image_folder / "train" / ".ipynb_checkpoints").mkdir()
+    arguments = ["--data-dir", image_folder / "train", "--img-size", 8, "-k", 3, "-b", 8, "--architecture", "C4 F8"]
+    done = run("cluster", *arguments, "--epochs", 1, "--limit", 20, "--output", tmp_path, "--experiment", "run")
+    assert done.exit_code == 0, done.output
+    assert "acc" in rows(tmp_path / "run")[0] and len(assignments(tmp_path / "run")) == 20
+    done = run("report", tmp_path / "run" / "last.ckpt")  # of the run's folder and limit
+    assert done.exit_code == 0 and "images: 20 of imagefolder in" in done.output, done.output
+    page = (tmp_path / "run" / "report" / "report.html").read_text()
+    assert "mostly ant" in page or "mostly bee" in page
+
+
+def test_tar_shards_are_clustered(tmp_path, image_folder):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        tar.add(image_folder / "train", ".")
+    arguments = ["--data-dir", tmp_path / "{0..0}.tar", "--img-size", 8, "-k", 3, "--method", "kmeans"]
+    done = run("cluster", *arguments, "--output", tmp_path, "--experiment", "run")
+    assert done.exit_code == 0 and rows(tmp_path / "run")[0]["acc"] == "1.0", done.output
+    assert assignments(tmp_path / "run")[0]["path"].startswith(f"{tmp_path / '0.tar'}:./")
+
+
+def test_a_broken_image_is_skipped_where_asked(tmp_path, image_folder):
+    broken = image_folder / "train" / "ant" / "0.png"
+    broken.write_bytes(b"no image")
+    arguments = [
+        "cluster",
+        "--data-dir",
+        image_folder,
+        "--img-size",
+        8,
+        "-k",
+        3,
+        "--method",
+        "kmeans",
+        "--output",
+        tmp_path,
+    ]
+    refused = run(*arguments)
+    assert refused.exit_code == 2 and "ant/0.png cannot be read as an image" in refused.output.replace("\n", "")
+    with pytest.warns(UserWarning, match="it is skipped"):
+        done = run(*arguments, "--on-bad-image", "skip", "--experiment", "run")
+    assert done.exit_code == 0 and str(broken) not in {row["path"] for row in assignments(tmp_path / "run")}
+    assert len(assignments(tmp_path / "run")) == 23

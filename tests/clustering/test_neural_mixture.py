@@ -1,13 +1,14 @@
 import pickle
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
 from sklearn.cluster import KMeans
-from sklearn.datasets import load_digits, make_blobs, make_moons
+from sklearn.datasets import load_digits, load_wine, make_blobs, make_moons
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.mixture import GaussianMixture
 from sklearn.pipeline import make_pipeline
@@ -17,11 +18,15 @@ from torch import nn
 
 from fastroute.clustering import NeuralMixture, cluster_accuracy
 from fastroute.clustering.neural_mixture import merged
+from fastroute.nn import MixtureEMLoss
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # there, samples are few and random
 @parametrize_with_checks(
-    [NeuralMixture(), NeuralMixture(prior="learned", n_init=1), NeuralMixture("auto", max_clusters=6, n_init=1)]
+    [NeuralMixture(), NeuralMixture(prior="learned", n_init=1), NeuralMixture("auto", max_clusters=6, n_init=1)],
+    expected_failed_checks=lambda estimator: {
+        "check_sample_weight_equivalence_on_dense_data": "batches are drawn at random, as in MiniBatchKMeans",
+    },
 )
 def test_scikit_learns_own_checks(estimator, check):
     check(estimator)
@@ -88,6 +93,82 @@ def test_a_network_of_ones_own_has_the_clusters_to_begin_with():
     network = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 7))
     model = NeuralMixture("auto", max_clusters=7, network=network, random_state=0).fit(X)
     assert model.n_clusters_ == 3 and cluster_accuracy(y, model.labels_) > 0.98
+
+
+def test_units_of_features_do_not_matter():
+    X, y = load_wine(return_X_y=True)  # from 0.1 to 1,700
+    options = {"n_init": 1, "random_state": 0}
+    labels = [NeuralMixture(3, **options).fit_predict(x) for x in (X, StandardScaler().fit_transform(X))]
+    assert cluster_accuracy(labels[0], labels[1]) > 0.98 and cluster_accuracy(y, labels[0]) > 0.85
+    rare = np.zeros((1000, 1))
+    rare[:3] = 5.0
+    X = np.hstack([np.random.default_rng(0).normal(size=(1000, 2)), rare, np.full((1000, 1), 0.1)])
+    units = np.array([1e6, 1e-3, 1.0, 7.0])
+    frames = [(x - center) * scale for x in (X, X * units + 3) for center, scale in [NeuralMixture()._frame(x)]]
+    np.testing.assert_allclose(*frames, atol=1e-6)
+    np.testing.assert_allclose(frames[0].mean(0), 0, atol=1e-9)
+    assert frames[0].std(0)[:2] == pytest.approx(1) and 0.4 < frames[0].std(0)[2] < 0.8 and not frames[0][:, 3].any()
+
+
+def test_weights_count_as_so_many_samples():
+    X, y = blobs()
+    weights = np.where(y == 0, 0.0, np.where(y == 1, 2.0, 1.0))
+    model = NeuralMixture(2, prior="learned", random_state=0).fit(X, sample_weight=weights)
+    assert cluster_accuracy(y[y > 0], model.predict(X[y > 0])) > 0.98
+    assert sorted(model.priors_) == pytest.approx([1 / 3, 2 / 3], abs=0.1)
+    assert model.score(X, sample_weight=weights) == pytest.approx(-model.loss_, rel=1e-4)
+    inner, kept = model._model, weights / weights.mean()
+    seen = np.concatenate([index for index, _ in inner.batches(X, kept)])
+    assert len(seen) == len(X) and (np.abs(np.bincount(seen, minlength=len(X)) - kept) < 1).all()
+    repeated = np.repeat(X, weights.astype(int), 0)
+    for weighted, plain in zip(model._frame(X, kept), model._frame(repeated), strict=True):
+        np.testing.assert_allclose(weighted, plain, rtol=1e-5)
+    statistics = inner.norm.running_mean.clone(), inner.norm.running_std.clone()
+    inner.calibrate(repeated)
+    torch.testing.assert_close((inner.norm.running_mean, inner.norm.running_std), statistics, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="at least one non-zero number"):
+        model.fit(X, sample_weight=np.zeros(len(X)))
+
+
+def test_fits_go_on_and_say_so(capsys):
+    X, y = blobs()
+    model = NeuralMixture(3, n_init=1, epochs=2, random_state=0, warm_start=True, verbose=2).fit(X)
+    before = model.loss_
+    assert "run 1, pass 2 of 2: loss" in capsys.readouterr().out and model.n_iter_ == 2
+    model.set_params(epochs=8, verbose=1).fit(X)
+    assert model.n_iter_ == 10 and model.loss_ < before and cluster_accuracy(y, model.labels_) > 0.98
+    assert capsys.readouterr().out == f"run 1 of 1: loss {model.loss_:.4f}\n"
+    with pytest.raises(ValueError, match="n_clusters is 4; with warm_start it must stay 3"):
+        model.set_params(n_clusters=4).fit(X)
+    assert model.set_params(n_clusters=3, warm_start=False).fit(X).n_iter_ == 8
+    assert model.partial_fit(X).n_iter_ == 9
+
+
+@pytest.mark.parametrize("prior", ["even", "learned"])
+def test_each_sample_has_its_part_of_the_score(prior):
+    X, _ = blobs()
+    model = NeuralMixture(3, prior=prior, n_init=1, epochs=5, random_state=0).fit(X)
+    parts = model.score_samples(X)
+    assert parts.shape == (600,) and parts.mean() == pytest.approx(model.score(X), rel=1e-5)
+    inner = model._model
+    loss = MixtureEMLoss(model.gamma, inner.norm.eval())
+    scores = next(inner.in_order(X))
+    with torch.no_grad():
+        expected = loss(inner.network(scores), prior=inner.prior if prior == "learned" else None).loss
+    assert parts.mean() == pytest.approx(-expected.item(), rel=1e-5)  # Eq. 4.22
+
+
+def test_names_of_features_are_kept_without_a_warning():
+    pandas = pytest.importorskip("pandas")
+    X = pandas.DataFrame(blobs()[0], columns=["length", "width"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = NeuralMixture(3, n_init=1, epochs=3, random_state=0).fit(X).partial_fit(X)
+        assert model.feature_names_in_.tolist() == ["length", "width"]
+        assert model.predict(X).shape == model.score_samples(X).shape == (600,)
+        model.set_output(transform="pandas").fit_transform(X, sample_weight=pandas.Series(np.ones(600)))
+    with pytest.warns(UserWarning, match="X does not have valid feature names"):
+        model.predict(X.to_numpy())
 
 
 def test_no_cluster_that_was_found_is_empty():
@@ -246,6 +327,7 @@ def test_tensors_of_half_the_precision(dtype):
         ({}, np.zeros((20, 2, 2)), "Found array with dim 3"),
         ({"n_clusters": 0}, np.zeros((20, 2)), "n_clusters is 0; it must be an integer from 1 on"),
         ({"n_clusters": 1025}, np.zeros((2000, 2)), "n_clusters is 1025; it must be 1 to 1024"),
+        ({"device": "cuda"}, np.zeros((20, 2)), "device is 'cuda'; PyTorch finds no GPU here"),
         ({"batch_size": 1}, np.zeros((20, 2)), "batch_size is 1; it must be an integer from 2 on"),
         ({"learning_rate": 0}, np.zeros((20, 2)), "learning_rate is 0; it must be greater than 0"),
         ({"noise": -1}, np.zeros((20, 2)), "noise is -1; it must be 0 or greater"),

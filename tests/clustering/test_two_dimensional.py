@@ -21,7 +21,7 @@ def test_normalised_scores_cluster_and_others_do_not():
 
 def test_points_tell_classes_apart():
     torch.manual_seed(0)
-    images, labels = load_images("digits")
+    images, labels, *_ = load_images("digits")
     points = two_dimensional.points_of(images, labels, steps=150)
     assert points.shape == (1797, 2)
     centers = torch.stack([points[labels == digit].mean(0) for digit in range(10)])

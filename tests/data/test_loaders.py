@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from fastroute.data.decode import UnreadableImage
 from fastroute.data.loaders import Draws, MemoryLoader, StreamLoader, shares
-from fastroute.data.sources import FolderSource, UnreadableImage
+from fastroute.data.sources import FolderSource
 from fastroute.data.transforms import eval_transform, train_transform
 
 MEAN, STD = torch.tensor([120.0, 110, 100]), torch.tensor([60.0, 50, 40])
@@ -42,6 +43,29 @@ def test_shares_of_a_global_batch_are_disjoint_equal_and_complete(count, batch_s
         whole = order[step * batch_size * world_size : (step + 1) * batch_size * world_size]
         assert torch.cat(batch).tolist() == whole.tolist()
         assert max(map(len, batch)) - min(map(len, batch)) <= 1 and max(map(len, batch)) <= batch_size
+
+
+@pytest.mark.parametrize("count, batch_size, world_size", [(9, 4, 1), (18, 4, 2), (18, 8, 1), (3, 1, 1), (2, 1, 2)])
+def test_no_process_trains_on_a_last_batch_of_one_image(count, batch_size, world_size):
+    loaders = [memory(count, batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
+    batches = [labels(loader) for loader in loaders]
+    assert [len(part) for part in batches] == [len(loader) for loader in loaders]
+    assert sorted(label for part in batches for batch in part for label in batch) == list(range(count))
+    sizes = [[len(batch) for batch in part] for part in batches]
+    expected = {(9, 4, 1): [4, 5], (18, 4, 2): [4, 5], (18, 8, 1): [8, 8, 2], (3, 1, 1): [1, 1, 1], (2, 1, 2): [1]}
+    assert sizes == [expected[count, batch_size, world_size]] * world_size
+    assert len(memory(count, batch_size, seed=None, world_size=world_size)) == -(-count // (batch_size * world_size))
+
+
+def test_a_streamed_last_batch_of_one_image_joins_the_one_before_and_is_resumed(image_folder):
+    (image_folder / "train" / "ant" / "0.png").unlink()  # 23 images
+    crop = train_transform(8, "rrc", (0.3, 1), (0.7, 1.4), 0.875, None)
+    whole = list(stream(image_folder / "train", 11, seed=5, transform=crop))
+    assert [len(batch) for _, batch in whole] == [11, 12]
+    resumed = stream(image_folder / "train", 11, seed=5, transform=crop)
+    resumed.load_state_dict({"done": 1, "batches": 2})
+    (last,) = resumed
+    assert torch.equal(last[0], whole[1][0]) and torch.equal(last[1], whole[1][1])
 
 
 @pytest.mark.parametrize("source", ["memory", "stream"])

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastroute.data.sources import UnreadableImage
+from fastroute.data.decode import UnreadableImage
+from fastroute.data.loaders import PlaceMismatch
 from fastroute.training import ImageDataModule
+from fastroute.training.evaluation import validation_loader
 
 
 def prepared(**options):
@@ -79,7 +81,22 @@ def test_folder_images_are_mirrored(image_folder):
         ({"img_size": -8}, "img_size is -8; it must be at least 1"),
         ({"num_workers": 0}, "num_workers is 0; it must be at least 1"),
         ({"on_bad_image": "ignore"}, "on_bad_image is 'ignore'; it must be one of 'stop', 'skip'"),
-        ({"train_crop_mode": "full"}, "train_crop_mode is 'full'; it must be one of 'rrc', 'rkrc'"),
+        ({"train_crop_mode": "full"}, "train_crop_mode is 'full'; it must be one of 'rrc', 'rkrc', 'rkrr', 'random'"),
+        ({"interpolation": "cubic"}, "interpolation is 'cubic'; it must be one of 'bilinear', 'bicubic', 'nearest'"),
+        ({"in_chans": 2}, "in_chans is 2; it must be one of None, 1, 3"),
+        ({"val_split": 1}, "val_split is 1; it must be at least 0 and below 1"),
+        ({"val_split": math.nan}, "val_split is nan; it must be at least 0 and below 1"),
+        (
+            {"mean": (0.5, 0.5)},
+            r"mean is \(0.5, 0.5\); it must be one number, or three, from -100 to 100, where images",
+        ),
+        ({"std": 0}, "std is 0; it must be one number, or three, from 1e-06"),
+        (
+            {"dataset": "digits", "data_dir": "."},
+            "data_dir is .; the dataset 'digits' is scikit-learn's own and reads no",
+        ),
+        ({"class_map": "map.txt"}, "class_map is map.txt; the classes of 'digits' have names of their own"),
+        ({"input_key": "png"}, "input_key is 'png'; it is for tar shards, not 'digits'"),
         ({"crop_pct": 0}, "crop_pct is 0; it must be between 0 and 1"),
         ({"reprob": -0.1}, "reprob is -0.1; it must be between 0 and 1"),
         ({"mixup": -1}, "mixup is -1; it must be at least 0"),
@@ -114,6 +131,7 @@ def test_an_imagefolder_is_in_memory_up_to_a_size_or_as_asked(image_folder):
     for options, in_memory in (({}, True), ({"img_size": 65}, False), ({"in_memory": False}, False)):
         data = prepared(dataset="imagefolder", data_dir=image_folder, batch_size=8, num_workers=1, **options)
         assert (data.images is not None) == in_memory
+        assert data.description.endswith("in memory" if in_memory else "decoded by workers")
         images, labels = next(iter(data.train_dataloader()))
         size = options.get("img_size", 32 if in_memory else 224)
         assert images.shape == (8, 3, size, size) and images.is_contiguous(memory_format=torch.channels_last)
@@ -210,3 +228,145 @@ def test_images_skipped_in_memory_are_counted_once_for_all_processes(monkeypatch
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
     assert data.skipped == 0
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_mirroring_colours_and_no_augmentation(image_folder, in_memory):
+    def batch(**options):
+        data = ImageDataModule(
+            "imagefolder",
+            image_folder,
+            100,
+            8,
+            1,
+            in_memory=in_memory,
+            scale=(1, 1),
+            ratio=(1, 1),
+            crop_pct=1.0,
+            **options,
+        )
+        data.setup()
+        if in_memory:
+            data.images = data.images._replace(pad=0)
+        return next(iter(data.train_dataloader()))[0]
+
+    plain = batch(hflip=0.0)
+    torch.testing.assert_close(batch(hflip=1.0), plain.flip(3))
+    torch.testing.assert_close(batch(hflip=0.0, vflip=1.0), plain.flip(2))
+    assert not torch.equal(batch(hflip=0.0, color_jitter=0.5), plain)
+    torch.testing.assert_close(batch(no_aug=True, aa="rand-m9-n2", mixup=0.2, reprob=1.0, vflip=1.0), plain)
+    with pytest.raises(ValueError, match=r"hflip is 1\.5; it must be between 0 and 1"):
+        batch(hflip=1.5)
+
+
+def test_the_dataset_is_what_the_folder_holds(image_folder, tmp_path):
+    for dataset in (None, "auto"):
+        data = prepared(data_dir=image_folder, dataset=dataset)
+        assert data.dataset == "imagefolder" and data.classes == ["ant", "bee", "cat"]
+        assert data.description == (
+            f"imagefolder in {image_folder}: 24 images to train and 12 to validate on; 3 classes, colour, 32×32, "
+            "in memory"
+        )
+    assert ImageDataModule().dataset == ImageDataModule("auto").dataset == "digits"
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match=r"data_dir is .*notes; it holds nothing, and must hold train/ and val/"
+    ):
+        ImageDataModule(data_dir=tmp_path / "notes")
+    with pytest.raises(
+        ValueError, match="it holds class folders under train/ and val/, for the dataset 'imagefolder', not"
+    ):
+        prepared(dataset="webdataset", data_dir=image_folder)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_flat_folder_is_split_by_the_seed(image_folder, in_memory):
+    def of(loader):
+        images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        return images, labels
+
+    options = {"data_dir": image_folder / "train", "img_size": 8, "in_memory": in_memory, "num_workers": 1}
+    with pytest.raises(ValueError, match="it holds 3 folders of images, and no images for val"):
+        ImageDataModule(**options)
+    data = prepared(**options, val_split=0.25, seed=3)
+    assert "18 images to train and 6 to validate on, 25% of each class set aside by seed 3" in data.description
+    state = data.state_dict()
+    assert (state["val_split"], state["split_seed"], state["data_dir"]) == (0.25, 3, str(image_folder / "train"))
+    loader, classes, _ = validation_loader(
+        state["dataset"],
+        image_folder / "train",
+        img_size=8,
+        crop_pct=state["crop_pct"],
+        mean=state["mean"],
+        std=state["std"],
+        val_split=state["val_split"],
+        split_seed=state["split_seed"],
+        num_workers=0,
+    )
+    assert classes == data.classes
+    for ours, theirs in zip(of(loader), of(data.val_dataloader()), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    for other in ({"val_split": 0.5, "seed": 3}, {"val_split": 0.25, "seed": 4}):
+        with pytest.raises(PlaceMismatch, match=r"the run set val_split=0.25 aside by seed 3, but now val_split is"):
+            ImageDataModule(**options, **other).load_state_dict(state)
+
+
+def test_digits_may_be_split_otherwise():
+    data = prepared(val_split=0.1)
+    assert len(data.images.train.labels) + len(data.images.val.labels) == 1437
+    assert 140 <= len(data.images.val.labels) <= 148
+
+
+def test_mnist_without_its_test_images_is_split(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte").write_bytes(
+        bytes((0, 0, 8, 3, 0, 0, 0, 20, 0, 0, 0, 28, 0, 0, 0, 28)) + bytes(20 * 784)
+    )
+    (raw / "train-labels-idx1-ubyte").write_bytes(bytes((0, 0, 8, 1, 0, 0, 0, 20)) + bytes(range(10)) * 2)
+    for folder in (tmp_path, tmp_path / "MNIST"):
+        data = prepared(data_dir=folder, val_split=0.5)
+        assert data.dataset == "mnist" and sorted(data.images.val.labels.tolist()) == list(range(10))
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_levels_channels_and_interpolation_are_as_asked(image_folder, in_memory):
+    options = {"data_dir": image_folder, "img_size": 16, "in_memory": in_memory, "crop_pct": 1.0, "num_workers": 1}
+
+    def first(**more):
+        data = prepared(**options, **more)
+        return data, next(iter(data.val_dataloader()))[0]
+
+    data, images = first(mean=0.5, std=(0.5, 0.25, 1.0))
+    assert data.mean.tolist() == [127.5] * 3 and data.std.tolist() == [127.5, 63.75, 255]
+    assert images.shape[1] == 3 and images[:, 0].abs().max() <= 1 and images[:, 2].abs().max() <= 0.5
+    data, grey = first(in_chans=1, mean=0.0, std=1.0)
+    assert data.in_chans == 1 and grey.shape == (12, 1, 16, 16) and len(data.mean) == 1 and "grey" in data.description
+    luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    colour = first(mean=0.0, std=1.0)[1]
+    assert ((colour * luma).sum(1) - grey[:, 0]).abs().max() < 2.5 / 255
+    nearest = first(mean=0.0, std=1.0, interpolation="nearest")[1]
+    assert torch.equal(nearest[..., ::2, ::2], nearest[..., 1::2, 1::2]) and not torch.equal(nearest, colour)
+    with pytest.raises(ValueError, match="mean has 3 numbers; the images have 1 channels"):
+        first(in_chans=1, mean=(0.5, 0.5, 0.5))
+
+
+def test_digits_become_colour_and_photographs_grey(monkeypatch):
+    data = prepared(in_chans=3)
+    assert data.images.train.images.shape == (1437, 8, 8, 3) and data.in_chans == 3 and len(data.mean) == 3
+
+    class Fake:
+        classes = ("a", "b")
+
+        def __init__(self, root, download, train=True):
+            self.data, self.targets = np.full((4, 32, 32, 3), (10, 100, 200), np.uint8), [0, 1] * 2
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Fake)
+    assert (prepared(dataset="cifar10", in_chans=1).images.train.images == 84).all()
+
+
+def test_a_class_map_names_the_classes(image_folder, tmp_path):
+    (tmp_path / "map.txt").write_text("cat\nbee\nant\n")
+    data = prepared(data_dir=image_folder, img_size=8, class_map=tmp_path / "map.txt")
+    assert data.classes == ["cat", "bee", "ant"] and data.images.val.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert data.state_dict()["class_map"]

@@ -1,8 +1,10 @@
+import errno
 import io
 import os
 import resource
 import subprocess
 import tarfile
+import warnings
 import zlib
 
 import numpy as np
@@ -11,13 +13,16 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from fastroute.data import sources as sources_module
+from fastroute.data.decode import UnreadableImage, decode_image, limit_pixels
 from fastroute.data.sources import (
     FolderSource,
+    Reading,
     TarSource,
-    UnreadableImage,
-    decode_image,
-    limit_pixels,
+    folder_sources,
+    read_class_map,
     read_image,
+    stratified,
     tar_sources,
     val_source,
 )
@@ -146,7 +151,9 @@ def test_shards_that_are_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there are no images in .*empty.tar"):
         TarSource([tmp_path / "empty.tar"])
     mixed = [shard(tmp_path / "a.tar", range(3)), shard(tmp_path / "b.tar", range(3), numbered=False)]
-    with pytest.raises(ValueError, match=r"some images have a \.cls and some have none"):
+    with pytest.raises(
+        ValueError, match="some images have a number as class and some images have the name of their folder as"
+    ):
         TarSource(mixed)
 
 
@@ -161,12 +168,14 @@ def test_a_damaged_image_in_a_shard_is_named(tmp_path):
     "content, message",
     [
         (b"100000000", "0.cls says class 100000000; classes are numbered from 0 to 999,999"),
-        (b"1" * 30, "0.cls has 30 bytes; a .cls holds the number of a class alone"),
-        (b"cat", "0.cls says class cat; classes are numbered from 0"),
+        (b"1" * 30, "0.cls says class 1{30}; classes are numbered from 0"),
+        (b"1" * 1001, "0.cls has 1,001 bytes; a .cls with a class has at most 1,000"),
+        (b"1.5", "0.cls says class 1.5; classes are numbered from 0"),
+        (b"a\nb", r"0.cls says class a\\nb; classes are numbered from 0 to 999,999, or have names of one line"),
         (b"", "0.cls says class ; classes are numbered from 0"),
     ],
 )
-def test_a_class_is_a_small_number(tmp_path, content, message):
+def test_a_class_is_a_small_number_or_a_name_of_one_line(tmp_path, content, message):
     with pytest.raises(ValueError, match=f"a.tar cannot be read as a tar file of images: {message}"):
         TarSource([packed(tmp_path / "a.tar", ("0.png", png(0)), ("0.cls", content))])
 
@@ -460,3 +469,172 @@ def test_a_folder_that_cannot_be_read_is_an_error(monkeypatch, image_folder):
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(PermissionError, match=r"Permission denied: '.*ant/closed'"):
         FolderSource(image_folder / "train")
+
+
+def named(source, index):
+    return source.classes[source.labels[index]]
+
+
+def test_what_is_hidden_is_no_class_and_no_image(image_folder, tmp_path, recwarn):
+    for name in (".ipynb_checkpoints/0.png", "__MACOSX/ant/0.png", "ant/._0.png", "ant/.ipynb_checkpoints/0.png"):
+        path = image_folder / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"no image")
+    source = FolderSource(image_folder / "train")
+    assert source.classes == ["ant", "bee", "cat"] and len(source) == 24
+    members = ("./a/0.png", png(1)), ("./a/._0.png", b"no image"), ("__MACOSX/a/0.png", b""), ("./._a/1.png", b"")
+    folders = (("./", b"", {"type": tarfile.DIRTYPE}), ("./a/", b"", {"type": tarfile.DIRTYPE}))
+    source = TarSource([packed(tmp_path / "a.tar", *folders, *members)])
+    assert source.classes == ["a"] and [source.name(i).partition(":")[2] for i in range(len(source))] == ["./a/0.png"]
+    assert not recwarn.list
+
+
+def test_a_class_is_said_by_a_json_or_by_text(tmp_path):
+    jsons = [b'{"id": 7, "label": 2}', b'{"label": 0}']
+    source = TarSource([packed(tmp_path / "a.tar", *pairs("json", jsons))])
+    assert source.classes == ["0", "1", "2"] and source.labels.tolist() == [2, 0]
+    for suffix, texts in (
+        ("cls", [b"owl\n", b"cat"]),
+        ("txt", [b"owl", b"cat"]),
+        ("json", [b'{"cls": "owl"}', b'{"cls": "cat"}']),
+    ):
+        source = TarSource([packed(tmp_path / "b.tar", *pairs(suffix, texts))])
+        assert source.classes == ["cat", "owl"] and source.labels.tolist() == [1, 0]
+    captions = ("dog/0.png", png(0)), ("dog/0.txt", b"a dog on a sofa"), ("dog/0.json", b'{"width": 4}')
+    assert TarSource([packed(tmp_path / "c.tar", *captions)]).classes == ["dog"]
+
+
+def pairs(suffix, contents):
+    """Image number i, with a file of that suffix."""
+    return [member for i, c in enumerate(contents) for member in ((f"{i}.png", png(i)), (f"{i}.{suffix}", c))]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"[" * 100_000, "0.json is no JSON"),
+        (b"{", "0.json is no JSON"),
+        (b'{"label": ' + b"9" * 5000 + b"}", "0.json is no JSON"),
+        (b'{"label": [1]}' + b" " * 2**20, "0.json has 1,048,590 bytes; a .json with a class has at most 1,048,576"),
+        (b'{"label": 1000000}', "0.json says class 1000000; classes are numbered from 0 to 999,999"),
+        (b'{"label": ""}', "0.json says class ; classes are numbered"),
+    ],
+    ids=["deep", "cut", "digits", "long", "number", "empty"],
+)
+def test_a_json_is_bounded(tmp_path, content, message):
+    with pytest.raises(ValueError, match=f"a.tar cannot be read as a tar file of images: {message}"):
+        TarSource([packed(tmp_path / "a.tar", *pairs("json", [content]))])
+
+
+def test_one_of_several_images_of_a_key_is_chosen(tmp_path):
+    images = ("a/0.left.png", png(1)), ("a/0.right.png", png(2)), ("a/0.bmp", png(3, "bmp")), ("a/0.cls", b"5")
+    shards = [packed(tmp_path / "a.tar", *images, ("a/1.left.png", png(4)), ("a/1.cls", b"6"))]
+    with pytest.raises(
+        ValueError, match=r"a/0.left.png and a/0.right.png have one a/0.cls for both, .*by input_key, such"
+    ):
+        TarSource(shards)
+    for key, values in (("left.png", [1, 4]), ("bmp;left.png", [3, 4]), ("BMP", [3])):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a .cls whose image is not chosen
+            source = TarSource(shards, input_key=key)
+        assert [np.asarray(read_image(source, i)).mean() for i in range(len(source))] == values
+        assert source.labels.tolist() == [5, 6][: len(values)]
+    with pytest.raises(FileNotFoundError, match=r"there are no images of input_key 'webp' in .*a.tar"), pytest.warns():
+        TarSource(shards, input_key="webp")
+    with pytest.raises(ValueError, match=r"input_key is 'json'; 'json' must end as an image does: .jpg"):
+        TarSource(shards, input_key="json")
+
+
+def test_a_split_that_lacks_a_class_is_named(tmp_path):
+    shard(tmp_path / "train.tar", range(6))
+    packed(tmp_path / "val.tar", *pairs("cls", [b"2", b"0"]))
+    with pytest.raises(ValueError, match=r"the same classes, but only train/ has \['1'\], which val/ lacks"):
+        tar_sources(tmp_path)
+    (tmp_path / "train.tar").rename(tmp_path / "x")
+    (tmp_path / "val.tar").rename(tmp_path / "train.tar")
+    (tmp_path / "x").rename(tmp_path / "val.tar")
+    with pytest.raises(ValueError, match=r"only val/ has \['1'\], which train/ lacks"):
+        tar_sources(tmp_path)
+
+
+def test_a_pattern_of_shards(tmp_path):
+    for split, count in (("train", 3), ("val", 2)):
+        for i in range(count):
+            shard(tmp_path / f"{split}-{i:03}.tar", range(3 * i, 3 * i + 3))
+    assert len(val_source("webdataset", tmp_path / "train-{000..001}.tar")) == 6
+    sources = tar_sources(tmp_path / "{train,val}-{000..001}.tar")
+    assert {split: len(source) for split, source in sources.items()} == {"train": 6, "val": 6}
+    aside = tar_sources(tmp_path / "train-{000..002}.tar", Reading(val_split=0.34))
+    assert {split: len(source) for split, source in aside.items()} == {"train": 6, "val": 3}
+
+
+def test_shards_are_closed_where_a_process_has_too_many_files(tmp_path, monkeypatch):
+    source = TarSource([shard(tmp_path / f"{i}.tar", [i], numbered=False) for i in range(8)])
+    opened = sources_module.open_regular
+
+    def limited(path):
+        if len(source._files) == 3:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return opened(path)
+
+    monkeypatch.setattr(sources_module, "open_regular", limited)
+    assert [np.asarray(read_image(source, i)).mean() for i in range(8)] == list(range(8))
+
+
+def test_a_class_map_orders_and_chooses_classes(image_folder, tmp_path):
+    (tmp_path / "map.txt").write_text("cat\nant\n")
+    names = read_class_map(tmp_path / "map.txt")
+    with pytest.warns(UserWarning, match="folders that the class map does not name are left out, 1 such as .*bee"):
+        source = FolderSource(image_folder / "val", class_map=names)
+    assert (
+        source.classes == ["cat", "ant"] and [named(source, i) for i in (0, 4)] == ["cat", "ant"] and len(source) == 8
+    )
+    numbered = TarSource([shard(tmp_path / "a.tar", range(6))], class_map=["zero", "one", "two"])
+    assert numbered.classes == ["zero", "one", "two"] and numbered.labels.tolist() == [0, 1, 2] * 2
+    with pytest.warns(UserWarning, match="classes that the class map does not name are left out, 1 such as class1"):
+        source = TarSource([shard(tmp_path / "b.tar", range(6), numbered=False)], class_map=["class2", "class0"])
+    assert source.labels.tolist() == [1, 0] * 2 and np.asarray(read_image(source, 1)).mean() == 2
+    with pytest.raises(ValueError, match="there are images of class 2, but the class map names 1"):
+        TarSource([tmp_path / "a.tar"], class_map=["zero"])
+    with pytest.raises(FileNotFoundError, match="Found no valid file for the classes dog"), pytest.warns():
+        FolderSource(image_folder / "val", class_map=["dog"])
+    with pytest.raises(ValueError, match=r"the class map names \.\./train, which can be no folder of a class"):
+        FolderSource(image_folder / "val", class_map=["../train"])
+
+
+@pytest.mark.parametrize(
+    "content, message", [(b"a\nb\na\n", "it names a twice"), (b"\n", "it names no class"), (b"\xff", "a text in UTF-8")]
+)
+def test_a_class_map_that_is_wrong(tmp_path, content, message):
+    (tmp_path / "map.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=f"class_map is .*map.txt; .*{message}"):
+        read_class_map(tmp_path / "map.txt")
+
+
+def test_a_share_of_each_class_is_set_aside_by_the_seed():
+    labels = torch.tensor([0] * 20 + [1] * 3 + [2] + [3] * 2)[
+        torch.randperm(26, generator=torch.Generator().manual_seed(0))
+    ]
+    train, val = stratified(labels, 0.1, seed=1)
+    assert torch.cat([train, val]).sort().values.tolist() == list(range(26))
+    assert torch.bincount(labels[val], minlength=4).tolist() == [2, 1, 0, 1]
+    assert train.tolist() == sorted(train.tolist()) and val.tolist() == sorted(val.tolist())
+    assert torch.equal(stratified(labels, 0.1, seed=1)[1], val)
+    assert any(not torch.equal(stratified(labels, 0.1, seed=seed)[1], val) for seed in range(2, 5))
+    assert torch.bincount(labels[stratified(labels, 0.9, seed=1)[0]]).tolist() == [2, 1, 1, 1]
+
+
+def test_a_flat_folder_of_classes_is_split(image_folder):
+    flat = image_folder / "train"
+    sources = folder_sources(flat, Reading(val_split=0.25, seed=3))
+    assert [len(sources[split]) for split in ("train", "val")] == [18, 6]
+    names = [{source.name(i) for i in range(len(source))} for source in sources.values()]
+    assert not names[0] & names[1] and len(names[0] | names[1]) == 24
+    assert all(named(source, i) in source.name(i) for source in sources.values() for i in range(len(source)))
+    again = val_source("imagefolder", flat, Reading(val_split=0.25, seed=3))
+    assert {again.name(i) for i in range(6)} == names[1]
+    assert len(folder_sources(image_folder, Reading(val_split=0.25))["train"]) == 18  # of its train/
+    for path in flat.glob("*/[1-7].png"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"val_split is 0.25, but no class has two images to split"):
+        folder_sources(flat, Reading(val_split=0.25))

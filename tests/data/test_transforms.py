@@ -1,10 +1,12 @@
+import random
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from fastroute.data.sources import UnreadableImage
+from fastroute.data.decode import UnreadableImage
 from fastroute.data.transforms import eval_transform, pixels, policy, train_transform
 
 
@@ -13,7 +15,7 @@ def ramp(height, width):
     return Image.fromarray(np.stack([values] * 3, -1).astype(np.uint8))
 
 
-@pytest.mark.parametrize("mode", ["rrc", "rkrc"])
+@pytest.mark.parametrize("mode", ["rrc", "rkrc", "rkrr", "random"])
 def test_training_crops_are_of_the_size_and_vary(mode):
     transform = train_transform(16, mode, (0.25, 1), (0.75, 1.33), 0.8, None)
     torch.manual_seed(0)
@@ -24,13 +26,43 @@ def test_training_crops_are_of_the_size_and_vary(mode):
     assert np.array_equal(pixels(transform(ramp(30, 50))), crops[0])
 
 
-def test_rkrc_is_a_window_of_the_image_scaled_on_its_shorter_side():
+def test_random_is_a_window_of_the_image_scaled_on_its_shorter_side():
     image = ramp(40, 60)
     scaled = np.asarray(v2.Resize(20)(image))
     assert scaled.shape == (20, 30, 3)
-    crop = pixels(train_transform(16, "rkrc", (1, 1), (1, 1), 0.8, None)(image))
+    crop = pixels(train_transform(16, "random", None, None, 0.8, None)(image))
     windows = (scaled[y : y + 16, x : x + 16] for y in range(5) for x in range(15))
     assert any(np.array_equal(w, crop) or np.array_equal(w[:, ::-1], crop) for w in windows)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (61, 33), (16, 16)])
+@pytest.mark.parametrize("mode", ["rkrc", "rkrr"])
+def test_rkrc_and_rkrr_are_timms(mode, shape):
+    """With one scale and one ratio each image is enlarged or not and stretched or not, and cut as timm cuts."""
+    timm = pytest.importorskip("timm.data.transforms")
+    random.seed(0)  # timm cuts at random; 3,000 times, all of its up to 150 places are among them
+    image, scale, ratio = ramp(*shape), 0.64, 1.3
+    expected = []
+    for scale_prob, ratio_prob in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        resize = timm.ResizeKeepRatio(
+            16,
+            interpolation="bicubic",
+            random_scale_prob=scale_prob,
+            random_scale_range=(scale, scale),
+            random_scale_area=True,
+            random_aspect_prob=ratio_prob,
+            random_aspect_range=(ratio, ratio),
+        )
+        cut = timm.CenterCropOrPad if mode == "rkrc" else timm.RandomCropOrPad
+        crops = [
+            np.asarray(cut(16, padding_mode="reflect")(resize(image))) for _ in range(1 if mode == "rkrc" else 3000)
+        ]
+        expected.append({part.tobytes() for crop in crops for part in (crop, crop[:, ::-1])})
+    torch.manual_seed(0)
+    transform = train_transform(16, mode, (scale, scale), (ratio, ratio), 0.8, None, "bicubic")
+    ours = [pixels(transform(image)).tobytes() for _ in range(60)]
+    assert all(any(crop in of for of in expected) for crop in ours)
+    assert all(any(crop in of for crop in ours) for of in expected)
 
 
 def test_evaluation_cuts_the_centre_or_ten_crops():
@@ -96,6 +128,7 @@ def test_scaled_images_have_no_more_pixels_than_images_may(size, crop_pct):
 
 @pytest.mark.parametrize("shape", [(1, 200_000), (200_000, 1)])
 def test_an_image_too_long_to_be_scaled_is_unreadable(shape):
-    for transform in (eval_transform(224, 0.875), train_transform(224, "rkrc", (1, 1), (1, 1), 0.875, None)):
-        with pytest.raises(UnreadableImage, match=r" scaled to 256 are .* pixels, and at most 89,478,485 are allowed"):
-            transform(Image.new("RGB", shape))
+    crops = [train_transform(256, mode, None, None, 1, None) for mode in ("random", "rkrc", "rkrr")]
+    for transform in (eval_transform(224, 0.875), *crops):
+        with pytest.raises(UnreadableImage, match=r" scaled (to|for) 256 are .* pixels, and at most 89,478,485 are"):
+            transform(Image.new("RGB", [2 * side for side in shape]))

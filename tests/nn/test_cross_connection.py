@@ -94,7 +94,7 @@ def test_temperature_divides_the_scores(bias):
         torch.testing.assert_close(routing.gates, (expected.scores / temperature).softmax(-1))
     router.temperature = 1
     assert torch.equal(router(xs, return_routing=True)[1].gates, expected.gates)
-    assert "temperature" not in router.state_dict()
+    assert "temperature" in router.state_dict()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -219,3 +219,19 @@ def test_full_backward_hooks_say_that_they_will_not_run():
         for name in ("register_full_backward_hook", "register_full_backward_pre_hook"):
             with pytest.warns(UserWarning, match=f"{name}: the hook will not run.*lists.*call register_hook"):
                 getattr(layer, name)(lambda *_: None)
+
+
+def test_a_temperature_is_saved_once_it_is_another_than_1():
+    router = CrossConnection(4, 2, 2)
+    older = router.state_dict()
+    assert not [name for name in older if "temperature" in name]
+    router.temperature = 0.5
+    state = router.state_dict()
+    assert state["temperature"] == 0.5 and isinstance(state["temperature"], torch.Tensor)
+    router.temperature = 1.0
+    assert router.state_dict()["temperature"] == 1
+    network = nn.ModuleList([CrossConnection(4, 2, 2)])
+    network.load_state_dict({f"0.{name}": value for name, value in state.items()}, strict=True)
+    assert network[0].temperature == 0.5
+    network.load_state_dict({f"0.{name}": value for name, value in older.items()}, strict=True)
+    assert network[0].temperature == 0.5

@@ -214,3 +214,14 @@ def test_weights_of_other_trainers_checkpoints(tmp_path, prefix):
     torch.save({"epoch": 3, "state_dict": weights}, tmp_path / "model.pth.tar")
     load_weights(model, tmp_path / "model.pth.tar")
     assert all(torch.equal(value, given.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_with_and_without_temperatures_are_of_one_network(tmp_path):
+    hot, cold = (create_model("resnet20_cc2") for _ in range(2))
+    older = tmp_path / "older.pt"
+    torch.save(cold.state_dict(), older)
+    hot.stem_router.temperature = 3.0
+    save_weights(hot, tmp_path / "hot.pt")
+    load_weights(cold, tmp_path / "hot.pt")
+    assert cold.stem_router.temperature == 3 and cold.stack1_router.temperature == 1
+    load_weights(cold, older)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastroute.data.sources import UnreadableImage
+from fastroute.data.decode import UnreadableImage
 from fastroute.training.evaluation import evaluate, validation_loader
 
 

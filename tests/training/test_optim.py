@@ -3,10 +3,12 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 from fastroute.models import create_model
 from fastroute.nn import CrossPrediction2d
-from fastroute.training.optim import OPTIMIZERS, parameter_groups, scheduler
+from fastroute.training.optim import OPTIMIZERS, check_warmup, parameter_groups, scheduler
 
 
 def rates(sched, epochs, per_epoch=1, lr=1.0, **options):
@@ -41,6 +43,12 @@ def test_warmup_rises_and_then_leaves_the_schedule_where_it_is():
     assert found.index(max(found)) == 19
     with pytest.raises(ValueError, match="warmup_epochs is 3; with 'onecycle' it must be below epochs, 3"):
         rates("onecycle", 3, warmup_epochs=3)
+
+
+def test_a_warm_up_longer_than_the_run_is_refused():
+    check_warmup("cosine", 3, 3)
+    with pytest.raises(ValueError, match="warmup_epochs is 4; it must be at most epochs, 3"):
+        check_warmup("cosine", 4, 3)
 
 
 def test_groups_are_of_gates_norms_and_all_others():
@@ -88,3 +96,47 @@ def test_optimisers():
         "nesterov": True,
     }
     assert {name for name, group in groups.items() if group.get("momentum") == 0.8} == {"sgd", "nesterov", "rmsprop"}
+
+
+def test_parametrised_and_pruned_gates_are_gates():
+    model = create_model("resnet20_cc2")
+    weight_norm(model.stem_router, "w2")
+    prune.random_unstructured(model.stack1_router, "w1", 0.5)
+    groups = {group["name"]: group["params"] for group in parameter_groups(model, lr=1.0, weight_decay=0.0)}
+    assert len(groups["gates"]) == 4 * 4 + 1  # a length and a direction in place of w2
+    assert any(p is model.stack1_router.w1_orig for p in groups["gates"])
+    assert sum(map(len, groups.values())) == len(list(model.parameters()))
+
+
+def test_biases_and_norms_do_not_decay_on_request():
+    model = create_model("base_cnn_cc2")
+    groups = parameter_groups(model, lr=0.1, weight_decay=0.5, gate_lr_mult=2.0, filter_bias_and_bn=True)
+    assert {g["name"]: (g["lr"], g["weight_decay"]) for g in groups} == {
+        "others": (0.1, 0.5),
+        "biases": (0.1, 0.0),
+        "norms": (0.1, 0.0),
+        "gates": (0.2, 0.5),
+        "gate_biases": (0.2, 0.0),
+    }
+    assert all(p.dim() > 1 for p in groups[0]["params"]) and all(p.dim() == 1 for p in groups[1]["params"])
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+
+
+def test_layers_before_the_last_learn_slower():
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Sequential(nn.Conv2d(2, 2, 1)), nn.Linear(2, 2)
+    )
+    groups = parameter_groups(model, lr=1.0, weight_decay=0.0, layer_decay=0.5)
+    assert {g["name"]: g["lr"] for g in groups} == {"others.0": 0.25, "others.1": 0.5, "others.2": 1.0, "norms.0": 0.25}
+    model = create_model("resnet20_cc2")
+    groups = parameter_groups(model, lr=1.0, weight_decay=0.0, layer_decay=0.5)
+    assert {g["lr"] for g in groups if g["name"].startswith("gates")} == {2.0**-k for k in (7, 5, 3, 1)}
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+
+
+def test_rates_start_and_end_where_they_are_told():
+    found = rates("cosine", 10, warmup_epochs=4, min_lr=0.1, warmup_lr=0.2)
+    assert found[:4] == pytest.approx([0.4, 0.6, 0.8, 0.1 + 0.9 * (1 + math.cos(0.3 * math.pi)) / 2])
+    assert min(found[4:]) == found[-1] == pytest.approx(0.1 + 0.9 * (1 + math.cos(0.9 * math.pi)) / 2)
+    assert min(rates("step", 9, decay_epochs=1, min_lr=0.01)) == 0.01
+    assert rates("onecycle", 10, 10, min_lr=0.02)[-1] == pytest.approx(0.02)

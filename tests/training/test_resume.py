@@ -2,6 +2,7 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -11,6 +12,7 @@ from torch import nn
 
 from fastroute.models.cifar_resnet import cifar_resnet
 from fastroute.training import ImageDataModule, RoutingClassifier, Terminated, fit
+from fastroute.training.checkpoints import RecoveryCheckpoint
 
 
 class Noisy(nn.Module):
@@ -116,6 +118,23 @@ def test_sigterm_saves_and_ends_the_run_and_it_goes_on(image_folder, tmp_path):
     run(resumed, image_folder, tmp_path / "run", resume=tmp_path / "run" / "last.ckpt")
     for expected, actual in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(expected, actual)
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path):
+    recovery, trainer = RecoveryCheckpoint(tmp_path / "last.ckpt"), SimpleNamespace(world_size=1)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
+        recovery.on_train_start(trainer, None)
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Terminated, match="stopped by Ctrl-C after epoch 4") as caught:
+            recovery.on_train_epoch_start(SimpleNamespace(world_size=1, current_epoch=4), None)
+        assert caught.value.code == 130
+    finally:
+        for signum, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(signum, handler)
 
 
 def test_sigterm_at_the_end_of_an_epoch_waits_for_its_checkpoint(image_folder, tmp_path):

@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from fastroute.cli import app
-from fastroute.training.run_folder import FolderInUse, run_folder
+from fastroute.training.run_folder import FolderInUse, new_folder, run_folder
 
 TRAIN = ("train", "base_cnn", "-b", 512, "--first-classes", 3, "--sched", "step")
 
@@ -152,3 +152,10 @@ def test_without_a_whole_checkpoint_auto_is_refused(tmp_path):
         (tmp_path / "run" / name).write_bytes(b"PK\x03\x04")
         result = run(*TRAIN, "--epochs", 1, "--output", tmp_path, "--experiment", "run", "--resume", "auto")
         assert result.exit_code == 2 and f"{name}; it is no checkpoint of a training run" in result.output
+
+
+def test_a_new_folder_is_of_no_other_run(tmp_path):
+    folders = [new_folder(tmp_path / "runs" / "now") for _ in range(3)]
+    assert [folder.name for folder in folders] == ["now", "now-2", "now-3"] and all(
+        folder.is_dir() for folder in folders
+    )

@@ -8,10 +8,15 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
+import yaml
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader, TensorDataset
 
 from fastroute.training import ImageDataModule, RoutingClassifier, fit, router_statistics
+from fastroute.training.callbacks import Patience
+from fastroute.training.checkpoints import CheckpointHistory, check_not_finished
+from fastroute.training.loggers import make_loggers
 from fastroute.training.steps import MovingAverage
 
 
@@ -199,9 +204,79 @@ def test_what_the_console_shows(data, tmp_path):
     run(classifier(), data, tmp_path, epochs=2, log_interval=2, console=console)
     lines = console.file.getvalue().splitlines()
     step = r"epoch 1/2  2/3  loss \d\.\d+  lr 0\.1  [\d,]+ images/s  data wait \d+\.\d %  eta \d:\d\d:\d\d"
-    assert re.fullmatch(step, lines[0]) and len(lines) == 4
+    assert re.fullmatch(step, lines[1]) and len(lines) == 5
+    assert re.fullmatch(step.replace("2/3", "1/3"), lines[0])  # from the first step on
     epoch = r"epoch 2/2  train loss .* error .* %  val loss .* error .* %  lr .* images/s  data wait .* %  [\d.]+ s"
-    assert re.fullmatch(epoch, lines[3])
+    assert re.fullmatch(epoch, lines[4])
+
+
+@pytest.fixture
+def loader():
+    torch.manual_seed(0)
+    return DataLoader(TensorDataset(torch.randn(20, 3, 8, 8), torch.arange(20) % 3), 10)
+
+
+def test_data_loaders_callbacks_and_a_csv_logger(loader, tmp_path):
+    class Seen(pl.Callback):
+        steps = 0
+
+        def on_train_batch_end(self, *_):
+            self.steps += 1
+
+    seen = Seen()
+    options = {"callbacks": [seen], "logger": "csv", "log_interval": 1}
+    rows = run(classifier(), loader, tmp_path, epochs=1, **options)
+    assert seen.steps == 2 and "val_error" not in rows[0] and (tmp_path / "best.ckpt").is_file()
+    hparams = yaml.safe_load((tmp_path / "hparams.yaml").read_text())
+    assert (hparams["lr"], hparams["epochs"], hparams["precision"]) == (0.1, 1, "32-true")
+
+    rows = run(classifier(), loader, tmp_path, 2, val_data=loader, resume=tmp_path / "last.ckpt", **options)
+    assert "val_error" not in rows[0] and "val_error" in rows[1]
+    with (tmp_path / "metrics.csv").open() as file:
+        steps = [row for row in csv.DictReader(file) if row["step/loss"]]
+    assert [row["step"] for row in steps] == ["1", "2", "3", "4"]
+    assert all(float(row["step/lr"]) == 0.1 and float(row["step/images_per_s"]) > 0 for row in steps)
+    with pytest.raises(ValueError, match="val_data is given, and data is a ImageDataModule"):
+        run(classifier(), ImageDataModule("digits"), tmp_path, val_data=loader)
+
+
+def test_a_plain_trainer_and_a_fast_dev_run(loader, tmp_path):
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    pl.Trainer(max_epochs=1, default_root_dir=tmp_path, enable_checkpointing=False, **quiet).fit(classifier(), loader)
+    module = classifier(sched="onecycle", warmup_epochs=5)
+    pl.Trainer(fast_dev_run=True, **quiet).fit(module, loader, loader)
+    console = Console(file=io.StringIO(), width=200)
+    assert run(module, loader, tmp_path / "run", 9, val_data=loader, fast_dev_run=True, console=console) == []
+    assert "val_error" in console.file.getvalue() and not (tmp_path / "run").exists()
+
+
+def test_patience_stops_and_the_best_epochs_stay(tmp_path):
+    summary, trainer = SimpleNamespace(rows=[]), SimpleNamespace(should_stop=False, is_global_zero=True)
+    console = Console(file=io.StringIO(), width=200)
+    patience = Patience(summary, "val_error", 2, console)
+    last = tmp_path / "last.ckpt"
+    history = CheckpointHistory(last, lambda: summary.rows, "val_error", 2)
+    (tmp_path / "epoch7.ckpt").write_text("of another run")
+    history.on_train_start(trainer, None)
+    for epoch, error in enumerate((5.0, 3.0, 4.0, 3.0), start=1):
+        assert not trainer.should_stop
+        summary.rows.append({"epoch": epoch, "val_error": error})
+        last.unlink(missing_ok=True)  # another file of the name, as a checkpoint is
+        last.write_text(str(epoch))
+        patience.on_train_epoch_end(trainer, None)
+        history.on_train_epoch_end(trainer, None)
+    assert trainer.should_stop and "no lower val_error than epoch 2, 3" in console.file.getvalue()
+    patience.on_save_checkpoint(trainer, None, checkpoint := {})
+    assert checkpoint == {"stopped_early": True}
+    assert {p.name: p.read_text() for p in tmp_path.glob("epoch*")} == {"epoch2.ckpt": "2", "epoch4.ckpt": "4"}
+
+
+def test_a_run_stops_early_and_keeps_its_best_epochs(loader, tmp_path):
+    rows = run(classifier(lr=1e-9), loader, tmp_path, 9, val_data=loader, patience=1, checkpoint_hist=1, logger=None)
+    assert len(rows) < 9 and torch.load(tmp_path / "last.ckpt")["stopped_early"]
+    assert len(list(tmp_path.glob("epoch*.ckpt"))) == 1
+    with pytest.raises(FileExistsError, match=f"a finished run of {len(rows)} epochs"):
+        check_not_finished(tmp_path, "--overwrite")
 
 
 def test_skipped_images_are_counted(image_folder, tmp_path):
@@ -232,6 +307,12 @@ def test_wrong_arguments(data, tmp_path):
     for options, message in (
         ({"epochs": 0}, "epochs is 0; it must be at least 1"),
         ({"epochs": -3}, "epochs is -3"),
+        ({"amp_dtype": "float16"}, "amp_dtype is 'float16'; on a CPU it must be 'bfloat16'"),
+        ({"amp_dtype": "bfloat16", "precision": "bf16-true"}, "precision is 'bf16-true', and amp_dtype is 'bfloat16'"),
+        ({"devices": 2}, "devices is 2; a process uses one"),
+        ({"eval_metric": "f1"}, "eval_metric is 'f1'; it must be one of 'top1'"),
+        ({"patience": 0}, "patience is 0; it must be at least 1"),
+        ({"logger": "csv,board"}, "log is 'board'; it must be of csv"),
         ({"log_interval": 0}, "log_interval is 0; it must be at least 1"),
         ({"grad_accum_steps": 0}, "grad_accum_steps is 0; it must be at least 1"),
         ({"recovery_interval": 0}, "recovery_interval is 0; it must be at least 1"),
@@ -249,3 +330,28 @@ def test_wrong_arguments(data, tmp_path):
         with pytest.raises(ValueError, match=message):
             run(classifier(), data, tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_logger_whose_package_is_missing_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("wandb", "mlflow"):
+        with pytest.raises(ModuleNotFoundError, match=f"log is '{name}'; .*: pip install {name}"):
+            make_loggers(f"csv, {name}", tmp_path)
+    assert make_loggers(None, tmp_path) == make_loggers("", tmp_path) == []
+
+
+def test_other_default_types_and_devices(data, tmp_path):
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        rows = run(classifier(), data, tmp_path / "float64", epochs=1, logger=None)
+    finally:
+        torch.set_default_dtype(before)
+    assert rows[0]["val_error"] <= 100
+    module = classifier()
+    try:
+        torch.set_default_device("meta")
+        rows = run(module, data, tmp_path / "meta", epochs=1, logger=None)
+    finally:
+        torch.set_default_device(None)
+    assert rows[0]["val_error"] <= 100

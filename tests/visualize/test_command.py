@@ -1,3 +1,4 @@
+import csv
 import json
 import re
 from html.parser import HTMLParser
@@ -23,7 +24,8 @@ class Links(HTMLParser):
 def test_the_page_is_whole_in_itself(page):
     text = page.read_text()
     found = Links(text)
-    assert found.links and all(link.startswith(("data:", "#")) for link in found.links)
+    beside = {link for link in found.links if not link.startswith(("data:", "#"))}  # to download, not to view
+    assert beside == {path.name for path in page.parent.iterdir() if path.suffix in (".png", ".svg")}
     assert not re.search(r"url\((?!#)", text) and "@import" not in text and len(text) < 8e6
     assert len(found.pictures) >= 9 and all(found.pictures)
     names = {path.stem for path in page.parent.glob("*.svg")}
@@ -33,6 +35,11 @@ def test_the_page_is_whole_in_itself(page):
     flow = json.loads(re.search(r'<script id="flow-data"[^>]*>(.*?)</script>', text, re.S)[1])
     assert len(flow) == 12 and [layer["name"] for layer in flow[0]["layers"]] == ["stem", "stack1", "stack2", "stack3"]
     assert sum(flow[0]["layers"][1]["gates"][0]) == pytest.approx(1, abs=2e-4)
+    with (page.parents[1] / "summary.csv").open() as file:
+        accuracy = 100 - float(next(csv.DictReader(file))["val_error"])
+    assert f"{accuracy:.2f} % of these images" in text
+    assert re.search(r"<p>The paths have (not )?collapsed: .* The last router, stack3, ", text)
+    assert "over j they sum to 1" in text and ("brightness explains" in text or "nearly the same gates" in text)
 
 
 def test_images_of_the_user_s_own(checkpoint, run, tmp_path):

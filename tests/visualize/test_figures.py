@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 from fastroute import visualize
 from fastroute.visualize import Gate, Layer, RoutingData
+from fastroute.visualize.report import verdict
 from fastroute.visualize.routing import distinct_classes, gate_rows
 from fastroute.visualize.style import save
 
@@ -99,13 +100,13 @@ def test_confusion_counts_each_class():
     labels, clusters = torch.tensor([0, 0, 0, 1]), torch.tensor([1, 1, 0, 0])
     axes = visualize.confusion(labels, clusters, ["ant", "bee"]).axes[0]
     np.testing.assert_allclose(axes.images[0].get_array(), [[200 / 3, 100 / 3], [0, 100]], rtol=1e-5)
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["2", "1"]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "0"]
 
 
 def test_response_map_has_every_cluster():
     torch.manual_seed(0)
     scores = 10 * torch.eye(3)[torch.arange(30) % 3] + torch.rand(30, 3)
-    assert {"1", "2", "3"} <= set(words(visualize.response_map({"trained": scores})).split())
+    assert {"0", "1", "2"} <= set(words(visualize.response_map({"trained": scores})).split())
 
 
 def test_paths():
@@ -142,3 +143,32 @@ def test_names_of_classes_are_drawn_as_they_are(tmp_path):
     svg += save(visualize.confusion(torch.arange(50) % 5, torch.arange(50) % 3, names), tmp_path, "confusion")
     for text in ("$\\frac{$", "\\udcff", " _x", "y" * 39 + "…", "\\x1b[31m"):
         assert svg.count(f">{text}<") >= 2, text
+
+
+def test_a_notebook_shows_figures_whatever_the_backend(data):
+    figure = visualize.class_histograms(data, [GATE], CLASSES)
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    assert len(repr(data)) < 200 and "100 images; gates: a_router 1×2, b_router 1×2" in repr(data)
+    assert len(repr(data.statistics()["a_router"])) < 200
+
+
+def test_the_verdict(data):
+    alike, apart = torch.ones(2, 2), torch.tensor([[1.0, 0.3], [0.3, 1.0]])
+    said = verdict(data, {"stack1": alike, "head": apart})
+    assert "paths have not collapsed: the CKA between their features in head is 0.30" in said
+    assert "The last router, b, gives nearly the same gates to all images." in said
+    one = RoutingData({"a_router": data.gates["a_router"]}, data.labels, data.colours)
+    said = verdict(one, {"head": alike})
+    assert "The paths have collapsed" in said and "The last router, a, follows class: " in said
+    grey = RoutingData({"a_router": torch.rand(100, 1, 2)}, data.labels, torch.rand(100, 1))
+    assert verdict(grey, {}).startswith("The last router, a, follows neither class nor brightness: ")
+
+
+def test_captions_and_legends():
+    images = torch.rand(3, 3, 8, 8)
+    captions = [["ant", "bee\n→ cat", "a very long name"], ["dog", "dog", "dog"]]
+    text = words(visualize.gate_maximization(images, images, images[0], "a gate", captions))
+    assert "bee\n→ cat" in text and "a very l…" in text and "made by ascent" in text
+    scores = torch.randn(30, 3)
+    text = words(visualize.response_map({"trained": scores}, names=["ant", "bee", "empty"]))
+    assert "0: ant" in text and "2: empty" in text

@@ -1,4 +1,4 @@
-"""The compiled kernels of csrc: C++ for the CPU, CUDA for the GPU. `fastroute.ops._compiled` loads them."""
+"""Compiled kernels from csrc: C++ for the CPU, CUDA for the GPU. `fastroute.ops._compiled` loads them."""
 
 import torch
 
@@ -9,6 +9,7 @@ MINIMUM_CAPABILITY = (8, 0)  # what the CUDA kernels are compiled for
 
 
 def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why this backend does not support such tensors, or None."""
     if device.type == "cpu":
         return _compiled.load_cpu()
     if device.type == "cuda":

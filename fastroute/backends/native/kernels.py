@@ -1,4 +1,4 @@
-"""One function for each operator: the compiled kernels, by PyTorch's dispatch on the device."""
+"""One function per operator: the compiled kernels, dispatched by PyTorch on the device."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The gates of a router, cross-connection routing (Alg. 2), and their backward, equation by equation."""
+"""Gates, cross-connection routing (Alg. 2), and their backward, equation by equation."""
 
 import math
 
@@ -35,7 +35,7 @@ def cross_connect(xs, w1, b1, w2, b2, relu):
 
 
 def gate_backward(grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden):
-    """(shares, grad_w1, grad_b1, grad_w2, grad_b2); shares (N, m, C) are what each pixel of dX_i gets (Eq. 3.15)."""
+    """Return shares, grad_w1, grad_b1, grad_w2, grad_b2; each pixel of dX_i gets shares (N, m, C) (Eq. 3.15)."""
     w1, w2 = (None if p is None else p.to(gates.dtype) for p in (w1, w2))
 
     d_scores = torch.zeros_like(gates)
@@ -85,9 +85,9 @@ def _setup(ctx, inputs, output):
 
 
 def _second_order(ctx, grad_xs, *grad_parameters):
-    """The derivative of the backward: the forward is computed anew in plain PyTorch and differentiated twice.
+    """Return the derivative of the backward: recompute the forward in plain PyTorch and differentiate it twice.
 
-    The saved gates, pooled and hidden are functions of xs and the parameters, so what flows to them is in there.
+    The saved gates, pooled and hidden are functions of xs and the parameters, so their gradients are included.
     """
     leaves = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
     grad_gates, grad_scores, *parameters = leaves[:6]
@@ -115,7 +115,7 @@ def _gate_setup(ctx, inputs, output):
 
 
 def _gate_second_order(ctx, grad_shares, *grad_parameters):
-    """As `_second_order`. The first derivative by X_i is the share of its channel at every pixel."""
+    """Same as `_second_order`; the first derivative by X_i is the share of its channel at every pixel."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
     grad_gates, grad_scores, *parameters = leaves[:6]
     xs = leaves[6:]

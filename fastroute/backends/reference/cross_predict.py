@@ -5,48 +5,48 @@ from torch.nn import functional
 
 from fastroute.backends._convolution import Convolution
 from fastroute.backends.reference.mix import dense_like
-from fastroute.ops._convolution import prepared
+from fastroute.ops._convolution import prepare_convolution
 from fastroute.ops._library import differentiate
 from fastroute.ops._paths import accumulate_dtype, channels_first, empty_map
 
 
-def _over(values, x):
-    """Values (N) or (N, C) beside x (N, C, *S)."""
+def _unsqueeze_like(values, x):
+    """Return values (N) or (N, C) with the dimensions that broadcast over x (N, C, *S)."""
     return values.reshape(*values.shape, *[1] * (x.dim() - values.dim()))
 
 
 def _prediction(x, weight, bias, geometry):
-    """U_ij, computed in x's dtype (Eq. 3.1)."""
+    """Compute U_ij in x's dtype (Eq. 3.1)."""
     weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
     dtype = accumulate_dtype(x.dtype)
     if x.dim() == 2:
         return functional.linear(x, weight, bias).to(dtype)
-    x, weight, padding, dilation = prepared(x, weight, *geometry)
+    x, weight, padding, dilation = prepare_convolution(x, weight, *geometry)
     convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[x.dim() - 3]
     return convolve(x, weight, bias, geometry[0], padding, dilation).to(dtype)
 
 
 def _sums(xs, weight, bias, gates, geometry):
-    """Σ_i g_ij U_ij for every j."""
+    """Compute Σ_i g_ij U_ij for every j."""
     m, n = weight.shape[:2]
     gates = gates.to(accumulate_dtype(xs[0].dtype))
     sums = []
     for j in range(n):
         us = [_prediction(xs[i], weight[i, j], None if bias is None else bias[i, j], geometry) for i in range(m)]
-        sums.append(sum(_over(gates[:, i, j], u) * u for i, u in enumerate(us)))
+        sums.append(sum(_unsqueeze_like(gates[:, i, j], u) * u for i, u in enumerate(us)))
     return sums
 
 
 def _sums_of_gated(xs, weight, bias, gates, geometry):
-    """The same from one prediction for each j, of all gated inputs side by side."""
+    """Compute the same with one prediction for each j, from the concatenated gated inputs."""
     n, dtype = weight.shape[1], accumulate_dtype(xs[0].dtype)
     gates = gates.to(dtype)
     sums = []
     for j in range(n):
-        gated = torch.cat([_over(gates[:, i, j], x) * x.to(dtype) for i, x in enumerate(xs)], dim=1)
+        gated = torch.cat([_unsqueeze_like(gates[:, i, j], x) * x.to(dtype) for i, x in enumerate(xs)], dim=1)
         total = _prediction(gated.to(xs[0].dtype), torch.cat(weight[:, j].unbind(), dim=1), None, geometry)
         if bias is not None:
-            total = total + _over((gates[:, :, j, None] * bias[:, j].to(dtype)).sum(1), total)
+            total = total + _unsqueeze_like((gates[:, :, j, None] * bias[:, j].to(dtype)).sum(1), total)
         sums.append(total)
     return sums
 
@@ -73,14 +73,14 @@ def cross_predict_backward(grad_outputs, outputs, xs, weight, bias, gates, strid
             w = weight[i, j].to(x.dtype)
             u = _prediction(xs[i], w, None if bias is None else bias[i, j], geometry)
             grad_gates[:, i, j] = (grads[j] * u).flatten(1).sum(1)
-            grad_u = _over(gates[:, i, j], u) * grads[j]
+            grad_u = _unsqueeze_like(gates[:, i, j], u) * grads[j]
             if bias is not None:
                 grad_bias[i, j] = grad_u.transpose(0, 1).flatten(1).sum(1)
             if len(x):
                 grad_u = convolution.arrange(grad_u.to(x.dtype))
-                grad_weight[i, j] = convolution.to_weight(grad_u, xs[i], w)
+                grad_weight[i, j] = convolution.weight_gradient(grad_u, xs[i], w)
                 if grad_inputs:
-                    grad_xs[i] += convolution.to_inputs(grad_u, xs[i], w)
+                    grad_xs[i] += convolution.input_gradient(grad_u, xs[i], w)
     return [dense_like(grad, x) for grad in grad_xs] if grad_inputs else [], grad_weight, grad_bias, grad_gates
 
 
@@ -91,9 +91,9 @@ def _setup(ctx, inputs, output):
 
 
 def _second_order(ctx, grad_xs, grad_weight, grad_bias, grad_gates):
-    """The derivative of the backward: the forward is computed anew in plain PyTorch and differentiated twice.
+    """Return the derivative of the backward: recompute the forward in plain PyTorch and differentiate it twice.
 
-    The outputs give the backward no more than a mask, through which no derivative flows.
+    The backward uses the outputs only as a mask, through which no derivative flows.
     """
     dtype = accumulate_dtype(ctx.saved_tensors[3].dtype)
     leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in ctx.saved_tensors]

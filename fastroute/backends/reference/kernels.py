@@ -1,4 +1,4 @@
-"""One function for each operator."""
+"""One function per operator."""
 
 from fastroute.backends.reference.cross_connect import cross_connect, cross_connect_backward, gate, gate_backward
 from fastroute.backends.reference.cross_predict import cross_predict, cross_predict_backward

@@ -3,19 +3,19 @@
 import torch
 from torch import Tensor
 
-from fastroute.ops._library import differentiate, transformed
+from fastroute.ops._library import differentiate, under_transform
 from fastroute.ops._paths import accumulate_dtype, empty_path
 
 
 def weighted_sums(xs: list[Tensor], gates: Tensor) -> list[Tensor]:
-    """Y_j = Σ_i g_ij X_i for every j, in the gates' dtype (Eq. 3.7)."""
+    """Return Y_j = Σ_i g_ij X_i for every j, in the gates' dtype (Eq. 3.7)."""
     shape = (-1, *[1] * (xs[0].dim() - 1))
     xs = [x.to(gates.dtype) for x in xs]
     return [sum(gates[..., i, j].reshape(shape) * x for i, x in enumerate(xs)) for j in range(gates.shape[-1])]
 
 
 def inner_products(xs: list[Tensor], grad_outputs: list[Tensor], gates: Tensor) -> Tensor:
-    """dL/dg_ij = <dY_j, X_i>, over the sample where gates are (N, m, n), over all samples where (m, n) (Eq. 3.10)."""
+    """Return dL/dg_ij = <dY_j, X_i> (Eq. 3.10): per sample for gates (N, m, n), over all samples for (m, n)."""
     dims = tuple(range(gates.dim() - 2, xs[0].dim()))
     grad_outputs = [grad.to(gates.dtype) for grad in grad_outputs]
     rows = [torch.stack([(x.to(gates.dtype) * grad).sum(dims) for grad in grad_outputs], dim=-1) for x in xs]
@@ -23,8 +23,8 @@ def inner_products(xs: list[Tensor], grad_outputs: list[Tensor], gates: Tensor) 
 
 
 def dense_like(value: Tensor, x: Tensor) -> Tensor:
-    """value in x's dtype and, but under a transform, in the strides that every backend gives its outputs."""
-    if transformed():
+    """Return value in x's dtype and, except under a transform, with the strides of every backend's outputs."""
+    if under_transform():
         return value.to(x.dtype)
     out = empty_path(x)
     return value.to(x.dtype) if value.stride() == out.stride() else out.copy_(value)
@@ -49,12 +49,12 @@ def _setup(ctx, inputs, output):
 
 
 def _second_order(ctx, grad_xs, grad_gates):
-    """The derivative of the backward, with every intermediate in plain PyTorch."""
+    """Return the derivative of the backward, computed in plain PyTorch."""
     gates, *paths = (t.detach().requires_grad_() for t in ctx.saved_tensors)
     with torch.enable_grad():
         first = mix_backward(paths[: ctx.n], paths[ctx.n :], gates, bool(grad_xs))
         objective = sum((f * g).sum() for f, g in zip([*first[0], first[1]], [*grad_xs, grad_gates], strict=True))
-    # Without gradients of the paths, the first derivative by the gates does not depend on the gates.
+    # allow_unused: without gradients of the paths, the first derivative by the gates does not depend on the gates.
     d_gates, *d_paths = torch.autograd.grad(objective, [gates, *paths], allow_unused=True)
     return d_paths[: ctx.n], d_paths[ctx.n :], d_gates, None
 

@@ -8,9 +8,9 @@ from fastroute.ops._paths import accumulate_dtype
 
 
 def _statistics(a: Tensor) -> tuple[Tensor, Tensor]:
-    """μ and σ of each column, exact for a constant one: what is summed is the distance from the first sample.
+    """Return μ and σ of each column, from distances to the first sample, so that a constant column has σ = 0 exactly.
 
-    Distances are taken by the largest, so that no square over- or underflows.
+    Distances are divided by the largest, so that no square over- or underflows.
     """
     if a.shape[0] == 0:
         return a.new_zeros(a.shape[1:]), a.new_zeros(a.shape[1:])
@@ -20,12 +20,12 @@ def _statistics(a: Tensor) -> tuple[Tensor, Tensor]:
     distance = distance / unit
     shift = distance.mean(0)
     variance = (distance - shift).square().mean(0)
-    std = torch.where(variance == 0, 0, torch.where(variance == 0, 1, variance).sqrt())  # 0 has no derivative
+    std = torch.where(variance == 0, 0, torch.where(variance == 0, 1, variance).sqrt())  # sqrt has no derivative at 0
     return a[0] + shift * unit, std * unit  # Eq. 4.11
 
 
 def _inverse(std: Tensor) -> Tensor:
-    """1/σ, but 0 where that is no number: of a σ of 0, or so small that its inverse overflows."""
+    """Return 1/σ, or 0 if σ is 0 or so small that its inverse overflows."""
     vanishes = (1 / std.detach()).isinf()
     return torch.where(vanishes, 0, 1 / torch.where(vanishes, 1, std))
 
@@ -40,7 +40,7 @@ def mixture_em_loss(scores, scores_aug, prior, mean, std, gamma):
 
     log_prior, logits = 0, normalized[0]
     if prior is not None:
-        log_prior = prior.clamp(min=torch.finfo(prior.dtype).tiny).log()  # 0 · log 0 is the 0 that it tends to
+        log_prior = prior.clamp(min=torch.finfo(prior.dtype).tiny).log()  # so that 0 · log 0 is 0
         logits = torch.where(prior > 0, logits + log_prior, -torch.inf)
     posterior = torch.softmax(logits, dim=-1).detach()  # Eq. 4.18, 4.20
     log_joint = sum(log_prior + logsigmoid(a / gamma) for a in normalized)  # Eq. 4.21, 4.23
@@ -54,7 +54,7 @@ def mixture_em_loss_backward(scores, scores_aug, posterior, means, scales, grad_
         a = (view.to(posterior.dtype) - mean) * scale
         # d/dx of log sigmoid(x) is sigmoid(−x); p is a constant.
         grad = -(grad_loss.unsqueeze(-1) / (gamma * max(len(view), 1))) * posterior * torch.sigmoid(-a / gamma)
-        if batch_statistics:  # through μ and σ: the parts along 1 and along a* are taken out of each column
+        if batch_statistics:  # through μ and σ: remove the components along 1 and along a* from each column
             grad = grad - grad.mean(0) - a * (grad * a).mean(0)
         grads.append((grad * scale).to(view.dtype))
     return grads[0], grads[1] if scores_aug is not None else scores.new_empty(0)

@@ -11,6 +11,7 @@ MINIMUM_TRITON = (3, 6)
 
 
 def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why this backend does not support such tensors, or None."""
     if device.type not in ("cuda", "cpu"):
         return f"the kernels are for CUDA, not for {device.type}"
     if dtype == torch.float64:

@@ -1,11 +1,10 @@
-"""The kernels of cross-connection routing (Alg. 2) and its backward, in the tiers that `planning` describes.
+"""Kernels of cross-connection routing (Alg. 2) and its backward, in the tiers that `planning` describes.
 
-In them, `gate` is (w, b1, w2, b2), w (m, K, C) being what multiplies the pooled paths: W1, or W2 of the linear gate,
-for which G is 0. `sizes` is what `extents` takes. With RELU, X_i is max(x, 0) of what is loaded.
+`gate` is (w, b1, w2, b2), where w (m, K, C) multiplies the pooled paths: W1, or W2 for the linear gate, where G is 0.
+`sizes` is the argument of `extents`. With RELU, X_i is max(x, 0) of the loaded x.
 
-A dimension of a tile that is written m, n, K or G is padded to a power of 2. The gates of all paths are one tile, so
-that each step of them is one reduction, and what they need of the parameters is loaded before the paths are: a program
-waits for memory once.
+Tile dimensions m, n, K and G are padded to a power of 2. The gates of all paths are one tile, so that each step is one
+reduction. Their parameters are loaded before the paths, so that a program waits for memory once.
 """
 
 import triton
@@ -14,18 +13,18 @@ import triton.language as tl
 from fastroute.backends.triton._tiles import (
     add_products,
     after_previous_launch,
+    as_matrix,
+    broadcast_channels,
     column,
-    entries,
     extents,
     load_scalars,
     load_tiles,
-    matrix_of,
-    rectified,
-    regrouped,
-    spread,
+    maybe_relu,
     sum_parts,
     sums_of,
     tile_of,
+    to_matrix,
+    to_scalars,
     weighted_sum,
     zero_tile,
     zero_totals,
@@ -34,8 +33,8 @@ from fastroute.backends.triton.mix import mix_block
 
 
 @triton.jit
-def rows_of(sample, M: tl.constexpr, COLUMNS: tl.constexpr):
-    """Offsets and mask [m, columns] of one sample of a tensor (N, m, columns)."""
+def row_offsets(sample, M: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return offsets and mask [m, columns] of one sample of a tensor (N, m, columns)."""
     i = tl.arange(0, triton.next_power_of_2(M))[:, None]
     k = tl.arange(0, triton.next_power_of_2(COLUMNS))[None, :]
     return (sample * M + i) * COLUMNS + k, (i < M) & (k < COLUMNS)
@@ -43,17 +42,17 @@ def rows_of(sample, M: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def load_rows(values, sample, M: tl.constexpr, COLUMNS: tl.constexpr):
-    """One sample of a tensor (N, m, columns), zero beyond its edges or where there is no tensor."""
+    """Load one sample of a tensor (N, m, columns), with zeros beyond its edges; all zeros if it is None."""
     if values is None:
         return tl.zeros([triton.next_power_of_2(M), triton.next_power_of_2(COLUMNS)], tl.float32)
     else:
-        offsets, mask = rows_of(sample, M, COLUMNS)
+        offsets, mask = row_offsets(sample, M, COLUMNS)
         return tl.load(values + offsets, mask=mask, other=0.0)
 
 
 @triton.jit
-def channels_of(sample, c0, channels, M: tl.constexpr, BC: tl.constexpr):
-    """Offsets and mask [C, m] of the channels from c0 on of one sample of a tensor (N, m, C)."""
+def channel_offsets(sample, c0, channels, M: tl.constexpr, BC: tl.constexpr):
+    """Return offsets and mask [C, m] of one sample of a tensor (N, m, C), from channel c0."""
     c = c0 + tl.arange(0, BC)[:, None]
     i = tl.arange(0, triton.next_power_of_2(M))[None, :]
     return (sample * M + i) * channels + c, (c < channels) & (i < M)
@@ -61,7 +60,7 @@ def channels_of(sample, c0, channels, M: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def weight_tile(w, c0, channels, M: tl.constexpr, K: tl.constexpr, BC: tl.constexpr):
-    """The columns from c0 on of all matrices in w (m, K, C) as [C, m, K], zero beyond their edges."""
+    """Load the columns of w (m, K, C) from c0 as [C, m, K], with zeros beyond its edges."""
     c = c0 + tl.arange(0, BC)[:, None, None]
     i = tl.arange(0, triton.next_power_of_2(M))[None, :, None]
     k = tl.arange(0, triton.next_power_of_2(K))[None, None, :]
@@ -70,7 +69,7 @@ def weight_tile(w, c0, channels, M: tl.constexpr, K: tl.constexpr, BC: tl.conste
 
 @triton.jit
 def score_weights(w2, M: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
-    """w2 (m, n, G) as a tile, zero beyond its edges; for the linear gate one zero, as Triton 3.6 cannot return None."""
+    """Load w2 (m, n, G), with zeros beyond its edges; for the linear gate one zero: Triton 3.6 cannot return None."""
     if G == 0:
         return tl.zeros([1], tl.float32)
     else:
@@ -82,14 +81,14 @@ def score_weights(w2, M: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
 
 @triton.jit
 def score_parameters(gate, M: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
-    """b1 [m, G], w2 [m, n, G] and b2 [m, n]."""
+    """Load b1 [m, G], w2 [m, n, G] and b2 [m, n]."""
     _, b1, w2, b2 = gate
     return load_rows(b1 if G else None, 0, M, G if G else 1), score_weights(w2, M, N, G), load_rows(b2, 0, M, N)
 
 
 @triton.jit
 def gates_of(projected, parameters, N: tl.constexpr, G: tl.constexpr):
-    """Gates [m, n], scores [m, n] and H [m, G] of a sample from w·Z [m, K]."""
+    """Compute gates [m, n], scores [m, n] and H [m, G] of a sample from w·Z [m, K]."""
     b1, w2, b2 = parameters
     if G == 0:
         h = b1
@@ -104,28 +103,28 @@ def gates_of(projected, parameters, N: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
-def scalars_of(gates, M: tl.constexpr, N: tl.constexpr):
-    return entries(tl.reshape(gates, [gates.shape[0] * gates.shape[1]]), M, N, gates.shape[1])
+def gate_scalars(gates, M: tl.constexpr, N: tl.constexpr):
+    return to_scalars(tl.reshape(gates, [gates.shape[0] * gates.shape[1]]), M, N, gates.shape[1])
 
 
 @triton.jit
 def store_gates(routing, sample, saved, M: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
     g, a, h = routing
     gates, scores, _, hidden = saved
-    at, mask = rows_of(sample, M, N)
+    at, mask = row_offsets(sample, M, N)
     tl.store(gates + at, g, mask=mask)
     tl.store(scores + at, a, mask=mask)
     if G:
-        at, mask = rows_of(sample, M, G)
+        at, mask = row_offsets(sample, M, G)
         tl.store(hidden + at, h, mask=mask)
 
 
 @triton.jit
-def means_of(tiles, space, BC: tl.constexpr, BS: tl.constexpr, LAYOUT: tl.constexpr):
-    """The sums of tiles over their positions [C, m], as shares of the means over all positions."""
+def partial_means(tiles, space, BC: tl.constexpr, BS: tl.constexpr, LAYOUT: tl.constexpr):
+    """Return the sums of tiles over their positions, divided by the number of all positions: parts of means [C, m]."""
     grouped = ()
     for i in tl.static_range(len(tiles)):
-        grouped += (regrouped(tiles[i], space, BC, BS, LAYOUT).to(tl.float32),)
+        grouped += (as_matrix(tiles[i], space, BC, BS, LAYOUT).to(tl.float32),)
     return tl.div_rn(sums_of(grouped, 1), tl.cast(space, tl.float32))  # Eq. 3.3
 
 
@@ -143,7 +142,7 @@ def pool(
     LAYOUT: tl.constexpr,
     RELU: tl.constexpr,
 ):
-    """What the positions from start to stop give to Z [C, m] of one sample, for the channels from c0 on."""
+    """Compute the part of one sample's Z [C, m] from the positions start to stop, for the channels from c0."""
     totals = ()
     for _ in tl.static_range(len(xs)):
         totals += (zero_tile(BC, BS, LAYOUT),)
@@ -154,7 +153,7 @@ def pool(
         for i in tl.static_range(len(xs)):
             new += (totals[i] + x[i].to(tl.float32),)
         totals = new
-    return means_of(totals, sizes[1], BC, BS, LAYOUT)
+    return partial_means(totals, sizes[1], BC, BS, LAYOUT)
 
 
 @triton.jit
@@ -181,12 +180,12 @@ def cross_connect_resident_fwd_kernel(
     parameters = score_parameters(gate, M, N, G)
     _, offsets, mask = tile_of(0, 0, sizes, BC, BS, LAYOUT)
     x = load_tiles(xs, x_strides, sample, offsets, mask, "evict_first", RELU)  # m × [C, S]
-    z = means_of(x, space, BC, BS, LAYOUT)  # [C, m]
+    z = partial_means(x, space, BC, BS, LAYOUT)  # [C, m]
     routing = gates_of(tl.sum(w * z[:, :, None], 0), parameters, N, G)
-    g = scalars_of(routing[0], M, N)
+    g = gate_scalars(routing[0], M, N)
     for j in tl.static_range(N):
         tl.store(ys[j] + sample * size + offsets, weighted_sum(x, g, j, N), mask=mask)  # Eq. 3.7
-    at, inside = channels_of(sample, 0, channels, M, BC)  # small, and so last: the outputs do not wait for them
+    at, inside = channel_offsets(sample, 0, channels, M, BC)  # last: the outputs do not wait for it
     tl.store(saved[2] + at, z, mask=inside)
     store_gates(routing, sample, saved, M, N, G)
 
@@ -218,19 +217,19 @@ def cross_connect_fused_fwd_kernel(
     for c0 in range(0, channels, BC):
         w = weight_tile(gate[0], c0, channels, M, K, BC)
         z = pool(xs, x_strides, sample, c0, 0, space, sizes, BC, BS, LAYOUT, RELU)
-        at, inside = channels_of(sample, c0, channels, M, BC)
+        at, inside = channel_offsets(sample, c0, channels, M, BC)
         tl.store(saved[2] + at, z, mask=inside)
         products += w * z[:, :, None]
     routing = gates_of(tl.sum(products, 0), parameters, N, G)
     store_gates(routing, sample, saved, M, N, G)
-    g = scalars_of(routing[0], M, N)
+    g = gate_scalars(routing[0], M, N)
     for start in range(0, size, BLOCK):
         mix_block(xs, x_strides, ys, g, sample, size, start, BLOCK, RELU)
 
 
 @triton.jit
-def corner_of(part, blocks, span, space, BC: tl.constexpr):
-    """First channel, first position and end of the positions of a part: the blocks of channels, span by span."""
+def part_corner(part, blocks, span, space, BC: tl.constexpr):
+    """Return the first channel, the first position and the end position of a part; parts go span by span."""
     start = (part // blocks) * span
     return (part % blocks) * BC, start, tl.minimum(start + span, space)
 
@@ -251,14 +250,14 @@ def cross_connect_pool_fwd_kernel(
     LAYOUT: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """One part's shares in Z of one path, into sums (N, m, spans, C)."""
+    """Write one part's sums for Z of one path to sums (N, m, spans, C)."""
     after_previous_launch(CHAINED)
     M: tl.constexpr = len(xs)
     sizes = extents(sizes, UNIT, LAYOUT)
     channels, space, _ = sizes
     sample = tl.program_id(0).to(tl.int64) + first
     part, parts = tl.program_id(1), tl.num_programs(1)
-    c0, start, stop = corner_of(part, blocks, span, space, BC)
+    c0, start, stop = part_corner(part, blocks, span, space, BC)
     c = c0 + tl.arange(0, BC)[:, None]
     for i in tl.static_range(M):
         if tl.program_id(2) == i:
@@ -282,7 +281,7 @@ def cross_connect_gate_fwd_kernel(
     BC: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """Z of one sample from its shares (N, m, spans, C), of which it may be the only one, and the gates."""
+    """Compute Z of one sample from its partial sums (N, m, spans, C), and the gates; Z is stored if spans > 1."""
     P: tl.constexpr = triton.next_power_of_2(M)
     K: tl.constexpr = G if G else N
     sample = tl.program_id(0).to(tl.int64) + first
@@ -299,7 +298,7 @@ def cross_connect_gate_fwd_kernel(
             row = (sample * M + i) * spans + part
             total += tl.load(sums + row * channels + c, mask=(part < spans) & (c < channels) & (i < M), other=0.0)
         z = tl.sum(total, 0)  # [C, m]
-        at, inside = channels_of(sample, c0, channels, M, BC)
+        at, inside = channel_offsets(sample, c0, channels, M, BC)
         tl.store(saved[2] + at, z, mask=inside & (spans > 1))
         products += w * z[:, :, None]
     store_gates(gates_of(tl.sum(products, 0), parameters, N, G), sample, saved, M, N, G)
@@ -307,7 +306,7 @@ def cross_connect_gate_fwd_kernel(
 
 @triton.jit
 def load_saved(gate, saved, incoming, sample, M: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
-    """What `gates_bwd` needs besides the products: gates and their gradients as scalars, w2 as n × [m, G], H [m, G]."""
+    """Load the inputs of `gates_bwd`: gates and incoming gradients as scalars, w2 as n × [m, G], H [m, G]."""
     gates, hidden = saved
     row = sample * (M * N)
     g = load_scalars(gates + row, M * N)
@@ -327,9 +326,9 @@ def load_saved(gate, saved, incoming, sample, M: tl.constexpr, N: tl.constexpr, 
 
 @triton.jit
 def gates_bwd(products, loaded, M: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
-    """The gradients of the scores [m, n] and of w·Z [m, K] of a sample, from the m·n scalars <dY_j, X_i>.
+    """Compute the gradients of the scores [m, n] and of w·Z [m, K] of a sample, from the m·n scalars <dY_j, X_i>.
 
-    Every thread computes the gradients of all scores, which is less than to share them out.
+    Every thread computes the gradients of all scores: this is cheaper than to distribute them.
     """
     g, grad_gates, grad_scores, w2, h = loaded
     da = ()
@@ -348,43 +347,43 @@ def gates_bwd(products, loaded, M: tl.constexpr, N: tl.constexpr, G: tl.constexp
             if len(grad_scores) > 0:
                 d += grad_scores[i * N + j]
             da += (d,)
-    d_scores = matrix_of(da, M, N, 0, N)
+    d_scores = to_matrix(da, M, N, 0, N)
     if G == 0:
         return d_scores, d_scores
     else:
-        dh = w2[0] * matrix_of(da, M, 1, 0, N)
+        dh = w2[0] * to_matrix(da, M, 1, 0, N)
         for j in tl.static_range(1, N):
-            dh += w2[j] * matrix_of(da, M, 1, j, N)
+            dh += w2[j] * to_matrix(da, M, 1, j, N)
         return d_scores, tl.where(h > 0, dh, 0.0)
 
 
 @triton.jit
 def store_gates_bwd(d_routing, sample, d_saved, M: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
-    at, mask = rows_of(sample, M, N)
+    at, mask = row_offsets(sample, M, N)
     tl.store(d_saved[0] + at, d_routing[0], mask=mask)
     if G:
-        at, mask = rows_of(sample, M, G)
+        at, mask = row_offsets(sample, M, G)
         tl.store(d_saved[1] + at, d_routing[1], mask=mask)
 
 
 @triton.jit
 def shares_of(d_projected, w, space):
-    """What each position gets through the pooling [C, m]: the second term of Eq. 3.15, from w [C, m, K]."""
+    """Return the gradient [C, m] of each position through the pooling (second term of Eq. 3.15), from w [C, m, K]."""
     return tl.div_rn(tl.sum(w * d_projected[None, :, :], 2), tl.cast(space, tl.float32))
 
 
 @triton.jit
-def spread_columns(shares, space, M: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, LAYOUT: tl.constexpr):
-    """Each column of [C, m] in the shape that broadcasts over a tile."""
+def broadcast_columns(shares, space, M: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, LAYOUT: tl.constexpr):
+    """Return each column of [C, m] in a shape that broadcasts over a tile."""
     columns = ()
     for i in tl.static_range(M):
-        columns += (spread(column(shares, i), space, BC, BS, LAYOUT),)
+        columns += (broadcast_channels(column(shares, i), space, BC, BS, LAYOUT),)
     return columns
 
 
 @triton.jit
 def store_grad_inputs(xs, x_strides, dxs, dy, g, shares, sample, size, offsets, mask, RELU: tl.constexpr):
-    """One tile of dX_i = Σ_j g_ij dY_j + share_i (Eq. 3.15); with RELU, zero where x is not above zero."""
+    """Store one tile of dX_i = Σ_j g_ij dY_j + share_i (Eq. 3.15); with RELU, 0 unless x > 0."""
     for i in tl.static_range(len(dxs)):
         dx = weighted_sum(dy, g, i * len(dy), 1) + shares[i]
         if RELU:
@@ -412,7 +411,7 @@ def walk_grad_inputs(
     LAYOUT: tl.constexpr,
     RELU: tl.constexpr,
 ):
-    """dX of every path, for the channels from c0 on and the positions from start to stop."""
+    """Store dX of every path, for the channels from c0 and the positions start to stop."""
     for s0 in range(start, stop, BS):
         corner, offsets, mask = tile_of(c0, s0, sizes, BC, BS, LAYOUT)
         dy = load_tiles(dys, dy_strides, sample, corner + offsets, mask, "evict_first")  # n × [C, S]
@@ -421,8 +420,8 @@ def walk_grad_inputs(
 
 @triton.jit
 def inner_products(totals):
-    """The sums of tiles of one dimension, as scalars."""
-    return entries(sums_of(totals, 0), 1, len(totals), 1)
+    """Return the sums of one-dimensional tiles as scalars."""
+    return to_scalars(sums_of(totals, 0), 1, len(totals), 1)
 
 
 @triton.jit
@@ -458,12 +457,12 @@ def cross_connect_resident_bwd_kernel(
     products = ()
     for i in tl.static_range(M):
         x = tl.load(xs[i] + sample * x_strides[i] + offsets, mask=mask, other=0.0)
-        x = rectified(x, RELU).to(tl.float32)  # [C, S]
+        x = maybe_relu(x, RELU).to(tl.float32)  # [C, S]
         for j in tl.static_range(N):
             products += (tl.reshape(x * dy[j].to(tl.float32), [BC * BS], can_reorder=True),)  # Eq. 3.10
     d_routing = gates_bwd(inner_products(products), loaded, M, N, G)
     if GRAD_INPUTS:
-        shares = spread_columns(shares_of(d_routing[1], w, space), space, M, BC, BS, LAYOUT)
+        shares = broadcast_columns(shares_of(d_routing[1], w, space), space, M, BC, BS, LAYOUT)
         store_grad_inputs(xs, x_strides, dxs, dy, loaded[0], shares, sample, size, offsets, mask, RELU)
     store_gates_bwd(d_routing, sample, d_saved, M, N, G)
 
@@ -507,7 +506,7 @@ def cross_connect_fused_bwd_kernel(
         g = loaded[0]
         for c0 in range(0, channels, BC):
             shares = shares_of(d_routing[1], weight_tile(gate[0], c0, channels, M, G if G else N, BC), space)
-            shares = spread_columns(shares, space, M, BC, BS, LAYOUT)
+            shares = broadcast_columns(shares, space, M, BC, BS, LAYOUT)
             walk_grad_inputs(
                 xs, x_strides, dys, dy_strides, dxs, g, shares, sample, c0, 0, space, sizes, BC, BS, LAYOUT, RELU
             )
@@ -532,16 +531,16 @@ def cross_connect_gate_bwd_kernel(
     BC: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """dA and dH of one sample from the partial inner products (N, parts, m, n), and its shares (N, m, C) if wanted."""
+    """Compute dA and dH of one sample from partial inner products (N, parts, m, n); shares (N, m, C) may be None."""
     sample = tl.program_id(0).to(tl.int64) + first
     loaded = load_saved(gate, saved, incoming, sample, M, N, G)
     after_previous_launch(CHAINED)
     sums = sum_parts(partials + sample * parts * (M * N), parts, M * N, 0, triton.next_power_of_2(M * N), PARTS)
-    d_routing = gates_bwd(entries(sums, 1, M * N, 1), loaded, M, N, G)
+    d_routing = gates_bwd(to_scalars(sums, 1, M * N, 1), loaded, M, N, G)
     store_gates_bwd(d_routing, sample, d_saved, M, N, G)
     if shares is not None:
         for c0 in range(0, channels, BC):
-            at, inside = channels_of(sample, c0, channels, M, BC)
+            at, inside = channel_offsets(sample, c0, channels, M, BC)
             share = shares_of(d_routing[1], weight_tile(gate[0], c0, channels, M, G if G else N, BC), space)
             tl.store(shares + at, share, mask=inside)
 
@@ -566,14 +565,14 @@ def cross_connect_inputs_bwd_kernel(
     LAYOUT: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """dX of one part, from the gates and from what each position gets through the pooling, shares (N, m, C)."""
+    """Compute dX of one part, from the gates and shares (N, m, C), the gradient of a position through the pooling."""
     after_previous_launch(CHAINED)
     M: tl.constexpr = len(dxs)
     sizes = extents(sizes, UNIT, LAYOUT)
     channels, space, _ = sizes
     sample = tl.program_id(0).to(tl.int64) + first
     g = load_scalars(gates + sample * (M * len(dys)), M * len(dys))
-    c0, start, stop = corner_of(tl.program_id(1), blocks, span, space, BC)
+    c0, start, stop = part_corner(tl.program_id(1), blocks, span, space, BC)
     c = c0 + (tl.arange(0, BC * BS) // space if LAYOUT == "flat" else tl.arange(0, BC)[:, None])
     loaded = ()
     for i in tl.static_range(M):
@@ -599,7 +598,7 @@ def outer_sum(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One tile of out[i] = Σ_s left[s, i] right[s, i]ᵀ and, beside its first column, bias[i] = Σ_s left[s, i]."""
+    """Compute a tile of out[i] = Σ_s left[s, i] right[s, i]ᵀ; tiles of column 0 also bias[i] = Σ_s left[s, i]."""
     across = tl.cdiv(columns, COLUMNS)
     r = (tile // across) * ROWS + tl.arange(0, ROWS)
     c = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)
@@ -634,10 +633,10 @@ def cross_connect_weights_bwd_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The gradients of all parameters (Eq. 3.14): a tile of W1 or, from number `tiles` on, of W2 for each program.
+    """Compute the gradients of all parameters (Eq. 3.14): each program one tile of W1 or, from `tiles` on, of W2.
 
-    A program adds all samples in their order. Atomics would add them in the order in which programs happen to end, and
-    the last bits would differ from run to run; a library's matrix product may be set to round its factors to tf32.
+    A program sums over all samples in order, so that results are bitwise reproducible, unlike with atomics. A library's
+    matrix product may be set to round to TF32.
     """
     d_scores, d_hidden = d_saved
     grad_w1, grad_b1, grad_w2, grad_b2 = grads

@@ -1,7 +1,7 @@
-"""Recordings of what a call launches, for the compiled library to launch again without Python (csrc/triton).
+"""Recordings of a call's kernel launches, which the compiled library replays without Python (csrc/triton).
 
-A call is recorded where it is a function of its tensors' addresses and values alone: it allocates tensors, launches
-kernels on them and on its arguments, and returns what it has allocated. Any other call is left to Python.
+A call can be recorded if it only allocates tensors, launches kernels on them and on its arguments, and returns the
+allocated tensors. All other calls stay in Python.
 """
 
 import struct
@@ -20,23 +20,23 @@ _ALLOCATIONS = {
     _aten.new_empty.default,
     _aten.new_empty_strided.default,
 }
-# What returns its argument where that needs no change.
+# Operators that return their argument if no conversion is needed.
 _CONVERSIONS = {_aten.contiguous.default, _aten.to.dtype, _aten.to.dtype_layout, _aten.to.other}
 
 _state = threading.local()
 
-# The kernels of all recordings: the compiled library keeps no more than their addresses.
+# Keeps the kernels of all recordings alive: the compiled library only has their addresses.
 _kernels: set = set()
 
 
 def launch(kernel, grid: tuple[int, ...]) -> Callable:
-    """Return `kernel[grid]`, whose call is noted where it is recorded."""
+    """Return `kernel[grid]`; during a recording, its launch is recorded."""
     recorder = getattr(_state, "recorder", None)
     return kernel[grid] if recorder is None else recorder.launching(kernel, grid)
 
 
 def record(function: Callable, args: tuple):
-    """Return function(*args), and give the compiled library the recording if there can be one."""
+    """Return function(*args), and pass the recording to the compiled library if the call can be recorded."""
     recorder = _Recorder(args)
     _state.recorder = recorder
     try:
@@ -53,27 +53,27 @@ def record(function: Callable, args: tuple):
 class _Recorder(TorchDispatchMode):
     def __init__(self, args: tuple):
         super().__init__()
-        self.tensors = list(_tensors(args))  # those of the call first, then the allocations
+        self.tensors = list(_tensors(args))  # the arguments first, then the allocations
         self.given = len(self.tensors)
         self.slots = {id(tensor): slot for slot, tensor in enumerate(self.tensors)}
-        self.aliases: list[Tensor] = []  # kept, so that no other object takes their place and id
+        self.aliases: list[Tensor] = []  # kept alive, so that their ids are not reused
         self.launches: list[list[int]] = []
         self.kernels: list = []
         addresses = [t.data_ptr() for t in self.tensors if t.numel()]
         self.obstacle: str | None = None
         if len(set(addresses)) < len(addresses):
-            self.obstacle = "two arguments have one address, so that it cannot be told which a kernel was given"
+            self.obstacle = "two arguments have the same address, so that a kernel's argument is ambiguous"
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS:
             self.slots[id(result)] = len(self.tensors)
             self.tensors.append(result)
-        elif func is _aten.detach.default and id(args[0]) in self.slots:  # as `empty_like` does with what it allocates
+        elif func is _aten.detach.default and id(args[0]) in self.slots:  # by `empty_like`
             self.slots[id(result)] = self.slots[id(args[0])]
             self.aliases.append(result)
         elif func not in _CONVERSIONS or result is not args[0]:
-            self.obstacle = f"{func} is called besides the kernels"
+            self.obstacle = f"{func} is called in addition to kernels"
         return result
 
     def launching(self, kernel, grid):
@@ -82,12 +82,12 @@ class _Recorder(TorchDispatchMode):
             if compiled is None:
                 self.obstacle = "the interpreter runs the kernels"
             if self.obstacle is None:
-                self._note(kernel, compiled, grid, args, settings)
+                self._record_launch(kernel, compiled, grid, args, settings)
             return compiled
 
         return run
 
-    def _note(self, kernel, compiled, grid, args, settings) -> None:
+    def _record_launch(self, kernel, compiled, grid, args, settings) -> None:
         metadata = compiled.metadata
         scratch = metadata.global_scratch_size or getattr(metadata, "profile_scratch_size", 0)
         if scratch or metadata.num_ctas != 1 or getattr(metadata, "launch_cooperative_grid", False):
@@ -115,7 +115,7 @@ class _Recorder(TorchDispatchMode):
         return [-1, 0]
 
     def code(self, results) -> list[int] | None:
-        """Return the recording in numbers, as csrc/triton/recordings.cpp reads them; None if there can be none."""
+        """Return the recording as integers for csrc/triton/recordings.cpp, or None if the call cannot be recorded."""
         groups = results if isinstance(results, tuple) else (results,)
         groups = [list(group) if isinstance(group, (list, tuple)) else [group] for group in groups]
         if not self.obstacle and any(self.slots.get(id(t), 0) < self.given for group in groups for t in group):
@@ -130,11 +130,12 @@ class _Recorder(TorchDispatchMode):
         return [*_counted(allocations), *_counted(groups), *_counted(self.launches)]
 
 
-# As c10::ScalarType numbers them.
+# Values of c10::ScalarType.
 _TYPES = {torch.float32: 6, torch.float64: 7, torch.float16: 5, torch.bfloat16: 15}
 
 
 def _counted(items: list[list[int]]) -> list[int]:
+    """Return the number of items, followed by all items flattened."""
     return [len(items), *(number for item in items for number in item)]
 
 
@@ -147,7 +148,7 @@ def _tensors(value) -> Iterator[Tensor]:
 
 
 def _flatten(value, kind) -> Iterator[tuple[object, str]]:
-    """Values with their types in the kernel's signature, tuples flattened and what was compiled in left out."""
+    """Yield values with their types in the kernel's signature; flatten tuples, skip compile-time constants."""
     if isinstance(kind, tuple):
         for item, of in zip(value, kind, strict=True):
             yield from _flatten(item, of)
@@ -156,7 +157,7 @@ def _flatten(value, kind) -> Iterator[tuple[object, str]]:
 
 
 def _constant(value, kind: str) -> int:
-    """The bits of a kernel's number, as the low bytes of an integer of 64."""
+    """Return the bits of a scalar argument in the low bytes of a 64-bit integer."""
     if kind in ("fp32", "f32"):
         return struct.unpack("<i", struct.pack("<f", value))[0]
     if kind == "fp64":

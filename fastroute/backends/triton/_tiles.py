@@ -1,7 +1,7 @@
-"""The pieces that the kernels share.
+"""Building blocks shared by the kernels.
 
-A sample is two-dimensional to them all: channels by positions, whichever lie next to each other in memory. Offsets that
-grow with the batch or with the size of a sample are int64; offsets inside a tile are int32.
+All kernels treat a sample as two-dimensional, channels × positions, in either memory format. Offsets that grow with the
+batch or the size of a sample are int64; offsets inside a tile are int32.
 """
 
 import triton
@@ -11,16 +11,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 def batch_strides(paths: list[Tensor]) -> tuple[int, ...]:
-    """The distance between the samples of each path, which is free to differ."""
+    """Return the batch stride of each path; paths may have different ones."""
     return tuple(path.stride(0) for path in paths)
 
 
 @triton.jit
 def after_previous_launch(CHAINED: tl.constexpr):
-    """Wait for the launch before, where this one may begin early, and let the next one begin early.
+    """Wait for the previous launch to end, and allow the next launch to begin (programmatic dependent launch).
 
-    What a program does before this is done while the programs of the launch before still run. The next launch begins
-    when all programs of this one are past this, so that all launches but the last have ended by then.
+    Code before this call overlaps with the previous launch. The next launch begins when all programs of this one have
+    made this call; by then all earlier launches have ended.
     """
     if CHAINED:
         gdc_wait()
@@ -29,9 +29,9 @@ def after_previous_launch(CHAINED: tl.constexpr):
 
 @triton.jit
 def extents(sizes, UNIT: tl.constexpr, LAYOUT: tl.constexpr):
-    """(channels, space, channels · space) from sizes, where UNIT is divided out of the extent that is contiguous.
+    """Return (channels, space, channels · space) from sizes, in which the contiguous extent is divided by UNIT.
 
-    A factor that the compiler knows is what makes accesses wide: rows of 14 × 14 begin at multiples of 4 elements.
+    The constant factor UNIT lets the compiler vectorise accesses: rows of 14 × 14 begin at multiples of 4 elements.
     """
     channels, space, size = sizes
     if LAYOUT == "last":
@@ -42,10 +42,10 @@ def extents(sizes, UNIT: tl.constexpr, LAYOUT: tl.constexpr):
 
 @triton.jit
 def tile_of(c0, s0, sizes, BC: tl.constexpr, BS: tl.constexpr, LAYOUT: tl.constexpr):
-    """The tile from channel c0 and position s0 on: offset of its corner, offsets from there, mask.
+    """Return the tile from channel c0 and position s0: offset of its corner, offsets from the corner, mask.
 
-    Offsets and mask are [C, S]. In the flat layout they are [C·S], channel after channel without gaps and then padding,
-    so that accesses are wide whatever the number of positions; such a tile has all of them. See `regrouped`.
+    Offsets and mask are [C, S]. In the flat layout they are [C·S]: channel after channel without gaps, then padding, so
+    that accesses are wide for every number of positions. A flat tile has all positions. See `as_matrix`.
     """
     channels, space, size = sizes
     if LAYOUT == "flat":
@@ -68,8 +68,8 @@ def zero_tile(BC: tl.constexpr, BS: tl.constexpr, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def regrouped(x, space, BC: tl.constexpr, BS: tl.constexpr, LAYOUT: tl.constexpr):
-    """A tile as [C, S], zero beyond the positions."""
+def as_matrix(x, space, BC: tl.constexpr, BS: tl.constexpr, LAYOUT: tl.constexpr):
+    """Return a tile as [C, S], with zeros beyond the positions."""
     if LAYOUT == "flat":
         c = tl.arange(0, BC)[:, None]
         s = tl.arange(0, BS)[None, :]
@@ -80,8 +80,8 @@ def regrouped(x, space, BC: tl.constexpr, BS: tl.constexpr, LAYOUT: tl.constexpr
 
 
 @triton.jit
-def spread(values, space, BC: tl.constexpr, BS: tl.constexpr, LAYOUT: tl.constexpr):
-    """One value for each channel [C] in the shape that broadcasts over a tile."""
+def broadcast_channels(values, space, BC: tl.constexpr, BS: tl.constexpr, LAYOUT: tl.constexpr):
+    """Return one value per channel [C] in a shape that broadcasts over a tile."""
     if LAYOUT == "flat":
         at = tl.arange(0, BC * BS) // space
         return tl.gather(values, tl.minimum(at, BC - 1), 0)
@@ -90,8 +90,8 @@ def spread(values, space, BC: tl.constexpr, BS: tl.constexpr, LAYOUT: tl.constex
 
 
 @triton.jit
-def rectified(x, RELU: tl.constexpr):
-    """max(x, 0), NaN staying NaN, or x without RELU."""
+def maybe_relu(x, RELU: tl.constexpr):
+    """Return max(x, 0), which keeps NaN, or x without RELU."""
     if RELU:
         return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)  # one instruction for two halves, without a mask
     else:
@@ -100,23 +100,23 @@ def rectified(x, RELU: tl.constexpr):
 
 @triton.jit
 def load_tiles(paths, strides, sample, offsets, mask, EVICT: tl.constexpr, RELU: tl.constexpr = False):
-    """The same tile of every path, in the paths' dtype: what is held in half precision takes half the registers."""
+    """Load the same tile of every path, in the paths' dtype: half precision takes half the registers."""
     tiles = ()
     for i in tl.static_range(len(paths)):
         x = tl.load(paths[i] + sample * strides[i] + offsets, mask=mask, other=0.0, eviction_policy=EVICT)
-        tiles += (rectified(x, RELU),)
+        tiles += (maybe_relu(x, RELU),)
     return tiles
 
 
 @triton.jit
 def stack(tiles):
-    """Tiles side by side in a new last dimension, with zeros up to a power of 2: one reduction then serves them all."""
+    """Stack tiles along a new last dimension, padded with zeros to a power of 2, so that one reduction serves all."""
     SHAPE: tl.constexpr = tiles[0].shape
     COUNT: tl.constexpr = triton.next_power_of_2(len(tiles))
     for _ in tl.static_range(COUNT - len(tiles)):
         tiles += (tl.zeros(SHAPE, tiles[0].dtype),)
     for level in tl.static_range(1, 7):
-        if COUNT >> level > 0:  # the tiles half a row apart become neighbours: tile i of the outcome is tile i
+        if COUNT >> level > 0:  # join tiles half a row apart, so that tile i stays at index i
             joined = ()
             for i in tl.static_range(COUNT >> level):
                 joined += (tl.join(tiles[i], tiles[i + (COUNT >> level)]),)
@@ -126,8 +126,8 @@ def stack(tiles):
 
 @triton.jit
 def sums_of(tiles, AXIS: tl.constexpr):
-    """The sums of tiles over one axis, side by side as by `stack`."""
-    if len(tiles) == 1:  # a new dimension before the sum would move the whole tile to other threads
+    """Return the sums of tiles over one axis, stacked as by `stack`."""
+    if len(tiles) == 1:  # a new dimension before the sum would redistribute the tile among threads
         total = tl.sum(tiles[0], AXIS)
         return tl.expand_dims(total, len(tiles[0].shape) - 1)
     else:
@@ -136,14 +136,14 @@ def sums_of(tiles, AXIS: tl.constexpr):
 
 @triton.jit
 def column(stacked, i: tl.constexpr):
-    """Column i of a matrix."""
+    """Return column i of a matrix."""
     at = tl.arange(0, stacked.shape[1])[None, :]
     return tl.sum(tl.where(at == i, stacked, 0.0), 1)
 
 
 @triton.jit
 def weighted_sum(tiles, weights, first: tl.constexpr, step: tl.constexpr):
-    """Σ_i weights[first + i·step] · tiles[i]."""
+    """Return Σ_i weights[first + i·step] · tiles[i]."""
     total = weights[first] * tiles[0].to(tl.float32)
     for i in tl.static_range(1, len(tiles)):
         total += weights[first + i * step] * tiles[i].to(tl.float32)
@@ -152,7 +152,7 @@ def weighted_sum(tiles, weights, first: tl.constexpr, step: tl.constexpr):
 
 @triton.jit
 def zero_totals(COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Accumulators for `add_products`."""
+    """Return accumulators for `add_products`."""
     totals = ()
     for _ in tl.static_range(COUNT):
         totals += (tl.zeros([BLOCK], tl.float32),)
@@ -161,7 +161,7 @@ def zero_totals(COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def add_products(totals, xs, dys):
-    """totals[i, j] + x_i · dy_j, element by element: as in pairwise sums, no long chain of additions arises."""
+    """Return totals[i, j] + x_i · dy_j, elementwise, which avoids long chains of additions, as pairwise sums do."""
     new = ()
     for i in tl.static_range(len(xs)):
         for j in tl.static_range(len(dys)):
@@ -171,7 +171,7 @@ def add_products(totals, xs, dys):
 
 @triton.jit
 def sum_parts(values, parts, columns, first, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
-    """Σ over the rows of values (parts, columns), always in one order, for COLUMNS columns from the first on."""
+    """Sum values (parts, columns) over the rows, in a fixed order, for COLUMNS columns from `first`."""
     column = first + tl.arange(0, COLUMNS)[None, :]
     total = tl.zeros([PARTS, COLUMNS], tl.float32)
     for part0 in range(0, parts, PARTS):
@@ -182,8 +182,8 @@ def sum_parts(values, parts, columns, first, COLUMNS: tl.constexpr, PARTS: tl.co
 
 
 @triton.jit
-def entries(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr):
-    """ROWS × COLUMNS of the values, whose rows are STRIDE apart, as scalars."""
+def to_scalars(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr):
+    """Return ROWS × COLUMNS of the values as scalars; rows are STRIDE apart."""
     at = tl.arange(0, values.shape[0])
     scalars = ()
     for i in tl.static_range(ROWS):
@@ -193,8 +193,8 @@ def entries(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.conste
 
 
 @triton.jit
-def matrix_of(scalars, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FIRST: tl.constexpr, STRIDE: tl.constexpr):
-    """The reverse: a padded matrix of the scalars from the FIRST on, which every thread has at hand."""
+def to_matrix(scalars, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FIRST: tl.constexpr, STRIDE: tl.constexpr):
+    """Return a padded matrix of scalars, from scalars[FIRST]: the inverse of `to_scalars`."""
     i = tl.arange(0, triton.next_power_of_2(ROWS))[:, None]
     j = tl.arange(0, triton.next_power_of_2(COLUMNS))[None, :]
     matrix = tl.zeros([triton.next_power_of_2(ROWS), triton.next_power_of_2(COLUMNS)], tl.float32)
@@ -206,7 +206,7 @@ def matrix_of(scalars, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FIRST: tl.cons
 
 @triton.jit
 def load_scalars(values, COUNT: tl.constexpr):
-    """COUNT values that lie next to each other."""
+    """Load COUNT adjacent values as scalars."""
     scalars = ()
     for k in tl.static_range(COUNT):
         scalars += (tl.load(values + k),)

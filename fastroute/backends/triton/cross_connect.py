@@ -1,4 +1,4 @@
-"""Cross-connection routing (Alg. 2) and its backward: which kernels run, and what they are given."""
+"""Launches of cross-connection routing (Alg. 2) and its backward."""
 
 import functools
 import math
@@ -6,7 +6,7 @@ import math
 import torch
 import triton
 
-from fastroute.backends.triton import planning as tables
+from fastroute.backends.triton import planning
 from fastroute.backends.triton._cross_connect_kernels import (
     cross_connect_fused_bwd_kernel,
     cross_connect_fused_fwd_kernel,
@@ -25,27 +25,27 @@ from fastroute.ops._paths import channels_first, empty_path
 
 
 @functools.cache
-def _chip(device: torch.device) -> tables.Chip:
+def _chip(device: torch.device) -> planning.Chip:
     if device.type == "cpu":
-        return tables.INTERPRETED
+        return planning.INTERPRETED
     properties = torch.cuda.get_device_properties(device)
-    return tables.Chip(properties.multi_processor_count, properties.L2_cache_size, chains=properties.major >= 9)
+    return planning.Chip(properties.multi_processor_count, properties.L2_cache_size, chains=properties.major >= 9)
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(problem: tables.Problem, chip: tables.Chip) -> tables.Resident | tables.Fused | tables.Split:
-    return tables.plan(problem, chip)
+def _plan(problem: planning.Problem, chip: planning.Chip) -> planning.Settings:
+    return planning.plan(problem, chip)
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether channels lie next to each other: without positions they do in any format."""
+    """Return whether the channels are contiguous; with a single position they are in any format."""
     return math.prod(x.shape[2:]) == 1 or not channels_first(x)
 
 
 def problem_of(
     x: torch.Tensor, m: int, n: int, w1: torch.Tensor | None, backward: bool, relu: bool = False
-) -> tables.Problem:
-    return tables.Problem(
+) -> planning.Problem:
+    return planning.Problem(
         batch=x.shape[0],
         m=m,
         n=n,
@@ -60,33 +60,33 @@ def problem_of(
 
 
 def gate_of(w1, b1, w2, b2) -> tuple[torch.Tensor | None, ...]:
-    """`gate` of the kernels: parameters in float32, whatever the paths are."""
+    """Return the kernels' argument `gate`, with all parameters in float32."""
     w1, b1, w2, b2 = (None if p is None else p.float().contiguous() for p in (w1, b1, w2, b2))
     return w2 if w1 is None else w1, b1, w2, b2
 
 
-def program_of(problem: tables.Problem, settings: tables.Resident | tables.Fused | tables.Split) -> dict[str, int]:
-    """Warps and registers of every program of a launch."""
-    return {"num_warps": settings.num_warps, "maxnreg": tables.max_registers(problem.m, problem.n)}
+def program_of(problem: planning.Problem, settings: planning.Settings) -> dict[str, int]:
+    """Return the launch options for warps and registers."""
+    return {"num_warps": settings.num_warps, "maxnreg": planning.max_registers(problem.m, problem.n)}
 
 
-def tile_of_problem(problem: tables.Problem, settings: tables.Resident | tables.Fused | tables.Split) -> dict[str, int]:
-    """The tiles of a kernel that walks over [C, S], and its programs."""
+def tile_of_problem(problem: planning.Problem, settings: planning.Settings) -> dict[str, int]:
+    """Return the tile and launch options of a kernel that loops over [C, S]."""
     tile = {"BC": settings.block_c, "BS": settings.block_s, "UNIT": problem.unit, "LAYOUT": problem.layout}
     return tile | program_of(problem, settings)
 
 
-def chained(chip: tables.Chip, begins: bool = False) -> dict[str, bool]:
-    """Options of a launch of several that hand on to each other; the one that begins waits for what went before."""
+def chained(chip: planning.Chip, begins: bool = False) -> dict[str, bool]:
+    """Return the options of a launch in a chain of dependent launches; the first of a chain does not begin early."""
     if not chip.chains:
         return {"CHAINED": False}
     return {"CHAINED": True, "launch_pdl": not begins}
 
 
 class Gating:
-    """The first two launches of the split tier, for chunks of samples: Z in parts, and then the gates."""
+    """First two launches of the split tier, for chunks of samples: partial sums for Z, then the gates."""
 
-    def __init__(self, problem: tables.Problem, settings: tables.Split, chip: tables.Chip, saved: tuple):
+    def __init__(self, problem: planning.Problem, settings: planning.Split, chip: planning.Chip, saved: tuple):
         self.problem, self.settings, self.chip, self.saved = problem, settings, chip, saved
         self.blocks = triton.cdiv(problem.channels, settings.block_c)
         self.spans = triton.cdiv(problem.space, settings.span)
@@ -118,13 +118,13 @@ class Gating:
             M=problem.m,
             N=problem.n,
             G=problem.gate_channels,
-            **tables.gate(problem, self.spans),
+            **planning.gate(problem, self.spans),
             **chained(self.chip),
         )
 
 
 def launch_gate_bwd(
-    problem: tables.Problem,
+    problem: planning.Problem,
     partials: torch.Tensor,
     gate: tuple,
     saved: tuple,
@@ -136,7 +136,7 @@ def launch_gate_bwd(
     chunk: int,
     chain: dict[str, bool],
 ) -> None:
-    """dA, dH and shares of a chunk of samples."""
+    """Launch the computation of dA, dH and shares of a chunk of samples."""
     launch(cross_connect_gate_bwd_kernel, (chunk,))(
         partials,
         gate,
@@ -151,7 +151,7 @@ def launch_gate_bwd(
         M=problem.m,
         N=problem.n,
         G=problem.gate_channels,
-        **tables.gate(problem, parts),
+        **planning.gate(problem, parts),
         **chain,
     )
 
@@ -161,10 +161,10 @@ def empty_gradients(gates: torch.Tensor, w1: torch.Tensor | None, w2: torch.Tens
     return tuple(gates.new_empty(shape) for shape in (*shapes, w2.shape, w2.shape[:2]))
 
 
-def launch_weights(d_saved: tuple, pooled: torch.Tensor, hidden: torch.Tensor, grads: tuple, problem: tables.Problem):
-    """The gradients of all parameters, from dA and dH."""
+def launch_weights(d_saved: tuple, pooled: torch.Tensor, hidden: torch.Tensor, grads: tuple, problem: planning.Problem):
+    """Launch the computation of all parameters' gradients, from dA and dH."""
     tiles = [
-        triton.cdiv(rows, tables.ROWS) * triton.cdiv(columns, tables.COLUMNS)
+        triton.cdiv(rows, planning.ROWS) * triton.cdiv(columns, planning.COLUMNS)
         for rows, columns in (grads[0].shape[1:] or (0, 0), grads[2].shape[1:])
     ]
     launch(cross_connect_weights_bwd_kernel, (sum(tiles), problem.m))(
@@ -178,10 +178,10 @@ def launch_weights(d_saved: tuple, pooled: torch.Tensor, hidden: torch.Tensor, g
         problem.n,
         problem.channels,
         G=problem.gate_channels,
-        SAMPLES=tables.SAMPLES,
-        ROWS=tables.ROWS,
-        COLUMNS=tables.COLUMNS,
-        num_warps=tables.WEIGHT_GRAD_WARPS,
+        SAMPLES=planning.SAMPLES,
+        ROWS=planning.ROWS,
+        COLUMNS=planning.COLUMNS,
+        num_warps=planning.WEIGHT_GRAD_WARPS,
     )
 
 
@@ -200,9 +200,9 @@ def cross_connect(xs, w1, b1, w2, b2, relu):
     sizes, options = problem.sizes, {"RELU": relu, "G": problem.gate_channels}
     paths, ys, gate = (tuple(xs), batch_strides(xs)), tuple(outputs), gate_of(w1, b1, w2, b2)
     with torch.cuda.device_of(x):
-        if isinstance(settings, tables.Resident):
+        if isinstance(settings, planning.Resident):
             launch(cross_connect_resident_fwd_kernel, (batch,))(*paths, ys, gate, saved, sizes, **options, **tile)
-        elif isinstance(settings, tables.Fused):
+        elif isinstance(settings, planning.Fused):
             launch(cross_connect_fused_fwd_kernel, (batch,))(
                 *paths, ys, gate, saved, sizes, BLOCK=settings.block, **options, **tile
             )
@@ -243,14 +243,14 @@ def cross_connect_backward(
     sizes = problem.sizes
     options = {"GRAD_INPUTS": grad_inputs, "RELU": relu, "G": problem.gate_channels}
     paths, dys = (tuple(xs), batch_strides(xs)), (tuple(grad_outputs), batch_strides(grad_outputs))
-    dxs = tuple(grad_xs if grad_inputs else xs)  # without GRAD_INPUTS nothing is written there
+    dxs = tuple(grad_xs if grad_inputs else xs)  # not written without GRAD_INPUTS
     incoming = tuple(None if grad is None else grad.contiguous() for grad in (grad_gates, grad_scores))
     d_saved = (torch.empty_like(gates), torch.empty_like(hidden))  # dA, dH
     common = (gate_of(w1, b1, w2, b2), (gates, hidden), incoming, d_saved)
     with torch.cuda.device_of(x):
-        if isinstance(settings, tables.Resident):
+        if isinstance(settings, planning.Resident):
             launch(cross_connect_resident_bwd_kernel, (batch,))(*paths, *dys, dxs, *common, sizes, **options, **tile)
-        elif isinstance(settings, tables.Fused):
+        elif isinstance(settings, planning.Fused):
             launch(cross_connect_fused_bwd_kernel, (batch,))(
                 *paths, *dys, dxs, *common, sizes, BLOCK=settings.block, **options, **tile
             )

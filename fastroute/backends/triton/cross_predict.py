@@ -1,4 +1,4 @@
-"""Cross-prediction (Alg. 1): the passes around PyTorch's convolutions, and what they make of them."""
+"""Cross-prediction (Alg. 1): elementwise kernels around PyTorch's convolutions."""
 
 import math
 import sys
@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from fastroute.backends._cross_predict import Passes
-from fastroute.backends.triton import planning as tables
-from fastroute.backends.triton._cross_connect_kernels import corner_of
+from fastroute.backends.triton import planning
+from fastroute.backends.triton._cross_connect_kernels import part_corner
 from fastroute.backends.triton._recording import launch
 from fastroute.backends.triton._tiles import batch_strides, extents, load_scalars, tile_of, zero_totals
 from fastroute.backends.triton.cross_connect import is_channels_last
@@ -18,7 +18,7 @@ from fastroute.backends.triton.mix import launch_sum_parts
 
 @triton.jit
 def joined_tile(c0, s0, part, sizes, PARTS: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, LAYOUT: tl.constexpr):
-    """As `tile_of`, of one of the PARTS paths that lie side by side in the channels of a tensor: corner and offsets."""
+    """Return corner and offsets as `tile_of`, for one of PARTS paths concatenated along the channels of a tensor."""
     channels, space, size = sizes
     c = tl.arange(0, BC)[:, None]
     s = tl.arange(0, BS)[None, :]
@@ -51,7 +51,7 @@ def sum_predictions_kernel(
     channels, space, _ = sizes
     sample = tl.program_id(0).to(tl.int64)
     g = load_scalars(gates + sample * (M * N), M * N)
-    c0, start, stop = corner_of(tl.program_id(1), blocks, span, space, BC)
+    c0, start, stop = part_corner(tl.program_id(1), blocks, span, space, BC)
     c = c0 + tl.arange(0, BC)
     for j in tl.static_range(N):
         if offsets is None:
@@ -91,14 +91,14 @@ def scale_paths_kernel(
     UNIT: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
-    """With SUMS, each program's part of the sums over space goes into totals (N, spans, P, C)."""
+    """Mask and scale paths; with SUMS, write each program's part of the sums over space to totals (N, spans, P, C)."""
     P: tl.constexpr = len(xs)
     Q: tl.constexpr = len(scaled)
     sizes = extents(sizes, UNIT, LAYOUT)
     channels, space, _ = sizes
     sample = tl.program_id(0).to(tl.int64)
     w = load_scalars(weights + sample * (P * Q), P * Q)
-    c0, start, stop = corner_of(tl.program_id(1), blocks, span, space, BC)
+    c0, start, stop = part_corner(tl.program_id(1), blocks, span, space, BC)
     for p in tl.static_range(P):
         total = tl.zeros([BC, BS], tl.float32)
         for s0 in range(start, stop, BS):
@@ -138,14 +138,14 @@ def sum_gradients_kernel(
     UNIT: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
-    """<T_ij, X_i> over one part of a sample, into partials (N, parts, m, n), and dX of it unless there is none."""
+    """Write <T_ij, X_i> of one part of a sample to partials (N, parts, m, n), and its dX unless dxs is empty."""
     M: tl.constexpr = len(xs)
     N: tl.constexpr = len(terms)
     sizes = extents(sizes, UNIT, LAYOUT)
     _, space, _ = sizes
     sample = tl.program_id(0).to(tl.int64)
     g = load_scalars(gates + sample * (M * N), M * N)
-    c0, start, stop = corner_of(tl.program_id(1), blocks, span, space, BC)
+    c0, start, stop = part_corner(tl.program_id(1), blocks, span, space, BC)
     row = (sample * tl.num_programs(1) + tl.program_id(1)) * (M * N)
     for i in tl.static_range(M):
         totals = zero_totals(N, BC * BS)
@@ -167,8 +167,8 @@ def sum_gradients_kernel(
 
 
 def _launch(x: torch.Tensor, m: int, n: int) -> tuple[tuple[int, int], tuple, dict]:
-    """Grid, (sizes, blocks, span) and tile of a pass over paths like x, m or n of which it has at hand at once."""
-    problem = tables.Problem(
+    """Return grid, (sizes, blocks, span) and tile of a pass over paths like x, of which it holds m or n at once."""
+    problem = planning.Problem(
         batch=x.shape[0],
         m=m,
         n=n,
@@ -180,7 +180,7 @@ def _launch(x: torch.Tensor, m: int, n: int) -> tuple[tuple[int, int], tuple, di
         backward=True,  # n tiles of one path after another, m of them
         flat=False,
     )
-    settings = tables.tiles(problem)
+    settings = planning.tiles(problem)
     blocks, spans = triton.cdiv(problem.channels, settings.block_c), triton.cdiv(problem.space, settings.span)
     tile = {
         "BC": settings.block_c,
@@ -188,7 +188,7 @@ def _launch(x: torch.Tensor, m: int, n: int) -> tuple[tuple[int, int], tuple, di
         "UNIT": problem.unit,
         "LAYOUT": problem.layout,
         "num_warps": settings.num_warps,
-        "maxnreg": tables.max_registers(m, n),
+        "maxnreg": planning.max_registers(m, n),
     }
     return (problem.batch, blocks * spans), (problem.sizes, blocks, settings.span), tile
 
@@ -267,6 +267,6 @@ def sum_gradients(terms, xs, gates, grad_xs):
     return products
 
 
-# A card wants large launches; the predictions of such a chunk are 256 MiB for two paths to two.
+# A GPU needs large launches; the predictions of such a chunk take 256 MiB for two paths to two.
 PASSES = Passes(sys.modules[__name__], chunk_bytes=64 << 20)
 cross_predict, cross_predict_backward = PASSES.forward, PASSES.backward

@@ -1,9 +1,9 @@
-"""The gates of a router on their own (Eq. 3.3 to 3.5), by the kernels of cross-connection's split tier."""
+"""The gates of a router without routing (Eq. 3.3 to 3.5), by the kernels of cross-connection's split tier."""
 
 import torch
 
 from fastroute.backends.triton import cross_connect as cc
-from fastroute.backends.triton import planning as tables
+from fastroute.backends.triton import planning
 from fastroute.backends.triton._tiles import batch_strides
 
 
@@ -16,7 +16,7 @@ def gate(xs, w1, b1, w2, b2):
         return saved
     paths, parameters = (tuple(xs), batch_strides(xs)), cc.gate_of(w1, b1, w2, b2)
     with torch.cuda.device_of(x):
-        gating = cc.Gating(problem, tables.tiles(problem), cc._chip(x.device), saved)
+        gating = cc.Gating(problem, planning.tiles(problem), cc._chip(x.device), saved)
         gating.launch(paths, parameters, 0, problem.batch)
     return saved
 
@@ -32,9 +32,9 @@ def gate_backward(grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hi
     incoming = tuple(None if grad is None else grad.contiguous() for grad in (grad_gates, grad_scores))
     d_saved = (torch.empty_like(gates), torch.empty_like(hidden))  # dA, dH
     with torch.cuda.device_of(x):
-        saved, alone = (gates, hidden), {"CHAINED": False}
-        cc.launch_gate_bwd(  # of no inner products, and so of the incoming alone
-            problem, gates, parameters, saved, incoming, d_saved, shares, 0, 0, problem.batch, alone
+        saved, unchained = (gates, hidden), {"CHAINED": False}
+        cc.launch_gate_bwd(  # with 0 parts: no inner products, only the incoming gradients
+            problem, gates, parameters, saved, incoming, d_saved, shares, 0, 0, problem.batch, unchained
         )
         cc.launch_weights(d_saved, pooled, hidden, grads, problem)
     return shares, *grads

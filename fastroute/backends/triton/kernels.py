@@ -1,4 +1,4 @@
-"""One function for each operator."""
+"""One function per operator."""
 
 from fastroute.backends.triton._recording import record
 from fastroute.backends.triton.cross_connect import cross_connect, cross_connect_backward

@@ -1,4 +1,4 @@
-"""The cross-path weighted sum (Eq. 3.7) and its backward: one pass over the paths in either direction."""
+"""The cross-path weighted sum (Eq. 3.7) and its backward, each in one pass over the paths."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastroute.backends.triton import planning as tables
+from fastroute.backends.triton import planning
 from fastroute.backends.triton._recording import launch
 from fastroute.backends.triton._tiles import (
     add_products,
@@ -24,7 +24,7 @@ from fastroute.ops._paths import empty_path
 
 @triton.jit
 def mix_block(xs, x_strides, ys, g, sample, size, start, BLOCK: tl.constexpr, RELU: tl.constexpr):
-    """One block of every output; g holds the m·n gates of the sample as scalars."""
+    """Compute one block of every output; g holds the m·n gates of the sample as scalars."""
     at = start + tl.arange(0, BLOCK)
     mask = at < size
     x = load_tiles(xs, x_strides, sample, at, mask, "evict_first", RELU)  # m × [C·S]
@@ -74,7 +74,7 @@ def mix_bwd_kernel(
     RELU: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """<dY_j, X_i> over one portion of a sample, into partials (N, parts, m, n), and with GRAD_INPUTS dX of it."""
+    """Write <dY_j, X_i> of one portion of a sample to partials (N, parts, m, n), and with GRAD_INPUTS its dX."""
     after_previous_launch(CHAINED)
     M: tl.constexpr = len(xs)
     N: tl.constexpr = len(dys)
@@ -108,8 +108,8 @@ def sum_parts_kernel(values, out, parts, columns, COLUMNS: tl.constexpr, PARTS: 
 
 
 def launch_sum_parts(values: torch.Tensor, out: torch.Tensor, rows: int, parts: int, columns: int) -> None:
-    """out (rows, columns) = values (rows, parts, columns) summed over the parts."""
-    tile = tables.partial_sums(parts, columns)
+    """Launch the sum of values (rows, parts, columns) over the parts, into out (rows, columns)."""
+    tile = planning.partial_sums(parts, columns)
     launch(sum_parts_kernel, (rows, triton.cdiv(columns, tile["COLUMNS"])))(values, out, parts, columns, **tile)
 
 
@@ -119,8 +119,8 @@ def mix(xs, gates):
     if x.shape[0] == 0:
         return outputs
     size = math.prod(x.shape[1:])
-    settings = tables.elementwise(len(xs), n, size, x.itemsize, backward=False)
-    registers = tables.max_registers(len(xs), n)
+    settings = planning.elementwise(len(xs), n, size, x.itemsize, backward=False)
+    registers = planning.max_registers(len(xs), n)
     with torch.cuda.device_of(x):
         launch(mix_fwd_kernel, (x.shape[0], triton.cdiv(size, settings.portion)))(
             tuple(xs),
@@ -145,13 +145,13 @@ def mix_backward(grad_outputs, xs, gates, grad_inputs):
     grad_xs = [empty_path(x) for _ in xs] if grad_inputs else []
     grad_gates = gates.new_empty(gates.shape, dtype=torch.float32)
     if x.shape[0] == 0:
-        return grad_xs, grad_gates.zero_()  # one matrix for all samples has a gradient even where there is no sample
+        return grad_xs, grad_gates.zero_()  # gates (m, n) have a gradient even for an empty batch
     size, static = math.prod(x.shape[1:]), gates.dim() == 2
-    settings = tables.elementwise(m, n, size, x.itemsize, backward=True)
+    settings = planning.elementwise(m, n, size, x.itemsize, backward=True)
     parts = triton.cdiv(size, settings.portion)
     whole = parts == 1 and not static
     partials = grad_gates if whole else gates.new_empty((x.shape[0], parts, m, n), dtype=torch.float32)
-    registers = tables.max_registers(len(xs), n)
+    registers = planning.max_registers(len(xs), n)
     with torch.cuda.device_of(x):
         launch(mix_bwd_kernel, (x.shape[0], parts))(
             tuple(xs),
@@ -174,8 +174,8 @@ def mix_backward(grad_outputs, xs, gates, grad_inputs):
             maxnreg=registers,
         )
         if not whole:
-            # One program adds the partial sums of a gate, in the order of the samples. Atomics would add them in the
-            # order in which programs happen to end, and the last bits would differ from run to run.
+            # One program adds the partial sums of a gate in the order of the samples, so that results are bitwise
+            # reproducible, unlike with atomics.
             rows, parts = (1, x.shape[0] * parts) if static else (x.shape[0], parts)
             launch_sum_parts(partials, grad_gates, rows, parts, m * n)
     return grad_xs, grad_gates

@@ -1,20 +1,20 @@
-"""The mixture-EM loss (Eq. 4.11 to 4.23) and its gradient: one launch in either direction, a program to a mixture.
+"""The mixture-EM loss (Eq. 4.11 to 4.23) and its gradient: one launch each, with one program per mixture.
 
-A batch of scores is small, 5 KB for 128 samples of 10 clusters, and each mixture's statistics need all of it: a program
-goes over its columns again from cache, and no two programs wait for each other.
+A batch of scores is small, 5 KB for 128 samples of 10 clusters, and each mixture's statistics need all of it. A program
+rereads its columns from cache, and programs do not wait for each other.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from fastroute.backends.triton import planning as tables
+from fastroute.backends.triton import planning
 from fastroute.backends.triton._recording import launch
 
 
 @triton.jit
 def load_samples(values, first, samples, stride, inside, BN: tl.constexpr, BK: tl.constexpr):
-    """BN samples of a mixture from the first on: offsets, mask and values [N, K] in float32."""
+    """Return offsets, mask and float32 values [N, K] of BN samples of a mixture, from `first`."""
     n = first + tl.arange(0, BN)
     offsets = n.to(tl.int64)[:, None] * stride + tl.arange(0, BK)[None, :]
     mask = (n < samples)[:, None] & inside[None, :]
@@ -23,24 +23,24 @@ def load_samples(values, first, samples, stride, inside, BN: tl.constexpr, BK: t
 
 @triton.jit
 def inverse(sigma):
-    """1/σ, but 0 where that is no number: of a σ of 0, or so small that its inverse overflows."""
+    """Return 1/σ, or 0 if σ is 0 or so small that its inverse overflows."""
     scale = 1 / sigma
     return tl.where(scale == float("inf"), 0.0, scale)
 
 
 @triton.jit
 def column_statistics(values, samples, stride, weight, inside, BN: tl.constexpr, BK: tl.constexpr):
-    """μ and 1/σ of each column, 0 where σ is (Eq. 4.11).
+    """Return μ and 1/σ of each column, with 1/σ = 0 if σ = 0 (Eq. 4.11).
 
-    What is summed is the distance from the first sample, so that a constant column has exactly none, by a power of two
-    near the largest, so that no square over- or underflows.
+    The sums are over distances to the first sample, so that a constant column has σ = 0 exactly. Distances are divided
+    by a power of two near the largest, so that no square over- or underflows.
     """
     start = tl.load(values + tl.arange(0, BK), mask=inside, other=0.0).to(tl.float32)  # [K]
     far = tl.zeros([BN, BK], tl.float32)
     for first in range(0, samples, BN):
         _, mask, x = load_samples(values, first, samples, stride, inside, BN, BK)
         far = tl.maximum(far, tl.where(mask, tl.abs(x - start[None, :]), 0.0))
-    # The exponent's bits, of a power of two whose inverse is a normal number too. NaNs flow through the sums.
+    # Exponent bits of a power of two whose inverse is a normal number too. NaN propagates through the sums.
     exponent = tl.max(far, 0).to(tl.int32, bitcast=True) & 0x7F800000
     exponent = tl.minimum(tl.maximum(exponent, 0x00800000), 0x7E800000)
     unit, per_unit = exponent.to(tl.float32, bitcast=True), (0x7F000000 - exponent).to(tl.float32, bitcast=True)
@@ -96,7 +96,7 @@ def mixture_em_fwd_kernel(
     if prior is not None:
         pi = tl.load(prior + own + column, mask=inside, other=0.0)
         possible = pi > 0
-        log_prior += tl.log(tl.maximum(pi, 1.1754944e-38))  # 0 · log 0 is the 0 that it tends to
+        log_prior += tl.log(tl.maximum(pi, 1.1754944e-38))  # so that 0 · log 0 is 0
     total = tl.zeros([BN], tl.float32)
     for first in range(0, samples, BN):
         at, mask, x = load_samples(views[0] + own, first, samples, stride, inside, BN, BK)
@@ -120,7 +120,7 @@ def mixture_em_fwd_kernel(
 def score_gradient(
     values, posterior, mu, rho, factor, over_gamma, first, samples, stride, inside, BN: tl.constexpr, BK: tl.constexpr
 ):
-    """Offsets, mask, a* and dL/da* = −p sigmoid(−a*/γ) / (N γ) of BN samples, p being a constant; 0 past the mask."""
+    """Return offsets, mask, a* and dL/da* = −p sigmoid(−a*/γ) / (N γ) of BN samples, with p constant; 0 if masked."""
     at, mask, x = load_samples(values, first, samples, stride, inside, BN, BK)
     _, _, p = load_samples(posterior, first, samples, stride, inside, BN, BK)
     a = (x - mu[None, :]) * rho[None, :]
@@ -155,7 +155,7 @@ def mixture_em_bwd_kernel(
         mu = tl.load(means + v * stride + own + column, mask=inside, other=0.0)
         rho = tl.load(scales + v * stride + own + column, mask=inside, other=0.0)
         along_one, along_a = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
-        if BATCH_STATISTICS:  # through μ and σ these parts are taken out of each column
+        if BATCH_STATISTICS:  # through μ and σ: remove these components from each column
             ones, products = tl.zeros([BN, BK], tl.float32), tl.zeros([BN, BK], tl.float32)
             for first in range(0, samples, BN):
                 _, _, a, d = score_gradient(x, p, mu, rho, factor, over_gamma, first, samples, stride, inside, BN, BK)
@@ -168,7 +168,7 @@ def mixture_em_bwd_kernel(
 
 
 def _settings(scores: torch.Tensor) -> dict[str, int]:
-    return tables.mixture(scores.shape[0], scores.shape[-1])
+    return planning.mixture(scores.shape[0], scores.shape[-1])
 
 
 def mixture_em_loss(scores, scores_aug, prior, mean, std, gamma):

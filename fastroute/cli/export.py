@@ -1,0 +1,55 @@
+"""`fastroute export`: a checkpoint to a file for other programs."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from fastroute.cli.common import PIXELS, plain_errors
+from fastroute.cli.outside import shown
+from fastroute.cli.trained import OwnModelOption
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Of `fastroute train`.")],
+    to: Annotated[
+        Literal["onnx", "torch-export", "safetensors"],
+        typer.Option(help="ONNX, a program of torch.export.load, or the weights alone."),
+    ],
+    output: Annotated[Path | None, typer.Option(help="The file. (default: beside the checkpoint)")] = None,
+    dynamic_batch: Annotated[
+        bool, typer.Option("--dynamic-batch", help="It takes any number of images, not one at a time.")
+    ] = False,
+    model: OwnModelOption = None,
+    use_ema: Annotated[
+        bool, typer.Option("--use-ema/--no-use-ema", help="The moving average, where the run kept one.")
+    ] = True,
+    img_size: Annotated[
+        int | None, typer.Option(min=1, max=PIXELS, help="Size of the images. (default: as in training)")
+    ] = None,
+) -> None:
+    """Write a network into a file, with its classes and preprocessing, and check it against the network itself.
+
+    It maps normalised images to logits; its metadata says in JSON how images are normalised.
+    """
+    with plain_errors():
+        from fastroute import inference
+        from fastroute.inference.export import SUFFIXES
+        from fastroute.inference.export import export as write
+
+        path = output or checkpoint.with_suffix(SUFFIXES[to])
+        if not path.absolute().parent.is_dir():
+            raise FileNotFoundError(f"output is {path}; its folder must be there")
+        if path.exists() and checkpoint.exists() and path.samefile(checkpoint):
+            raise ValueError(f"output is {path}; it is the checkpoint itself")
+        predictor = inference.load(checkpoint, model=model, ema=use_ema, img_size=img_size, device="cpu")
+        console = Console()
+        with console.status(f"exporting to {to}"):
+            found = write(predictor, to, path, dynamic_batch=dynamic_batch)
+    console.print(
+        f"{shown(path)}: {found['bytes'] / 1e6:,.1f} MB; its logits of {found['images']} random images differ from "
+        f"eager PyTorch's by at most {found['difference']:.1e}",
+        soft_wrap=True,
+        highlight=False,
+    )

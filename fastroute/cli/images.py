@@ -1,0 +1,73 @@
+"""Which images a trained network is judged on: those that are named, or else those of its run."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Chosen(NamedTuple):
+    """dataset, data_dir: of `validation_loader`; options: further ones of it; line: what they are, in a sentence."""
+
+    dataset: str
+    data_dir: Path | None
+    options: dict[str, Any]
+    line: str
+
+
+def chosen_images(data: Mapping[str, Any], dataset: str | None, data_dir: Path | None) -> Chosen:
+    """The images that a command is to take.
+
+    Args:
+        data: what the checkpoint holds of the data of its run; empty where there is none.
+        dataset, data_dir: of the command line. A folder alone is what it holds; without either, it is the run's.
+
+    Raises:
+        FileNotFoundError: the folder of the run is gone, or the one that is named holds no images.
+        ValueError: neither says on which images.
+    """
+    own, remembered = data.get("dataset"), data.get("data_dir")
+    if dataset is None and data_dir is not None:
+        dataset = _held(data_dir, own)
+    dataset = dataset or own
+    if dataset is None:
+        raise ValueError("dataset is missing; the checkpoint does not say on what it was trained")
+    if dataset == "digits" and data_dir is not None:
+        raise ValueError(f"data_dir is {data_dir}; the dataset 'digits' is scikit-learn's own and reads no folder")
+    as_trained = dataset == own and (data_dir is None or _same(data_dir, remembered))
+    if as_trained and data_dir is None and remembered is not None:
+        data_dir = Path(remembered)
+        if "{" not in remembered and not data_dir.exists():
+            raise FileNotFoundError(
+                f"data_dir is {data_dir}, as in training; there is no such folder: name the images by --data-dir"
+            )
+    options = {}
+    if dataset == own:
+        classes = data["classes"] if data.get("class_map") else None
+        names = ("interpolation", "in_chans", "input_key")
+        options = {name: data[name] for name in names if data.get(name) is not None} | {"classes": classes}
+    share = data.get("val_split", 0.0) if as_trained else 0.0
+    if share:
+        options |= {"val_split": share, "split_seed": data["split_seed"]}
+    where = "" if data_dir is None else f" in {data_dir}"
+    aside = f", the {share:.0%} that seed {data['split_seed']} sets aside" if share else ""
+    return Chosen(dataset, data_dir, options, f"images: {dataset}{where}{aside}{', as in training' * as_trained}")
+
+
+def _held(data_dir: Path, own: str | None) -> str:
+    """What a folder holds: the run's own dataset, if it is there, or else the one that is."""
+    from fastroute.data.layout import choose, layouts
+
+    held = [layout.dataset for layout in layouts(data_dir)]
+    if own in held:
+        return own
+    if not held and own not in (None, "digits"):
+        return own  # whose reader says what is missing
+    return choose(data_dir, any_split=True).dataset
+
+
+def _same(data_dir: Path, remembered: str | None) -> bool:
+    try:
+        return remembered is not None and os.path.samefile(data_dir, remembered)
+    except OSError:
+        return False

@@ -1,0 +1,213 @@
+"""The network of `fastroute train`: its flags, and how it is built from them or from a checkpoint to go on from."""
+
+import ast
+import contextlib
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich.console import Console
+from torch import nn
+
+from fastroute.cli.outside import shown
+from fastroute.models._modes import modes_kept
+from fastroute.models.specification import Specification, specification_in
+from fastroute.ops._paths import MAX_PATHS
+
+NETWORK = "Network"
+
+
+def _option(*flags: str, **settings):
+    return typer.Option(*flags, rich_help_panel=NETWORK, **settings)
+
+
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[SPEC]",
+        help="The network: one of `fastroute models`, timm:NAME, torchvision:NAME, or package.module:function.",
+    ),
+]
+MoreArgument = Annotated[list[str] | None, typer.Argument(metavar="[K=V]...", hidden=True)]
+PretrainedOption = Annotated[bool, _option("--pretrained", help="Download the weights that timm or torchvision has.")]
+PretrainedPathOption = Annotated[
+    Path | None,
+    _option(help="A file of weights to start from, .safetensors or .pth, of timm, torchvision or fastroute."),
+]
+ModelKwargsOption = Annotated[
+    list[str] | None, _option(metavar="K=V", help="Arguments of the network itself, such as drop_rate=0.1.")
+]
+MultipathOption = Annotated[
+    int | None, _option(min=2, max=MAX_PATHS, help="Make so many parallel paths of the network.")
+]
+RouteAfterOption = Annotated[
+    str,
+    _option(help="With --multipath: the modules to cut behind, such as layer1,layer2; or every change of resolution."),
+]
+RoutingOption = Annotated[
+    Literal["cc", "stitch", "none"],
+    _option(help="With --multipath: cross-connections, cross-stitch units, or paths that meet at the logits alone."),
+]
+InitOption = Annotated[
+    Literal["copy", "fresh"] | None,
+    _option(help="With --multipath: all paths start alike, or each anew. (default: copy with weights to start from)"),
+]
+
+GateNormOption = Annotated[
+    Literal["center", "standardize"] | None,
+    _option(help="Normalise the scores of the gates over the batch (Eq. 4.11). (default: do not)"),
+]
+GatePriorOption = Annotated[
+    Literal["learned"] | None, _option(help="With --gate-norm: gates are posteriors with learned priors (Eq. 4.18).")
+]
+
+
+def merge_arguments(context: typer.Context) -> None:
+    """Have words of the form K=V that follow `--model-kwargs` be its values, wherever the network's name stands."""
+    params = context.params
+    words = [word for word in (params["model"], *(params.pop("more_kwargs") or [])) if word is not None]
+    names = [word for word in words if "=" not in word]
+    if len(names) > 1:
+        raise ValueError(f"model is {names[0]!r}, and {names[1]!r} too; name one network")
+    kwargs = [*(params["model_kwargs"] or []), *(word for word in words if "=" in word)]
+    if kwargs and not params["model_kwargs"]:
+        raise ValueError(f"{kwargs[0]!r} is no network; arguments of the network are --model-kwargs {kwargs[0]}")
+    params["model"], params["model_kwargs"] = names[0] if names else None, kwargs or None
+
+
+def specification(options: SimpleNamespace, resume: Path | None) -> Specification:
+    """What the flags say of the network; where they name none, or no more than its name, the checkpoint to resume.
+
+    Raises:
+        ValueError: a flag does not go with the others, or there is no such network.
+    """
+    if resume is not None and options.multipath is None and not options.model_kwargs:
+        from fastroute.training.checkpoints import read_checkpoint
+
+        run = read_checkpoint(resume, command="train")["hyper_parameters"]
+        if "specification" in run:
+            saved = specification_in(run, f"resume is {resume}")
+            if saved.source == "function" and options.model != saved.text:
+                raise ValueError(
+                    f"resume is {resume}; its network is built by {saved.name}, and own code is imported only where "
+                    f"you name it: fastroute train {saved.name} --resume …"
+                )
+            if options.model in (None, saved.text) and options.gate_norm in (None, saved.gate_norm):
+                return saved
+    if options.model is None:
+        raise ValueError("model is missing; name a network, or a recipe with --config")
+    given = Specification.parse(options.model, kwargs=_kwargs(options.model_kwargs or []))
+    given = replace(given, gate_norm=options.gate_norm, prior=options.gate_prior)
+    if options.pretrained and options.pretrained_path is not None:
+        raise ValueError(f"pretrained is True, and pretrained_path is {options.pretrained_path}; give one of them")
+    if options.multipath is None:
+        for name, default in (("route_after", "auto"), ("routing", "cc"), ("init", None)):
+            if getattr(options, name) != default:
+                raise ValueError(f"{name} is {getattr(options, name)!r}; it needs --multipath with the number of paths")
+        return given
+    cuts = [name for name in re.split(r"[\s,]+", options.route_after) if name]
+    if not cuts:
+        raise ValueError(f"route_after is {options.route_after!r}; it must be auto, or modules such as layer1,layer2")
+    starts = options.pretrained or options.pretrained_path is not None
+    return replace(
+        given,
+        paths=options.multipath,
+        route_after="auto" if cuts == ["auto"] else tuple(cuts),
+        routing=None if options.routing == "none" else options.routing,
+        init=options.init or ("copy" if starts else "fresh"),
+    )
+
+
+def write_flags(given: Specification, params: dict[str, Any]) -> None:
+    """Have the flags of a run say of the network what its checkpoints do, which a run that goes on takes it from."""
+    params["model"] = given.text
+    params["model_kwargs"] = [f"{name}={value}" for name, value in given.kwargs.items()] or None
+    params |= {"gate_norm": given.gate_norm, "gate_prior": given.prior}
+    if given.paths > 1:
+        cuts = [given.route_after] if isinstance(given.route_after, str) else given.route_after
+        params |= {"multipath": given.paths, "route_after": ",".join(cuts)}
+        params |= {"routing": given.routing or "none", "init": given.init}
+
+
+def network(given: Specification, options: SimpleNamespace, data, resume: Path | None, console: Console) -> nn.Module:
+    """The network for images and classes of the data, with the weights that the flags ask for.
+
+    Raises:
+        ValueError: it cannot be built, or does not take such images.
+        FileNotFoundError: there is no such file of weights.
+    """
+    from fastroute.training.distributed import first_on_each_node
+
+    if resume is not None and given.num_classes is not None:  # the checkpoint's own
+        sizes = {"in_chans": data.in_chans, "img_size": data.img_size}
+    else:
+        sizes = {"num_classes": options.num_classes or data.num_classes}
+        sizes |= {"in_chans": data.in_chans, "img_size": data.img_size}
+    starts = resume is None  # a run that goes on has its weights
+    with first_on_each_node() if options.pretrained and starts else contextlib.nullcontext():
+        built = given.build(
+            **sizes,
+            pretrained=options.pretrained and starts,
+            pretrained_path=options.pretrained_path if starts else None,
+            imports=True,
+            say=partial(_say, console),
+        )
+    classes = sizes.get("num_classes", given.num_classes)
+    check_takes(built, str(given), data.in_chans, data.img_size, classes)
+    return built
+
+
+def _say(console: Console, sentence: str) -> None:
+    console.print(shown(sentence), soft_wrap=True, highlight=False)
+
+
+def check_takes(built: nn.Module, name: str, in_chans: int, img_size: int, classes: int) -> None:
+    """Raise unless a network gives logits of so many classes for images of this size.
+
+    Raises:
+        ValueError: as said.
+    """
+    like = next(built.parameters(), torch.empty(0))
+    try:
+        with torch.no_grad(), modes_kept(built):
+            logits = built.eval()(torch.zeros(1, in_chans, img_size, img_size, dtype=like.dtype, device=like.device))
+    except (RuntimeError, ValueError, AssertionError, ZeroDivisionError) as error:
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        raise ValueError(
+            f"img_size is {img_size}; {name} cannot take images of {in_chans} × {img_size} × {img_size}: {reason}"
+        ) from error
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] != classes:
+        what = f"{(*logits.shape,)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+        raise ValueError(
+            f"model is {name!r}; for an image it gives {what}, and must give logits (1, {classes}), one for each class"
+        )
+
+
+def _kwargs(words: Sequence[str]) -> dict[str, Any]:
+    kwargs = {}
+    for word in words:
+        for item in word.split():
+            name, equals, value = item.partition("=")
+            if not equals or not name.isidentifier():
+                raise ValueError(f"model_kwargs has {item!r}; each must be K=V, such as drop_rate=0.1")
+            if name in kwargs:
+                raise ValueError(f"model_kwargs has {name} twice; keep one")
+            kwargs[name] = _value(value)
+    return kwargs
+
+
+def _value(text: str) -> Any:
+    """A number, text, list or dict as Python has it; true, false and none too."""
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

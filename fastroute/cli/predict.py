@@ -1,0 +1,203 @@
+"""`fastroute predict`: a checkpoint and images to the classes that they show."""
+
+import contextlib
+import csv
+import glob
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from fastroute.cli.common import COUNT, PIXELS, WORKERS, device_named, plain_errors, real
+from fastroute.cli.outside import end, shown
+from fastroute.cli.trained import OwnModelOption
+
+if TYPE_CHECKING:
+    from fastroute.inference import Prediction, Predictor
+
+
+def predict(
+    checkpoint: Annotated[Path, typer.Argument(help="Of `fastroute train`, or a .safetensors of `fastroute export`.")],
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH...", help="Images, folders of images, patterns, or - for a list.")
+    ],
+    top_k: Annotated[int, typer.Option(min=1, max=COUNT, help="How many classes of each image.")] = 5,
+    format: Annotated[Literal["table", "csv", "json"], typer.Option(help="What is printed.")] = "table",
+    output: Annotated[Path | None, typer.Option(help="A file to write into, in the place of printing.")] = None,
+    gates: Annotated[bool, typer.Option("--gates", help="Each image's gates beside it.")] = False,
+    model: OwnModelOption = None,
+    use_ema: Annotated[
+        bool, typer.Option("--use-ema/--no-use-ema", help="The moving average, where the run kept one.")
+    ] = True,
+    img_size: Annotated[
+        int | None, typer.Option(min=1, max=PIXELS, help="Size of the crops. (default: as in training)")
+    ] = None,
+    crop_pct: Annotated[
+        float | None,
+        typer.Option(parser=real(), help="The crop's side by the resized image's. (default: as in training)"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1, max=COUNT)] = 64,
+    workers: Annotated[
+        int | None,
+        typer.Option("-j", "--workers", min=1, max=WORKERS, help="Threads that decode images. (default: all cores)"),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, or cuda. (default: the GPU where there is one)")] = None,
+) -> None:
+    """Predict the classes of images, with their probabilities.
+
+    Folders are read with all folders in them; "-" reads paths from the standard input, one in a line. Images that
+    cannot be read are named and left out; the status is 1 if none could be read.
+    """
+    with plain_errors():
+        from fastroute import inference
+
+        if output is not None and not output.absolute().parent.is_dir():
+            raise FileNotFoundError(f"output is {output}; its folder must be there")
+        names = list(image_paths(paths))
+        options = {"img_size": img_size, "crop_pct": crop_pct}
+        predictor = inference.load(checkpoint, model=model, ema=use_ema, device=device_named(device), **options)
+        if gates and not predictor.routed:
+            raise ValueError("gates is True, but the network has no routers")
+        predictor.transform.check()
+        rows, unread = _rows(predictor, names, top_k, gates, batch_size, workers or os.cpu_count() or 1)
+    if rows:
+        with plain_errors(), _opened(output) as file:
+            _WRITERS[format](rows, file)
+    said = Console(stderr=True)
+    if unread:
+        said.print(f"{unread:,} of {len(names):,} images cannot be read and are left out", highlight=False)
+    if not rows:
+        end("none of the images can be read" if names else "there are no images in what was named", 1)
+
+
+def image_paths(given: Iterable[str]) -> Iterator[str]:
+    """The images that words of the command line stand for: files as they are, folders and patterns sorted.
+
+    Raises:
+        FileNotFoundError: a pattern or a folder has no images.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    def inside(folder: str) -> Iterator[str]:
+        for root, folders, files in os.walk(folder):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(files):
+                if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."):
+                    yield os.path.join(root, name)
+
+    for word in given:
+        if word == "-":
+            lines = (line.rstrip("\r\n") for line in sys.stdin)
+            yield from (line for line in lines if line)
+        elif os.path.isdir(word):
+            found = list(inside(word))
+            if not found:
+                raise FileNotFoundError(f"paths has {word}; there are no images in this folder")
+            yield from found
+        elif not os.path.lexists(word) and glob.has_magic(word):
+            found = sorted(glob.glob(word, recursive=True))
+            if not found:
+                raise FileNotFoundError(f"paths has {word}; no file is named so")
+            for name in found:
+                yield from inside(name) if os.path.isdir(name) else [name]
+        else:
+            yield word
+
+
+def _rows(
+    predictor: "Predictor", names: list[str], top_k: int, gates: bool, batch_size: int, workers: int
+) -> tuple[list[dict], int]:
+    """What is known of each image that can be read, and how many cannot."""
+    from fastroute.data.sources import UnreadableImage
+
+    def read(name: str):
+        try:
+            return predictor.transform(name)
+        except UnreadableImage as error:
+            return error
+
+    rows, unread, said = [], 0, Console(stderr=True)
+    with ThreadPoolExecutor(workers) as threads, Progress(console=said, transient=True) as progress:
+        task, waiting = progress.add_task("predicting", total=len(names)), iter(names)
+        while batch := list(islice(waiting, batch_size)):
+            inputs = list(threads.map(read, batch))
+            for error in (value for value in inputs if isinstance(value, UnreadableImage)):
+                said.print(f"left out: {shown(error)}", soft_wrap=True, highlight=False)
+            kept = [i for i, value in enumerate(inputs) if not isinstance(value, UnreadableImage)]
+            unread += len(batch) - len(kept)
+            found = predictor([inputs[i] for i in kept], gates=gates, batch_size=batch_size)
+            rows += [_row(batch[i], prediction, top_k) for i, prediction in zip(kept, found, strict=True)]
+            progress.advance(task, len(batch))
+    return rows, unread
+
+
+def _row(name: str, prediction: "Prediction", top_k: int) -> dict:
+    row = {"path": name, "top": prediction.top(top_k)[0]}
+    if prediction.gates is not None:
+        row["gates"] = {router: gates[0].tolist() for router, gates in prediction.gates.items()}
+    return row
+
+
+@contextlib.contextmanager
+def _opened(path: Path | None) -> Iterator[IO[str]]:
+    if path is None:
+        yield sys.stdout
+        return
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        yield file
+
+
+def _write_table(rows: list[dict], file: IO[str]) -> None:
+    k = len(rows[0]["top"])
+    table = Table("image")
+    for i in range(k):
+        table.add_column("class" if i == 0 else f"{i + 1}.")
+        table.add_column("p", justify="right")
+    routers = rows[0].get("gates", {})
+    for router in routers:
+        table.add_column(shown(router))
+    for row in rows:
+        cells = [text for name, p in row["top"] for text in (shown(name), f"{p:.3f}")]
+        gates = [_gate_rows(value) for value in row.get("gates", {}).values()]
+        table.add_row(shown(row["path"]), *cells, *gates)
+    console = Console(file=file)
+    if not console.is_terminal:  # nothing is cut in a file or a pipe
+        console.width = console.measure(table, options=console.options.update(width=100_000)).maximum
+    console.print(table)
+
+
+def _gate_rows(gates: list[list[float]]) -> str:
+    return "\n".join(" ".join(f"{value:.2f}" for value in row) for row in gates)
+
+
+def _write_csv(rows: list[dict], file: IO[str]) -> None:
+    """One line for each image: path, class_1, probability_1, … and `<router>_g<i><j>` for the gate from i to j."""
+    writer = csv.writer(file, lineterminator="\n")
+    ranks = range(1, len(rows[0]["top"]) + 1)
+    header = ["path", *(name for i in ranks for name in (f"class_{i}", f"probability_{i}"))]
+    for router, gates in rows[0].get("gates", {}).items():
+        header += [f"{router}_g{i}{j}" for i, row in enumerate(gates, 1) for j, _ in enumerate(row, 1)]
+    writer.writerow(header)
+    for row in rows:
+        gates = [value for gates in row.get("gates", {}).values() for line in gates for value in line]
+        cells = [cell for name, p in row["top"] for cell in (name, f"{p:.6f}")]
+        writer.writerow([row["path"], *cells, *(f"{value:.6f}" for value in gates)])
+
+
+def _write_json(rows: list[dict], file: IO[str]) -> None:
+    """A list with an object for each image: path, top (class and probability of each), and gates by router."""
+    listed = [row | {"top": [{"class": name, "probability": p} for name, p in row["top"]]} for row in rows]
+    json.dump(listed, file, indent=1)
+    file.write("\n")
+
+
+_WRITERS = {"table": _write_table, "csv": _write_csv, "json": _write_json}

@@ -1,0 +1,242 @@
+"""What a folder of data is: the layouts that are read, told apart by names alone."""
+
+import itertools
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from fastroute.data.tar import shown
+
+TORCHVISION = {
+    "mnist": "MNIST",
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "stl10": "stl10_binary",
+}
+"""The folder that torchvision keeps the files of a set in."""
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")
+"""What macOS and network disks put beside images, with images of their own in it."""
+SPLITS = frozenset(("train", "val", "test", "valid", "validation"))
+MAX_SHARDS = 100_000
+MAX_ENTRIES = 10_000
+"""Of a folder and those in it, looked at for a first image."""
+EXPECTED = (
+    "train/ and val/ with a folder of images for each class, folders of images for each class, tar shards, or the "
+    "files of MNIST, CIFAR-10, CIFAR-100 or STL-10 as torchvision keeps them"
+)
+
+
+class Layout(NamedTuple):
+    """dataset: what reads it, such as "imagefolder"; root: the folder that it is read by; what: the same in words.
+
+    validated: whether it has images to validate on.
+    """
+
+    dataset: str
+    root: Path
+    what: str
+    validated: bool = True
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or a folder is none of the user's, such as `.ipynb_checkpoints` or `._x.jpg`."""
+    return (name.startswith(".") and name not in (".", "..")) or name in SYSTEM_FOLDERS
+
+
+def layouts(data_dir: Path) -> list[Layout]:
+    """What a folder, a tar file or a pattern of tar files can be read as; several where it holds several sets.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: a pattern is wrong.
+    """
+    if (shards := expanded(data_dir)) is not None:
+        named = all(shards_of(data_dir, split) for split in ("train", "val"))
+        return [Layout("webdataset", data_dir, f"{len(shards):,} tar shards", named)]
+    if not data_dir.exists():
+        raise FileNotFoundError(f"data_dir is {shown(data_dir)}; there is no such file or folder")
+    if not data_dir.is_dir():
+        return [Layout("webdataset", data_dir, "a tar file", False)] if data_dir.suffix == ".tar" else []
+    found = []
+    for dataset, name in TORCHVISION.items():
+        root = data_dir.parent if data_dir.name == name and not (data_dir / name).is_dir() else data_dir
+        if (root / name).is_dir():
+            found.append(Layout(dataset, root, f"{name}/"))
+    has_val = (data_dir / "val").is_dir()
+    shards = {split: shards_of(data_dir, split) for split in ("train", "val")}
+    if split_folders(data_dir):
+        what = "class folders under train/ and val/" if has_val else "class folders under train/"
+        found.append(Layout("imagefolder", data_dir, what, has_val))
+    elif any(shards.values()):
+        what = f"tar shards for {' and '.join(split for split, paths in shards.items() if paths)}"
+        found.append(Layout("webdataset", data_dir, what, bool(shards["val"])))
+    elif shards_in(data_dir):
+        found.append(Layout("webdataset", data_dir, "tar shards", False))
+    if not found and has_val and class_folders(data_dir / "val"):
+        found.append(Layout("imagefolder", data_dir, "class folders under val/"))
+    if not found and len(folders := class_folders(data_dir)) > 1:
+        found.append(Layout("imagefolder", data_dir, f"{len(folders)} folders of images", False))
+    return found
+
+
+def choose(data_dir: Path, dataset: str | None = None, *, any_split: bool = False) -> Layout:
+    """What a folder is read as.
+
+    Args:
+        data_dir: the folder, a tar file, or a pattern such as `train-{0000..0127}.tar`.
+        dataset: what it must be; None takes what it is.
+        any_split: whether images without others to validate on are enough.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it is none of the layouts.
+        ValueError: it is of another dataset, of several, or has no images for validation.
+    """
+    found = layouts(data_dir)
+    shown_dir = shown(data_dir)
+    if dataset is not None:
+        own = [layout for layout in found if layout.dataset == dataset]
+        if found and not own:
+            raise ValueError(
+                f"data_dir is {shown_dir}; it holds {found[0].what}, for the dataset {found[0].dataset!r}, not "
+                f"{dataset!r}"
+            )
+        found = own or [Layout(dataset, data_dir, "")]  # the reader says what is missing
+    if not found:
+        raise FileNotFoundError(f"data_dir is {shown_dir}; it holds {_contents(data_dir)}, and must hold {EXPECTED}")
+    if len(found) > 1:
+        names = [layout.dataset for layout in found]
+        raise ValueError(f"data_dir is {shown_dir}; it holds {' and '.join(names)}: choose one by dataset")
+    layout = found[0]
+    if not layout.validated and not any_split:
+        raise ValueError(
+            f"data_dir is {shown_dir}; it holds {layout.what}, and no images for val: add them, or set a share of the "
+            "images of each class aside by val_split, such as 0.1"
+        )
+    return layout
+
+
+def split_folders(data_dir: Path) -> bool:
+    """Whether `train/` holds folders of classes, not images or shards."""
+    train = data_dir / "train"
+    return train.is_dir() and any(has_images(train / name) for name in _folders(train))
+
+
+def class_folders(folder: Path) -> list[str]:
+    """The names of the folders that are classes, sorted: those with images in or below them.
+
+    There are none where images lie beside the folders, and where these are named as splits.
+    """
+    folders = _folders(folder)
+    return [] if SPLITS.issuperset(folders) else [name for name in folders if has_images(folder / name)]
+
+
+def _folders(folder: Path) -> list[str]:
+    """The folders in a folder, sorted; none where images lie beside them."""
+    folders = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if hidden(entry.name):
+                continue
+            if entry.is_dir():
+                folders.append(entry.name)
+            elif entry.name.lower().endswith(IMG_EXTENSIONS):
+                return []
+    return sorted(folders)
+
+
+def has_images(folder: Path) -> bool:
+    """Whether there is an image in or below a folder, among the first `MAX_ENTRIES` of what is there."""
+    waiting, left = [str(folder)], MAX_ENTRIES
+    while waiting and left > 0:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in itertools.islice(entries, left):
+                left -= 1
+                if hidden(entry.name):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                elif entry.name.lower().endswith(IMG_EXTENSIONS):
+                    return True
+    return False
+
+
+def shards_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.tar") if not hidden(path.name))
+
+
+def shards_of(data_dir: Path, split: str) -> list[Path]:
+    """The tar files of "train" or "val": in the folder of that name, or with it in their own name."""
+    if (shards := expanded(data_dir)) is not None:
+        return [path for path in shards if path.parent.name == split or split in path.name]
+    return shards_in(data_dir / split) or [path for path in shards_in(data_dir) if split in path.name]
+
+
+def all_shards(data_dir: Path) -> list[Path]:
+    """The tar files of a folder or a pattern, or the one that it is."""
+    if (shards := expanded(data_dir)) is not None:
+        return shards
+    return shards_in(data_dir) if data_dir.is_dir() else [data_dir]
+
+
+def expanded(pattern: Path) -> list[Path] | None:
+    """The files of a pattern as WebDataset has them, `a-{000..127}.tar` or `{a,b}.tar`; None for what is no pattern.
+
+    Raises:
+        ValueError: the pattern is wrong, or of more than `MAX_SHARDS` files.
+    """
+    text = str(pattern)
+    if not re.search(r"\{.*(\.\.|,).*\}", text) or pattern.exists():
+        return None
+    parts = re.split(r"\{([^{}]*)\}", text)
+    if any("{" in part or "}" in part for part in parts):
+        raise ValueError(f"data_dir is {shown(text)}; its braces do not match")
+    choices = [_choices(part, text) if i % 2 else [part] for i, part in enumerate(parts)]
+    count = 1
+    for items in choices:
+        count *= len(items)
+    if count > MAX_SHARDS:
+        raise ValueError(f"data_dir is {shown(text)}; it stands for {count:,} files, and at most {MAX_SHARDS:,} may be")
+    return [Path("".join(items)) for items in itertools.product(*choices)]
+
+
+def _choices(text: str, pattern: str) -> Sequence[str]:
+    if match := re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", text, re.ASCII):
+        first, last = int(match[1]), int(match[2])
+        if 0 <= last - first < MAX_SHARDS:
+            return [str(number).zfill(len(match[1])) for number in range(first, last + 1)]
+    elif "," in text:
+        return text.split(",")
+    raise ValueError(
+        f"data_dir is {shown(pattern)}; {{{shown(text)}}} must be two numbers, the smaller first, such as "
+        f"{{0000..0127}}, of at most {MAX_SHARDS:,} files, or names, such as {{a,b}}"
+    )
+
+
+def _contents(folder: Path) -> str:
+    """A few words on what is in a folder that is none of the layouts, and a likely folder in it."""
+    if not folder.is_dir():
+        return "no folder and no tar file"
+    names = sorted(_visible(folder))
+    if not names:
+        return "nothing"
+    some = ", ".join(shown(name) for name in names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+    inner = next((name for name in names[:100] if name.endswith("/") and _readable(folder / name)), None)
+    return some + (f" (did you mean {shown(folder / inner)}?)" if inner else "")
+
+
+def _visible(folder: Path) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        for entry in itertools.islice(entries, MAX_ENTRIES):
+            if not hidden(entry.name):
+                yield entry.name + ("/" if entry.is_dir() else "")
+
+
+def _readable(folder: Path) -> bool:
+    try:
+        return bool(layouts(folder))
+    except (OSError, ValueError):
+        return False

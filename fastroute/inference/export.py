@@ -1,0 +1,151 @@
+"""A predictor's network as a file for other programs, which is checked against the network before it is there."""
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastroute._errors import in_a_line
+from fastroute._extras import extra
+from fastroute._version import __version__
+from fastroute.inference.predictor import Predictor
+
+SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
+TOLERANCE = 1e-3
+"""The largest difference that a file may give from eager PyTorch, by the largest logit or 1: rounding is below it."""
+
+Run = Callable[[Tensor], Tensor]
+
+
+def export(
+    predictor: Predictor, to: str, output: str | Path, *, dynamic_batch: bool = False
+) -> dict[str, float | int | str]:
+    """Write a predictor's network into a file, once what the file computes is what the network does.
+
+    It maps images (N, C, H, W) that are normalised, "images", to "logits" (N, K). Beside it, as ONNX `metadata_props`,
+    safetensors metadata, or `extra_files` of torch.export, are texts in JSON: "classes", the K names; "preprocessing",
+    with img_size, in_chans, crop_pct, interpolation, and mean and std in units of 0 to 1; "specification", how the
+    network is built; "fastroute", the version.
+
+    Args:
+        predictor: of `load`.
+        to: "onnx"; "torch-export", a program of `torch.export.load`, of PyTorch's operators alone; or "safetensors",
+            the weights, which `fastroute.load` takes.
+        output: the file.
+        dynamic_batch: whether it takes any number of images, or one at a time; of no meaning for "safetensors".
+
+    Returns:
+        "difference", the largest absolute difference from eager PyTorch, over "images" random images; and "bytes".
+
+    Raises:
+        ValueError: the network cannot be exported so, or the file gives other logits; then it is not there.
+        ModuleNotFoundError: a package is not installed.
+        OSError: the file cannot be written.
+    """
+    if to not in SUFFIXES:
+        raise ValueError(f"to is {to!r}; it must be one of {', '.join(map(repr, SUFFIXES))}")
+    output, model = Path(output), predictor.model.cpu().eval()
+    transform = predictor.transform
+    shape = transform.in_chans, transform.img_size, transform.img_size
+    metadata = {
+        "classes": json.dumps(list(predictor.classes)),
+        "preprocessing": json.dumps(transform.to_dict()),
+        "specification": json.dumps(None if predictor.specification is None else predictor.specification.to_dict()),
+        "fastroute": json.dumps(__version__),
+    }
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(3 if dynamic_batch or to == "safetensors" else 1, *shape, generator=generator)
+    with _whole(output) as path:
+        try:
+            with _quiet():
+                run = _WRITERS[to](model, images[:2], path, metadata, dynamic_batch)
+        except (ModuleNotFoundError, OSError):
+            raise
+        except Exception as error:  # whatever PyTorch's exporters raise for what they cannot follow
+            raise ValueError(f"to is {to!r}; the network cannot be exported so: {in_a_line(error)}") from error
+        with torch.no_grad():
+            expected, found = model(images), run(images)
+        largest = max(1.0, expected.abs().max().item())
+        difference = (found - expected).abs().max().item()
+        if not difference <= TOLERANCE * largest:
+            raise ValueError(
+                f"to is {to!r}; the file's logits differ from the network's by {difference:.2e}, and at most "
+                f"{TOLERANCE * largest:.2e} is rounding: it is not written"
+            )
+        size = path.stat().st_size
+    predictor.model.to(predictor.device)
+    return {"difference": difference, "images": len(images), "bytes": size}
+
+
+@contextmanager
+def _whole(path: Path):
+    """A place beside a file to write to, which takes the file's place at the end of the block; after an error, none."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _quiet():
+    """Without the exporters' remarks on their progress."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _write_onnx(model: nn.Module, images: Tensor, path: Path, metadata: dict[str, str], dynamic: bool) -> Run:
+    with extra("export", "export to onnx"):
+        import onnxruntime
+        import onnxscript  # noqa: F401 (which PyTorch's exporter needs)
+    shapes = ({0: "batch"},) if dynamic else None
+    program = torch.onnx.export(
+        model,
+        (images,),
+        dynamo=True,
+        dynamic_shapes=shapes,
+        input_names=["images"],
+        output_names=["logits"],
+        verbose=False,
+    )
+    program.model.metadata_props.update(metadata)
+    program.save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0])
+
+
+def _write_program(model: nn.Module, images: Tensor, path: Path, metadata: dict[str, str], dynamic: bool) -> Run:
+    shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
+    program = torch.export.export(model, (images,), dynamic_shapes=shapes)
+    table = torch._decomp.decomposition_table  # ours among PyTorch's own, so that the file needs PyTorch alone
+    own = {operator: rule for operator, rule in table.items() if operator.namespace == "fastroute"}
+    torch.export.save(program.run_decompositions(own), path, extra_files=metadata)
+    return torch.export.load(path).module()
+
+
+def _write_weights(model: nn.Module, images: Tensor, path: Path, metadata: dict[str, str], dynamic: bool) -> Run:
+    with extra("export", "export to safetensors"):
+        from safetensors.torch import load_file, save_file
+    weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()}
+    save_file(weights, path, metadata={"format": "pt", **metadata})
+    read = load_file(path)
+    return lambda x: torch.func.functional_call(model, read, (x,))
+
+
+_WRITERS = {"onnx": _write_onnx, "torch-export": _write_program, "safetensors": _write_weights}

@@ -1,0 +1,135 @@
+"""What an image becomes before a network sees it, as it was in validation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+Picture = "str | Path | bytes | Image.Image | np.ndarray | Tensor"
+
+
+@dataclass(frozen=True, eq=False)
+class Preprocessing:
+    """Image → (C, img_size, img_size), float32: scaled, cut to the centre square, and normalised.
+
+    Attributes:
+        img_size: the height and width.
+        in_chans: 3, RGB; or 1, grey.
+        crop_pct: the crop's side by that of the scaled image, whose shorter side is img_size / crop_pct.
+        interpolation: of the scaling.
+        mean, std: of each channel, or one for all, in units of the uint8 values; None where a run does not say, and
+            then images cannot be prepared, but only tensors taken that are.
+    """
+
+    img_size: int
+    in_chans: int = 3
+    crop_pct: float = 1.0
+    interpolation: str = "bilinear"
+    mean: Tensor | None = None
+    std: Tensor | None = None
+
+    @classmethod
+    def of_run(cls, run: Mapping[str, Any], data: Mapping[str, Any]) -> "Preprocessing":
+        """From the `hyper_parameters` and the `ImageDataModule` of a checkpoint, whose fields are of their types."""
+        return cls(
+            data.get("img_size", run["img_size"]),
+            data.get("in_chans", run["in_chans"]),
+            data.get("crop_pct", 0.875),
+            data.get("interpolation", "bilinear"),
+            data.get("mean"),
+            data.get("std"),
+        )
+
+    def __call__(self, image: Picture) -> Tensor:
+        """The network's input for one image.
+
+        Args:
+            image: a file's path, its bytes, a PIL image, or uint8 values: an array (H, W), (H, W, C) as numpy has them,
+                or a tensor (C, H, W).
+
+        Raises:
+            ValueError: the run does not say how its images were normalised, or the network takes other channels.
+            UnreadableImage: the file cannot be read as an image.
+            TypeError: image is something else.
+        """
+        self.check()
+        pixels = torch.from_numpy(self.cut(image).copy()).float()
+        pixels = pixels.view(self.img_size, self.img_size, self.in_chans).permute(2, 0, 1)
+        mean, std = (value.float().view(-1, 1, 1) for value in (self.mean, self.std))
+        return ((pixels - mean) / std).contiguous()
+
+    def cut(self, image: Picture) -> "np.ndarray":
+        """The uint8 values (H, W) or (H, W, C) of the image, scaled and cut."""
+        import numpy as np
+
+        from fastroute.data.transforms import eval_transform
+
+        options = {} if self.interpolation == "bilinear" else {"interpolation": self.interpolation}
+        cut = eval_transform(self.img_size, self.crop_pct, **options)
+        return np.asarray(cut(_picture(image).convert("L" if self.in_chans == 1 else "RGB")))
+
+    def check(self) -> None:
+        """Raise where images cannot be prepared.
+
+        Raises:
+            ValueError: as said.
+        """
+        if self.in_chans not in (1, 3):
+            raise ValueError(
+                f"the network takes images of {self.in_chans} channels, which no image file has; give the predictor "
+                "tensors that are normalised"
+            )
+        if self.mean is None or self.std is None:
+            raise ValueError(
+                "the checkpoint does not say how its images were normalised; load it with mean=… and std=…, in units "
+                "of 0 to 255, or give the predictor tensors that are normalised"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a file's metadata; mean and std in units of 0 to 1, as most programs have them."""
+        return {
+            "img_size": self.img_size,
+            "in_chans": self.in_chans,
+            "crop_pct": self.crop_pct,
+            "interpolation": self.interpolation,
+            "mean": None if self.mean is None else [value / 255 for value in self.mean.tolist()],
+            "std": None if self.std is None else [value / 255 for value in self.std.tolist()],
+        }
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={value}" for name, value in self.to_dict().items())
+        return f"Preprocessing({values})"
+
+
+def _picture(image: Picture) -> "Image.Image":
+    import numpy as np
+    from PIL import Image
+
+    from fastroute.data.sources import decode_image
+
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, str | Path):
+        return decode_image(image, str(image))
+    if isinstance(image, bytes):
+        return decode_image(BytesIO(image), "the image")
+    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() == 3:
+        image = image.permute(1, 2, 0).cpu().numpy()
+    drawable = isinstance(image, np.ndarray) and image.dtype == np.uint8
+    if drawable and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))):
+        return Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
+    what = f"{type(image).__name__}"
+    if hasattr(image, "shape"):
+        what += f" of {image.dtype} and the shape {tuple(image.shape)}"
+    raise TypeError(
+        f"image is a {what}; it must be a path, bytes, a PIL image, uint8 values (H, W, C) in an array or (C, H, W) in "
+        "a tensor"
+    )

@@ -1,0 +1,261 @@
+"""Where networks come from: our own registry, timm, torchvision, or a function of the user's."""
+
+import contextlib
+import hashlib
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastroute._errors import in_a_line
+from fastroute._extras import extra
+from fastroute.models.registry import build, list_models
+from fastroute.models.weights import load_pretrained
+
+KNOWN = "an own network's name (`fastroute models` lists them), timm:NAME, torchvision:NAME or package.module:function"
+
+
+class Request(NamedTuple):
+    """A network of a source: its name there, its sizes (None: the source's defaults), and further arguments."""
+
+    name: str
+    num_classes: int | None = None
+    in_chans: int = 3
+    img_size: int | None = None
+    kwargs: Mapping[str, Any] = {}
+
+
+def check_own(name: str) -> None:
+    """Raise unless it is the name of a network of ours.
+
+    Raises:
+        ValueError: as said.
+    """
+    if name not in list_models():
+        near = _near(name, list_models()) or f": it must be {KNOWN}"
+        raise ValueError(f"name is {name!r}; there is no such network{near}")
+
+
+def from_registry(request: Request) -> nn.Module:
+    check_own(request.name)
+    with _arguments(request.name):
+        return build(request.name, request.num_classes, request.in_chans, request.img_size, **request.kwargs)
+
+
+def from_timm(request: Request, pretrained: bool = False) -> nn.Module:
+    text = f"timm:{request.name}"
+    with extra("timm", f"model {text!r}"):
+        import timm
+    if not timm.is_model(request.name):
+        raise ValueError(f"model is {text!r}; timm has no such network{_near(request.name, timm.list_models())}")
+    try:
+        config = timm.models.get_pretrained_cfg(request.name)
+    except RuntimeError as error:
+        tagged = timm.list_pretrained(f"{request.name.partition('.')[0]}.*")
+        raise ValueError(f"model is {text!r}; {error} There are {', '.join(tagged)}") from None
+    sizes = {"in_chans": request.in_chans}
+    if request.num_classes is not None:
+        sizes["num_classes"] = request.num_classes
+    if request.img_size is not None and config is not None and config.fixed_input_size:
+        sizes["img_size"] = request.img_size
+    with _arguments(text), _downloading(text) if pretrained else contextlib.nullcontext():
+        return timm.create_model(request.name, pretrained=pretrained, **(sizes | dict(request.kwargs)))
+
+
+def from_torchvision(request: Request, pretrained: bool = False) -> nn.Module:
+    text = f"torchvision:{request.name}"
+    with extra("train", f"model {text!r}"):
+        from torchvision import models
+    names = models.list_models(module=models)
+    if request.name not in names:
+        raise ValueError(f"model is {text!r}; torchvision has no such classifier{_near(request.name, names)}")
+    module = models.get_model_builder(request.name).__module__.rpartition(".")[2]
+    sizes = {} if request.num_classes is None else {"num_classes": request.num_classes}
+    if request.img_size is not None and module == "vision_transformer":
+        sizes["image_size"] = request.img_size
+    if request.img_size is not None and module == "maxvit":
+        sizes["input_size"] = (request.img_size, request.img_size)
+    if module in ("googlenet", "inception"):  # its default, of which it warns
+        sizes["init_weights"] = True
+    with _arguments(text):
+        network = models.get_model(request.name, weights=None, **(sizes | dict(request.kwargs)))
+    network = without_auxiliary_heads(_with_channels(network, request.in_chans))
+    if pretrained:
+        with _downloading(text):
+            weights = models.get_model_weights(request.name).DEFAULT.get_state_dict(progress=False, check_hash=True)
+        load_pretrained(network, weights, f"pretrained is True for {text}", say=lambda sentence: None)
+    return network
+
+
+def from_function(request: Request) -> nn.Module:
+    """Of a function that is called with those of num_classes, in_chans and img_size that it takes."""
+    function = import_function(request.name)
+    parameters = inspect.signature(function).parameters.values()
+    taken = {parameter.name for parameter in parameters}
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    sizes = {name: getattr(request, name) for name in ("num_classes", "in_chans", "img_size")}
+    sizes = {name: size for name, size in sizes.items() if size is not None and (name in taken or takes_all)}
+    with _arguments(request.name):
+        network = function(**(sizes | dict(request.kwargs)))
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"model is {request.name!r}; it returned a {type(network).__name__}, and must return a module")
+    return network
+
+
+def import_function(name: str) -> Callable[..., nn.Module]:
+    """A function by "package.module:function", looked for in the working folder too.
+
+    Raises:
+        ValueError: there is no such module, or no function in it.
+    """
+    module, _, path = name.partition(":")
+    with _working_folder():
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise  # of what the module itself imports
+            raise ValueError(
+                f"model is {name!r}; there is no module {error.name!r} here, and a network must be {KNOWN}"
+            ) from None
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"model is {name!r}; {module} has no {path!r}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(f"model is {name!r}; {path} is a {type(found).__name__}, and must be a function")
+    return found
+
+
+BUILDERS = {
+    "fastroute": from_registry,
+    "timm": from_timm,
+    "torchvision": from_torchvision,
+    "function": from_function,
+}
+
+
+def without_auxiliary_heads(network: nn.Module) -> nn.Module:
+    """torchvision's Inception or GoogLeNet without the heads that add to its loss in training; others as they are."""
+    if getattr(network, "aux_logits", False) is True:
+        network.aux_logits = False
+        for name in ("AuxLogits", "aux1", "aux2"):
+            if hasattr(network, name):
+                setattr(network, name, None)
+    return network
+
+
+def _with_channels(network: nn.Module, in_chans: int) -> nn.Module:
+    """With another first convolution where the images have other than 3 channels."""
+    if in_chans == 3:
+        return network
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d):
+            options = {key: getattr(module, key) for key in ("stride", "padding", "dilation", "padding_mode")}
+            first = nn.Conv2d(
+                in_chans, module.out_channels, module.kernel_size, bias=module.bias is not None, **options
+            )
+            parent, _, last = name.rpartition(".")
+            setattr(network.get_submodule(parent), last, first)
+            break
+    return network
+
+
+@contextlib.contextmanager
+def _working_folder() -> Iterator[None]:
+    """Modules of the working folder can be imported, after all others of their names."""
+    folder = os.getcwd()
+    if folder in sys.path or "" in sys.path:
+        yield
+        return
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+@contextlib.contextmanager
+def _arguments(text: str) -> Iterator[None]:
+    """Have an argument that the network does not take be named in a sentence."""
+    try:
+        yield
+    except TypeError as error:
+        if not re.search(r"argument|multiple values", str(error)):
+            raise
+        raise ValueError(f"model is {text!r}; its builder does not take these arguments: {error}") from error
+
+
+@contextlib.contextmanager
+def _downloading(text: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError):
+        raise
+    except Exception as error:  # whatever a hub, and the way to it, raise
+        raise ValueError(
+            f"pretrained is True; the weights of {text} cannot be had ({in_a_line(error)}): name a file of them with "
+            "--pretrained-path"
+        ) from error
+
+
+def _near(name: str, names: Sequence[str]) -> str:
+    near = get_close_matches(name, names, n=3)
+    return f": did you mean {', '.join(near)}?" if near else ""
+
+
+def layout(network: nn.Module) -> str:
+    """A digest of the names and types of a network's modules, and of the shapes of its tensors."""
+    modules = [(name, type(module).__name__) for name, module in network.named_modules()]
+    tensors = [(name, *value.shape) for name, value in network.state_dict().items() if isinstance(value, torch.Tensor)]
+    return hashlib.sha256(repr((modules, tensors)).encode()).hexdigest()
+
+
+def inferred(network: nn.Module) -> tuple[str, Request] | None:
+    """The source of a network that timm or torchvision built, and how to build one of the same layers; or None."""
+    source = type(network).__module__.partition(".")[0]
+    candidates = {"timm": _as_timm, "torchvision": _as_torchvision}.get(source)
+    if candidates is None:
+        return None
+    wanted = layout(network), repr(network)
+    for request in candidates(network):
+        try:
+            with torch.device("meta"):
+                built = BUILDERS[source](request)
+        except Exception:  # an argument, or an operator without an answer on the meta device: then it is not known
+            continue
+        if (layout(built), repr(built)) == wanted:
+            return source, request
+    return None
+
+
+def _as_timm(network: nn.Module) -> Iterable[Request]:
+    config = getattr(network, "pretrained_cfg", None) or {}
+    if architecture := config.get("architecture"):
+        name = ".".join(part for part in (architecture, config.get("tag")) if part)
+        size = getattr(getattr(network, "patch_embed", None), "img_size", None)
+        fixed = size[0] if config.get("fixed_input_size") and size else None
+        yield Request(name, getattr(network, "num_classes", None), _channels(network), fixed)
+
+
+def _as_torchvision(network: nn.Module) -> Iterable[Request]:
+    from torchvision import models
+
+    last = next((m for m in reversed(list(network.modules())) if isinstance(m, nn.Linear | nn.Conv2d)), None)
+    classes = getattr(last, "out_features", getattr(last, "out_channels", None))
+    kwargs = {"transform_input": True} if getattr(network, "transform_input", False) is True else {}
+    for name in models.list_models(module=models):
+        if models.get_model_builder(name).__module__ == type(network).__module__:
+            size = getattr(network, "image_size", None)
+            yield Request(name, classes, _channels(network), size if isinstance(size, int) else None, kwargs)
+
+
+def _channels(network: nn.Module) -> int:
+    return next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), 3)

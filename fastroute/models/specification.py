@@ -1,0 +1,364 @@
+"""What a network is made of: its source, its name and its arguments, as plain values that a checkpoint can hold."""
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastroute import _version
+from fastroute._memory import check_memory
+from fastroute.models.registry import model_info
+from fastroute.models.sources import BUILDERS, KNOWN, Request, check_own, inferred, layout
+from fastroute.models.weights import fits, load_pretrained, read_weights
+from fastroute.nn import set_gate_norm
+from fastroute.nn.gate_norm import GATE_NORMS, PRIORS
+from fastroute.ops._paths import MAX_PATHS
+
+SOURCES = ("fastroute", "timm", "torchvision", "function")
+NOT_KEPT = (
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"),
+    *("weights", "weights_backbone", "progress", "checkpoints", "num_classes", "in_chans", "img_size"),
+)
+"""Arguments of builders that a specification does not keep: they read files, or have a field of their own."""
+
+FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+NAME = re.compile(r"[\w.\-]{1,200}")
+LARGE, MOST, LONGEST, DEPTH = 2**14, 2**20, 1000, 4
+
+
+@dataclass(frozen=True)
+class Specification:
+    """How a network is built, in plain values: no code and no weights.
+
+    Attributes:
+        source: "fastroute", "timm", "torchvision", or "function" for a function of the user's.
+        name: of the network there; "package.module:function".
+        num_classes: the number of logits; None is the source's default.
+        in_chans: the channels of the images.
+        img_size: their height and width; None is the source's default.
+        kwargs: further arguments of the network itself.
+        paths: 1, or the number of parallel paths that `multipath` makes; like route_after, routing and init, its own.
+        route_after: "auto", or the names of the modules.
+        input_size: (channels, height, width) of the images by which the channels at the cuts are found; None is
+            (in_chans, img_size, img_size).
+        gate_norm, prior: how the routers normalise their gates; see `nn.CrossConnection`.
+        versions: of the packages that it was built with, for a reader.
+    """
+
+    source: str
+    name: str
+    num_classes: int | None = None
+    in_chans: int = 3
+    img_size: int | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    paths: int = 1
+    route_after: str | tuple[str, ...] = "auto"
+    routing: str | None = "cc"
+    init: str = "fresh"
+    input_size: tuple[int, ...] | None = None
+    gate_norm: str | None = None
+    prior: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def parse(cls, text: str, **arguments) -> "Specification":
+        """The specification of a network as it is named on the command line, with further fields.
+
+        Raises:
+            ValueError: there is no such source, or no such network of ours.
+        """
+        source, colon, name = text.partition(":")
+        if not colon:
+            source, name = "fastroute", text
+        elif source not in SOURCES[:3]:
+            source, name = "function", text
+        if source == "function" and not FUNCTION.fullmatch(name):
+            raise ValueError(f"model is {text!r}; it must be {KNOWN}")
+        if source in ("timm", "torchvision") and not NAME.fullmatch(name):
+            raise ValueError(f"model is {text!r}; {source}:NAME takes the name of a network of {source}'s")
+        specification = cls(source, name, **arguments)
+        if source == "fastroute":
+            check_own(name)
+        return specification
+
+    @property
+    def text(self) -> str:
+        """As it is named on the command line, without the arguments."""
+        return self.name if self.source in ("fastroute", "function") else f"{self.source}:{self.name}"
+
+    def __str__(self) -> str:
+        return self.text if self.paths == 1 else f"{self.text} ({self.paths} paths)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values alone: numbers, texts, lists and dicts."""
+        return _plain(asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Specification":
+        """Of what `to_dict` gave, which may come from anyone.
+
+        Raises:
+            ValueError: a field is missing, unknown, or of another type or size than it can have.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"its specification is a {type(values).__name__}, expected a dict")
+        names = {item.name for item in fields(cls)}
+        if unknown := [key for key in values if key not in names]:
+            raise ValueError(f"its specification has {unknown[0]!r:.50}, which this version does not know")
+        for name in ("source", "name"):
+            if name not in values:
+                raise ValueError(f"its specification[{name!r}] is missing")
+        for name, value in values.items():
+            expected, holds = _FIELDS[name]
+            if not holds(value):
+                raise ValueError(f"its specification[{name!r}] is {_short(value)}, expected {expected}")
+        pattern = FUNCTION if values["source"] == "function" else NAME
+        if not pattern.fullmatch(values["name"]):
+            raise ValueError(f"its specification['name'] is {_short(values['name'])}, expected the name of a network")
+        if refused := [name for name in values.get("kwargs", {}) if name in NOT_KEPT]:
+            raise ValueError(f"its specification['kwargs'] has {refused[0]!r}, which no specification keeps")
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+    def differences(self, other: "Specification") -> str:
+        """What another says otherwise, in words; nothing where both build the same network."""
+        names = [item.name for item in fields(self) if item.compare and item.name not in ("img_size", "input_size")]
+        pairs = ((name, _plain(getattr(self, name)), _plain(getattr(other, name))) for name in names)
+        return ", ".join(f"{name}={a!r}, not {b!r}" for name, a, b in pairs if a != b)
+
+    def build(
+        self,
+        num_classes: int | None = None,
+        in_chans: int | None = None,
+        img_size: int | None = None,
+        *,
+        pretrained: bool = False,
+        pretrained_path: str | Path | None = None,
+        imports: bool = False,
+        say: Callable[[str], None] = print,
+    ) -> nn.Module:
+        """The network, with fresh weights unless others are asked for.
+
+        Args:
+            num_classes, in_chans, img_size: in the place of the specification's.
+            pretrained: whether timm or torchvision downloads its weights.
+            pretrained_path: a file of weights of the network or of its single path; see `load_pretrained`.
+            imports: whether a function of the user's may be imported; a specification out of a file does not say so.
+            say: gets a sentence for each thing about the weights that is worth one.
+
+        Raises:
+            ValueError: there is no such network, it does not take an argument, or the weights do not fit.
+            ModuleNotFoundError: timm or torchvision is not installed.
+            FileNotFoundError: there is no file at pretrained_path.
+        """
+        given = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
+        spec = replace(self, **{name: value for name, value in given.items() if value is not None})
+        if pretrained and pretrained_path is not None:
+            raise ValueError(f"pretrained is True, and pretrained_path is {pretrained_path}; give one of them")
+        if pretrained and spec.source in ("fastroute", "function"):
+            raise ValueError(
+                f"pretrained is True; there are no weights of {spec.text} to download: name a file of weights with "
+                "pretrained_path"
+            )
+        if spec.source == "torchvision" and pretrained and spec.name in ("googlenet", "inception_v3"):
+            # Their weights are for images normalised in another way, which the network itself then does.
+            spec = replace(spec, kwargs={"transform_input": True} | dict(spec.kwargs))
+        spec._check_kwargs()
+        if spec.source == "function" and not imports:
+            raise ValueError(
+                f"its network is built by {spec.name}, and own code is imported only where you name it: add "
+                f"--model {spec.name}, or in Python load(path, model={spec.name!r})"
+            )
+        network = BUILDERS[spec.source](spec._request, **({"pretrained": True} if pretrained else {}))
+        if spec.num_classes is None:
+            spec = replace(spec, num_classes=spec._default_classes(network))
+        remember(
+            network,
+            replace(
+                spec,
+                paths=1,
+                route_after="auto",
+                routing="cc",
+                init="fresh",
+                input_size=None,
+                gate_norm=None,
+                prior=None,
+            ),
+        )
+        weights = None if pretrained_path is None else read_weights(pretrained_path)
+        where = f"pretrained_path is {pretrained_path}"
+        if weights is not None and (spec.paths == 1 or fits(network, weights)):
+            load_pretrained(network, weights, where, say=say)
+            weights = None
+        if spec.paths > 1:
+            network = spec._cut(network)
+            if weights is not None:
+                load_pretrained(network, weights, where, say=say)
+        if spec.gate_norm is not None or spec.prior is not None:
+            set_gate_norm(network, spec.gate_norm, spec.prior)
+            kept = network.specification
+            remember(network, None if kept is None else replace(kept, gate_norm=spec.gate_norm, prior=spec.prior))
+        return network
+
+    def _default_classes(self, network: nn.Module) -> int | None:
+        if self.source == "fastroute":
+            return model_info(self.name).num_classes
+        return 1000 if self.source == "torchvision" else getattr(network, "num_classes", None)
+
+    @property
+    def _request(self) -> Request:
+        return Request(self.name, self.num_classes, self.in_chans, self.img_size, self.kwargs)
+
+    def _cut(self, network: nn.Module) -> nn.Module:
+        from fastroute.models.conversion import multipath
+
+        size = self.input_size
+        if size is None and self.img_size is not None:
+            size = self.in_chans, self.img_size, self.img_size
+        route_after = self.route_after if self.route_after == "auto" else list(self.route_after)
+        return multipath(network, self.paths, route_after, self.routing, init=self.init, input_size=size)
+
+    def _check_kwargs(self) -> None:
+        for name in self.kwargs:
+            if name in NOT_KEPT and name != "checkpoints":  # of an ensemble, in Python
+                raise ValueError(
+                    f"model_kwargs has {name!r}, which is not for the network itself: it has its own option"
+                )
+        if any(size >= LARGE for size in _sizes(self.kwargs)):  # before it takes all memory
+            check_memory(self._bytes(), f"model is {self.text!r}; its weights would take", "lower its arguments")
+
+    def _bytes(self) -> int:
+        with torch.device("meta"):
+            network = BUILDERS[self.source](self._request)
+        return sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+
+
+def remember(network: nn.Module, specification: Specification | None) -> nn.Module:
+    """Leave a specification on a network, as its attribute `specification`, with what shows later that it still holds.
+
+    Arguments that are no plain values cannot be kept; then neither is the specification.
+    """
+    if specification is not None:
+        kwargs = {name: value for name, value in specification.kwargs.items() if name not in NOT_KEPT}
+        specification = replace(specification, kwargs=kwargs, versions=_versions(specification.source))
+        try:
+            Specification.from_dict(specification.to_dict())
+        except (TypeError, ValueError):
+            specification = None
+    network.specification = specification
+    network._specified = None if specification is None else layout(network)
+    return network
+
+
+def specification_of(network: nn.Module) -> Specification | None:
+    """How a network was built, where that can be told: by `create_model`, `multipath`, timm or torchvision.
+
+    None for any other network, and for one whose layers are others by now than those it was built with.
+    """
+    specification = getattr(network, "specification", None)
+    if isinstance(specification, Specification):
+        return specification if network._specified == layout(network) else None
+    found = inferred(network)
+    return None if found is None else Specification(found[0], *found[1], versions=_versions(found[0]))
+
+
+def specification_in(run: Mapping[str, Any], where: str) -> Specification:
+    """The specification in the `hyper_parameters` of a checkpoint, with the sizes that it was trained with.
+
+    Args:
+        run: the fields are of their types; see `check_fields`.
+        where: the argument and its value, such as "checkpoint is best.ckpt", for messages.
+
+    Raises:
+        ValueError: it does not say how its network is built, or not in a way that this version knows.
+    """
+    saved = run.get("specification")
+    try:
+        if saved is not None:
+            return Specification.from_dict(saved)
+        if "specification" not in run:  # of before there were any: a network of ours, by its name
+            sizes = {name: run[name] for name in ("num_classes", "in_chans", "img_size")}
+            return Specification.parse(run["model"], **sizes)
+    except ValueError as error:
+        raise ValueError(f"{where}; {error}") from None
+    raise ValueError(
+        f"{where}; it does not say how its network, a {run['model']}, is built: it was trained as a module of the "
+        "user's own. Give the network: fastroute.load(path, model=network)"
+    )
+
+
+def _versions(source: str) -> dict[str, str]:
+    versions = {"fastroute": _version.__version__, "torch": str(torch.__version__)}
+    if source in sys.modules and source != "fastroute":
+        versions[source] = str(sys.modules[source].__version__)
+    return versions
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _sizes(value: Any) -> Iterator[int]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _sizes(item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield abs(value)
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, dict):
+        keys = all(isinstance(key, str) and len(key) <= 200 for key in value)
+        return keys and depth < DEPTH and len(value) <= LONGEST and all(_is_plain(v, depth + 1) for v in value.values())
+    if isinstance(value, list | tuple):
+        return depth < DEPTH and len(value) <= LONGEST and all(_is_plain(item, depth + 1) for item in value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return abs(value) <= MOST
+    return value is None or isinstance(value, bool) or (isinstance(value, str) and len(value) <= 1000)
+
+
+def _is_int(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_texts(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and 1 <= len(value) <= LONGEST
+        and all(isinstance(item, str) and len(item) <= 1000 for item in value)
+    )
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(_is_int(item, 1, 2**20) for item in value)
+
+
+def _short(value: Any) -> str:
+    plain = value is None or isinstance(value, bool | int | float | str)
+    return repr(value)[:80] if plain else f"a {type(value).__name__}"
+
+
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "source": (f"one of {', '.join(SOURCES)}", lambda value: value in SOURCES),
+    "name": ("a text", lambda value: isinstance(value, str) and len(value) <= 200),
+    "num_classes": ("an int from 0 to 1,048,576 or None", lambda value: value is None or _is_int(value, 0, 2**20)),
+    "in_chans": ("an int from 1 to 4,096", lambda value: _is_int(value, 1, 2**12)),
+    "img_size": ("an int from 1 to 1,048,576 or None", lambda value: value is None or _is_int(value, 1, 2**20)),
+    "kwargs": ("a dict of plain values", lambda value: isinstance(value, dict) and _is_plain(value)),
+    "paths": (f"an int from 1 to {MAX_PATHS}", lambda value: _is_int(value, 1, MAX_PATHS)),
+    "route_after": ("'auto' or a list of texts", lambda value: value == "auto" or _is_texts(value)),
+    "routing": ("'cc', 'stitch' or None", lambda value: value in ("cc", "stitch", None)),
+    "init": ("'fresh' or 'copy'", lambda value: value in ("fresh", "copy")),
+    "input_size": ("a list of three sizes or None", lambda value: value is None or _is_size(value)),
+    "gate_norm": ("'center', 'standardize' or None", lambda value: value in GATE_NORMS),
+    "prior": ("'learned' or None", lambda value: value in PRIORS),
+    "versions": ("a dict of texts", lambda value: isinstance(value, dict) and _is_plain(value)),
+}

@@ -1,0 +1,159 @@
+"""Gates as posteriors: relevance scores normalised over the batch before the softmax (Eq. 4.11, 4.18 to 4.20)."""
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
+
+from fastroute.nn.mixture_em import RelevanceNorm, _inverse, _std_mean
+
+GATE_NORMS = (None, "center", "standardize")
+PRIORS = (None, "learned")
+
+
+class GateNorm(RelevanceNorm):
+    """Normalise the relevance scores of m gating vectors, and keep the priors of their clusters.
+
+    A gate is then the posterior of a cluster given the sample, with the density e^(a*) (Eq. 4.20) and the prior π_j
+    (Eq. 4.18): g_ij = π_ij e^(a*_ij / T) / Σ_k π_ik e^(a*_ik / T). Training mode normalises by the statistics of the
+    batch, those of all processes together where `torch.distributed` runs, and the gradient goes through them.
+    Evaluation normalises by the running statistics, which `fold` moves into the gate's last layer.
+
+    Args:
+        kind: "center": a* = a − μ; "standardize": a* = (a − μ) / σ (Eq. 4.11). A score with σ = 0 becomes 0.
+        in_paths, out_paths: m and n; in_paths is None for scores (N, n).
+        prior: "learned": π is the running mean of the gates of earlier steps. None: even priors.
+        momentum: the weight of a batch in the running statistics and priors.
+
+    Shape:
+        scores: (N, m, n), or (N, n).
+        output: the same, float32 or better.
+
+    Raises:
+        ValueError: an argument is unknown, scores have another shape, or a batch of one sample comes in training mode.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["center", "standardize"],
+        in_paths: int | None,
+        out_paths: int,
+        prior: Literal["learned"] | None = None,
+        momentum: float = 0.1,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__(out_paths, momentum, num_gates=in_paths, device=device, dtype=torch.float32)
+        self.kind = kind
+        even = torch.full_like(self.running_mean, 1 / out_paths) if prior == "learned" else None
+        self.register_buffer("prior", even)
+
+    def reset_running_stats(self) -> None:
+        """Forget all batches, and make the priors even."""
+        super().reset_running_stats()
+        if self.prior is not None:
+            self.prior.fill_(1 / self.num_clusters)
+
+    def forward(self, scores: Tensor) -> Tensor:
+        if scores.shape[1:] != self.running_mean.shape:
+            expected = ", ".join(map(str, self.running_mean.shape))
+            raise ValueError(f"scores have shape {tuple(scores.shape)}; they must be (N, {expected})")
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        if self.training:
+            mean, std = self._batch(scores)
+            self.num_batches_tracked += 1
+            self._move((self.running_mean, mean), (self.running_std, std))
+            scale = _inverse(std)
+        else:
+            mean, scale = self._running(scores.dtype)
+        return (scores - mean) * scale if self.kind == "standardize" else scores - mean
+
+    def logits(self, scores: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Return the logits of the gates, by scores as the gate's last layer gives them, and the normalised scores.
+
+        In training mode the softmax of the logits becomes part of the priors of the next step.
+        """
+        normalized = self(scores)
+        logits = normalized / temperature
+        if self.prior is not None:
+            logits = logits + self._log_prior(logits.dtype)
+            if self.training:
+                self._learn_prior(logits.detach().softmax(-1))
+        return logits, normalized
+
+    def fold(self, w2: Tensor, b2: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+        """Return w2 and b2 of a layer whose scores are the logits of the gates in evaluation mode.
+
+        Args:
+            w2: (m, n, G); b2: (m, n) or None.
+        """
+        dtype = torch.promote_types(w2.dtype, torch.float32)
+        mean, scale = self._running(dtype)
+        scale = scale / temperature if self.kind == "standardize" else torch.full_like(scale, 1 / temperature)
+        b2 = (-mean if b2 is None else b2.to(dtype) - mean) * scale
+        return w2.to(dtype) * scale.unsqueeze(-1), b2 if self.prior is None else b2 + self._log_prior(dtype)
+
+    def unfold(self, logits: Tensor, temperature: float) -> Tensor:
+        """Return the normalised scores, by the logits that a folded layer gives."""
+        return (logits if self.prior is None else logits - self._log_prior(logits.dtype)) * temperature
+
+    def _log_prior(self, dtype: torch.dtype) -> Tensor:
+        return self.prior.to(dtype).clamp(min=torch.finfo(torch.float32).tiny).log()
+
+    def _batch(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """μ and σ of the batch, those of all processes together where there are several."""
+        if not _several_processes():
+            if len(scores) < 2:
+                raise ValueError(
+                    f"scores have {len(scores)} samples; in training mode gate_norm={self.kind!r} needs at least 2"
+                )
+            std, mean = _std_mean(scores)
+            return mean, std
+        # Sums about the running mean, which all processes have in common: squares about 0 may lose the spread.
+        center = self.running_mean.to(scores.dtype)
+        distance = scores - center
+        sums = all_reduce(torch.stack([torch.ones_like(distance), distance, distance.square()]).sum(1))
+        shift, square = sums[1] / sums[0], sums[2] / sums[0]
+        variance = (square - shift.square()).clamp(min=0)
+        return center + shift, torch.where(variance > 0, variance, 1).sqrt() * (variance > 0)
+
+    def _learn_prior(self, posterior: Tensor) -> None:
+        total, count = posterior.sum(0), posterior.new_tensor(float(len(posterior)))
+        if _several_processes():
+            for value in (total, count):
+                dist.all_reduce(value)
+        self._move((self.prior, total / count))
+
+    @torch.no_grad()
+    def _move(self, *pairs: tuple[Tensor, Tensor]) -> None:
+        """Move running values towards those of a batch, where these are finite; the first batches count alike."""
+        weight = (1 / self.num_batches_tracked).clamp(min=self.momentum).float()
+        for running, value in pairs:
+            running.lerp_(torch.where(value.isfinite(), value.to(running.dtype), running), weight.to(running.dtype))
+
+    def extra_repr(self) -> str:
+        prior = "" if self.prior is None else ", prior='learned'"
+        return f"{self.kind!r}, {tuple(self.running_mean.shape)}, momentum={self.momentum}{prior}"
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def make_gate_norm(
+    gate_norm: str | None, prior: str | None, in_paths: int | None, out_paths: int, device=None
+) -> GateNorm | None:
+    """Return a router's normalisation, or None.
+
+    Raises:
+        ValueError: gate_norm or prior is unknown, or there is a prior without gate_norm.
+    """
+    for name, value, known in (("gate_norm", gate_norm, GATE_NORMS), ("prior", prior, PRIORS)):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, known))}")
+    if gate_norm is None:
+        if prior is not None:
+            raise ValueError(f"prior is {prior!r} without gate_norm; give gate_norm='center' or 'standardize' with it")
+        return None
+    return GateNorm(gate_norm, in_paths, out_paths, prior, device=device)

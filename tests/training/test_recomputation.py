@@ -1,0 +1,54 @@
+"""Activations computed again in the backward pass."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from fastroute.models import create_model
+from fastroute.training import RoutingClassifier
+from fastroute.training.recomputation import checkpoint_gradients
+
+
+def step(model, x):
+    """Loss, gates and the bytes that the forward pass has kept for the backward."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+        logits, routing = model(x, return_routing=True)
+    loss = logits.square().mean() + sum(r.scores.square().mean() for r in routing.values())
+    loss.backward()
+    return loss.detach(), routing, sum(kept)
+
+
+@pytest.mark.parametrize("name", ["resnet20_cc2", "resnet20"])
+def test_gradients_and_statistics_are_the_same_and_less_is_kept(name):
+    torch.manual_seed(0)
+    plain = create_model(name)
+    other = copy.deepcopy(plain)
+    checkpoint_gradients(other)
+    other = copy.deepcopy(other)  # as a moving average is made
+    x = torch.randn(4, 3, 16, 16)
+    (loss, routing, kept), (other_loss, other_routing, other_kept) = step(plain, x), step(other, x)
+    assert torch.equal(loss, other_loss) and other_kept < kept / 2
+    assert all(torch.equal(routing[r].gates, other_routing[r].gates) for r in routing)
+    for (key, a), b in zip(plain.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=key)
+    for (key, a), b in zip(plain.named_buffers(), other.buffers(), strict=True):
+        assert torch.equal(a, b), key
+    assert list(plain.state_dict()) == list(other.state_dict())
+    assert torch.equal(plain.eval()(x), other.eval()(x))
+
+
+def test_timm_s_networks_have_their_own():
+    model = timm.create_model("resnet10t")
+    checkpoint_gradients(model)
+    assert model.grad_checkpointing
+
+
+def test_what_cannot_be():
+    with pytest.raises(ValueError, match="Sequential has no blocks of layers"):
+        checkpoint_gradients(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="compile is True, and grad_checkpointing too"):
+        RoutingClassifier("resnet20", grad_checkpointing=True, compile=True)
