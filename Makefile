@@ -4,14 +4,25 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) fastroute/ops/schemas.inc
 OLDEST := .venv-oldest
 
-.PHONY: demo test attack sanitize test-oldest oldest-backends oldest-operators lint docs ctest clean
+.PHONY: demo test test-fast test-thorough attack sanitize test-oldest oldest-backends oldest-operators lint docs ctest clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fastroute demo
 
-# As many processes as processors, of one thread each; a file stays in one, which compiles what its tests share.
+# As many processes as processors, of one thread each. Each begins with tests that lie side by side, which share what they
+# compile and train, and takes over tests of another when it has done. What is compiled is kept in build/tests.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(TEST)
+
+# Two minutes: what neither trains, nor compiles, nor interprets kernels for seconds (tests/conftest.py has the list).
+test-fast: $(VENV)/.ready
+	$(TEST) -m "not long and not thorough and not slow and not gpu and not attack"
+
+# Some minutes more: what `make test` leaves out for time, and CI runs besides.
+test-thorough: $(VENV)/.ready
+	$(TEST) -m "thorough and not gpu"
 
 # Random operators against float64, damaged checkpoints and data, kills: up to 20 minutes.
 attack: $(VENV)/.ready
@@ -80,7 +91,7 @@ $(VENV)/.ready: pyproject.toml setup.py $(SOURCES)
 $(OLDEST)/.ready:
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet torch==2.11.0 torchvision==0.26.0 "numpy<2.4" "setuptools>=77,<82" wheel ninja \
-	  "pytest>=8" "hypothesis>=6.100"
+	  "pytest>=9" "hypothesis>=6.100"
 	touch $@
 
 clean:

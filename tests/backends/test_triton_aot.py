@@ -55,8 +55,10 @@ def stage_cases(networks=STAGES) -> dict[str, tuple]:
     }
 
 
-# Of samples that one program holds, of some that many share, and of rows of 7.
-SOME_STAGES = ("ResNet20 16×32×32", "ResNet18 64×56×56", "ResNet18 512×7×7")
+MIXTURES = [((128, 10), "float32", False), ((128, 4, 4), "bfloat16", True), ((64, 1024), "float32", False)]
+
+# Of samples that one program holds, and of samples that many share.
+SOME_STAGES = ("ResNet20 64×8×8", "ResNet18 64×56×56")
 
 # A tier each, and among them every kernel.
 EVERY_KERNEL = {case: CASES[case] for case in ("ResNet 8 × 8", "three paths", "ImageNet, NCHW")}
@@ -188,7 +190,7 @@ def compile_all(architecture: int, cases: dict[str, tuple]) -> list[dict]:
         with torch.device("meta"):
             xs = [torch.empty(shape, dtype=getattr(torch, dtype)).to(memory_format=memory_format) for _ in range(m)]
             gate = [torch.empty(size) for size in ((m, 16, channels), (m, 16), (m, n, 16), (m, n))]
-            for relu in {False, case in AFTER_RELU}:
+            for relu in {False, case in AFTER_RELU and cases is CASES}:
                 outputs, gates, scores, pooled, hidden = cc.cross_connect(xs, *gate, relu)
                 forward = len(reports)
                 cc.cross_connect_backward(outputs, gates, scores, xs, *gate, gates, pooled, hidden, relu, True)
@@ -223,12 +225,8 @@ def compile_all(architecture: int, cases: dict[str, tuple]) -> list[dict]:
     every = [report for case in cases for report in run(case)]
     if not EVERY_KERNEL.keys() <= cases.keys():
         return every
-    for shape, dtype, given in [
-        ((128, 10), "float32", False),
-        ((128, 4, 4), "bfloat16", True),
-        ((64, 1024), "float32", False),
-    ]:
-        every += run_mixtures(shape, dtype, given)
+    for mixture in MIXTURES if cases is CASES else MIXTURES[:1]:
+        every += run_mixtures(*mixture)
     changes["maxnreg"] = 32
     return [*every, run("three paths")[1]]  # the last one has to spill
 

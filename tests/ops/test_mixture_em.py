@@ -19,9 +19,10 @@ SHAPES = [(128, 10), (3, 1), (2, 2), (17, 33), (130, 4, 4), (5, 3, 20), (1000, 2
 @pytest.mark.parametrize("priors", [False, True])
 @pytest.mark.parametrize("statistics", [False, True])
 @pytest.mark.parametrize("augmented", [False, True])
-def test_loss_posterior_and_gradient(backend, dtype, priors, statistics, augmented):
+def test_loss_posterior_and_gradient(backend, dtype, priors, statistics, augmented, subtests):
     for shape in SHAPES:
-        check(make_case(shape, dtype, priors, statistics, augmented))
+        with subtests.test(shape=shape):
+            check(make_case(shape, dtype, priors, statistics, augmented))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -235,6 +236,7 @@ def test_every_element_is_written(backend):
         torch.use_deterministic_algorithms(deterministic)
 
 
+@pytest.mark.parametrize("backend", ["default", "reference"], indirect=True)  # the operator itself: no call by Python
 @pytest.mark.parametrize("shape", [(7, 3), (6, 2, 4)], ids=str)
 def test_opcheck(backend, shape):
     forward, backward = (
