@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from fastroute import ops, use_backend
 from fastroute.backends import BACKENDS
-from tests.ops.cases import check_against_eager, differentiate, eager_cross_connect, parameters, paths
+from tests.ops.cases import check_against_eager, differentiate, eager_cross_connect, named, parameters, paths
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LAYOUTS = ["contiguous", "channels_last", "stacked", "sliced"]
@@ -56,9 +56,9 @@ COUNTS = [(1, 2), (2, 2), (3, 1), (5, 4), (8, 8)]
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_outputs_and_every_gradient(backend, layout, dtype, activation, subtests):
+def test_outputs_and_every_gradient(backend, layout, dtype, activation):
     for (shape, (m, n)), bias in zip(itertools.product(SHAPES, COUNTS), itertools.cycle([True, True, False])):
-        with subtests.test(shape=shape, paths=(m, n)):
+        with named(shape=shape, paths=(m, n)):
             precise = torch.float64 if dtype == torch.float64 else torch.float32
             ps = parameters(m, n, shape[1], bias=bias, dtype=precise, scale=0.3)
             check(paths(m, shape, dtype, layout), ps, activation)
@@ -67,9 +67,9 @@ def test_outputs_and_every_gradient(backend, layout, dtype, activation, subtests
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 9), (2, 5, 3, 4, 7)], ids=str)
 @pytest.mark.parametrize("hidden", [None, 1, 7])
-def test_other_ranks_and_gates(backend, shape, hidden, activation, subtests):
+def test_other_ranks_and_gates(backend, shape, hidden, activation):
     for layout in ("contiguous", "channels_last"):
-        with subtests.test(layout=layout):
+        with named(layout=layout):
             check(paths(3, shape, layout=layout), parameters(3, 2, shape[1], hidden), activation)
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fastroute import ops, use_backend
 from fastroute.ops._convolution import kernel_fits
-from tests.ops.cases import check_against_eager, differentiate, paths
+from tests.ops.cases import check_against_eager, differentiate, named, paths
 from tests.ops.cases import eager_cross_predict as eager
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -63,11 +63,11 @@ CASES = [
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_outputs_and_every_gradient(backend, layout, dtype, form, subtests):
+def test_outputs_and_every_gradient(backend, layout, dtype, form):
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     choices = itertools.cycle(itertools.product([True, False], ["relu", None]))
     for (m, n, width, kernel, shape, geometry), (bias, activation) in zip(CASES, choices, strict=False):
-        with subtests.test(shape=shape, paths=(m, n), kernel=kernel):
+        with named(shape=shape, paths=(m, n), kernel=kernel):
             ps = parameters(m, n, width, shape[1], kernel, shape[0], precise, bias)
             check(paths(m, shape, dtype, layout), ps, form, activation, **geometry)
 
@@ -117,11 +117,11 @@ def test_gradcheck(backend, form, activation):
     assert torch.autograd.gradgradcheck(lambda *a: tuple(function(*a)), inputs, fast_mode=True)
 
 
-def test_only_some_need_gradients(backend, subtests):
+def test_only_some_need_gradients(backend):
     xs, ps = paths(2, (3, 5, 4, 4)), parameters(2, 2, 6, 5, (3, 3), 3)
     expected = differentiate(eager(padding=1), [*ps, *xs])
     for wanted in ([0], [1], [2], [3, 4]):
-        with subtests.test(wanted=wanted):
+        with named(wanted=wanted):
             leaves = [t.detach().requires_grad_(k in wanted) for k, t in enumerate([*ps, *xs])]
             outputs = predicted(padding=1)(*leaves)
             gradients = torch.autograd.grad(outputs, [leaves[k] for k in wanted], expected[2])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastroute import ops
-from tests.ops.cases import check_against_eager, differentiate, eager_cross_connect, parameters, paths
+from tests.ops.cases import check_against_eager, differentiate, eager_cross_connect, named, parameters, paths
 
 LAYOUTS = ["contiguous", "channels_last", "stacked", "sliced"]
 
@@ -19,12 +19,12 @@ def eager(w1, b1, w2, b2, *xs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gates_and_every_gradient(backend, layout, dtype, subtests):
+def test_gates_and_every_gradient(backend, layout, dtype):
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     shapes = [(3, 16, 8, 8), (17, 3, 7, 5), (4, 6), (3, 130, 9), (2, 5, 3, 4, 7), (0, 4, 3, 3)]
     cases = itertools.cycle([(2, 2, 16, True), (3, 1, 5, False), (1, 8, None, True)])
     for shape, (m, n, hidden, bias) in zip(shapes, cases, strict=False):
-        with subtests.test(shape=shape, paths=(m, n)):
+        with named(shape=shape, paths=(m, n)):
             ps = parameters(m, n, shape[1], hidden, bias, dtype=precise, scale=0.3)
             check_against_eager(gated, eager, [*ps, *paths(m, shape, dtype, layout)])
 

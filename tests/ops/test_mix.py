@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fastroute import ops
-from tests.ops.cases import check_against_eager, paths
+from tests.ops.cases import check_against_eager, named, paths
 
 
 def mixed(gates, *xs):
@@ -19,7 +19,7 @@ def eager(gates, *xs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stacked", "sliced"])
 @pytest.mark.parametrize("static", [False, True])
-def test_outputs_and_every_gradient(backend, static, layout, dtype, subtests):
+def test_outputs_and_every_gradient(backend, static, layout, dtype):
     for m, n, shape in [
         (2, 2, (3, 16, 8, 8)),
         (3, 5, (4, 33, 7, 5)),
@@ -28,7 +28,7 @@ def test_outputs_and_every_gradient(backend, static, layout, dtype, subtests):
         (4, 4, (2, 130, 13)),
         (2, 3, (1, 24, 56, 57)),  # which all threads take together
     ]:
-        with subtests.test(shape=shape, paths=(m, n)):
+        with named(shape=shape, paths=(m, n)):
             size = (m, n) if static else (shape[0], m, n)
             precise = torch.float64 if dtype == torch.float64 else torch.float32
             inputs = [

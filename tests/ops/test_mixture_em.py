@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from fastroute import ops
+from tests.ops.cases import named
 from tests.ops.mixture_cases import check, differentiate, draw, eager_loss, make_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -19,9 +20,9 @@ SHAPES = [(128, 10), (3, 1), (2, 2), (17, 33), (130, 4, 4), (5, 3, 20), (1000, 2
 @pytest.mark.parametrize("priors", [False, True])
 @pytest.mark.parametrize("statistics", [False, True])
 @pytest.mark.parametrize("augmented", [False, True])
-def test_loss_posterior_and_gradient(backend, dtype, priors, statistics, augmented, subtests):
+def test_loss_posterior_and_gradient(backend, dtype, priors, statistics, augmented):
     for shape in SHAPES:
-        with subtests.test(shape=shape):
+        with named(shape=shape):
             check(make_case(shape, dtype, priors, statistics, augmented))
 
 
@@ -225,12 +226,12 @@ def test_bitwise_repeatable(backend):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_every_element_is_written(backend, subtests):
+def test_every_element_is_written(backend):
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # with it, fresh memory is full of NaN
     try:
         for shape in SHAPES:
-            with subtests.test(shape=shape):
+            with named(shape=shape):
                 results = differentiate(ops.mixture_em_loss, make_case(shape, augmented=True, priors=True))
                 assert all(torch.isfinite(t).all() for t in results)
     finally:
