@@ -4,14 +4,26 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) fastroute/ops/schemas.inc
 OLDEST := .venv-oldest
 
-.PHONY: demo test attack sanitize test-oldest oldest-backends oldest-operators lint ctest clean
+.PHONY: demo test test-fast test-thorough attack sanitize test-oldest oldest-backends oldest-operators lint docs ctest clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fastroute demo
 
-# As many processes as processors, of one thread each; a file stays in one, which compiles what its tests share.
+# As many processes as processors, of one thread each. Each begins with tests that lie side by side, which share what they
+# compile and train, and takes over tests of another when it has done. What is compiled is kept in build/tests. So is bytecode
+# beside its sources, whatever the environment says: to rewrite all assertions takes ten seconds of every process.
+TEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n auto --dist worksteal
+
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(TEST)
+
+# Two minutes: what neither trains, nor compiles, nor interprets kernels for seconds (tests/conftest.py has the list).
+test-fast: $(VENV)/.ready
+	$(TEST) -m "not long and not thorough and not slow and not gpu and not attack"
+
+# Some minutes more: what `make test` leaves out for time, and CI runs besides.
+test-thorough: $(VENV)/.ready
+	$(TEST) -m "thorough and not gpu"
 
 # Random operators against float64, damaged checkpoints and data, kills: up to 20 minutes.
 attack: $(VENV)/.ready
@@ -57,6 +69,12 @@ oldest-operators:
 lint: $(VENV)/.ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/codespell
+	$(BIN)/mypy
+
+# The site in build/site; warnings are errors. Nothing is fetched from the network.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 ctest: $(VENV)/.ready
 	cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(abspath $(BIN)/python)

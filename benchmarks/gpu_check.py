@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))  # works in a checkout without installation
 
 from benchmarks.supervise import NO_DEVICE, Job, Rows, Stage, Supervisor, line  # noqa: E402
 
-TRITON_TESTS, NATIVE_TESTS = "tests/backends/test_triton.py", "tests/backends/test_native_cuda.py"
+TRITON_TESTS, NATIVE_TESTS = "tests/backends/triton_kernels", "tests/backends/cuda_kernels"
 
 
 class Plan:

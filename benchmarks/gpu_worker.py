@@ -363,14 +363,14 @@ def tests(options, say) -> None:
     """Run a share of the tests that need the device."""
     import pytest
 
-    marks = "gpu" if options.device == "cuda" else "not gpu and not slow and not attack"
+    marks = "gpu" if options.device == "cuda" else "not gpu and not slow and not thorough and not attack"
     ignored = [f"--ignore={path}" for path in options.ignore]
     flags = ["-q", "-m", marks, "-p", "no:cacheprovider", "--tb=short", "--continue-on-collection-errors"]
     pytest.main([*flags, *ignored, *options.files], plugins=[Reporter(options, say)])
 
 
 SANITIZED = [
-    *("tests/backends/test_native_cuda.py", "-m", "gpu"),
+    *("tests/backends/cuda_kernels/test_cross_connect.py", "-m", "gpu"),
     *("-k", "optional_gradients or float32_parameters or extreme_scores"),
 ]
 

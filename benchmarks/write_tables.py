@@ -8,13 +8,12 @@ from fastroute.bench import report
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "result", type=Path, help="a result of `fastroute bench --stated`, in or below the page's folder"
-    )
-    parser.add_argument("--page", type=Path, default=Path("README.md"), help="the file whose marked section is written")
+    parser.add_argument("result", type=Path, help="a result of `fastroute bench --stated`")
+    page = Path("docs/benchmarks.md")
+    parser.add_argument("--page", type=Path, default=page, help="the page whose marked section is written")
     options = parser.parse_args()
     try:
-        options.page.write_text(report.rewrite_readme(options.page, options.result))
+        options.page.write_text(report.rewrite_page(options.page, options.result))
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from None
     print(f"wrote {options.page}")

@@ -1,5 +1,5 @@
-// What a library was built from and for. Python reads it from the file, since loading a library of other schemas, or one
-// built for another torch, can end the process. One source of each library includes this.
+// Marks a library with its sources and torch version. Python reads the mark from the file, since loading a library with other
+// schemas, or built for another torch, can crash the process. One source of each library includes this.
 
 #pragma once
 

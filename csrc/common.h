@@ -1,4 +1,4 @@
-// What host and device code of every backend agree on.
+// Definitions shared by host and device code of all backends.
 
 #pragma once
 
@@ -9,7 +9,7 @@ namespace fastroute {
 
 constexpr int64_t kMaxPaths = 8;
 
-// The type in which sums, gates and scores of T paths are held.
+// The type of sums, gates and scores for paths of type T.
 template <typename T>
 using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 

@@ -1,4 +1,4 @@
-// Shapes, types and layouts as Python prints them, for messages.
+// Formats shapes, types and layouts as Python does, for messages.
 
 #pragma once
 

@@ -1,5 +1,5 @@
-// The tensors of the mixture-EM loss: the checks that memory safety needs, and allocation of what it returns.
-// fastroute.ops has the checks that explain themselves.
+// The tensors of the mixture-EM loss: checks for memory safety, and allocation of the results. fastroute.ops has the checks
+// with messages for users.
 
 #pragma once
 
@@ -17,14 +17,14 @@ inline void check_mixture(const at::Tensor& t, const at::Tensor& scores, at::Int
       "the mixture-EM loss takes contiguous tensors that agree in shape, type and device");
 }
 
-// Scores (N, K) or (N, m, K), alone or with those of the augmented samples.
+// Scores (N, K) or (N, m, K), optionally with those of the augmented samples.
 struct Mixtures {
   int64_t samples, mixtures, clusters;
-  at::ScalarType type;                 // in which sums are held
+  at::ScalarType type;                 // of the sums
   at::IntArrayRef columns;             // (K) or (m, K)
   std::vector<int64_t> statistics;     // (views, *columns)
 
-  // For a forward, whose numbers for each cluster are checked too.
+  // For a forward, which also checks the tensors with one value per cluster.
   Mixtures(
       const at::Tensor& scores, const OptionalTensor& scores_aug, const OptionalTensor& prior,
       const OptionalTensor& mean, const OptionalTensor& std)
@@ -48,9 +48,9 @@ struct Mixtures {
     if (scores_aug) check_mixture(*scores_aug, scores, scores.sizes(), scores.scalar_type());
     statistics.insert(statistics.begin(), scores_aug ? 2 : 1);
   }
-  // From sample to sample; of a mixture, the scores of one sample lie next to each other.
+  // Stride between samples; the scores of one sample and mixture are contiguous.
   int64_t stride() const { return mixtures * clusters; }
-  double weight() const { return 1.0 / static_cast<double>(samples ? samples : 1); }  // no sample: a loss of 0
+  double weight() const { return 1.0 / static_cast<double>(samples ? samples : 1); }  // without samples the loss is 0
   at::IntArrayRef losses() const { return columns.slice(0, columns.size() - 1); }
 };
 

@@ -1,6 +1,6 @@
-// The namespaces. fastroute:: has the operators that users call; csrc/ops checks their arguments and chooses who computes
-// them: fastroute_native:: the compiled kernels, which register from libraries of their own, one for each instruction set or
-// device, so that a process loads only code that its processor can run; or fastroute_python:: what Python brings.
+// The namespaces. fastroute:: has the public operators; csrc/ops checks their arguments and chooses the implementation.
+// fastroute_native:: has the compiled kernels, which are registered by separate libraries, one per instruction set or device,
+// so that a process only loads code that its processor can run. fastroute_python:: has the implementations in Python.
 
 #include "build.h"
 
@@ -26,21 +26,21 @@ TORCH_LIBRARY(fastroute, m) {
 
 TORCH_LIBRARY(fastroute_python, m) {
   define_operators(m);
-  // Who can serve a tensor like this one, as a sum: 1 for the compiled kernels, 2 for Triton, 4 where the compiled kernels
-  // have clusters of multiprocessors.
+  // Flags of the backends that support a tensor like this one: 1 for the compiled kernels, 2 for Triton, 4 if the compiled
+  // kernels can use thread-block clusters.
   m.def("choose(Tensor like) -> int");
 }
 
 TORCH_LIBRARY(fastroute_native, m) {
   define_operators(m);
-  // The passes around the convolutions of cross-prediction; their sources say what each of them does.
+  // The elementwise passes around the convolutions of cross-prediction; documented in their sources.
   m.def(
       "sum_predictions(Tensor[] predictions, Tensor gates, Tensor? offsets, bool relu, Tensor(a!)[] outputs) -> ()");
   m.def(
       "scale_paths(Tensor[] paths, Tensor[] masks, Tensor weights, bool sums, Tensor(a!)[] masked,"
       " Tensor(b!)[] scaled) -> Tensor totals");
   m.def("sum_gradients(Tensor[] terms, Tensor[] xs, Tensor gates, Tensor(a!)[] grad_xs) -> Tensor products");
-  // As Tensor.new_empty_strided, in the memory that outputs keep from one call to the next.
+  // Same as Tensor.new_empty_strided, in memory that is reused between calls.
   m.def("new_empty_strided(Tensor x, int[] size, int[] stride) -> Tensor");
   // Which of their passes the CPU kernels take for m inputs x and n outputs, all alike: past the caches or through them in
   // a forward in the gradient mode of the call, a channel's value by rows or by elements in the backward, whether the next

@@ -1,5 +1,5 @@
-// Lists of parallel paths (N, C, *S): what every operator asks of them, sample layout, and allocation of outputs.
-// Where there is no compiled library, fastroute/ops/_paths.py says the same in Python.
+// Lists of parallel paths (N, C, *S): checks shared by all operators, sample layout, and allocation of outputs.
+// fastroute/ops/_paths.py does the same in Python, without the compiled library.
 
 #pragma once
 
@@ -22,7 +22,7 @@ namespace fastroute {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// Strides, paddings and dilations up to this do not overflow where they are multiplied by a size.
+// Strides, paddings and dilations up to this do not overflow when multiplied by a size.
 constexpr int64_t kMaxSize = int64_t{1} << 30;
 
 using Forward = std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -45,7 +45,7 @@ inline bool sample_is_dense(const at::Tensor& x, bool channels_last) {
   return channels_last || matches(1);
 }
 
-// N samples of C channels and S pixels, each sample dense as [C, S] or as [S, C].
+// N samples of C channels and S pixels; each sample is dense as [C, S] or [S, C].
 struct Geometry {
   int64_t batch, channels, size;
   bool channels_last;
@@ -98,12 +98,12 @@ inline void check_paths(const char* label, at::TensorList xs) {
   }
 }
 
-// Raises unless there is a tensor: Python's None comes as one that is not defined.
+// Raises unless the tensor is defined: Python's None arrives as an undefined tensor.
 inline void check_given(const char* label, const at::Tensor& t) {
   TORCH_CHECK_TYPE(t.defined(), label, " is None; it must be a tensor");
 }
 
-// Raises unless a gate's parameter has this shape, lies on x's device and is at least as precise as it need be.
+// Raises unless a parameter has this shape, x's device, and x's type or float32.
 inline void check_weight(const char* label, const at::Tensor& weight, at::IntArrayRef shape, const at::Tensor& x) {
   TORCH_CHECK_VALUE(
       weight.sizes() == shape, label, " has shape ", tuple(weight.sizes()), "; it must have shape ", tuple(shape));
@@ -116,7 +116,7 @@ inline void check_weight(const char* label, const at::Tensor& weight, at::IntArr
       either(x.scalar_type(), at::kFloat), " for paths of ", name(x.scalar_type()));
 }
 
-// Raises unless these are the parameters of gates for the paths, as `cross_connect` takes them.
+// Raises unless these are gate parameters for the paths, as `cross_connect` takes them.
 inline void check_gate(
     at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
     const OptionalTensor& b2) {
@@ -157,14 +157,14 @@ inline void check_gates(const at::Tensor& gates, at::TensorList xs) {
   }
 }
 
-// The first of 1 to 8 paths (N, C, *S), which need not be alike.
+// Returns the first of 1 to 8 paths (N, C, *S), whose shapes may differ.
 inline const at::Tensor& first_path(at::TensorList xs) {
   TORCH_CHECK(!xs.empty() && static_cast<int64_t>(xs.size()) <= kMaxPaths, "1 to 8 paths are served, not ", xs.size());
   TORCH_CHECK(xs[0].defined() && xs[0].dim() >= 2, "paths must be tensors (N, C, *S)");
   return xs[0];
 }
 
-// What the kernels need for memory safety of paths that are in their layout already.
+// Checks, for memory safety, paths that are already in the layout of the kernels.
 inline void check_aligned(at::TensorList xs, const at::Tensor& like) {
   first_path(xs);
   const bool channels_last = !sample_is_dense(like, false);
@@ -176,14 +176,14 @@ inline void check_aligned(at::TensorList xs, const at::Tensor& like) {
   }
 }
 
-// The first of such paths.
+// Returns the first of such paths.
 inline const at::Tensor& aligned_path(at::TensorList xs) {
   const at::Tensor& x = first_path(xs);
   check_aligned(xs, x);
   return x;
 }
 
-// Raises unless these are as `torch.nn.functional.conv2d` takes them, one number for each spatial size.
+// Raises unless these are arguments of `torch.nn.functional.conv2d`, one number per spatial size.
 inline void check_geometry(
     int64_t spatial, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
   const auto check = [&](const char* label, at::IntArrayRef numbers, int64_t least) {
@@ -201,11 +201,11 @@ inline void check_geometry(
 
 inline at::Tensor to_channels_last(const at::Tensor& x) { return x.movedim(1, -1).contiguous().movedim(-1, 1); }
 
-// Tensors in the sample layout of the kernels: as they are where they have it, else copies.
+// Tensors in the sample layout of the kernels, copied only if they have another layout.
 class Aligned {
  public:
-  // Of paths that `check_paths` has passed: their own layout where that is [C, *S] or [*S, C], else by one copy. Raises
-  // where some are NCHW and others channels_last: copying one silently would cost more than routing.
+  // For paths that passed `check_paths`: keeps the layouts [C, *S] and [*S, C], and copies any other. Raises if some paths are
+  // NCHW and others channels_last: a silent copy would cost more than the routing.
   Aligned(const char* label, at::TensorList xs) : given_(xs) {
     const auto first = [](const at::Tensor& x) { return sample_is_dense(x, false); };
     const auto last = [](const at::Tensor& x) { return sample_is_dense(x, true); };
@@ -221,7 +221,7 @@ class Aligned {
     }
   }
 
-  // Of incoming gradients: the layout and type of the paths `like`, copied only where they differ.
+  // For incoming gradients: converts to the layout and type of the paths `like`, and copies only if they differ.
   Aligned(at::TensorList xs, const at::Tensor& like) : given_(xs) {
     const bool channels_last = !sample_is_dense(like, false);
     const auto type = like.scalar_type();
@@ -243,7 +243,7 @@ class Aligned {
   std::vector<at::Tensor> copies_;
 };
 
-// A gate parameter in the accumulation type and contiguous, which it mostly is already.
+// Returns a gate parameter in the accumulation type and contiguous; usually it already is.
 inline at::Tensor parameter(const at::Tensor& p, at::ScalarType type, at::IntArrayRef shape, const at::Tensor& x) {
   TORCH_CHECK(p.defined(), "a gate parameter is missing");
   TORCH_CHECK(p.sizes() == shape && p.device() == x.device(), "a gate parameter has shape ", p.sizes(), ", not ", shape);
@@ -258,14 +258,14 @@ inline at::ScalarType accumulate_type(at::ScalarType type) {
   return type == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// As fastroute.ops._paths.empty_path: x's sample strides, samples next to each other.
+// Same as fastroute.ops._paths.empty_path: x's sample strides, with a dense batch dimension.
 inline std::vector<int64_t> path_strides(const at::Tensor& x) {
   std::vector<int64_t> strides = x.strides().vec();
   strides[0] = Geometry(x).elements();
   return strides;
 }
 
-// Those of a map (N, C, *S) that is [N, C, *S] in memory, or [N, *S, C].
+// Strides of a map (N, C, *S) that is dense in memory as [N, C, *S] or [N, *S, C].
 inline std::vector<int64_t> dense_strides(at::IntArrayRef shape, bool channels_last) {
   std::vector<int64_t> strides(shape.size());
   int64_t expected = 1;
@@ -291,13 +291,13 @@ inline std::vector<at::Tensor> empty_paths(const at::Tensor& x, int64_t count) {
   return paths;
 }
 
-// Null for an absent tensor.
+// Data pointer; null for an absent tensor.
 template <typename A>
 const A* data(const at::Tensor& t) {
   return t.defined() ? t.const_data_ptr<A>() : nullptr;
 }
 
-// Calls f<T>() with the number type T of the paths.
+// Calls f<T>() with the element type T of the paths.
 template <typename F>
 decltype(auto) dispatch(at::ScalarType type, F&& f) {
   switch (type) {
@@ -309,7 +309,7 @@ decltype(auto) dispatch(at::ScalarType type, F&& f) {
   }
 }
 
-// The gate's parameters in the accumulation type, and the sizes that they fix.
+// The gate's parameters in the accumulation type, and the sizes that they define.
 struct Parameters {
   int64_t m, n, channels, hidden;
   at::Tensor w1, b1, w2, b2;

@@ -6,6 +6,86 @@ import torch
 # The bounds of float32 are those of float32: on a card, convolutions would round their inputs to TF32.
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
+# Tests that take over two seconds of a processor, each or together: those whose ids begin so.
+LONG = tuple(
+    f"tests/{name}"
+    for name in (
+        "backends/cuda_kernels/",
+        "backends/test_recordings.py",
+        "backends/test_triton_aot.py",
+        "backends/triton_kernels/test_cross_",
+        "backends/triton_kernels/test_gate.py",
+        "backends/triton_kernels/test_mix",
+        "bench/test_commands.py::test_pytest_measures_the_same_cases",
+        "bench/test_gpu_check.py::test_it_",
+        "bench/test_gpu_check.py::test_the_full_run_writes_a_result",
+        "bench/test_report.py::test_figures_are_drawn",
+        "bench/test_suites.py::test_networks_are_checked_and_timed",
+        "bench/test_suites.py::test_operators_are_checked_and_timed",
+        "cli/test_cli.py::test_a_finished_run",
+        "cli/test_cli.py::test_a_full_disk_ends",
+        "cli/test_cli.py::test_a_recipe_",
+        "cli/test_cli.py::test_a_run_s_arguments",
+        "cli/test_cli.py::test_config_file",
+        "cli/test_cli.py::test_ctrl_c",
+        "cli/test_cli.py::test_demo",
+        "cli/test_cli.py::test_gates_are_clustered",
+        "cli/test_cli.py::test_resume_auto",
+        "cli/test_cli.py::test_sigterm",
+        "cli/test_cli.py::test_starts_from_weights",
+        "cli/test_cli.py::test_trains",
+        "cli/test_cli.py::test_validates",
+        "clustering/test_command.py::test_dec_trains",
+        "clustering/test_neural_mixture.py::test_reads_a_file_by_the_batch",
+        "clustering/test_neural_mixture.py::test_the_number_of_clusters",
+        "clustering/test_neural_mixture.py::test_uneven_groups",
+        "clustering/test_neural_mixture.py::test_without_scikit_learn",
+        "clustering/test_two_dimensional.py",
+        "clustering/test_two_fold.py::test_learns_digits",
+        "models/test_cifar_resnet.py::test_compiles",
+        "models/test_conversion.py::test_copies_pickles",
+        "models/test_networks.py::test_compiles",
+        "models/test_networks.py::test_export",
+        "models/test_networks.py::test_onnx",
+        "models/test_networks.py::test_torchvision_weights",
+        "models/test_networks.py::test_trains_compiled",
+        "nn/test_cross_connection.py::test_annealing",
+        "nn/test_exact_convolutions.py::test_a_network",
+        "nn/test_mixture_em.py::test_constant_statistics",
+        "nn/test_mixture_em.py::test_running_statistics_are_those_of_all_processes",
+        "nn/test_sparse.py::test_other_loads_under_compile",
+        "ops/test_cross_connect.py::test_compiles",
+        "ops/test_cross_connect.py::test_gradcheck",
+        "ops/test_cross_connect.py::test_nothing_is_mutated",
+        "ops/test_cross_connect.py::test_one_",
+        "ops/test_cross_connect.py::test_outputs_and_every_gradient[default-s",
+        "ops/test_cross_connect.py::test_outputs_and_every_gradient[python",
+        "ops/test_cross_connect.py::test_outputs_and_every_gradient[reference",
+        "ops/test_cross_predict.py::test_compiles",
+        "ops/test_cross_predict.py::test_gradcheck",
+        "ops/test_cross_predict.py::test_large_maps",
+        "ops/test_cross_predict.py::test_nothing_is_mutated",
+        "ops/test_cross_predict.py::test_outputs_and_every_gradient[python",
+        "ops/test_cross_predict.py::test_outputs_and_every_gradient[reference",
+        "ops/test_gate.py::test_gradcheck",
+        "ops/test_mix.py::test_gradcheck",
+        "ops/test_mixture_em.py::test_opcheck",
+        "test_examples.py",
+        "training/test_distributed.py",
+        "training/test_graphs.py",
+        "training/test_resume.py",
+        "training/test_roll_call.py",
+        "training/test_trainer.py",
+        "visualize/",
+    )
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.startswith(LONG):
+            item.add_marker(pytest.mark.long)
+
 
 @pytest.fixture(autouse=True)
 def nothing_compiled():

@@ -1,5 +1,5 @@
 // Cross-connection routing (Alg. 2) and its backward (Eq. 3.10 to 3.15), one sample at a time, so that the second read
-// of a sample comes from cache. With relu, the paths are max(x, 0) of those given, taken at each read.
+// of a sample comes from cache. With relu, max(x, 0) is applied at each read of a path.
 
 #include "cpu/gate.h"
 #include "cpu/route.h"
@@ -80,7 +80,7 @@ void backward_kernel(
     std::vector<A> scratch, d_pooled(m * g.channels);
     A d_gates[kMaxPaths * kMaxPaths];
     WeightedSums<T> sums;
-    for (int64_t s = end; s-- > begin;) {  // what the forward and the layer after it touched last comes first
+    for (int64_t s = end; s-- > begin;) {  // reversed: the last samples are still in cache
       const auto x = xs.sample(s), dy = dys.sample(s);
       const A* sample_gates = gates + s * m * n;
       const auto products = inner_products_of_sample<kRelu>(x, m, dy, n, g);  // Eq. 3.10

@@ -1,5 +1,5 @@
-// The passes around the convolutions of cross-prediction (Alg. 1), one block of pixels at a time. Convolutions are given
-// and give channels_last tensors, whose rows are pixels; paths that are [C, S] are transposed block by block in cache.
+// The passes around the convolutions of cross-prediction (Alg. 1), one block of pixels at a time. Convolutions take and return
+// channels_last tensors, whose rows are pixels; paths that are [C, S] are transposed block by block in cache.
 
 #include "cpu/route.h"
 
@@ -12,14 +12,14 @@
 namespace fastroute {
 namespace {
 
-// Pixels of a block come in whole registers of any type.
+// The pixels of a block fill whole registers of any type.
 constexpr int64_t kRowGroup = 32;
 
 // to[c][r] = from[r][c] for 16 × 16 numbers.
 template <typename T>
 void transpose_tile(const T* from, int64_t from_pitch, T* to, int64_t to_pitch) {
 #if defined(CPU_CAPABILITY_AVX512)
-  // ATen's takes sizes that the compiler does not know, goes through memory for it, and took three times as long.
+  // ATen's version takes sizes at run time, goes through memory, and took three times as long.
   if constexpr (std::is_same_v<T, float>) {
     __m512 a[16], b[16];
 #pragma GCC unroll 16
@@ -52,7 +52,7 @@ void transpose_tile(const T* from, int64_t from_pitch, T* to, int64_t to_pitch) 
   at::vec::transpose_mxn<T, 16, 16>(from, from_pitch, to, to_pitch);
 }
 
-// The same for any sizes, tile by tile.
+// Transposes any sizes, tile by tile.
 template <typename T>
 void transpose(const T* from, int64_t from_pitch, int64_t rows, int64_t columns, T* to, int64_t to_pitch) {
   constexpr int64_t kTile = 16;
@@ -76,7 +76,7 @@ int64_t rows_of(const Geometry& g) {
   return std::min(g.size, std::max<int64_t>(kRowGroup, kBlock / g.channels / kRowGroup * kRowGroup));
 }
 
-// One block of pixels of a path as rows of `channels` elements, `pitch` apart: where it lies, or transposed to `tile`.
+// A block of pixels of a path as rows of `channels` elements, `pitch` apart: in place, or transposed to `tile`.
 template <typename T>
 struct Rows {
   T* data;
@@ -95,7 +95,7 @@ Rows<T> rows_to_write(T* sample, const Geometry& g, int64_t row, T* tile) {
   return {g.channels_last ? sample + row * g.channels : tile, g.channels};
 }
 
-// Brings rows that were written to a tile to where they belong; `tile` is another one.
+// Copies rows that were written to a tile to their destination; `tile` is another tile.
 template <typename T>
 void written(const Rows<T>& from, T* sample, const Geometry& g, int64_t row, int64_t rows, bool stream, T* tile) {
   if (g.channels_last) return;
@@ -127,8 +127,8 @@ struct Blocks {
   }
 };
 
-// `kParts` vectors of T in the type in which sums accumulate. Half a register of a reduced type serves rows that have no
-// more, which one with a mask would serve at twice the price.
+// `kParts` vectors of T in the accumulation type. Half a register of a half-precision type serves rows of that length, at half
+// the cost of a masked register.
 template <typename T, int kParts>
 struct Lanes {
   using Part = typename Pack<T>::Part;
@@ -188,7 +188,7 @@ struct Lanes {
   }
 };
 
-// f(Lanes, offset, tail) for a row in registers, tail being 0 for all but a last one that is not full.
+// Calls f(Lanes, offset, tail) for each register of a row; tail is 0 except for a last, partial register.
 template <typename T, typename F>
 void for_registers(int64_t channels, const F& f) {
   using Full = Lanes<T, Pack<T>::kParts>;
@@ -202,13 +202,13 @@ void for_registers(int64_t channels, const F& f) {
   if (c < channels) f(Full(), c, channels - c);
 }
 
-// Whether outputs are written past the caches: they are large, and every row starts on a register's boundary.
+// Returns whether outputs use non-temporal stores: they are large, and every row is aligned to registers.
 template <typename T>
 bool streams(const Paths<T>& paths, const Geometry& g) {
   return (g.channels_last ? g.channels : g.size) % Pack<T>::kSize == 0 && streamable(paths, g);
 }
 
-// f(integral_constant<int, count>()) for count from 0 to 8.
+// Calls f(integral_constant<int, count>()) for count from 0 to 8.
 template <typename F>
 void with_count(int64_t count, const F& f) {
   [&]<int... I>(std::integer_sequence<int, I...>) {
@@ -282,8 +282,8 @@ void sum_predictions(
 }
 
 // masked_p = paths_p where masks_p > 0, or paths_p itself without masks; scaled_q[part p] = weights[p][q] masked_p.
-// `masked` may be empty; both are channels_last. Returns the sums of masked over space (N, P, C), or with `sums` false
-// nothing. What it writes is what a convolution reads next, and stays in the caches.
+// `masked` may be empty; both are channels_last. Returns the sums of masked over space (N, P, C) if `sums`. Its outputs stay in
+// cache, since a convolution reads them next.
 at::Tensor scale_paths(
     at::TensorList paths, at::TensorList masks, const at::Tensor& weights_, bool sums, at::TensorList masked,
     at::TensorList scaled) {
@@ -326,7 +326,7 @@ at::Tensor scale_paths(
                     const L y = L::load(masking.data + r * masking.pitch + c, tail);
                     for (int h = 0; h < std::ssize(x.part); ++h) {
                       using Part = typename L::Part;
-                      x.part[h] = Part::blendv(x.part[h], Part(0), y.part[h] <= Part(0));  // a NaN stays one
+                      x.part[h] = Part::blendv(x.part[h], Part(0), y.part[h] <= Part(0));  // keeps NaN
                     }
                   }
                   if (kept[p]) x.store(kept[p] + (row + r) * g.channels + c, tail);

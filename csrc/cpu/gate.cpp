@@ -1,4 +1,4 @@
-// The gates of cross-connection and cross-prediction on their own (Eq. 3.3 to 3.5), and their backward.
+// The gates of cross-connection and cross-prediction without routing (Eq. 3.3 to 3.5), and their backward.
 
 #include "cpu/gate.h"
 

@@ -38,7 +38,7 @@ void weighted_rows(const A* a, const A* x, int64_t rows, int64_t columns, A* y) 
   using V = at::vec::Vectorized<A>;
   constexpr int kSums = 4;
   const auto block = [&]<int W>(std::integral_constant<int, W>, int64_t c, int64_t tail) {
-    // W vectors side by side, each summed in kSums / W interleaved parts.
+    // W adjacent vectors, each summed in kSums / W interleaved parts.
     V acc[kSums];
     for (auto& sum : acc) sum = V(0);
     const auto add = [&](int64_t r, int part) {
@@ -87,13 +87,13 @@ struct Gate {
   int64_t m, n, channels, hidden;  // hidden is 0 for the linear gate
   const A *w1, *b1, *w2, *b2;      // (m, G, C), (m, G), (m, n, G), (m, n); absent ones null
 
-  // w1 as (m, C, G), or nothing where the samples are too few to pay for transposing it.
+  // w1 as (m, C, G), or nothing if there are too few samples to amortise the transposition.
   std::vector<A> w1_for(int64_t batch) const {
     constexpr int64_t kTransposeFrom = 8;
     return batch >= kTransposeFrom ? transposed(w1, m, hidden, channels) : std::vector<A>();
   }
 
-  // pooled (m, C) -> h (m, G), scores (m, n), gates (m, n); w1_transposed is what w1_for returned
+  // pooled (m, C) -> h (m, G), scores (m, n), gates (m, n); w1_transposed is from w1_for
   void forward(const A* pooled, const std::vector<A>& w1_transposed, A* h, A* scores, A* gates) const {
     const int64_t width = hidden ? hidden : channels;
     for (int64_t i = 0; i < m; ++i) {
@@ -106,7 +106,7 @@ struct Gate {
       }
       for (int64_t k = 0; k < hidden; ++k) {
         if (b1) layer[k] += b1[i * hidden + k];
-        if (layer[k] <= 0) layer[k] = 0;  // a NaN stays one
+        if (layer[k] <= 0) layer[k] = 0;  // keeps NaN
       }
       const A* input = hidden ? layer : z;
       A* a = scores + i * n;
@@ -156,7 +156,7 @@ template <typename A>
 void outer_sums(
     const A* a, const A* b, int64_t batch, int64_t m, int64_t rows, int64_t columns, A* out, A* sum) {
   using V = at::vec::Vectorized<A>;
-  constexpr int64_t kGroup = 128;  // so that rounding grows with a group and their number
+  constexpr int64_t kGroup = 128;  // rounding errors grow with the group size and the number of groups
   constexpr int kVectors = 4;
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, batch * columns));
   at::parallel_for(0, m * rows, grain, [&](int64_t begin, int64_t end) {

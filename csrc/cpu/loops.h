@@ -1,5 +1,5 @@
-// The three passes over a sample that routing is made of: pool, weighted sums, inner products. With kRelu, they take
-// max(x, 0) for every x that they read of a path.
+// The three passes of routing over a sample: pool, weighted sums, inner products. With kRelu, they apply max(x, 0) to every x
+// that they read from a path.
 
 #pragma once
 
@@ -15,8 +15,8 @@ namespace fastroute {
 template <typename T>
 using Pointers = std::array<T*, kMaxPaths>;
 
-// Elements that one step of a pass takes from every path: the streams of up to 8 paths fit in L2 with room to spare,
-// and the fixed cost of a step is small beside it.
+// Elements of every path per step of a pass: the working set of up to 8 paths fits in L2 with room to spare, and the fixed
+// cost of a step is small in comparison.
 constexpr int64_t kBlock = 4096;
 
 template <typename T>
@@ -44,7 +44,7 @@ Pointers<T> advance(Pointers<T> at, int64_t count, int64_t offset) {
   return at;
 }
 
-// Sums of `count` neighbouring elements, in the lanes of a vector, whose own sum is that of all.
+// Partial sums of `count` adjacent elements in the lanes of a vector; their sum is the total.
 template <bool kRelu, typename T>
 typename Pack<T>::Part sums_in_lanes(const T* x, int64_t count) {
   using P = Pack<T>;
@@ -67,12 +67,13 @@ accumulate_t<T> sum(const T* x, int64_t count) {
   return horizontal_sum(sums_in_lanes<kRelu>(x, count));
 }
 
-// Vectors that add_rows sums side by side: neighbouring lines are read together, and all sums stay in registers.
+// Adjacent vectors that add_rows sums together: neighbouring cache lines are read together, and sums stay in registers.
 template <typename T>
 constexpr int kRowVectors = Pack<T>::Part::size() >= 16 ? 8 : 8 / Pack<T>::kParts;
 
-// Sums over rows: total[c] += Σ_r x[r][c], r < rows. Rows are added in groups that L1 holds while their columns are taken
-// in turn, so that memory is read in order; and rounding grows with a group and the number of groups, not their product.
+// Sums over rows: total[c] += Σ_r x[r][c], r < rows. Rows are added in groups that fit in L1 while their columns are processed
+// in turn, so that memory is read in order. Rounding errors grow with the group size plus the number of groups, not with their
+// product.
 template <bool kRelu, typename T>
 void add_rows(const T* x, int64_t rows, int64_t width, accumulate_t<T>* total) {
   using P = Pack<T>;
@@ -114,7 +115,7 @@ void add_rows(const T* x, int64_t rows, int64_t width, accumulate_t<T>* total) {
   }
 }
 
-// Where narrow rows of a channels_last sample are joined to rows of `fold` pixels, so that vectors are full.
+// Number of pixels to which narrow rows of a channels_last sample are joined, so that vectors are full.
 template <typename T>
 int64_t fold_of(const Geometry& g) {
   constexpr int64_t kWidth = kRowVectors<T> * Pack<T>::kSize;
@@ -149,7 +150,7 @@ void pool(const T* x, const Geometry& g, accumulate_t<T>* z, accumulate_t<T>* sc
   }
 }
 
-// What a weighted sum adds to output j at element e of row r: nothing, values[j * stride + r] or values[j * stride + e].
+// Addend of output j at element e of row r: none, values[j * stride + r] or values[j * stride + e].
 enum class Addend { kNone, kRow, kElement };
 
 // The weighted sums of one sample.
@@ -164,14 +165,14 @@ struct WeightedSums {
   const A* addend;
   int64_t addend_stride;
   Pointers<const T> masks;
-  // What is asked for from memory meanwhile: the next sample, so that reading it overlaps with writing this one.
+  // The next sample, to prefetch, so that reading it overlaps with writing this one.
   std::array<const T*, 2 * kMaxPaths> ahead;
   int64_t ahead_count = 0;
 
   // y_j = Σ_i weights[j][i] x_i + addend over `count` elements from `begin`, in rows of `length` (Eq. 3.7, 3.15). With kRelu,
-  // it is x_i that is rectified in the forward, which has no addend, and in the backward y_j is 0 where masks_j is not above 0.
-  // For kElement the elements are whole rows. For kRow a vector may reach from a row into the next, so that all but the
-  // last are whole and aligned whatever the rows' length.
+  // the forward, which has no addend, applies the ReLU to x_i; the backward sets y_j to 0 unless masks_j > 0. For kElement the
+  // elements are whole rows. For kRow a vector may extend into the next row, so that all vectors but the last are whole and
+  // aligned for every row length.
   template <int M, Addend kAddend, bool kStream, bool kRelu>
   void run(int64_t begin, int64_t count, int64_t length) const {
     using P = Pack<T>;
@@ -259,8 +260,8 @@ void inner_products_tile(
   using P = Pack<T>;
   using Part = typename P::Part;
   using F = Factor<T>;
-  // Enough sums in flight to hide the latency of a fused multiply-add; each of so few terms that what rounds off is
-  // mostly a product's share, since gradients of the gate are what is left of many products that cancel.
+  // Enough accumulators to hide the latency of a fused multiply-add, each with so few terms that rounding stays near that of
+  // single products: gradients of the gate are sums of many products that cancel.
   constexpr int kUnroll = M * N >= 8 ? 1 : (M * N >= 4 ? 2 : 4);
   constexpr int64_t kGroup = 16 * kUnroll * P::kSize;
   Part sums[M][N];

@@ -27,7 +27,7 @@ namespace {
 
 constexpr size_t kPage = size_t{4} << 10, kHugePage = size_t{2} << 20;
 
-// What glibc maps from the system by itself. Less than this comes from its heap.
+// Size from which glibc maps memory from the system; smaller blocks come from its heap.
 constexpr size_t kLeastBytes = size_t{128} << 10;
 
 struct Block {
@@ -35,7 +35,7 @@ struct Block {
   size_t size;
 };
 
-// Null where the system has none.
+// Null if the system has no memory.
 void* map_fresh(size_t size) {
   const size_t reserved = size + kHugePage;
   void* from = mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -52,7 +52,7 @@ class Pool {
   Block take(size_t size) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      for (auto block = free_.end(); block != free_.begin();) {  // the last one freed is most likely in a cache
+      for (auto block = free_.end(); block != free_.begin();) {  // the block freed last is most likely in cache
         if ((--block)->size != size) continue;
         const Block taken = *block;
         free_.erase(block);
@@ -83,12 +83,12 @@ class Pool {
 
  private:
   std::mutex mutex_;
-  std::vector<Block> free_;  // in the order in which they were freed
+  std::vector<Block> free_;  // in order of release
   size_t kept_ = 0;
 };
 
 Pool& pool() {
-  static Pool* const instance = new Pool;  // never destroyed: tensors may outlive what is static
+  static Pool* const instance = new Pool;  // never destroyed: tensors may outlive static objects
   return *instance;
 }
 

@@ -1,4 +1,4 @@
-// Memory for tensors as large as a path.
+// Memory pool for tensors of the size of a path.
 
 #pragma once
 
@@ -8,12 +8,12 @@
 
 namespace fastroute {
 
-// As x.new_empty_strided. Memory of 128 KiB and more that such tensors leave is kept for the next of the same size, up to
-// kKeptBytes in all: the system takes longer to map and clear fresh memory than routing takes to fill it, and glibc hands
-// back what is freed.
+// Same as x.new_empty_strided. Freed blocks of 128 KiB and more are kept for the next tensor of the same size, up to kKeptBytes
+// in total: the system takes longer to map and clear fresh memory than routing takes to fill it, and glibc returns freed
+// memory to the system.
 at::Tensor allocate(const at::Tensor& x, at::IntArrayRef sizes, at::IntArrayRef strides);
 
-// As empty_paths, from the same memory.
+// Same as empty_paths, from the same pool.
 std::vector<at::Tensor> allocate_paths(const at::Tensor& x, int64_t count);
 
 constexpr size_t kKeptBytes = size_t{256} << 20;

@@ -1,4 +1,4 @@
-// The cross-path weighted sum (Eq. 3.7) with gates from anywhere, and its backward.
+// The cross-path weighted sum (Eq. 3.7) with given gates, and its backward.
 
 #include "cpu/route.h"
 
@@ -73,7 +73,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> mix_backward(
     const bool stream = grad_inputs && streamable(dx, g);
     for_samples(g, 2 * m + n, sizeof(T), [&](int64_t begin, int64_t end) {
       WeightedSums<T> sums;
-      for (int64_t s = end; s-- > begin;) {  // what the forward and the layer after it touched last comes first
+      for (int64_t s = end; s-- > begin;) {  // reversed: the last samples are still in cache
         const auto products = inner_products_of_sample(x.sample(s), m, dy.sample(s), n, g);  // Eq. 3.10
         for (int64_t k = 0; k < m * n; ++k) d_gates[s * m * n + k] = static_cast<A>(products[k / n][k % n]);
         if (!grad_inputs) continue;

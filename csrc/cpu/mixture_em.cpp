@@ -1,7 +1,7 @@
 // The mixture-EM loss of one or m mixtures (Eq. 4.11 to 4.23), and its gradient with the posteriors held constant.
 //
-// A mixture's scores are turned once so that each cluster's lie next to each other: all arithmetic then goes over samples,
-// whose number is large, and not over clusters, whose number is small and odd.
+// A mixture's scores are transposed once, so that each cluster's are contiguous and all arithmetic is vectorised over samples,
+// which are many, not over clusters, which are few.
 
 #include "cpu/pack.h"
 #include "mixture.h"
@@ -18,7 +18,7 @@
 namespace fastroute {
 namespace {
 
-// f(mixture) of each.
+// Calls f(mixture) for each mixture.
 template <typename F>
 void for_mixtures(const Mixtures& g, F f) {
   const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(g.samples * g.clusters, 1));
@@ -27,7 +27,7 @@ void for_mixtures(const Mixtures& g, F f) {
   });
 }
 
-// From row to row of samples: whole registers, and one more, since rows a power of two apart would share few cache lines.
+// Distance between rows of samples: whole registers plus one; rows a power of two apart would share few cache sets.
 template <typename V>
 int64_t row_pitch(int64_t samples) {
   return (samples / V::size() + 2) * V::size();
@@ -36,7 +36,7 @@ int64_t row_pitch(int64_t samples) {
 // Bytes of scratch that a thread keeps from one call to the next.
 constexpr int64_t kKeptScratch = int64_t{1} << 20;
 
-// Memory of one mixture for the length of a call. What is small is kept by the thread, since calls are short and many.
+// Memory of one mixture during a call. Small blocks are kept by the thread, since calls are short and frequent.
 template <typename A>
 class Scratch {
  public:
@@ -56,8 +56,8 @@ class Scratch {
   A* data_;
 };
 
-// A sum of many terms, block by block: its error grows with the length of a block and the number of blocks, and not with the
-// number of terms.
+// A sum of many terms, block by block: its error grows with the block length plus the number of blocks, not with the number
+// of terms.
 template <typename V>
 class Sum {
  public:
@@ -75,7 +75,7 @@ class Sum {
   int64_t terms_ = 0;
 };
 
-// (samples, clusters) to [cluster][sample], rows `pitch` apart; lanes past the samples are left as they are.
+// Transposes (samples, clusters) to [cluster][sample], rows `pitch` apart; lanes past the samples are not written.
 template <typename T, typename A>
 void turn(const T* from, const Mixtures& g, int64_t pitch, A* to) {
   for (int64_t s = 0; s < g.samples; ++s) {
@@ -102,7 +102,7 @@ A sum_over(int64_t samples, F f) {
   return horizontal_sum(total.get());
 }
 
-// The largest f(s), where none is negative.
+// The largest f(s), for f(s) ≥ 0.
 template <typename A, typename F>
 A max_over(int64_t samples, F f) {
   using V = at::vec::Vectorized<A>;
@@ -116,15 +116,16 @@ A max_over(int64_t samples, F f) {
   return *std::max_element(lanes, lanes + V::size());
 }
 
-// 1/σ, but 0 where that is no number: of a σ of 0, or so small that its inverse overflows.
+// 1/σ, or 0 if σ is 0 or so small that its inverse overflows.
 template <typename A>
 A inverse(A sigma) {
   const A scale = 1 / sigma;
   return std::isinf(scale) ? A(0) : scale;
 }
 
-// μ and 1/σ of one column, 0 where σ is (Eq. 4.11). What is summed is the distance from the first sample, so that a
-// constant column has exactly none, by a power of two near the largest, so that no square over- or underflows.
+// μ and 1/σ of one column, with 1/σ = 0 if σ = 0 (Eq. 4.11). The sums are over distances to the first sample, so that σ = 0
+// exactly for a constant column. Distances are divided by a power of two near the largest, so that no square over- or
+// underflows.
 template <typename A>
 void statistics(const A* column, int64_t samples, A weight, A& mean, A& scale) {
   using V = at::vec::Vectorized<A>;
@@ -134,7 +135,7 @@ void statistics(const A* column, int64_t samples, A weight, A& mean, A& scale) {
   }
   const V first(column[0]);
   const A largest = max_over<A>(samples, [&](int64_t s) { return (V::loadu(column + s) - first).abs(); });
-  constexpr int kLast = std::numeric_limits<A>::max_exponent - 2;  // of a power of two whose inverse is normal too
+  constexpr int kLast = std::numeric_limits<A>::max_exponent - 2;  // exponent of a power of two whose inverse is normal too
   const int exponent = largest > 0 ? std::clamp(std::ilogb(largest), -kLast, kLast) : 0;
   const A unit = std::ldexp(A(1), exponent), per_unit = std::ldexp(A(1), -exponent);
   const auto distance = [&](int64_t s) { return (V::loadu(column + s) - first) * V(per_unit); };
@@ -144,11 +145,11 @@ void statistics(const A* column, int64_t samples, A weight, A& mean, A& scale) {
                        return d * d;
                      });
   mean = column[0] + shift * unit;
-  scale = inverse(std::sqrt(variance)) * per_unit;  // a NaN stays one
+  scale = inverse(std::sqrt(variance)) * per_unit;  // keeps NaN
   if (std::isinf(scale)) scale = 0;
 }
 
-// log sigmoid(x), up to a rounding of 1: with log1p, exact for the smallest too, the forward took 2 to 4 times as long.
+// log sigmoid(x), up to a rounding of 1: with log1p, exact for tiny values too, the forward took 2 to 4 times as long.
 template <typename V>
 V log_sigmoid(const V& x) {
   return at::vec::minimum(x, V(0)) - (V(1) + x.abs().neg().exp()).log();
@@ -260,10 +261,10 @@ std::tuple<at::Tensor, at::Tensor> mixture_em_loss_backward(
           for (int64_t s = 0; s < g.samples; s += V::size()) {
             const V z = (V::loadu(column + s) - mu) * rho;
             z.store(column + s);
-            // dL/da* = −p sigmoid(−a*/γ) / (N γ), p being a constant.
+            // dL/da* = −p sigmoid(−a*/γ) / (N γ), with p constant.
             (factor * V::loadu(p + j * pitch + s) * sigmoid(z.neg() * V(over_gamma))).store(inner + s);
           }
-          A along_one = 0, along_a = 0;  // through μ and σ these parts are taken out of each column
+          A along_one = 0, along_a = 0;  // through μ and σ: remove these components from each column
           if (batch_statistics) {
             along_one = weight * sum_over<A>(g.samples, [&](int64_t s) { return V::loadu(inner + s); });
             along_a = weight * sum_over<A>(g.samples, [&](int64_t s) {

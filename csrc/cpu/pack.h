@@ -1,4 +1,4 @@
-// A vector register's worth of T, held as vectors of the type in which sums accumulate.
+// One vector register of T, held as vectors of the accumulation type.
 
 #pragma once
 
@@ -21,7 +21,7 @@ struct Pack {
 
   Part part[kParts];
 
-  // With kRelu, of max(x, 0) for every x; NaN stays NaN.
+  // With kRelu, max(x, 0) of every x; keeps NaN.
   template <bool kRelu = false>
   static Pack of(const Vector& v) {
     Pack p;
@@ -39,7 +39,7 @@ struct Pack {
   template <bool kRelu = false>
   static Pack load(const T* from) {
     if constexpr (kReduced) {
-      // Half a register at a time is converted as it is loaded.
+      // Half a register at a time is converted while loading.
       Pack p;
       for (int h = 0; h < kParts; ++h) {
         if constexpr (std::is_same_v<T, at::BFloat16>) {
@@ -60,7 +60,7 @@ struct Pack {
     return of<kRelu>(Vector::loadu(from, count));
   }
 
-  // Zero where x is not above zero.
+  // Zero unless x > 0.
   Pack where_positive(const Pack& x) const {
     Pack p;
     for (int h = 0; h < kParts; ++h) p.part[h] = part[h] & (x.part[h] > Part(0));
@@ -82,7 +82,7 @@ struct Pack {
   void store(T* to) const { vector().store(to); }
   void store(T* to, int64_t count) const { vector().store(to, static_cast<int>(count)); }
 
-  // Past the caches: a line that is written whole need not be read first. `to` is aligned to the register.
+  // Non-temporal store: a cache line that is written whole need not be read first. `to` is aligned to the register.
   void stream(T* to) const {
 #if defined(CPU_CAPABILITY_AVX512)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to), __builtin_bit_cast(__m512i, vector()));
@@ -94,8 +94,8 @@ struct Pack {
   }
 };
 
-// A vector of one path as sums and inner products take it: as it lies in memory where one instruction multiplies and adds
-// that, else converted.
+// A vector of one path for sums and inner products: unconverted if one instruction multiplies and adds its type, else
+// converted.
 template <typename T>
 struct Factor {
   using P = Pack<T>;
@@ -111,7 +111,7 @@ struct Factor {
   static Factor load(const T* from, int64_t count) {
     return {P::template load<kRelu>(from, count)};
   }
-  // Per lane, acc + Σ x · y of the elements that the lane stands for.
+  // Per lane, acc + Σ x · y over the elements of the lane.
   static Part multiply_add(const Factor& x, const Factor& y, Part acc) {
     for (int h = 0; h < P::kParts; ++h) acc = at::vec::fmadd(x.pack.part[h], y.pack.part[h], acc);
     return acc;
@@ -147,7 +147,7 @@ struct Factor<at::BFloat16> {
   template <bool kRelu>
   static Factor of(__m512i bits) {
     if constexpr (kRelu) {
-      // Numbers from -0 to -∞ are 0x8000 to 0xff80; beyond are negative NaNs, which stay.
+      // Values from -0 to -∞ are 0x8000 to 0xff80; above are negative NaNs, which are kept.
       const __m512i above = _mm512_sub_epi16(bits, _mm512_set1_epi16(-0x8000));
       bits = _mm512_maskz_mov_epi16(_mm512_cmpgt_epu16_mask(above, _mm512_set1_epi16(0x7f80)), bits);
     }
@@ -156,7 +156,7 @@ struct Factor<at::BFloat16> {
 };
 #endif
 
-// Orders streamed stores before whatever tells another thread that they are done.
+// Orders non-temporal stores before any signal to another thread that they are done.
 inline void stream_fence() {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   _mm_sfence();
@@ -168,8 +168,8 @@ inline auto horizontal_sum(const V& v) {
   return at::vec::vec_reduce_all<typename V::value_type>([](const V& a, const V& b) { return a + b; }, v);
 }
 
-// The sums of as many vectors as one has lanes, in its lanes; the vectors are overwritten. Again and again neighbours are
-// added, and the halves that are left of two vectors joined, for a third of the work of one horizontal sum each.
+// Sums each of as many vectors as one has lanes, into the lanes of one vector; the vectors are overwritten. Repeatedly adds
+// neighbours and joins the remaining halves of two vectors, for a third of the work of one horizontal sum each.
 template <typename V>
 V horizontal_sums(V* vectors) {
 #pragma GCC unroll 4

@@ -1,4 +1,4 @@
-// The passes over all samples that the operators are built from.
+// Passes over all samples, from which the operators are built.
 
 #pragma once
 
@@ -12,25 +12,25 @@
 
 namespace fastroute {
 
-// Outputs larger than this in all are written past the caches, so that a line need not be read before it is written, but in
-// forwards that the constants below are for. Against 8 MiB it took 5 % off the CIFAR stages at batch 128, and a training step
-// of resnet20_cc2 did not notice.
+// Total size of outputs above which non-temporal stores are used, so that a cache line need not be read before it is written;
+// the constants below are exceptions for some forwards. Compared with 8 MiB, this saved 5 % at the CIFAR stages at batch 128
+// and had no effect on a training step of resnet20_cc2.
 constexpr int64_t kStreamBytes = int64_t{1} << 20;
 
-// Inputs and outputs of a forward that no backward is known to follow may take this in all, and stay in the caches, where
-// the next layer, or the next call, finds them. In a loop that took 0.64 to 1.09 of the time, at 49 MiB 1.3; L3 had 32 MiB.
-// Before a backward in the same loop it cost 10 to 17 %, and in a compiled training step, which cannot be told from
-// inference, nothing that was measurable.
+// Total size of inputs and outputs up to which a forward without a known backward uses cached stores, so that the next layer
+// or call finds them in cache. In a loop this took 0.64 to 1.09 of the time, at 49 MiB 1.3; L3 had 32 MiB. Before a backward in
+// the same loop it cost 10 to 17 %, and in a compiled training step, which cannot be distinguished from inference, nothing
+// measurable.
 constexpr int64_t kInferenceBytes = int64_t{24} << 20;
 
-// As kStreamBytes, where all threads share a few samples: these and what is written of them fit in a cache that the next
-// layer, which follows at once, reads from.
+// Same as kStreamBytes if all threads share a few samples: these and their outputs fit in a cache from which the next layer
+// reads at once.
 constexpr int64_t kSharedStreamBytes = int64_t{16} << 20;
 
-// What a core's own cache holds with certainty.
+// Bytes that surely fit in a core's private cache.
 constexpr int64_t kCacheBytes = int64_t{768} << 10;
 
-// Bytes of work that pay for waking another thread.
+// Bytes of work that amortise waking another thread.
 constexpr int64_t kGrainBytes = int64_t{32} << 10;
 
 template <typename F>
@@ -39,7 +39,7 @@ void for_samples(const Geometry& g, int64_t paths, int64_t itemsize, const F& f)
   at::parallel_for(0, g.batch, std::max<int64_t>(1, kGrainBytes / bytes), f);
 }
 
-// Whether these outputs are written past the caches: they are large and every sample starts on a register's boundary.
+// Returns whether these outputs use non-temporal stores: they are large, and every sample is aligned to registers.
 template <typename T>
 bool streamable(const Paths<T>& ys, const Geometry& g, int64_t least = kStreamBytes) {
   constexpr int64_t kAlignment = Pack<T>::kSize * sizeof(T);
@@ -51,39 +51,39 @@ bool streamable(const Paths<T>& ys, const Geometry& g, int64_t least = kStreamBy
   return aligned;
 }
 
-// Whether samples are so few and so large that all threads work on each together.
+// Returns whether samples are so few and so large that all threads work on each together.
 inline bool shares_samples(const Geometry& g, int64_t paths, int64_t itemsize) {
   return g.batch < at::get_num_threads() && paths * g.elements() * itemsize > 8 * kGrainBytes;
 }
 
-// Whether a forward from m paths writes past the caches.
+// Returns whether a forward from m paths uses non-temporal stores.
 template <typename T>
 bool streams_forward(const Paths<T>& ys, int64_t m, const Geometry& g) {
   if (shares_samples(g, m + ys.count, sizeof(T))) return streamable(ys, g, kSharedStreamBytes);
-  const bool backward_follows = at::GradMode::is_enabled();  // where direct.cpp has set it
+  const bool backward_follows = at::GradMode::is_enabled();  // restored by csrc/ops/autograd.h
   return streamable(ys, g, backward_follows ? kStreamBytes : kInferenceBytes * ys.count / (m + ys.count));
 }
 
-// How the backward adds a channel's value: once for each row of pixels where rows are long, else from a vector that is
-// written out beside the elements.
+// How the backward adds a channel's value: once per row of pixels if rows are long, else from a vector with one value per
+// element.
 template <typename T>
 Addend addend_of(const Geometry& g) {
   return !g.channels_last && g.size >= 2 * Pack<T>::kSize ? Addend::kRow : Addend::kElement;
 }
 
-// Whether a sample fits in the cache beside the one before it.
+// Returns whether two consecutive samples fit in cache together.
 inline bool looks_ahead(const Geometry& g, int64_t paths, int64_t itemsize) {
   return g.batch > 1 && 2 * paths * g.elements() * itemsize <= kCacheBytes;
 }
 
-// Runs f(begin, count) over [0, total) in blocks, the last first: the pass before went forward, so that the end of the
-// sample is what the cache still holds.
+// Runs f(begin, count) over [0, total) in blocks, in reverse order: the previous pass went forward, so that the end of the
+// sample is still in cache.
 template <typename F>
 void backwards(int64_t total, int64_t block, const F& f) {
   for (int64_t begin = (total - 1) / block * block; begin >= 0; begin -= block) f(begin, std::min(block, total - begin));
 }
 
-// While a sample is written, asks for the next one, if there is one, where two fit in the cache together.
+// Prefetches the next sample, if any, while a sample is written, if two fit in cache together.
 template <typename T>
 void look_ahead(
     WeightedSums<T>& sums, std::initializer_list<const Paths<const T>*> inputs, int64_t next, const Geometry& g) {
@@ -108,7 +108,7 @@ void copy_weights(const A* gates, int64_t m, int64_t n, Weights& weights) {
   for (int64_t i = 0; i < m; ++i) std::copy_n(gates + i * n, n, weights[i].begin());
 }
 
-// The means over space (N, m, C), each sample taken by all threads.
+// Means over space (N, m, C), with all threads on each sample.
 template <bool kRelu, typename T>
 void pool_together(const Paths<const T>& xs, const Geometry& g, accumulate_t<T>* pooled) {
   using A = accumulate_t<T>;
@@ -124,7 +124,7 @@ void pool_together(const Paths<const T>& xs, const Geometry& g, accumulate_t<T>*
     });
     return;
   }
-  // A number of blocks that does not depend on that of the threads, so that neither does the result.
+  // The number of blocks does not depend on the number of threads, so neither does the result.
   constexpr int64_t kBlocks = 8;
   const int64_t least = std::max<int64_t>(1, kGrainBytes / (g.channels * static_cast<int64_t>(sizeof(T))));
   const int64_t pixels = std::max(least, (g.size + kBlocks - 1) / kBlocks), blocks = (g.size + pixels - 1) / pixels;
@@ -145,7 +145,7 @@ void pool_together(const Paths<const T>& xs, const Geometry& g, accumulate_t<T>*
   }
 }
 
-// y_j = Σ_i weights[i][j] x_i with weights (m, n) for each sample, which all threads take together (Eq. 3.7).
+// y_j = Σ_i weights[i][j] x_i with weights (m, n) for each sample, with all threads on each sample (Eq. 3.7).
 template <bool kRelu = false, typename T>
 void mix_together(
     const Paths<const T>& xs, const accumulate_t<T>* weights, int64_t weights_stride, const Paths<T>& ys,
@@ -192,8 +192,8 @@ void mix_sample(
     backwards(g.elements(), kBlock, [&](int64_t e, int64_t count) { (sums.*run)(e, count, g.size); });
     return;
   }
-  // The values are written out to rows of several pixels (channels_last) or of the whole sample, so that vectors are
-  // full though channels or space are few.
+  // The values are expanded to rows of several pixels (channels_last) or of the whole sample, so that vectors are full even for
+  // few channels or a small space.
   const int64_t unit = g.channels_last ? g.channels : g.size;
   const int64_t units = g.channels_last ? fold_of<T>(g) : g.channels;
   const int64_t width = unit * units;

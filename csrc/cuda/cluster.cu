@@ -1,6 +1,6 @@
-// One-read kernels for sm_90 and later: a cluster of blocks to a sample, each block with its share of the sample's paths
-// in shared memory, the sums exchanged through distributed shared memory. X is read once in the forward; dY and X once
-// in the backward.
+// One-read kernels for sm_90 and later: one cluster of blocks per sample. Each block has its share of the sample's paths in
+// shared memory, and sums are exchanged through distributed shared memory. X is read once in the forward; dY and X once in the
+// backward.
 
 #include "cuda/gate.cuh"
 #include "cuda/kernels.h"
@@ -10,8 +10,8 @@
 namespace fastroute::cuda {
 namespace {
 
-// A block's share of a sample: the same part [first, first + vectors) of every path, in vectors of 16 bytes. Path p is
-// held at p * size.
+// A block's share of a sample: the same part [first, first + vectors) of every path, in vectors of 16 bytes. Path p is held at
+// p * size.
 struct Share {
   int first, vectors, size;
 };
@@ -30,7 +30,7 @@ __device__ Share own_share(const Shape& shape) {
   return {first, min(size, vectors - first), size};
 }
 
-// Takes arrays one after another off the block's shared memory.
+// Allocates arrays one after another from the block's shared memory.
 struct Carve {
   char* at;
 
@@ -42,7 +42,7 @@ struct Carve {
   }
 };
 
-// Begins to copy the share of every path, each to land on its own; wait for them after a barrier.
+// Starts copying the share of every path, each with its own `landing`; wait for them after a barrier.
 template <typename T>
 __device__ void hold(const Paths<const T>& paths, int64_t s, const Share& share, uint4* held, uint64_t* landings) {
   if (threadIdx.x) return;
@@ -54,7 +54,7 @@ __device__ void hold(const Paths<const T>& paths, int64_t s, const Share& share,
   }
 }
 
-// Begins to copy floats, or zeros where there are none; read them after `copies_wait` and a barrier.
+// Starts copying floats, or writes zeros if there are none; read them after `copies_wait` and a barrier.
 __device__ void hold(const float* from, int count, float* to) {
   const int step = from && (reinterpret_cast<uintptr_t>(from) | count * sizeof(float)) % 16 == 0 ? 4 : 1;
 #pragma unroll 1
@@ -69,7 +69,7 @@ __device__ void hold(const float* from, int count, float* to) {
   }
 }
 
-// The gate with its parameters where they are in shared memory, if the block holds them; begins to copy them there.
+// Returns the gate, with its parameters in shared memory if the block holds them, and starts copying them.
 __device__ Gate<float> hold(const Gate<float>& gate, bool holds, Carve& memory) {
   const auto take = [&](const float* from, int64_t count) {
     float* to = memory.take<float>(count);
@@ -91,8 +91,8 @@ __device__ void rectify_held(const Share& share, uint4* path) {
   }
 }
 
-// to_b = Σ_a weights[a * from_step + b * to_step] held_a on the share (Eq. 3.7, 3.15). finish(to_b, b, element) changes
-// the vector that begins at that element of the sample before it is stored.
+// to_b = Σ_a weights[a * from_step + b * to_step] held_a on the share (Eq. 3.7, 3.15). finish(to_b, b, element) modifies the
+// vector at that element of the sample before it is stored.
 template <typename T, typename F>
 __device__ void mix_held(
     const uint4* held, const Share& share, int from, const float* weights, int from_step, int to_step,
@@ -115,7 +115,7 @@ __device__ void mix_held(
   }
 }
 
-// sums[c] of a path over the held share, zero for the channels that it has no part of.
+// sums[c] of a path over the held share; zero for channels outside the share.
 template <typename T, int V>
 __device__ void pool_held(const T* path, const Share& share, const Shape& shape, float* scratch, float* sums) {
   const int begin = share.first * kVector<T>, end = begin + share.vectors * kVector<T>;
@@ -128,7 +128,7 @@ __device__ void pool_held(const T* path, const Share& share, const Shape& shape,
   for (int c = threadIdx.x; c < channels; c += kThreads) {
     if (c < first || c >= last) sums[c] = 0;
   }
-  int lanes = 1;  // to a row: as many as have four vectors each
+  int lanes = 1;  // per row: as many as get four vectors each
   while (lanes < 32 && lanes * 4 * V < space) lanes *= 2;
   for (int next = first; next < last; next += kThreads / lanes) {
     const int c = next + threadIdx.x / lanes, row = c * space;
@@ -137,8 +137,8 @@ __device__ void pool_held(const T* path, const Share& share, const Shape& shape,
   }
 }
 
-// part[r] of all blocks of the cluster, added in the order of their ranks. All loads are on their way at once: each takes
-// several times as long as one of the block's own shared memory.
+// Sum of part[r] over all blocks of the cluster, in the order of their ranks. All loads are in flight at once: each takes
+// several times as long as one from the block's own shared memory.
 __device__ float cluster_sum(const float* part, int r) {
   float parts[kLargestCluster], sum = 0;
 #pragma unroll
@@ -199,13 +199,13 @@ cluster_forward_kernel(const __grid_constant__ ClusterForward<T> args) {
       pool_held<T, 1>(path, share, shape, scratch, part + i * channels);
     }
   }
-  copies_wait();  // of the gate's parameters, for the barriers that follow
+  copies_wait();  // gate parameters, visible after the next barrier
   cluster_arrive();
   cluster_wait();
   for (int r = threadIdx.x; r < mc; r += kThreads) {
     pooled[r] = cluster_sum(part, r) / static_cast<float>(shape.space);  // Eq. 3.3
   }
-  cluster_arrive();  // `part` of the others has been read; they may not leave before
+  cluster_arrive();  // this block has read `part` of the others, which must not exit before
   __syncthreads();
   if (args.holds_gate) {
     gate_forward(near, pooled, hidden, scores, gates);
@@ -227,7 +227,7 @@ template <typename T, int TILE>
 __global__ void __launch_bounds__(kThreads, TILE == 8 ? 1 : 2)
 cluster_backward_kernel(const __grid_constant__ ClusterBackward<T> args) {
 #if FASTROUTE_CLUSTERS
-  constexpr int V = kVector<T>, kSteps = 8 / TILE;  // 8 vectors of X on their way to each thread
+  constexpr int V = kVector<T>, kSteps = 8 / TILE;  // 8 vectors of X in flight per thread
   const Shape& shape = args.shape;
   const auto& gate = args.gate;
   const int64_t s = blockIdx.x / cluster_size();
@@ -270,7 +270,7 @@ cluster_backward_kernel(const __grid_constant__ ClusterBackward<T> args) {
       }
     }
 #pragma unroll 1
-    for (int j = 0; j < n; ++j) land_wait(landings + j);  // after the first of X has been asked for
+    for (int j = 0; j < n; ++j) land_wait(landings + j);  // after the first loads of X are issued
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int v = first + step * kThreads;
@@ -301,12 +301,12 @@ cluster_backward_kernel(const __grid_constant__ ClusterBackward<T> args) {
       }
     }
   }
-  copies_wait();  // of the small ones, for the barriers that follow
+  copies_wait();  // small copies, visible after the next barrier
   block_sums(acc, m, n, scratch, part);
   cluster_arrive();
   cluster_wait();
   if (const int r = threadIdx.x; r < mn) d_gates[r] = cluster_sum(part, r) + grad_gates[r];  // Eq. 3.10
-  cluster_arrive();  // `part` of the others has been read; they may not leave before
+  cluster_arrive();  // this block has read `part` of the others, which must not exit before
   __syncthreads();
   if (args.holds_gate) {
     gate_backward(near, shape.space, gates, hidden, d_gates, grad_scores, d_scores, d_hidden, shares);
@@ -330,7 +330,7 @@ int64_t gate_bytes(const Gate<float>& gate) {
       float_bytes(gate.m * gate.n * gate.width()) + float_bytes(gate.m * gate.n);
 }
 
-// Launches with the shared memory that a block needs, and that of the gate where it holds that too.
+// Launches with the shared memory of a block, including that of the gate if the block holds it.
 template <typename... P, typename Args>
 cudaError_t launch_holding(void (*kernel)(P...), int64_t shared, int cluster, cudaStream_t stream, Args& args) {
   const int64_t gate = gate_bytes(args.gate);

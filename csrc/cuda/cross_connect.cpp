@@ -1,5 +1,5 @@
-// Cross-connection routing (Alg. 2) and its backward (Eq. 3.10 to 3.15): one read by clusters where the sample fits, else
-// two passes. With relu, the paths are max(x, 0) of those given, taken at each read.
+// Cross-connection routing (Alg. 2) and its backward (Eq. 3.10 to 3.15): one read by clusters if the sample fits, else two
+// passes. With relu, max(x, 0) is applied at each read of a path.
 
 #include "build.h"
 #include "cuda/tensors.h"
@@ -36,7 +36,7 @@ namespace {
 
 std::atomic<int64_t> forced_cluster = -1, last_cluster = 0;
 
-// The plan for these sizes, or the cluster size that a test forces. `aligned`: all paths can be moved in vectors.
+// The plan for these sizes, or the cluster size forced by a test. `aligned`: all paths can be accessed in vectors.
 template <typename T>
 int64_t cluster_for(int64_t paths, const Shape& shape, int64_t extra, bool aligned) {
   const int64_t path_bytes = shape.elements() * sizeof(T), forced = forced_cluster;
@@ -121,7 +121,7 @@ Backward cross_connect_backward(
       const int64_t elements = shape.elements();
       const bool aligned = fits_vectors(from, elements) && fits_vectors(dys, elements) && fits_vectors(to, elements);
       const int64_t extra = cluster_backward_extra(shape, p.m, p.n, p.hidden);
-      // Without dX, two passes are one already.
+      // Without dX, the two-pass version reads only once.
       if (grad_inputs && (cluster = cluster_for<T>(p.n, shape, extra, aligned))) {
         C10_CUDA_CHECK(cluster_backward<T>(
             {from, dys, to, shape, gate, data<A>(dg), data<A>(da), data<A>(gates), data<A>(hidden), dA, dH},
@@ -153,8 +153,8 @@ TORCH_LIBRARY_IMPL(fastroute_native, CUDA, m) {
   m.impl("cross_connect_backward", &fastroute::cuda::cross_connect_backward);
 }
 
-// For tests: the plan as plain arithmetic, a cluster size to use whatever the plan says (0: two passes, -1: the plan),
-// and the one that the latest cross_connect or its backward used.
+// For tests: the plan as plain arithmetic, a cluster size that overrides the plan (0: two passes, -1: follow the plan), and the
+// one used by the latest cross_connect or its backward.
 TORCH_LIBRARY_FRAGMENT(fastroute_native, m) {
   m.def(
       "cuda_plan(int paths, int path_bytes, int extra, int samples, int architecture, int multiprocessors,"

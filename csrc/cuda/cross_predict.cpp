@@ -7,7 +7,7 @@
 namespace fastroute::cuda {
 namespace {
 
-// Joined tensors of `parts` paths like x, in its format.
+// Joined tensors of `parts` paths like x, in its memory format.
 void check_joined(at::TensorList joined, const at::Tensor& x, int64_t parts) {
   TORCH_CHECK(static_cast<int64_t>(joined.size()) <= kMaxPaths, "up to 8 joined paths are served");
   const bool channels_last = !sample_is_dense(x, false);
@@ -24,7 +24,7 @@ at::Tensor checked(const OptionalTensor& t, at::IntArrayRef shape, const at::Ten
   return parameter(t, accumulate_type(x.scalar_type()), shape, x);
 }
 
-// out = Σ over the first dimension of partial (slices, …), slices in order.
+// out = Σ over the first dimension of partial (slices, …), in order.
 template <typename A>
 void sum_slices(const at::Tensor& partial, at::Tensor& out, cudaStream_t stream) {
   C10_CUDA_CHECK(outer_sums<A>(

@@ -1,5 +1,5 @@
-// The passes around the convolutions of cross-prediction. A joined tensor has `parts` paths side by side in its channels:
-// in channels_last one after another in every pixel, else one after another.
+// The passes around the convolutions of cross-prediction. A joined tensor holds `parts` paths concatenated along its channels:
+// in channels_last pixel by pixel, else one path after another.
 
 #include "cuda/gate.cuh"
 #include "cuda/kernels.h"
@@ -8,7 +8,7 @@
 namespace fastroute::cuda {
 namespace {
 
-// Where element `e` of the first part is in a joined tensor; part p is p * run further on.
+// Position of element `e` of the first part in a joined tensor; part p is p * run further.
 struct Joined {
   int64_t run, parts;
 
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, 2) sum_predictions_kernel(
       }
       if (offsets) add_shares(acc, offsets + (s * n + j) * shape.channels, shape, v * V);
 #pragma unroll
-      for (int k = 0; k < V; ++k) acc[k] = relu && acc[k] < 0 ? A(0) : acc[k];  // a NaN stays one
+      for (int k = 0; k < V; ++k) acc[k] = relu && acc[k] < 0 ? A(0) : acc[k];  // keeps NaN
       store<A, T, V>(outputs.sample(j, s) + v * V, acc);
     }
   }
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, TILE == 8 ? 1 : 2) sum_gradients_ker
   block_sums(acc, m, n, scratch, products + blockIdx.x * m * n);
 }
 
-// Whether a vector lies within one part, in paths and joined tensors alike.
+// Returns whether vectors do not cross parts, in paths and joined tensors.
 template <typename T, typename... P>
 bool fits_parts(const Shape& shape, const P&... paths) {
   const int64_t run = shape.channels_last ? shape.channels : shape.elements();

@@ -1,4 +1,4 @@
-// The few things that only the device has: shared memory, warps, clusters and asynchronous copies, in one place.
+// Device-only primitives: shared memory, warps, clusters and asynchronous copies.
 
 #ifndef FASTROUTE_CUDA_DEVICE_CUH
 #define FASTROUTE_CUDA_DEVICE_CUH
@@ -24,14 +24,14 @@ __device__ A shuffle_xor(A value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-// One store of 16 bytes to global memory: left to itself, the compiler may store element by element.
+// One store of 16 bytes to global memory; otherwise the compiler may store element by element.
 __device__ inline void store_word(void* to, uint4 word) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(word.x), "r"(word.y),
                "r"(word.z), "r"(word.w)
                : "memory");
 }
 
-// 4, 8 or 16 bytes from global to shared memory, past the registers; `copies_wait` waits for those of the calling thread.
+// Copies 4, 8 or 16 bytes from global to shared memory, bypassing registers; `copies_wait` waits for those of this thread.
 template <int BYTES>
 __device__ void copy_async(void* to, const void* from) {
   __pipeline_memcpy_async(to, from, BYTES);
@@ -48,9 +48,10 @@ __device__ inline int cluster_rank() { return cooperative_groups::this_cluster()
 __device__ inline void cluster_arrive() { cooperative_groups::cluster_group::barrier_arrive(); }
 __device__ inline void cluster_wait() { cooperative_groups::cluster_group::barrier_wait(); }
 
-// Copies of any size, a multiple of 16 bytes at addresses that are, made by the chip's copying unit for one thread.
-// `landing` in shared memory counts down their bytes. One thread begins it and names the bytes before it copies; after a
-// barrier of the block, `land_wait` lets a thread go on once all have landed, and see them. It is used once.
+// Bulk copies, of a multiple of 16 bytes at 16-byte aligned addresses, by the copy engine of the multiprocessor for one thread.
+// `landing` is a barrier in shared memory that counts their bytes. One thread initialises it with the number of bytes before it
+// copies. After a barrier of the block, `land_wait` blocks a thread until all bytes have arrived and are visible. It is used
+// once.
 __device__ inline void land_begin(uint64_t* landing, uint32_t bytes) {
   const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(landing));
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
@@ -76,7 +77,7 @@ __device__ inline void land_wait(uint64_t* landing) {
       : "memory");
 }
 
-// The address in the block of that rank of what `shared` is in this one.
+// Address of `shared` in the block of that rank.
 template <typename A>
 __device__ const A* of_rank(const A* shared, int rank) {
   return cooperative_groups::this_cluster().map_shared_rank(shared, rank);

@@ -1,4 +1,4 @@
-// The gates of cross-connection and cross-prediction on their own (Eq. 3.3 to 3.5), and their backward.
+// The gates of cross-connection and cross-prediction without routing (Eq. 3.3 to 3.5), and their backward.
 
 #include "cuda/tensors.h"
 
@@ -49,7 +49,7 @@ Gradients gate_backward(
   ParameterGradients grads(p);
   dispatch(type, [&]<typename A>() {
     if constexpr (std::is_same_v<A, accumulate_t<A>>) {
-      C10_CUDA_CHECK(gates_backward<A>(  // of no products, and so of the incoming gradients alone
+      C10_CUDA_CHECK(gates_backward<A>(  // without products: only the incoming gradients
           gate_of<A>(p), shape, 0, nullptr, data<A>(dg), data<A>(da), data<A>(gates), data<A>(hidden),
           d_scores.mutable_data_ptr<A>(), d_hidden.mutable_data_ptr<A>(), shares.mutable_data_ptr<A>(), stream));
       grads.compute<A>(d_scores, d_hidden, pooled, hidden, stream);

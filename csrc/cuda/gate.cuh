@@ -6,8 +6,8 @@
 
 namespace fastroute::cuda {
 
-// out[r] = f(<weight[r], in[r / rows]> + bias[r]) for each of m * rows rows. A warp takes four rows at a time, so that as
-// many loads are on their way when the weights come from global memory.
+// out[r] = f(<weight[r], in[r / rows]> + bias[r]) for each of m * rows rows. A warp takes four rows at a time, so that four
+// loads are in flight when the weights come from global memory.
 template <typename A, typename F>
 __device__ void dense(
     const A* weight, const A* bias, const A* in, int m, int rows, int64_t width, A* out, F f) {
@@ -18,7 +18,7 @@ __device__ void dense(
     A sums[kRows], biases[kRows];
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
-      const int r = min(first + k * warps, m * rows - 1);  // past the end, the last row again
+      const int r = min(first + k * warps, m * rows - 1);  // past the end, repeat the last row
       w[k] = weight + r * width;
       z[k] = in + r / rows * width;
       sums[k] = 0;
@@ -44,7 +44,7 @@ template <typename A>
 __device__ void gate_forward(const Gate<A>& p, const A* pooled, A* hidden, A* scores, A* gates) {
   if (p.hidden) {  // Eq. 3.4
     dense(p.w1, p.b1, pooled, p.m, p.hidden, p.channels, hidden, [](A sum) {
-      return sum < 0 ? A(0) : sum;  // so that NaN stays
+      return sum < 0 ? A(0) : sum;  // keeps NaN
     });
   }
   dense(p.w2, p.b2, p.hidden ? hidden : pooled, p.m, p.n, p.width(), scores, [](A sum) { return sum; });  // Eq. 3.4, 3.9
@@ -59,8 +59,8 @@ __device__ void gate_forward(const Gate<A>& p, const A* pooled, A* hidden, A* sc
   __syncthreads();
 }
 
-// From dG (m, n), in shared memory, to dA (m, n), dH (m, G) and, unless it is null, each channel's share of dX (m, C),
-// the second term of Eq. 3.15. The caller's writes to d_gates must be visible already.
+// From dG (m, n), in shared memory, to dA (m, n), dH (m, G) and, unless null, each channel's share of dX (m, C), the second
+// term of Eq. 3.15. The caller's writes to d_gates must already be visible.
 template <typename A>
 __device__ void gate_backward(
     const Gate<A>& p, int64_t space, const A* gates, const A* hidden, const A* d_gates, const A* grad_scores,
@@ -96,7 +96,7 @@ __device__ void gate_backward(
   __syncthreads();
 }
 
-// acc[k] += what the gate of an input adds to its elements `first` + k; `shares` has one value for each channel.
+// acc[k] += the share of an input's element `first` + k, its gradient through the gate; `shares` has one value per channel.
 template <int V, typename A, typename I>
 __device__ void add_shares(A (&acc)[V], const A* shares, const Shape& shape, I first) {
   const I run = shape.run(), channels = shape.channels, row = quotient(first, run);

@@ -1,4 +1,4 @@
-// The steps between the passes, a block to a sample, and the gradients of the gates' parameters.
+// The steps between the passes, with one block per sample, and the gradients of the gates' parameters.
 
 #include "cuda/gate.cuh"
 #include "cuda/kernels.h"
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, 2) gates_backward_kernel(
       d_scores + s * mn, d_hidden + h, shares ? shares + s * gate.m * shape.channels : nullptr);
 }
 
-constexpr int kColumns = 32, kGroups = 32;  // a block sums 32 numbers, the samples of each in 32 groups
+constexpr int kColumns = 32, kGroups = 32;  // a block sums 32 values, each over 32 groups of samples
 
 template <typename A>
 __global__ void __launch_bounds__(kColumns* kGroups, 1)

@@ -1,5 +1,5 @@
-// The launches. Each template is instantiated in the .cu file named beside it, for the four number types T or for their
-// accumulation types A. No launch waits for the device, so all can be captured in a CUDA graph.
+// The launches. Each template is instantiated in the .cu file named with it, for the four element types T or for their
+// accumulation types A. No launch synchronises, so all can be captured in a CUDA graph.
 
 #pragma once
 
@@ -14,7 +14,7 @@ cudaError_t pool(
     const Paths<const T>& xs, const Shape& shape, int64_t slices, accumulate_t<T>* sums, cudaStream_t stream);
 
 // weighted_sums.cu: to_b = Σ_a weights[s * batch + a * from + b * to] from_a + shares[s][b][channel] (Eq. 3.7, 3.15),
-// zero where masks_b is not above zero. `masks` may have no paths.
+// zero unless masks_b > 0. `masks` may have no paths.
 template <typename A>
 struct Weights {
   const A* data;
@@ -28,26 +28,26 @@ cudaError_t weighted_sums(
     const Shape& shape, const Paths<const T>& masks, const Paths<T>& to, cudaStream_t stream);
 
 // inner_products.cu: products[slice][s][i][j] = <dY_j, X_i> over one of `slices` parts of the sample (Eq. 3.10). With
-// grad_xs, in the same read, dX_i = Σ_j weights dY_j: where the gates do not depend on X, that is all of dX.
+// grad_xs, in the same read, dX_i = Σ_j weights dY_j: all of dX if the gates do not depend on X.
 template <typename T>
 cudaError_t inner_products(
     const Paths<const T>& xs, const Paths<const T>& grad_outputs, const Shape& shape, int64_t slices,
     accumulate_t<T>* products, const Weights<accumulate_t<T>>& weights, const Paths<T>* grad_xs, cudaStream_t stream);
 
-// gates.cu: Z, H, A and G of every sample from what `pool` gave.
+// gates.cu: Z, H, A and G of every sample from the result of `pool`.
 template <typename A>
 cudaError_t gates_forward(
     const Gate<A>& gate, const Shape& shape, int64_t slices, const A* sums, A* pooled, A* hidden, A* scores, A* gates,
     cudaStream_t stream);
 
-// gates.cu: dA, dH and shares of every sample from what `inner_products` gave. Absent gradients and shares are null.
+// gates.cu: dA, dH and shares of every sample from the result of `inner_products`. Absent gradients and shares are null.
 template <typename A>
 cudaError_t gates_backward(
     const Gate<A>& gate, const Shape& shape, int64_t slices, const A* products, const A* grad_gates,
     const A* grad_scores, const A* gates, const A* hidden, A* d_scores, A* d_hidden, A* shares, cudaStream_t stream);
 
 // gates.cu: out[i][r][k] = Σ_s left[s][i][r] right[s][i][k], samples in a fixed order (Eq. 3.14). Where right is null
-// it counts as ones, and columns must be 1. Up to four of these in one launch.
+// it stands for ones, and columns must be 1. Up to four of these in one launch.
 template <typename A>
 struct OuterSum {
   const A *left, *right;
@@ -64,7 +64,8 @@ struct OuterSums {
 template <typename A>
 cudaError_t outer_sums(const OuterSums<A>& sums, int64_t samples, cudaStream_t stream);
 
-// mixture_em_kernels.cu: the mixture-EM loss of scores (N, m, K), up to 1024 clusters, and its gradient. Absent tensors are null.
+// mixture_em_kernels.cu: the mixture-EM loss of scores (N, m, K), up to 1024 clusters, and its gradient. Absent tensors are
+// null.
 struct MixtureSizes {
   int64_t samples;
   int mixtures, clusters, views;  // views: original scores, or these and augmented ones
@@ -104,7 +105,7 @@ cudaError_t sum_predictions(
     const Paths<const T>& predictions, const accumulate_t<T>* gates, const accumulate_t<T>* offsets, bool relu,
     const Shape& shape, const Paths<T>& outputs, cudaStream_t stream);
 
-// cross_predict_kernels.cu: masked_p = paths_p where masks_p > 0, or all of it without masks, and scaled_q[part p] =
+// cross_predict_kernels.cu: masked_p = paths_p where masks_p > 0, or paths_p without masks, and scaled_q[part p] =
 // weights[s][p][q] masked_p. `masked` may have no paths.
 template <typename T>
 cudaError_t scale_paths(
@@ -118,8 +119,8 @@ cudaError_t sum_gradients(
     const Paths<const T>& terms, const Paths<const T>& xs, const accumulate_t<T>* gates, const Shape& shape,
     int64_t slices, accumulate_t<T>* products, const Paths<T>& grad_xs, cudaStream_t stream);
 
-// cluster.cu: the whole of forward, or of backward up to dA and dH, a cluster of blocks to a sample that is held in their
-// shared memory; T is not double. `fits_vectors` must hold of all paths.
+// cluster.cu: the whole forward, or the backward up to dA and dH, with one cluster of blocks per sample, which is held in their
+// shared memory. T is not double. `fits_vectors` must be true for all paths.
 template <typename T>
 struct ClusterForward {
   Paths<const T> xs;
@@ -147,11 +148,11 @@ cudaError_t cluster_forward(ClusterForward<T> args, int cluster, cudaStream_t st
 template <typename T>
 cudaError_t cluster_backward(ClusterBackward<T> args, int cluster, cudaStream_t stream);
 
-// The architecture for which the code of these kernels that this device runs was compiled: 90 for sm_90. With less than
-// 90, which a newer device also runs where nothing better was built, they are empty.
+// The architecture for which the kernel code that this device runs was compiled: 90 for sm_90. Below 90, which a newer device
+// also runs if nothing better was built, these kernels are empty.
 cudaError_t code_architecture(int* architecture);
 
-// Whether every sample of the paths can be read and written 16 bytes at a time.
+// Returns whether every sample of the paths can be accessed 16 bytes at a time.
 template <typename T>
 bool fits_vectors(const Paths<T>& paths, int64_t elements) {
   bool fits = elements % kVector<std::remove_const_t<T>> == 0;

@@ -1,4 +1,4 @@
-// Launching, and the choice among the instantiations of a kernel.
+// Launches, and dispatch to the instantiations of a kernel.
 
 #pragma once
 
@@ -12,8 +12,8 @@
 
 namespace fastroute::cuda {
 
-// Lets a kernel have all the dynamic shared memory that a block of the current device may have. Once for each device: were
-// it set at each call to what that call needs, a thread could lower it between another's setting and launch.
+// Allows a kernel all the dynamic shared memory of a block of the current device. Set once per device: if each call set its own
+// limit, a thread could lower it between another thread's setting and launch.
 inline cudaError_t allow_shared(const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<int, const void*>> allowed;
@@ -57,8 +57,8 @@ cudaError_t launch(
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-// f(integral_constant) of the smallest tile of paths that holds `paths` of them: 2, 4 or 8. Few, for compile time; the
-// paths that a tile has too many are neither read nor written.
+// Calls f(integral_constant) with the smallest tile that holds `paths` paths: 2, 4 or 8, few to limit compile time. Surplus
+// paths of a tile are neither read nor written.
 template <typename F>
 cudaError_t with_tile(int paths, F f) {
   if (paths <= 2) return f(std::integral_constant<int, 2>());
@@ -66,7 +66,7 @@ cudaError_t with_tile(int paths, F f) {
   return f(std::integral_constant<int, 8>());
 }
 
-// f(integral_constant) of the elements that move at once.
+// Calls f(integral_constant) with the elements per access.
 template <typename T, typename F>
 cudaError_t with_vector(bool fits, F f) {
   if constexpr (kVector<T> > 1) {

@@ -1,4 +1,4 @@
-// The cross-path weighted sum with gates from anywhere (Eq. 3.7, 3.8), and its backward in one read.
+// The cross-path weighted sum with given gates (Eq. 3.7, 3.8), and its backward in one read.
 
 #include "cuda/tensors.h"
 
@@ -48,7 +48,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> mix_backward(
     const Weights<A> weights{data<A>(gates), batch_stride(gates), 1, static_cast<int>(n)};
     const Paths<T> to = outputs<T>(grad_xs);
     const at::Tensor products = inner_products<T>(xs, false, grad_outputs, weights, grad_inputs ? &to : nullptr, stream);
-    // (slices, N, m, n), summed over slices, and for one matrix of gates over samples too.
+    // (slices, N, m, n), summed over slices; for gates (m, n) also over samples.
     const int64_t terms = gates.dim() == 2 ? products.size(0) * products.size(1) : products.size(0);
     const int64_t numbers = gates.numel();
     C10_CUDA_CHECK(outer_sums<A>(

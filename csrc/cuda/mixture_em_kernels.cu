@@ -1,5 +1,5 @@
-// The mixture-EM loss (Eq. 4.11 to 4.23) and its gradient: one launch in either direction, a block to a mixture. A batch of
-// scores is small, and each mixture's statistics need all of it, so that a block goes over its columns again from cache.
+// The mixture-EM loss (Eq. 4.11 to 4.23) and its gradient: one launch each, with one block per mixture. A batch of scores is
+// small, and each mixture's statistics need all of it, so a block rereads its columns from cache.
 
 #include "cuda/kernels.h"
 #include "cuda/launch.cuh"
@@ -10,8 +10,8 @@
 namespace fastroute::cuda {
 namespace {
 
-// out[j] = f(0, j) ∘ f(1, j) ∘ … by one block, from 0 on and in a fixed order, where ∘ is `combine`; scratch holds kThreads
-// values. All threads leave together.
+// out[j] = f(0, j) ∘ f(1, j) ∘ … by one block, in a fixed order, where ∘ is `combine`; scratch holds kThreads values. Ends with
+// a barrier.
 template <typename A, typename F, typename C>
 __device__ void combine_samples(int64_t samples, int clusters, A* scratch, A* out, F f, C combine) {
   const int thread = threadIdx.x;
@@ -42,21 +42,21 @@ __device__ void sums_over_samples(int64_t samples, int clusters, A* scratch, A* 
   combine_samples(samples, clusters, scratch, out, f, [](A a, A b) { return a + b; });
 }
 
-// The exponent of a distance's power of two, between those whose inverse is a normal number too.
+// Exponent of a distance's power of two, clamped so that its inverse is a normal number too.
 template <typename A>
 __device__ int exponent_of(A distance) {
   constexpr int kLast = sizeof(A) == sizeof(float) ? FLT_MAX_EXP - 2 : DBL_MAX_EXP - 2;
   return distance > 0 ? max(-kLast, min(kLast, ilogb(distance))) : 0;
 }
 
-// 1/σ, but 0 where that is no number: of a σ of 0, or so small that its inverse overflows.
+// 1/σ, or 0 if σ is 0 or so small that its inverse overflows.
 template <typename A>
 __device__ A inverse(A sigma) {
   const A scale = 1 / sigma;
   return isinf(scale) ? A(0) : scale;
 }
 
-// f of the values of `lanes` neighbouring threads, a power of two up to 32, in all of them. The whole warp takes part.
+// Reduces the values of `lanes` threads, a power of two up to 32, with f, into all of them. The whole warp must take part.
 template <typename A, typename F>
 __device__ A combine_lanes(A value, int lanes, F f) {
   for (int mask = lanes / 2; mask; mask /= 2) value = f(value, shuffle_xor(value, mask));
@@ -80,11 +80,11 @@ __global__ void __launch_bounds__(kThreads, 2) mixture_em_forward_kernel(const _
   const auto score = [&](int v, int64_t s, int j) { return static_cast<A>(args.scores[v][own + s * stride + j]); };
 
   for (int v = 0; v < views; ++v) {
-    // The largest distance lies for a while where log π will.
+    // Holds the largest distances until log π is written.
     A *const shift = mu + v * K, *const variance = rho + v * K, *const largest = log_prior;
     if (!args.mean) {
-      // What is summed is the distance from the first sample, so that a constant column has exactly none, by a power of
-      // two near the largest, so that no square over- or underflows.
+      // The sums are over distances to the first sample, so that a constant column has σ = 0 exactly. Distances are divided by
+      // a power of two near the largest, so that no square over- or underflows.
       combine_samples(
           g.samples, K, scratch, largest, [&](int64_t s, int j) { return abs(score(v, s, j) - score(v, 0, j)); },
           [](A a, A b) { return b > a ? b : a; });
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 2) mixture_em_forward_kernel(const _
   for (int64_t first = 0; first < g.samples; first += rows) {
     const int64_t s = first + threadIdx.x / lanes;
     A* const p = args.posterior + own + s * stride;
-    const int begin = s < g.samples ? lane : K;  // threads past the samples only take part in the sums
+    const int begin = s < g.samples ? lane : K;  // threads past the samples only take part in the reductions
     A top = -INFINITY, sum = 0;
     for (int j = begin; j < K; j += lanes) {
       const A logit = normalized(0, s, j) + log_prior[j];
@@ -167,11 +167,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     const auto normalized = [&](int64_t s, int j) {
       return (static_cast<A>(args.scores[v][own + s * stride + j]) - mu[j]) * rho[j];
     };
-    // dL/da* = −p sigmoid(−a*/γ) / (N γ), p being a constant.
+    // dL/da* = −p sigmoid(−a*/γ) / (N γ), with p constant.
     const auto inner = [&](int64_t s, int j, A a) {
       return factor * args.posterior[own + s * stride + j] / (1 + exp(a * over_gamma));
     };
-    if (args.batch_statistics) {  // through μ and σ these parts are taken out of each column
+    if (args.batch_statistics) {  // through μ and σ: remove these components from each column
       sums_over_samples(g.samples, K, scratch, along_one, [&](int64_t s, int j) { return inner(s, j, normalized(s, j)); });
       sums_over_samples(g.samples, K, scratch, along_a, [&](int64_t s, int j) {
         const A a = normalized(s, j);
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// Shared memory for so many numbers for each cluster and one for each thread.
+// Shared memory for a number of values per cluster and one per thread.
 template <typename A>
 int64_t shared_bytes(int64_t numbers, int64_t clusters) {
   return ceil_div((numbers * clusters + kThreads) * sizeof(A), 16) * 16;

@@ -1,4 +1,4 @@
-// Loads and stores of the paths, and the arithmetic of positions.
+// Loads and stores of the paths, and index arithmetic.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace fastroute::cuda {
 
-// Vectors to a thread where blocks share a sample, so that a block's weights are loaded once for 16 KB of each path.
+// Vectors per thread if blocks share a sample, so that a block loads its weights once for 16 KB of each path.
 constexpr int kSteps = 4;
 
 template <typename T, int V>
@@ -20,8 +20,8 @@ __device__ Vec<T, V> load(const T* from) {
   return *reinterpret_cast<const Vec<T, V>*>(from);
 }
 
-// 16 bytes taken apart where they are used. Taken apart as they come, elements of 2 bytes would fill a register each, and
-// fewer loads could be on their way.
+// 16 bytes, unpacked where they are used. If unpacked when loaded, elements of 2 bytes would take a register each, and fewer
+// loads could be in flight.
 template <typename T>
 __device__ Vec<T, kVector<T>> unpack(const uint4& word) {
   Vec<T, kVector<T>> x;
@@ -29,14 +29,14 @@ __device__ Vec<T, kVector<T>> unpack(const uint4& word) {
   return x;
 }
 
-// max(x, 0) of every element where relu, NaN staying NaN. Without a branch, so that loads are not held up.
+// max(x, 0) of every element if relu; keeps NaN. Branch-free, so that loads are not delayed.
 template <typename T, int V>
 __device__ void rectify(Vec<T, V>& x, bool relu) {
 #pragma unroll
   for (int k = 0; k < V; ++k) x.v[k] = relu && static_cast<accumulate_t<T>>(x.v[k]) < 0 ? T(0) : x.v[k];
 }
 
-// Zero where x is not above zero.
+// Zero unless x > 0.
 template <typename A, typename T, int V>
 __device__ void keep_where_positive(A (&values)[V], const Vec<T, V>& x) {
 #pragma unroll
@@ -57,7 +57,7 @@ __device__ void store(T* to, const A (&values)[V]) {
   }
 }
 
-// Quotient and remainder. 64-bit division is some 70 instructions long, and hardly ever needed.
+// Quotient and remainder. 64-bit division takes about 70 instructions and is rarely needed.
 struct Division {
   int64_t quotient, remainder;
 

@@ -1,4 +1,4 @@
-// How a launch is cut up, from sizes and device properties alone: plain arithmetic, tested without a device.
+// Launch configurations from sizes and device properties: plain arithmetic, tested without a device.
 
 #pragma once
 
@@ -9,33 +9,33 @@
 namespace fastroute::cuda {
 
 struct Device {
-  int64_t architecture;  // of the code in use, 90 for sm_90: kernels compiled for less have no clusters
+  int64_t architecture;  // of the code in use, 90 for sm_90; kernels compiled for older architectures have no clusters
   int64_t multiprocessors, shared_per_block, shared_per_multiprocessor;
 };
 
-// Of the current device.
+// Properties of the current device.
 const Device& device();
 
-constexpr int64_t kLargestCluster = 8;  // the most that every device with clusters can launch
+constexpr int64_t kLargestCluster = 8;  // the largest that all devices with clusters can launch
 
 // Shared memory of one block: its share of each held path, in vectors of 16 bytes, and `extra` for sums and gates.
 inline int64_t block_bytes(int64_t paths, int64_t path_bytes, int64_t extra, int64_t cluster) {
   return paths * ceil_div(path_bytes, 16 * cluster) * 16 + extra;
 }
 
-// Blocks to a sample for the one-read kernels, or 0 for two passes.
+// Blocks per sample for the one-read kernels, or 0 for two passes.
 //
-// The one-read kernels move (m + n) path bytes forward and (2m + n) backward, the floor; two passes read m, or n, more
-// unless these still lie in L2. So the one-read kernel runs wherever the held paths fit: in 8 blocks of 227 KB, on
-// sm_90, less sums and gates. For example, two float32 paths of 64 x 56 x 56 take 8 blocks of 196 KB; three do not fit.
+// The one-read kernels move (m + n) path bytes in the forward and (2m + n) in the backward, the minimum; two passes read m, or
+// n, more unless these are still in L2. The one-read kernel therefore runs whenever the held paths fit: on sm_90 in 8 blocks of
+// 227 KB, minus sums and gates. For example, two float32 paths of 64 x 56 x 56 take 8 blocks of 196 KB; three do not fit.
 //
-// Among cluster sizes, the smallest whose blocks lie two to a multiprocessor: while one computes gates and waits for its
-// cluster, the other moves bytes. Then wider while there are no more than half as many blocks as multiprocessors and a
-// block would still have 4 KB of each path, 16 bytes for each of its 256 threads.
+// The cluster size is the smallest for which two blocks fit on a multiprocessor: while one computes gates and waits for its
+// cluster, the other moves bytes. It is doubled while there are at most half as many blocks as multiprocessors and a block
+// still has 4 KB of each path, 16 bytes for each of its 256 threads.
 inline int64_t choose_cluster(
     int64_t paths, int64_t path_bytes, int64_t extra, int64_t samples, const Device& device) {
   if (device.architecture < 90) return 0;
-  const int64_t half = device.shared_per_multiprocessor / 2 - 1024;  // the system keeps 1 KB for each block
+  const int64_t half = device.shared_per_multiprocessor / 2 - 1024;  // the system reserves 1 KB per block
   int64_t cluster = 1;
   while (cluster < kLargestCluster && block_bytes(paths, path_bytes, extra, cluster) > half) cluster *= 2;
   if (block_bytes(paths, path_bytes, extra, cluster) > device.shared_per_block) return 0;
@@ -46,8 +46,8 @@ inline int64_t choose_cluster(
   return cluster;
 }
 
-// Shared memory of one block beside the paths: where these land, sums, gates, and what the columns of channels_last are
-// added up in. `vector`: elements to 16 bytes.
+// Shared memory of one block in addition to the paths: barriers of the copies, sums, gates, and scratch for the column sums of
+// channels_last. `vector`: elements in 16 bytes.
 inline int64_t float_bytes(int64_t count) { return ceil_div(4 * count, 16) * 16; }
 
 inline int64_t cluster_forward_extra(const Shape& shape, int64_t m, int64_t n, int64_t hidden, int64_t vector) {
@@ -60,9 +60,9 @@ inline int64_t cluster_backward_extra(const Shape& shape, int64_t m, int64_t n, 
       float_bytes(m * shape.channels);
 }
 
-// Blocks to a sample with which a one-read kernel serves paths of this shape, or 0 where it cannot. Where it can it is
-// expected to be the fastest there is, but for some of 1024 channels and more (EXPECTED.md). Paths must also begin, and
-// their samples lie apart, by multiples of 16 bytes. Without dX, a backward of two passes reads no more than this one.
+// Blocks per sample with which a one-read kernel supports paths of this shape, or 0 if it does not. It is expected to be the
+// fastest, except for some shapes of 1024 channels and more (EXPECTED.md). Addresses and batch strides of paths must also be
+// multiples of 16 bytes. Without dX, a two-pass backward reads no more than this one.
 inline int64_t forward_cluster(
     const Shape& shape, int64_t m, int64_t n, int64_t hidden, int64_t element_bytes, const Device& device) {
   const int64_t path_bytes = shape.elements() * element_bytes;
@@ -78,15 +78,15 @@ inline int64_t backward_cluster(
   return choose_cluster(n, path_bytes, cluster_backward_extra(shape, m, n, hidden), shape.samples, device);
 }
 
-// Whether a block of the one-read kernels that needs `bytes` keeps a copy of the gates' parameters too: where no fewer of
-// them then lie in a multiprocessor, of the two that are wanted.
+// Returns whether a block of the one-read kernels that needs `bytes` also holds a copy of the gates' parameters: if that does
+// not reduce the number of blocks per multiprocessor, up to the desired two.
 inline bool holds_gate(int64_t bytes, int64_t gate, const Device& device) {
   const auto blocks = [&](int64_t b) { return std::min<int64_t>(2, device.shared_per_multiprocessor / (b + 1024)); };
   return bytes + gate <= device.shared_per_block && blocks(bytes + gate) == blocks(bytes);
 }
 
-// Into how many slices to cut each of `tasks` so that `wanted` blocks or warps are at work, no slice with less than
-// `least` of the `work` of a task.
+// Number of slices of each of `tasks`, so that `wanted` blocks or warps are at work and no slice has less than `least` of the
+// `work` of a task.
 inline int64_t choose_slices(int64_t tasks, int64_t wanted, int64_t work, int64_t least) {
   return std::clamp<int64_t>(ceil_div(wanted, std::max<int64_t>(tasks, 1)), 1, std::max<int64_t>(work / least, 1));
 }

@@ -7,7 +7,7 @@
 namespace fastroute::cuda {
 namespace {
 
-// [channels, space]: a warp to a slice of a channel.
+// [channels, space]: one warp per slice of a channel.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 2)
 pool_rows_kernel(const __grid_constant__ Paths<const T> xs, const Shape shape, int64_t slices, accumulate_t<T>* sums) {
@@ -21,7 +21,7 @@ pool_rows_kernel(const __grid_constant__ Paths<const T> xs, const Shape shape, i
   if (threadIdx.x % 32 == 0) sums[warp] = sum;
 }
 
-// [space, channels]: a block to a slice of a sample of one path.
+// [space, channels]: one block per slice of a sample of one path.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 2) pool_columns_kernel(
     const __grid_constant__ Paths<const T> xs, const Shape shape, int64_t slices, accumulate_t<T>* sums) {

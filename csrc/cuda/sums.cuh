@@ -1,4 +1,4 @@
-// Sums over a warp, a block, a row and a column, each in a fixed order: results are bitwise repeatable.
+// Sums over a warp, a block, a row and a column, each in a fixed order: results are bitwise reproducible.
 
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace fastroute::cuda {
 
-// The sum over the 32 lanes, in all of them. The whole warp must take part.
+// Sum over the 32 lanes, in all of them. The whole warp must take part.
 template <typename A>
 __device__ A warp_sum(A value) {
 #pragma unroll
@@ -14,8 +14,8 @@ __device__ A warp_sum(A value) {
   return value;
 }
 
-// The sum of data[begin, end), with relu of max(x, 0), by each group of `lanes` lanes of a warp, a power of two. The
-// whole warp must take part. Begin, end and the address of data are multiples of V elements.
+// Sum of data[begin, end), with relu of max(x, 0), by each group of `lanes` lanes of a warp, a power of two. The whole warp
+// must take part. Begin, end and the address of data are multiples of V elements.
 template <typename T, int V, typename A, typename I>
 __device__ A row_sum(const T* data, I begin, I end, bool relu, int lanes = 32) {
   A sums[V] = {};
@@ -34,7 +34,7 @@ __device__ A row_sum(const T* data, I begin, I end, bool relu, int lanes = 32) {
 }
 
 // sums[c] = Σ of the elements c, c + channels, … within [begin, end) of a sample, by one block; `data` points to element
-// `begin`. Channels and begin are multiples of V, scratch holds blockDim.x * V values. All threads leave together.
+// `begin`. Channels and begin are multiples of V, scratch holds blockDim.x * V values. Ends with a barrier.
 template <typename T, int V, typename A>
 __device__ void column_sums(
     const T* data, int64_t begin, int64_t end, int64_t channels, bool relu, A* scratch, A* sums) {

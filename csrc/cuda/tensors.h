@@ -1,4 +1,4 @@
-// From PyTorch's tensors to what the kernels take.
+// Conversion of PyTorch's tensors to the kernels' arguments.
 
 #pragma once
 
@@ -75,11 +75,11 @@ struct ParameterGradients {
   }
 };
 
-// `pool`, with the scratch that it needs: (slices, N, m, C).
+// `pool` with its scratch (slices, N, m, C).
 template <typename T>
 at::Tensor sums_over_space(
     const Paths<const T>& xs, const Shape& shape, const at::TensorOptions& options, cudaStream_t stream) {
-  // 32 warps to a multiprocessor, each with 4 vectors or more for a lane; or 4 blocks, each with 64 pixels or more.
+  // 32 warps per multiprocessor, each with at least 4 vectors per lane; or 4 blocks, each with at least 64 pixels.
   const int64_t paths = shape.samples * xs.count, multiprocessors = device().multiprocessors;
   const int64_t slices = shape.channels_last
       ? choose_slices(paths, 4 * multiprocessors, shape.space, 64)
@@ -89,14 +89,14 @@ at::Tensor sums_over_space(
   return sums;
 }
 
-// Slices of a sample for inner products: 4 blocks to a multiprocessor, each with at least 16 KB of every path, 4 vectors
-// for each thread.
+// Slices of a sample for inner products: 4 blocks per multiprocessor, each with at least 16 KB of every path, 4 vectors per
+// thread.
 template <typename T>
 int64_t product_slices(const Shape& shape) {
   return choose_slices(shape.samples, 4 * device().multiprocessors, shape.elements(), 16384 / sizeof(T));
 }
 
-// inner_products, with the scratch that it needs: (slices, N, m, n).
+// inner_products with its scratch (slices, N, m, n).
 template <typename T>
 at::Tensor inner_products(
     at::TensorList xs, bool relu, at::TensorList grad_outputs, const Weights<accumulate_t<T>>& weights,

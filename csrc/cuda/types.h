@@ -1,4 +1,4 @@
-// What host and kernels tell each other.
+// Types shared by host and kernels.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 #include <c10/util/Half.h>
 #if __has_include(<cuda_runtime_api.h>)
 #include <cuda_runtime_api.h>
-#else  // a host without the toolkit may plan
+#else  // planning works on a host without the toolkit
 #define __host__
 #define __device__
 #endif
@@ -20,17 +20,17 @@ __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a
 constexpr int kThreads = 256;  // of a block
 constexpr int kWarps = kThreads / 32;
 
-// What one thread moves at once: 16 bytes, but for double, which serves gradcheck and is always moved one by one.
+// Elements per access of a thread: 16 bytes, except for double, which is for gradcheck and accessed one by one.
 template <typename T>
 constexpr int kVector = std::is_same_v<T, double> ? 1 : 16 / sizeof(T);
 
-// Each path by pointer and batch stride (in elements): paths come from separate convolutions or from one stack.
+// Each path by pointer and batch stride (in elements): paths may come from separate convolutions or from one stack.
 template <typename T>
 struct Paths {
   T* data[kMaxPaths] = {};
   int64_t stride[kMaxPaths] = {};
   int count = 0;
-  bool relu = false;  // of inputs: each element x counts as max(x, 0)
+  bool relu = false;  // of inputs: each element x is read as max(x, 0)
 
   __host__ __device__ T* sample(int path, int64_t s) const { return data[path] + s * stride[path]; }
 };
@@ -41,7 +41,7 @@ struct Shape {
   bool channels_last;
 
   __host__ __device__ int64_t elements() const { return channels * space; }
-  // How many elements of one channel lie next to each other.
+  // Number of contiguous elements of one channel.
   __host__ __device__ int64_t run() const { return channels_last ? 1 : space; }
 };
 

@@ -1,4 +1,4 @@
-// Second pass of forward and backward: every path that leaves is a weighted sum of the paths that come (Eq. 3.7, 3.15).
+// Second pass of forward and backward: every output is a weighted sum of the inputs (Eq. 3.7, 3.15).
 
 #include "cuda/gate.cuh"
 #include "cuda/kernels.h"

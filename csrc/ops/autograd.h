@@ -1,4 +1,4 @@
-// What the operators' autograd functions share.
+// Helpers of the operators' autograd functions.
 
 #pragma once
 
@@ -13,8 +13,8 @@ namespace fastroute {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// A forward through the dispatcher below autograd. The gradient mode, which Function::apply turns off, tells the kernels
-// whether a backward is known to follow; of one in a compiled graph nothing is known here.
+// Calls a forward through the dispatcher below autograd. The gradient mode, which Function::apply disables, is restored to tell
+// the kernels whether a backward follows; in a compiled graph this is unknown.
 template <typename Signature, typename... Args>
 auto call_forward(const Operator<Signature>& op, bool recorded, const Args&... args) {
   at::AutoDispatchBelowAutograd below;
@@ -22,7 +22,7 @@ auto call_forward(const Operator<Signature>& op, bool recorded, const Args&... a
   return op.public_.call(args...);
 }
 
-// A backward through the dispatcher: below autograd, unless it is to be differentiated itself.
+// Calls a backward through the dispatcher: below autograd, unless it is to be differentiated.
 template <typename Signature, typename... Args>
 auto call_backward(const Operator<Signature>& op, const Args&... args) {
   if (at::GradMode::is_enabled()) return op.public_.call(args...);
@@ -34,7 +34,7 @@ inline OptionalTensor optional(const at::Tensor& t) { return t.defined() ? Optio
 
 inline at::Tensor undefined_or(const OptionalTensor& t) { return t.value_or(at::Tensor()); }
 
-// Zeros for the gradients that are absent.
+// Replaces absent gradients by zeros.
 inline void materialize(variable_list& grads, const at::Tensor& like) {
   for (auto& grad : grads) {
     if (!grad.defined()) grad = at::zeros_like(like);
@@ -48,12 +48,12 @@ inline bool any_needs_grad(AutogradContext* ctx, size_t first, size_t count) {
   return false;
 }
 
-// A parameter's gradient in its own type; undefined where there is no parameter.
+// Returns a parameter's gradient in the parameter's type; undefined without a parameter.
 inline at::Tensor in_type_of(const at::Tensor& grad, const OptionalTensor& parameter) {
   return parameter ? grad.to(parameter->scalar_type()) : at::Tensor();
 }
 
-// The first `count` results as a vector.
+// Returns the first `count` results as a vector.
 inline std::vector<at::Tensor> leading(const variable_list& results, size_t count) {
   return {results.begin(), results.begin() + static_cast<std::ptrdiff_t>(count)};
 }

@@ -49,9 +49,9 @@ Backward cross_connect_backward(
 
 struct Function : torch::autograd::Function<Function> {
   static constexpr bool is_traceable = true;
-  static constexpr size_t kOthers = 7;  // saved beside the paths
+  static constexpr size_t kOthers = 7;  // saved in addition to the paths
 
-  // What cannot be differentiated goes out by pointer: compiled autograd knows no `mark_non_differentiable`.
+  // Non-differentiable results are returned by pointer: compiled autograd does not support `mark_non_differentiable`.
   static variable_list forward(
       AutogradContext* ctx, at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1,
       const at::Tensor& w2, const OptionalTensor& b2, bool relu, bool recorded, at::Tensor* pooled, at::Tensor* hidden) {
@@ -85,7 +85,7 @@ struct Function : torch::autograd::Function<Function> {
     results.push_back(in_type_of(grad_b1, b1));
     results.push_back(in_type_of(grad_w2, w2));
     results.push_back(in_type_of(grad_b2, b2));
-    results.resize(results.size() + 4);  // nothing for relu, recorded and the pointers
+    results.resize(results.size() + 4);  // no gradients for relu, recorded and the pointers
     return std::move(results);
   }
 };

@@ -82,7 +82,7 @@ Predicted cross_predict_backward(
 
 struct Function : torch::autograd::Function<Function> {
   static constexpr bool is_traceable = true;
-  static constexpr size_t kOthers = 3;  // saved beside the paths
+  static constexpr size_t kOthers = 3;  // saved in addition to the paths
 
   static variable_list forward(
       AutogradContext* ctx, at::TensorList xs, const at::Tensor& weight, const OptionalTensor& bias,
@@ -109,7 +109,7 @@ struct Function : torch::autograd::Function<Function> {
     const OptionalTensor bias = optional(saved[1]);
     const auto numbers = [&](const char* key) { return ctx->saved_data[key].toIntVector(); };
     const auto given = std::find_if(grads.begin(), grads.end(), [](const at::Tensor& grad) { return grad.defined(); });
-    variable_list results(m + 3 + 6);  // nothing for the geometry, relu, form and recorded
+    variable_list results(m + 3 + 6);  // no gradients for the geometry, relu, form and recorded
     if (given == grads.end()) return results;
     const at::Tensor like = *given;
     materialize(grads, like);

@@ -46,9 +46,9 @@ Gradients gate_backward(
 
 struct Function : torch::autograd::Function<Function> {
   static constexpr bool is_traceable = true;
-  static constexpr size_t kOthers = 7;  // saved beside the paths
+  static constexpr size_t kOthers = 7;  // saved in addition to the paths
 
-  // What cannot be differentiated goes out by pointer, as in cross_connect.
+  // Non-differentiable results are returned by pointer, as in cross_connect.
   static variable_list forward(
       AutogradContext* ctx, at::TensorList xs, const OptionalTensor& w1, const OptionalTensor& b1,
       const at::Tensor& w2, const OptionalTensor& b2, bool recorded, at::Tensor* pooled, at::Tensor* hidden) {
@@ -69,7 +69,7 @@ struct Function : torch::autograd::Function<Function> {
     const at::Tensor& w2 = saved[2];
     auto [shares, grad_w1, grad_b1, grad_w2, grad_b2] = call_backward(
         backward_op(), optional(grads[0]), optional(grads[1]), xs, w1, b1, w2, b2, saved[4], saved[5], saved[6]);
-    // No map of its own: what adds it to the other gradients of X broadcasts it over space.
+    // Expanded, not copied: it is broadcast over space when it is added to the other gradients of X.
     std::vector<int64_t> sizes = shares.sizes().vec();
     sizes.resize(xs[0].dim() + 1, 1);
     variable_list results;
@@ -79,7 +79,7 @@ struct Function : torch::autograd::Function<Function> {
     results.push_back(in_type_of(grad_b1, b1));
     results.push_back(in_type_of(grad_w2, w2));
     results.push_back(in_type_of(grad_b2, b2));
-    results.resize(results.size() + 3);  // nothing for recorded and the pointers
+    results.resize(results.size() + 3);  // no gradients for recorded and the pointers
     return results;
   }
 };

@@ -55,7 +55,7 @@ struct Function : torch::autograd::Function<Function> {
         call_backward(backward_op(), at::TensorList(grads), xs, gates, any_needs_grad(ctx, 0, xs.size()));
     results.resize(xs.size());
     results.push_back(in_type_of(grad_gates, gates));
-    results.emplace_back();  // nothing for recorded
+    results.emplace_back();  // no gradient for recorded
     return std::move(results);
   }
 };

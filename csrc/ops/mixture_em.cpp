@@ -29,7 +29,7 @@ const auto& backward_op() {
   return op;
 }
 
-// As Python writes it.
+// Formats a number as Python does.
 std::string number(double value) {
   char text[32];
   std::string written(text, std::to_chars(text, text + sizeof text, value).ptr);
@@ -65,7 +65,7 @@ void check_augmented(const at::Tensor& aug, const at::Tensor& scores) {
   TORCH_CHECK_VALUE(aug.device() == scores.device(), rest("device", aug.device().str(), scores.device().str()));
 }
 
-// One number for each cluster, in the form that every backend takes: contiguous, in the accumulation type.
+// Returns one number per cluster in the form that all backends take: contiguous, in the accumulation type.
 OptionalTensor per_column(const char* label, const OptionalTensor& given, const at::Tensor& scores) {
   if (!given) return given;
   const at::Tensor& value = *given;
@@ -83,7 +83,7 @@ OptionalTensor per_column(const char* label, const OptionalTensor& given, const 
   return value.to(accumulate_type(scores.scalar_type())).expand(shape).contiguous();
 }
 
-// f(values, K) for the numbers of every mixture, where they can be read without waiting for a device.
+// Calls f(values, K) for the numbers of every mixture, if they can be read without synchronising.
 template <typename F>
 void for_rows(const OptionalTensor& columns, F f) {
   if (!columns || !columns->is_cpu()) return;
@@ -138,7 +138,7 @@ MixtureResult mixture_em_loss(
 MixtureGradients mixture_em_loss_backward(
     const at::Tensor& scores, const OptionalTensor& scores_aug, const at::Tensor& posterior, const at::Tensor& means,
     const at::Tensor& scales, const at::Tensor& grad_loss, double gamma, bool batch_statistics) {
-  return compute(  // the gradient of a sum of losses is one number, expanded
+  return compute(  // the gradient of a sum of losses is an expanded scalar
       backward_op(), scores, kFirstForOnePass, scores.contiguous(), contiguous(scores_aug), posterior.contiguous(),
       means, scales, grad_loss.contiguous(), gamma, batch_statistics);
 }
@@ -163,7 +163,7 @@ struct Function : torch::autograd::Function<Function> {
     auto [grad, grad_aug] = call_backward(
         backward_op(), saved[0], optional(saved[1]), saved[2], saved[3], saved[4], grads[0],
         ctx->saved_data["gamma"].toDouble(), ctx->saved_data["batch_statistics"].toBool());
-    // Nothing for the constants and the pointer.
+    // No gradients for the constants and the pointer.
     return {grad, saved[1].defined() ? grad_aug : at::Tensor(), {}, {}, {}, {}, {}};
   }
 };

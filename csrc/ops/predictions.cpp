@@ -1,6 +1,6 @@
 // Cross-prediction (Alg. 1) from PyTorch's convolutions and the compiled passes between them.
 //
-// The backward works on the side of the inputs, whatever form the forward had. With dP_j the gradient before the ReLU:
+// The backward is the same for both forms of the forward. With dP_j the gradient before the ReLU:
 //
 //     T_ij = W_ijᵀ dP_j, for all i at once
 //     dg_ij = <T_ij, X_i> + <b_ij, Σ dP_j>, since <dP_j, W_ij X_i> = <W_ijᵀ dP_j, X_i>
@@ -8,8 +8,8 @@
 //     dW_ij, from X_i and g_ij dP_j
 //     db_ij = Σ_s g_ij Σ dP_j
 //
-// so that nothing of the size of the m·n predictions is kept from the forward. A joined tensor has several paths side by
-// side in its channels. fastroute/backends/_cross_predict.py is the same for Triton's passes.
+// so that the m·n predictions need not be saved in the forward. A joined tensor holds several paths concatenated along its
+// channels. fastroute/backends/_cross_predict.py does the same with Triton's passes.
 
 #include "paths.h"
 
@@ -35,7 +35,7 @@ auto find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// outputs_j = ReLU(Σ_i g_ij U_ij + offsets_j); predictions are, for each i, the joined U_ij of all j.
+// outputs_j = ReLU(Σ_i g_ij U_ij + offsets_j). predictions[i] joins U_ij over j.
 void sum_predictions(
     at::TensorList predictions, const at::Tensor& gates, const OptionalTensor& offsets, bool relu,
     at::TensorList outputs) {
@@ -44,8 +44,8 @@ void sum_predictions(
   op.call(predictions, gates, offsets, relu, outputs);
 }
 
-// masked_p = paths_p where masks_p > 0, or all of it without masks; scaled_q are the joined w_pq masked_p of all p. With
-// `sums`, the totals (N, P, C) of masked over space are returned.
+// masked_p = paths_p where masks_p > 0, else 0; without masks, masked_p = paths_p. scaled[q] joins w_pq masked_p over p. With
+// `sums`, returns the sums (N, P, C) of masked over space.
 at::Tensor scale_paths(
     at::TensorList paths, at::TensorList masks, const at::Tensor& weights, bool sums, at::TensorList masked,
     at::TensorList scaled) {
@@ -55,8 +55,8 @@ at::Tensor scale_paths(
   return op.call(paths, masks, weights, sums, masked, scaled);
 }
 
-// products_ij = <T_ij, X_i>, and grad_xs_i = Σ_j g_ij T_ij unless there are none; terms are, for each j, the joined T_ij of
-// all i. xs have the format of the convolutions, and grad_xs that of the paths.
+// products_ij = <T_ij, X_i>, and grad_xs_i = Σ_j g_ij T_ij unless grad_xs is empty. terms[j] joins T_ij over i. xs have the
+// memory format of the convolutions, grad_xs that of the paths.
 at::Tensor sum_gradients(
     at::TensorList terms, at::TensorList xs, const at::Tensor& gates, at::TensorList grad_xs) {
   static const auto op = find<at::Tensor(at::TensorList, at::TensorList, const at::Tensor&, at::TensorList)>(
@@ -64,8 +64,8 @@ at::Tensor sum_gradients(
   return op.call(terms, xs, gates, grad_xs);
 }
 
-// Whether every position of the kernel meets the map itself, and not padding alone, and the map is no smaller than the
-// kernel. On a CPU PyTorch's convolutions crash or are wrong, in float32 too, where this is not so.
+// Returns whether each kernel position reads the map itself, not only padding, and the kernel fits in the map. Otherwise,
+// PyTorch's convolutions on a CPU crash or are wrong, in float32 too.
 bool kernel_fits(
     const at::Tensor& x, const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation) {
@@ -76,20 +76,20 @@ bool kernel_fits(
     const int64_t last = (size + 2 * padding[d] - reach - 1) / stride[d];
     for (int64_t position = 0; position < k; ++position) {
       const int64_t at = position * dilation[d] - padding[d];  // for the first output
-      const int64_t output = at < 0 ? (stride[d] - 1 - at) / stride[d] : 0;  // the first that meets the map
+      const int64_t output = at < 0 ? (stride[d] - 1 - at) / stride[d] : 0;  // the first that reads the map
       if (output > last || output * stride[d] + at >= size) return false;
     }
   }
   return true;
 }
 
-// With strides that say [C, *S] where there is one channel, which is both formats: PyTorch's convolutions in float32 on a CPU
-// are wrong for some geometries where they say [*S, C].
+// Returns a map of one channel with the strides of [C, *S]; with one channel, both formats are the same in memory. PyTorch's
+// float32 convolutions on a CPU are wrong for some geometries if the strides are those of [*S, C].
 at::Tensor plain(const at::Tensor& x) { return x.size(1) == 1 ? x.squeeze(1).unsqueeze(1) : x; }
 
-// Cross-correlation of a geometry, or a dense layer where there is no space: x (N, C, *S), weight (C', C, *k). All results
-// are [*S, C] in memory with `channels_last`, else [C, *S]. PyTorch is given everything in `type`, and maps are converted
-// back; the weight's gradient is not. With `pads`, PyTorch is given maps with their padding.
+// A convolution of x (N, C, *S) with weight (C', C, *k), or a dense layer without spatial dimensions. Results are [*S, C] in
+// memory with `channels_last`, else [C, *S]. PyTorch gets all tensors in `type`; maps are converted back, the weight's gradient
+// is not. With `pads`, maps are padded first.
 struct Convolution {
   at::IntArrayRef stride;
   std::vector<int64_t> padding, dilation;
@@ -106,7 +106,7 @@ struct Convolution {
     return arrange(y).to(x.scalar_type());
   }
 
-  // The gradient of inputs of the shape of `like`, whose values are not read.
+  // Returns the gradient of the inputs; `like` gives their shape, and its values are not read.
   at::Tensor to_inputs(const at::Tensor& grad, const at::Tensor& like, const at::Tensor& weight) const {
     if (grad.dim() == 2) return grad.to(type).matmul(weight.to(type)).to(grad.scalar_type());
     at::Tensor grad_x = std::get<0>(backward(grad, like, weight, {true, false, false}));
@@ -117,7 +117,7 @@ struct Convolution {
     return arrange(grad_x).to(grad.scalar_type());
   }
 
-  // The gradient of the weight, whose values are not read.
+  // Returns the gradient of the weight; `weight` gives its shape, and its values are not read.
   at::Tensor to_weight(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight) const {
     if (grad.dim() == 2) return grad.to(type).mT().matmul(x.to(type));
     return std::get<1>(backward(grad, x, weight, {false, true, false}));
@@ -153,8 +153,8 @@ std::vector<int64_t> output_shape(
   return shape;
 }
 
-// The dilation as PyTorch is given it: without meaning along a kernel of one, where a CPU's bfloat16 convolutions crash with
-// others than 1.
+// Returns the dilation with 1 along a kernel of size 1, where it has no effect and bfloat16 convolutions on a CPU crash with
+// other values.
 std::vector<int64_t> meaningful(at::IntArrayRef dilation, const at::Tensor& weight) {
   std::vector<int64_t> numbers = dilation.vec();
   for (size_t d = 0; d < numbers.size(); ++d) {
@@ -163,14 +163,14 @@ std::vector<int64_t> meaningful(at::IntArrayRef dilation, const at::Tensor& weig
   return numbers;
 }
 
-std::atomic<int64_t> forced_chunk_bytes = 0;  // by a test, to have several chunks of a small case
+std::atomic<int64_t> forced_chunk_bytes = 0;  // set by tests, for several chunks of a small case
 
-// Where and in which portions the convolutions and passes work.
+// Memory format, type and chunk size of the convolutions and passes.
 //
-// On a CPU PyTorch's convolutions are fastest in channels_last, whose cost their other formats have inside: paths of
-// another format are converted by the passes. Working on few samples at a time leaves in the caches what one convolution or
-// pass writes for the next, but converts the weight into the convolutions' own format each time. In float16 convolutions
-// are 20 times slower than in float32, and add their inputs' gradients in float16.
+// On a CPU PyTorch's convolutions are fastest in channels_last, to which they convert other formats internally: the passes
+// convert paths of another format. With few samples per chunk, the output of a convolution or pass stays in cache for the
+// next, but the weight is converted to the convolutions' internal format each time. Float16 convolutions are 20 times slower
+// than float32, and accumulate their inputs' gradients in float16.
 class Layer {
  public:
   Layer(
@@ -196,7 +196,7 @@ class Layer {
     return cpu_ ? kept.call(x, shape, strides) : at::empty_strided(shape, strides, x.options());
   }
 
-  // Unwritten tensors of x's samples and space, in the format of the convolutions.
+  // Returns uninitialised tensors with x's samples and space, in the memory format of the convolutions.
   Tensors empty_arranged(const at::Tensor& x, int64_t channels, size_t count) const {
     std::vector<int64_t> shape = x.sizes().vec();
     shape[1] = channels;
@@ -207,7 +207,7 @@ class Layer {
     return tensors;
   }
 
-  // The paths in the format of the convolutions.
+  // Returns the paths in the memory format of the convolutions.
   Tensors arranged(at::TensorList xs) const {
     if (!cpu_ || sample_is_dense(xs[0], true)) {
       Tensors tensors;
@@ -220,28 +220,28 @@ class Layer {
     return tensors;
   }
 
-  // Of how many samples each portion of such a path is.
+  // Returns the number of samples per chunk of such a path.
   int64_t chunk_samples(const at::Tensor& path) const {
     const int64_t bytes = path.numel() * static_cast<int64_t>(path.element_size());
     const int64_t count = std::max<int64_t>(1, (bytes + chunk_bytes_ - 1) / chunk_bytes_);
     return std::max(least_samples_, (path.size(0) + count - 1) / count);
   }
 
-  // f(first, end) for portions of about equal numbers of samples.
+  // Calls f(first, end) for chunks of about equal numbers of samples.
   template <typename F>
   void for_chunks(const at::Tensor& a, const at::Tensor& b, F f) const {
     const int64_t samples = a.size(0), size = chunk_samples(a.numel() >= b.numel() ? a : b);
     for (int64_t first = 0; first < samples; first += size) f(first, std::min(first + size, samples));
   }
 
-  // For each i the W_ij of all j (n·C_out, C_in, *k), in the format of the convolutions.
+  // Returns for each i the W_ij of all j (n·C_out, C_in, *k), in the memory format of the convolutions.
   Tensors by_input(const at::Tensor& weight) const {
     Tensors joined;
     for (const auto& w : weight.unbind(0)) joined.push_back(convolution_.arrange(w.flatten(0, 1)));
     return joined;
   }
 
-  // For each j the W_ij of all i (C_out, m·C_in, *k), in the format of the convolutions.
+  // Returns for each j the W_ij of all i (C_out, m·C_in, *k), in the memory format of the convolutions.
   Tensors by_output(const at::Tensor& weight) const {
     Tensors joined;
     for (const auto& w : weight.unbind(1)) joined.push_back(convolution_.arrange(w.transpose(0, 1).flatten(1, 2)));
@@ -254,7 +254,7 @@ class Layer {
   int64_t chunk_bytes_, least_samples_;
 };
 
-// What the layer's own arithmetic needs; PyTorch's convolutions and the passes check the rest.
+// Checks the sizes used here; PyTorch's convolutions and the passes check the rest.
 void check_weights(
     at::TensorList xs, const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation) {
@@ -266,7 +266,7 @@ void check_weights(
   check_geometry(x.dim() - 2, stride, padding, dilation);
 }
 
-// The same for outputs and their gradients.
+// Checks outputs and their gradients.
 void check_results(at::TensorList ys, at::IntArrayRef shape, int64_t count) {
   TORCH_CHECK(
       aligned_path(ys).sizes() == shape && static_cast<int64_t>(ys.size()) == count,
@@ -279,7 +279,7 @@ Tensors narrowed(at::TensorList tensors, int64_t first, int64_t end) {
   return parts;
 }
 
-// From the joined predictions of each input.
+// Computes outputs from the joined predictions of each input.
 void predict(
     const Layer& layer, at::TensorList paths, const Tensors& weights, const OptionalTensor& bias,
     const at::Tensor& gates, bool relu, at::TensorList outputs) {
@@ -292,7 +292,7 @@ void predict(
   sum_predictions(predictions, gates, std::nullopt, relu, outputs);
 }
 
-// From one prediction for each output, of all gated inputs side by side.
+// Computes outputs with one prediction for each output, from the joined gated inputs.
 void gate_first(
     const Layer& layer, at::TensorList paths, const Tensors& weights, const OptionalTensor& bias,
     const at::Tensor& gates, bool relu, at::TensorList outputs) {
@@ -336,7 +336,7 @@ Tensors cross_predict(
   return outputs;
 }
 
-// dP_j in the format of the convolutions, and with `sums` their totals over space.
+// Returns dP_j in the memory format of the convolutions and, with `sums`, their sums over space.
 std::tuple<Tensors, at::Tensor> grads_of_sums(
     const Layer& layer, at::TensorList grad_outputs, at::TensorList outputs, const at::Tensor& gates, bool sums) {
   if (outputs.empty() && !sums) return {layer.arranged(grad_outputs), at::Tensor()};  // dY_j itself
@@ -347,7 +347,7 @@ std::tuple<Tensors, at::Tensor> grads_of_sums(
   return {std::move(grads), std::move(totals)};
 }
 
-// Adds dW of these samples, input by input, so that only n of the m·n g_ij dP_j exist at a time.
+// Adds dW of these samples, input by input, so that only n of the m·n terms g_ij dP_j exist at a time.
 void add_grad_weight(
     const Layer& layer, const Tensors& grads, const Tensors& xs, const at::Tensor& weight, const at::Tensor& gates,
     Tensors& grad_weight) {
@@ -407,7 +407,7 @@ TORCH_LIBRARY_IMPL(fastroute_native, CompositeExplicitAutograd, m) {
   m.impl("cross_predict_backward", &fastroute::cross_predict_backward);
 }
 
-// For tests: what is planned for paths x and a weight, and bytes of a path to work on at once whatever the plan says (0: the
+// For tests: the plan for paths x and a weight, and the bytes of a path per chunk, which override the plan (0: follow the
 // plan).
 TORCH_LIBRARY_FRAGMENT(fastroute_native, m) {
   m.def(

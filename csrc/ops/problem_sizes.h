@@ -1,5 +1,5 @@
-// The frozen table of who comes first on a GPU where the compiled CUDA kernels and Triton can both serve. No row has been
-// measured on a card yet: each gives the count that it rests on.
+// The fixed preference between the compiled CUDA kernels and Triton on a GPU that supports both. No row has been measured on
+// a GPU yet: each gives the count on which it is based.
 
 #pragma once
 
@@ -8,25 +8,25 @@
 
 namespace fastroute {
 
-// kNativeClusters: the compiled kernels where the card has clusters of multiprocessors, else Triton.
+// kNativeClusters: the compiled kernels if the GPU has thread-block clusters, else Triton.
 enum class First { kTriton, kNative, kNativeClusters };
 
-// mix, gate and the mixture-EM loss: both backends move the same bytes, and Triton is first among equals.
+// mix, gate and the mixture-EM loss: both backends move the same bytes, and Triton is preferred.
 constexpr First kFirstForOnePass = First::kTriton;
 
-// cross_predict: convolutions take most of the time, and the compiled passes are called between them without Python.
+// cross_predict: convolutions dominate, and the compiled passes between them run without Python.
 constexpr First kFirstForCrossPredict = First::kNative;
 
-// cross_connect needs the paths twice, and its backward the gradients of the outputs. Bytes of one sample of these:
+// cross_connect needs the paths twice, and its backward the gradients of the outputs. By the bytes of one sample of these:
 //
 // | bytes needed twice | first | why |
 // |---|---|---|
 // | up to 128 KiB | Triton | its resident tier holds them in registers: one read of the paths in both |
-// | a cluster of multiprocessors holds them | native | one read, m + n path bytes, where Triton makes two, 2m + n |
+// | a thread-block cluster holds them | native | one read, m + n path bytes, where Triton makes two, 2m + n |
 // | the same, 1024 channels and more | Triton | each block of a cluster reads all of W1, at 40 to 68 % of the copy |
 // | more | Triton | two reads in both |
 //
-// What a cluster holds is counted for an H100 (csrc/cuda/EXPECTED.md); other cards with clusters hold as much.
+// The capacity of a cluster is counted for an H100 (csrc/cuda/EXPECTED.md); other GPUs with clusters have the same.
 inline First first_for_two_reads(const at::Tensor& x, int64_t m, int64_t n, int64_t hidden, bool backward) {
   constexpr int64_t kHeldByOne = int64_t{128} << 10, kWide = 1024;
   constexpr cuda::Device kH100{90, 132, 227 << 10, 228 << 10};

@@ -9,14 +9,14 @@
 namespace fastroute {
 namespace {
 
-constexpr int64_t kNativeServes = 1, kTritonServes = 2, kHasClusters = 4;  // as fastroute_python::choose answers
+constexpr int64_t kNativeServes = 1, kTritonServes = 2, kHasClusters = 4;  // flags returned by fastroute_python::choose
 constexpr int8_t kUnknown = -1;
 
 std::mutex naming;
-std::string named;  // by use_backend; empty for none
+std::string named;  // backend named by use_backend; empty for none
 std::atomic<bool> anything_named{false}, native_named{false};
 
-// Answers by device and type, until another backend is named: for the CPU, then for each CUDA device.
+// Cached flags by device and type, until another backend is named: for the CPU, then for each CUDA device.
 constexpr int kDevices = 65, kTypes = 4;
 std::atomic<int8_t> answers[kDevices][kTypes];
 
@@ -49,7 +49,7 @@ int64_t ask(const at::Tensor& x) {
   return choose.call(x);
 }
 
-// Whether the kernels for the CPU have been loaded.
+// Returns whether the CPU kernels have been loaded.
 bool cpu_kernels() {
   static const bool loaded = [] {
     const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fastroute_native::mix", "");
@@ -87,6 +87,6 @@ Way way(const at::Tensor& x, First first) {
 }  // namespace fastroute
 
 TORCH_LIBRARY_FRAGMENT(fastroute_native, m) {
-  // Says which backend the user has named in Python; an empty name for none.
+  // Sets the backend named by the user in Python; an empty name for none.
   m.def("name_backend(str name) -> ()", [](const std::string& name) { fastroute::name_backend(name); });
 }

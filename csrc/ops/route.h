@@ -1,4 +1,4 @@
-// Who computes an operator: the compiled kernels, Triton's by a recording, or Python.
+// The choice between the compiled kernels, recorded Triton kernels, and Python.
 
 #pragma once
 
@@ -14,7 +14,7 @@
 
 namespace fastroute {
 
-// An operator in each of its namespaces: as the user calls it, compiled, and by way of Python.
+// An operator in each of its namespaces: public, compiled, and Python.
 template <typename Signature>
 struct Operator {
   std::string name;
@@ -32,12 +32,12 @@ struct Operator {
 
 enum class Way { kNative, kTriton, kPython };
 
-// Which of the backends that can serve x computes the operator; `first` decides where several can. Asks Python, and
-// remembers the answer until the user names another backend. A CPU's kernels need no asking.
+// Chooses a backend for x; `first` decides if several support it. The flags come from Python and are cached until the user
+// names another backend. CPU kernels need no call of Python.
 Way way(const at::Tensor& x, First first);
 
-// Computes an operator for arguments that have been checked and brought into form. Autocast has cast the arguments where it
-// should, and would cast what is computed in float32 on purpose.
+// Computes an operator for checked and prepared arguments. Autocast is disabled: it has already cast the arguments, and would
+// cast float32 computations.
 template <typename Signature, typename... Args>
 auto compute(const Operator<Signature>& op, const at::Tensor& x, First first, const Args&... args) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);

@@ -7,7 +7,7 @@
 namespace fastroute::triton {
 namespace {
 
-// From cuda.h, which is not needed to build this library.
+// From cuda.h, so that this library builds without CUDA.
 using Result = int;
 constexpr Result kSuccess = 0, kInvalidContext = 201;
 

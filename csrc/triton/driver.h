@@ -1,4 +1,4 @@
-// The CUDA driver's launch, found when a kernel is first launched: this library is built and loaded without CUDA.
+// The CUDA driver's launch function, loaded at the first launch: this library is built and loaded without CUDA.
 
 #pragma once
 
@@ -6,11 +6,11 @@ namespace fastroute::triton {
 
 struct Grid {
   unsigned x, y, z, threads, shared;
-  bool dependent;  // may begin before the launch ahead of it has ended, which it then waits for itself
+  bool dependent;  // programmatic dependent launch: may begin before the previous launch ends, and waits for it
 };
 
-// Launches a kernel. False, with nothing launched, where this thread has no CUDA context yet and `may_fail`; raises for any
-// other error.
+// Launches a kernel. Returns false without a launch if this thread has no CUDA context yet and `may_fail`; raises on any other
+// error.
 bool launch_kernel(void* function, const Grid& grid, void* stream, void** arguments, bool may_fail);
 
 }  // namespace fastroute::triton

@@ -20,7 +20,7 @@ struct Allocation {
   std::vector<int64_t> sizes, strides;
 };
 
-// A launch's argument: an address inside a tensor of the call, or a constant.
+// An argument of a launch: an address inside a tensor of the call, or a constant.
 struct Argument {
   int64_t slot;  // the call's tensors first, then the allocations; kConstant for none
   int64_t value;  // the offset in bytes, or the constant
@@ -39,7 +39,7 @@ struct Recording {
   std::vector<Launch> launches;
 };
 
-// Null for a call that Python has left unrecorded. More calls than this are of shapes that hardly come again.
+// Null for a call that Python did not record. The size is limited, since shapes of more calls hardly recur.
 using Recordings = std::unordered_map<std::string, std::shared_ptr<const Recording>>;
 constexpr size_t kMostRecordings = 4096;
 
@@ -55,10 +55,10 @@ void keep(const std::string& key, std::shared_ptr<const Recording> recording) {
   recordings().insert_or_assign(key, std::move(recording));
 }
 
-// The key of the call that Python may record on this thread, until it has.
+// The key of the call that Python may record on this thread, until it does.
 thread_local std::optional<std::string> offered;
 
-// Numbers one after another, as `record` takes them.
+// Reads the sequence of numbers passed to `record`.
 class Reader {
  public:
   explicit Reader(at::IntArrayRef values) : values_(values) {}
@@ -66,7 +66,7 @@ class Reader {
     TORCH_CHECK(at_ < values_.size(), "a recording ends too early");
     return values_[at_++];
   }
-  // A count, and then f() so many times.
+  // Reads a count, then calls f() that many times.
   template <typename F>
   auto many(F f) {
     std::vector<decltype(f())> items(next());
@@ -130,7 +130,7 @@ Call::Call(const char* name, at::Device device) : device_(device), key_(name) {
 void Call::add(const at::Tensor& tensor) {
   add_raw(tensor.scalar_type());
   add_raw(tensor.dim());
-  // Triton compiles other code for an address that 16 divides.
+  // Triton compiles different code for addresses divisible by 16.
   add_raw(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0);
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   key_.append(reinterpret_cast<const char*>(sizes.data()), sizes.size() * sizeof(int64_t));
@@ -177,7 +177,7 @@ std::optional<Groups> replay(const Call& call) {
   addresses.reserve(slots.size());
   for (const auto& slot : slots) addresses.push_back(static_cast<const char*>(slot.const_data_ptr()));
 
-  void* stream = nullptr;  // on a CPU, where tests have a driver of their own
+  void* stream = nullptr;  // on a CPU, where tests use a stub driver
   if (call.device().is_cuda()) {
     stream = c10::impl::VirtualGuardImpl(call.device().type()).getStream(call.device()).native_handle();
   }
@@ -186,7 +186,7 @@ std::optional<Groups> replay(const Call& call) {
   bool first = true;
   for (const auto& launch : recording->launches) {
     const size_t count = launch.arguments.size();
-    values.resize(count + 2);  // Triton's own two come last: scratch memory, of which none is used
+    values.resize(count + 2);  // Triton adds two arguments for scratch memory, which is not used
     pointers.resize(count + 2);
     for (size_t i = 0; i < count; ++i) {
       const auto& [slot, value] = launch.arguments[i];
@@ -218,9 +218,9 @@ Offer::~Offer() {
 }  // namespace fastroute::triton
 
 TORCH_LIBRARY_FRAGMENT(fastroute_native, m) {
-  // Whether Python may record the call that it computes now, and the recording, in numbers: allocations, results, launches.
+  // Whether Python may record the current call; and the recording as numbers: allocations, results, launches.
   m.def("recording_is_offered() -> bool", [] { return fastroute::triton::is_offered(); });
   m.def("record(int[] code) -> ()", [](at::IntArrayRef code) { fastroute::triton::record(code); });
-  // Drops all recordings, for tests and after changes to the launch tables.
+  // Drops all recordings, for tests and after changes to launch configurations.
   m.def("forget_recordings() -> ()", [] { fastroute::triton::forget(); });
 }

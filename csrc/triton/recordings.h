@@ -1,6 +1,6 @@
-// Launches of Triton kernels without Python. Python runs a call once, compiles its kernels and hands over what it launched
-// (fastroute/backends/triton/_recording.py); a later call whose arguments agree in everything but their addresses and
-// values allocates the same tensors and launches the same kernels.
+// Launches of Triton kernels that bypass Python. Python runs a call once, compiles its kernels and passes a recording of the
+// launches (fastroute/backends/triton/_recording.py). A later call whose arguments differ only in addresses and values
+// allocates the same tensors and launches the same kernels.
 
 #pragma once
 
@@ -15,7 +15,7 @@
 
 namespace fastroute::triton {
 
-// The arguments of a call: its tensors in order, and a key of everything that launches may depend on.
+// Arguments of a call: its tensors in order, and a key with everything that launches may depend on.
 class Call {
  public:
   Call(const char* name, at::Device device);
@@ -43,13 +43,13 @@ class Call {
   std::string key_;
 };
 
-// The results of a call as groups: a list of tensors is one, a single tensor another.
+// Results of a call as groups: each list of tensors and each single tensor is one group.
 using Groups = std::vector<std::vector<at::Tensor>>;
 
-// Launches what was recorded for such a call; nothing where nothing was.
+// Replays the recording of such a call; returns nothing if there is none.
 std::optional<Groups> replay(const Call& call);
 
-// While it lives, Python may record the call on this thread. A call that Python leaves unrecorded is not offered again.
+// During its lifetime, Python may record the call on this thread. A call that Python does not record is not offered again.
 class Offer {
  public:
   explicit Offer(const Call& call);

@@ -20,7 +20,7 @@ class Case:
     suite, labels: as in `Row`.
     build: makes the contest. It also allocates the tensors, so that a case costs nothing before.
     quick: whether the case is in the default selection, which takes under 5 minutes on 2 cores.
-    stated: whether the case is part of README's table of speed.
+    stated: whether the case is part of the documentation's table of speed.
     """
 
     suite: str

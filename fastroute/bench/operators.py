@@ -42,7 +42,7 @@ COMPILE_TIMES = 32
 # Consecutive calls of memory-bound cases. With convolutions, caches matter little and a call takes long.
 REPEATS = 5
 
-# Shapes in README: the stages of the CIFAR ResNets at batch 128, and the first three of ResNet18 at batch 32.
+# Shapes in the documentation: stages of the CIFAR ResNets at batch 128, and the first three of ResNet18 at batch 32.
 STATED = _maps(128, CIFAR_RESNET) + _maps(32, RESNET18[:3])
 
 

@@ -1,6 +1,7 @@
-"""Tables of one result, of two results compared, and README's section on speed."""
+"""Tables of one result, of two results compared, and the documentation's section on speed."""
 
 import math
+import os
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -152,7 +153,7 @@ def compare(old: Result, new: Result) -> str:
 
 
 def stated(result: Result) -> list[Row]:
-    """Return the rows for README: forward plus backward of `cross_connect`."""
+    """Return the rows for the documentation: forward plus backward of `cross_connect`."""
     return [
         row
         for row in result.rows
@@ -162,11 +163,11 @@ def stated(result: Result) -> list[Row]:
     ]
 
 
-def readme_section(result: Result, name: str) -> str:
-    """Return README's section on speed.
+def speed_section(result: Result, name: str) -> str:
+    """Return the documentation's section on speed.
 
     Args:
-        result: a result with the cases of README.
+        result: a result with the cases of the documentation.
         name: link to the result file.
 
     Raises:
@@ -209,35 +210,28 @@ def _least(rows: Sequence[Row], cold: bool = False) -> str:
     return f"{compiled:.2f} times as fast as `torch.compile` and {eager:.1f} times as fast as eager"
 
 
-def readme_result(readme: Path) -> Path:
-    """Return the path of the result file from which README's section is generated.
+def page_result(page: Path) -> Path:
+    """Return the path of the result file from which a page's section on speed is generated.
 
     Raises:
-        FileNotFoundError: there is no README.
+        FileNotFoundError: there is no such page.
         ValueError: it has no section on speed between the marker comments.
     """
-    return readme.parent / _section(readme)["result"]
+    return page.parent / _section(page)["result"]
 
 
-def rewrite_readme(readme: Path, result: Path) -> str:
-    """Return the text of `readme` with its section on speed regenerated from a result file.
+def rewrite_page(page: Path, result: Path) -> str:
+    """Return the text of a page with its section on speed regenerated from a result file.
 
-    The section is between `<!-- speed: RESULT -->` and `<!-- end of speed -->`.
-
-    Args:
-        readme: the Markdown file.
-        result: a result file in the folder of `readme` or below.
+    The section is between `<!-- speed: RESULT -->` and `<!-- end of speed -->`; RESULT is relative to the page.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: readme has no such section; or the result is elsewhere, or has no case for README.
+        ValueError: the page has no such section, or the result has no case for it.
     """
-    section = _section(readme)
-    try:
-        name = result.resolve().relative_to(readme.resolve().parent).as_posix()
-    except ValueError:
-        raise ValueError(f"result is {result}; it must lie in the folder of {readme} or below") from None
-    body = readme_section(Result.load(result), name)
+    section = _section(page)
+    name = Path(os.path.relpath(result.resolve(), page.resolve().parent)).as_posix()
+    body = speed_section(Result.load(result), name)
     plots = (result.with_name(f"{result.stem}_{plot}.svg") for plot in ("share_of_copy", "steps", "memory"))
     images = [f"![{path.stem}]({Path(name).with_name(path.name).as_posix()})" for path in plots if path.is_file()]
     text = "\n\n".join([body, *images])
@@ -246,10 +240,10 @@ def rewrite_readme(readme: Path, result: Path) -> str:
     )
 
 
-def _section(readme: Path) -> re.Match:
-    if not readme.is_file():
-        raise FileNotFoundError(f"readme is {readme}; there is no such file")
-    section = re.search(_MARKERS, readme.read_text(), re.DOTALL)
+def _section(page: Path) -> re.Match:
+    if not page.is_file():
+        raise FileNotFoundError(f"page is {page}; there is no such file")
+    section = re.search(_MARKERS, page.read_text(), re.DOTALL)
     if section is None:
-        raise ValueError(f"readme is {readme}; it must have <!-- speed: RESULT --> and <!-- end of speed -->")
+        raise ValueError(f"page is {page}; it must have <!-- speed: RESULT --> and <!-- end of speed -->")
     return section

@@ -2,20 +2,25 @@
 
 import importlib
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastroute._extras import extra
 from fastroute._version import __version__
 
 try:
     with extra("train", "the command line"):
-        import click
         import typer
 
         from fastroute.cli import memory
         from fastroute.cli.outside import Commands
 except ModuleNotFoundError as error:
     raise SystemExit(str(error)) from None
+except KeyboardInterrupt:  # later imports are those of a command, whose Ctrl-C `Commands` sees to
+    print("error: stopped by Ctrl-C", file=sys.stderr)
+    raise SystemExit(130) from None
+
+if TYPE_CHECKING:
+    import click
 
 COMMANDS = {
     "train": "Train a network; write checkpoints, summary.csv, routers.csv, figures of loggers and args.yaml.",
@@ -25,7 +30,8 @@ COMMANDS = {
     "and check it against the network itself.",
     "paths": "Estimate how many paths each router of a network needs, from its gates over the validation images.",
     "recipes": "List the recipes for `fastroute train|cluster -c NAME`, with the percentages that the thesis reports.",
-    "cluster": "Cluster images without their labels; write summary.csv, and last.ckpt of a network.",
+    "cluster": "Cluster images without their labels; write assignments.csv, summary.csv, args.yaml, and last.ckpt of a "
+    "network.",
     "report": "Show what a network's routers or clusters do: one page, and its figures as PNG and SVG.",
     "demo": "Train one path and two routed paths on real handwritten digits, and compare them; "
     "show what the routers do.",
@@ -63,7 +69,7 @@ def options(
     """Data-dependent routing for multi-path neural networks."""
 
 
-def _load(name: str) -> click.Command:
+def _load(name: str) -> "click.Command":
     """The command of a module: its function of the same name, or its `app`, where it has commands of its own."""
     module = importlib.import_module(f"fastroute.cli.{name}")
     command = getattr(module, "app", None)

@@ -1,4 +1,4 @@
-"""`fastroute bench`: measure on this machine, compare, draw, and write README's section on speed."""
+"""`fastroute bench`: measure on this machine, compare, and draw."""
 
 import time
 from fnmatch import fnmatchcase
@@ -24,7 +24,7 @@ def bench(
     full: Annotated[
         bool, typer.Option("--full", help="All cases: hours. (default: a selection, under 5 minutes)")
     ] = False,
-    stated: Annotated[bool, typer.Option("--stated", help="The cases of README's table.")] = False,
+    stated: Annotated[bool, typer.Option("--stated", help="The cases of the documentation's table of speed.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. (default: cuda where there is one)")] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, max=10**6, help="Timed rounds of each case. (default: by suite)")

@@ -1,6 +1,5 @@
 """`fastroute cluster`: images to clusters, without labels."""
 
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,7 +14,7 @@ from fastroute.cli.common import (
     config_option,
     dataset_named,
     endings,
-    local_path,
+    place_of_run,
     plain_errors,
     real,
     write_arguments,
@@ -94,7 +93,9 @@ def cluster(
         typer.Option(help="Folder of this run; two-dimensional is that of §4.5.1. (default: time, method, data)"),
     ] = None,
     overwrite: OverwriteOption = False,
-    resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Checkpoint to go on from; auto: the experiment's own, if there is one.")
+    ] = None,
     by_cluster: Annotated[
         Path | None, typer.Option(help="New folder for links to the images, in a folder for each cluster.")
     ] = None,
@@ -106,18 +107,15 @@ def cluster(
     options, console = SimpleNamespace(**context.params), standard_output()
     with plain_errors():
         from fastroute.clustering import run
-        from fastroute.training.checkpoints import check_not_finished, read_resumable
+        from fastroute.training.checkpoints import check_not_finished, epochs_done
         from fastroute.training.run_folder import new_folder, run_folder
-        from fastroute.training.saved_fields import check_training_state
 
         for name in ("heads", "n_init"):
             if getattr(options, name) > 1 and method not in ("two-fold", "em", "consistency"):
                 raise ValueError(f"{name} is {getattr(options, name)}; the method {method!r} has one")
-        output = local_path(output, "output")
-        if resume is not None:
-            resume = local_path(resume, "resume")
         dataset = options.dataset = _dataset(dataset, data_dir)
         context.params["dataset"] = dataset  # as args.yaml keeps it
+        folder, resume = place_of_run(options, f"{method}-{dataset}", console)
         check_images(dataset, img_size)
         with console.status("reading the images"):
             loaded = run.load_images(dataset, data_dir, limit, img_size, download, on_bad_image)
@@ -129,12 +127,8 @@ def cluster(
             raise ValueError("two_dimensional is True; it needs images with classes")
         if len(images) < clusters:
             raise ValueError(f"clusters is {clusters}; it must be at most the number of images, {len(images)}")
-        if experiment:
-            folder = local_path(output / experiment, "output")
-        elif resume is not None:
-            folder = resume.parent
-        else:
-            folder = new_folder(output / f"{time.strftime('%Y%m%d-%H%M%S')}-{method}-{dataset}")
+        if experiment is None and resume is None:
+            folder = new_folder(folder)
         context.with_resource(run_folder(folder))
         if resume is None and not overwrite:
             check_not_finished(folder, "--overwrite")
@@ -143,28 +137,35 @@ def cluster(
 
             plane.run(images, labels, clusters, seed, folder, console)
             return
+        finished = False  # where only assignments.csv may be missing
         if method in run.CLASSICAL:
             posterior = run.fit_classical(method, images, labels, clusters, seed, folder, console)
             module = None
         else:
             module = _module(options, images)
             if resume is not None:
-                check_training_state(read_resumable(resume, "cluster", module.hparams, epochs), module, resume)
+                done = epochs_done(resume) if options.resume == "auto" else 0
+                finished = done >= epochs
+                checkpoint = run.check_resume(resume, module, max(epochs, done + 1))
+                if finished:
+                    module.load_state_dict(checkpoint["state_dict"])
+                    console.print(f"all {epochs} epochs are done: {shown(resume)}", soft_wrap=True)
+    write_arguments(context, folder)
     if module is not None:
-        write_arguments(context, folder)
         with endings(console, "cluster"):
-            run.fit(
-                module,
-                images,
-                labels,
-                epochs=epochs,
-                batch_size=batch_size,
-                output=folder,
-                console=console,
-                seed=seed,
-                amp=amp,
-                resume=resume,
-            )
+            if not finished:
+                run.fit(
+                    module,
+                    images,
+                    labels,
+                    epochs=epochs,
+                    batch_size=batch_size,
+                    output=folder,
+                    console=console,
+                    seed=seed,
+                    amp=amp,
+                    resume=resume,
+                )
             posterior = run.posteriors(module, images)
     with plain_errors():
         run.write_assignments(folder / "assignments.csv", loaded.paths, posterior)

@@ -5,9 +5,12 @@ import math
 import os
 import re
 import shlex
+import time
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -132,6 +135,34 @@ def local_path(path: Path, name: str) -> Path:
     except UnicodeEncodeError:
         raise ValueError(f"{name} is {path}; TensorBoard writes to no path that is not UTF-8: rename it") from None
     return path
+
+
+def place_of_run(options: SimpleNamespace, kind: str, console: Console) -> tuple[Path, Path | None]:
+    """The folder of a run, and the checkpoint to go on from if there is one.
+
+    Args:
+        options: `output`, `experiment` and `resume`, as the command has them.
+        kind: follows the time in the folder's name where neither an experiment nor a checkpoint names the folder.
+        console: says so where `previous.ckpt` takes the place of a damaged `last.ckpt`.
+
+    Raises:
+        ValueError: resume is "auto" without an experiment, or neither checkpoint there can be read, or a path cannot be
+            used; see `local_path`.
+    """
+    from fastroute.training.checkpoints import latest_checkpoint
+
+    resume = None if options.resume in (None, "auto") else local_path(Path(options.resume), "resume")
+    if options.experiment is not None:
+        folder = local_path(options.output / options.experiment, "output")
+    elif options.resume == "auto":
+        raise ValueError("resume is 'auto'; it needs the run's name as --experiment")
+    elif resume is not None:
+        folder = resume.parent
+    else:
+        folder = local_path(options.output, "output") / f"{time.strftime('%Y%m%d-%H%M%S')}-{kind}"
+    if options.resume == "auto":
+        resume = latest_checkpoint(folder, partial(console.print, soft_wrap=True, highlight=False, markup=False))
+    return folder, resume
 
 
 def device_named(name: str | None) -> torch.device:

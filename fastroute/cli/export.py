@@ -48,8 +48,8 @@ def export(
         with console.status(f"exporting to {to}"):
             found = write(predictor, to, path, dynamic_batch=dynamic_batch)
     console.print(
-        f"{shown(path)}: {found['bytes'] / 1e6:,.1f} MB; its logits of {found['images']} random images differ from eager "
-        f"PyTorch's by at most {found['difference']:.1e}",
+        f"{shown(path)}: {found['bytes'] / 1e6:,.1f} MB; its logits of {found['images']} random images differ from "
+        f"eager PyTorch's by at most {found['difference']:.1e}",
         soft_wrap=True,
         highlight=False,
     )

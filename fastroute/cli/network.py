@@ -59,6 +59,18 @@ InitOption = Annotated[
     _option(help="With --multipath: all paths start alike, or each anew. (default: copy with weights to start from)"),
 ]
 
+GateNormOption = Annotated[
+    Literal["center", "standardize"] | None,
+    _option(help="Normalise the scores of the gates over the batch (Eq. 4.11). (default: do not)"),
+]
+GatePriorOption = Annotated[
+    Literal["learned"] | None, _option(help="With --gate-norm: gates are posteriors with learned priors (Eq. 4.18).")
+]
+
+
+CUTTING = {"route_after": "auto", "routing": "cc", "init": None}
+"""Options that need --multipath, and their defaults."""
+
 
 def merge_arguments(context: typer.Context) -> None:
     """Have words of the form K=V that follow `--model-kwargs` be its values, wherever the network's name stands."""
@@ -90,15 +102,17 @@ def specification(options: SimpleNamespace, resume: Path | None) -> Specificatio
                     f"resume is {resume}; its network is built by {saved.name}, and own code is imported only where "
                     f"you name it: fastroute train {saved.name} --resume …"
                 )
-            if options.model in (None, saved.text):
+            plain = all(getattr(options, name) == default for name, default in CUTTING.items())
+            if options.model in (None, saved.text) and plain and options.gate_norm in (None, saved.gate_norm):
                 return saved
     if options.model is None:
         raise ValueError("model is missing; name a network, or a recipe with --config")
     given = Specification.parse(options.model, kwargs=_kwargs(options.model_kwargs or []))
+    given = replace(given, gate_norm=options.gate_norm, prior=options.gate_prior)
     if options.pretrained and options.pretrained_path is not None:
         raise ValueError(f"pretrained is True, and pretrained_path is {options.pretrained_path}; give one of them")
     if options.multipath is None:
-        for name, default in (("route_after", "auto"), ("routing", "cc"), ("init", None)):
+        for name, default in CUTTING.items():
             if getattr(options, name) != default:
                 raise ValueError(f"{name} is {getattr(options, name)!r}; it needs --multipath with the number of paths")
         return given
@@ -119,6 +133,7 @@ def write_flags(given: Specification, params: dict[str, Any]) -> None:
     """Have the flags of a run say of the network what its checkpoints do, which a run that goes on takes it from."""
     params["model"] = given.text
     params["model_kwargs"] = [f"{name}={value}" for name, value in given.kwargs.items()] or None
+    params |= {"gate_norm": given.gate_norm, "gate_prior": given.prior}
     if given.paths > 1:
         cuts = [given.route_after] if isinstance(given.route_after, str) else given.route_after
         params |= {"multipath": given.paths, "route_after": ",".join(cuts)}
@@ -182,7 +197,7 @@ def check_takes(built: nn.Module, name: str, in_chans: int, img_size: int, class
 def _kwargs(words: Sequence[str]) -> dict[str, Any]:
     kwargs = {}
     for word in words:
-        for item in word.split():
+        for item in re.split(r"\s+(?=[^\W\d]\w*=)", word.strip()):
             name, equals, value = item.partition("=")
             if not equals or not name.isidentifier():
                 raise ValueError(f"model_kwargs has {item!r}; each must be K=V, such as drop_rate=0.1")

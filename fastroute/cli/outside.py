@@ -12,15 +12,17 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import ClassVar, NoReturn
+from typing import TYPE_CHECKING, ClassVar, NoReturn
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 from fastroute._errors import printable
+
+if TYPE_CHECKING:
+    import click  # not installed beside every typer: newer ones bring their own
 
 INTERRUPTED = 130
 """The status that a shell gives to a command that Ctrl-C ended."""
@@ -119,11 +121,11 @@ def _silent_workers() -> str:
 class Lazy(dict):
     """Commands by name, each of which is made when it is looked up; their number and names are there at once."""
 
-    def __init__(self, load: Callable[[str], click.Command], names: Iterable[str]):
+    def __init__(self, load: Callable[[str], "click.Command"], names: Iterable[str]):
         super().__init__(dict.fromkeys(names))
         self._load = load
 
-    def __getitem__(self, name: str) -> click.Command:
+    def __getitem__(self, name: str) -> "click.Command":
         if super().__getitem__(name) is None:
             self[name] = self._load(name)
         return super().__getitem__(name)
@@ -135,11 +137,11 @@ class Lazy(dict):
 class Commands(TyperGroup):
     """The commands, which are imported when they are called. `--debug` may come before or after the command's name."""
 
-    _load: ClassVar[Callable[[str], click.Command]]
+    _load: ClassVar[Callable[[str], "click.Command"]]
     _helps: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
-    def loaded_by(cls, load: Callable[[str], click.Command], helps: Mapping[str, str]) -> None:
+    def loaded_by(cls, load: Callable[[str], "click.Command"], helps: Mapping[str, str]) -> None:
         """Say which commands there are, in their order, and the first line of each one's help."""
         cls._load, cls._helps = staticmethod(load), helps
 
@@ -151,7 +153,7 @@ class Commands(TyperGroup):
     def list_commands(self, ctx) -> list[str]:
         return list(self.commands)
 
-    def get_command(self, ctx, name: str) -> click.Command | None:
+    def get_command(self, ctx, name: str) -> "click.Command | None":
         if self._listing:
             return TyperCommand(name, help=self._helps[name])
         return super().get_command(ctx, name)

@@ -2,11 +2,9 @@
 
 import contextlib
 import re
-import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -23,8 +21,8 @@ from fastroute.cli.common import (
     dataset_named,
     device_named,
     endings,
-    local_path,
     numbers,
+    place_of_run,
     plain_errors,
     real,
     write_arguments,
@@ -57,6 +55,8 @@ def train(
     route_after: network.RouteAfterOption = "auto",
     routing: network.RoutingOption = "cc",
     init: network.InitOption = None,
+    gate_norm: network.GateNormOption = None,
+    gate_prior: network.GatePriorOption = None,
     config: Annotated[str | None, config_option("train")] = None,
     dataset: Annotated[
         Literal["digits", "cifar10", "cifar100", "mnist", "stl10", "imagefolder", "webdataset"] | None,
@@ -158,6 +158,13 @@ def train(
     reprob: Annotated[float, real_option(help="Probability of random erasing.", panel=AUGMENTATION)] = 0.0,
     mixup: Annotated[float, real_option(0, help="α of mixup; 0 is off.", panel=AUGMENTATION)] = 0.0,
     cutmix: Annotated[float, real_option(0, help="α of CutMix; 0 is off.", panel=AUGMENTATION)] = 0.0,
+    drop: Annotated[
+        float | None, real_option(0, 1, help="Dropout, where the network takes drop_rate.", panel=AUGMENTATION)
+    ] = None,
+    drop_path: Annotated[
+        float | None,
+        real_option(0, 1, help="Stochastic depth, where the network takes drop_path_rate.", panel=AUGMENTATION),
+    ] = None,
     smoothing: Annotated[float, real_option(help="Of the labels.", panel=AUGMENTATION)] = 0.0,
     epochs: Annotated[int, option(min=1, max=COUNT, panel=SCHEDULE)] = 200,
     opt: Annotated[
@@ -340,10 +347,10 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
     from fastroute import training
     from fastroute.training.checkpoints import check_not_finished, stopped_early
     from fastroute.training.classifier import check_compile_mode
-    from fastroute.training.distributed import agreed, first_on_each_node
+    from fastroute.training.distributed import agreed, first_on_each_node, is_main
     from fastroute.training.loggers import check_loggers
     from fastroute.training.optim import check_warmup
-    from fastroute.training.run_folder import run_folder
+    from fastroute.training.run_folder import new_folder, run_folder
     from fastroute.training.trainer import check_amp
 
     if options.sync_bn and not torch.cuda.is_available():
@@ -354,7 +361,10 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
     check_loggers(options.log.replace(" ", "").split(",") if options.log else [])
     options.dataset = dataset_named(options.dataset, options.data_dir, options.val_split > 0)
     context.params["dataset"] = options.dataset  # as args.yaml keeps it
-    folder, resume = agreed(_places(options, console))
+    model = re.sub(r"[^\w.-]+", "-", options.model or "")
+    folder, resume = agreed(place_of_run(options, f"{model}-{options.dataset}", console))
+    unnamed = options.experiment is None and resume is None
+    _drop(options, context.params)
     specification = network.specification(options, resume)
     network.write_flags(specification, context.params)
     options.model = specification.text
@@ -365,6 +375,8 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
             why = f"stopped by its patience after epoch {done}" if early else f"all {options.epochs} epochs are done"
             console.print(f"{why}: {shown(resume)}", soft_wrap=True)
             raise typer.Exit(0)
+    if unnamed:
+        folder = agreed(new_folder(folder) if is_main() else None)
     context.with_resource(run_folder(folder))
     if resume is None and not options.overwrite:
         check_not_finished(folder, "--overwrite")
@@ -456,6 +468,14 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
     return data, module, resume, folder
 
 
+def _drop(options: SimpleNamespace, params: dict[str, Any]) -> None:
+    """Have --drop and --drop-path be arguments of the network, where a checkpoint and args.yaml keep them."""
+    for option, name in (("drop", "drop_rate"), ("drop_path", "drop_path_rate")):
+        if (rate := getattr(options, option)) is not None:
+            options.model_kwargs = [*(options.model_kwargs or []), f"{name}={rate}"]
+            params[option] = None
+
+
 def _device(options: SimpleNamespace) -> torch.device:
     """Where to train. `torchrun` gives each process its GPU."""
     from fastroute.training.distributed import world_size
@@ -490,30 +510,6 @@ def _gate_clustering(options: SimpleNamespace) -> GateClusteringLoss | None:
         return None
     momentum = 0.1 if options.gate_reg_prior else None
     return GateClusteringLoss(prior_momentum=momentum, scope=options.gate_reg_scope)
-
-
-def _places(options: SimpleNamespace, console: Console) -> tuple[Path, Path | None]:
-    """The folder of the run, and the checkpoint to go on from if there is one."""
-    from fastroute.training.checkpoints import latest_checkpoint
-    from fastroute.training.distributed import is_main
-    from fastroute.training.run_folder import new_folder
-
-    resume = None if options.resume in (None, "auto") else local_path(Path(options.resume), "resume")
-    if options.experiment is not None:
-        folder = local_path(options.output / options.experiment, "output")
-    elif options.resume == "auto":
-        raise ValueError("resume is 'auto'; it needs the run's name as --experiment")
-    elif resume is not None:
-        folder = resume.parent
-    else:
-        model = re.sub(r"[^\w.-]+", "-", options.model or "")
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{model}-{options.dataset}"
-        folder = local_path(options.output, "output") / name
-        if is_main():
-            folder = new_folder(folder)
-    if options.resume == "auto":
-        resume = latest_checkpoint(folder, partial(console.print, soft_wrap=True, highlight=False, markup=False))
-    return folder, resume
 
 
 def _pair(name: str, value: str | None) -> tuple[float, float] | None:

@@ -22,9 +22,9 @@ from fastroute.nn import MixtureEMLoss, RelevanceNorm
 from fastroute.ops.mixture_em import MAX_CLUSTERS
 
 INFERENCE_BATCH = 4096
-# A feature whose standard deviation is less than this share of its range is brought to a lower spread: most of the time
-# it has one value, as border pixels of digits have, and stretched to 1 its few others would outweigh all features.
-LEAST_SPREAD = 0.14
+# A feature whose standard deviation is less than this share of what is typical, both as shares of the features' ranges,
+# is not stretched to 1: most of the time it has one value, as border pixels of digits have, and the rest is noise.
+LEAST_SPREAD = 0.7
 # The priors are a moving average of the posteriors' means, over some 20 batches.
 PRIOR_MOMENTUM = 0.05
 # The seeds of k-means++ are only where EM begins: a few passes teach them to the network.
@@ -67,7 +67,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         noise: standard deviation of the Gaussian noise, after standardisation, that makes augmented samples (Eq. 4.23).
             Borders then keep away from samples. 0 trains on the samples alone.
         standardize: whether each feature is centred and brought to spread 1 before the network, whatever its unit; one
-            that has nearly always one value stays below 1, so that none has a range of more than 7.
+            that has nearly always one value, unlike the others, stays below 1.
         warm_start: whether `fit` goes on from the network of the last one, for `epochs` more in one run, and leaves
             standardisation and merged clusters as they are.
         verbose: 1 prints a line for each run, 2 for each pass over the data, too.
@@ -212,7 +212,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
     def score_samples(self, X) -> np.ndarray:
         """The EM objective of each sample, Σ_j p_j (log π_j + log sigmoid(a*_j / γ)) of Eq. 4.21: (n_samples,).
 
-        Samples where no cluster is likely, as between two or far from all, have low ones.
+        `score` is their mean.
         """
         check_is_fitted(self)
         return self._model.objective(self._validate(X, reset=False))
@@ -315,8 +315,6 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         if sample_weight is None:
             return None
         weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        if not weights.sum() > 0:
-            raise ValueError("sample_weight is 0 for all samples; it must be above 0 for some")
         return weights / weights.mean()
 
     def _frame(self, X: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -335,9 +333,12 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         seen = [X[part] if weights is None else X[part][weights[part] > 0] for part in parts]
         seen = [part for part in seen if len(part)]
         high, low = (reduce(f, (f.reduce(part, 0) for part in seen)) for f in (np.maximum, np.minimum))
-        spread = np.maximum(np.sqrt(variance), LEAST_SPREAD * (high - low))
         # A range within the rounding of the values is that of a constant.
-        constant = high - low <= 4 * np.finfo(X.dtype).eps * np.abs(center)
+        extent = (high - low).astype(np.float64)
+        constant = extent <= 4 * np.finfo(X.dtype).eps * np.abs(center)
+        share = np.sqrt(variance) / np.where(constant, 1, extent)
+        typical = np.sqrt(np.square(share[~constant]).mean()) if not constant.all() else 1.0
+        spread = np.maximum(share, LEAST_SPREAD * typical) * extent
         scale = np.where(constant, 0, 1 / np.where(constant, 1, spread))
         return center.astype(X.dtype), scale.astype(X.dtype)
 

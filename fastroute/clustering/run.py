@@ -264,6 +264,13 @@ def posteriors(module: ClusteringModule, images: Tensor) -> Tensor:
     return torch.cat([module(part.to(module.device)).float().cpu() for part in images.split(1000)])
 
 
+def check_resume(path: Path, module: ClusteringModule, epochs: int) -> dict:
+    """Read a checkpoint; raise unless a run of the module can go on from it; see `fit`."""
+    checkpoint = read_resumable(path, "cluster", dict(module.hparams), epochs)
+    check_training_state(checkpoint, module, path)
+    return checkpoint
+
+
 def fit(
     module: ClusteringModule,
     images: Tensor,
@@ -290,8 +297,7 @@ def fit(
         OSError: a file cannot be written; the last whole checkpoint stays.
         Terminated: SIGTERM or Ctrl-C came, and `last.ckpt` is written.
     """
-    if resume is not None:
-        check_training_state(read_resumable(resume, "cluster", dict(module.hparams), epochs), module, resume)
+    checkpoints = AtomicCheckpointIO(resume, None if resume is None else check_resume(resume, module, epochs))
     table = Table(output / "summary.csv", console)
     with run_folder(output), quiet():
         trainer = pl.Trainer(
@@ -307,7 +313,7 @@ def fit(
                 RecoveryCheckpoint(output / "last.ckpt"),
                 LastCheckpoint(dirpath=output, enable_version_counter=False, save_on_train_epoch_end=True),
             ],
-            plugins=[AtomicCheckpointIO(resume)],
+            plugins=[checkpoints],
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,

@@ -102,15 +102,20 @@ def decode_image(file: str | Path | io.BytesIO, name: str, channels: int = 3) ->
         _check_work(image, stream)
         if 0 in image.size:
             raise ValueError("it has no pixels")
-        image.load()  # where the orientation is in the file's last part
-        turn = UPRIGHT.get(_orientation(image))
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            decoded = Image.fromarray(_eight_bits(image)).convert(MODES[channels])
-        elif image.mode == "P" and "transparency" in image.info:
-            decoded = image.convert("RGBA").convert(MODES[channels])  # Pillow warns of the direct way
-        else:
-            decoded = image.convert(MODES[channels])
-        return decoded if turn is None else decoded.transpose(turn)
+        return upright(image, channels)
+
+
+def upright(image: Image.Image, channels: int = 3) -> Image.Image:
+    """An image of Pillow's as RGB or grey, upright by its EXIF orientation; see `decode_image`."""
+    image.load()  # where the orientation is in the file's last part
+    turn = UPRIGHT.get(_orientation(image))
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        decoded = Image.fromarray(_eight_bits(image)).convert(MODES[channels])
+    elif image.mode == "P" and "transparency" in image.info:
+        decoded = image.convert("RGBA").convert(MODES[channels])  # Pillow warns of the direct way
+    else:
+        decoded = image.convert(MODES[channels])
+    return decoded if turn is None else decoded.transpose(turn)
 
 
 def _orientation(image: Image.Image) -> int | None:

@@ -333,7 +333,7 @@ class ImageDataModule(pl.LightningDataModule):
     def _training_images_as_they_are(self) -> EpochLoader:
         if self.images is not None:
             return self._memory_loader(self.images.train, self.seed, deferred=self.deferred)
-        return self._stream_loader(self.sources["train"], eval_transform(self.img_size, self.crop_pct), self.seed)
+        return self._stream_loader(self.sources["train"], self._eval_transform(), self.seed)
 
     def val_dataloader(self) -> EpochLoader:
         if self.images is not None:

@@ -41,7 +41,7 @@ def export(
         dynamic_batch: whether it takes any number of images, or one at a time; of no meaning for "safetensors".
 
     Returns:
-        "difference", the largest absolute difference from eager PyTorch; "images", over how many random images; "bytes".
+        "difference", the largest absolute difference from eager PyTorch, over "images" random images; and "bytes".
 
     Raises:
         ValueError: the network cannot be exported so, or the file gives other logits; then it is not there.

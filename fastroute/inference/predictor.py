@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastroute._errors import in_a_line
 from fastroute.inference.preprocessing import Picture, Preprocessing
 from fastroute.models.specification import Specification, specification_in
 from fastroute.models.weights import differences, network_weights
@@ -213,10 +214,7 @@ def network_of(run: dict, where: str, own: str | None = None, **sizes) -> nn.Mod
     Raises:
         ValueError: it cannot be built.
     """
-    if own is None:
-        specification = specification_in(run, where)
-    else:
-        specification = _named_again(run, where, own)
+    specification = specification_in(run, where) if own is None else _named_again(run, where, own)
     try:
         return specification.build(**sizes, imports=own is not None)
     except ValueError as error:
@@ -262,19 +260,20 @@ def predictor_of(
 def _load_exported(path: Path, where: str, model: str | nn.Module | None, device: torch.device) -> Predictor:
     """Of `fastroute export --to safetensors`, by its metadata."""
     from fastroute.models.weights import read_weights
+    from fastroute.training.saved_fields import check_images
 
-    weights, metadata = read_weights(path, "checkpoint"), _metadata(path, where)
+    weights, metadata = read_weights(path, "checkpoint"), _metadata(path)
     try:
-        classes, preprocessing = json.loads(metadata["classes"]), json.loads(metadata["preprocessing"])
+        classes, data = json.loads(metadata["classes"]), json.loads(metadata["preprocessing"])
         specification = json.loads(metadata["specification"])
-        for name in ("mean", "std"):
-            if preprocessing[name] is not None:
-                preprocessing[name] = torch.tensor(preprocessing[name], dtype=torch.float32) * 255
-        transform = Preprocessing(**preprocessing)
-    except (KeyError, TypeError, ValueError) as error:
+        levels = {name: 255 * torch.tensor(data[name]).float() for name in ("mean", "std") if data[name] is not None}
+        data = {name: value for name, value in data.items() if value is not None} | levels
+        check_images({"classes": classes} | data)
+        transform = Preprocessing(**data)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{where}; its metadata is not that of `fastroute export`, which says how the network is built and what "
-            f"images become: use the checkpoint itself ({type(error).__name__}: {error})"
+            f"images become: use the checkpoint itself ({in_a_line(error)})"
         ) from None
     run = {"model": "network", "specification": specification} | {
         "num_classes": len(classes),
@@ -286,7 +285,7 @@ def _load_exported(path: Path, where: str, model: str | nn.Module | None, device
     return predictor_of(network, classes, transform, device)
 
 
-def _metadata(path: Path, where: str) -> dict[str, str]:
+def _metadata(path: Path) -> dict[str, str]:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:

@@ -74,7 +74,7 @@ class Preprocessing:
 
         options = {} if self.interpolation == "bilinear" else {"interpolation": self.interpolation}
         cut = eval_transform(self.img_size, self.crop_pct, **options)
-        return np.asarray(cut(_picture(image).convert("L" if self.in_chans == 1 else "RGB")))
+        return np.asarray(cut(_picture(image, self.in_chans)))
 
     def check(self) -> None:
         """Raise where images cannot be prepared.
@@ -89,8 +89,8 @@ class Preprocessing:
             )
         if self.mean is None or self.std is None:
             raise ValueError(
-                "the checkpoint does not say how its images were normalised; load it with mean=… and std=…, in units of "
-                "0 to 255, or give the predictor tensors that are normalised"
+                "the checkpoint does not say how its images were normalised; load it with mean=… and std=…, in units "
+                "of 0 to 255, or give the predictor tensors that are normalised"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,23 +109,23 @@ class Preprocessing:
         return f"Preprocessing({values})"
 
 
-def _picture(image: Picture) -> "Image.Image":
+def _picture(image: Picture, channels: int) -> "Image.Image":
     import numpy as np
     from PIL import Image
 
-    from fastroute.data.sources import decode_image
+    from fastroute.data.decode import decode_image, upright
 
     if isinstance(image, Image.Image):
-        return image
+        return upright(image, channels)
     if isinstance(image, str | Path):
-        return decode_image(image, str(image))
+        return decode_image(image, str(image), channels)
     if isinstance(image, bytes):
-        return decode_image(BytesIO(image), "the image")
+        return decode_image(BytesIO(image), "the image", channels)
     if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() == 3:
         image = image.permute(1, 2, 0).cpu().numpy()
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
-        if image.ndim == 2 or image.shape[2] in (1, 3, 4):
-            return Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
+    drawable = isinstance(image, np.ndarray) and image.dtype == np.uint8
+    if drawable and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))):
+        return upright(Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image), channels)
     what = f"{type(image).__name__}"
     if hasattr(image, "shape"):
         what += f" of {image.dtype} and the shape {tuple(image.shape)}"

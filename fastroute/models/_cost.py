@@ -10,9 +10,11 @@ from fastroute.ops._library import OPERATORS
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """Multiply-accumulates for one image: half of what `torch.utils.flop_counter` counts, routing included.
+    """Return the multiply-accumulates for one image: half of what `torch.utils.flop_counter` counts, with routing.
 
-    A network on the meta device is counted without computing anything.
+    Args:
+        model: a network; on the meta device it is counted without computing anything.
+        input_size: (channels, height, width) of the image.
     """
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -1,8 +1,11 @@
 """The networks among timm's."""
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from fastroute._extras import extra
+from fastroute.models.features import FeatureMaps
 from fastroute.models.registry import create_model, list_models, model_info
 
 
@@ -45,22 +48,44 @@ def _entrypoint(name: str, timm_name: str):
         pretrained_cfg=None,
         pretrained_cfg_overlay=None,
         cache_dir=None,
+        features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
         **options,
     ) -> nn.Module:
         if pretrained:
             raise ValueError(f"pretrained is {pretrained}; there are no pretrained weights of {name}")
         if drop_rate:
             raise ValueError(f"drop_rate is {drop_rate}; {name} has no dropout")
-        model = create_model(name, num_classes, in_chans, img_size, **options)
-        size = img_size or info.img_size
-        model.num_classes = info.num_classes if num_classes is None else num_classes
+        model, size = create_model(name, num_classes, in_chans, img_size, **options), img_size or info.img_size
+        if features_only:
+            from timm.models._features import FeatureInfo
+
+            model = FeatureMaps(model, (in_chans, size, size), out_indices)
+            model.feature_info = FeatureInfo(model.info, tuple(range(len(model.info))))
+            return model
         model.pretrained_cfg = model.default_cfg = {
             "architecture": timm_name,
             "input_size": (in_chans, size, size),
             "num_classes": model.num_classes,
+            "classifier": tuple(_classifiers(model)),
+            "first_conv": tuple(_first_layers(model, in_chans)),
         }
         return model
 
     build.__name__ = build.__qualname__ = timm_name
     build.fastroute_name = name
     return build
+
+
+def _classifiers(model: nn.Module) -> list[str]:
+    """The names of the dense layers that give logits."""
+    layers = model.get_classifier()
+    layers = layers if isinstance(layers, nn.ModuleList) else [layers]
+    names = {module: name for name, module in model.named_modules()}
+    return [names[layer] for layer in layers]
+
+
+def _first_layers(model: nn.Module, in_chans: int) -> list[str]:
+    """The names of the convolutions that take images."""
+    first = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == in_chans]
+    return first or [next(n.rpartition(".")[0] for n, _ in model.named_parameters())]

@@ -4,12 +4,13 @@ from torch import Tensor, nn
 
 from fastroute._extras import extra
 from fastroute.nn import Routing
+from fastroute.nn._classifier import Classifies
 
 with extra("train", "this network"):
     from torchvision.models import resnet
 
 
-class ResNet(resnet.ResNet):
+class ResNet(Classifies, resnet.ResNet):
     """torchvision's `ResNet`, of which pretrained weights load, with the number of image channels to choose.
 
     Args:
@@ -45,6 +46,16 @@ class ResNet(resnet.ResNet):
     def _make_layer(self, block, planes, *args, **options):
         return super()._make_layer(block, int(planes * self._widen), *args, **options)
 
-    def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, dict[str, Routing]]:
-        logits = super().forward(x)
-        return (logits, {}) if return_routing else logits
+    def _body(self, x: Tensor, maps: list[list[Tensor]] | None = None) -> tuple[list[Tensor], dict[str, Routing]]:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            if maps is not None:
+                maps.append([x])
+        return [x], {}
+
+    def _head(self, xs: list[Tensor]) -> list[Tensor]:
+        return [self.fc(self.avgpool(xs[0]).flatten(1))]
+
+    def _heads(self) -> list[str]:
+        return ["fc"]

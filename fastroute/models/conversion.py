@@ -1,5 +1,6 @@
 """Any convolutional network made multi-path (§3.2, §3.4.3), by torch.fx."""
 
+import contextlib
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +14,14 @@ from torch.nn import functional as F
 from fastroute.models._modes import modes_kept
 from fastroute.models.sources import without_auxiliary_heads
 from fastroute.models.specification import remember, specification_of
-from fastroute.nn import CrossConnection, CrossStitch, MultiPathNetwork, ParallelPaths, exact_convolutions
+from fastroute.nn import (
+    CrossConnection,
+    CrossStitch,
+    MultiPathNetwork,
+    ParallelPaths,
+    exact_convolutions,
+    set_gate_norm,
+)
 from fastroute.ops._paths import MAX_PATHS
 
 INPUT = "input"
@@ -29,6 +37,8 @@ def multipath(
     init: str = "fresh",
     noise: float = 0.01,
     input_size: Sequence[int] | None = None,
+    gate_norm: str | None = None,
+    prior: str | None = None,
 ) -> MultiPathNetwork:
     """Make parallel paths of a network, with a router after each of the modules named.
 
@@ -49,7 +59,8 @@ def multipath(
             the modules around the cuts; what is inside all other modules does not matter.
         paths: the number of parallel paths, 2 to 8.
         route_after: names of modules, as in `model.named_modules()`, whose output is all that the rest of the network
-            needs; "input" among them for the images themselves. "auto": every change of resolution, a cut being made
+            needs; "input" among them for the images themselves. Tokens (N, L, C) of a transformer are routed by their
+            channels C. "auto": every change of resolution, a cut being made
             behind the last module at each resolution but the images' own, as far as they can be found without looking
             into modules other than `nn.Sequential`.
         routing: "cc", cross-connections; "stitch", cross-stitch units; a function from (channels, in_paths,
@@ -65,6 +76,7 @@ def multipath(
             as a share of that of the weights themselves.
         input_size: (channels, height, width) of the images by which the channels at each cut are found. By default
             timm's `pretrained_cfg`, or else 224 × 224 with the channels of the first convolution.
+        gate_norm, prior: how the routers normalise their gates; see `nn.CrossConnection`.
 
     Returns:
         a `MultiPathNetwork`: `forward(x)` → logits; `forward(x, return_routing=True)` → (logits, {name: Routing}).
@@ -72,8 +84,8 @@ def multipath(
     Raises:
         TypeError: model is not a module.
         ValueError: an argument is out of its range; a name is unknown, or named twice; a module is called more than
-            once or never, or does not return one tensor (N, C) or (N, C, H, W); more than its output reaches the rest
-            of the network; or torch.fx cannot trace the network.
+            once or never, or does not return one tensor (N, C), (N, C, H, W) or (N, L, C); more than its output reaches
+            the rest of the network; or torch.fx cannot trace the network.
 
     Example:
         >>> model = multipath(torchvision.models.resnet18(), 2, ["maxpool", "layer1", "layer2", "layer3", "layer4"])
@@ -92,8 +104,8 @@ def multipath(
     if noise < 0:
         raise ValueError(f"noise is {noise}; it must be at least 0")
 
-    specification = specification_of(model)
     model = without_auxiliary_heads(copy.deepcopy(model))
+    specification = specification_of(model)
     input_size = _input_size(model) if input_size is None else tuple(input_size)
     if isinstance(route_after, str) and route_after == "auto":
         route_after = _changes_of_resolution(model, input_size)
@@ -105,10 +117,10 @@ def multipath(
         _compute_out_of_place(model, first)
     shapes = _shapes(model, graph, input_size, first)
     for name, node in cuts.items():
-        if len(shapes[node] or ()) not in (2, 4, 5):
+        if len(shapes[node] or ()) not in (2, 3, 4, 5):
             raise ValueError(
                 f"route_after names {name!r}, which returns {shapes[node] or 'no tensor'}; "
-                "routing takes a tensor (N, C) or (N, C, H, W)"
+                "routing takes a tensor (N, C), (N, C, H, W), or (N, L, C) of L tokens"
             )
 
     output = graph.output_node().args[0]
@@ -118,23 +130,29 @@ def multipath(
     scale = paths if init == "copy" and routing == "cc" else 1
     copies = [model, *(_reseeded(model, init, noise) for _ in range(paths - 1))]
     device = next((parameter.device for parameter in model.parameters()), None)
-    layers, origins, start, width, own = OrderedDict(), {}, graph.find_nodes(op="placeholder")[0], 1, False
+    layers, origins, start = OrderedDict(), {}, graph.find_nodes(op="placeholder")[0]
+    width, own, tokens_before = 1, False, False
     for name, end in cuts.items():
         part = "stem" if width == 1 else name
+        tokens = tokens_before, routing is not None and len(shapes[end]) == 3
         if end is not start or scale > 1:
-            parts, origin = _parts(copies[:width], graph, start, end, scale, own)
+            parts, origin = _parts(copies[:width], graph, start, end, scale, own, tokens)
             origins[_add(layers, part, parts)] = origin
         if routing is not None:
             router = routing if callable(routing) else ROUTERS[routing]
-            _add(layers, f"{name}_router", router(shapes[end][1], width, paths).to(device))
-        start, width, scale = end, paths, 1
+            channels = shapes[end][2 if len(shapes[end]) == 3 else 1]
+            _add(layers, f"{name}_router", router(channels, width, paths).to(device))
+        start, width, scale, tokens_before = end, paths, 1, tokens[1]
         own = routing is None and end is first and first.meta["overwritten"]
-    parts, origin = _parts(copies, graph, start, output, own=own)
+    parts, origin = _parts(copies, graph, start, output, own=own, tokens=(tokens_before, False))
     origins[_add(layers, "head", parts)] = origin
     network = MultiPathNetwork(layers)
     network.origins = origins
+    if gate_norm is not None or prior is not None:
+        set_gate_norm(network, gate_norm, prior)
     if specification is not None and specification.paths == 1:
         arguments = {"route_after": tuple(cuts), "routing": routing, "init": init, "input_size": input_size}
+        arguments |= {"gate_norm": gate_norm, "prior": prior}
         specification = replace(specification, paths=paths, **arguments)
     remember(network, specification)
     return exact_convolutions(network if model.training else network.eval())
@@ -270,6 +288,11 @@ class _Shapes(fx.Interpreter):
         super().__init__(module)
         self.watched, self.value = watched, None
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node):
+        """With lists as lists: some modules write into those that they are given."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return tuple(_mutable(args)), _mutable(kwargs)
+
     def run_node(self, n: fx.Node):
         result = super().run_node(n)
         n.meta["shape"] = tuple(result.shape) if isinstance(result, torch.Tensor) else None
@@ -281,6 +304,14 @@ class _Shapes(fx.Interpreter):
         super().run(*args)
         if self.value is not None:
             self.watched.meta["overwritten"] = self.value._version != self.version
+
+
+def _mutable(value):
+    """Lists and dicts that fx keeps immutable, as a module gets them in its network's own forward."""
+    if isinstance(value, list | tuple):
+        items = [_mutable(item) for item in value]
+        return items if isinstance(value, list) else type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return {key: _mutable(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _shapes(
@@ -321,17 +352,45 @@ def _changes_of_resolution(model: nn.Module, input_size: Sequence[int]) -> list[
             plain.add(name)
     graph, results = _trace(model, plain)
     shapes, crossing = _shapes(model, graph, input_size), _crossing(graph)
-    last = {}
+    last, others = {}, {}
     for name, nodes in results.items():  # an nn.Sequential comes after what is in it, and its name is the shorter
         node = nodes[0]
-        if len(nodes) != 1 or node is None or crossing[node] - {node} or len(shapes[node] or ()) != 4:
+        if len(nodes) != 1 or node is None or crossing[node] - {node} or len(shapes[node] or ()) not in (3, 4):
             continue
-        resolution = shapes[node][2:]
-        if resolution not in (tuple(input_size[1:]), (1, 1)):
+        if len(shapes[node]) == 3:
+            others.setdefault(shapes[node], []).append(name)
+        elif (resolution := shapes[node][2:]) not in (tuple(input_size[1:]), (1, 1)):
             last[resolution] = name
+    if len(last) < 2 and others:  # of a transformer, whose tokens keep their number
+        raise ValueError(
+            f"route_after is 'auto', but the resolution of {type(model).__name__} does not change from module to "
+            f"module; name modules to cut behind, such as {','.join(_blocks(model, max(others.values(), key=len)))}"
+        )
     if not last:
         raise ValueError("route_after is 'auto', but no module behind which the resolution changes is found; name some")
     return list(last.values())
+
+
+def _blocks(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Three of the modules behind which a network of equal blocks can be cut, at its quarters.
+
+    Where those that are known are fewer, they are those in the longest of its lists of modules, if that can be cut.
+    """
+
+    def quarters(names: Sequence[str]) -> list[str]:
+        return [names[i] for i in sorted({len(names) * i // 4 for i in (1, 2, 3)})]
+
+    lists = [
+        [f"{name}.{child}" for child, _ in module.named_children()]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Sequential | nn.ModuleList)
+    ]
+    longest = max(lists, key=len, default=[])
+    if len(names) < 3 <= len(longest):
+        with contextlib.suppress(ValueError):
+            _cut(model, quarters(longest))
+            return quarters(longest)
+    return quarters(names)
 
 
 def _parts(models: Sequence[nn.Module], *arguments, **options) -> tuple[ParallelPaths, str]:
@@ -342,11 +401,18 @@ def _parts(models: Sequence[nn.Module], *arguments, **options) -> tuple[Parallel
 
 
 def _part(
-    model: nn.Module, graph: fx.Graph, start: fx.Node, end: fx.Node, scale: int = 1, own: bool = False
+    model: nn.Module,
+    graph: fx.Graph,
+    start: fx.Node,
+    end: fx.Node,
+    scale: int = 1,
+    own: bool = False,
+    tokens: tuple[bool, bool] = (False, False),
 ) -> nn.Module:
     """The computation from one node to another, with the modules of `model`, its result multiplied by scale.
 
-    With `own`, it has a copy of its input, which it may write over.
+    With `own`, it has a copy of its input, which it may write over. `tokens` says whether its input and its output are
+    tokens (N, L, C), which routers take and give as (N, C, L).
     """
     order = list(graph.nodes)
     nodes = [node for node in order[order.index(start) + 1 : order.index(end) + 1] if node.op != "get_attr"]
@@ -354,7 +420,7 @@ def _part(
         node.op == "call_module" and node.args == (before,) and not node.kwargs
         for before, node in zip([start, *nodes], nodes, strict=False)
     )
-    chain = chain and scale == 1 and not own
+    chain = chain and scale == 1 and not own and not any(tokens)
     if chain and len(nodes) == 1:
         return model.get_submodule(nodes[0].target)
     if chain and not any("." in node.target for node in nodes):
@@ -362,6 +428,8 @@ def _part(
 
     part = fx.Graph()
     x = part.placeholder("x")
+    if tokens[0]:
+        x = part.call_method("transpose", (x, 1, 2))
     values = {start: part.call_method("clone", (x,)) if own else x}
 
     def value(node: fx.Node) -> fx.Node:
@@ -372,6 +440,8 @@ def _part(
     for node in nodes:
         values[node] = part.node_copy(node, value)
     result = values[end]
+    if tokens[1]:
+        result = part.call_method("transpose", (result, 1, 2))
     part.output(part.call_function(torch.mul, (result, scale)) if scale > 1 else result)
     return fx.GraphModule(model, part)
 

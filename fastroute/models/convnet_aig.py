@@ -7,6 +7,7 @@ from fastroute.models.cifar_resnet import WIDTHS, BasicBlock, blocks_per_stack, 
 from fastroute.models.layers import conv_bn, pool_and_classify
 from fastroute.models.registry import register_model
 from fastroute.nn import Routing
+from fastroute.nn._classifier import Classifies
 
 
 class GatedBlock(BasicBlock):
@@ -41,7 +42,7 @@ class GatedBlock(BasicBlock):
         return y, Routing(gates.unsqueeze(1), scores.unsqueeze(1))
 
 
-class ConvNetAIG(nn.Module):
+class ConvNetAIG(Classifies, nn.Module):
     """ResNet-depth for small images with a gate for each block.
 
     Every block is computed, and weighted by its gate: what skipping saves is for a sparse implementation to gain. The
@@ -66,13 +67,20 @@ class ConvNetAIG(nn.Module):
             width = out_width
         self.head = pool_and_classify(width, num_classes)
 
-    def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, dict[str, Routing]]:
+    def _body(self, x: Tensor, maps: list[list[Tensor]] | None = None) -> tuple[list[Tensor], dict[str, Routing]]:
         x, routing = self.stem(x), {}
         for name in ("stack1", "stack2", "stack3"):
             for i, block in enumerate(self.get_submodule(name)):
                 x, routing[f"{name}.{i}"] = block(x)
-        logits = self.head(x)
-        return (logits, routing) if return_routing else logits
+            if maps is not None:
+                maps.append([x])
+        return [x], routing
+
+    def _head(self, xs: list[Tensor]) -> list[Tensor]:
+        return [self.head(xs[0])]
+
+    def _heads(self) -> list[str]:
+        return ["head"]
 
 
 @register_model(table="3.3", params="1.78")

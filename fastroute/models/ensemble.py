@@ -54,9 +54,45 @@ class Ensemble(nn.Module):
                 routing |= {f"members.{i}.{name}": value for name, value in of_member.items()}
             else:
                 y = member(x)
-            logits.append(y.log_softmax(1))
-        mean = torch.stack(logits).logsumexp(0) - math.log(len(logits))
+            logits.append(y)
+        mean = self._combined(logits)
         return (mean, routing) if return_routing else mean
+
+    @property
+    def num_classes(self) -> int | None:
+        """That of the members."""
+        return getattr(self.members[0], "num_classes", None)
+
+    @property
+    def num_features(self) -> int:
+        """That of all members together."""
+        return sum(member.num_features for member in self.members)
+
+    def get_classifier(self) -> nn.ModuleList:
+        """The members' classifiers."""
+        return nn.ModuleList(member.get_classifier() for member in self.members)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """As `MultiPathNetwork.reset_classifier`, of each member."""
+        for member in self.members:
+            member.reset_classifier(num_classes, global_pool)
+        if (specification := getattr(self, "specification", None)) is not None:
+            specification.follow(self, num_classes)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The members' features beside each other, for members that classify them, pooled or as they are."""
+        return torch.cat([member.forward_features(x) for member in self.members], 1)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """From `forward_features` to logits, or with `pre_logits` to what the classifiers take."""
+        parts = x.split([member.num_features for member in self.members], 1)
+        ys = [member.forward_head(part, pre_logits) for member, part in zip(self.members, parts, strict=True)]
+        return torch.cat(ys, 1) if pre_logits else self._combined(ys)
+
+    def _combined(self, ys: Sequence[Tensor]) -> Tensor:
+        if self.num_classes == 0:
+            return torch.cat(list(ys), 1)
+        return torch.stack([y.log_softmax(1) for y in ys]).logsumexp(0) - math.log(len(ys))
 
 
 def _load(path: str | Path, name: str | None = None) -> nn.Module:

@@ -10,6 +10,7 @@ from fastroute.models.cifar_resnet import WIDTHS, blocks_per_stack
 from fastroute.models.layers import conv, pool_and_classify
 from fastroute.models.registry import register_model
 from fastroute.nn import Routing
+from fastroute.nn._classifier import Classifies
 
 UNIT = 16  # kernels are generated in pieces from 16 channels to 16 channels
 EMBEDDING = 64
@@ -66,7 +67,7 @@ class GeneratedBlock(nn.Module):
         return residual + (x if self.shortcut is None else self.shortcut(y))
 
 
-class HyperWideResNet(nn.Module):
+class HyperWideResNet(Classifies, nn.Module):
     """WRN-depth-widen whose 3×3 kernels, beside the stem's, come from one `KernelGenerator`.
 
     Args:
@@ -94,12 +95,19 @@ class HyperWideResNet(nn.Module):
         self.activation = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(inplace=True))
         self.head = pool_and_classify(width, num_classes)
 
-    def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, dict[str, Routing]]:
+    def _body(self, x: Tensor, maps: list[list[Tensor]] | None = None) -> tuple[list[Tensor], dict[str, Routing]]:
         x = self.stem(x)
         for block in self.blocks:
             x = block(x, self.generator)
-        logits = self.head(self.activation(x))
-        return (logits, {}) if return_routing else logits
+            if maps is not None:
+                maps.append([x])
+        return [self.activation(x)], {}
+
+    def _head(self, xs: list[Tensor]) -> list[Tensor]:
+        return [self.head(xs[0])]
+
+    def _heads(self) -> list[str]:
+        return ["head"]
 
 
 @register_model(table="3.3", params="0.15")

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from fastroute.nn import Routing
+from fastroute.nn._classifier import Classifies
 
 
 def conv_bn(
@@ -23,7 +24,7 @@ def pool_and_classify(channels: int, num_classes: int) -> nn.Sequential:
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
-class Network(nn.Sequential):
+class Network(Classifies, nn.Sequential):
     """A network of one path: layers by name, from images to logits, with the call forms of all networks here.
 
     Shape:
@@ -31,9 +32,19 @@ class Network(nn.Sequential):
         output: logits (N, num_classes); with `return_routing=True` also an empty dict: there are no routers.
     """
 
-    def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, dict[str, Routing]]:
-        logits = super().forward(x)
-        return (logits, {}) if return_routing else logits
+    def _body(self, x: Tensor, maps: list[list[Tensor]] | None = None) -> tuple[list[Tensor], dict[str, Routing]]:
+        for layer in list(self.children())[:-1]:
+            x = layer(x)
+            if maps is not None:
+                maps.append([x])
+        return [x], {}
+
+    def _head(self, xs: list[Tensor]) -> list[Tensor]:
+        *_, head = self.children()
+        return [head(xs[0])]
+
+    def _heads(self) -> list[str]:
+        return [list(self._modules)[-1]]
 
 
 class SqueezeExcite(nn.Module):

@@ -69,7 +69,11 @@ def register_model(
 
 
 def list_models(filter: str = "*") -> list[str]:
-    """The names of all networks that match a shell pattern such as `"*cc*"`, in natural order."""
+    """Return the names of all networks that match a shell pattern, in natural order.
+
+    Args:
+        filter: the pattern, such as `"*cc*"`.
+    """
     names = (name for name in _MODELS if fnmatchcase(name, filter))
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
@@ -95,6 +99,8 @@ def create_model(
     *,
     pretrained: bool = False,
     pretrained_path: str | Path | None = None,
+    gate_norm: str | None = None,
+    prior: str | None = None,
     **options,
 ) -> nn.Module:
     """Build a network by its name, with fresh weights unless others are asked for.
@@ -106,7 +112,7 @@ def create_model(
             "package.module:function", a function of your own, which is imported and called with those of num_classes,
             in_chans and img_size that it takes.
         num_classes: the number of logits. By default those of the thesis: 10 for networks of small images, 1000 for
-            ImageNet's, and 100 for those that it trains on 100 of ImageNet's classes.
+            ImageNet's, and 100 for those that it trains on 100 of ImageNet's classes. 0 gives the features instead.
         in_chans: the channels of the images.
         img_size: the height and width of the images; by default 32, or 224 for ImageNet's networks. Networks that end
             in global pooling take any.
@@ -114,11 +120,17 @@ def create_model(
         pretrained_path: a file of weights of timm, torchvision or this package, `.safetensors` or of `torch.save`. A
             classifier for another number of classes is left out, and a network's single-path weights start every path
             of the multi-path one; see `fastroute.models.weights.load_pretrained`.
+        gate_norm, prior: how the routers normalise their gates; see `nn.CrossConnection`.
         options: for the network itself, such as `routing=None` for the paths of a multi-path network without routers.
 
     Returns:
         a network with `model(x)` → logits (N, num_classes) for x (N, in_chans, H, W), and
         `model(x, return_routing=True)` → (logits, {router name: Routing}).
+
+    Example:
+        >>> model = create_model("resnet20_cc2", num_classes=7)
+        >>> model(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 7])
 
     Raises:
         ValueError: there is no network of that name, a size is less than 1, the weights would not fit into memory, or
@@ -127,7 +139,7 @@ def create_model(
     """
     from fastroute.models.specification import Specification  # which builds by what is here
 
-    specification = Specification.parse(name, kwargs=options)
+    specification = Specification.parse(name, kwargs=options, gate_norm=gate_norm, prior=prior)
     sizes = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
     return specification.build(**sizes, pretrained=pretrained, pretrained_path=pretrained_path, imports=True)
 
@@ -142,9 +154,13 @@ def build(
         "in_chans": in_chans,
         "img_size": info.img_size if img_size is None else img_size,
     }
+    if num_classes == 0:
+        network = build(name, None, in_chans, img_size, **options)
+        network.reset_classifier(0)
+        return network
     for argument, size in sizes.items():
         if size < 1:
-            raise ValueError(f"{argument} is {size}; it must be at least 1")
+            raise ValueError(f"{argument} is {size}; it must be at least {0 if argument == 'num_classes' else 1}")
     if max(sizes.values()) > LARGE and torch.get_default_device().type != "meta":
         _check_size(name, info, sizes, options)
     return exact_convolutions(info.builder(**sizes, **options))

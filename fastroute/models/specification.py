@@ -15,6 +15,8 @@ from fastroute._memory import check_memory
 from fastroute.models.registry import model_info
 from fastroute.models.sources import BUILDERS, KNOWN, Request, check_own, inferred, layout
 from fastroute.models.weights import fits, load_pretrained, read_weights
+from fastroute.nn import set_gate_norm
+from fastroute.nn.gate_norm import GATE_NORMS, PRIORS
 from fastroute.ops._paths import MAX_PATHS
 
 SOURCES = ("fastroute", "timm", "torchvision", "function")
@@ -44,6 +46,7 @@ class Specification:
         route_after: "auto", or the names of the modules.
         input_size: (channels, height, width) of the images by which the channels at the cuts are found; None is
             (in_chans, img_size, img_size).
+        gate_norm, prior: how the routers normalise their gates; see `nn.CrossConnection`.
         versions: of the packages that it was built with, for a reader.
     """
 
@@ -58,6 +61,8 @@ class Specification:
     routing: str | None = "cc"
     init: str = "fresh"
     input_size: tuple[int, ...] | None = None
+    gate_norm: str | None = None
+    prior: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @classmethod
@@ -125,6 +130,10 @@ class Specification:
         pairs = ((name, _plain(getattr(self, name)), _plain(getattr(other, name))) for name in names)
         return ", ".join(f"{name}={a!r}, not {b!r}" for name, a, b in pairs if a != b)
 
+    def follow(self, network: nn.Module, num_classes: int) -> None:
+        """Have a network that has a new classifier remember this specification with so many classes."""
+        remember(network, replace(self, num_classes=num_classes))
+
     def build(
         self,
         num_classes: int | None = None,
@@ -171,7 +180,19 @@ class Specification:
         network = BUILDERS[spec.source](spec._request, **({"pretrained": True} if pretrained else {}))
         if spec.num_classes is None:
             spec = replace(spec, num_classes=spec._default_classes(network))
-        remember(network, replace(spec, paths=1, route_after="auto", routing="cc", init="fresh", input_size=None))
+        remember(
+            network,
+            replace(
+                spec,
+                paths=1,
+                route_after="auto",
+                routing="cc",
+                init="fresh",
+                input_size=None,
+                gate_norm=None,
+                prior=None,
+            ),
+        )
         weights = None if pretrained_path is None else read_weights(pretrained_path)
         where = f"pretrained_path is {pretrained_path}"
         if weights is not None and (spec.paths == 1 or fits(network, weights)):
@@ -181,6 +202,10 @@ class Specification:
             network = spec._cut(network)
             if weights is not None:
                 load_pretrained(network, weights, where, say=say)
+        if spec.gate_norm is not None or spec.prior is not None:
+            set_gate_norm(network, spec.gate_norm, spec.prior)
+            kept = network.specification
+            remember(network, None if kept is None else replace(kept, gate_norm=spec.gate_norm, prior=spec.prior))
         return network
 
     def _default_classes(self, network: nn.Module) -> int | None:
@@ -203,7 +228,7 @@ class Specification:
 
     def _check_kwargs(self) -> None:
         for name in self.kwargs:
-            if name in NOT_KEPT:
+            if name in NOT_KEPT and name != "checkpoints":  # of an ensemble, in Python
                 raise ValueError(
                     f"model_kwargs has {name!r}, which is not for the network itself: it has its own option"
                 )
@@ -337,5 +362,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "routing": ("'cc', 'stitch' or None", lambda value: value in ("cc", "stitch", None)),
     "init": ("'fresh' or 'copy'", lambda value: value in ("fresh", "copy")),
     "input_size": ("a list of three sizes or None", lambda value: value is None or _is_size(value)),
+    "gate_norm": ("'center', 'standardize' or None", lambda value: value in GATE_NORMS),
+    "prior": ("'learned' or None", lambda value: value in PRIORS),
     "versions": ("a dict of texts", lambda value: isinstance(value, dict) and _is_plain(value)),
 }

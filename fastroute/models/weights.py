@@ -123,14 +123,15 @@ def load_pretrained(
     chosen = {name: weights[source] for name, source in names.items() if source in weights}
     if missing := [name for name in names if name not in chosen and name not in _counters(model)]:
         own = {name: wanted[name] for name in names}
-        used = chosen | {name: value for name, value in weights.items() if name not in set(names.values())}
-        reason = differences(own, used) if len(missing) < len(own) else f"none of its tensors is one of the {len(own)}"
+        sources = set(names.values())
+        used = chosen | {name: value for name, value in weights.items() if name not in sources}
+        reason = differences(own, used) if len(missing) < len(own) else f"it has none of the {len(own)} tensors"
         raise ValueError(f"{where}; its weights are of another network: {reason}")
     extra = weights.keys() - set(names.values())
     if extra := sorted(name for name in extra if not name.startswith(AUXILIARY)):
         raise ValueError(f"{where}; its weights are of another network: {len(extra)} unexpected ({_some(extra)})")
     chosen, adapted = _adapted_channels(wanted, chosen)
-    left_out = _other_classes(wanted, chosen)
+    left_out = _other_classes(model, wanted, chosen)
     chosen = {name: value for name, value in chosen.items() if name not in left_out}
     if reason := differences({name: wanted[name] for name in chosen}, chosen):
         raise ValueError(f"{where}; its weights are of another network: {reason}")
@@ -183,7 +184,7 @@ def _counters(model: nn.Module) -> list[str]:
 
 
 def _modern(name: str) -> str:
-    """The name of a tensor of torchvision's DenseNets, whose files have names with a dot that modules no longer have."""
+    """Return the name of a DenseNet's tensor without the dot that older files of torchvision's have in it."""
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name)
 
 
@@ -200,20 +201,25 @@ def _adapted_channels(wanted: dict, given: dict) -> tuple[dict[str, Tensor], lis
     return given | adapted, list(adapted)
 
 
-def _other_classes(wanted: dict, given: dict) -> dict[str, int]:
-    """The tensors that differ in their first size alone, which is the same for all of them: a classifier's."""
+def _other_classes(model: nn.Module, wanted: dict, given: dict) -> dict[str, int]:
+    """The tensors of a classifier for another number of classes: they differ in their first size alone.
+
+    Of a network whose number of classes is not known, they must be of the last module, in each path.
+    """
     others = {
-        name: (value.shape[0], wanted[name].shape[0])
+        name: value.shape[0]
         for name, value in given.items()
         if value.shape != wanted[name].shape and value.dim() and value.shape[1:] == wanted[name].shape[1:]
     }
-    if len(set(others.values())) != 1 or len({_within(name, others) for name in others}) > 1:
-        return {}
-    return {name: rows for name, (rows, _) in others.items()}
+    classes = getattr(getattr(model, "specification", None), "num_classes", None)
+    if classes is not None:
+        last = all(wanted[name].shape[0] == classes for name in others)
+    else:
+        last = {_within(name) for name in others} == {_within(list(given)[-1])}
+    return others if last and len(set(others.values())) == 1 else {}
 
 
-def _within(name: str, names: Mapping) -> str:
+def _within(name: str) -> str:
     """The module of a tensor, in every path the same."""
-    module = name.rpartition(".")[0]
-    parts = module.split(".")
-    return ".".join(part for i, part in enumerate(parts) if not (i == 1 and part.isdigit()))
+    module = name.rpartition(".")[0].split(".")
+    return ".".join(part for i, part in enumerate(module) if not (i == 1 and part.isdigit()))

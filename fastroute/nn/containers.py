@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fastroute.nn._classifier import Classifies
 from fastroute.nn._lists import TakesLists
 from fastroute.nn.router import Router, Routing
 
@@ -87,7 +88,7 @@ class ParallelPaths(TakesLists, nn.ModuleList):
         return list(ys.unbind(1))
 
 
-class MultiPathNetwork(nn.Module):
+class MultiPathNetwork(Classifies, nn.Module):
     """A network of layers that take and return lists of parallel tensors; the logits of its paths are averaged.
 
     The image enters as a list of one tensor. A plain network is the special case of one path throughout.
@@ -120,12 +121,32 @@ class MultiPathNetwork(nn.Module):
         for name, layer in layers.items():
             self.add_module(name, layer)
 
-    def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, dict[str, Routing]]:
+    def _body(self, x: Tensor, maps: list[list[Tensor]] | None = None) -> tuple[list[Tensor], dict[str, Routing]]:
         xs, routing = [x], {}
-        for name, layer in self.named_children():
+        for name, layer in self._layers():
             if isinstance(layer, Router):
                 xs, routing[name] = layer(xs, return_routing=True)
             else:
                 xs = layer(xs)
-        logits = torch.stack(xs).mean(0)
-        return (logits, routing) if return_routing else logits
+            if maps is not None:
+                maps.append(xs)
+        return xs, routing
+
+    def _layers(self) -> list[tuple[str, nn.Module]]:
+        """All layers but the head."""
+        layers = list(self.named_children())
+        return layers if isinstance(layers[-1][1], Router) else layers[:-1]
+
+    def _head(self, xs: list[Tensor]) -> list[Tensor]:
+        *_, head = self.children()
+        return xs if isinstance(head, Router) else head(xs)
+
+    def _heads(self) -> list[str]:
+        name, head = list(self.named_children())[-1]
+        return [f"{name}.{i}" for i in range(len(head))] if isinstance(head, ParallelPaths) else []
+
+    def _streams(self) -> int:
+        count = 1
+        for _, layer in self._layers():
+            count = len(layer) if isinstance(layer, ParallelPaths) else getattr(layer, "out_paths", count)
+        return count

@@ -52,14 +52,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Args:
         resumed: the checkpoint that the run goes on from; another run's `last.ckpt` and `previous.ckpt` are not kept.
+        checkpoint: what `read_checkpoint` returned for it, which then is not read again.
 
     Raises:
         OSError: the checkpoint cannot be written, as on a full disk; the one before is as it was.
     """
 
-    def __init__(self, resumed: str | Path | None = None):
+    def __init__(self, resumed: str | Path | None = None, checkpoint: dict | None = None):
         super().__init__()
         self._own = set() if resumed is None else {Path(resumed).resolve()}
+        self._read = {} if checkpoint is None else {Path(resumed): checkpoint}
 
     def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options=None) -> None:
         path = Path(path)
@@ -84,7 +86,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return None
 
     def load_checkpoint(self, path: str | Path, map_location=None, weights_only: bool | None = None) -> dict:
-        return read_checkpoint(path)
+        checkpoint = self._read.pop(Path(path), None)
+        return read_checkpoint(path) if checkpoint is None else checkpoint
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -322,8 +325,8 @@ def read_resumable(path: str | Path, command: str, options: dict, epochs: int) -
     return checkpoint
 
 
-def check_resume(path: str | Path, module: pl.LightningModule, epochs: int) -> None:
-    """Raise unless the checkpoint is of the same network as the module and has epochs left to train; see `fit`.
+def check_resume(path: str | Path, module: pl.LightningModule, epochs: int) -> dict:
+    """Read a checkpoint; raise unless it is of the same network as the module and has epochs left to train; see `fit`.
 
     The optimiser comes back with the rates and decays that it was saved with, so that others would be without effect.
     """
@@ -340,6 +343,7 @@ def check_resume(path: str | Path, module: pl.LightningModule, epochs: int) -> N
     endless = saved["sched"] == "step" or (saved["sched"] == "multistep" and module.hparams.decay_milestones)
     if planned != epochs and not endless:
         raise ValueError(f"resume is {path}; its schedule is of {planned} epochs, but this run has epochs={epochs}")
+    return checkpoint
 
 
 def stopped_early(path: str | Path) -> bool:

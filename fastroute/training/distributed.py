@@ -61,9 +61,8 @@ def process_group() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not is_lost_process(error) or isinstance(error, ProcessLost):
-            raise
-        raise ProcessLost(f"{reason(error)}, so process {dist.get_rank()} cannot go on: {error}") from error
+        raise_where_lost(error)
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -91,11 +90,8 @@ def agreed(value: T) -> T:
     try:
         dist.broadcast_object_list(values)
     except RuntimeError as error:
-        if not is_lost_process(error):
-            raise
-        raise ProcessLost(
-            f"another process of this run is gone, so process {dist.get_rank()} cannot go on: {in_a_line(error)}"
-        ) from error
+        raise_where_lost(error)
+        raise
     return values[0]
 
 
@@ -108,6 +104,15 @@ def gathered(value: T) -> list[T]:
     return values or []
 
 
-def is_lost_process(error: RuntimeError) -> bool:
-    """Whether an error says that another process does not answer any more."""
-    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
+def raise_where_lost(error: BaseException, advice: str = "") -> None:
+    """Raise `ProcessLost` in place of an error with which PyTorch reports that another process is gone or silent.
+
+    Args:
+        error: what was raised; any other error is left alone.
+        advice: added to the sentence, after what has happened.
+    """
+    if not isinstance(error, RuntimeError) or isinstance(error, ProcessLost) or not dist.is_initialized():
+        return
+    if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+        rank = dist.get_rank()
+        raise ProcessLost(f"{reason(error)}, so process {rank} cannot go on{advice}: {in_a_line(error)}") from error

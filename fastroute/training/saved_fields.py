@@ -245,7 +245,7 @@ def _check_all(checkpoint: dict) -> None:
     _check_means(checkpoint.get("epoch_means", []))
     counts = {"epochs": NATURAL.or_none(), "epoch": NATURAL, "global_step": NATURAL, "stopped_early": FLAG}
     _check_fields(checkpoint, counts, "")
-    _check_images(checkpoint.get("ImageDataModule", {}))
+    check_images(checkpoint.get("ImageDataModule", {}))
     _check_totals(checkpoint.get("train_totals", {}))
     _check_callbacks(checkpoint.get("callbacks", {}))
     _check_progress(checkpoint.get("loops", {}), "loops")
@@ -276,7 +276,8 @@ def _check_weights(weights: Any, where: str) -> None:
         TENSOR.check(value, place)
 
 
-def _check_images(data: Any) -> None:
+def check_images(data: Any) -> None:
+    """Raise unless what is said of a run's images is of the types that it must be; see `IMAGES`."""
     MAPPING.check(data, "ImageDataModule")
     _check_fields(data, IMAGES, "ImageDataModule")
     if not data:

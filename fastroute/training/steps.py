@@ -15,8 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastroute.data.seeding import derived_seed
 from fastroute.nn.router import Tempered
-from fastroute.training.distributed import ProcessLost, gathered, is_lost_process
-from fastroute.training.roll_call import reason
+from fastroute.training.distributed import gathered, raise_where_lost
 
 
 class StepSeed(pl.Callback):
@@ -215,11 +214,7 @@ class LostProcess(pl.Callback):
     """
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, RuntimeError) and is_lost_process(exception):
-            raise ProcessLost(
-                f"{reason(exception)}, so process {trainer.global_rank} cannot go on; "
-                f"the last checkpoint is whole, for resume: {exception}"
-            ) from exception
+        raise_where_lost(exception, advice="; the last checkpoint is whole, for resume")
 
 
 class BatchNormSync(pl.Callback):

@@ -189,8 +189,7 @@ def fit(
         )
     if sync_bn and not (torch.cuda.is_available() and accelerator != "cpu"):
         raise ValueError("sync_bn is True; PyTorch's synchronised batch norm needs GPUs")
-    if resume is not None:
-        check_resume(resume, module, epochs)
+    checkpoints = AtomicCheckpointIO(resume, None if resume is None else check_resume(resume, module, epochs))
 
     if output is None:
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{module.hparams.model}"
@@ -241,7 +240,7 @@ def fit(
             log_every_n_steps=log_interval,
             callbacks=[*own, *(callbacks if fast_dev_run else writing)],
             enable_progress_bar=not fast_dev_run,
-            plugins=[AtomicCheckpointIO(resume)],
+            plugins=[checkpoints],
             enable_model_summary=False,
             num_sanity_val_steps=0,
             use_distributed_sampler=not modular,

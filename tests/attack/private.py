@@ -105,7 +105,7 @@ def _hostile_tensor(r: random.Random, value: torch.Tensor | None) -> torch.Tenso
         dim = r.randrange(value.dim())
         return value.narrow(dim, 0, r.randrange(value.shape[dim]))
     if change == 4:
-        return value.repeat(*[r.choice([1, 1, 2, 9]) for _ in value.shape])
+        return value.repeat([r.choice([1, 1, 2, 9]) for _ in value.shape])
     if change == 5:
         return value.to("meta")
     if change == 6:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torchvision
-from PIL import Image
+from PIL import ExifTags, Image
 
 from fastroute.data.decode import UnreadableImage, decode_image
 from fastroute.data.in_memory import Options, cifar10, mnist
@@ -143,6 +143,9 @@ def picture(**options) -> bytes:
     pixels[10:30] = 90
     image = Image.fromarray(pixels)
     image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
+    if orientation := options.pop("orientation", None):
+        options["exif"] = Image.Exif()
+        options["exif"][ExifTags.Base.Orientation] = orientation
     if options.get("save_all"):
         options["append_images"] = [image.rotate(90), image.rotate(180)]
     buffer = io.BytesIO()
@@ -154,6 +157,7 @@ PICTURES = {
     "jpeg": picture(format="jpeg"),
     "jpeg, progressive": picture(format="jpeg", progressive=True),
     "jpeg, cmyk": picture(format="jpeg", mode="CMYK"),
+    "jpeg, turned": picture(format="jpeg", orientation=6),
     "jpeg, two": picture(format="mpo", save_all=True),
     "png": picture(format="png"),
     "png, palette": picture(format="png", mode="P"),
@@ -167,6 +171,8 @@ PICTURES = {
     "tiff, lzw": picture(format="tiff", compression="tiff_lzw"),
     "tiff, jpeg": picture(format="tiff", compression="jpeg"),
     "tiff, deflate": picture(format="tiff", compression="tiff_adobe_deflate", save_all=True),
+    "tiff, 32 bits": picture(format="tiff", mode="I"),
+    "tiff, floats": picture(format="tiff", mode="F", orientation=5),
     "webp": picture(format="webp"),
     "webp, lossless": picture(format="webp", lossless=True),
     "webp, animated": picture(format="webp", save_all=True),
@@ -183,13 +189,15 @@ def read_picture(data: bytes, draw: random.Random, folder: Path) -> None:
 
 
 @functools.cache
-def shard(numbered: bool, format: int) -> bytes:
-    """Eight images with classes."""
+def shard(labels: str, format: int) -> bytes:
+    """Eight images with classes, which a .cls, a .json or their folders say."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
         for i, content in enumerate((*PICTURES.values(),)[:8]):
-            name = f"{i}" if numbered else f"{'long' * 30}/class{i % 3}/{i}"
-            for suffix, data in ((".png", content), (".cls", str(i % 3).encode()))[: 1 + numbered]:
+            name = f"{'long' * 30}/class{i % 3}/{i}" if labels == "folders" else f"{i}"
+            says = {".json": b'{"label": "%d"}' % (i % 3), ".cls": b"%d" % (i % 3)}
+            own = {suffix: data for suffix, data in says.items() if suffix == f".{labels}"}
+            for suffix, data in ({".png": content} | own).items():
                 member = tarfile.TarInfo(name + suffix)
                 member.size, member.mtime = len(data), 1.5 if format == tarfile.PAX_FORMAT else 1
                 tar.addfile(member, io.BytesIO(data))
@@ -288,13 +296,13 @@ KINDS = {
     for name, content in PICTURES.items()
 }
 for name, format in FORMATS.items():
-    for layout, numbered in (("numbered", True), ("folders", False)):
+    for layout in ("cls", "json", "folders"):
         mutations = (*ANY, zero_block, move_blocks, *(header,) * 6)
         read = functools.partial(read_shard, whole=False)
-        KINDS[f"shard, {name}, {layout}"] = Kind(shard(numbered, format), mutations, read, 900)
+        KINDS[f"shard, {name}, {layout}"] = Kind(shard(layout, format), mutations, read, 600)
 # Where checksums cover all names and sizes, one damage never hides an image; two can make a right end within it.
 KINDS["shard, whole or refused"] = Kind(
-    shard(False, tarfile.USTAR_FORMAT),
+    shard("folders", tarfile.USTAR_FORMAT),
     (flip, zero, zero_block, cut),
     functools.partial(read_shard, whole=True),
     1600,

@@ -76,9 +76,7 @@ def test_one_process(start, tmp_path, name, kills):
         run += 1
         folder, done = tmp_path / f"run{run}", False
         while not done:
-            last = folder / "last.ckpt"
-            resume = {"train": ("--resume", "auto"), "cluster": ("--resume", last) if last.exists() else ()}[name]
-            process = start(*arguments, "--experiment", folder.name, *resume)
+            process = start(*arguments, "--experiment", folder.name, "--resume", "auto")
             process.join(draw.uniform(0.2, 1) * seconds if killed < kills else SECONDS)
             done = process.exitcode is not None
             if not done:
@@ -88,6 +86,9 @@ def test_one_process(start, tmp_path, name, kills):
                 killed += 1
         assert process.exitcode == 0, start.log.read_text()
         check(folder, expected)
+        if name == "cluster":
+            assigned = (f / "assignments.csv" for f in (folder, tmp_path / "whole"))
+            assert next(assigned).read_bytes() == next(assigned).read_bytes()
 
 
 def launch(folder):

@@ -19,19 +19,25 @@ def attack(module: str, seed: int, count: int, **environment: str) -> None:
     assert done.returncode == 0 and f"{count} of {count} passed" in done.stdout, done.stdout + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_geometries_of_cross_prediction(seed):
-    attack("geometries", seed, 500)
+SEEDS = "seed {}".format
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("kernels", ["", "avx2"], ids=lambda name: name or "the processor's own")
+@pytest.mark.parametrize("seed", range(4), ids=SEEDS)
+def test_geometries_of_cross_prediction(seed, kernels):
+    attack("geometries", seed, 500, FASTROUTE_CPU=kernels)
+
+
+@pytest.mark.parametrize("seed", range(2), ids=SEEDS)
 def test_every_operator(seed):
     attack("operators", seed, 500)
 
 
-@pytest.mark.parametrize("way", [{"FASTROUTE_CPU": "avx2"}, {"FASTROUTE_COMPILED": "0"}], ids=str)
-def test_every_operator_by_other_kernels(way):
-    attack("operators", 2, 300, **way)
+@pytest.mark.parametrize(
+    "name, value", [("FASTROUTE_CPU", "avx2"), ("FASTROUTE_COMPILED", "0")], ids=["avx2", "no compiled kernels"]
+)
+def test_every_operator_by_other_kernels(name, value):
+    attack("operators", 2, 300, **{name: value})
 
 
 def test_hostile_arguments_of_private_operators():

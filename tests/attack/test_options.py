@@ -124,7 +124,10 @@ VALUES = {
     "tensor": torch.zeros(3),
 }
 HYPER = ("model", "num_classes", "in_chans", "img_size", "opt", "sched", "lr", "momentum", "smoothing", "channels_last")
-IMAGES = ("dataset", "classes", "first_classes", "img_size", "crop_pct", "mean", "std", "place", "place/done")
+IMAGES = (
+    *("dataset", "classes", "first_classes", "img_size", "crop_pct", "mean", "std", "place", "place/done"),
+    *("interpolation", "data_dir", "val_split", "split_seed", "input_key", "class_map"),
+)
 FIT = "loops/fit_loop"
 FIELDS = (
     "hyper_parameters",
@@ -414,12 +417,17 @@ def test_a_list_of_numbers(tmp_path, option, value):
         ("--num-classes", 10**9),
         ("--num-classes", 10**8),
         ("--dataset", "imagefolder", "--data-dir", ".", "--img-size", 100_000),
-        ("--lr", 1e30, "--gate-lr-mult", 1e6),
     ],
     ids=lambda arguments: " ".join(map(str, arguments)),
 )
 def test_a_size_beyond_the_memory(tmp_path, arguments):
     check(attempt(*QUICK, "--epochs", 1, "--output", tmp_path, *arguments), 1, 2)
+
+
+def test_a_learning_rate_that_overflows(tmp_path):
+    """The first step may leave weights that are finite; the loss of the second is not."""
+    huge = ("--lr", 1e30, "--gate-lr-mult", 1e6)
+    check(attempt(*QUICK, "--epochs", 2, "--output", tmp_path, *huge), 1)
 
 
 NAMES = [

@@ -55,8 +55,21 @@ def stage_cases(networks=STAGES) -> dict[str, tuple]:
     }
 
 
-# What is compiled by default, besides the cases above on every architecture. The rest takes minutes.
-SETS = {"cases": CASES, "stages": stage_cases(), "distinct stages": stage_cases(["ResNet20", "ResNet18"])}
+MIXTURES = [((128, 10), "float32", False), ((128, 4, 4), "bfloat16", True), ((64, 1024), "float32", False)]
+
+# Of samples that one program holds, and of samples that many share.
+SOME_STAGES = ("ResNet20 64×8×8", "ResNet18 64×56×56")
+
+# A tier each, and among them every kernel.
+EVERY_KERNEL = {case: CASES[case] for case in ("ResNet 8 × 8", "three paths", "ImageNet, NCHW")}
+
+SETS = {
+    "cases": CASES,
+    "every kernel": EVERY_KERNEL,
+    "some stages": {name: case for name, case in stage_cases().items() if name.startswith(SOME_STAGES)},
+    "distinct stages": stage_cases(["ResNet20", "ResNet18"]),
+    "stages": stage_cases(),
+}
 
 # Those that are compiled again after a ReLU: every kernel is in one of them.
 AFTER_RELU = {"ResNet 32 × 32", "ResNet 8 × 8", "ImageNet, NCHW"}
@@ -177,7 +190,7 @@ def compile_all(architecture: int, cases: dict[str, tuple]) -> list[dict]:
         with torch.device("meta"):
             xs = [torch.empty(shape, dtype=getattr(torch, dtype)).to(memory_format=memory_format) for _ in range(m)]
             gate = [torch.empty(size) for size in ((m, 16, channels), (m, 16), (m, n, 16), (m, n))]
-            for relu in {False, case in AFTER_RELU}:
+            for relu in {False, case in AFTER_RELU and cases is CASES}:
                 outputs, gates, scores, pooled, hidden = cc.cross_connect(xs, *gate, relu)
                 forward = len(reports)
                 cc.cross_connect_backward(outputs, gates, scores, xs, *gate, gates, pooled, hidden, relu, True)
@@ -210,14 +223,10 @@ def compile_all(architecture: int, cases: dict[str, tuple]) -> list[dict]:
         return [report | {"case": str(shape), "m": 2, "n": 2, "itemsize": scores.itemsize} for report in reports]
 
     every = [report for case in cases for report in run(case)]
-    if cases is not CASES:
+    if not EVERY_KERNEL.keys() <= cases.keys():
         return every
-    for shape, dtype, given in [
-        ((128, 10), "float32", False),
-        ((128, 4, 4), "bfloat16", True),
-        ((64, 1024), "float32", False),
-    ]:
-        every += run_mixtures(shape, dtype, given)
+    for mixture in MIXTURES if cases is CASES else MIXTURES[:1]:
+        every += run_mixtures(*mixture)
     changes["maxnreg"] = 32
     return [*every, run("three paths")[1]]  # the last one has to spill
 
@@ -238,18 +247,37 @@ def reports_of(architecture: int, name: str) -> list[dict]:
     return reports
 
 
-@pytest.fixture(scope="module", params=[80, 90, 100], ids="sm_{}".format)
-def reports(request):
-    return reports_of(request.param, "cases")
+def sets(*compiled: tuple[int, str, str | None]) -> dict:
+    """Parameters of a fixture: architecture, set, and the tier of tests that it is left to if not the first."""
+    return {
+        "params": [pytest.param(pair, marks=getattr(pytest.mark, tier) if tier else ()) for *pair, tier in compiled],
+        "ids": lambda pair: f"sm_{pair[0]}, {pair[1]}",
+    }
 
 
 @pytest.fixture(
     scope="module",
-    params=[
-        (90, "distinct stages"),
-        *(pytest.param((arch, "stages"), marks=pytest.mark.slow) for arch in (80, 90, 100)),
-    ],
-    ids=lambda param: f"sm_{param[0]}, {param[1]}",
+    **sets(
+        (90, "cases", None),
+        (80, "every kernel", None),
+        (100, "every kernel", None),
+        (80, "cases", "thorough"),
+        (100, "cases", "thorough"),
+    ),
+)
+def reports(request):
+    return reports_of(*request.param)
+
+
+@pytest.fixture(
+    scope="module",
+    **sets(
+        (90, "some stages", None),
+        (90, "distinct stages", "thorough"),
+        (80, "stages", "slow"),
+        (90, "stages", "slow"),
+        (100, "stages", "slow"),
+    ),
 )
 def stages(request):
     return reports_of(*request.param)
@@ -336,7 +364,7 @@ def test_programs_that_share_a_multiprocessor(stages):
 
 
 def test_stages(stages):
-    assert len({report["case"] for report in stages}) in (len(SETS["stages"]), len(SETS["distinct stages"]))
+    assert {report["case"] for report in stages} in [cases.keys() for cases in SETS.values()]
     for report in stages:
         check_resources(report)
         check_widths(report)

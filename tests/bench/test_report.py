@@ -6,7 +6,7 @@ import pytest
 from fastroute.bench import Result, report
 from fastroute.bench.plots import draw
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
 
 def cells(text, start):
@@ -56,28 +56,25 @@ def test_comparison_takes_the_machines_drift_out(make_result):
         report.compare(old, new)
 
 
-def test_readme_section_is_written_between_its_marks(tmp_path, make_result):
-    readme, result = tmp_path / "README.md", tmp_path / "results" / "a.json"
+def test_speed_section_is_written_between_its_marks(tmp_path, make_result):
+    page, result = tmp_path / "docs" / "page.md", tmp_path / "results" / "a.json"
     make_result().save(result)
-    readme.write_text("above\n<!-- speed: old.json -->\nold\n<!-- end of speed -->\nbelow\n")
-    text = report.rewrite_readme(readme, result)
-    assert text.startswith("above\n<!-- speed: results/a.json -->\n") and text.endswith(
-        "<!-- end of speed -->\nbelow\n"
-    )
+    page.parent.mkdir()
+    page.write_text("above\n<!-- speed: old.json -->\nold\n<!-- end of speed -->\nbelow\n")
+    text = report.rewrite_page(page, result)
+    assert text.startswith("above\n<!-- speed: ../results/a.json -->\n")
+    assert text.endswith("<!-- end of speed -->\nbelow\n")
     assert "old" not in text and "2 threads of A Processor (AVX2, torch 2.11)" in text
     assert cells(text, "float32, contiguous") == ["float32, contiguous", "6.0", "2.00", "0.50"]
     assert "is 2.00 times as fast as `torch.compile` and 6.0 times as fast as eager.\n" in text
-    readme.write_text(text)
-    assert report.readme_result(readme) == result and report.rewrite_readme(readme, result) == text
+    page.write_text(text)
+    assert report.page_result(page).samefile(result) and report.rewrite_page(page, result) == text
 
-    make_result().save(tmp_path.parent / "outside.json")
-    with pytest.raises(ValueError, match="it must lie in the folder of"):
-        report.rewrite_readme(readme, tmp_path.parent / "outside.json")
-    readme.write_text("nothing marked")
+    page.write_text("nothing marked")
     with pytest.raises(ValueError, match="it must have <!-- speed: RESULT -->"):
-        report.rewrite_readme(readme, result)
+        report.rewrite_page(page, result)
     with pytest.raises(ValueError, match=r"no forward\+backward of cross_connect"):
-        report.readme_section(Result({}, {}, None, {}), "a.json")
+        report.speed_section(Result({}, {}, None, {}), "a.json")
 
 
 def test_cold_calls_are_shown_beside_those_in_a_row(make_result):
@@ -87,13 +84,13 @@ def test_cold_calls_are_shown_beside_those_in_a_row(make_result):
     header, first, means = (cells(report.tables(result.rows), s) for s in ("operator", "cross_connect", "geometric"))
     assert dict(zip(header, first, strict=True))["cold × compile"] == "1.50"
     assert dict(zip(header, means, strict=True))["cold × eager"] == "4.00"
-    text = report.readme_section(result, "a.json")
+    text = report.speed_section(result, "a.json")
     assert cells(text, "float32, contiguous")[1:] == ["6.0", "2.00", "0.50", "4.0", "1.50", "0.75"]
     assert "6.0 times as fast as eager,\ncold 1.50 times as fast as `torch.compile` and 4.0 times as" in text
 
 
-def test_readme_agrees_with_its_result():
-    assert report.rewrite_readme(README, report.readme_result(README)) == README.read_text()
+def test_the_documentation_agrees_with_its_result():
+    assert report.rewrite_page(PAGE, report.page_result(PAGE)) == PAGE.read_text()
 
 
 def test_figures_are_drawn_where_there_are_figures(tmp_path, make_result):

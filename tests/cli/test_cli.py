@@ -55,6 +55,15 @@ def test_trains_on_digits_and_goes_on_from_a_checkpoint(tmp_path):
     assert ensemble(torch.randn(2, 1, 8, 8)).shape == (2, 10)
 
 
+def test_a_process_of_its_own_trains_a_routed_network(tmp_path):
+    """A command imports less than `import fastroute` does: the kernels must be registered all the same."""
+    arguments = ("train", "resnet20_cc2", "-b", "1437", "--epochs", "1", "--output", str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-m", "fastroute", *arguments], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert done.returncode == 0 and "epoch 1/1" in done.stdout, done.stdout + done.stderr
+
+
 def test_config_file_sets_defaults_and_flags_win(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("epochs: 1\nlr: 0.05\nbatch-size: 512\nsched: onecycle\nchannels_last: true\n")
@@ -195,7 +204,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
         "1",
     )
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment) as process:
-        process.stdout.readline()
+        for line in process.stdout:
+            if line.startswith("epoch 1/50"):
+                break
         process.send_signal(signal.SIGINT)
         output = process.stdout.read()
     assert process.returncode == 130 and "stopped by Ctrl-C at epoch 1, step" in output and "saved to" in output
@@ -426,7 +437,7 @@ def test_models_lists_parameters_and_macs_beside_the_thesis():
         (("resnet20", "--dataset", "imagefolder"), "data_dir is None; the dataset 'imagefolder' needs a folder"),
         (
             ("resnet20", "--dataset", "imagefolder", "--data-dir", "/nowhere"),
-            "data_dir is /nowhere; it must be a folder",
+            "data_dir is /nowhere; there is no such file or folder",
         ),
         (("resnet20", "--resume", "/nowhere.ckpt"), "resume is /nowhere.ckpt; there is no such file"),
         ((), "model is missing; name a network, or a recipe with --config"),
@@ -442,6 +453,11 @@ def test_models_lists_parameters_and_macs_beside_the_thesis():
         (("resnet20", "--initial-checkpoint", "/nowhere.pt"), "initial_checkpoint is /nowhere.pt; there is no such"),
         (("resnet20", "--dataset", "cifar10", "--data-dir", "/nowhere"), "data_dir is /nowhere; CIFAR10 is not whole"),
         (("resnet20", "--dataset", "webdataset", "--data-dir", "/tmp"), "there are no shards train/*.tar"),
+        (("resnet20", "--device", "cuda:99"), "device is 'cuda:99'; this machine has"),
+        (("resnet20", "--device", "cpu", "--amp", "--amp-dtype", "float16"), "amp_dtype is 'float16'; on a CPU it"),
+        (("resnet20", "--epochs", 1, "--warmup-epochs", 2), "warmup_epochs is 2; it must be at most epochs, 1"),
+        (("resnet20", "--log", "csv,board"), "log is 'board'; it must be of csv, tensorboard, wandb, mlflow"),
+        (("resnet20", "--min-lr", 1), "min_lr is 1.0; it must be from 0 to lr, 0.1"),
     ],
 )
 def test_wrong_arguments_end_in_a_sentence(arguments, message, tmp_path):
@@ -533,6 +549,28 @@ def test_ctrl_c_has_its_status_and_a_fault_its_traceback(monkeypatch):
     assert result.exit_code == 130 and "stopped by Ctrl-C" in result.output and "Traceback" not in result.output
     result = fail(KeyError("x"))
     assert result.exit_code == 1 and "Traceback" in result.output and "please report it" in result.output
+
+
+@pytest.mark.parametrize("as_module", [True, False], ids=["python -m fastroute", "fastroute"])
+@pytest.mark.parametrize("imported", ["typer", "torch"])
+def test_ctrl_c_during_imports_ends_in_a_line(tmp_path, imported, as_module):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {imported!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    (tmp_path / "fastroute").write_text("from fastroute.cli import main\nmain()\n")  # as pip writes it
+    done = subprocess.run(
+        [sys.executable, *(("-m", "fastroute") if as_module else (tmp_path / "fastroute",)), "info"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(REPOSITORY)))},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 130 and done.stdout == ""
+    assert done.stderr.startswith("error: stopped by Ctrl-C") and done.stderr.count("\n") == 1
 
 
 def test_sizes_are_weighed_before_they_are_taken(tmp_path):

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from fastroute.cli import app
 from fastroute.clustering import run as clustering_run
 from fastroute.clustering.run import CIFAR100_SUPERCLASSES, load_images
+from fastroute.training import checkpoints
 
 QUICK = ["cluster", "--limit", "400", "--architecture", "C8 M F16", "--lr-em", "1e-3", "--lr-consistency", "1e-3"]
 
@@ -83,6 +84,31 @@ def test_goes_on_within_an_epoch(tmp_path):
     assert run(*arguments, "--experiment", "whole").exit_code == 0
     ends = (torch.load(tmp_path / name / "last.ckpt")["state_dict"] for name in ("stopped", "whole"))
     torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+def test_resume_auto_starts_goes_on_ends_and_falls_back(tmp_path, monkeypatch):
+    """A run that was killed ahead of its last file writes that alone."""
+    common = (*QUICK, "--limit", 60, "--output", tmp_path, "--resume", "auto")
+    assert "resume is 'auto'; it needs the run's name as --experiment" in run(*common, "--epochs", 1).output
+    common += ("--experiment", "run")
+    read, reads = checkpoints.read_tensors, []
+    monkeypatch.setattr(checkpoints, "read_tensors", lambda path: reads.append(path) or read(path))
+    for epochs, times in ((1, 0), (2, 4)):  # found, asked for its epochs, checked against the options, gone on from
+        result = run(*common, "--epochs", epochs)
+        assert result.exit_code == 0 and f"epoch {epochs}/{epochs}" in result.output, result.output
+        assert len(reads) == times
+    assert result.output.count("\nepoch ") == 1
+    last, assigned = tmp_path / "run" / "last.ckpt", tmp_path / "run" / "assignments.csv"
+    whole, content = torch.load(last)["state_dict"], assigned.read_bytes()
+    assigned.unlink()
+    result = run(*common, "--epochs", 2)
+    assert result.exit_code == 0 and "all 2 epochs are done" in result.output and "epoch 2/2" not in result.output
+    assert assigned.read_bytes() == content
+    last.write_bytes(b"junk")
+    result = run(*common, "--epochs", 2)
+    assert result.exit_code == 0 and "epoch 2/2" in result.output, result.output
+    assert f"{last} cannot be read" in result.output and "going on from the checkpoint before it" in result.output
+    torch.testing.assert_close(torch.load(last)["state_dict"], whole, rtol=0, atol=0)
 
 
 def test_resume_refuses_what_it_cannot_go_on_with(tmp_path):
@@ -242,6 +268,7 @@ def test_a_flat_folder_without_classes(tmp_path, method):
         assert sum(posterior) == pytest.approx(1, abs=1e-4) and posterior[int(row["cluster"])] == max(posterior)
         (link,) = (tmp_path / "links").glob(f"*/*-{os.path.basename(row['path'])}")
         assert link.parent.name == row["cluster"] and str(link.resolve()) == os.path.realpath(row["path"])
+    assert (tmp_path / "run" / "args.yaml").is_file()
     if method != "two-fold":  # which two epochs do not train
         assert len({(row["cluster"], int(row["path"][-6:-4]) % 2) for row in found}) == 2
     refused = run(*arguments, "--experiment", "again")

@@ -56,6 +56,12 @@ def test_unsigned_values_of_32_bits():
     assert np.abs(np.asarray(decode_image(io.BytesIO(unsigned), "x", 1)).astype(int) - LEVELS).max() <= 1
 
 
+def test_signed_values_of_16_bits():
+    values = Image.fromarray((32767 * RAMP).astype(np.uint16))
+    image = decode_image(saved(values, "tiff", tiffinfo={339: 2}), "x", 1)
+    assert np.abs(np.asarray(image).astype(int) - LEVELS).max() <= 1
+
+
 def test_values_that_are_no_numbers_are_black_or_white():
     values = np.array([[0.5, np.nan, np.inf, -np.inf, 1.0]], np.float32)
     assert decoded(values, "tiff").tolist() == [[128, 0, 255, 0, 255]]

@@ -89,8 +89,9 @@ def test_several_sets_in_one_folder_are_not_guessed_from(tmp_path):
 
 
 def test_looking_for_images_is_bounded(tmp_path, monkeypatch):
-    touched(tmp_path, *(f"ant/{i}.txt" for i in range(20)), "bee/0.png")
-    monkeypatch.setattr(layout, "MAX_ENTRIES", 10)
+    touched(tmp_path, "ant/a/b/c/d/0.png", "bee/0.png")
+    assert class_folders(tmp_path) == ["ant", "bee"]
+    monkeypatch.setattr(layout, "MAX_ENTRIES", 3)
     assert class_folders(tmp_path) == ["bee"]
     shutil.rmtree(tmp_path / "bee")
     assert layouts(tmp_path) == []

@@ -1,3 +1,4 @@
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -205,8 +206,10 @@ def test_a_worker_that_does_not_answer_ends_the_epoch(large_folder, monkeypatch)
         try:
             list(loader)
         finally:
-            for worker in multiprocessing.active_children():
-                os.kill(worker.pid, signal.SIGKILL)
+            with contextlib.suppress(RuntimeError):  # PyTorch's, of a worker that is killed
+                for worker in multiprocessing.active_children():
+                    os.kill(worker.pid, signal.SIGKILL)
+                    worker.join()
 
 
 def test_an_image_that_cannot_be_transformed_is_named(tmp_path):

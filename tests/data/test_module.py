@@ -370,3 +370,9 @@ def test_a_class_map_names_the_classes(image_folder, tmp_path):
     data = prepared(data_dir=image_folder, img_size=8, class_map=tmp_path / "map.txt")
     assert data.classes == ["cat", "bee", "ant"] and data.images.val.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert data.state_dict()["class_map"]
+
+
+def test_unaugmented_images_are_scaled_as_asked(image_folder):
+    options = {"data_dir": image_folder, "img_size": 16, "in_memory": False, "no_aug": True, "num_workers": 1}
+    images, _ = next(iter(prepared(**options, crop_pct=1.0, interpolation="nearest").train_dataloader()))
+    assert torch.equal(images[..., ::2, ::2], images[..., 1::2, 1::2])

@@ -1,3 +1,5 @@
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,7 @@ def test_random_is_a_window_of_the_image_scaled_on_its_shorter_side():
 def test_rkrc_and_rkrr_are_timms(mode, shape):
     """With one scale and one ratio each image is enlarged or not and stretched or not, and cut as timm cuts."""
     timm = pytest.importorskip("timm.data.transforms")
+    random.seed(0)  # timm cuts at random; 3,000 times, all of its up to 150 places are among them
     image, scale, ratio = ramp(*shape), 0.64, 1.3
     expected = []
     for scale_prob, ratio_prob in ((0, 0), (0, 1), (1, 0), (1, 1)):
@@ -52,7 +55,7 @@ def test_rkrc_and_rkrr_are_timms(mode, shape):
         )
         cut = timm.CenterCropOrPad if mode == "rkrc" else timm.RandomCropOrPad
         crops = [
-            np.asarray(cut(16, padding_mode="reflect")(resize(image))) for _ in range(1 if mode == "rkrc" else 400)
+            np.asarray(cut(16, padding_mode="reflect")(resize(image))) for _ in range(1 if mode == "rkrc" else 3000)
         ]
         expected.append({part.tobytes() for crop in crops for part in (crop, crop[:, ::-1])})
     torch.manual_seed(0)

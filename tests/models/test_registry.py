@@ -45,8 +45,11 @@ def test_defaults_are_those_of_the_network(monkeypatch):
     "arguments, message",
     [
         ({"name": "resnet20_c2"}, "name is 'resnet20_c2'; there is no such network: did you mean .*resnet20_cc2"),
-        ({"name": "???"}, "list_models"),
-        ({"name": "resnet20", "num_classes": 0}, "num_classes is 0; it must be at least 1"),
+        (
+            {"name": "???"},
+            "no such network: it must be .*timm:NAME, torchvision:NAME or package.module:func",
+        ),
+        ({"name": "resnet20", "num_classes": -1}, "num_classes is -1; it must be at least 0"),
         ({"name": "resnet20", "in_chans": -3}, "in_chans is -3; it must be at least 1"),
         ({"name": "resnet20", "img_size": 0}, "img_size is 0; it must be at least 1"),
         ({"name": "resnet20_cc2", "routing": "xx"}, "routing is 'xx'; it must be 'cc', 'cp' or None"),

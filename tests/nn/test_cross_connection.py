@@ -57,11 +57,11 @@ def test_both_call_forms_agree():
         assert torch.equal(y, again)
 
 
-def test_starts_from_even_gates():
-    for options in ({}, {"gate_channels": None}):
-        _, routing = CrossConnection(64, 2, 4, **options)(paths(2, 16, 64, 8, 8), return_routing=True)
-        torch.testing.assert_close(routing.gates, torch.full((16, 2, 4), 0.25), atol=0.005, rtol=0)
-        assert routing.scores.any()
+@pytest.mark.parametrize("options", [{}, {"gate_channels": None}], ids=str)
+def test_starts_from_even_gates(options):
+    _, routing = CrossConnection(64, 2, 4, **options)(paths(2, 16, 64, 8, 8), return_routing=True)
+    torch.testing.assert_close(routing.gates, torch.full((16, 2, 4), 0.25), atol=0.005, rtol=0)
+    assert routing.scores.any()
 
 
 def test_first_layer_starts_as_linear_does():

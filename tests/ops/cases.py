@@ -1,9 +1,20 @@
 """Random inputs of the routing operators, and their results held to the rule."""
 
+import contextlib
+
 import torch
 from torch.nn import functional
 
 from fastroute.testing import assert_as_good_as_eager
+
+
+@contextlib.contextmanager
+def named(**case):
+    """Have a failure name the case of the loop that it is in."""
+    try:
+        yield
+    except Exception as error:
+        raise AssertionError(f"{case}: {error}") from error
 
 
 def paths(count, shape, dtype=torch.float32, layout="contiguous", seed=0):

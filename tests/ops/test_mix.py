@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fastroute import ops
-from tests.ops.cases import check_against_eager, paths
+from tests.ops.cases import check_against_eager, named, paths
 
 
 def mixed(gates, *xs):
@@ -28,13 +28,14 @@ def test_outputs_and_every_gradient(backend, static, layout, dtype):
         (4, 4, (2, 130, 13)),
         (2, 3, (1, 24, 56, 57)),  # which all threads take together
     ]:
-        size = (m, n) if static else (shape[0], m, n)
-        precise = torch.float64 if dtype == torch.float64 else torch.float32
-        inputs = [
-            torch.rand(size, generator=torch.Generator().manual_seed(3)).to(precise),
-            *paths(m, shape, dtype, layout),
-        ]
-        check_against_eager(mixed, eager, inputs)
+        with named(shape=shape, paths=(m, n)):
+            size = (m, n) if static else (shape[0], m, n)
+            precise = torch.float64 if dtype == torch.float64 else torch.float32
+            inputs = [
+                torch.rand(size, generator=torch.Generator().manual_seed(3)).to(precise),
+                *paths(m, shape, dtype, layout),
+            ]
+            check_against_eager(mixed, eager, inputs)
 
 
 @pytest.mark.parametrize("size", [(2, 3), (4, 2, 3)], ids=str)
@@ -42,7 +43,7 @@ def test_gradcheck_and_opcheck(backend, size):
     gates = torch.rand(size, dtype=torch.float64, requires_grad=True)
     xs = [x.requires_grad_() for x in paths(2, (4, 3, 2, 2), torch.float64)]
     assert torch.autograd.gradcheck(lambda *a: tuple(mixed(*a)), (gates, *xs))
-    assert torch.autograd.gradgradcheck(lambda *a: tuple(mixed(*a)), (gates, *xs))
+    assert torch.autograd.gradgradcheck(lambda *a: tuple(mixed(*a)), (gates, *xs), fast_mode=True)
     torch.library.opcheck(torch.ops.fastroute.mix.default, (xs, gates))
     plain = [x.detach() for x in xs]
     torch.library.opcheck(torch.ops.fastroute.mix_backward.default, ([*plain, plain[0]], plain, gates.detach(), True))

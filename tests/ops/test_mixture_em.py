@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from fastroute import ops
+from tests.ops.cases import named
 from tests.ops.mixture_cases import check, differentiate, draw, eager_loss, make_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -21,7 +22,8 @@ SHAPES = [(128, 10), (3, 1), (2, 2), (17, 33), (130, 4, 4), (5, 3, 20), (1000, 2
 @pytest.mark.parametrize("augmented", [False, True])
 def test_loss_posterior_and_gradient(backend, dtype, priors, statistics, augmented):
     for shape in SHAPES:
-        check(make_case(shape, dtype, priors, statistics, augmented))
+        with named(shape=shape):
+            check(make_case(shape, dtype, priors, statistics, augmented))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -60,14 +62,14 @@ def test_gradcheck_with_constant_posteriors(backend, shape, statistics):
     assert torch.autograd.gradcheck(Loss.apply, (scores.requires_grad_(), scores_aug.requires_grad_()))
 
 
-def test_constant_scores_give_log_2(backend):
-    for value in (0.0, 0.1, -3e4):  # 128 times 0.1 is not 12.8 in float32
-        scores = torch.full((128, 10), value, requires_grad=True)
-        loss, posterior = ops.mixture_em_loss(scores)
-        assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
-        assert torch.allclose(posterior, torch.tensor(0.1))
-        loss.backward()
-        assert not scores.grad.any()
+@pytest.mark.parametrize("value", [0.0, 0.1, -3e4])  # 128 times 0.1 is not 12.8 in float32
+def test_constant_scores_give_log_2(backend, value):
+    scores = torch.full((128, 10), value, requires_grad=True)
+    loss, posterior = ops.mixture_em_loss(scores)
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
+    assert torch.allclose(posterior, torch.tensor(0.1))
+    loss.backward()
+    assert not scores.grad.any()
 
 
 def test_balanced_one_hot_scores(backend):
@@ -229,12 +231,14 @@ def test_every_element_is_written(backend):
     torch.use_deterministic_algorithms(True)  # with it, fresh memory is full of NaN
     try:
         for shape in SHAPES:
-            results = differentiate(ops.mixture_em_loss, make_case(shape, augmented=True, priors=True))
-            assert all(torch.isfinite(t).all() for t in results)
+            with named(shape=shape):
+                results = differentiate(ops.mixture_em_loss, make_case(shape, augmented=True, priors=True))
+                assert all(torch.isfinite(t).all() for t in results)
     finally:
         torch.use_deterministic_algorithms(deterministic)
 
 
+@pytest.mark.parametrize("backend", ["default", "reference"], indirect=True)  # the operator itself: no call by Python
 @pytest.mark.parametrize("shape", [(7, 3), (6, 2, 4)], ids=str)
 def test_opcheck(backend, shape):
     forward, backward = (

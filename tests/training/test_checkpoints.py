@@ -73,6 +73,14 @@ def test_a_full_disk_is_reported_and_leaves_the_checkpoint_before(tmp_path, monk
     assert torch.load(path) == {"epoch": 1} and os.listdir(tmp_path) == ["last.ckpt"]
 
 
+def test_a_checkpoint_that_was_read_to_be_checked_is_not_read_again(tmp_path):
+    path, saved = tmp_path / "last.ckpt", {"epoch": 1}
+    io = AtomicCheckpointIO(path, saved)
+    assert io.load_checkpoint(path) is saved
+    with pytest.raises(FileNotFoundError):  # and is not kept in memory
+        io.load_checkpoint(path)
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     path = tmp_path / "last.ckpt"
     module, saved = checkpoint(epochs=4, sched="onecycle")

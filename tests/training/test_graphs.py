@@ -292,7 +292,7 @@ def test_fit_and_lightning_s_trainer_refuse_before_they_train(image_folder, tmp_
     data = ImageDataModule("imagefolder", tmp_path / "none")
     for options, message in (
         ({"grad_accum_steps": 2}, "grad_accum_steps must be 1, not 2"),
-        ({"amp_dtype": "float16"}, "use amp_dtype 'bfloat16'"),
+        ({"amp_dtype": "float16"}, "amp_dtype is 'float16'; on a CPU it must be 'bfloat16'"),
     ):
         with pytest.raises(ValueError, match=message):
             fit(classifier(), data, epochs=1, output=tmp_path / "run", accelerator="cpu", **options)

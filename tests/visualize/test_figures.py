@@ -100,13 +100,13 @@ def test_confusion_counts_each_class():
     labels, clusters = torch.tensor([0, 0, 0, 1]), torch.tensor([1, 1, 0, 0])
     axes = visualize.confusion(labels, clusters, ["ant", "bee"]).axes[0]
     np.testing.assert_allclose(axes.images[0].get_array(), [[200 / 3, 100 / 3], [0, 100]], rtol=1e-5)
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["2", "1"]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "0"]
 
 
 def test_response_map_has_every_cluster():
     torch.manual_seed(0)
     scores = 10 * torch.eye(3)[torch.arange(30) % 3] + torch.rand(30, 3)
-    assert {"1", "2", "3"} <= set(words(visualize.response_map({"trained": scores})).split())
+    assert {"0", "1", "2"} <= set(words(visualize.response_map({"trained": scores})).split())
 
 
 def test_paths():
@@ -171,4 +171,4 @@ def test_captions_and_legends():
     assert "bee\n→ cat" in text and "a very l…" in text and "made by ascent" in text
     scores = torch.randn(30, 3)
     text = words(visualize.response_map({"trained": scores}, names=["ant", "bee", "empty"]))
-    assert "1: ant" in text and "3: empty" in text
+    assert "0: ant" in text and "2: empty" in text

@@ -24,6 +24,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <span>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -95,27 +96,27 @@ struct Block {
   }
 };
 
+// A thread of a block, and when that is done, of the next: a context is made once, since that takes calls to the system.
 struct Fiber {
-  std::unique_ptr<char[]> stack;
-  ucontext_t start;
-  jmp_buf here;
-  bool started;
+  State state = State::kDone;
+  bool started = false;
   unsigned thread;
   Block* block;
-  State state;
   Landing* landing;  // that this thread waits for
   int arrived;  // how many of the cluster's barriers this thread has arrived at
   std::vector<std::tuple<void*, const void*, int>> copies;
+  jmp_buf here;
+  std::unique_ptr<char[]> stack;
 };
 
 inline constexpr size_t kStack = 256 * 1024;
 inline int order = 0;  // 0: ascending, 1: descending, 2 and more: shuffled
-inline std::vector<Fiber> fibers;
+inline std::vector<Fiber> pool;
+inline std::span<Fiber> fibers;  // those of the pool that the launch uses
 inline std::vector<Block> blocks;
 inline unsigned threads, cluster;
 inline Fiber* now;
 inline jmp_buf scheduler;
-inline ucontext_t first_return;
 inline std::function<void()> body;
 inline std::map<const void*, size_t> shared_limits;  // of the kernels that may have more than 48 KB
 alignas(16) inline char lanes[64][32][8];  // what a warp shuffles
@@ -134,8 +135,10 @@ inline void require(bool holds, const char* otherwise) {
 }
 
 inline void enter() {
-  body();
-  pause(State::kDone);
+  for (;;) {
+    body();
+    pause(State::kDone);
+  }
 }
 
 inline void run(Fiber& fiber) {
@@ -144,7 +147,14 @@ inline void run(Fiber& fiber) {
   if (_setjmp(scheduler)) return;
   if (fiber.started) _longjmp(fiber.here, 1);
   fiber.started = true;
-  setcontext(&fiber.start);
+  if (!fiber.stack) fiber.stack = std::make_unique_for_overwrite<char[]>(kStack);
+  ucontext_t start;
+  getcontext(&start);
+  start.uc_stack.ss_sp = fiber.stack.get();
+  start.uc_stack.ss_size = kStack;
+  start.uc_link = nullptr;
+  makecontext(&start, enter, 0);
+  setcontext(&start);
 }
 
 // Lets go on those of [begin, end) that wait for each other in `state`, if all that still live do.
@@ -245,11 +255,8 @@ inline void launch(const cudaLaunchConfig_t& config, const void* address, std::f
   cluster = config.numAttrs ? config.attrs[0].val.clusterDim.x : 1;
   body = std::move(kernel);
   TORCH_CHECK(config.gridDim.x % cluster == 0 && threads % 32 == 0);
-  if (fibers.size() < threads * cluster) {
-    std::vector<Fiber> more(threads * cluster);
-    fibers.swap(more);
-  }
-  fibers.resize(threads * cluster);
+  if (pool.size() < threads * cluster) pool.resize(threads * cluster);
+  fibers = std::span(pool).first(threads * cluster);
   for (unsigned index = 0; index < config.gridDim.x; index += cluster) {
     blocks.clear();
     for (unsigned rank = 0; rank < cluster; ++rank) {
@@ -258,20 +265,18 @@ inline void launch(const cudaLaunchConfig_t& config, const void* address, std::f
     }
     for (unsigned f = 0; f < fibers.size(); ++f) {
       Fiber& fiber = fibers[f];
-      if (!fiber.stack) fiber.stack = std::make_unique<char[]>(kStack);
-      getcontext(&fiber.start);
-      fiber.start.uc_stack.ss_sp = fiber.stack.get();
-      fiber.start.uc_stack.ss_size = kStack;
-      fiber.start.uc_link = nullptr;
-      makecontext(&fiber.start, enter, 0);
-      fiber.started = false;
       fiber.thread = f % threads;
       fiber.block = &blocks[f / threads];
       fiber.state = State::kReady;
       fiber.arrived = 0;
       fiber.copies.clear();
     }
-    run_cluster();
+    try {
+      run_cluster();
+    } catch (...) {
+      pool.clear();  // threads are left within their bodies
+      throw;
+    }
   }
 }
 

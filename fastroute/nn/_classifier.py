@@ -1,0 +1,147 @@
+"""timm's interface of a classifier, for networks of one path or several."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from fastroute.nn.router import Routing
+
+_TRANSPARENT = (nn.Identity, nn.Dropout, nn.Flatten)
+
+
+class Classifies:
+    """A module of a body and a head, which ends in a dense layer for each path; the logits of the paths are averaged.
+
+    Subclasses have `_body`, `_head` and `_heads`. Features of several paths lie beside each other along the channels,
+    so that `forward_head(forward_features(x))` is `forward(x)`.
+    """
+
+    _without: str | None = None
+    """What the output lacks: the "classifier", or the whole "head"; None for logits."""
+
+    def _body(self, x: Tensor, maps: list[list[Tensor]] | None = None) -> tuple[list[Tensor], dict[str, Routing]]:
+        """What the head takes, a tensor for each path, and the routing; `maps` gets what each layer gives."""
+        raise NotImplementedError
+
+    def _heads(self) -> list[str]:
+        """The names of the modules of the head, one for each path."""
+        raise NotImplementedError
+
+    def _head(self, xs: list[Tensor]) -> list[Tensor]:
+        """Logits for each path."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, dict[str, Routing]]:
+        xs, routing = self._body(x)
+        y = _joined(xs) if self._without == "head" else self._combined(self._head(xs))
+        return (y, routing) if return_routing else y
+
+    def _combined(self, ys: list[Tensor]) -> Tensor:
+        if self._without == "classifier":
+            return _joined(ys)
+        return ys[0] if len(ys) == 1 else torch.stack(ys).mean(0)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """What the head takes: (N, C, H, W) where it pools, those of several paths beside each other."""
+        return _joined(self._body(x)[0])
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """From `forward_features` to logits, or with `pre_logits` to what the classifier takes, (N, num_features)."""
+        xs = list(x.chunk(self._streams(), 1))
+        if not pre_logits:
+            return self._combined(self._head(xs))
+        kept, names = {}, self._classifiers()
+        hooks = [
+            self.get_submodule(name).register_forward_pre_hook(lambda _, args, i=i: kept.update({i: args[0]}))
+            for i, name in enumerate(names)
+        ]
+        try:
+            ys = self._head(xs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return _joined([kept[i] for i in range(len(names))] if names else ys)
+
+    def get_classifier(self) -> nn.Module:
+        """The dense layer that gives the logits; those of several paths in an `nn.ModuleList`."""
+        modules = [self.get_submodule(name) for name in self._checked_classifiers()]
+        return modules[0] if len(modules) == 1 else nn.ModuleList(modules)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give the network a fresh classifier.
+
+        Args:
+            num_classes: the number of logits; 0 is no classifier: the output is what it would take, (N, num_features).
+            global_pool: "" with num_classes=0: the output is that of `forward_features`; otherwise None or "avg", which
+                leave the pooling as it is.
+
+        Raises:
+            ValueError: an argument is out of range, or the network does not end in a dense layer.
+        """
+        if num_classes < 0:
+            raise ValueError(f"num_classes is {num_classes}; it must be at least 0")
+        if global_pool not in (None, "", "avg") or (global_pool == "" and num_classes):
+            raise ValueError(f"global_pool is {global_pool!r}; it must be None, 'avg', or with num_classes=0 ''")
+        names, width = self._checked_classifiers(), self._width
+        like = next(self.parameters(), torch.empty(0))
+        for name in names:
+            layer = nn.Identity()
+            if num_classes:
+                layer = nn.Linear(width[name], num_classes, device=like.device, dtype=like.dtype)
+            parent, _, last = name.rpartition(".")
+            setattr(self.get_submodule(parent), last, layer)
+        self._without = None if num_classes else ("head" if global_pool == "" else "classifier")
+        specification = getattr(self, "specification", None)
+        if specification is not None:
+            specification.follow(self, num_classes)
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of logits, 0 without a classifier; None for a network that does not end in a dense layer."""
+        names = self._classifiers()
+        return getattr(self.get_submodule(names[0]), "out_features", 0) if names else None
+
+    @property
+    def num_features(self) -> int:
+        """The size of what the classifier takes, that of all paths together."""
+        self._checked_classifiers()
+        return sum(self._width.values())
+
+    def _streams(self) -> int:
+        """How many tensors `_body` gives."""
+        return len(self._heads())
+
+    def _classifiers(self) -> list[str]:
+        if "_names" not in self.__dict__:
+            names = [final_linear(self.get_submodule(name), name) for name in self._heads()]
+            self._names = names if all(names) else []
+            self._width = {name: self.get_submodule(name).in_features for name in self._names}
+        return self._names
+
+    def _checked_classifiers(self) -> list[str]:
+        if names := self._classifiers():
+            return names
+        raise ValueError(f"a {type(self).__name__} whose paths do not end in a dense layer has no classifier to reset")
+
+
+def final_linear(module: nn.Module, name: str) -> str | None:
+    """The name of the dense layer in which a module ends, itself being called `name`; None where it does not."""
+    if isinstance(module, nn.Linear):
+        return name
+    if isinstance(module, fx.GraphModule):
+        node = module.graph.output_node().args[0]
+        while isinstance(node, fx.Node) and node.op == "call_module":
+            inner = module.get_submodule(node.target)
+            if not isinstance(inner, _TRANSPARENT):
+                return final_linear(inner, f"{name}.{node.target}")
+            node = node.args[0]
+        return None
+    for child, inner in reversed(list(module.named_children())):
+        if not isinstance(inner, _TRANSPARENT):
+            return final_linear(inner, f"{name}.{child}")
+    return None
+
+
+def _joined(xs: Sequence[Tensor]) -> Tensor:
+    return xs[0] if len(xs) == 1 else torch.cat(list(xs), 1)

@@ -1,0 +1,184 @@
+import csv
+import io
+import json
+import re
+import sys
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from fastroute.cli import app
+from fastroute.models import create_model
+
+
+def run(*arguments, **options):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"}, **options)
+
+
+def test_predicts_a_table_of_a_folder(checkpoint, images):
+    result = run("predict", checkpoint, images / "val", "--top-k", 2, "-j", 1)
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.stdout.splitlines() if ".png" in line]
+    assert len(lines) == 12 and all(str(images) in line for line in lines)
+    assert all(any(name in line for name in ("ant", "bee", "cat")) for line in lines)
+
+
+def test_predicts_csv_with_gates_of_patterns_and_lists(checkpoint, images, tmp_path):
+    arguments = ("predict", checkpoint, images / "val" / "b*" / "*.png", "--format", "csv", "--gates", "-b", 3)
+    result = run(*arguments)
+    rows = list(csv.DictReader(io.StringIO(result.stdout)))
+    assert result.exit_code == 0 and len(rows) == 4, result.output
+    assert list(rows[0])[:5] == ["path", "class_1", "probability_1", "class_2", "probability_2"]
+    assert sum(float(rows[0][f"probability_{i}"]) for i in (1, 2, 3)) == pytest.approx(1, abs=1e-5)
+    gates = [float(rows[0][f"stack1_router_g1{j}"]) for j in (1, 2)]
+    assert sum(gates) == pytest.approx(1, abs=1e-5) and "stem_router_g21" not in rows[0]
+
+    listed = "\n".join(row["path"] for row in rows[::-1]) + "\n"
+    result = run(*arguments[:2], "-", *arguments[3:], "--output", tmp_path / "out.csv", input=listed)
+    assert result.exit_code == 0 and result.stdout == "", result.output
+    with (tmp_path / "out.csv").open() as file:
+        again = list(csv.DictReader(file))
+    for row, before in zip(again, rows[::-1], strict=True):
+        assert (row["path"], row["class_1"]) == (before["path"], before["class_1"])
+        assert float(row["probability_1"]) == pytest.approx(float(before["probability_1"]), abs=2e-6)
+
+
+def test_unreadable_images_are_named_counted_and_left_out(checkpoint, images, tmp_path):
+    (tmp_path / "bad.png").write_text("bad")
+    good = images / "val" / "ant" / "0.png"
+    result = run("predict", checkpoint, tmp_path / "bad.png", good, "none.png", "--format", "json", "--top-k", 1)
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)
+    assert row["path"] == str(good) and set(row["top"][0]) == {"class", "probability"} and "gates" not in row
+    assert "bad.png cannot be read as an image" in result.stderr and "none.png" in result.stderr
+    assert "2 of 3 images cannot be read and are left out" in result.stderr
+    result = run("predict", checkpoint, tmp_path / "bad.png")
+    assert result.exit_code == 1 and "none of the images can be read" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["."], "paths has .*; there are no images in this folder"),
+        (["*.nothing"], r"paths has \*\.nothing; no file is named so"),
+        (["x.png", "--output", "none/x.csv"], "output is none/x.csv; its folder must be there"),
+        (["x.png", "--device", "tpu"], "device is 'tpu'"),
+        (["x.png", "--model", "a.b:c"], "leave model out"),
+    ],
+)
+def test_wrong_words_end_in_a_sentence(checkpoint, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    result = run("predict", checkpoint, *arguments)
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert re.search(message, result.output), result.output
+
+
+def test_exports_and_says_how_far_the_file_is_from_eager(checkpoint, images, tmp_path):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "out.safetensors"
+    result = run("export", checkpoint, "--to", "safetensors", "--output", path)
+    assert result.exit_code == 0 and "differ from eager PyTorch's by at most 0.0e+00" in result.output, result.output
+    first = run("predict", checkpoint, images / "val" / "ant", "--format", "csv")
+    assert run("predict", path, images / "val" / "ant", "--format", "csv").stdout == first.stdout != ""
+    result = run("export", checkpoint, "--to", "onnx", "--output", checkpoint)
+    assert result.exit_code == 2 and "it is the checkpoint itself" in result.output
+
+
+OWN = """
+from torch import nn
+
+def build(num_classes, width=4):
+    return nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(width, num_classes))
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "own_net.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    yield "own_net:build"
+    sys.modules.pop("own_net", None)
+
+
+def test_the_way_from_a_network_of_one_s_own_to_a_prediction(own, images, tmp_path):
+    torch.save(create_model(own, 9, width=6).state_dict(), "single.pth")
+    train = ("train", own, "--model-kwargs", "width=6", "--multipath", 2, "--route-after", "0,1", "--data-dir", images)
+    train += ("--dataset", "imagefolder", "--img-size", 8, "-b", 12, "--epochs", 1, "--output", tmp_path, "-j", 1)
+    result = run(*train, "--experiment", "run", "--pretrained-path", "single.pth")
+    assert result.exit_code == 0, result.output
+    assert "its classifier is of 9 classes and is left out: 4.weight, 4.bias for 3 classes start fresh" in result.output
+    checkpoint = tmp_path / "run" / "last.ckpt"
+    run_of = torch.load(checkpoint, weights_only=True)["hyper_parameters"]
+    assert run_of["specification"]["init"] == "copy" and run_of["specification"]["kwargs"] == {"width": 6}
+    arguments = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
+    assert arguments["model"] == own and arguments["multipath"] == 2 and arguments["model_kwargs"] == ["width=6"]
+
+    result = run("train", "-c", tmp_path / "run" / "args.yaml", "--experiment", "again")
+    assert result.exit_code == 0, result.output
+    result = run(
+        "train", own, *train[8:], "--experiment", "more", "--resume", checkpoint, "--epochs", 2, "--sched", "step"
+    )
+    assert result.exit_code == 2 and "sched" in result.output  # another schedule, but the network is the checkpoint's
+
+    for command in (["validate"], ["paths"]):
+        result = run(*command, checkpoint)
+        assert result.exit_code == 2 and "own code is imported only where you name it" in result.output, result.output
+        result = run(*command, checkpoint, "--model", own)
+        assert result.exit_code == 0, result.output
+    result = run("predict", checkpoint, images / "val", "--model", own, "--gates", "--format", "csv")
+    assert result.exit_code == 0 and "0_router_g12" in result.stdout, result.output
+
+
+def test_a_run_goes_on_with_the_network_of_its_checkpoint(own, images, tmp_path):
+    common = (
+        "--data-dir",
+        images,
+        "--dataset",
+        "imagefolder",
+        "--img-size",
+        8,
+        "-b",
+        12,
+        "--output",
+        tmp_path,
+        "-j",
+        1,
+    )
+    common += ("--sched", "step", "--experiment", "run")
+    first = ("train", "torchvision:squeezenet1_1", "--multipath", 2, "--route-after", "features.2", "--routing", "none")
+    result = run(*first, *common, "--img-size", 32, "--epochs", 1)
+    assert result.exit_code == 0, result.output
+    last = tmp_path / "run" / "last.ckpt"
+    result = run("train", *common, "--img-size", 32, "--epochs", 2, "--resume", last)
+    assert result.exit_code == 0 and "epoch 2/2" in result.output, result.output
+    arguments = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
+    assert (arguments["multipath"], arguments["route_after"], arguments["routing"]) == (2, "features.2", "none")
+    result = run(*first[:2], "--multipath", 3, *common, "--img-size", 32, "--epochs", 3, "--resume", last)
+    assert result.exit_code == 2 and "its network was built with paths=2, not 3" in result.output, result.output
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["resnet20", "--route-after", "stack1"], "route_after is 'stack1'; it needs --multipath"),
+        (["resnet20", "--init", "copy"], "init is 'copy'; it needs --multipath"),
+        (["resnet20", "--multipath", 2, "--route-after", "stack9"], "there is no such module: did you mean stack"),
+        (["resnet20", "--model-kwargs", "depth"], "model_kwargs has 'depth'; each must be K=V"),
+        (["resnet20", "--model-kwargs", "a=1", "b=2"], "does not take these arguments"),
+        (["resnet20", "resnet32"], "model is 'resnet20', and 'resnet32' too; name one network"),
+        (["resnet20", "depth=3"], "arguments of the network are --model-kwargs depth=3"),
+        (["resnet20", "--pretrained"], "there are no weights of resnet20 to download"),
+        (["resnet20", "--pretrained-path", "none.pth"], "pretrained_path is none.pth; there is no such file"),
+        (["tim:resnet18"], "there is no module 'tim' here"),
+        (["torchvision:inception_v3", "--img-size", 8], "img_size is 8; torchvision:inception_v3 cannot take images"),
+        ([], "model is missing; name a network"),
+    ],
+)
+def test_wrong_networks_end_in_a_sentence(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("train", *arguments, "--epochs", 1, "--output", tmp_path / "runs")
+    assert result.exit_code == 2 and "Traceback" not in result.output, result.output
+    assert message in result.output, result.output

@@ -1,0 +1,103 @@
+import pytest
+import torch
+from torch import nn
+
+from fastroute import models
+from fastroute.models import Specification, create_model, multipath, specification_of
+from fastroute.nn import CrossConnection, MultiPathNetwork, ParallelPaths
+
+SLOW = ("resnet101", "resnet110", "resnet164", "se_resnet110", "convnet_aig110", "wide_resnet50_2", "vgg13_cc2")
+SIZES = dict.fromkeys(("resnet18", "resnet18_cc2", "wrn_18_1_5", "resnet34", "resnet50", "resnext50_2x64d"), 32)
+FEW = ["resnet20_cc2", "resnet20_x2", "resnet20_cp2", "resnet20", "base_cnn_cc2", "base_cnn_ensemble", "resnet18"]
+FEW += ["convnet_aig110", "hyper_wrn_40_2", "cross_stitch_base_cnn2"]
+
+
+def names():
+    every = [name for name in models.list_models() if name not in FEW]
+    return [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in every)]
+
+
+@pytest.mark.parametrize("name", names())
+def test_has_timm_s_interface(name):
+    size = SIZES.get(name, models.model_info(name).img_size)
+    model, x = create_model(name, 5, img_size=size).eval(), torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        logits, features = model(x), model.forward_features(x)
+        assert model.num_classes == logits.shape[1] == 5
+        torch.testing.assert_close(model.forward_head(features), logits)
+        pooled = model.forward_head(features, pre_logits=True)
+        assert pooled.shape == (2, model.num_features)
+        model.reset_classifier(0)
+        torch.testing.assert_close(model(x), pooled)
+        assert model.num_classes == 0 and model(x, return_routing=True)[0].shape == pooled.shape
+        fresh = create_model(name, 0, img_size=size)
+        assert fresh.eval()(x).shape == pooled.shape
+        model.reset_classifier(0, "")
+        if name != "base_cnn_ensemble":
+            torch.testing.assert_close(model(x), features)
+        model.reset_classifier(7)
+        assert model(x).shape == (2, 7) and model.num_classes == 7
+    assert specification_of(model).num_classes == 7
+    layers = model.get_classifier()
+    assert all(layer.out_features == 7 for layer in (layers if isinstance(layers, nn.ModuleList) else [layers]))
+    rebuilt = Specification.from_dict(model.specification.to_dict()).build()
+    rebuilt.load_state_dict(model.state_dict())
+
+
+def test_converted_networks_have_it_too():
+    timm = pytest.importorskip("timm")
+    small = {"img_size": 32, "depth": 3, "embed_dim": 24}
+    for base, options, cuts in (
+        ("test_resnet", {}, ["layer1", "layer2"]),
+        ("vit_tiny_patch16_224", small, ["blocks.1"]),
+    ):
+        base = timm.create_model(base, num_classes=5, **options)
+        model, x = multipath(base, 2, cuts, input_size=(3, 32, 32)).eval(), torch.randn(2, 3, 32, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(model.forward_head(model.forward_features(x)), model(x))
+            assert model.num_classes == 5 and len(model.get_classifier()) == 2
+            model.reset_classifier(0)
+            assert model(x).shape == (2, model.num_features)
+
+
+def test_networks_without_a_dense_layer_at_the_end_have_no_classifier():
+    layers = {"fork": CrossConnection(3, 1, 2), "head": ParallelPaths(nn.AdaptiveAvgPool2d(1) for _ in range(2))}
+    network = MultiPathNetwork(layers)
+    assert network.num_classes is None
+    with pytest.raises(
+        ValueError, match="a MultiPathNetwork whose paths do not end in a dense layer has no classifier"
+    ):
+        network.reset_classifier(3)
+    with pytest.raises(ValueError, match="num_classes is -1"):
+        create_model("resnet20").reset_classifier(-1)
+    with pytest.raises(ValueError, match="global_pool is 'max'"):
+        create_model("resnet20").reset_classifier(0, "max")
+
+
+def test_feature_maps_are_those_of_each_resolution_averaged_over_paths():
+    timm = pytest.importorskip("timm")
+    models.register_timm()
+    model = timm.create_model("resnet20_cc2", features_only=True).eval()
+    assert model.feature_info.channels() == [16, 32, 64] and model.feature_info.reduction() == [1, 2, 4]
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        maps = model(x)
+        network = model.network
+        xs, _ = network._body(x)
+    assert [tuple(m.shape) for m in maps] == [(2, 16, 16, 16), (2, 32, 8, 8), (2, 64, 4, 4)]
+    torch.testing.assert_close(maps[2], (xs[0] + xs[1]) / 2)
+    some = timm.create_model("resnet20_cc2", features_only=True, out_indices=(2,))
+    assert [m.shape[1] for m in some(x)] == [64]
+    with pytest.raises(ValueError, match=r"out_indices is \(5,\); the network has maps of 3 resolutions"):
+        timm.create_model("resnet20_cc2", features_only=True, out_indices=(5,))
+
+
+def test_timm_finds_the_classifier_and_the_first_convolution():
+    timm = pytest.importorskip("timm")
+    models.register_timm()
+    for name in ("resnet20_cc2", "fastroute_resnet18", "resnet20_cp2", "base_cnn_cc2"):
+        model = timm.create_model(name, num_classes=5)
+        config, state = model.default_cfg, model.state_dict()
+        for layer in (*config["classifier"], *config["first_conv"]):
+            assert f"{layer}.weight" in state
+        assert all(len(state[f"{layer}.weight"]) == 5 for layer in config["classifier"])

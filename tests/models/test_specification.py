@@ -1,0 +1,176 @@
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from fastroute.models import Specification, create_model, multipath, specification_of
+from fastroute.models.specification import specification_in
+
+OWN = """
+from torch import nn
+
+def build(num_classes, width=4):
+    return nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(width, num_classes))
+
+number = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module of the user's, in the working folder, that builds a network; its name."""
+    (tmp_path / "own_nets.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    yield "own_nets:build"
+    sys.modules.pop("own_nets", None)
+
+
+def same_outputs(network, x):
+    """Whether the network that is rebuilt from the plain values of a specification computes what it does."""
+    specification = Specification.from_dict(network.specification.to_dict())
+    rebuilt = specification.build(imports=True)
+    rebuilt.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        return torch.equal(rebuilt.eval()(x), network.eval()(x))
+
+
+def test_own_networks_keep_how_they_were_built():
+    network = create_model("resnet20_cc2", 7, 1, routing=None)
+    specification = network.specification
+    assert (specification.source, specification.num_classes, specification.in_chans) == ("fastroute", 7, 1)
+    assert specification.kwargs == {"routing": None} and specification.paths == 1
+    assert same_outputs(network, torch.randn(2, 1, 8, 8))
+    assert create_model("resnet20").specification.num_classes == 10
+
+
+def test_networks_of_timm_and_torchvision_are_built_by_name():
+    pytest.importorskip("timm")
+    network = create_model("timm:resnet18.a1_in1k", 5, 1, drop_rate=0.25)
+    assert network.conv1.in_channels == 1 and network.fc.out_features == 5 and network.drop_rate == 0.25
+    assert network.specification.text == "timm:resnet18.a1_in1k"
+    network = create_model("torchvision:squeezenet1_1", 5, 1)
+    assert network(torch.randn(2, 1, 32, 32)).shape == (2, 5) and same_outputs(network, torch.randn(2, 1, 32, 32))
+
+
+def test_multi_path_networks_keep_the_cuts_that_auto_found(own):
+    network = multipath(create_model(own, 5), 3, "auto", None, init="copy", input_size=(3, 8, 8))
+    specification = network.specification
+    assert (specification.name, specification.paths, specification.routing) == (own, 3, None)
+    assert specification.route_after == ("1",) and specification.input_size == (3, 8, 8)
+    assert same_outputs(network, torch.randn(2, 3, 8, 8))
+    assert str(specification) == "own_nets:build (3 paths)"
+    assert multipath(create_model(own, 5), 2, ["1"], lambda *_: nn.Identity()).specification is None  # a function
+
+
+def test_modules_that_timm_or_torchvision_built_tell_how():
+    timm, torchvision = pytest.importorskip("timm"), pytest.importorskip("torchvision")
+    network = timm.create_model("resnet18", num_classes=5, in_chans=1)
+    assert specification_of(network).text == "timm:resnet18.a1_in1k" and specification_of(network).in_chans == 1
+    network.act1 = nn.SiLU()
+    assert specification_of(network) is None
+    network = torchvision.models.resnet34(num_classes=5)
+    assert specification_of(network) == Specification("torchvision", "resnet34", 5)
+    assert specification_of(nn.Linear(2, 2)) is None
+
+
+def test_a_network_that_was_changed_is_not_taken_for_what_it_was():
+    network = create_model("resnet20")
+    assert specification_of(network) is network.specification is not None
+    network.head[2] = nn.Linear(64, 3)
+    assert specification_of(network) is None
+
+
+def test_own_functions_are_imported_where_the_user_names_them(own):
+    network = create_model(own, 5, width=6)
+    assert network[0].out_channels == 6 and same_outputs(network, torch.randn(2, 3, 8, 8))
+    del sys.modules["own_nets"]
+    with pytest.raises(ValueError, match="own code is imported only where you name it: add --model own_nets:build"):
+        Specification.from_dict(network.specification.to_dict()).build()
+    assert "own_nets" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("resnet21", {}, "there is no such network: did you mean .*resnet20"),
+        ("qqqq", {}, r"it must be an own network's name .*timm:NAME, torchvision:NAME or package.module:function"),
+        ("tim:resnet18", {}, "there is no module 'tim' here, and a network must be an own network's name"),
+        ("own_nets:built", {}, "own_nets has no 'built'"),
+        ("own_nets:number", {}, "number is a int, and must be a function"),
+        ("own_nets:build", {"depth": 3}, "does not take these arguments: .*depth"),
+        ("a b:c", {}, "model is 'a b:c'; it must be an own network's name"),
+        ("torchvision:resnet19", {}, "torchvision has no such classifier: did you mean resnet1"),
+        ("torchvision:../x", {}, "takes the name of a network"),
+        ("timm:resnet19", {}, "timm has no such network: did you mean"),
+        ("timm:resnet18.no_tag", {}, "Invalid pretrained tag"),
+        ("timm:resnet18", {"no_such": 1}, "does not take these arguments: .*no_such"),
+        ("resnet20", {"pretrained": True}, "there are no weights of resnet20 to download"),
+        ("resnet20", {"weights": ["x"]}, "model_kwargs has 'weights'"),
+        ("resnet20", {"pretrained_path": "none.pth"}, "pretrained_path is none.pth; there is no such file"),
+        ("timm:resnet18", {"pretrained": True, "pretrained_path": "x"}, "give one of them"),
+    ],
+)
+def test_what_cannot_be_built_is_said_in_a_sentence(name, options, message, own):
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        create_model(name, 5, **options)
+
+
+def test_a_download_that_fails_names_the_way_around_it(monkeypatch):
+    pytest.importorskip("timm")
+    import timm.models._builder as builder
+
+    def unreachable(*arguments, **options):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(builder, "load_state_dict_from_hf", unreachable)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
+    for name in ("timm:resnet18", "torchvision:resnet18"):
+        with pytest.raises(ValueError, match=f"weights of {name} cannot be had .ConnectionError: no route to host"):
+            create_model(name, 5, pretrained=True)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"source": "pickle"}, r"\['source'\] is 'pickle', expected one of fastroute, timm"),
+        ({"name": 3}, r"\['name'\] is 3, expected a text"),
+        ({"name": "../../etc"}, "expected the name of a network"),
+        ({"name": "hf-hub:x/y", "source": "timm"}, "expected the name of a network"),
+        ({"paths": 10**6}, r"\['paths'\] is 1000000, expected an int from 1 to 8"),
+        ({"paths": True}, r"\['paths'\] is True"),
+        ({"num_classes": torch.ones(2)}, r"\['num_classes'\] is a Tensor"),
+        ({"in_chans": -1}, r"\['in_chans'\] is -1"),
+        ({"kwargs": {"checkpoint_path": "/tmp/x"}}, "has 'checkpoint_path', which no specification keeps"),
+        ({"kwargs": {"widths": [[[[[1]]]]]}}, r"\['kwargs'\] is a dict, expected a dict of plain values"),
+        ({"kwargs": {"width": 10**30}}, r"\['kwargs'\] is a dict"),
+        ({"route_after": [1]}, r"\['route_after'\] is a list, expected 'auto' or"),
+        ({"routing": "code"}, r"\['routing'\] is 'code'"),
+        ({"code": "import os"}, "has 'code', which this version does not know"),
+    ],
+)
+def test_values_out_of_a_file_are_checked(change, message):
+    values = create_model("resnet20").specification.to_dict()
+    assert Specification.from_dict(values) == create_model("resnet20").specification
+    with pytest.raises(ValueError, match=message):
+        Specification.from_dict(values | change)
+    with pytest.raises(ValueError, match=f"checkpoint is x; .*{message}"):
+        specification_in({"specification": values | change}, "checkpoint is x")
+
+
+def test_older_checkpoints_name_a_network_of_ours():
+    run = {"model": "resnet20_cc2", "num_classes": 7, "in_chans": 1, "img_size": 8}
+    assert specification_in(run, "checkpoint is x") == Specification("fastroute", "resnet20_cc2", 7, 1, 8)
+    with pytest.raises(ValueError, match=r"checkpoint is x; .*a Sequential, is built: .*load\(path, model=network\)"):
+        specification_in(run | {"model": "Sequential", "specification": None}, "checkpoint is x")
+
+
+def test_differences_are_named():
+    one = Specification("timm", "resnet18", 5, paths=2, route_after=("layer1",))
+    assert one.differences(replace(one, versions={"timm": "2"}, img_size=64)) == ""
+    assert one.differences(replace(one, paths=3, init="copy")) == "paths=2, not 3, init='fresh', not 'copy'"

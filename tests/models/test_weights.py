@@ -1,0 +1,108 @@
+import pytest
+import torch
+from torch import nn
+
+from fastroute.models import create_model, multipath
+from fastroute.models.weights import load_pretrained, read_weights
+
+
+def saved(network, path):
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def single():
+    return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 9))
+
+
+def test_one_path_s_weights_start_all_paths_of_a_named_network(tmp_path):
+    said = []
+    weights = create_model("resnet20", 10).state_dict()
+    network = create_model("resnet20_cc2", 10)
+    before = network.stack2_router.w1.clone()
+    load_pretrained(network, weights, "pretrained_path is resnet20.pth", say=said.append)
+    for name in ("stack1", "stack3"):
+        first, second = (getattr(network, name)[i][1].residual[0].weight for i in range(2))
+        given = weights[f"{name}.1.residual.0.weight"]
+        assert torch.equal(first, given) and not torch.equal(second, given)
+        assert 0.005 < (second - given).std() / given.std() < 0.02
+    assert torch.equal(network.head[0][2].weight, weights["head.2.weight"])
+    assert torch.equal(network.head[1][2].bias, weights["head.2.bias"])
+    assert torch.equal(network.stack2_router.w1, before)
+    assert said == [
+        "pretrained_path is resnet20.pth; it starts all paths, with noise of 1% on all but the first; "
+        "routers start fresh"
+    ]
+
+
+def test_parts_of_one_module_find_their_weights_whatever_its_name():
+    network = multipath(single(), 2, ["0", "2"], input_size=(3, 8, 8))
+    weights = {
+        name: torch.randn(value.shape) if value.dim() else value for name, value in single().state_dict().items()
+    }
+    load_pretrained(network, weights, "x", noise=0, say=lambda sentence: None)
+    assert torch.equal(network.stem[0].weight, weights["0.weight"])
+    assert torch.equal(network.state_dict()["head.1.4.weight"], weights["4.weight"])
+
+
+def test_a_classifier_of_other_classes_is_left_out(tmp_path):
+    said = []
+    weights = create_model("resnet20_cc2", 1000).state_dict()
+    network = create_model("resnet20_cc2", 7)
+    before = network.head[1][2].weight.clone()
+    load_pretrained(network, weights, "pretrained_path is w.pth", say=said.append)
+    assert torch.equal(network.head[1][2].weight, before)
+    assert torch.equal(network.stack2[1][0].residual[0].weight, weights["stack2.1.0.residual.0.weight"])
+    assert len(said) == 1 and "its classifier is of 1,000 classes and is left out: head.0.2.weight" in said[0]
+    assert "for 7 classes start fresh" in said[0]
+
+
+def test_weights_fit_images_of_other_channels():
+    said, weights = [], create_model("resnet20", 10).state_dict()
+    for channels, expected in ((1, weights["stem.0.weight"].sum(1, keepdim=True)), (4, None)):
+        network = create_model("resnet20", 10, channels)
+        load_pretrained(network, weights, "x", say=said.append)
+        first = network.stem[0].weight
+        if expected is None:
+            expected = torch.cat([weights["stem.0.weight"], weights["stem.0.weight"][:, :1]], 1) * 0.75
+        torch.testing.assert_close(first, expected)
+    assert said[0] == "x; stem.0.weight is adapted to images of 1 channels"
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        (lambda: create_model("resnet32").state_dict(), "its weights are of another network: .*unexpected"),
+        (lambda: create_model("resnet20_cc2").state_dict(), "another network: none of its tensors|missing"),
+        (lambda: {}, "another network"),
+        (
+            lambda: create_model("resnet20").state_dict() | {"stack1.0.residual.0.weight": torch.ones(16, 15, 3, 3)},
+            "shape",
+        ),
+        (lambda: create_model("resnet20").state_dict() | {"stem.0.weight": torch.ones(8, 3, 3, 3)}, "left out|shape"),
+    ],
+)
+def test_weights_of_another_network_are_refused(weights, message):
+    network = create_model("resnet20")
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"w\.pth; .*({message})"):
+        load_pretrained(network, weights(), "w.pth", say=lambda sentence: None)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_files_of_all_kinds_are_read(tmp_path):
+    network = create_model("resnet20")
+    state = network.state_dict()
+    for i, content in enumerate(({"state_dict": state}, {"model": state}, {"state_dict": {}, "state_dict_ema": state})):
+        torch.save(content, tmp_path / f"{i}.pth")
+        assert read_weights(tmp_path / f"{i}.pth").keys() == state.keys()
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(state, tmp_path / "w.safetensors")
+    other = create_model("resnet20", pretrained_path=tmp_path / "w.safetensors")
+    assert torch.equal(other.stem[0].weight, network.stem[0].weight)
+    (tmp_path / "bad.pth").write_text("no weights")
+    with pytest.raises(ValueError, match=r"pretrained_path is .*bad\.pth; it holds no weights"):
+        read_weights(tmp_path / "bad.pth")
+    torch.save([1], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="it holds a list, and must hold a state_dict"):
+        read_weights(tmp_path / "list.pth")

@@ -1,0 +1,61 @@
+"""The scripts and notebooks in examples/ run, and come to what they say."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def main(name):
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]()
+
+
+def test_routing_layer_learns_the_digits():
+    assert main("routing_layer") > 0.9
+
+
+def test_multipath_starts_as_the_network_and_is_fine_tuned():
+    before, converted, after = main("multipath_finetune")
+    assert abs(converted - before) < 0.03 and after > before - 0.02 and after > 0.7
+
+
+def test_neural_mixture_clusters_a_matrix_better_than_k_means():
+    accuracies = main("cluster_matrix")
+    assert accuracies["NeuralMixture"] > accuracies["k-means"]
+
+
+def test_mixture_em_loop_finds_clusters():
+    assert main("mixture_em_loop") > 0.55
+
+
+def test_gates_differ_between_images():
+    spread = main("gates")
+    assert set(spread) == {0.0, 0.01} and all(0.001 < value < 0.5 for value in spread.values())
+
+
+@pytest.mark.parametrize(("name", "least"), [("routing", 0.8), ("clustering", 0.7)])
+def test_notebooks_run_from_top_to_bottom(name, least):
+    cells = json.loads((EXAMPLES / f"{name}.ipynb").read_text())["cells"]
+    variables = {"__name__": "__main__"}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"] and cell["execution_count"] is None, "notebooks are kept without outputs"
+            exec("".join(cell["source"]), variables)
+    assert variables["accuracy"] > least
+    if name == "routing":
+        assert isinstance(variables["figure"], Figure)
+        gates = variables["routing"]["mix"].gates
+        torch.testing.assert_close(gates.sum(2), torch.ones_like(gates[..., 0]))
+    else:
+        assert variables["found"].n_clusters_ == 4
+
+
+def test_every_example_is_listed():
+    listed = (EXAMPLES / "README.md").read_text()
+    for path in [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.ipynb")]:
+        assert f"[{path.name}]({path.name})" in listed
