@@ -64,8 +64,9 @@ def define(name: str, prepare: Callable, fake: Callable):
         function = traced if library is FUSED else lambda *args: fake(*prepare(*args))
         torch.library.register_fake(f"{library.ns}::{name}", function, lib=library)
     OPERATORS[name] = prepare
-    operator = getattr(torch.ops.fastroute, name).default
-    TO_FUSE[operator] = name, getattr(torch.ops.fastroute_fused, name).default
+    for namespace in (torch.ops.fastroute_python, torch.ops.fastroute):
+        operator = getattr(namespace, name).default
+        TO_FUSE[operator] = name, getattr(torch.ops.fastroute_fused, name).default
     return operator
 
 
@@ -97,7 +98,7 @@ def implement(name: str, function: Callable, key: str) -> None:
 def implement_autograd(name: str, function: Callable) -> None:
     """Register autograd in Python: function(operators, *args) calls `operators`, the forward and the backward."""
     for library in (LIBRARY, PYTHON, FUSED) if NOT_COMPILED else (PYTHON, FUSED):
-        namespace = getattr(torch.ops, "fastroute_fused" if library is FUSED else "fastroute")
+        namespace = getattr(torch.ops, library.ns)
         operators = (getattr(namespace, name).default, getattr(namespace, f"{name}_backward").default)
         library.impl(name, lambda *args, operators=operators: function(operators, *args), "Autograd")
 
