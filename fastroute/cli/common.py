@@ -1,17 +1,18 @@
 """What commands share: errors in one sentence, and files of defaults."""
 
 import contextlib
+import inspect
 import math
 import os
 import re
 import shlex
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from difflib import get_close_matches
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import torch
 import typer
@@ -43,6 +44,44 @@ WorkersOption = Annotated[
     int | None,
     typer.Option("-j", "--workers", min=1, max=WORKERS, help="Processes that decode images. (default: all cores)"),
 ]
+
+
+Options = TypeVar("Options")
+
+
+class RunOptions(Protocol):
+    """Options of a command that names a run."""
+
+    output: Path
+    experiment: str | None
+    resume: str | None
+
+
+def takes_options(cls: type[Options]) -> Callable[[Callable[[typer.Context, Options], None]], Callable[..., None]]:
+    """Give a command the fields of a dataclass as its options: their types, help and defaults are written there alone.
+
+    Args:
+        cls: the dataclass. Each field is annotated as a parameter of a typer command is.
+
+    Returns:
+        a decorator of functions of the context and an instance of `cls`.
+    """
+    parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    parameters += [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(cls)
+    ]
+
+    def decorate(command: Callable[[typer.Context, Options], None]) -> Callable[..., None]:
+        @wraps(command)
+        def wrapper(context: typer.Context, **values: Any) -> None:
+            command(context, cls(**values))
+
+        wrapper.__signature__ = inspect.Signature(parameters)  # which typer reads
+        wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return wrapper
+
+    return decorate
 
 
 def dataset_named(dataset: str | None, data_dir: Path | None, any_split: bool = False) -> str:
@@ -96,13 +135,18 @@ def endings(console: Console, command: str) -> Iterator[None]:
         end(error, 1)
 
 
-def write_arguments(context: typer.Context, folder: Path) -> None:
-    """Write all options of a run with their values into its folder, as a file for --config."""
+def write_arguments(options: RunOptions, folder: Path) -> None:
+    """Write all options of a run into its folder, as a file for --config.
+
+    Args:
+        options: an instance of the command's dataclass.
+        folder: of the run; made if it is missing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in context.params.items()}
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     if arguments.get("data_dir") is not None:  # for commands that read it here, wherever they are started
         arguments["data_dir"] = os.path.abspath(arguments["data_dir"])
-    for name in ("config", "overwrite", "by_cluster"):
+    for name in ("config", "overwrite", "by_cluster", "more_kwargs"):
         arguments.pop(name, None)
     with replacing(folder / ARGUMENTS) as file:
         yaml.safe_dump(arguments, file)
@@ -137,11 +181,11 @@ def local_path(path: Path, name: str) -> Path:
     return path
 
 
-def place_of_run(options: SimpleNamespace, kind: str, console: Console) -> tuple[Path, Path | None]:
+def place_of_run(options: RunOptions, kind: str, console: Console) -> tuple[Path, Path | None]:
     """The folder of a run, and the checkpoint to go on from if there is one.
 
     Args:
-        options: `output`, `experiment` and `resume`, as the command has them.
+        options: of the command.
         kind: follows the time in the folder's name where neither an experiment nor a checkpoint names the folder.
         console: says so where `previous.ckpt` takes the place of a damaged `last.ckpt`.
 

@@ -4,11 +4,10 @@ import ast
 import contextlib
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import typer
@@ -20,6 +19,9 @@ from fastroute.models._modes import modes_kept
 from fastroute.models.specification import Specification, specification_in
 from fastroute.ops._paths import MAX_PATHS
 
+if TYPE_CHECKING:
+    from fastroute.data import ImageDataModule
+
 NETWORK = "Network"
 
 
@@ -27,65 +29,80 @@ def _option(*flags: str, **settings):
     return typer.Option(*flags, rich_help_panel=NETWORK, **settings)
 
 
-ModelArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="[SPEC]",
-        help="The network: one of `fastroute models`, timm:NAME, torchvision:NAME, or package.module:function.",
-    ),
-]
-MoreArgument = Annotated[list[str] | None, typer.Argument(metavar="[K=V]...", hidden=True)]
-PretrainedOption = Annotated[bool, _option("--pretrained", help="Download the weights that timm or torchvision has.")]
-PretrainedPathOption = Annotated[
-    Path | None,
-    _option(help="A file of weights to start from, .safetensors or .pth, of timm, torchvision or fastroute."),
-]
-ModelKwargsOption = Annotated[
-    list[str] | None, _option(metavar="K=V", help="Arguments of the network itself, such as drop_rate=0.1.")
-]
-MultipathOption = Annotated[
-    int | None, _option(min=2, max=MAX_PATHS, help="Make so many parallel paths of the network.")
-]
-RouteAfterOption = Annotated[
-    str,
-    _option(help="With --multipath: the modules to cut behind, such as layer1,layer2; or every change of resolution."),
-]
-RoutingOption = Annotated[
-    Literal["cc", "stitch", "none"],
-    _option(help="With --multipath: cross-connections, cross-stitch units, or paths that meet at the logits alone."),
-]
-InitOption = Annotated[
-    Literal["copy", "fresh"] | None,
-    _option(help="With --multipath: all paths start alike, or each anew. (default: copy with weights to start from)"),
-]
+@dataclass
+class NetworkOptions:
+    """The options that say which network to train."""
 
-GateNormOption = Annotated[
-    Literal["center", "standardize"] | None,
-    _option(help="Normalise the scores of the gates over the batch (Eq. 4.11). (default: do not)"),
-]
-GatePriorOption = Annotated[
-    Literal["learned"] | None, _option(help="With --gate-norm: gates are posteriors with learned priors (Eq. 4.18).")
-]
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[SPEC]",
+            help="The network: one of `fastroute models`, timm:NAME, torchvision:NAME, or package.module:function.",
+        ),
+    ] = None
+    more_kwargs: Annotated[list[str] | None, typer.Argument(metavar="[K=V]...", hidden=True)] = None
+    pretrained: Annotated[bool, _option("--pretrained", help="Download the weights that timm or torchvision has.")] = (
+        False
+    )
+    pretrained_path: Annotated[
+        Path | None,
+        _option(help="A file of weights to start from, .safetensors or .pth, of timm, torchvision or fastroute."),
+    ] = None
+    model_kwargs: Annotated[
+        list[str] | None, _option(metavar="K=V", help="Arguments of the network itself, such as drop_rate=0.1.")
+    ] = None
+    multipath: Annotated[
+        int | None, _option(min=2, max=MAX_PATHS, help="Make so many parallel paths of the network.")
+    ] = None
+    route_after: Annotated[
+        str,
+        _option(
+            help="With --multipath: the modules to cut behind, such as layer1,layer2; or every change of resolution."
+        ),
+    ] = "auto"
+    routing: Annotated[
+        Literal["cc", "stitch", "none"],
+        _option(
+            help="With --multipath: cross-connections, cross-stitch units, or paths that meet at the logits alone."
+        ),
+    ] = "cc"
+    init: Annotated[
+        Literal["copy", "fresh"] | None,
+        _option(
+            help="With --multipath: all paths start alike, or each anew. (default: copy with weights to start from)"
+        ),
+    ] = None
+    gate_norm: Annotated[
+        Literal["center", "standardize"] | None,
+        _option(help="Normalise the scores of the gates over the batch (Eq. 4.11). (default: do not)"),
+    ] = None
+    gate_prior: Annotated[
+        Literal["learned"] | None,
+        _option(help="With --gate-norm: gates are posteriors with learned priors (Eq. 4.18)."),
+    ] = None
 
 
-CUTTING = {"route_after": "auto", "routing": "cc", "init": None}
-"""Options that need --multipath, and their defaults."""
+CUTTING = ("route_after", "routing", "init")
+"""Options that need --multipath."""
 
 
-def merge_arguments(context: typer.Context) -> None:
-    """Have words of the form K=V that follow `--model-kwargs` be its values, wherever the network's name stands."""
-    params = context.params
-    words = [word for word in (params["model"], *(params.pop("more_kwargs") or [])) if word is not None]
+def merge_arguments(options: NetworkOptions) -> None:
+    """Take words of the form K=V that follow `--model-kwargs` for its values, wherever the network's name stands.
+
+    Raises:
+        ValueError: two networks are named, or a word K=V has no `--model-kwargs` before it.
+    """
+    words = [word for word in (options.model, *(options.more_kwargs or [])) if word is not None]
     names = [word for word in words if "=" not in word]
     if len(names) > 1:
         raise ValueError(f"model is {names[0]!r}, and {names[1]!r} too; name one network")
-    kwargs = [*(params["model_kwargs"] or []), *(word for word in words if "=" in word)]
-    if kwargs and not params["model_kwargs"]:
+    kwargs = [*(options.model_kwargs or []), *(word for word in words if "=" in word)]
+    if kwargs and not options.model_kwargs:
         raise ValueError(f"{kwargs[0]!r} is no network; arguments of the network are --model-kwargs {kwargs[0]}")
-    params["model"], params["model_kwargs"] = names[0] if names else None, kwargs or None
+    options.model, options.model_kwargs = names[0] if names else None, kwargs or None
 
 
-def specification(options: SimpleNamespace, resume: Path | None) -> Specification:
+def specification(options: NetworkOptions, resume: Path | None) -> Specification:
     """What the flags say of the network; where they name none, or no more than its name, the checkpoint to resume.
 
     Raises:
@@ -102,8 +119,11 @@ def specification(options: SimpleNamespace, resume: Path | None) -> Specificatio
                     f"resume is {resume}; its network is built by {saved.name}, and own code is imported only where "
                     f"you name it: fastroute train {saved.name} --resume …"
                 )
-            plain = all(getattr(options, name) == default for name, default in CUTTING.items())
-            if options.model in (None, saved.text) and plain and options.gate_norm in (None, saved.gate_norm):
+            if (
+                options.model in (None, saved.text)
+                and not _cut(options)
+                and options.gate_norm in (None, saved.gate_norm)
+            ):
                 return saved
     if options.model is None:
         raise ValueError("model is missing; name a network, or a recipe with --config")
@@ -112,9 +132,8 @@ def specification(options: SimpleNamespace, resume: Path | None) -> Specificatio
     if options.pretrained and options.pretrained_path is not None:
         raise ValueError(f"pretrained is True, and pretrained_path is {options.pretrained_path}; give one of them")
     if options.multipath is None:
-        for name, default in CUTTING.items():
-            if getattr(options, name) != default:
-                raise ValueError(f"{name} is {getattr(options, name)!r}; it needs --multipath with the number of paths")
+        for name in _cut(options):
+            raise ValueError(f"{name} is {getattr(options, name)!r}; it needs --multipath with the number of paths")
         return given
     cuts = [name for name in re.split(r"[\s,]+", options.route_after) if name]
     if not cuts:
@@ -129,19 +148,42 @@ def specification(options: SimpleNamespace, resume: Path | None) -> Specificatio
     )
 
 
-def write_flags(given: Specification, params: dict[str, Any]) -> None:
-    """Have the flags of a run say of the network what its checkpoints do, which a run that goes on takes it from."""
-    params["model"] = given.text
-    params["model_kwargs"] = [f"{name}={value}" for name, value in given.kwargs.items()] or None
-    params |= {"gate_norm": given.gate_norm, "gate_prior": given.prior}
+def _cut(options: NetworkOptions) -> list[str]:
+    """Return the options of `CUTTING` that differ from their defaults."""
+    return [name for name in CUTTING if getattr(options, name) != getattr(NetworkOptions, name)]
+
+
+def write_flags(given: Specification, options: NetworkOptions) -> None:
+    """Set the options to what the checkpoints of the run will say of its network, as a resumed run reads it there."""
+    options.model = given.text
+    options.model_kwargs = [f"{name}={value}" for name, value in given.kwargs.items()] or None
+    options.gate_norm, options.gate_prior = given.gate_norm, given.prior
     if given.paths > 1:
         cuts = [given.route_after] if isinstance(given.route_after, str) else given.route_after
-        params |= {"multipath": given.paths, "route_after": ",".join(cuts)}
-        params |= {"routing": given.routing or "none", "init": given.init}
+        options.multipath, options.route_after = given.paths, ",".join(cuts)
+        options.routing, options.init = given.routing or "none", given.init
 
 
-def network(given: Specification, options: SimpleNamespace, data, resume: Path | None, console: Console) -> nn.Module:
-    """The network for images and classes of the data, with the weights that the flags ask for.
+def network(
+    given: Specification,
+    options: NetworkOptions,
+    data: "ImageDataModule",
+    num_classes: int | None,
+    resume: Path | None,
+    console: Console,
+) -> nn.Module:
+    """Build the network for the images and classes of the data, with the weights that the options ask for.
+
+    Args:
+        given: the network.
+        options: of which `pretrained` and `pretrained_path` count.
+        data: of the run, set up.
+        num_classes: logits; None is the number of the data's classes.
+        resume: the checkpoint to resume, if any; its weights then take the place of pretrained ones.
+        console: prints what is done to pretrained weights.
+
+    Returns:
+        the network, on the CPU.
 
     Raises:
         ValueError: it cannot be built, or does not take such images.
@@ -152,7 +194,7 @@ def network(given: Specification, options: SimpleNamespace, data, resume: Path |
     if resume is not None and given.num_classes is not None:  # the checkpoint's own
         sizes = {"in_chans": data.in_chans, "img_size": data.img_size}
     else:
-        sizes = {"num_classes": options.num_classes or data.num_classes}
+        sizes = {"num_classes": num_classes or data.num_classes}
         sizes |= {"in_chans": data.in_chans, "img_size": data.img_size}
     starts = resume is None  # a run that goes on has its weights
     with first_on_each_node() if options.pretrained and starts else contextlib.nullcontext():

@@ -179,16 +179,14 @@ def _clustering(
     batch_size: int,
     progress: Callable[[str], None],
 ) -> Path:
-    from fastroute.clustering.iic import IIC
-    from fastroute.clustering.networks import clustering_network
-    from fastroute.clustering.run import Batches, load_images
-    from fastroute.clustering.two_fold import TwoFoldClustering
+    from fastroute.clustering.build import ClusteringRun, build
+    from fastroute.clustering.images import load_images
+    from fastroute.clustering.run import Batches
     from fastroute.training.checkpoints import load_network_weights
     from fastroute.visualize import Images, Report, clustering_report
 
-    run = saved["hyper_parameters"]
-    clusters, heads, n_init = run["clusters"], run["heads"], run.get("n_init", 1)
-    if run["method"] == "dec":
+    run = ClusteringRun.of(saved["hyper_parameters"])
+    if run.method == "dec":
         raise ValueError(
             f"checkpoint is {checkpoint}; a report shows networks of Table 4.2, not the autoencoder of dec"
         )
@@ -199,21 +197,11 @@ def _clustering(
             raise FileNotFoundError(f"runs is {runs}; there are no folders with summary.csv in it")
     kept = _run_images(checkpoint)
     data_dir, limit = data_dir or kept["data_dir"], limit or kept["limit"]
-    loaded = load_images(run["dataset"], data_dir, limit, run["img_size"], on_bad_image=kept["on_bad_image"])
+    loaded = load_images(run.dataset, data_dir, limit, run.img_size, on_bad_image=kept["on_bad_image"])
     pixels, labels = loaded.images, loaded.labels
     where = f" in {data_dir}" if data_dir else ""
-    standard_output().print(
-        shown(f"images: {len(labels):,} of {run['dataset']}{where}"), soft_wrap=True, highlight=False
-    )
-
-    def network() -> IIC | TwoFoldClustering:
-        size, batch_norm = pixels.shape[-1], run["batch_norm"]
-        layers = clustering_network(run["architecture"], heads * clusters, size, batch_norm, n_init)
-        if run["method"] == "iic":
-            return IIC(layers, clusters)
-        return TwoFoldClustering(layers, clusters, heads=heads * n_init)
-
-    trained = network()
+    standard_output().print(shown(f"images: {len(labels):,} of {run.dataset}{where}"), soft_wrap=True, highlight=False)
+    trained, untrained = (build(run, pixels.shape[1:]) for _ in range(2))
     load_network_weights(trained, saved, checkpoint)
     check_finite(trained, checkpoint)
     images = Images(
@@ -224,13 +212,13 @@ def _clustering(
         torch.ones(1),
     )
     facts = {
-        "network": run["architecture"],
+        "network": run.architecture,
         "checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}",
-        "images": f"{len(labels):,} of {data_dir.name if data_dir else run['dataset']}",
-        "clusters": f"{clusters}, by {run['method']}",
+        "images": f"{len(labels):,} of {data_dir.name if data_dir else run.dataset}",
+        "clusters": f"{run.clusters}, by {run.method}",
     }
-    page = Report(folder, f"Clusters of {run['dataset']}", facts, progress)
-    return clustering_report(page, _Responses(trained), images, untrained=_Responses(network()), summaries=summaries)
+    page = Report(folder, f"Clusters of {run.dataset}", facts, progress)
+    return clustering_report(page, _Responses(trained), images, untrained=_Responses(untrained), summaries=summaries)
 
 
 def _run_images(checkpoint: Path) -> dict:

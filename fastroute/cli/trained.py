@@ -9,6 +9,7 @@ import torch
 import typer
 from torch import nn
 
+from fastroute._defaults import CROP_PCT
 from fastroute.cli.images import chosen_images
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def trained(
     network = trained_network(path, checkpoint=checkpoint, model=model)
     run, data = checkpoint["hyper_parameters"], checkpoint.get("ImageDataModule", {})
     images = chosen_images(data, dataset, data_dir)
-    img_size, crop_pct = data.get("img_size", run["img_size"]), data.get("crop_pct", 0.875)
+    img_size, crop_pct = data.get("img_size", run["img_size"]), data.get("crop_pct", CROP_PCT)
     loader, classes, channels = validation_loader(
         images.dataset,
         images.data_dir,

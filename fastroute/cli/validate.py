@@ -4,8 +4,8 @@ import csv
 import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import torch
@@ -13,7 +13,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastroute.cli.common import COUNT, PIXELS, DataDirOption, DatasetOption, WorkersOption, plain_errors, real
+from fastroute._defaults import CROP_PCT
+from fastroute.cli.common import (
+    COUNT,
+    PIXELS,
+    DataDirOption,
+    DatasetOption,
+    WorkersOption,
+    plain_errors,
+    real,
+    takes_options,
+)
 from fastroute.cli.images import chosen_images
 from fastroute.cli.outside import shown, standard_output
 from fastroute.cli.sizes import check_batch, check_images
@@ -23,57 +33,64 @@ from fastroute.models.specification import Specification
 from fastroute.nn import Router, SparseRouter
 
 
-def validate(
-    context: typer.Context,
+@dataclass
+class ValidateOptions:
+    """The options of `fastroute validate`."""
+
     checkpoint: Annotated[
         Path | None, typer.Argument(help="A checkpoint, a file of weights (with --model), or a folder of checkpoints.")
-    ] = None,
+    ] = None
     model: Annotated[
         str | None,
         typer.Option(
             help="The network, as for train. (default: the checkpoint's; without one, fresh weights) One that the "
             "checkpoint has from module:function must be named again."
         ),
-    ] = None,
-    dataset: DatasetOption = None,
-    data_dir: DataDirOption = None,
-    num_classes: Annotated[
-        int | None, typer.Option(min=1, max=COUNT, help="Logits. (default: the checkpoint's)")
-    ] = None,
+    ] = None
+    dataset: DatasetOption = None
+    data_dir: DataDirOption = None
+    num_classes: Annotated[int | None, typer.Option(min=1, max=COUNT, help="Logits. (default: the checkpoint's)")] = (
+        None
+    )
     first_classes: Annotated[
         int | None, typer.Option(min=1, max=COUNT, help="Use only the first so many classes of the data.")
-    ] = None,
+    ] = None
     img_size: Annotated[
         int | None, typer.Option(min=1, max=PIXELS, help="Size of the crops. (default: as in training)")
-    ] = None,
+    ] = None
     crop_pct: Annotated[
         float | None,
-        typer.Option(parser=real(), help="The crop's side by the resized image's. (default: as in training, or 0.875)"),
-    ] = None,
-    ten_crop: Annotated[bool, typer.Option("--ten-crop", help="Corners and centre, and these mirrored.")] = False,
+        typer.Option(
+            parser=real(), help=f"The crop's side by the resized image's. (default: as in training, or {CROP_PCT})"
+        ),
+    ] = None
+    ten_crop: Annotated[bool, typer.Option("--ten-crop", help="Corners and centre, and these mirrored.")] = False
     use_ema: Annotated[
         bool, typer.Option("--use-ema/--no-use-ema", help="The moving average, where the run kept one.")
-    ] = True,
-    batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1, max=COUNT, help="Of one process.")] = 128,
-    workers: WorkersOption = None,
-    on_bad_image: Annotated[
-        Literal["stop", "skip"], typer.Option(help="What an image that cannot be read does.")
-    ] = "stop",
-    amp: Annotated[bool, typer.Option("--amp/--no-amp", help="Mixed precision.")] = False,
-    amp_dtype: Annotated[Literal["bfloat16", "float16"], typer.Option()] = "bfloat16",
-    channels_last: Annotated[bool, typer.Option("--channels-last/--no-channels-last")] = False,
-    gates: Annotated[bool, typer.Option("--gates", help="Count the gates that are skewed (Figure 5.1).")] = False,
-    results_file: Annotated[Path | None, typer.Option(help="Write the results to it, as .csv or .json.")] = None,
-) -> None:
+    ] = True
+    batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1, max=COUNT, help="Of one process.")] = 128
+    workers: WorkersOption = None
+    on_bad_image: Annotated[Literal["stop", "skip"], typer.Option(help="What an image that cannot be read does.")] = (
+        "stop"
+    )
+    amp: Annotated[bool, typer.Option("--amp/--no-amp", help="Mixed precision.")] = False
+    amp_dtype: Annotated[Literal["bfloat16", "float16"], typer.Option()] = "bfloat16"
+    channels_last: Annotated[bool, typer.Option("--channels-last/--no-channels-last")] = False
+    gates: Annotated[bool, typer.Option("--gates", help="Count the gates that are skewed (Figure 5.1).")] = False
+    results_file: Annotated[Path | None, typer.Option(help="Write the results to it, as .csv or .json.")] = None
+
+
+@takes_options(ValidateOptions)
+def validate(context: typer.Context, options: ValidateOptions) -> None:
     """Measure single-crop or 10-crop errors of checkpoints.
 
     Started by `torchrun`, the processes share the images; each image is counted once.
     """
-    options = SimpleNamespace(**context.params)
+    checkpoint, results_file = options.checkpoint, options.results_file
     with plain_errors():
         from fastroute.training.distributed import is_main, process_group
 
-        if checkpoint is None and model is None:
+        if checkpoint is None and options.model is None:
             raise ValueError("checkpoint is missing; name one, or a network with --model for fresh weights")
         if results_file is not None and results_file.suffix not in (".csv", ".json"):
             raise ValueError(f"results_file is {results_file}; it must end in .csv or .json")
@@ -91,11 +108,11 @@ def validate(
     for r in results:
         numbers = (f"{r['error']:.2f}", f"{r['error5']:.2f}", f"{r['images']:,}", f"{r['skipped']:,}")
         name = shown(Path(r["checkpoint"]).name) if r["checkpoint"] else "fresh weights"
-        if gates:
+        if options.gates:
             counts.add_row(name, shown(r["model"]), *(str(r[key]) for key in ("gates", "never_above", "never_below")))
         table.add_row(name, shown(r["model"]), str(r["crops"]), *numbers, f"{r['images_per_s']:,.0f}")
     console.print(table)
-    if gates:
+    if options.gates:
         console.print(counts)
     if is_main() and results_file is not None:
         with plain_errors():
@@ -111,7 +128,7 @@ def _checkpoints(path: Path | None) -> list[Path | None]:
     return found
 
 
-def _result(path: Path | None, options: SimpleNamespace, console: Console) -> dict:
+def _result(path: Path | None, options: ValidateOptions, console: Console) -> dict:
     from fastroute.data.loaders import MemoryLoader
     from fastroute.data.module import STREAMED
     from fastroute.diagnostics.routing import skewed_gates
@@ -138,7 +155,7 @@ def _result(path: Path | None, options: SimpleNamespace, console: Console) -> di
             data_dir,
             batch_size=options.batch_size,
             img_size=img_size,
-            crop_pct=options.crop_pct or data.get("crop_pct", 0.875),
+            crop_pct=options.crop_pct or data.get("crop_pct", CROP_PCT),
             ten_crop=options.ten_crop,
             num_workers=options.workers or os.cpu_count() or 1,
             first_classes=options.first_classes or data.get("first_classes"),

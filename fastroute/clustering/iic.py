@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from fastroute._defaults import LR_CONSISTENCY
 from fastroute.clustering.augment import Augmentation
 from fastroute.clustering.metrics import mutual_information
 from fastroute.clustering.module import ClusteringModule
@@ -36,7 +37,12 @@ class IIC(ClusteringModule):
     """
 
     def __init__(
-        self, network: nn.Module, num_clusters: int, *, augmentation: Augmentation | None = None, lr: float = 1e-4
+        self,
+        network: nn.Module,
+        num_clusters: int,
+        *,
+        augmentation: Augmentation | None = None,
+        lr: float = LR_CONSISTENCY,
     ):
         super().__init__(num_clusters)
         if not lr > 0:

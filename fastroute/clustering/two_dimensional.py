@@ -9,6 +9,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastroute._defaults import GAMMA
 from fastroute._extras import extra
 from fastroute.clustering.metrics import cluster_accuracy
 from fastroute.nn import MixtureEMLoss, RelevanceNorm
@@ -17,7 +18,7 @@ from fastroute.ops import mixture_em_loss
 with extra("visualize", "fastroute.clustering.two_dimensional"):
     from matplotlib.figure import Figure
 
-GAMMA, BATCH = 5.0, 128
+BATCH = 128
 STEPS = 4690
 """Ten epochs of MNIST, whatever the data."""
 

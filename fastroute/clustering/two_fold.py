@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastroute._defaults import GAMMA, LR_CONSISTENCY, LR_EM
 from fastroute.clustering.augment import Augmentation
 from fastroute.clustering.metrics import mutual_information
 from fastroute.clustering.module import ClusteringModule
@@ -37,9 +38,9 @@ class TwoFoldClustering(ClusteringModule):
         heads: int = 1,
         method: Literal["two-fold", "em", "consistency"] = "two-fold",
         augmentation: Augmentation | None = None,
-        lr_em: float = 5e-5,
-        lr_consistency: float = 1e-4,
-        gamma: float = 5.0,
+        lr_em: float = LR_EM,
+        lr_consistency: float = LR_CONSISTENCY,
+        gamma: float = GAMMA,
         training_statistics: Literal["running", "batch"] = "running",
     ):
         super().__init__(num_clusters)

@@ -1,9 +1,7 @@
 """What a run shows and writes."""
 
-import csv
 import datetime
 import time
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,15 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import distributed as dist
 
-from fastroute._files import replacing
 from fastroute.diagnostics.routing import across_processes
 from fastroute.diagnostics.statistics import RouterStatistics, add_routing
 from fastroute.training.loggers import StepTable
+from fastroute.training.tables import RowTable
 
 METRICS = ("train_loss", "train_error", "train_aux", "val_loss", "val_error", "val_error5")
 
 
-class EpochSummary(pl.Callback):
+class EpochSummary(RowTable):
     """One row for each epoch, in `rows` and in a CSV file: losses, errors in percent, learning rate and speed.
 
     `lr` is that of the epoch's last step, `images_per_s` counts training alone over all processes, `data_wait` is the
@@ -30,15 +28,6 @@ class EpochSummary(pl.Callback):
     be read so far, and `seconds` the whole epoch with its validation. Of an epoch that was interrupted, times are those
     since. Rows are part of the checkpoint, so a resumed run has those of the epochs before it.
     """
-
-    def __init__(self, path: Path):
-        self.path, self.rows = path, []
-
-    def state_dict(self) -> dict:
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        self.rows = list(state_dict["rows"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._begin()  # on_train_epoch_start does not come where a run goes on within an epoch
@@ -90,7 +79,7 @@ class EpochSummary(pl.Callback):
             }
         )
         if trainer.is_global_zero:
-            write_csv(self.path, self.rows)
+            self.write()
 
 
 class StepLog(pl.Callback):
@@ -163,7 +152,7 @@ class Patience(pl.Callback):
         checkpoint["stopped_early"] = self._stopped
 
 
-class RouterDiagnostics(pl.Callback):
+class RouterDiagnostics(RowTable):
     """What each router does on the validation images, each epoch: in `statistics`, a CSV file and the logger.
 
     The file has a row for each gate of each router, from path i to path j: the mean gate, the share of images for which
@@ -172,14 +161,8 @@ class RouterDiagnostics(pl.Callback):
     """
 
     def __init__(self, path: Path):
-        self.path, self.rows = path, []
+        super().__init__(path)
         self.statistics: dict[str, RouterStatistics] = {}
-
-    def state_dict(self) -> dict:
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        self.rows = list(state_dict["rows"])
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._totals = {}
@@ -202,7 +185,7 @@ class RouterDiagnostics(pl.Callback):
                     place = {"epoch": trainer.current_epoch + 1, "router": name, "from": i, "to": j}
                     self.rows.append(place | {"gate": gate, "largest": largest, "peak": peak, "entropy": entropy})
                     scalars |= {f"router/{name}/gate_{i}{j}": gate, f"router/{name}/largest_{i}{j}": largest}
-        write_csv(self.path, self.rows)
+        self.write()
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step)
 
@@ -291,12 +274,3 @@ class EpochProgress(pl.callbacks.ProgressBar):
         self.progress.stop()
         for task in self.progress.task_ids:
             self.progress.remove_task(task)
-
-
-def write_csv(path: Path, rows: Sequence[dict]) -> None:
-    """Write rows of the same or of different columns, whole or not at all."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with replacing(path, newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)

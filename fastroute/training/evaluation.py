@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from fastroute._defaults import CROP_PCT
 from fastroute.data.augment import channel_statistics
 from fastroute.data.decode import UnreadableImage
 from fastroute.data.in_memory import DATASETS, Options
@@ -91,7 +92,7 @@ def validation_loader(
     *,
     batch_size: int = 128,
     img_size: int | None = None,
-    crop_pct: float = 0.875,
+    crop_pct: float = CROP_PCT,
     ten_crop: bool = False,
     num_workers: int = 1,
     first_classes: int | None = None,

@@ -20,21 +20,20 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from fastroute.training.callbacks import EpochProgress, EpochSummary, Patience, RouterDiagnostics, StepLog
-from fastroute.training.checkpoints import (
-    LAST,
-    AtomicCheckpointIO,
-    BestCheckpoint,
-    CheckpointHistory,
-    LastCheckpoint,
-    RecoveryCheckpoint,
-    check_resume,
-)
+from fastroute.training.checkpoints import LAST, check_resume
 from fastroute.training.classifier import RoutingClassifier
 from fastroute.training.distributed import agreed, is_main, world_size
 from fastroute.training.graphs import check_recording
 from fastroute.training.loggers import make_loggers
 from fastroute.training.optim import check_warmup
 from fastroute.training.run_folder import new_folder, run_folder
+from fastroute.training.saving import (
+    AtomicCheckpointIO,
+    BestCheckpoint,
+    CheckpointHistory,
+    LastCheckpoint,
+    RecoveryCheckpoint,
+)
 from fastroute.training.steps import (
     BatchNormSync,
     EpochMeans,

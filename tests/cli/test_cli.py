@@ -1,4 +1,6 @@
 import csv
+import dataclasses
+import inspect
 import io
 import json
 import os
@@ -21,7 +23,9 @@ import fastroute
 from fastroute import _files
 from fastroute.cli import COMMANDS, app
 from fastroute.cli.outside import standard_output
+from fastroute.cli.train_options import TrainOptions
 from fastroute.cli.trained import this_device
+from fastroute.training import ImageDataModule, RoutingClassifier, fit
 from fastroute.training.recipes import recipes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -114,6 +118,25 @@ def test_a_recipe_is_named_and_flags_win(tmp_path):
     assert torch.load(tmp_path / "run" / "last.ckpt")["hyper_parameters"]["num_classes"] == 3
     result = run("validate", tmp_path / "run" / "last.ckpt")  # on images of the three classes, without being told
     assert result.exit_code == 0 and "107" in result.output, result.output
+
+
+@pytest.mark.parametrize(
+    ("function", "others"),
+    [
+        (RoutingClassifier, {"model"}),
+        (ImageDataModule, {"seed"}),
+        (fit, {"amp_dtype", "model_ema_decay", "output", "seed"}),  # None turns them off, or names a new folder
+    ],
+    ids=["RoutingClassifier", "ImageDataModule", "fit"],
+)
+def test_train_has_the_defaults_of_the_functions_it_calls(function, others):
+    parameters = inspect.signature(function).parameters.values()
+    required = {parameter.name for parameter in parameters if parameter.default is inspect.Parameter.empty}
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    options = {field.name: field.default for field in dataclasses.fields(TrainOptions)}
+    shared = (defaults.keys() & options.keys()) - others - required - {"num_classes", "in_chans", "img_size"}
+    assert len(shared) > 8
+    assert {name: options[name] for name in shared} == {name: defaults[name] for name in shared}
 
 
 def test_every_recipe_holds_options_of_its_command():

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from fastroute.cli import app
 from fastroute.clustering import run as clustering_run
-from fastroute.clustering.run import CIFAR100_SUPERCLASSES, load_images
+from fastroute.clustering.images import CIFAR100_SUPERCLASSES, load_images
 from fastroute.training import checkpoints
 
 QUICK = ["cluster", "--limit", "400", "--architecture", "C8 M F16", "--lr-em", "1e-3", "--lr-consistency", "1e-3"]

@@ -12,14 +12,15 @@ from fastroute import _files
 from fastroute.models import create_model
 from fastroute.models.ensemble import Ensemble
 from fastroute.training import RoutingClassifier, check_resume, epochs_done, load_weights, save_weights
-from fastroute.training.checkpoints import AtomicCheckpointIO, read_checkpoint
+from fastroute.training.checkpoints import read_checkpoint
 from fastroute.training.optim import OPTIMIZERS, parameter_groups
+from fastroute.training.saving import AtomicCheckpointIO
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 SAVES_FOREVER = """
 import itertools, sys, torch
-from fastroute.training.checkpoints import AtomicCheckpointIO
+from fastroute.training.saving import AtomicCheckpointIO
 io = AtomicCheckpointIO()
 for i in itertools.count():
     io.save_checkpoint({"number": i, "weights": torch.full((1_000_000,), float(i))}, sys.argv[1])

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastroute.models.cifar_resnet import cifar_resnet
 from fastroute.training import ImageDataModule, RoutingClassifier, Terminated, fit
-from fastroute.training.checkpoints import RecoveryCheckpoint
+from fastroute.training.saving import RecoveryCheckpoint
 
 
 class Noisy(nn.Module):

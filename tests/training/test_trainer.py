@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastroute.training import ImageDataModule, RoutingClassifier, fit, router_statistics
 from fastroute.training.callbacks import Patience
-from fastroute.training.checkpoints import CheckpointHistory, check_not_finished
+from fastroute.training.checkpoints import check_not_finished
 from fastroute.training.loggers import make_loggers
+from fastroute.training.saving import CheckpointHistory
 from fastroute.training.steps import MovingAverage
 
 
