@@ -1,4 +1,4 @@
-"""`fastroute cluster`: images to clusters, without labels."""
+"""`fastroute cluster`: cluster images without their labels."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +13,15 @@ from fastroute.cli.common import (
     SEED,
     OverwriteOption,
     config_option,
-    dataset_named,
-    endings,
-    place_of_run,
+    handle_run_errors,
     plain_errors,
     real,
+    resolve_dataset,
+    run_location,
     takes_options,
     write_arguments,
 )
-from fastroute.cli.outside import shown, standard_output
+from fastroute.cli.errors import escaped, standard_output
 from fastroute.cli.sizes import check_images
 
 if TYPE_CHECKING:
@@ -30,28 +30,30 @@ if TYPE_CHECKING:
 
 @dataclass
 class ClusterOptions:
-    """The options of `fastroute cluster`, by the names that args.yaml and --config have for them."""
+    """The options of `fastroute cluster`, by their names in args.yaml and --config."""
 
     config: Annotated[str | None, config_option("cluster")] = None
     dataset: Annotated[
         Literal["digits", "mnist", "cifar10", "cifar100", "stl10", "imagefolder", "webdataset"] | None,
-        typer.Option(help="Where the images come from. (default: what --data-dir holds, or digits)"),
+        typer.Option(help="Source of the images. (default: that of --data-dir, or digits)"),
     ] = None
     data_dir: Annotated[
         Path | None,
         typer.Option(help="Any folder of images, with classes or without, or of tar shards. (default: data)"),
     ] = None
-    on_bad_image: Annotated[Literal["stop", "skip"], typer.Option(help="What an image that cannot be read does.")] = (
-        "stop"
-    )
+    on_bad_image: Annotated[
+        Literal["stop", "skip"], typer.Option(help="What to do about an image that cannot be read.")
+    ] = "stop"
     download: Annotated[bool, typer.Option("--download", help="Download torchvision's sets.")] = False
     img_size: Annotated[
-        int | None, typer.Option(min=1, max=PIXELS, help="Scale images to it. (default: as they are)")
+        int | None, typer.Option(min=1, max=PIXELS, help="Scale images to this size. (default: do not)")
     ] = None
-    limit: Annotated[int | None, typer.Option(max=COUNT, help="Only so many images. (default: all)")] = None
+    limit: Annotated[
+        int | None, typer.Option(max=COUNT, help="Number of images to use, from the first. (default: all)")
+    ] = None
     method: Annotated[
         Literal["two-fold", "em", "consistency", "iic", "dec", "kmeans", "gmm", "spectral"],
-        typer.Option(help="How to cluster. (dec: the first half of the epochs trains its autoencoder)"),
+        typer.Option(help="Method of clustering; dec trains its autoencoder in the first half of the epochs."),
     ] = "two-fold"
     two_dimensional: Annotated[
         bool,
@@ -60,45 +62,48 @@ class ClusterOptions:
         ),
     ] = False
     clusters: Annotated[
-        int, typer.Option("-k", "--clusters", min=1, max=COUNT, help="How many; may exceed the classes.")
+        int, typer.Option("-k", "--clusters", min=1, max=COUNT, help="Number of clusters; may exceed the classes.")
     ] = 10
     heads: Annotated[
         int,
-        typer.Option(
-            min=1, max=1000, help="Clusterings at once, of which the one that augmentation changes least is kept."
-        ),
+        typer.Option(min=1, max=1000, help="Clusterings at once; the one that augmentation changes least is kept."),
     ] = 1
     n_init: Annotated[
-        int, typer.Option(min=1, max=1000, help="Networks at once, each from its own weights; one is kept as of heads.")
+        int,
+        typer.Option(min=1, max=1000, help="Networks at once, each from its own weights; one is kept, as of heads."),
     ] = 1
     architecture: Annotated[
-        str | None, typer.Option(help="mnist, cifar or stl10 of Table 4.2, or its layers. (default: the data's)")
+        str | None, typer.Option(help="mnist, cifar or stl10 of Table 4.2, or layers as in it. (default: the data's)")
     ] = None
-    batch_norm: Annotated[bool, typer.Option("--batch-norm/--no-batch-norm", help="After convolutions.")] = True
-    statistics: Annotated[
-        Literal["running", "batch"], typer.Option(help="What normalises relevance scores in training.")
-    ] = "running"
-    epochs: Annotated[int, typer.Option(min=1, max=COUNT)] = 250
-    batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=2, max=COUNT)] = 128
-    lr_em: Annotated[float, typer.Option(parser=real(), help="Of the mixture-EM loss.")] = LR_EM
-    lr_consistency: Annotated[float, typer.Option(parser=real(), help="Of the consistency loss, and of iic.")] = (
-        LR_CONSISTENCY
+    batch_norm: Annotated[bool, typer.Option("--batch-norm/--no-batch-norm", help="Batch norm after convolutions.")] = (
+        True
     )
+    statistics: Annotated[
+        Literal["running", "batch"], typer.Option(help="Statistics that normalise relevance scores in training.")
+    ] = "running"
+    epochs: Annotated[int, typer.Option(min=1, max=COUNT, help="Epochs of the whole run.")] = 250
+    batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=2, max=COUNT, help="Images in a batch.")] = 128
+    lr_em: Annotated[float, typer.Option(parser=real(), help="Learning rate of the mixture-EM loss.")] = LR_EM
+    lr_consistency: Annotated[
+        float, typer.Option(parser=real(), help="Learning rate of the consistency loss, and of iic.")
+    ] = LR_CONSISTENCY
     gamma: Annotated[float, typer.Option(parser=real(), help="γ of Eq. 4.12.")] = GAMMA
     amp: Annotated[bool, typer.Option("--amp/--no-amp", help="bfloat16 mixed precision.")] = False
-    channels_last: Annotated[bool, typer.Option("--channels-last/--no-channels-last")] = False
-    seed: Annotated[int, typer.Option(min=0, max=SEED)] = 42
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last/--no-channels-last", help="Compute in channels_last.")
+    ] = False
+    seed: Annotated[int, typer.Option(min=0, max=SEED, help="Seed of weights, order and augmentation.")] = 42
     output: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs")
     experiment: Annotated[
         str | None,
-        typer.Option(help="Folder of this run; two-dimensional is that of §4.5.1. (default: time, method, data)"),
+        typer.Option(help="Folder of this run; two-dimensional runs that of §4.5.1. (default: time, method, data)"),
     ] = None
     overwrite: OverwriteOption = False
     resume: Annotated[
-        str | None, typer.Option(help="Checkpoint to go on from; auto: the experiment's own, if there is one.")
+        str | None, typer.Option(help="Checkpoint to resume from; auto: that of the experiment, if there is one.")
     ] = None
     by_cluster: Annotated[
-        Path | None, typer.Option(help="New folder for links to the images, in a folder for each cluster.")
+        Path | None, typer.Option(help="New folder for links to the images, in a subfolder for each cluster.")
     ] = None
 
 
@@ -106,7 +111,7 @@ class ClusterOptions:
 def cluster(context: typer.Context, options: ClusterOptions) -> None:
     """Cluster images without their labels; write assignments.csv, summary.csv, args.yaml, and last.ckpt of a network.
 
-    assignments.csv has each image's path, its cluster, counted from 0, and its posterior of each cluster.
+    assignments.csv has the path of each image, its cluster, counted from 0, and its posterior of each cluster.
     """
     console = standard_output()
     with plain_errors():
@@ -122,17 +127,17 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
         clusters, epochs, method, seed = options.clusters, options.epochs, options.method, options.seed
         for name in ("heads", "n_init"):
             if getattr(options, name) > 1 and method not in ("two-fold", "em", "consistency"):
-                raise ValueError(f"{name} is {getattr(options, name)}; the method {method!r} has one")
+                raise ValueError(f"{name} is {getattr(options, name)}; the method {method!r} has only one")
         dataset = options.dataset = _dataset(options.dataset, options.data_dir)  # as args.yaml keeps it
         in_plane = options.two_dimensional or options.experiment == "two-dimensional"
-        folder, resume = place_of_run(options, f"{method}-{dataset}", console)
+        folder, resume = run_location(options, f"{method}-{dataset}", console)
         check_images(dataset, options.img_size)
         with console.status("reading the images"):
             loaded = load_images(
                 dataset, options.data_dir, options.limit, options.img_size, options.download, options.on_bad_image
             )
         images, labels = loaded.images, loaded.labels
-        console.print(shown(_description(dataset, options.data_dir, loaded)), soft_wrap=True, highlight=False)
+        console.print(escaped(_description(dataset, options.data_dir, loaded)), soft_wrap=True, highlight=False)
         if options.by_cluster is not None:
             check_by_cluster(options.by_cluster, options.data_dir, loaded)
         if (labels < 0).any() and in_plane:
@@ -149,7 +154,7 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
 
             plane.run(images, labels, clusters, seed, folder, console)
             return
-        finished = False  # where only assignments.csv may be missing
+        finished = False  # if True, only assignments.csv may be missing
         if method in run.CLASSICAL:
             posterior = run.fit_classical(method, images, labels, clusters, seed, folder, console)
             module = None
@@ -170,10 +175,10 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
                 checkpoint = run.check_resume(resume, module, max(epochs, done + 1))
                 if finished:
                     module.load_state_dict(checkpoint["state_dict"])
-                    console.print(f"all {epochs} epochs are done: {shown(resume)}", soft_wrap=True)
+                    console.print(f"all {epochs} epochs are done: {escaped(resume)}", soft_wrap=True)
     write_arguments(options, folder)
     if module is not None:
-        with endings(console, "cluster"):
+        with handle_run_errors(console, "cluster"):
             if not finished:
                 run.fit(
                     module,
@@ -192,21 +197,21 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
         write_assignments(folder / "assignments.csv", loaded.paths, posterior)
         if options.by_cluster is not None:
             link_by_cluster(options.by_cluster, loaded.paths, posterior)
-            console.print(f"links by cluster: {shown(options.by_cluster.resolve())}", soft_wrap=True)
-    console.print(f"assignments.csv, summary.csv, args.yaml: {shown(folder.resolve())}", soft_wrap=True)
+            console.print(f"links by cluster: {escaped(options.by_cluster.resolve())}", soft_wrap=True)
+    console.print(f"assignments.csv, summary.csv, args.yaml: {escaped(folder.resolve())}", soft_wrap=True)
 
 
 def _dataset(dataset: str | None, data_dir: Path | None) -> str:
-    """The dataset that is named, or else what the folder holds, where images without classes are an imagefolder."""
+    """Return the given dataset, or else that of the folder; a folder of images without classes is an imagefolder."""
     from fastroute.data.layout import layouts
 
     if dataset is None and data_dir is not None and not layouts(data_dir):
         return "imagefolder"
-    return dataset_named(dataset, data_dir, any_split=True)
+    return resolve_dataset(dataset, data_dir, any_split=True)
 
 
 def _description(dataset: str, data_dir: Path | None, loaded: "Loaded") -> str:
     count, channels, size, _ = loaded.images.shape
     where = f" in {data_dir}" if data_dir is not None else ""
-    classes = f"{len(loaded.classes):,} classes, which are not used" if loaded.classes else "no classes"
+    classes = f"{len(loaded.classes):,} classes, not used" if loaded.classes else "no classes"
     return f"{dataset}{where}: {count:,} images, {size}×{size}, {'grey' if channels == 1 else 'colour'}, {classes}"

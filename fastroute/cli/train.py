@@ -1,4 +1,4 @@
-"""`fastroute train`: flags to a data module, a Lightning module and a run."""
+"""`fastroute train`: train a network."""
 
 import contextlib
 import re
@@ -12,16 +12,16 @@ from torch import nn
 
 from fastroute.cli import network
 from fastroute.cli.common import (
-    dataset_named,
-    device_named,
-    endings,
+    handle_run_errors,
     numbers,
-    place_of_run,
     plain_errors,
+    resolve_dataset,
+    resolve_device,
+    run_location,
     takes_options,
     write_arguments,
 )
-from fastroute.cli.outside import shown, standard_output
+from fastroute.cli.errors import escaped, standard_output
 from fastroute.cli.sizes import check_batch, check_images
 from fastroute.cli.train_options import TrainOptions
 from fastroute.nn import GateClusteringLoss, Router
@@ -43,7 +43,7 @@ def train(context: typer.Context, options: TrainOptions) -> None:
         check_gpus()
         network.merge_arguments(options)
     console = standard_output(quiet=not is_main())
-    with endings(console, "train"), process_group():
+    with handle_run_errors(console, "train"), process_group():
         with plain_errors():
             device = _device(options)
             data, module, resume, folder = _prepare(context, options, device, console)
@@ -76,7 +76,7 @@ def train(context: typer.Context, options: TrainOptions) -> None:
     routers = next(c for c in module.trainer.callbacks if isinstance(c, training.RouterDiagnostics)).statistics
     if gates := {name: router.mean_gates for name, router in routers.items()}:
         console.print(training.gates_table(gates, title="mean gates over the validation images"))
-    console.print(f"last.ckpt, best.ckpt, summary.csv, args.yaml: {shown(folder.resolve())}", soft_wrap=True)
+    console.print(f"last.ckpt, best.ckpt, summary.csv, args.yaml: {escaped(folder.resolve())}", soft_wrap=True)
 
 
 def _prepare(
@@ -84,14 +84,14 @@ def _prepare(
 ) -> tuple["ImageDataModule", "RoutingClassifier", Path | None, Path]:
     """Return the data module, the module to train, the checkpoint to resume if there is one, and the run's folder.
 
-    The options become what args.yaml is to hold: the dataset and the network as they were found to be.
+    The dataset and the network are written into the options as they were resolved, for args.yaml.
     """
     import pytorch_lightning as pl
 
     from fastroute import training
     from fastroute.training.checkpoints import check_not_finished, stopped_early
     from fastroute.training.classifier import check_compile_mode
-    from fastroute.training.distributed import agreed, first_on_each_node, is_main
+    from fastroute.training.distributed import broadcast_from_rank_zero, is_main, local_rank_zero_first
     from fastroute.training.loggers import check_loggers
     from fastroute.training.optim import check_warmup
     from fastroute.training.run_folder import new_folder, run_folder
@@ -102,9 +102,9 @@ def _prepare(
     check_compile_mode(options.compile, options.compile_mode)
     check_amp(options.amp_dtype if options.amp else None, device.type)
     check_loggers(options.log.replace(" ", "").split(",") if options.log else [])
-    options.dataset = dataset_named(options.dataset, options.data_dir, options.val_split > 0)
+    options.dataset = resolve_dataset(options.dataset, options.data_dir, options.val_split > 0)
     model = re.sub(r"[^\w.-]+", "-", options.model or "")
-    folder, resume = agreed(place_of_run(options, f"{model}-{options.dataset}", console))
+    folder, resume = broadcast_from_rank_zero(run_location(options, f"{model}-{options.dataset}", console))
     unnamed = options.experiment is None and resume is None
     _drop(options)
     specification = network.specification(options, resume)
@@ -113,11 +113,11 @@ def _prepare(
         done = training.epochs_done(resume)
         early = done < options.epochs and options.patience is not None and stopped_early(resume)
         if done >= options.epochs or early:
-            why = f"stopped by its patience after epoch {done}" if early else f"all {options.epochs} epochs are done"
-            console.print(f"{why}: {shown(resume)}", soft_wrap=True)
+            why = f"stopped by --patience after epoch {done}" if early else f"all {options.epochs} epochs are done"
+            console.print(f"{why}: {escaped(resume)}", soft_wrap=True)
             raise typer.Exit(0)
     if unnamed:
-        folder = agreed(new_folder(folder) if is_main() else None)
+        folder = broadcast_from_rank_zero(new_folder(folder) if is_main() else None)
     context.with_resource(run_folder(folder))
     if resume is None and not options.overwrite:
         check_not_finished(folder, "--overwrite")
@@ -157,10 +157,10 @@ def _prepare(
         _check_recording(options, device, data)
     if data.in_memory:
         check_images(options.dataset, options.img_size)
-    one_by_one = first_on_each_node() if options.download else contextlib.nullcontext()
+    one_by_one = local_rank_zero_first() if options.download else contextlib.nullcontext()
     with one_by_one, console.status("reading the images"):
         data.setup()
-    console.print(shown(data.description), soft_wrap=True, highlight=False)
+    console.print(escaped(data.description), soft_wrap=True, highlight=False)
     if options.num_classes is not None and options.num_classes < data.num_classes:
         raise ValueError(f"num_classes is {options.num_classes}; the data has {data.num_classes} classes")
     count = data.train_count
@@ -218,14 +218,14 @@ def _drop(options: TrainOptions) -> None:
 
 
 def _device(options: TrainOptions) -> torch.device:
-    """Return the device to train on; `torchrun` gives each process its GPU."""
+    """Return the device to train on; `torchrun` assigns each process its GPU."""
     from fastroute.training.distributed import world_size
 
-    device = device_named(options.device)
-    if world_size() > 1 and options.device is not None and device != device_named(None):
+    device = resolve_device(options.device)
+    if world_size() > 1 and options.device is not None and device != resolve_device(None):
         raise ValueError(
-            f"device is {options.device!r}; torchrun gives each process its GPU: choose them by CUDA_VISIBLE_DEVICES, "
-            "with nothing in it for the CPU"
+            f"device is {options.device!r}; torchrun assigns each process its GPU: choose them by "
+            "CUDA_VISIBLE_DEVICES, which is empty for the CPU"
         )
     return device
 
@@ -233,7 +233,7 @@ def _device(options: TrainOptions) -> torch.device:
 def _check_recording(
     options: TrainOptions, device: torch.device, data: "ImageDataModule", model: nn.Module | None = None
 ) -> None:
-    """Raise where `fit` would refuse to record steps."""
+    """Check what `fit` would check before it records steps."""
     from fastroute.training.distributed import world_size
     from fastroute.training.graphs import check_recording
 
@@ -260,5 +260,5 @@ def _pair(name: str, value: str | None) -> tuple[float, float] | None:
         return None
     pair = numbers(value, float, "numbers, such as 0.08,1")
     if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
-        raise ValueError(f"{name} is {value}; it must be two numbers above 0, the smaller first")
+        raise ValueError(f"{name} is {value}; expected two numbers above 0, the smaller first")
     return pair[0], pair[1]

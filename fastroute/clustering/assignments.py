@@ -1,4 +1,4 @@
-"""Files that say which cluster each image is in."""
+"""Write the cluster of each image, to a table and as links."""
 
 import csv
 import os
@@ -12,12 +12,15 @@ from fastroute.clustering.images import Loaded
 
 
 def write_assignments(path: Path, paths: Sequence[str], posterior: Tensor) -> None:
-    """A CSV row for each image: its path, its cluster, from 0, and its posterior of each cluster.
+    """Write a CSV row for each image: its path, its cluster, from 0, and its posterior of each cluster.
 
     Args:
         path: the file.
         paths: of N images.
         posterior: (N, K).
+
+    Raises:
+        OSError: the file cannot be written; it is then unchanged.
     """
     columns = [f"posterior_{cluster}" for cluster in range(posterior.shape[1])]
     with replacing(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -28,7 +31,7 @@ def write_assignments(path: Path, paths: Sequence[str], posterior: Tensor) -> No
 
 
 def link_by_cluster(folder: Path, paths: Sequence[str], posterior: Tensor) -> None:
-    """Links to images, in a folder for each cluster, by falling posterior: `3/0001-cat.jpg` is its clearest image.
+    """Link to images in a folder for each cluster, by descending posterior: `3/0001-cat.jpg` is the clearest of 3.
 
     Args:
         folder: made if it is missing.
@@ -51,15 +54,22 @@ def link_by_cluster(folder: Path, paths: Sequence[str], posterior: Tensor) -> No
 
 
 def check_by_cluster(folder: Path, data_dir: Path | None, loaded: Loaded) -> None:
-    """Raise where `link_by_cluster` could not, or should not, write into a folder.
+    """Check that `link_by_cluster` can write into a folder.
+
+    Args:
+        folder: for the links.
+        data_dir: the folder of the images.
+        loaded: the images.
 
     Raises:
-        ValueError: the images are no files, the folder is not empty, or it lies among the images.
+        ValueError: the images are no files, the folder is not empty, or it lies in `data_dir`.
     """
     says = f"by_cluster is {folder};"
     if not loaded.files:
-        raise ValueError(f"{says} it links to image files, which a folder of images has, and these images are none")
+        raise ValueError(f"{says} it links to image files, but these images are not files of their own")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{says} it must be a new or an empty folder")
     if data_dir is not None and folder.resolve().is_relative_to(data_dir.resolve()):
-        raise ValueError(f"{says} it lies in data_dir, {data_dir}, whose images a next run reads: choose another place")
+        raise ValueError(
+            f"{says} it lies in data_dir, {data_dir}, so that the next run would read the links: choose another folder"
+        )

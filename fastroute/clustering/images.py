@@ -13,7 +13,7 @@ from fastroute.data.layout import all_shards, choose, class_folders, shards_of, 
 from fastroute.data.module import STREAMED
 from fastroute.data.sources import FolderSource, TarSource
 
-# CIFAR-100's superclass of each class, in the order of the names (§4.5.2 clusters these 20).
+# The superclass of each class of CIFAR-100, in the order of the classes' names (§4.5.2 clusters the 20 superclasses).
 CIFAR100_SUPERCLASSES = (
     *(4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7, 6, 13, 15, 3, 15, 0, 11, 1),
     *(10, 12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10, 16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12),
@@ -31,11 +31,12 @@ CIFAR100_SUPERCLASS_NAMES = (
 class Loaded(NamedTuple):
     """Images to cluster.
 
-    images: float32 (N, C, H, W), from 0 to 1.
-    labels: int64 (N,), of which −1 is none.
-    classes: the names of the labels; none where the images have no classes.
-    paths: a file's path, a tar file's and the member's, or the set's name and the place in it, for each image.
-    files: whether `paths` are files.
+    Attributes:
+        images: float32 (N, C, H, W), from 0 to 1.
+        labels: int64 (N,); −1 is none.
+        classes: the names of the labels; empty if the images have no classes.
+        paths: for each image, the path of its file, of its tar file and member, or its dataset and index.
+        files: whether `paths` are files.
     """
 
     images: Tensor
@@ -53,16 +54,28 @@ def load_images(
     download: bool = False,
     on_bad_image: str = "stop",
 ) -> Loaded:
-    """The first `limit` images of a data set; see `fastroute.data.in_memory`.
+    """Load the first images of a data set; see `fastroute.data.in_memory`.
 
-    "digits" and "stl10" are all images with labels; torchvision's other sets their training images. An "imagefolder" is
-    its `train/`, or else the folder itself, whose folders are classes, unless images lie beside them or there is one
-    alone; then it is all images below. A "webdataset" is its shards for training, or else all of them. CIFAR-100's
-    labels are its 20 superclasses.
+    "digits" and "stl10" have all images with labels, and torchvision's other sets their training images. An
+    "imagefolder" has its `train/`, or else the folder itself. Its subfolders are classes, unless there is only one or
+    images lie beside them; then it has all images below it, without classes. A "webdataset" has its training shards, or
+    else all of them. CIFAR-100's labels are its 20 superclasses.
+
+    Args:
+        dataset: such as "digits" or "imagefolder".
+        data_dir: the folder of the data, a tar file, or a pattern of tar files.
+        limit: the number of images; None is all.
+        img_size: height and width to scale images to; None leaves them.
+        download: whether to download torchvision's sets.
+        on_bad_image: "stop" or "skip", for images that cannot be read.
+
+    Returns:
+        the images.
 
     Raises:
-        ValueError: limit is not positive, or a folder is needed and not given.
+        ValueError: `limit` is not positive, or `data_dir` is missing.
         FileNotFoundError: the images are not there.
+        UnreadableImage: an image cannot be read.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1")

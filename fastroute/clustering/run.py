@@ -1,4 +1,4 @@
-"""A clustering run on images: data in memory, training with checkpoints and a table, or a classical method."""
+"""Clustering of images in memory: training with checkpoints and a table, or a classical method."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from fastroute.training.saved_state import check_training_state
 from fastroute.training.saving import AtomicCheckpointIO, LastCheckpoint, RecoveryCheckpoint
 from fastroute.training.steps import EpochMeans, FiniteWeights, StepSeed
 from fastroute.training.tables import RowTable, write_csv
-from fastroute.training.trainer import quiet
+from fastroute.training.trainer import silence_lightning
 
 HARD = "kmeans", "spectral"
 """Classical methods without posteriors."""
@@ -37,8 +37,15 @@ CLASSICAL = {
 
 
 class Batches(EpochLoader):
-    """Images that lie in memory, on the training device, by the batch: shuffled by a seed in batches of equal size, or
-    in order without one."""
+    """Batches of images in the memory of the training device: in order, or shuffled, in about equal sizes.
+
+    Args:
+        images: (N, C, H, W).
+        labels: (N,).
+        batch_size: images of a batch.
+        seed: of the order; None keeps the order.
+        epoch: returns the epoch, from which the order is derived, too.
+    """
 
     def __init__(
         self,
@@ -76,7 +83,7 @@ class Table(RowTable):
         self.console = console
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._start = time.perf_counter()  # of an epoch that is gone on with, too, which does not start again
+        self._start = time.perf_counter()  # on_train_epoch_start is not called in a run resumed within an epoch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start = time.perf_counter()
@@ -95,13 +102,31 @@ class Table(RowTable):
 
 @torch.no_grad()
 def posteriors(module: ClusteringModule, images: Tensor) -> Tensor:
-    """(N, K), on the CPU: what the trained module says of images (N, C, H, W)."""
+    """Return the posteriors (N, K) of a trained module, on the CPU.
+
+    Args:
+        module: set to evaluation mode.
+        images: (N, C, H, W).
+    """
     module.eval()
     return torch.cat([module(part.to(module.device)).float().cpu() for part in images.split(1000)])
 
 
 def check_resume(path: Path, module: ClusteringModule, epochs: int) -> dict:
-    """Read a checkpoint; raise unless a run of the module can go on from it; see `fit`."""
+    """Read a checkpoint, and check that a run of the module can be resumed from it; see `fit`.
+
+    Args:
+        path: the file.
+        module: with the hyperparameters of the run.
+        epochs: of the whole run.
+
+    Returns:
+        the checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, of another run, or has completed all epochs.
+    """
     checkpoint = read_resumable(path, "cluster", dict(module.hparams), epochs)
     check_training_state(checkpoint, module, path)
     return checkpoint
@@ -120,22 +145,36 @@ def fit(
     amp: bool = False,
     resume: Path | None = None,
 ) -> list[dict]:
-    """Train on all images, and write `last.ckpt`, `previous.ckpt` (the one before it) and `summary.csv` into `output`;
-    returns the rows of the summary.
+    """Train on all images; write `last.ckpt`, `previous.ckpt` (the one before it) and `summary.csv`.
 
-    A run that goes on from `resume` ends as one that was never stopped.
+    A resumed run ends bit for bit as an uninterrupted one.
+
+    Args:
+        module: what to train.
+        images: (N, C, H, W), values from 0 to 1.
+        labels: (N,), int64, for metrics alone; −1 is none.
+        epochs: of the whole run, including those of the checkpoint to resume.
+        batch_size: images of a batch.
+        output: the folder to write into; made if it is missing.
+        console: to print the rows of the summary on.
+        seed: of order, augmentation and the network's random draws.
+        amp: whether to autocast to bfloat16.
+        resume: the checkpoint to resume from.
+
+    Returns:
+        the rows of the summary.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it is no checkpoint, is damaged, or of another run, or leaves no epoch to train.
+        ValueError: it is damaged, of another run, or has completed all epochs.
         FolderInUse: another run writes into `output`.
-        FloatingPointError: weights are NaN or infinite; the checkpoints from before stay.
-        OSError: a file cannot be written; the last whole checkpoint stays.
-        Terminated: SIGTERM or Ctrl-C came, and `last.ckpt` is written.
+        FloatingPointError: weights are NaN or infinite; earlier checkpoints are intact.
+        OSError: a file cannot be written; the previous checkpoint is intact.
+        Terminated: SIGTERM or Ctrl-C was received, and `last.ckpt` is written.
     """
     checkpoints = AtomicCheckpointIO(resume, None if resume is None else check_resume(resume, module, epochs))
     table = Table(output / "summary.csv", console)
-    with run_folder(output), quiet():
+    with run_folder(output), silence_lightning():
         trainer = pl.Trainer(
             max_epochs=epochs,
             devices=1,
@@ -163,10 +202,23 @@ def fit(
 def fit_classical(
     method: str, images: Tensor, labels: Tensor, clusters: int, seed: int, output: Path, console: Console
 ) -> Tensor:
-    """Cluster the pixels by a method of scikit-learn, and write `summary.csv` as `fit` does.
+    """Cluster pixels by a method of scikit-learn, and write `summary.csv` as `fit` does.
+
+    Args:
+        method: a key of `CLASSICAL`.
+        images: (N, C, H, W).
+        labels: (N,), int64, for metrics alone; −1 is none.
+        clusters: K.
+        seed: of the method.
+        output: the folder to write into; made if it is missing.
+        console: to print the metrics on.
 
     Returns:
-        posteriors (N, K), of ones and zeros for methods that have none.
+        posteriors (N, K), one-hot for methods without posteriors.
+
+    Raises:
+        FolderInUse: another run writes into `output`.
+        OSError: the file cannot be written.
     """
     start, pixels = time.perf_counter(), images.flatten(1).numpy()
     model = CLASSICAL[method](clusters, seed)

@@ -1,4 +1,4 @@
-"""Training on Lightning: the module, the data, and what a run writes. Needs `pip install 'fastroute[train]'`."""
+"""Training with Lightning: module, data and run files. Needs `pip install 'fastroute[train]'`."""
 
 from fastroute._extras import extra
 

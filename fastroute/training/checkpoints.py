@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, on time, and read with care."""
+"""Read checkpoints and weights, and check them before use."""
 
 import contextlib
 from collections.abc import Callable
@@ -11,28 +11,31 @@ from torch import nn
 from fastroute._errors import in_a_line
 from fastroute._files import DamagedFile, digest_path, read_tensors, replacing, write_digest
 from fastroute.models.specification import specification_in
-from fastroute.models.weights import differences, network_weights
+from fastroute.models.weights import differences, state_dict_of
 from fastroute.training.optim import GROUP_OPTIONS
 from fastroute.training.saved_fields import check_fields
 from fastroute.training.saved_state import check_training_state
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
-# The option that tells which command's run a checkpoint is of.
+# The hyperparameter by which a checkpoint of each command is recognised.
 _OPTION_OF = {"train": "model", "cluster": "architecture"}
 
 
 def read_checkpoint(path: str | Path, name: str = "resume", command: str | None = None) -> dict:
-    """A checkpoint of a training run, on the CPU.
+    """Read a checkpoint of a training run to the CPU, and check it.
 
     Args:
         path: the file.
-        name: the argument that it was given as, for messages.
-        command: whose run it must be of, "train" or "cluster"; None is either.
+        name: the argument that the file was given as, for messages.
+        command: the command that must have written it, "train" or "cluster"; None allows both.
+
+    Returns:
+        the checkpoint as `torch.load` returns it.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint of a training run, or of another command's.
+        ValueError: the file is damaged, or is no checkpoint of a training run of the command.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{name} is {path}; there is no such file")
@@ -41,9 +44,9 @@ def read_checkpoint(path: str | Path, name: str = "resume", command: str | None 
         checkpoint["hyper_parameters"], checkpoint["state_dict"], _epochs_done(checkpoint)
     except DamagedFile as error:
         raise DamagedFile(
-            f"{name} is {path}; it is no checkpoint of a training run any more: {error}; {_instead_of(path)}"
+            f"{name} is {path}; it is no checkpoint of a training run: {error}; {_advice(path)}"
         ) from error
-    except Exception as error:  # whatever a reader does with bytes that are not its own
+    except Exception as error:  # any error of the reader on bytes of another format
         raise ValueError(f"{name} is {path}; it is no checkpoint of a training run: {in_a_line(error)}") from error
     if command is not None and isinstance(checkpoint["hyper_parameters"], dict):
         check_command(checkpoint, command, path, name)
@@ -52,17 +55,17 @@ def read_checkpoint(path: str | Path, name: str = "resume", command: str | None 
 
 
 def latest_checkpoint(folder: str | Path, say: Callable[[str], None] = print) -> Path | None:
-    """The checkpoint with which the run in a folder goes on: `last.ckpt`, or the one before where that is damaged.
+    """Find the checkpoint to resume a run from: `last.ckpt`, or `previous.ckpt` if that is damaged or missing.
 
     Args:
         folder: of the run.
-        say: gets a sentence where it is the one before.
+        say: called with a message if it is `previous.ckpt`.
 
     Returns:
-        its path, or None where the folder has no checkpoint.
+        its path, or None if the folder has no checkpoint.
 
     Raises:
-        ValueError: there is none that can be read.
+        ValueError: the folder has checkpoints, but none can be read.
     """
     last, previous = Path(folder) / LAST, Path(folder) / PREVIOUS
     try:
@@ -78,29 +81,48 @@ def latest_checkpoint(folder: str | Path, say: Callable[[str], None] = print) ->
     if not previous.is_file():
         return None
     read_checkpoint(previous)
-    say(f"{reason}; going on from the checkpoint before it, {previous}")
+    say(f"{reason}; resuming from the previous checkpoint, {previous}")
     return previous
 
 
-def _instead_of(path: str | Path) -> str:
-    """What to do about a damaged file."""
+def _advice(path: str | Path) -> str:
+    """Say what to do about a damaged file."""
     others = [Path(path).with_name(name) for name in (LAST, PREVIOUS) if name != Path(path).name]
     there = [str(other) for other in others if other.is_file()]
-    return f"use {there[0]} instead" if there else "copy it again from where it came, or use another"
+    return f"use {there[0]} instead" if there else "copy it again from its source, or use another file"
 
 
 def check_command(checkpoint: dict, command: str, path: str | Path, name: str) -> None:
-    """Raise unless a checkpoint that was read is of a run of `fastroute {command}`, "train" or "cluster"."""
+    """Check which command wrote a checkpoint.
+
+    Args:
+        checkpoint: as `read_checkpoint` returns it.
+        command: "train" or "cluster".
+        path: of the file, for the message.
+        name: the argument that the file was given as, for the message.
+
+    Raises:
+        ValueError: another command wrote it.
+    """
     if _OPTION_OF[command] not in checkpoint["hyper_parameters"]:
         raise ValueError(f"{name} is {path}; it is no checkpoint of `fastroute {command}`")
 
 
 def read_resumable(path: str | Path, command: str, options: dict, epochs: int) -> dict:
-    """A checkpoint that a run of these options can go on from.
+    """Read a checkpoint, and check that a run with these options can be resumed from it.
+
+    Args:
+        path: the file.
+        command: "train" or "cluster".
+        options: hyperparameters that must be those of the checkpoint, where it has them.
+        epochs: of the whole run.
+
+    Returns:
+        the checkpoint.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint of the command, was saved with other options, or leaves no epoch to train.
+        ValueError: it is no checkpoint of the command, has other options, or has completed all epochs.
     """
     checkpoint = read_checkpoint(path, command=command)
     saved = checkpoint["hyper_parameters"]
@@ -111,14 +133,27 @@ def read_resumable(path: str | Path, command: str, options: dict, epochs: int) -
             )
     done = _epochs_done(checkpoint)
     if done >= epochs:
-        raise ValueError(f"resume is {path}; it has {done} epochs behind it, so epochs={epochs} leaves none to train")
+        raise ValueError(f"resume is {path}; it has completed {_epochs(done)}, so epochs={epochs} leaves none to train")
     return checkpoint
 
 
 def check_resume(path: str | Path, module: pl.LightningModule, epochs: int) -> dict:
-    """Read a checkpoint; raise unless it is of the same network as the module and has epochs left to train; see `fit`.
+    """Read a checkpoint, and check that a run of the module can be resumed from it; see `fit`.
 
-    The optimiser comes back with the rates and decays that it was saved with, so that others would be without effect.
+    The learning rate and weight decays must be those of the checkpoint: the optimiser is restored with them, and others
+    would have no effect.
+
+    Args:
+        path: the file.
+        module: of the same network and options as the run.
+        epochs: of the whole run.
+
+    Returns:
+        the checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, of another network or other options, or has completed all epochs.
     """
     fixed = ("model", "num_classes", "in_chans", "opt", "sched", "momentum", *GROUP_OPTIONS)
     checkpoint = read_resumable(path, "train", {name: module.hparams[name] for name in fixed}, epochs)
@@ -137,13 +172,31 @@ def check_resume(path: str | Path, module: pl.LightningModule, epochs: int) -> d
 
 
 def stopped_early(path: str | Path) -> bool:
-    """Whether a checkpoint is of a run that has stopped by its patience; it raises as `read_checkpoint` does."""
+    """Return whether the run of a checkpoint was stopped by its patience.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_checkpoint`.
+    """
     return read_checkpoint(path).get("stopped_early", False)
 
 
 def epochs_done(path: str | Path) -> int:
-    """How many whole epochs a checkpoint has behind it; it raises as `read_checkpoint` does."""
+    """Return how many epochs a checkpoint has completed.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_checkpoint`.
+    """
     return _epochs_done(read_checkpoint(path))
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'s' * (count != 1)}"
 
 
 def _epochs_done(checkpoint: dict) -> int:
@@ -151,30 +204,30 @@ def _epochs_done(checkpoint: dict) -> int:
 
 
 def check_not_finished(folder: str | Path, option: str) -> None:
-    """Raise where a folder has a run that a new one would overwrite, and whose last checkpoint is of its last epoch.
+    """Check that a new run would not overwrite a finished one.
 
-    A run without epochs, as of k-means, is finished once its summary is there.
+    A run without epochs, as of k-means, is finished when its summary exists.
 
     Args:
-        folder: of a run.
-        option: how to overwrite it nevertheless, for the message.
+        folder: of the new run.
+        option: the option that allows overwriting, for the message.
 
     Raises:
-        FileExistsError: as said.
+        FileExistsError: a finished run is in the folder.
     """
     last, summary = Path(folder) / LAST, Path(folder) / "summary.csv"
     if last.is_file():
-        with contextlib.suppress(ValueError):  # a damaged one is of no run that anyone could go on with
+        with contextlib.suppress(ValueError):  # nobody can resume from a damaged one
             checkpoint = read_checkpoint(last)
             done, planned = _epochs_done(checkpoint), checkpoint.get("epochs")
             if planned is not None and (done >= planned or checkpoint.get("stopped_early")):
                 raise FileExistsError(
-                    f"output is {folder}; a finished run of {done} epochs is there: name another folder, go on with "
-                    f"--resume and more epochs, or overwrite it with {option}"
+                    f"output is {folder}; it has a finished run of {_epochs(done)}: choose another folder, continue "
+                    f"that run by --resume and more epochs, or overwrite it with {option}"
                 )
     elif summary.is_file() and not summary.read_text(encoding="utf-8", errors="replace").startswith("epoch"):
         raise FileExistsError(
-            f"output is {folder}; a finished run is there: name another folder, or overwrite it with {option}"
+            f"output is {folder}; it has a finished run: choose another folder, or overwrite it with {option}"
         )
 
 
@@ -182,15 +235,15 @@ def load_weights(model: nn.Module, path: str | Path, averaged: bool = True, name
     """Load a network's weights from a checkpoint of a training run, or from a file of its `state_dict`.
 
     Args:
-        model: gets them.
-        path: a `.ckpt` of a run; any file of a state_dict; a `.safetensors`. A digest beside it, as `save_weights` or
-            `sha256sum` writes one to `<name>.sha256`, is checked.
-        averaged: whether the moving average is taken where the run kept one; else the weights as trained.
+        model: the network, changed in place.
+        path: a `.ckpt` of a run, a file of a state_dict, or a `.safetensors`. A digest beside it is verified, as
+            `save_weights` or `sha256sum` writes it to `<name>.sha256`.
+        averaged: whether to prefer the moving average, if the run kept one, to the trained weights.
         name: the argument that the file was given as, for messages.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no weights, or those of another network, or is damaged.
+        ValueError: it is damaged, has no weights, or those of another network.
     """
     path = Path(path)
     if not path.is_file():
@@ -198,25 +251,25 @@ def load_weights(model: nn.Module, path: str | Path, averaged: bool = True, name
     try:
         weights = read_tensors(path)
     except DamagedFile as error:
-        raise DamagedFile(f"{name} is {path}; it holds no weights any more: {error}; {_instead_of(path)}") from error
-    except Exception as error:  # whatever a reader does with bytes that are not its own
+        raise DamagedFile(f"{name} is {path}; its weights cannot be read: {error}; {_advice(path)}") from error
+    except Exception as error:  # any error of the reader on bytes of another format
         raise ValueError(f"{name} is {path}; it holds no weights: {in_a_line(error)}") from error
     load_network_weights(model, weights, path, averaged, name)
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
-    """Write a network's weights whole or not at all, for `load_weights` or any other reader.
+    """Write a network's weights atomically, for `load_weights` or any other reader.
 
     Args:
-        model: whose `state_dict` is written.
-        path: a `.safetensors`, which has no checksum and gets its SHA-256 beside it, as `<name>.sha256`; any other is
-            written by `torch.save`.
+        model: the network, whose `state_dict` is written.
+        path: a `.safetensors`, whose SHA-256 is written beside it to `<name>.sha256`, as the format has no checksums; a
+            file of any other name is written by `torch.save`.
 
     Raises:
-        OSError: the file cannot be written; the one before is as it was.
+        OSError: the file cannot be written; the previous one is intact.
     """
     path, weights = Path(path), {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    digest_path(path).unlink(missing_ok=True)  # of what was there before
+    digest_path(path).unlink(missing_ok=True)  # of the previous file
     with replacing(path, "wb") as file:
         if path.suffix == ".safetensors":
             from safetensors.torch import save
@@ -233,10 +286,19 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
 def load_network_weights(
     model: nn.Module, checkpoint: dict, path: Path, averaged: bool = True, name: str = "checkpoint"
 ) -> None:
-    """As `load_weights`, from what the file at `path` holds."""
-    weights = network_weights(checkpoint, averaged) if isinstance(checkpoint, dict) else checkpoint
-    if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
-        raise ValueError(f"{name} is {path}; it holds a {type(weights).__name__}, and must hold a state_dict")
+    """Load a network's weights as `load_weights` does, from the content of a file.
+
+    Args:
+        model: the network, changed in place.
+        checkpoint: the content.
+        path: of the file, for messages.
+        averaged: whether to prefer the moving average.
+        name: the argument that the file was given as, for messages.
+
+    Raises:
+        ValueError: it has no weights, or those of another network.
+    """
+    weights = state_dict_of(checkpoint, f"{name} is {path}", averaged)
     if reason := differences(model.state_dict(), weights):
         raise ValueError(f"{name} is {path}; its weights are of another network: {reason}")
     model.load_state_dict(weights)

@@ -1,7 +1,7 @@
-"""What a checkpoint must hold for a run to go on from it, or a command to read it: every field is of its type.
+"""Check the types and ranges of all fields of a checkpoint that this package reads.
 
-A checkpoint is loaded without running any code of it, but what it holds is as its writer wished: a text for a number
-would end in the middle of PyTorch, and a size could take all memory.
+A checkpoint is loaded without running code in it, but its values may be anything: a string in the place of a number
+would fail deep inside PyTorch, and a size could exhaust the memory.
 """
 
 import contextlib
@@ -22,16 +22,30 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 class Field(NamedTuple):
-    """expected: what it must be, for messages; holds: whether a value is that."""
+    """The type of a field.
+
+    Attributes:
+        expected: a description of valid values, for messages.
+        holds: returns whether a value is valid.
+    """
 
     expected: str
     holds: Callable[[Any], bool]
 
     def or_none(self) -> "Field":
+        """Return the field that also allows None."""
         return Field(f"{self.expected} or None", lambda value: value is None or self.holds(value))
 
     def check(self, value: Any, where: str) -> None:
-        """Raise unless a value is that; `where` says which value, such as "hyper_parameters['lr']"."""
+        """Check a value.
+
+        Args:
+            value: any value.
+            where: its place in the checkpoint, such as "hyper_parameters['lr']", for the message.
+
+        Raises:
+            ValueError: the value is invalid.
+        """
         if not self.holds(value):
             raise ValueError(f"its {where} is {short(value)}, expected {self.expected}")
 
@@ -41,8 +55,9 @@ def _is_int(value: Any, least: int = 0, most: int = MOST) -> bool:
 
 
 def is_number(value: Any) -> bool:
+    """Return whether a value is a number, no boolean, and finite in float32."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(value) <= LARGEST  # which NaN is not
+    return number and abs(value) <= LARGEST  # False for NaN
 
 
 def _is_texts(value: Any) -> bool:
@@ -65,7 +80,7 @@ def _is_dense(value: Any) -> bool:
 
 CHANNELS, PIXELS, CLASSES = 2**12, 2**20, 2**20
 FLAG = Field("True or False", lambda value: isinstance(value, bool))
-TEXT = Field("a text", lambda value: isinstance(value, str))
+TEXT = Field("a string", lambda value: isinstance(value, str))
 NUMBER = Field("a finite number", is_number)
 COUNT = Field("an int above 0", lambda value: _is_int(value, 1))
 NATURAL = Field("an int of at least 0", _is_int)
@@ -81,20 +96,18 @@ INTERPOLATION = Field(
 )
 MAPPING = Field("a dict", lambda value: isinstance(value, dict))
 DICTS = Field("a list of dicts", lambda value: isinstance(value, list) and all(isinstance(v, dict) for v in value))
-TEXTS = Field("a list of texts", _is_texts)
+TEXTS = Field("a list of strings", _is_texts)
 TENSOR = Field("a dense tensor", _is_dense)
-SCALAR = Field("a tensor of one number", lambda value: _is_dense(value) and value.dim() == 0)
+SCALAR = Field("a scalar tensor", lambda value: _is_dense(value) and value.dim() == 0)
 LEVELS = Field("a tensor of a finite number for each channel", _is_channels)
 NUMBERS = Field("a list of numbers", lambda value: isinstance(value, list | tuple) and all(map(is_number, value)))
-PATH = Field(
-    "a path of this machine", lambda value: isinstance(value, str) and "::" not in value and "://" not in value
-)
+PATH = Field("a local path", lambda value: isinstance(value, str) and "::" not in value and "://" not in value)
 PAIR = Field(
-    "two tensors of one number",
+    "two scalar tensors",
     lambda value: isinstance(value, list | tuple) and len(value) == 2 and all(map(SCALAR.holds, value)),
 )
 STEP = Field("a count", lambda value: is_number(value) or (_is_dense(value) and value.numel() == 1))
-CELL = Field("a number or a text", lambda value: value is None or isinstance(value, bool | int | float | str))
+CELL = Field("a number or a string", lambda value: value is None or isinstance(value, bool | int | float | str))
 
 TRAIN = {
     "model": TEXT,
@@ -142,7 +155,7 @@ REQUIRED = {
     "model": ("num_classes", "in_chans", "img_size"),
     "architecture": ("dataset", "img_size", "method", "clusters", "heads", "batch_norm"),
 }
-"""What a command reads of a run, by the name that tells whose run it is."""
+"""The hyperparameters that must be there, by the one that tells which command wrote the checkpoint."""
 
 IMAGES = {
     "place": MAPPING.or_none(),
@@ -175,14 +188,15 @@ BEST = {
 
 
 def check_fields(checkpoint: dict, path: str | Path, name: str) -> None:
-    """Raise unless all fields of a checkpoint that are read in this package, and are there, are of their types.
+    """Check the fields of a checkpoint that this package reads.
 
     Args:
-        checkpoint: what `torch.load` gave.
-        path, name: the file, and the argument that it was given as, for messages.
+        checkpoint: as `torch.load` returns it.
+        path: of the file, for messages.
+        name: the argument that the file was given as, for messages.
 
     Raises:
-        ValueError: as said.
+        ValueError: a field is missing, or of another type or range.
     """
     with named(path, name):
         _check_all(checkpoint)
@@ -190,6 +204,7 @@ def check_fields(checkpoint: dict, path: str | Path, name: str) -> None:
 
 @contextlib.contextmanager
 def named(path: str | Path, name: str) -> Iterator[None]:
+    """Prefix the message of a ValueError in the block with the file and the argument that it was given as."""
     try:
         yield
     except ValueError as error:
@@ -221,6 +236,17 @@ def _check_all(checkpoint: dict) -> None:
 
 
 def check_each(values: Mapping, fields: Mapping[str, Field], where: str, *, required: bool = False) -> None:
+    """Check the fields of a mapping.
+
+    Args:
+        values: the mapping; other names in it are ignored.
+        fields: the types by name.
+        where: the place of the mapping in the checkpoint, for the message.
+        required: whether all fields must be there.
+
+    Raises:
+        ValueError: a field is missing or invalid.
+    """
     for name, field in fields.items():
         place = f"{where}[{name!r}]" if where else name
         if name in values:
@@ -244,14 +270,21 @@ def _check_weights(weights: Any, where: str) -> None:
 
 
 def check_images(data: Any) -> None:
-    """Raise unless what is said of a run's images is of the types that it must be; see `IMAGES`."""
+    """Check the state of a run's `ImageDataModule`; see `IMAGES`.
+
+    Args:
+        data: the state; empty where the run had another data module.
+
+    Raises:
+        ValueError: a field is missing, or of another type or range.
+    """
     MAPPING.check(data, "ImageDataModule")
     check_each(data, IMAGES, "ImageDataModule")
     if not data:
         return
     check_each(data, {"classes": IMAGES["classes"]}, "ImageDataModule", required=True)
     if not data["classes"]:
-        raise ValueError("its ImageDataModule['classes'] is empty, expected a text for each class")
+        raise ValueError("its ImageDataModule['classes'] is empty, expected a string for each class")
     for name in ("mean", "std"):
         if name in data and len(data[name]) not in (1, data.get("in_chans", len(data[name]))):
             raise ValueError(
@@ -272,7 +305,7 @@ def _check_totals(totals: Any) -> None:
 
 
 def _check_means(processes: Any) -> None:
-    """Sums and counts of what was logged in the epoch so far, for each process."""
+    """Check the sums and counts that each process has logged in the epoch so far."""
     DICTS.check(processes, "epoch_means")
     for i, sums in enumerate(processes):
         for name, pair in sums.items():
@@ -305,7 +338,7 @@ def _check_callbacks(callbacks: Any) -> None:
 
 
 def _check_progress(values: Any, where: str) -> None:
-    """Lightning's counters: dicts of dicts of ints and flags, by their names."""
+    """Check Lightning's progress counters: nested dicts of ints and flags."""
     MAPPING.check(values, where)
     for name, value in values.items():
         TEXT.check(name, f"name in {where}")
@@ -325,6 +358,7 @@ _COUNTERS = ("ready", "started", "processed", "completed", "_batches_that_steppe
 
 
 def short(value: Any) -> str:
+    """Return a short description of a value, for messages."""
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} and the shape {(*value.shape,)}"
     return reprlib.repr(value) if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"

@@ -33,19 +33,20 @@ from fastroute.training.saved_fields import (
 )
 
 STATES = {"RMSprop": ("square_avg", "step"), "Adam": ("exp_avg", "exp_avg_sq", "step")}
-"""What optimisers cannot go on without, by the name of their class."""
+"""The state without which an optimiser cannot continue, by the name of its class."""
 
 
 def check_training_state(checkpoint: dict, module: pl.LightningModule, path: str | Path, name: str = "resume") -> None:
-    """Raise unless a module and its optimisers can go on with what a checkpoint holds.
+    """Check that a module and its optimisers can be restored from a checkpoint.
 
     Args:
-        checkpoint: whose fields are of their types; see `check_fields`.
-        module: what is trained.
-        path, name: the file, and the argument that it was given as, for messages.
+        checkpoint: as `torch.load` returns it, after `check_fields`.
+        module: the module to train.
+        path: of the file, for messages.
+        name: the argument that the file was given as, for messages.
 
     Raises:
-        ValueError: as said.
+        ValueError: a field is missing, or of another type, shape or network.
     """
     with named(path, name):
         _check_state(checkpoint, module, _new_optimizers(module))
@@ -57,7 +58,7 @@ def _new_optimizers(module: pl.LightningModule) -> list[torch.optim.Optimizer]:
         groups = parameter_groups(module, **{name: options[name] for name in GROUP_OPTIONS})
         return [(CAPTURABLE if options.cuda_graphs else OPTIMIZERS)[options.opt](groups, options.momentum)]
     made = module.configure_optimizers()
-    if isinstance(made, tuple):  # of optimisers and their schedules
+    if isinstance(made, tuple):  # optimisers and schedules
         made, _ = made
     return made if isinstance(made, list) else [made]
 
@@ -65,7 +66,7 @@ def _new_optimizers(module: pl.LightningModule) -> list[torch.optim.Optimizer]:
 def _check_state(checkpoint: dict, module: pl.LightningModule, optimizers: list[torch.optim.Optimizer]) -> None:
     for name in ("loops", "callbacks", "optimizer_states", "lr_schedulers"):
         if name not in checkpoint:
-            raise ValueError(f"its {name} is missing, so a run cannot go on from it; use it as initial_checkpoint")
+            raise ValueError(f"its {name} is missing, so a run cannot be resumed from it; use it as initial_checkpoint")
     for name in ("state_dict", "current_model_state"):
         if name in checkpoint:
             _check_shapes(_own(module.state_dict()), _own(checkpoint[name]), name)
@@ -83,7 +84,7 @@ def _check_state(checkpoint: dict, module: pl.LightningModule, optimizers: list[
 
 
 def _own(weights: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Those that every run of the network has: an auxiliary loss may come and go."""
+    """Return the tensors that every run of the network has, without those of an auxiliary loss."""
     weights = without_temperatures(weights)
     return {k: v for k, v in weights.items() if isinstance(v, Tensor) and not k.startswith("aux_loss.")}
 
@@ -128,7 +129,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, state: dict, where: str) 
     needed = next((names for kind, names in STATES.items() if _is_kind(optimizer, kind)), ())
     for number, values in state["state"].items():
         if number not in parameters or isinstance(number, bool):
-            raise ValueError(f"its {where}['state'] has {short(number)}, and there is no such parameter")
+            raise ValueError(f"its {where}['state'] has {short(number)}, but there is no such parameter")
         place = f"{where}['state'][{number}]"
         MAPPING.check(values, place)
         for name in needed:
@@ -148,7 +149,7 @@ def _is_kind(optimizer: torch.optim.Optimizer, name: str) -> bool:
 
 
 def _check_kind(wanted: Any, given: Any, where: str) -> None:
-    """A setting of an optimiser or schedule that a new one has, too."""
+    """Check a setting of an optimiser or schedule by that of a new one."""
     if isinstance(wanted, bool) or wanted is None:
         Field("True, False or None", lambda v: v is None or isinstance(v, bool)).check(given, where)
     elif isinstance(wanted, int | float) or (isinstance(wanted, Tensor) and wanted.dim() == 0):
@@ -192,7 +193,7 @@ def _check_schedule(schedule: dict, groups: int, where: str) -> None:
                     Field("a finite number", lambda v: is_number(v) or SCALAR.holds(v)).check(item, place)
     known = {*_SCHEDULE, "base_lrs", "_last_lr", "lr_lambdas"}
     for name in schedule.keys() - known:
-        raise ValueError(f"its {where} has {short(name)}, and no schedule here has that")
+        raise ValueError(f"its {where} has {short(name)}, which no schedule of fastroute has")
     phases = schedule.get("_schedule_phases")
     if phases is not None:
         for phase in phases:
