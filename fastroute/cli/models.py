@@ -1,4 +1,4 @@
-"""`fastroute models`."""
+"""`fastroute models`: list the networks."""
 
 from typing import Annotated
 
@@ -8,7 +8,7 @@ from rich.table import Table
 
 import fastroute
 from fastroute.cli.common import plain_errors
-from fastroute.cli.outside import standard_output
+from fastroute.cli.errors import standard_output
 
 
 def models(pattern: Annotated[str, typer.Argument(help="A shell pattern, such as '*cc*'.")] = "*") -> None:
