@@ -64,6 +64,7 @@ def cluster_images(highest: Mapping[str, Tensor], synthesized: Tensor | None = N
     figure = ShownFigure(figsize=(WIDTH, size * 1.03 * len(highest)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, hspace=0, wspace=0)
     axes = figure.subplots(len(highest), count + 3, squeeze=False, width_ratios=[1.2, *[1] * count, 0.3, 1])
+    labelled = False
     for row, (name, images) in enumerate(highest.items()):
         for unused in axes[row]:
             unused.set_axis_off()
@@ -72,22 +73,27 @@ def cluster_images(highest: Mapping[str, Tensor], synthesized: Tensor | None = N
             show(axes[row, k + 1], image)
         if synthesized is not None and not is_flat(synthesized[row]):
             show(axes[row, -1], synthesized[row])
-            if row == 0:
+            if not labelled:
                 axes[row, -1].set_title("made", fontsize=7)
+                labelled = True
     return figure
 
 
 @styled
 def filter_images(layers: Mapping[str, Tensor]) -> Figure:
-    """What filters of the first and the last convolution respond to (Fig. 4.9).
+    """Draw what filters of the first and the last convolution respond to (Fig. 4.9).
 
     Args:
-        layers: a layer's name → synthesised images (N, C, H, W), values from 0 to 1.
+        layers: a layer's name → synthesised images (N, C, H, W), values from 0 to 1. Flat ones are left out.
     """
+    layers = {name: [image for image in images if not is_flat(image)] for name, images in layers.items()}
     figure = ShownFigure(figsize=(WIDTH, 1.75 * len(layers)), layout="constrained")
     for part, (name, images) in zip(np.atleast_1d(figure.subfigures(len(layers))), layers.items(), strict=True):
         part.set_facecolor("none")
         part.suptitle(name, fontsize=9)
+        if not images:
+            part.text(0.5, 0.5, "all images stayed flat", ha="center", va="center", fontsize=8)
+            continue
         columns = -(-len(images) // 2)
         axes = part.subplots(2, columns, squeeze=False).flatten()
         for place in axes:

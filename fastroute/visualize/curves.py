@@ -42,7 +42,9 @@ def read_summary(path: Path) -> list[dict[str, str]]:
 
 @styled
 def learning_curves(summaries: Mapping[str, Path]) -> Figure:
-    """Error, or a clustering's accuracy and mutual information, by epoch (Fig. 4.6).
+    """Draw the error, or a clustering's accuracy and mutual information, by epoch (Fig. 4.6).
+
+    Several runs differ in colour, and the two curves of each in their line; of one run, the curves differ in both.
 
     Args:
         summaries: a run's name → its `summary.csv`.
@@ -54,10 +56,12 @@ def learning_curves(summaries: Mapping[str, Path]) -> Figure:
     axes = figure.subplots()
     for k, (name, path) in enumerate(summaries.items()):
         rows = read_summary(path)
-        for line, column in zip(("-", "--"), (c for c in _CURVES if c in rows[0]), strict=False):
+        columns = [column for column in _CURVES if column in rows[0]]
+        for shown, (line, column) in enumerate(zip(("-", "--"), columns, strict=False)):
             points = [(int(row.get("epoch", 1)), float(row[column])) for row in rows if row.get(column)]
             text = f"{legible(name)} {column}" if len(summaries) > 1 else column
-            axes.plot(*zip(*points, strict=True), line, color=PALETTE[k % len(PALETTE)], label=text, marker=".")
+            colour = PALETTE[(k if len(summaries) > 1 else shown) % len(PALETTE)]
+            axes.plot(*zip(*points, strict=True), line, color=colour, label=text, marker=".")
             axes.set_ylabel(_CURVES[column])
     axes.set(xlabel="epoch")
     axes.set_ylim(bottom=0)

@@ -47,11 +47,12 @@ def similarity_matrices(similarity: Mapping[str, Tensor]) -> Figure:
     """
     figure, panels = grid(len(similarity), 4, 1.8)
     for axes, (name, cka) in zip(panels, similarity.items(), strict=True):
-        axes.imshow(cka.numpy(), cmap="cividis", vmin=0, vmax=1)
+        image = axes.imshow(cka.numpy(), cmap="cividis", vmin=0, vmax=1)
         for (i, j), value in np.ndenumerate(cka.numpy()):
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.5 else "white")
         ticks = range(len(cka))
         axes.set_xticks(ticks, [str(k + 1) for k in ticks])
         axes.set_yticks(ticks, [str(k + 1) for k in ticks])
-        axes.set(title=name)
+        axes.set(title=name, xlabel="path", ylabel="path")
+    figure.colorbar(image, ax=panels, label="CKA", shrink=0.8, pad=0.02)
     return figure

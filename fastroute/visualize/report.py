@@ -75,7 +75,7 @@ class Report:
         folder: gets `report.html`, and each figure as PNG and SVG.
         title: of the page.
         facts: what the network and the images are: name → value.
-        progress: is told the title of each section as it begins.
+        progress: is told the title of each section, and the name of each long step, as it begins.
         verdict: a sentence or two at the top.
     """
 
@@ -179,6 +179,7 @@ def routing_report(
         ValueError: the network has no routers, gates are NaN or infinite, there are fewer images than each gate shows,
             or a class does not exist.
     """
+    report.progress("Gates of all images")
     data = collect_routing(model, images.batches())
     check_gates(data)
     count = len(data.labels)
@@ -187,36 +188,41 @@ def routing_report(
     if classes is not None:
         routing.class_numbers(data, images.classes, classes)
 
+    report.progress("Features of the paths")
     similarity = _similarity(model, images, count)
     error = 100 * (data.predictions != data.labels).double().mean().item()
     report.facts = {**report.facts, "accuracy": f"{100 - error:.2f} % of these images"}
     report.verdict = verdict(data, similarity)
 
-    def said(label: int, prediction: int) -> str:
-        name = images.classes[label]
-        return name if prediction == label else f"{name}, taken for {_class(images, prediction)}"
+    def wrong(label: int, prediction: int) -> list[str]:
+        return [] if prediction == label else [_class(images, prediction)]
 
     if chosen is None:
         indices = torch.linspace(0, count - 1, 12).round().long()
         pairs = zip(data.labels[indices].tolist(), data.predictions[indices].tolist(), strict=True)
-        chosen = images.at(indices), [said(*pair) for pair in pairs]
+        pictures, captions = images.at(indices), [[images.classes[pair[0]], *wrong(*pair)] for pair in pairs]
     else:
+        pictures, names = chosen
         with torch.no_grad(), frozen(model):
-            found = model(images.normalized(chosen[0])).argmax(1).tolist()
-        chosen = chosen[0], [f"{name}: {_class(images, k)}" for name, k in zip(chosen[1], found, strict=True)]
-    pictures, titles = chosen
+            found = model(images.normalized(pictures)).argmax(1).tolist()
+        captions = [[name, _class(images, k)] for name, k in zip(names, found, strict=True)]
+    titles = [" → ".join(caption) for caption in captions]
     flows = collect_flows(model, images.normalized(pictures))
     report.section(
         "Routing flow",
         "Each router is two rows of nodes: the parallel tensors that enter it and those that leave it. The redder a "
         "node, the larger its tensor's share of the mean magnitude of all; the wider and bluer an edge, the stronger "
         "the gate. The gate g_ij is the share of incoming path i that goes to outgoing path j; over j they sum to 1. "
-        "Under an image stand its class and, where the network is wrong, what it was taken for.",
+        + (
+            "An arrow points from the class of an image to the one that the network took it for, where that is wrong."
+            if chosen is None
+            else "An arrow points from the name of an image to the class that the network took it for."
+        ),
         flow=flow_data(flows, pictures, titles),
     )
     report.figure(
         "routing_flow",
-        routing.routing_flow(flows[:4], pictures[:4], titles[:4]),
+        routing.routing_flow(flows[:4], pictures[:4], ["\n→ ".join(caption) for caption in captions[:4]]),
         f"Routing flow of {', '.join(titles[:4])} side by side.",
     )
 
@@ -235,18 +241,18 @@ def routing_report(
 
     widest = data.widest(gates)
     channels, height, width = images.at(torch.tensor([0])).shape[1:]
-    made = synthesize_gates(model, widest, (channels, height, width), images.mean, images.std)
     report.section(
         "What maximises a gate",
         f"The {EXTREMES} images for which a gate is highest and lowest, with their class and, in a second line, what "
         "the network took them for where that is wrong; and an image made by gradient ascent on the gate's score "
         "before the softmax, unless it stayed flat.",
     )
+    made = synthesize_gates(model, widest, (channels, height, width), images.mean, images.std)
     for k, gate in enumerate(widest):
         highest, lowest = data.extremes(gate, EXTREMES)
         captions = [
             [
-                images.classes[a] if a == b else f"{images.classes[a]}\n→ {_class(images, b)}"
+                "\n→ ".join([images.classes[a], *wrong(a, b)])
                 for a, b in zip(data.labels[end].tolist(), data.predictions[end].tolist(), strict=True)
             ]
             for end in (highest, lowest)
@@ -274,13 +280,14 @@ def routing_report(
         f"Histograms by class of {', '.join(map(str, distinct))}.",
     )
 
-    earlier = collect_routing(before, images.batches()) if before is not None else None
     report.section(
         "Gate health",
         "Each gate over all images. Entropy is a share of that of even gates. A gate is dead if it exceeds "
-        f"{routing.DEAD} for no image, and skewed if it is above 0.5 for none, or below 0.5 for none (Figure 5.1).",
+        f"{routing.DEAD} for no image, and skewed if it is 0.5 or more for every image (Figure 5.1): its path then goes "
+        "the same way for all images.",
         table=routing.gate_rows(data),
     )
+    earlier = collect_routing(before, images.batches()) if before is not None else None
     report.figure("gate_health", routing.gate_health(data, earlier), "Mean and range of every gate; see the table.")
 
     weights = parallel_weights(model)
@@ -401,6 +408,7 @@ def clustering_report(
 
         from fastroute.clustering.metrics import cluster_accuracy
 
+    report.progress("Responses to all images")
     responses, labels = collect_responses(model, images.batches())
     if wrong := int((~responses.isfinite().all(1)).sum()):
         raise ValueError(f"the responses to {wrong} of {len(labels)} images are NaN or infinite; {DIVERGED}")
@@ -411,6 +419,7 @@ def clustering_report(
     some = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:RESPONSES]
     maps = {"trained network": responses[some]}
     if untrained is not None:
+        report.progress("Responses of the untrained network")
         shown = [(images.normalized(images.at(part)), labels[part]) for part in some.split(256)]
         maps = {"random network": collect_responses(untrained, shown)[0]} | maps
     sizes = torch.bincount(found, minlength=responses.shape[1]).tolist()
@@ -472,7 +481,10 @@ def clustering_report(
         report.figure("confusion", clusters.confusion(labels, found, images.classes), f"Clusters by class: {mains}.")
 
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    report.section("Filters", "Images made to maximise filters of the first and of the last convolution.")
+    report.section(
+        "Filters",
+        "Images made to maximise filters of the first and of the last convolution, without those that stayed flat.",
+    )
     made = {}
     for where, (_, layer) in {"first": layers[0], "last": layers[-1]}.items():
         filters = torch.linspace(0, layer.out_channels - 1, min(16, layer.out_channels)).round().int().tolist()

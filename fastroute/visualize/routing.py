@@ -35,15 +35,16 @@ def routing_flow(flows: Sequence[Sequence[Layer]], images: Tensor, titles: Seque
     Args:
         flows: for each image, what `collect_flows` gives.
         images: (N, C, H, W), values from 0 to 1.
-        titles: for each image.
+        titles: what stands under each image; a line break begins a new line.
     """
     depth = len(flows[0])
-    figure = ShownFigure(figsize=(max(2.0, 1.5 * len(flows)), 1.6 + 0.95 * depth), layout="constrained")
+    figure = ShownFigure(figsize=(max(2.0, 1.5 * len(flows)), 1.8 + 0.95 * depth), layout="constrained")
     axes = figure.subplots(2, len(flows), squeeze=False, height_ratios=[1.4, 0.95 * depth])
     for column, (flow, image) in enumerate(zip(flows, images, strict=True)):
         show(axes[0, column], image)
         if titles is not None:
-            axes[0, column].set_title(legible(titles[column], 18))
+            text = "\n".join(legible(line, 18) for line in titles[column].split("\n"))
+            axes[0, column].set_title(text, y=-0.02, va="top", pad=0)
         below = axes[1, column]
         below.set(xlim=(-0.75, 0.75), ylim=(-2 * depth + 0.5, 0.6))
         below.set_axis_off()
@@ -134,8 +135,12 @@ def variance_explained(values: Tensor, labels: Tensor) -> float:
 
 
 def tint(colours: Tensor) -> str:
-    """What mean channels (N, C) are of images: "colour", or of grey ones "brightness"."""
-    return "brightness" if colours.shape[1] == 1 else "colour"
+    """Name what the mean channels (N, C) of images tell: "colour", or "brightness" if all images are grey.
+
+    The channels of grey images, each normalised in its own way, are linear functions of one another.
+    """
+    rank = torch.linalg.matrix_rank((colours - colours.mean(0)).double(), rtol=1e-4)
+    return "brightness" if colours.shape[1] == 1 or rank == 1 else "colour"
 
 
 def colour_explained(values: Tensor, colours: Tensor) -> float:
@@ -245,12 +250,17 @@ def gate_context(data: RoutingData) -> Figure:
 
 
 def gate_remarks(statistics: RouterStatistics) -> list[list[str]]:
-    """For each gate (m, n): "dead", "skewed" (above 0.5 for no image, or below it for none) or ""."""
-    dead, skewed = statistics.peak < DEAD, statistics.never_above | statistics.never_below
-    return [
-        ["dead" if dead[i, j] else "skewed" if skewed[i, j] else "" for j in range(dead.shape[1])]
-        for i in range(dead.shape[0])
-    ]
+    """Return "dead", "skewed" or "" for each gate, as m lists of n texts.
+
+    "skewed" names the gate that takes at least half of its incoming path for every image. Its rivals, which are then
+    never above 0.5, get no remark: with two paths they say the same, and with more they are the rule.
+    """
+    dead, preferred = (statistics.peak < DEAD).tolist(), statistics.mean_gates.argmax(1).tolist()
+    remarks = [["dead" if gate else "" for gate in row] for row in dead]
+    for row, j, never_below in zip(remarks, preferred, statistics.never_below.tolist(), strict=True):
+        if never_below[j] and not (len(row) == 2 and "dead" in row):  # "dead" says it, too
+            row[j] = "skewed"
+    return remarks
 
 
 @styled
