@@ -84,6 +84,9 @@ class ConvNetAIG(Classifies, nn.Module):
 
 
 @register_model(table="3.3", params="1.78")
-def convnet_aig110(**sizes) -> ConvNetAIG:
-    """ConvNet-AIG-110. Gates with a hidden layer of 20 come to Table 3.3's 1.78 million parameters; 16 to 1.77."""
-    return ConvNetAIG(110, **sizes)
+def convnet_aig110(**options) -> nn.Module:
+    """Build ConvNet-AIG-110.
+
+    Gates with a hidden layer of 20 come to Table 3.3's 1.78 million parameters; those with 16 to 1.77.
+    """
+    return ConvNetAIG(110, **options)

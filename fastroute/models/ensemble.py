@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -130,5 +129,13 @@ def ensemble(members: Sequence[str], checkpoints: Sequence[str | Path] | None = 
     return Ensemble(_load(path, name) for path, name in zip(checkpoints, members, strict=True))
 
 
-register_model(partial(ensemble, ["base_cnn"] * 3), "base_cnn_ensemble", table="3.2", params="1.66")
-register_model(partial(ensemble, ["base_cnn", "wide_cnn", "deep_cnn"]), "all_ensemble", table="3.2", params="4.27")
+@register_model(table="3.2", params="1.66")
+def base_cnn_ensemble(**options) -> nn.Module:
+    """Build an ensemble of three BaseCNNs; `checkpoints` names three files to start from."""
+    return ensemble(["base_cnn"] * 3, **options)
+
+
+@register_model(table="3.2", params="4.27")
+def all_ensemble(**options) -> nn.Module:
+    """Build an ensemble of BaseCNN, WideCNN and DeepCNN; `checkpoints` names three files to start from."""
+    return ensemble(["base_cnn", "wide_cnn", "deep_cnn"], **options)

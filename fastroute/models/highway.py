@@ -29,11 +29,15 @@ class HighwayConv(nn.Module):
 
 @register_model(table="3.2", params="2.3")
 def highway(*, num_classes: int = 10, in_chans: int = 3, img_size: int = 32) -> Network:
-    """A highway network of 19 layers with the widths of FitNet-4: 17 convolutions and two dense layers.
+    """Build a highway network of 19 layers with the widths of FitNet-4: 17 convolutions and two dense layers.
 
     Neither the thesis nor its source gives the layers. Where the width changes there is a plain convolution, everywhere
     else a highway layer, with ReLU for FitNet's maxout; the hidden dense layer of 500 follows global pooling. That
     comes to 2.34 million parameters, printed 2.3 in Table 3.2.
+
+    Args:
+        num_classes, in_chans: as in `create_model`.
+        img_size: not used: any size of at least 4 works.
     """
     layers, width, depth = OrderedDict(), in_chans, 0
     for i, group in enumerate(GROUPS, start=1):

@@ -111,6 +111,6 @@ class HyperWideResNet(Classifies, nn.Module):
 
 
 @register_model(table="3.3", params="0.15")
-def hyper_wrn_40_2(**sizes) -> HyperWideResNet:
-    """Hyper-WRN-40-2: `wrn_40_2` with generated kernels."""
-    return HyperWideResNet(40, 2, **sizes)
+def hyper_wrn_40_2(**options) -> nn.Module:
+    """Build Hyper-WRN-40-2: `wrn_40_2` with generated kernels."""
+    return HyperWideResNet(40, 2, **options)

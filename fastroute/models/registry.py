@@ -1,12 +1,13 @@
 """Networks by name."""
 
+import inspect
 import re
 from collections.abc import Callable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, overload
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from fastroute.nn import exact_convolutions
 class ModelInfo(NamedTuple):
     """What the registry knows of a network.
 
-    builder: called as `builder(num_classes=…, in_chans=…, img_size=…, **options)`.
+    builder: builds the network as `create_model` does: `builder(num_classes=…, in_chans=…, img_size=…, **options)`.
     num_classes, img_size: the defaults of `create_model`: those with which the thesis counts parameters.
     table: where the thesis has it, such as "3.3", or "" for a network that it does not have.
     params: the parameters as printed there, in millions, or "".
@@ -36,17 +37,37 @@ LARGE = 2**14
 """The size from which a network is weighed before it is built: its first or last layer may outgrow the memory."""
 
 _MODELS: dict[str, ModelInfo] = {}
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {}
+"""What was registered, which `create_model` calls with all sizes."""
+
+Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 
 
+@overload
 def register_model(
-    builder: Callable[..., nn.Module] | None = None,
+    builder: Builder,
     name: str | None = None,
     *,
     num_classes: int = 10,
     img_size: int = 32,
     table: str = "",
     params: str = "",
-) -> Callable[..., nn.Module]:
+) -> Builder: ...
+
+
+@overload
+def register_model(
+    builder: None = None,
+    name: str | None = None,
+    *,
+    num_classes: int = 10,
+    img_size: int = 32,
+    table: str = "",
+    params: str = "",
+) -> Callable[[Builder], Builder]: ...
+
+
+def register_model(builder=None, name=None, *, num_classes=10, img_size=32, table="", params=""):
     """Add a network to the registry: a function to call, or a decorator, with or without arguments.
 
     Args:
@@ -54,8 +75,18 @@ def register_model(
         name: the name of the network; the builder's own by default.
         num_classes, img_size, table, params: see `ModelInfo`.
 
+    Returns:
+        `create_model` for this network, as a function with the builder's name and documentation.
+
     Raises:
         ValueError: the name is taken.
+
+    Example:
+        >>> @register_model(num_classes=5)
+        ... def resnet14_cc2(**options):
+        ...     return fastroute.models.cifar_resnet.cifar_resnet(14, 2, **options)
+        >>> resnet14_cc2(in_chans=1)(torch.randn(2, 1, 8, 8)).shape
+        torch.Size([2, 5])
     """
     if builder is None:
         return partial(
@@ -64,8 +95,14 @@ def register_model(
     name = name or builder.__name__
     if name in _MODELS:
         raise ValueError(f"name is {name!r}; a network of that name is registered already")
-    _MODELS[name] = ModelInfo(builder, num_classes, img_size, table, params)
-    return builder
+
+    @wraps(builder)
+    def create(*sizes, **options) -> nn.Module:
+        return create_model(name, *sizes, **options)
+
+    create.__doc__ = f"{inspect.getdoc(builder) or name}\n\nTakes the options of `create_model`."
+    _MODELS[name], _BUILDERS[name] = ModelInfo(create, num_classes, img_size, table, params), builder
+    return create
 
 
 def list_models(filter: str = "*") -> list[str]:
@@ -162,15 +199,15 @@ def build(
         if size < 1:
             raise ValueError(f"{argument} is {size}; it must be at least {0 if argument == 'num_classes' else 1}")
     if max(sizes.values()) > LARGE and torch.get_default_device().type != "meta":
-        _check_size(name, info, sizes, options)
-    return exact_convolutions(info.builder(**sizes, **options))
+        _check_size(name, sizes, options)
+    return exact_convolutions(_BUILDERS[name](**sizes, **options))
 
 
-def _check_size(name: str, info: ModelInfo, sizes: dict[str, int], options: dict) -> None:
+def _check_size(name: str, sizes: dict[str, int], options: dict) -> None:
     said = ", ".join(f"{argument} {size}" for argument, size in sizes.items())
     try:
         with torch.device("meta"):
-            parameters = list(info.builder(**sizes, **options).parameters())
+            parameters = list(_BUILDERS[name](**sizes, **options).parameters())
     except (RuntimeError, TypeError, OverflowError) as error:  # a size that no tensor has
         raise ValueError(f"name is {name!r} with {said}; a size is too large: {in_a_line(error)}") from None
     needed = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
