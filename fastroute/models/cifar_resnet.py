@@ -16,7 +16,7 @@ WIDTHS = (16, 32, 64)
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """An identity, or a 1×1 projection where the shape changes (option B)."""
+    """Return an identity, or a 1×1 projection where the shape changes (option B)."""
     same = in_channels == out_channels and stride == 1
     return nn.Identity() if same else nn.Sequential(*conv_bn(in_channels, out_channels, 1, stride))
 
@@ -65,7 +65,7 @@ class PreActivationBlock(nn.Module):
     """Normalisation and ReLU before each of two 3×3 convolutions (He et al., 2016b), as in wide residual networks.
 
     Args:
-        reduction: of a squeeze-and-excitation of the residual; None for none.
+        reduction: that of a squeeze-and-excitation of the residual; None builds none.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, reduction: int | None = None):
@@ -87,10 +87,15 @@ class PreActivationBlock(nn.Module):
 
 
 def blocks_per_stack(depth: int, layers_per_block: int = 2, others: int = 2) -> int:
-    """How many blocks of each of three stacks give a network of `depth` layers, `others` of them outside of blocks.
+    """Return the number of blocks in each of three stacks of a network of `depth` layers.
+
+    Args:
+        depth: the number of layers.
+        layers_per_block: the number of layers in a block.
+        others: the number of layers outside of blocks.
 
     Raises:
-        ValueError: no number of blocks does.
+        ValueError: no number of blocks gives this depth.
     """
     blocks, rest = divmod(depth - others, 3 * layers_per_block)
     if blocks < 1 or rest:
@@ -104,7 +109,7 @@ def blocks_per_stack(depth: int, layers_per_block: int = 2, others: int = 2) -> 
 def stack(
     block: Callable[..., nn.Module], in_channels: int, out_channels: int, blocks: int, stride: int
 ) -> nn.Sequential:
-    """Blocks of one width, the first of which has the stride."""
+    """Build a stack of blocks of one width, the first of which has the stride."""
     first = block(in_channels, out_channels, stride)
     return nn.Sequential(first, *(block(out_channels, out_channels, 1) for _ in range(blocks - 1)))
 
@@ -118,7 +123,7 @@ def cifar_resnet(
     in_chans: int = 3,
     img_size: int = 32,
 ) -> Network | MultiPathNetwork:
-    """ResNet-depth for small images: a stem, three stacks of widths 16, 32 and 64, and a dense layer (§3.4.2).
+    """Build ResNet-depth for small images: a stem, three stacks of widths 16, 32 and 64, a dense layer (§3.4.2).
 
     With parallel paths, the stem is shared, each path has its own stacks and dense layer, and the logits are averaged.
     Routers stand after the stem (one to many) and after each stack. Under "cp" the stem itself is a cross-prediction
@@ -171,10 +176,10 @@ def cifar_resnet(
 
 
 def _relu_in_routers(network: MultiPathNetwork) -> MultiPathNetwork:
-    """The same network, but the ReLU in which the paths before a router end is the router's.
+    """Fuse the ReLU at the end of each path into the router that follows it, and return the network.
 
-    That spares a pass over every path forward and another backward: of resnet20_cc2 with a batch of 128 in bfloat16
-    and channels_last, a training step on a CPU took 1.3 ± 0.7 % less.
+    This saves a pass over every path, forward and backward: a training step of resnet20_cc2 with a batch of 128 in
+    bfloat16 and channels_last on a CPU took 1.3 ± 0.7 % less.
     """
     for paths, router in pairwise(network.children()):
         if isinstance(router, CrossConnection):
@@ -215,13 +220,13 @@ def pre_activation_resnet(
     in_chans: int = 3,
     img_size: int = 32,
 ) -> Network:
-    """A residual network of pre-activation blocks: WRN-depth-widen (Zagoruyko and Komodakis, 2016), or an SENet on one.
+    """Build a residual network of pre-activation blocks: WRN-depth-widen (Zagoruyko and Komodakis, 2016), or an SENet.
 
     Args:
-        depth: the number of layers: 6k + 4 as wide residual networks are counted, the projections among them, or
-            6k + 2 without.
-        widen: what the widths of the stacks are multiplied by.
-        reduction: of the squeeze-and-excitation of each block; None for none.
+        depth: the number of layers: 6k + 4 with the projections, as wide residual networks are counted, or 6k + 2
+            without them.
+        widen: the factor of the stacks' widths.
+        reduction: that of the squeeze-and-excitation in each block; None builds none.
         num_classes, in_chans: as in `create_model`.
         img_size: not used: any size works.
     """

@@ -27,16 +27,16 @@ def cnn(
     in_chans: int = 3,
     img_size: int = 32,
 ) -> Network:
-    """3×3 convolutions in groups of one resolution, then two hidden dense layers (Table 3.1).
+    """Build 3×3 convolutions in groups of one resolution, then two hidden dense layers (Table 3.1).
 
-    Convolutions have biases, batch normalisation and ReLU, and 2×2 max-pools stand between the groups: so the thesis's
-    parameters come out. Layers are conv1, conv2, pool1, conv3, …, flatten, dense1, dense2, logits.
+    Convolutions have biases, batch normalisation and ReLU, and 2×2 max-pools stand between the groups. This gives the
+    thesis's numbers of parameters. The layers are conv1, conv2, pool1, conv3, …, flatten, dense1, dense2, logits.
 
     Args:
         groups: the widths of the convolutions in each group.
         hidden: the width of the dense layers.
         final_pool: whether a pool follows the last group as well.
-        reduction: of a squeeze-and-excitation after each convolution; None for none.
+        reduction: that of a squeeze-and-excitation after each convolution; None builds none.
         num_classes, in_chans, img_size: as in `create_model`.
 
     Raises:
@@ -63,11 +63,11 @@ def cnn(
 
 
 def base_cnn_cc(paths: int, routing: str | None = "cc", **sizes) -> MultiPathNetwork:
-    """BaseCNN-X-CC: routers at the image and after the second, fourth and sixth convolution and the first dense layer.
+    """Build BaseCNN-X-CC: routers at the image, after convolutions 2, 4 and 6, and after the first dense layer.
 
     Args:
         paths: the number of parallel paths.
-        routing: as in `multipath`; None: BaseCNN-X, paths that share the image and the averaging of the logits alone.
+        routing: as in `multipath`; None builds BaseCNN-X, whose paths share only the image and the mean of the logits.
         sizes: num_classes, in_chans and img_size.
     """
     network = cnn(BASE, **sizes)
@@ -76,10 +76,14 @@ def base_cnn_cc(paths: int, routing: str | None = "cc", **sizes) -> MultiPathNet
 
 
 def base_cnn_cp(paths: int, **sizes) -> MultiPathNetwork:
-    """BaseCNN-X-CP: cross-prediction in place of convolutions 1, 3 and 5 and of the second dense layer (Fig. 3.2).
+    """Build BaseCNN-X-CP: cross-predictions for convolutions 1, 3 and 5 and the second dense layer (Fig. 3.2).
 
-    Each output of a cross-prediction of convolutions has batch normalisation before its ReLU: one for each output, not
-    for each prediction, which gives the thesis's parameters.
+    Each output of a convolutional cross-prediction has batch normalisation before its ReLU. One for each output, not
+    for each prediction, gives the thesis's number of parameters.
+
+    Args:
+        paths: the number of parallel paths.
+        sizes: num_classes, in_chans and img_size.
     """
     networks = [cnn(BASE, **sizes) for _ in range(paths)]
     layers, width = OrderedDict(), 1
@@ -96,7 +100,13 @@ def base_cnn_cp(paths: int, **sizes) -> MultiPathNetwork:
 
 
 def vgg13_cc(paths: int, routing: str | None = "cc", **sizes) -> MultiPathNetwork:
-    """VGG13-X-CC with half the filters (§3.5): routers at the image, after each pool and the first dense layer."""
+    """Build VGG13-X-CC with half the filters (§3.5): routers at the image, after each pool and the first dense layer.
+
+    Args:
+        paths: the number of parallel paths.
+        routing: as in `multipath`.
+        sizes: num_classes, in_chans and img_size.
+    """
     network = cnn(VGG13_HALF, 256, final_pool=True, **sizes)
     cuts = ["input", *(f"pool{i}" for i in range(1, 6)), "dense1"]
     return multipath(network, paths, cuts, routing, input_size=_input_size(**sizes))

@@ -11,11 +11,11 @@ SHAPES |= {50: ("bottleneck", [3, 4, 6, 3]), 101: ("bottleneck", [3, 4, 23, 3])}
 
 
 def imagenet_resnet(depth: int, **options) -> nn.Module:
-    """torchvision's ResNet-depth, for the depths 18, 34, 50 and 101.
+    """Build torchvision's ResNet-depth.
 
     Args:
-        depth: the number of layers.
-        options: num_classes, in_chans, and what else `_torchvision.ResNet` takes.
+        depth: the number of layers: 18, 34, 50 or 101.
+        options: of `_torchvision.ResNet`, such as num_classes and in_chans.
     """
     from fastroute.models._torchvision import ResNet
 
@@ -31,7 +31,7 @@ def imagenet_resnet_cc(
     in_chans: int = 3,
     img_size: int = 224,
 ) -> MultiPathNetwork:
-    """ResNetN-X-CC: a one-to-many router after the first convolution and its max-pool, and a router after every stack.
+    """Build ResNetN-X-CC: a one-to-many router after the first max-pool, and a router after every stack.
 
     Args:
         depth: the number of layers: 18, 34, 50 or 101.

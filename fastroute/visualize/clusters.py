@@ -12,17 +12,20 @@ from torch import Tensor
 from fastroute.visualize.style import INK, PALETTE, WIDTH, ShownFigure, grid, is_flat, legible, show, styled
 
 LEGEND = 20
-"""The most clusters that a legend has room for."""
+"""The most clusters in a legend."""
 
 
 @styled
 def response_map(responses: Mapping[str, Tensor], seed: int = 0, names: Sequence[str] | None = None) -> Figure:
-    """t-SNE of responses before the softmax, coloured by cluster and with the clusters' numbers (Fig. 4.7).
+    """Draw the t-SNE of responses before the softmax, coloured by cluster, with the clusters' numbers (Fig. 4.7).
 
     Args:
         responses: title → (N, K), such as of a random and of the trained network; N at least 10.
         seed: of t-SNE.
-        names: of the clusters, for a legend; left out where there are more than fit.
+        names: the clusters' names for a legend, which is left out above `LEGEND` clusters.
+
+    Example:
+        >>> figure = response_map({"trained network": torch.randn(50, 4)}, names=["ant", "bee", "cat", "dog"])
     """
     figure, panels = grid(len(responses), 2, 3.1)
     for axes, (title, values) in zip(panels, responses.items(), strict=True):
@@ -53,11 +56,11 @@ def response_map(responses: Mapping[str, Tensor], seed: int = 0, names: Sequence
 
 @styled
 def cluster_images(highest: Mapping[str, Tensor], synthesized: Tensor | None = None) -> Figure:
-    """The images with the highest response of each cluster, and one made to maximise it at the end (Fig. 4.8).
+    """Draw the images with the highest response of each cluster, and at the end a synthesised one (Fig. 4.8).
 
     Args:
         highest: a cluster's name → (N, C, H, W), values from 0 to 1.
-        synthesized: (clusters, C, H, W), values from 0 to 1.
+        synthesized: (clusters, C, H, W), values from 0 to 1, from `synthesize_outputs`. Flat images are left out.
     """
     count = max(len(images) for images in highest.values())
     size = WIDTH / (count + 2.6)
@@ -105,11 +108,14 @@ def filter_images(layers: Mapping[str, Tensor]) -> Figure:
 
 @styled
 def confusion(labels: Tensor, clusters: Tensor, classes: Sequence[str]) -> Figure:
-    """How many images of each class (row, in %) each cluster has; clusters are in the order of their main class.
+    """Draw the share of each class (row, in %) in each cluster; clusters are in the order of their main class.
 
     Args:
         labels, clusters: (N,), int64.
         classes: the names of the classes.
+
+    Example:
+        >>> figure = confusion(torch.tensor([0, 0, 1]), torch.tensor([1, 1, 0]), ["ant", "bee"])
     """
     counts = torch.zeros(len(classes), int(clusters.max()) + 1)
     counts.index_put_((labels, clusters), torch.ones(len(labels)), accumulate=True)

@@ -1,4 +1,4 @@
-"""Figures of training runs, from what they write (Fig. 3.6 and 4.6)."""
+"""Figures of training runs, from their summaries (Fig. 3.6 and 4.6)."""
 
 import csv
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ _CURVES = {
 
 
 def read_summary(path: Path) -> list[dict[str, str]]:
-    """The rows of a `summary.csv`.
+    """Read the rows of a `summary.csv`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it has no rows, or none of the columns that are drawn.
+        ValueError: the file has no rows, or none of the columns that are drawn.
     """
     if not path.is_file():
         raise FileNotFoundError(f"summary is {path}; there is no such file")
@@ -50,7 +50,8 @@ def learning_curves(summaries: Mapping[str, Path]) -> Figure:
         summaries: a run's name → its `summary.csv`.
 
     Raises:
-        FileNotFoundError, ValueError: as of `read_summary`.
+        FileNotFoundError: there is no such file.
+        ValueError: a file has no rows, or none of the columns that are drawn.
     """
     figure = ShownFigure(figsize=(WIDTH, 2.8), layout="constrained")
     axes = figure.subplots()
@@ -73,10 +74,13 @@ def learning_curves(summaries: Mapping[str, Path]) -> Figure:
 
 @styled
 def accuracy_against_parameters(runs: Mapping[str, tuple[int, float]]) -> Figure:
-    """Accuracy of networks by their size (Fig. 3.6).
+    """Draw the accuracy of networks by their size (Fig. 3.6).
 
     Args:
-        runs: a network's name → its parameters and its accuracy in percent.
+        runs: a network's name → its number of parameters, and its accuracy in percent.
+
+    Example:
+        >>> figure = accuracy_against_parameters({"resnet20": (270_000, 91.0), "resnet20_cc2": (550_000, 92.0)})
     """
     figure = ShownFigure(figsize=(WIDTH, 3), layout="constrained")
     axes = figure.subplots()
