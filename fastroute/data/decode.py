@@ -196,7 +196,7 @@ def named(name: str) -> Iterator[None]:
         yield
     except UnidentifiedImageError as error:
         raise UnreadableImage(
-            f"{name} cannot be read as an image: it is none of {', '.join(FORMATS)}, or damaged"
+            f"{name} cannot be read as an image: it is not one of {', '.join(FORMATS)}, or is damaged"
         ) from error
     except Image.DecompressionBombError as error:  # Pillow's, at twice the limit
         raise UnreadableImage(f"{name} cannot be read as an image: it has too many pixels, {_at_most()}") from error

@@ -309,7 +309,8 @@ class ImageDataModule(pl.LightningDataModule):
         if share != self.val_split or (share and seed != self.seed):
             raise PlaceMismatch(
                 f"the run set val_split={share} aside by seed {seed}, but now val_split is {self.val_split} and seed "
-                f"{self.seed}, which trains on images that the run validated on: go on with the same"
+                f"{self.seed}, which would train on validation images of the run: resume with the same val_split and "
+                "seed"
             )
         self._place = state["place"]
 

@@ -160,13 +160,13 @@ def _number(field: bytes, name: bytes) -> int:
         return int.from_bytes(field[1:], "big")
     text = _text(field).strip() or b"0"
     if not re.fullmatch(rb"[0-7]+", text):
-        raise TarError(f"{shown(name)} has no size: there is {text!r} in its place")
+        raise TarError(f"{shown(name)} has the size {text!r}, which must be octal digits")
     return int(text, 8)
 
 
 def _decimal(text: bytes, name: bytes) -> int:
     if not re.fullmatch(rb"\d{1,20}", text):
-        raise TarError(f"{shown(name)} has no size: there is {text[:20]!r} in its place")
+        raise TarError(f"{shown(name)} has the size {text[:20]!r}, which must be digits")
     return int(text)
 
 

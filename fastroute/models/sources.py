@@ -204,8 +204,8 @@ def _downloading(text: str) -> Iterator[None]:
         raise
     except Exception as error:  # a hub and the network raise errors of many types
         raise ValueError(
-            f"pretrained is True; the weights of {text} cannot be had ({in_a_line(error)}): name a file of them with "
-            "--pretrained-path"
+            f"pretrained is True; the weights of {text} cannot be downloaded ({in_a_line(error)}): download them "
+            "elsewhere, and give the file to --pretrained-path"
         ) from error
 
 

@@ -44,7 +44,8 @@ def test_nothing_overflows(opened, width, scheme):
     tab = opened(width, scheme)
     outside = """[...document.querySelectorAll("body *")].filter((element) => {
         const { left, right } = element.getBoundingClientRect();
-        return !element.closest(".scroll > *, .drawing svg *") && (right > innerWidth + 0.5 || left < 0) }).map((e) => e.outerHTML)"""
+        return !element.closest(".scroll > *, .drawing svg *") && (right > innerWidth + 0.5 || left < 0)
+    }).map((element) => element.outerHTML)"""
     assert tab.evaluate("document.documentElement.scrollWidth") <= width and tab.evaluate(outside) == []
     assert tab.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth && image.alt)")
 
