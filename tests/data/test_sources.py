@@ -217,10 +217,8 @@ SPARSE = {"483": binary(10**13), "386": b"0" * 11, "398": b"0" * 11}
         ),
         (header(b"0", b"a/0.png", b"777777"), "a/0.png is cut short: it has 262,143 bytes, of which 1,024 are there"),
         (header(b"0", b"a/0.png", binary(10**13)), "a/0.png is cut short"),
-        (
-            header(b"0", b"a/0.png", b"\xff" * 12),
-            r"a/0.png has the size b'.*', which must be octal digits",
-        ),  # -1 in GNU's binary numbers
+        # -1 in GNU's binary numbers
+        (header(b"0", b"a/0.png", b"\xff" * 12), "a/0.png has the size .*, which must be octal digits"),
         (header(b"0", b"a/0.png", b"-1"), "a/0.png has the size b'-1', which must be octal digits"),
         (header(b"x", b"a", binary(6 * 10**9)), "the header at byte 0 has 6,000,000,000 bytes"),
         (header(b"L", b"a", binary(6 * 10**9)), "the header at byte 0 has 6,000,000,000 bytes"),
