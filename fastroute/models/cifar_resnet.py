@@ -192,7 +192,6 @@ def _relu_in_routers(network: MultiPathNetwork) -> MultiPathNetwork:
     return network
 
 
-@register_model(table="3.3", params="2.5")
 def resnet164(*, num_classes: int = 10, in_chans: int = 3, img_size: int = 32) -> Network:
     """Build ResNet-164 of bottlenecks, in the order of He et al. (2016), whose errors the thesis quotes.
 
@@ -347,6 +346,9 @@ def resnet20_cp3(**options) -> nn.Module:
 def resnet20_cp4(**options) -> nn.Module:
     """Build ResNet20-4-CP: four paths with cross-predictions."""
     return cifar_resnet(20, 4, "cp", **options)
+
+
+resnet164 = register_model(resnet164, table="3.3", params="2.5")
 
 
 @register_model(table="3.3", params="2.2")
