@@ -99,7 +99,7 @@ def test_paths_and_report_take_the_images_of_the_run(image_folder, tmp_path):
         (("--dataset", "imagefolder"), "it must be a folder with train/ and val/ in it"),
     ],
 )
-def test_a_folder_that_is_none_is_never_the_digits(tmp_path, arguments, message):
+def test_a_missing_folder_does_not_fall_back_to_digits(tmp_path, arguments, message):
     (tmp_path / "data").mkdir()
     code, output = train(tmp_path / "data", tmp_path, *arguments)
     assert code == 2 and message in output.replace("\n", ""), output

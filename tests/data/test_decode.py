@@ -62,7 +62,7 @@ def test_signed_values_of_16_bits():
     assert np.abs(np.asarray(image).astype(int) - LEVELS).max() <= 1
 
 
-def test_values_that_are_no_numbers_are_black_or_white():
+def test_non_finite_values_become_black_or_white():
     values = np.array([[0.5, np.nan, np.inf, -np.inf, 1.0]], np.float32)
     assert decoded(values, "tiff").tolist() == [[128, 0, 255, 0, 255]]
     assert decoded(np.full((1, 2), np.nan, np.float32), "tiff").tolist() == [[0, 0]]

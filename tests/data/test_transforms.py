@@ -92,7 +92,7 @@ def test_policies():
         *("rand-m9-mstd0.5", "rand-m9-mstdnan", "rand-m9-inc1", "augmix-m5-w999999", "original", "auto", ""),
     ],
 )
-def test_policies_that_there_are_not(name):
+def test_unknown_policies(name):
     message = (
         f"aa is '{name}'; it must be one of 'imagenet', .* or such as 'rand-m9-n2' with m from 0 to 30 and n from 1"
     )

@@ -35,7 +35,7 @@ def test_one_path_s_weights_start_all_paths_of_a_named_network(tmp_path):
     ]
 
 
-def test_parts_of_one_module_find_their_weights_whatever_its_name():
+def test_parts_of_one_module_find_their_weights_under_any_name():
     network = multipath(single(), 2, ["0", "2"], input_size=(3, 8, 8))
     weights = {
         name: torch.randn(value.shape) if value.dim() else value for name, value in single().state_dict().items()

@@ -45,7 +45,7 @@ def test_batched_paths_are_the_separate_ones(inputs, training):
     assert (separate[0][1].num_batches_tracked == 2) == training
 
 
-def test_paths_run_as_measured_on_their_device_unless_told(monkeypatch):
+def test_auto_execution_is_the_faster_one_as_measured(monkeypatch):
     paths, xs = ParallelPaths([nn.Linear(2, 2), nn.Linear(2, 2)]), [torch.randn(3, 2)]
     calls = []
     paths[1].register_forward_hook(lambda *_: calls.append("separate"))

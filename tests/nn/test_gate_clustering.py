@@ -25,7 +25,7 @@ def test_the_losses_of_all_gating_vectors_are_added():
     torch.testing.assert_close(loss, torch.stack([mixture_em_loss(v).loss for v in vectors]).sum())
 
 
-def test_one_way_to_go_is_no_clustering():
+def test_a_single_outgoing_path_is_not_clustered():
     criterion, a = GateClusteringLoss(), scores(16, 2, 3)
     with_one = criterion(routing(a, scores(16, 2, 1)))
     torch.testing.assert_close(with_one, GateClusteringLoss()(routing(a)))
@@ -49,7 +49,7 @@ def test_priors_follow_the_posteriors_of_the_steps_before():
 
 
 @pytest.mark.parametrize("scope", ["local", "router", "network"])
-def test_no_samples_are_no_loss_and_move_nothing(scope):
+def test_no_samples_give_no_loss_and_no_update(scope):
     criterion = GateClusteringLoss(scope=scope)
     assert criterion(routing(scores(0, 2, 3))) == 0
     assert all(torch.equal(prior, torch.full_like(prior, 1 / 3)) for prior in criterion.priors.values())

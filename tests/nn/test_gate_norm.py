@@ -100,7 +100,7 @@ def test_evaluation_becomes_training_on_the_same_batch(kind, prior):
 
 
 @pytest.mark.parametrize("kind", ["center", "standardize"])
-def test_a_shift_of_a_gate_costs_nothing_and_its_samples_still_differ(kind):
+def test_normalised_gates_ignore_the_bias(kind):
     layer, xs = router(kind, None), inputs()
     _, before = layer(xs, return_routing=True)
     with torch.no_grad():
