@@ -428,7 +428,7 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
     check_warmup(options.sched, options.warmup_epochs, options.epochs)
     pl.seed_everything(options.seed, verbose=False)
     module = training.RoutingClassifier(
-        network.network(specification, options, data, resume, console),
+        _network(specification, options, data, resume, console),
         options.num_classes or data.num_classes,
         data.in_chans,
         data.img_size,
@@ -468,9 +468,26 @@ def _prepare(context: typer.Context, options: SimpleNamespace, console: Console)
     return data, module, resume, folder
 
 
+DROP = {"drop": "drop_rate", "drop_path": "drop_path_rate"}
+"""What the networks call the rates of --drop and --drop-path."""
+
+
+def _network(specification, options: SimpleNamespace, *others) -> nn.Module:
+    try:
+        return network.network(specification, options, *others)
+    except ValueError as error:
+        for option, name in DROP.items():
+            if getattr(options, option) is not None and f"'{name}'" in str(error):
+                raise ValueError(
+                    f"{option} is {getattr(options, option)}; {specification} takes no {name}: leave the flag out, "
+                    "or name a network that takes it, as many of timm's do"
+                ) from error
+        raise
+
+
 def _drop(options: SimpleNamespace, params: dict[str, Any]) -> None:
     """Have --drop and --drop-path be arguments of the network, where a checkpoint and args.yaml keep them."""
-    for option, name in (("drop", "drop_rate"), ("drop_path", "drop_path_rate")):
+    for option, name in DROP.items():
         if (rate := getattr(options, option)) is not None:
             options.model_kwargs = [*(options.model_kwargs or []), f"{name}={rate}"]
             params[option] = None
