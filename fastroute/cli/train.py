@@ -24,6 +24,7 @@ from fastroute.cli.common import (
 from fastroute.cli.errors import escaped, standard_output
 from fastroute.cli.sizes import check_batch, check_images
 from fastroute.cli.train_options import TrainOptions
+from fastroute.models.specification import Specification
 from fastroute.nn import GateClusteringLoss, Router
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def _prepare(
     check_warmup(options.sched, options.warmup_epochs, options.epochs)
     pl.seed_everything(options.seed, verbose=False)
     module = training.RoutingClassifier(
-        network.network(specification, options, data, options.num_classes, resume, console),
+        _network(specification, options, data, options.num_classes, resume, console),
         options.num_classes or data.num_classes,
         data.in_chans,
         data.img_size,
@@ -209,9 +210,27 @@ def _prepare(
     return data, module, resume, folder
 
 
+DROP = {"drop": "drop_rate", "drop_path": "drop_path_rate"}
+"""What the networks call the rates of --drop and --drop-path."""
+
+
+def _network(specification: Specification, options: TrainOptions, *others) -> nn.Module:
+    try:
+        return network.network(specification, options, *others)
+    except ValueError as error:
+        rates = dict(argument.split("=", 1) for argument in options.model_kwargs or ())
+        for option, name in DROP.items():
+            if name in rates and f"'{name}'" in str(error):
+                raise ValueError(
+                    f"{option} is {rates[name]}; {specification} takes no {name}: leave the flag out, or name a network "
+                    "that takes it, as many of timm's do"
+                ) from error
+        raise
+
+
 def _drop(options: TrainOptions) -> None:
     """Turn --drop and --drop-path into arguments of the network, as which a checkpoint and args.yaml keep them."""
-    for option, name in (("drop", "drop_rate"), ("drop_path", "drop_path_rate")):
+    for option, name in DROP.items():
         if (rate := getattr(options, option)) is not None:
             options.model_kwargs = [*(options.model_kwargs or []), f"{name}={rate}"]
             setattr(options, option, None)

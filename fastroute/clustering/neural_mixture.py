@@ -22,9 +22,6 @@ from fastroute.nn import MixtureEMLoss, RelevanceNorm
 from fastroute.ops.mixture_em import MAX_CLUSTERS
 
 INFERENCE_BATCH = 4096
-# A feature whose standard deviation is less than this share of what is typical, both as shares of the features' ranges,
-# is not stretched to 1: most of the time it has one value, as border pixels of digits have, and the rest is noise.
-LEAST_SPREAD = 0.7
 # The priors are a moving average of the posteriors' means, over some 20 batches.
 PRIOR_MOMENTUM = 0.05
 # The seeds of k-means++ are only where EM begins: a few passes teach them to the network.
@@ -66,8 +63,9 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         gamma: γ of Eq. 4.12.
         noise: standard deviation of the Gaussian noise, after standardisation, that makes augmented samples (Eq. 4.23).
             Borders then keep away from samples. 0 trains on the samples alone.
-        standardize: whether each feature is centred and brought to spread 1 before the network, whatever its unit; one
-            that has nearly always one value, unlike the others, stays below 1.
+        standardize: whether each feature is centred and brought to spread 1 before the network, whatever its unit.
+            With q = (standard deviation / range) of a feature by the root mean square of that ratio over all features,
+            the spread is q² where q < 1: a feature that has nearly always one value, unlike the others, stays small.
         warm_start: whether `fit` goes on from the network of the last one, for `epochs` more in one run, and leaves
             standardisation and merged clusters as they are.
         verbose: 1 prints a line for each run, 2 for each pass over the data, too.
@@ -338,7 +336,8 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         constant = extent <= 4 * np.finfo(X.dtype).eps * np.abs(center)
         share = np.sqrt(variance) / np.where(constant, 1, extent)
         typical = np.sqrt(np.square(share[~constant]).mean()) if not constant.all() else 1.0
-        spread = np.maximum(share, LEAST_SPREAD * typical) * extent
+        # As border pixels of digits have it, a feature of nearly one value is noise, which spread 1 would blow up.
+        spread = extent * np.maximum(share, typical**2 / np.maximum(share, np.finfo(np.float64).tiny))
         scale = np.where(constant, 0, 1 / np.where(constant, 1, spread))
         return center.astype(X.dtype), scale.astype(X.dtype)
 

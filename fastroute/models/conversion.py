@@ -25,6 +25,7 @@ from fastroute.nn import (
 from fastroute.ops._paths import MAX_PATHS
 
 INPUT = "input"
+RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 ROUTERS = {"cc": CrossConnection, "stitch": lambda channels, m, n: CrossStitch(m, n)}
 
 
@@ -77,6 +78,9 @@ def multipath(
         input_size: (channels, height, width) of the images by which the channels at each cut are found. By default
             timm's `pretrained_cfg`, or else 224 × 224 with the channels of the first convolution.
         gate_norm, prior: how the routers normalise their gates; see `nn.CrossConnection`.
+
+    Where a part ends in a ReLU that can be told apart, the cross-connection behind it applies the ReLU
+    (`activation="relu"`), and the part does not. Outputs, gradients and the names in the state dict do not change.
 
     Returns:
         a `MultiPathNetwork`: `forward(x)` → logits; `forward(x, return_routing=True)` → (logits, {name: Routing}).
@@ -135,13 +139,17 @@ def multipath(
     for name, end in cuts.items():
         part = "stem" if width == 1 else name
         tokens = tokens_before, routing is not None and len(shapes[end]) == 3
+        router = None
+        if routing is not None:
+            make = routing if callable(routing) else ROUTERS[routing]
+            router = make(shapes[end][2 if len(shapes[end]) == 3 else 1], width, paths).to(device)
+            if isinstance(router, CrossConnection) and router.activation is None and _take_relu(copies, graph, end):
+                router.activation = "relu"
         if end is not start or scale > 1:
             parts, origin = _parts(copies[:width], graph, start, end, scale, own, tokens)
             origins[_add(layers, part, parts)] = origin
-        if routing is not None:
-            router = routing if callable(routing) else ROUTERS[routing]
-            channels = shapes[end][2 if len(shapes[end]) == 3 else 1]
-            _add(layers, f"{name}_router", router(channels, width, paths).to(device))
+        if router is not None:
+            _add(layers, f"{name}_router", router)
         start, width, scale, tokens_before = end, paths, 1, tokens[1]
         own = routing is None and end is first and first.meta["overwritten"]
     parts, origin = _parts(copies, graph, start, output, own=own, tokens=(tokens_before, False))
@@ -444,6 +452,91 @@ def _part(
         result = part.call_method("transpose", (result, 1, 2))
     part.output(part.call_function(torch.mul, (result, scale)) if scale > 1 else result)
     return fx.GraphModule(model, part)
+
+
+def _take_relu(models: Sequence[nn.Module], graph: fx.Graph, node: fx.Node) -> bool:
+    """Take the ReLU away in which the computation of a node ends, in all of the networks; False where it ends in none.
+
+    A ReLU before a max-pool counts: the greatest of ReLU(x) is the ReLU of the greatest x, and so are the gradients.
+    """
+    targets = [other.target for other in graph.nodes if other.op == "call_module"]
+    while node.op == "call_module" and targets.count(node.target) == 1:
+        module = models[0].get_submodule(node.target)
+        if type(module) is nn.MaxPool2d and not module.return_indices and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+            if len(node.users) == 1:
+                continue
+            return False
+        for model in models:
+            without = _without_relu(model.get_submodule(node.target))
+            if without is None:
+                return False
+            model.set_submodule(node.target, without)
+        return True
+    return False
+
+
+def _without_relu(module: nn.Module) -> nn.Module | None:
+    """The module without the ReLU in which its forward ends, with the same tensors by the same names.
+
+    None where it ends in none, and where that cannot be shown: torch.fx cannot trace the forward, or a hook may read or
+    change what it returns.
+    """
+    hooks = any(value for name, value in vars(module).items() if name.endswith("_hooks"))
+    if hooks or isinstance(module, fx.GraphModule | torch.jit.ScriptModule):
+        return None
+    if type(module) is nn.ReLU:
+        return nn.Identity()
+    if type(module).forward is nn.Sequential.forward:
+        return _without_relu_of(module, list(module._modules)[-1]) if module._modules else None
+    graph = _forward_graph(module)
+    if graph is None:
+        return None
+    output = graph.output_node()
+    result, children = output.args[0], [node.target for node in graph.nodes if node.op == "call_module"]
+    if result is not output.prev or not result.args:
+        return None
+    if result.op == "call_module" and children.count(result.target) == 1 and "." not in result.target:
+        return _without_relu_of(module, result.target)
+    # A function, or a module that is called before as well: the forward itself has to be another.
+    called_twice = result.op == "call_module" and type(module.get_submodule(result.target)) is nn.ReLU
+    if not (called_twice or result.target in RELUS) or type(module).train is not nn.Module.train:
+        return None
+    output.args = (result.args[0],)
+    graph.erase_node(result)
+    forward = fx.Graph()  # without the tracer, which is not to be pickled
+    forward.output(forward.graph_copy(graph, {}))
+    without = fx.GraphModule(module, forward, type(module).__name__)
+    return without if list(without.state_dict()) == list(module.state_dict()) else None
+
+
+def _without_relu_of(module: nn.Module, name: str) -> nn.Module | None:
+    child = _without_relu(module._modules[name])
+    if child is None:
+        return None
+    without = _shallow_copy(module)
+    without._modules[name] = child
+    return without
+
+
+def _forward_graph(module: nn.Module) -> fx.Graph | None:
+    """What a module calls, or None where torch.fx cannot trace it or its forward changes the module."""
+    traced = _shallow_copy(module)
+    traced._buffers = {name: None if value is None else value.clone() for name, value in module._buffers.items()}
+    before = repr(vars(traced))
+    try:
+        graph, _ = _trace(traced, {""})
+    except ValueError:
+        return None
+    return graph if repr(vars(traced)) == before else None
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    """A module of the same parameters, buffers and children, of which each can be replaced."""
+    new = copy.copy(module)
+    for name in ("_parameters", "_buffers", "_modules"):
+        setattr(new, name, dict(getattr(module, name)))
+    return new
 
 
 def _compute_out_of_place(model: nn.Module, node: fx.Node) -> None:

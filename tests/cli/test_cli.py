@@ -492,6 +492,27 @@ def test_reports_wrong_arguments_in_one_line(arguments, message, tmp_path):
     assert "Traceback" not in result.output and not list(tmp_path.iterdir())
 
 
+def test_dropout_and_stochastic_depth_are_arguments_of_networks_that_take_them(tmp_path):
+    pytest.importorskip("timm")
+    common = ("train", "timm:test_resnet", "--multipath", 2, "--epochs", 1, "-b", 1437, "--output", tmp_path)
+    result = run(*common, "--drop", 0.25, "--drop-path", 0.1, "--experiment", "run")
+    assert result.exit_code == 0, result.output
+    network = fastroute.load(tmp_path / "run/last.ckpt").model
+    kinds = {type(m).__name__: getattr(m, "p", getattr(m, "drop_prob", None)) for m in network.modules()}
+    assert network.specification.kwargs == {"drop_rate": 0.25, "drop_path_rate": 0.1}
+    assert kinds["Dropout"] == 0.25 and 0 < kinds["DropPath"] < 0.11
+    arguments = yaml.safe_load((tmp_path / "run/args.yaml").read_text())
+    assert arguments["model_kwargs"] == ["drop_rate=0.25", "drop_path_rate=0.1"] and arguments["drop"] is None
+
+
+@pytest.mark.parametrize("model", ["resnet20", "torchvision:resnet18"])
+def test_a_sentence_where_the_network_takes_no_dropout(model, tmp_path):
+    for flag, option in (("--drop", "drop"), ("--drop-path", "drop_path")):
+        result = run("train", model, flag, 0.1, "--output", tmp_path)
+        assert f"error: {option} is 0.1; {model} takes no {option}_rate: leave the flag out" in result.output
+        assert result.exit_code == 2 and not list(tmp_path.iterdir())
+
+
 def test_runs_as_a_module():
     result = subprocess.run(
         [sys.executable, "-m", "fastroute", "--help"], capture_output=True, text=True, cwd=REPOSITORY
@@ -519,6 +540,18 @@ def test_import_needs_torch_alone():
     unwanted |= {"timm", "onnx", "safetensors"}
     result = python(f"import sys, fastroute; print(sorted({unwanted} & set(sys.modules)))")
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+def test_lists_networks_where_torchvision_is_not_installed():
+    code = (
+        "import sys; sys.modules['torchvision'] = None; sys.argv = ['fastroute', 'models', 'resnet[12][80]']\n"
+        "from fastroute.cli import main; main()"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in done.stdout.splitlines() if "│" in line}
+    assert rows["resnet20"] == "272,474" and rows["resnet18"] == ""
+    assert "1 network is not counted: this network needs the package torchvision" in done.stdout
 
 
 @pytest.mark.parametrize(

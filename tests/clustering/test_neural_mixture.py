@@ -107,7 +107,10 @@ def test_units_of_features_do_not_matter():
     frames = [(x - center) * scale for x in (X, X * units + 3) for center, scale in [NeuralMixture()._frame(x)]]
     np.testing.assert_allclose(*frames, atol=1e-6)
     np.testing.assert_allclose(frames[0].mean(0), 0, atol=1e-9)
-    assert frames[0].std(0)[:2] == pytest.approx(1) and 0.4 < frames[0].std(0)[2] < 0.8 and not frames[0][:, 3].any()
+    spread = frames[0].std(0)
+    share = X[:, :3].std(0) / np.ptp(X[:, :3], 0)
+    assert spread[:2] == pytest.approx(1) and spread[2] == pytest.approx(share[2] ** 2 / np.square(share).mean())
+    assert spread[2] < 0.3 and not frames[0][:, 3].any()
 
 
 def test_weights_count_as_so_many_samples():
