@@ -222,8 +222,8 @@ def _network(specification: Specification, options: TrainOptions, *others) -> nn
         for option, name in DROP.items():
             if name in rates and f"'{name}'" in str(error):
                 raise ValueError(
-                    f"{option} is {rates[name]}; {specification} takes no {name}: leave the flag out, or name a network "
-                    "that takes it, as many of timm's do"
+                    f"{option} is {rates[name]}; {specification} takes no {name}: leave the flag out, or "
+                    "name a network that takes it, as many of timm's do"
                 ) from error
         raise
 

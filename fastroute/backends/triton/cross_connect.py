@@ -191,8 +191,8 @@ def cross_connect(xs, w1, b1, w2, b2, relu):
     batch, channels, size = problem.batch, problem.channels, problem.size
     chip = _chip(x.device)
     outputs = [empty_path(x) for _ in range(n)]
-    rows = (n, n, channels, problem.gate_channels)
-    saved = gates, _, _, _ = tuple(x.new_empty((batch, m, row), dtype=torch.float32) for row in rows)  # and scores, Z, H
+    rows = (n, n, channels, problem.gate_channels)  # of gates, scores, Z and H
+    saved = gates, _, _, _ = tuple(x.new_empty((batch, m, row), dtype=torch.float32) for row in rows)
     if batch == 0:
         return outputs, *saved
     settings = _plan(problem, chip)
