@@ -207,6 +207,7 @@ def _prepare(
         training.load_weights(module.model, options.initial_checkpoint)
     if resume is not None:
         training.check_resume(resume, module, options.epochs)
+    options.drop = options.drop_path = None  # they are in model_kwargs
     return data, module, resume, folder
 
 
@@ -233,7 +234,6 @@ def _drop(options: TrainOptions) -> None:
     for option, name in DROP.items():
         if (rate := getattr(options, option)) is not None:
             options.model_kwargs = [*(options.model_kwargs or []), f"{name}={rate}"]
-            setattr(options, option, None)
 
 
 def _device(options: TrainOptions) -> torch.device:

@@ -44,7 +44,7 @@ class Batches(EpochLoader):
         labels: (N,).
         batch_size: images of a batch.
         seed: of the order; None keeps the order.
-        epoch: returns the epoch, from which the order is derived, too.
+        epoch: returns the epoch, which also determines the order.
     """
 
     def __init__(
