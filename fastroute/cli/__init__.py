@@ -12,10 +12,10 @@ try:
         import typer
 
         from fastroute.cli import memory
-        from fastroute.cli.outside import Commands
+        from fastroute.cli.errors import Commands
 except ModuleNotFoundError as error:
     raise SystemExit(str(error)) from None
-except KeyboardInterrupt:  # later imports are those of a command, whose Ctrl-C `Commands` sees to
+except KeyboardInterrupt:  # `Commands` handles Ctrl-C during all later imports
     print("error: stopped by Ctrl-C", file=sys.stderr)
     raise SystemExit(130) from None
 
@@ -39,7 +39,7 @@ COMMANDS = {
     "info": "Print versions, and which backend serves which tensors, or why it cannot.",
     "bench": "Measure the operators and networks on this machine, or work with results.",
 }
-"""Each command's module, and the first line of its help, for which the module need not be imported."""
+"""The module of each command, and the first line of its help, so that `--help` imports no module."""
 
 app = typer.Typer(
     cls=Commands,
@@ -63,14 +63,14 @@ def options(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", envvar="FASTROUTE_DEBUG", help="Show the traceback of an error, too.")
+        bool, typer.Option("--debug", envvar="FASTROUTE_DEBUG", help="Show the traceback of an error too.")
     ] = False,
 ) -> None:
     """Data-dependent routing for multi-path neural networks."""
 
 
 def _load(name: str) -> "click.Command":
-    """The command of a module: its function of the same name, or its `app`, where it has commands of its own."""
+    """Return the command of a module: its `app` if it has subcommands, or else its function of the same name."""
     module = importlib.import_module(f"fastroute.cli.{name}")
     command = getattr(module, "app", None)
     if command is None:
@@ -83,6 +83,7 @@ Commands.loaded_by(_load, COMMANDS)
 
 
 def main() -> None:
-    if sys.argv[1:2] != ["bench"]:  # which measures what a user's own program would see, unless told otherwise
+    """Run the command line."""
+    if sys.argv[1:2] != ["bench"]:  # by default, it measures what a user's own program sees
         memory.keep_freed_memory()
     app(prog_name="fastroute")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastroute.cli.common import device_named, plain_errors
+from fastroute.cli.common import plain_errors, resolve_device
 
 app = typer.Typer(help="Measure the operators and networks on this machine, or work with results.")
 
@@ -19,13 +19,13 @@ def bench(
     context: typer.Context,
     only: Annotated[
         list[str] | None,
-        typer.Option("-k", "--only", help="Of all cases, those that match a shell pattern; repeatable."),
+        typer.Option("-k", "--only", help="Only the cases that match a shell pattern; repeatable."),
     ] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="All cases: hours. (default: a selection, under 5 minutes)")
+        bool, typer.Option("--full", help="All cases, which take hours. (default: a selection, under 5 minutes)")
     ] = False,
     stated: Annotated[bool, typer.Option("--stated", help="The cases of the documentation's table of speed.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. (default: cuda where there is one)")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. (default: cuda if there is a GPU)")] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, max=10**6, help="Timed rounds of each case. (default: by suite)")
     ] = None,
@@ -33,13 +33,13 @@ def bench(
     name: Annotated[str | None, typer.Option(help="Stem of the files. (default: device and time)")] = None,
     list_cases: Annotated[bool, typer.Option("--list", help="Print the cases, and measure nothing.")] = False,
     keep_freed_memory: Annotated[
-        bool, typer.Option("--keep-freed-memory", help="Have glibc keep freed memory, as other commands do.")
+        bool, typer.Option("--keep-freed-memory", help="Make glibc keep freed memory, as other commands do.")
     ] = False,
 ) -> None:
     """Measure the operators and networks on this machine, against plain PyTorch, torch.compile and a copy.
 
-    Writes NAME.json and figures. `--full`, `--stated` and `-k` choose among the cases; the exit status is 1 where a
-    result was wrong.
+    Write NAME.json and figures. `--full`, `--stated` and `-k` choose among the cases. The exit status is 1 if a result
+    was wrong.
     """
     if context.invoked_subcommand is not None:
         return
@@ -47,7 +47,7 @@ def bench(
     from fastroute.cli import memory
 
     with plain_errors(RuntimeError):
-        device = device_named(device)
+        device = resolve_device(device)
         cases = select(bench.all_cases(device), only, full, stated)
     if list_cases:
         typer.echo("\n".join(case.id for case in cases))
@@ -84,10 +84,19 @@ def show(result: ResultFile) -> None:
 
 
 def select(cases: list, only: list[str] | None, full: bool, stated: bool) -> list:
-    """The cases to measure.
+    """Select the cases to measure.
+
+    Args:
+        cases: all of them.
+        only: shell patterns of ids; None selects by the other options alone.
+        full: whether to select all instead of the quick ones.
+        stated: whether to select those of the documentation's table.
+
+    Returns:
+        the selected cases, in order.
 
     Raises:
-        ValueError: there are none.
+        ValueError: no case matches.
     """
     if only:
         cases = [case for case in cases if any(fnmatchcase(case.id, pattern) for pattern in only)]
@@ -101,7 +110,13 @@ def select(cases: list, only: list[str] | None, full: bool, stated: bool) -> lis
 
 
 def save(result, folder: Path, stem: str) -> None:
-    """Print the tables of a result; write it, and its figures where matplotlib is installed."""
+    """Print the tables of a result, write it, and draw its figures if matplotlib is installed.
+
+    Args:
+        result: a `fastroute.bench.Result`.
+        folder: to write into.
+        stem: of the names of the files.
+    """
     from fastroute.bench import report
 
     typer.echo("\n" + report.tables(result.rows) + "\n")

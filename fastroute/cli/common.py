@@ -1,39 +1,41 @@
-"""What commands share: errors in one sentence, and files of defaults."""
+"""Shared parts of commands: options, errors, files of options, and run folders."""
 
 import contextlib
+import inspect
 import math
 import os
 import re
 import shlex
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from difflib import get_close_matches
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
-import torch
 import typer
 import yaml
 from rich.console import Console
 
 from fastroute import _yaml
-from fastroute._files import replacing
-from fastroute.cli.outside import end, shown
+from fastroute.cli.errors import escaped, exit_with_error
+
+if TYPE_CHECKING:
+    import torch
 
 COUNT, PIXELS, WORKERS, SEED = 2**31 - 1, 2**20, 1024, 2**32 - 1
-"""The largest whole numbers that options take: counts, sizes of images, processes, seeds."""
+"""The largest integers that options accept: counts, image sizes, processes, seeds."""
 
 ARGUMENTS = "args.yaml"
-"""Where a run's folder has the options that it was started with."""
+"""The file in a run's folder with the options of the run."""
 
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Take the folder of a finished run.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Overwrite a finished run in the folder.")]
 
-# What images a trained network is given: options of the commands that take a checkpoint.
+# The images of a trained network, for commands that take a checkpoint.
 DatasetOption = Annotated[
     Literal["digits", "cifar10", "cifar100", "mnist", "stl10", "imagefolder", "webdataset"] | None,
-    typer.Option(help="Where the images come from. (default: as in training)"),
+    typer.Option(help="Source of the images. (default: as in training)"),
 ]
 DataDirOption = Annotated[
     Path | None,
@@ -45,12 +47,54 @@ WorkersOption = Annotated[
 ]
 
 
-def dataset_named(dataset: str | None, data_dir: Path | None, any_split: bool = False) -> str:
-    """The dataset that is named, or else what the folder holds, or the digits where there is no folder.
+Options = TypeVar("Options")
+
+
+class RunOptions(Protocol):
+    """The options of a command that has a run folder."""
+
+    output: Path
+    experiment: str | None
+    resume: str | None
+
+
+def takes_options(cls: type[Options]) -> Callable[[Callable[[typer.Context, Options], None]], Callable[..., None]]:
+    """Give a command the fields of a dataclass as its options: their types, help and defaults are written there alone.
+
+    Args:
+        cls: the dataclass. Each field is annotated as a parameter of a typer command is.
+
+    Returns:
+        a decorator of functions of the context and an instance of `cls`.
+    """
+    parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    parameters += [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(cls)
+    ]
+
+    def decorate(command: Callable[[typer.Context, Options], None]) -> Callable[..., None]:
+        @wraps(command)
+        def wrapper(context: typer.Context, **values: Any) -> None:
+            command(context, cls(**values))
+
+        wrapper.__signature__ = inspect.Signature(parameters)  # which typer reads
+        wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return wrapper
+
+    return decorate
+
+
+def resolve_dataset(dataset: str | None, data_dir: Path | None, any_split: bool = False) -> str:
+    """Return the given dataset, or else that of the folder, or "digits" without a folder.
+
+    Args:
+        dataset, data_dir: as on the command line.
+        any_split: whether a folder may lack images to validate on.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it holds no images in a layout that is read.
-        ValueError: it holds several datasets, or no images to validate on, unless with `any_split`.
+        FileNotFoundError: there is no such folder, or it has no images in a known layout.
+        ValueError: it has several datasets, or no images to validate on.
     """
     if dataset is not None or data_dir is None:
         return dataset or "digits"
@@ -61,24 +105,30 @@ def dataset_named(dataset: str | None, data_dir: Path | None, any_split: bool = 
 
 @contextlib.contextmanager
 def plain_errors(*also: type[BaseException]) -> Iterator[None]:
-    """End the command with one sentence where an argument is wrong; errors of the training itself keep their trace.
+    """End the command with a one-line message if an argument is wrong; use it around checks, not around training.
 
     Args:
-        also: errors that are sentences too, besides those of wrong arguments and missing files.
+        also: errors to treat so, besides those of wrong arguments and missing files or packages.
+
+    Raises:
+        typer.Exit: with status 2, after such an error.
     """
     try:
         yield
     except (ValueError, OSError, ModuleNotFoundError, *also) as error:
-        end(error, 2)
+        exit_with_error(error, 2)
 
 
 @contextlib.contextmanager
-def endings(console: Console, command: str) -> Iterator[None]:
-    """How a run can end before its time, each in one sentence, with a status that is not 0; a bug keeps its trace.
+def handle_run_errors(console: Console, command: str) -> Iterator[None]:
+    """End the command with a one-line message if a run ends early; a bug keeps its traceback.
 
     Args:
-        console: where the end is told.
+        console: to print on how to resume a stopped run.
         command: "train" or "cluster".
+
+    Raises:
+        typer.Exit: with status 1, or that of the signal that stopped the run.
     """
     from fastroute.data.decode import UnreadableImage
     from fastroute.data.loaders import PlaceMismatch
@@ -89,27 +139,39 @@ def endings(console: Console, command: str) -> Iterator[None]:
     try:
         yield
     except Terminated as terminated:
-        going_on = f"{shown(terminated)}; go on with:\n{shown(command_to_go_on(command, terminated.path))}"
-        console.print(going_on, soft_wrap=True, highlight=False)
+        message = f"{escaped(terminated)}; resume with:\n{escaped(resume_command(command, terminated.path))}"
+        console.print(message, soft_wrap=True, highlight=False)
         raise typer.Exit(terminated.code) from None
     except (FloatingPointError, OSError, UnreadableImage, PlaceMismatch, ProcessLost, NotRecordable) as error:
-        end(error, 1)
+        exit_with_error(error, 1)
 
 
-def write_arguments(context: typer.Context, folder: Path) -> None:
-    """Write all options of a run with their values into its folder, as a file for --config."""
+def write_arguments(options: RunOptions, folder: Path) -> None:
+    """Write all options of a run into its folder, as a file for --config.
+
+    Args:
+        options: an instance of the command's dataclass.
+        folder: of the run; made if it is missing.
+    """
+    from fastroute._files import replacing
+
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in context.params.items()}
-    if arguments.get("data_dir") is not None:  # for commands that read it here, wherever they are started
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    if arguments.get("data_dir") is not None:  # for commands started in another folder
         arguments["data_dir"] = os.path.abspath(arguments["data_dir"])
-    for name in ("config", "overwrite", "by_cluster"):
+    for name in ("config", "overwrite", "by_cluster", "more_kwargs"):
         arguments.pop(name, None)
     with replacing(folder / ARGUMENTS) as file:
         yaml.safe_dump(arguments, file)
 
 
-def command_to_go_on(command: str, checkpoint: Path) -> str:
-    """What to type for a run to go on from its checkpoint, with the options that it had."""
+def resume_command(command: str, checkpoint: Path) -> str:
+    """Return the command line that resumes a run with its options.
+
+    Args:
+        command: "train" or "cluster".
+        checkpoint: to resume from.
+    """
     with contextlib.suppress(ValueError):
         checkpoint = checkpoint.relative_to(Path.cwd())
     processes, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
@@ -122,32 +184,39 @@ def command_to_go_on(command: str, checkpoint: Path) -> str:
 
 
 def local_path(path: Path, name: str) -> Path:
-    """A path, made absolute: what PyTorch Lightning is given as `http_runs` or `file:` is a URL to it.
+    """Make a path absolute, as Lightning takes a relative one such as `http_runs` or `file:` for a URL.
+
+    Args:
+        path: as given.
+        name: the argument that it was given as, for messages.
+
+    Returns:
+        the absolute path.
 
     Raises:
-        ValueError: it would still be one, or is not UTF-8.
+        ValueError: the absolute path still looks like a URL, or is not UTF-8.
     """
     path = path.absolute()
     if "::" in str(path):
-        raise ValueError(f"{name} is {path}; a path with '::' in it is taken for a URL: choose another name")
+        raise ValueError(f"{name} is {path}; a path that contains '::' is taken for a URL: choose another name")
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{name} is {path}; TensorBoard writes to no path that is not UTF-8: rename it") from None
+        raise ValueError(f"{name} is {path}; TensorBoard needs a path in UTF-8: rename it") from None
     return path
 
 
-def place_of_run(options: SimpleNamespace, kind: str, console: Console) -> tuple[Path, Path | None]:
-    """The folder of a run, and the checkpoint to go on from if there is one.
+def run_location(options: RunOptions, kind: str, console: Console) -> tuple[Path, Path | None]:
+    """Return the folder of a run, and the checkpoint to resume from if there is one.
 
     Args:
-        options: `output`, `experiment` and `resume`, as the command has them.
-        kind: follows the time in the folder's name where neither an experiment nor a checkpoint names the folder.
-        console: says so where `previous.ckpt` takes the place of a damaged `last.ckpt`.
+        options: of the command.
+        kind: follows the time in the folder's name, unless an experiment or a checkpoint determines the folder.
+        console: to print on if `previous.ckpt` takes the place of a damaged `last.ckpt`.
 
     Raises:
-        ValueError: resume is "auto" without an experiment, or neither checkpoint there can be read, or a path cannot be
-            used; see `local_path`.
+        ValueError: resume is "auto" without an experiment, no checkpoint there can be read, or a path cannot be used;
+            see `local_path`.
     """
     from fastroute.training.checkpoints import latest_checkpoint
 
@@ -155,7 +224,7 @@ def place_of_run(options: SimpleNamespace, kind: str, console: Console) -> tuple
     if options.experiment is not None:
         folder = local_path(options.output / options.experiment, "output")
     elif options.resume == "auto":
-        raise ValueError("resume is 'auto'; it needs the run's name as --experiment")
+        raise ValueError("resume is 'auto'; name the run by --experiment")
     elif resume is not None:
         folder = resume.parent
     else:
@@ -165,12 +234,17 @@ def place_of_run(options: SimpleNamespace, kind: str, console: Console) -> tuple
     return folder, resume
 
 
-def device_named(name: str | None) -> torch.device:
-    """The device of a `--device` option; by default the GPU where there is one.
+def resolve_device(name: str | None) -> "torch.device":
+    """Return the device of a `--device` option.
+
+    Args:
+        name: as on the command line; None is a GPU if there is one, or else the CPU.
 
     Raises:
         ValueError: there is no such device.
     """
+    import torch
+
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -188,7 +262,13 @@ def device_named(name: str | None) -> torch.device:
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """The `name: value` pairs of a YAML file; a value is a number, a text, yes or no, null, or a list of these.
+    """Read the `name: value` pairs of a YAML file; a value is a number, string, boolean, null, or a list of these.
+
+    Args:
+        path: the file.
+
+    Returns:
+        the values by the names of options, with underscores.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -203,23 +283,26 @@ def read_options(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ValueError(f"config is {path}; it must hold one `name: value` for each option")
+        raise ValueError(f"config is {path}; expected a `name: value` pair for each option")
     options = {}
     for name, value in values.items():
         option = str(name).replace("-", "_")
         if option in options:
-            raise ValueError(f"config is {path}; it names {option} twice: keep one")
+            raise ValueError(f"config is {path}; it has {option} twice: keep one")
         for item in value if isinstance(value, list) else [value]:
             if item is not None and not isinstance(item, bool | int | float | str):
-                raise ValueError(f"config is {path}; {option} holds a {type(item).__name__}, and must be one value")
+                raise ValueError(f"config is {path}; {option} is a {type(item).__name__}, expected a single value")
         options[option] = value
     return options
 
 
 def config_option(command: str):
-    """The `--config` option of a command: a YAML file, or a packaged recipe of the command by its name.
+    """Return the `--config` option of a command: a YAML file, or the name of a packaged recipe.
 
-    What it holds become defaults, which the command line overrides.
+    Its values become defaults, which the command line overrides.
+
+    Args:
+        command: "train" or "cluster".
     """
 
     def callback(context: typer.Context, config: str | None) -> str | None:
@@ -234,7 +317,7 @@ def config_option(command: str):
             values = {name: _as_typed(value, options[name]) for name, value in values.items() if value is not None}
             for name, value in values.items():
                 if isinstance(value, bool) and not options[name].is_flag:
-                    raise ValueError(f"config is {config}; {name} is {value}, and it must be no yes or no")
+                    raise ValueError(f"config is {config}; {name} is {value}; expected a value, got a boolean")
                 try:
                     options[name].process_value(context, value)
                 except typer.BadParameter as error:
@@ -247,12 +330,12 @@ def config_option(command: str):
         "--config",
         is_eager=True,
         callback=callback,
-        help="YAML file of defaults for all this, or the name of a recipe; `fastroute recipes` lists them.",
+        help="YAML file with defaults of these options, or the name of a recipe of `fastroute recipes`.",
     )
 
 
 def _as_typed(value: Any, option: Any) -> bool | str | list[str]:
-    """A value as it would be typed, so that 1.5 is no whole number here either."""
+    """Return a value as it would be typed, so that typer checks it: 1.5 is no integer."""
     if option.multiple:
         return [str(item) for item in (value if isinstance(value, list) else [value])]
     return value if isinstance(value, bool) else str(value)
@@ -269,11 +352,15 @@ def _recipe_or_file(config: str, command: str) -> dict:
 
 
 LARGEST = 1e6
-"""The largest number that an option takes unless it says otherwise: a float32 of its square is still finite."""
+"""The largest number that an option accepts by default; its square is finite in float32."""
 
 
 def real(least: float = -LARGEST, most: float = LARGEST) -> Callable[[Any], float]:
-    """The `parser` of an option that is a finite number, from `least` to `most`."""
+    """Return the `parser` of an option that is a finite number from `least` to `most`.
+
+    Raises:
+        typer.BadParameter: by the parser, for anything else.
+    """
 
     def parse(value: Any) -> float:
         try:
@@ -281,17 +368,29 @@ def real(least: float = -LARGEST, most: float = LARGEST) -> Callable[[Any], floa
         except (TypeError, ValueError):
             raise typer.BadParameter(f"{value!r} is not a valid float.") from None
         if not math.isfinite(number):
-            raise typer.BadParameter(f"it is {number}; it must be a finite number.")
+            raise typer.BadParameter(f"{number} is not a finite number.")
         if not least <= number <= most:
-            raise typer.BadParameter(f"it is {number:g}; it must be from {least:g} to {most:g}.")
+            raise typer.BadParameter(f"{number:g} is not in the range from {least:g} to {most:g}.")
         return number
 
-    parse.__name__ = "float"  # what --help shows
+    parse.__name__ = "float"  # for --help
     return parse
 
 
 def numbers(value: str | None, kind: type = int, what: str = "epochs, such as 80,150") -> list | None:
-    """A list of numbers from text such as "80,150", "80 150" or "[80, 150]"."""
+    """Parse a list of numbers, such as "80,150", "80 150" or "[80, 150]".
+
+    Args:
+        value: the text; None passes through.
+        kind: int or float.
+        what: the description of a valid list, for the message.
+
+    Returns:
+        the numbers.
+
+    Raises:
+        typer.BadParameter: it is no list of numbers from 0 to `LARGEST`.
+    """
     if value is None:
         return None
     items = [item for item in re.split(r"[\s,\[\]]+", value) if item]

@@ -1,4 +1,4 @@
-"""Which images a trained network is judged on: those that are named, or else those of its run."""
+"""Choose the images to evaluate a trained network on: those on the command line, or else those of its run."""
 
 import os
 from collections.abc import Mapping
@@ -7,7 +7,13 @@ from typing import Any, NamedTuple
 
 
 class Chosen(NamedTuple):
-    """dataset, data_dir: of `validation_loader`; options: further ones of it; line: what they are, in a sentence."""
+    """The chosen images.
+
+    Attributes:
+        dataset, data_dir: as `validation_loader` takes them.
+        options: further arguments of `validation_loader`.
+        line: a line that says which images they are.
+    """
 
     dataset: str
     data_dir: Path | None
@@ -15,32 +21,36 @@ class Chosen(NamedTuple):
     line: str
 
 
-def chosen_images(data: Mapping[str, Any], dataset: str | None, data_dir: Path | None) -> Chosen:
-    """The images that a command is to take.
+def choose_images(data: Mapping[str, Any], dataset: str | None, data_dir: Path | None) -> Chosen:
+    """Choose the images of a command.
 
     Args:
-        data: what the checkpoint holds of the data of its run; empty where there is none.
-        dataset, data_dir: of the command line. A folder alone is what it holds; without either, it is the run's.
+        data: the checkpoint's state of `ImageDataModule`; empty if it has none.
+        dataset, data_dir: as on the command line. A folder alone determines the dataset; without both, they are those
+            of the run.
+
+    Returns:
+        the images.
 
     Raises:
-        FileNotFoundError: the folder of the run is gone, or the one that is named holds no images.
-        ValueError: neither says on which images.
+        FileNotFoundError: the folder of the run is gone, or the given one has no images.
+        ValueError: neither the command line nor the checkpoint names a dataset.
     """
     own, remembered = data.get("dataset"), data.get("data_dir")
     if dataset is None and data_dir is not None:
         dataset = _held(data_dir, own)
     dataset = dataset or own
     if dataset is None:
-        raise ValueError("dataset is missing; the checkpoint does not say on what it was trained")
+        raise ValueError(
+            "dataset is missing, and the checkpoint does not say which one it was trained on: give --dataset"
+        )
     if dataset == "digits" and data_dir is not None:
         raise ValueError(f"data_dir is {data_dir}; the dataset 'digits' is scikit-learn's own and reads no folder")
     as_trained = dataset == own and (data_dir is None or _same(data_dir, remembered))
     if as_trained and data_dir is None and remembered is not None:
         data_dir = Path(remembered)
         if "{" not in remembered and not data_dir.exists():
-            raise FileNotFoundError(
-                f"data_dir is {data_dir}, as in training; there is no such folder: name the images by --data-dir"
-            )
+            raise FileNotFoundError(f"data_dir is {data_dir}, as in training; there is no such folder: give --data-dir")
     options = {}
     if dataset == own:
         classes = data["classes"] if data.get("class_map") else None
@@ -55,14 +65,14 @@ def chosen_images(data: Mapping[str, Any], dataset: str | None, data_dir: Path |
 
 
 def _held(data_dir: Path, own: str | None) -> str:
-    """What a folder holds: the run's own dataset, if it is there, or else the one that is."""
+    """Return the dataset of a folder: that of the run if the folder has it, or else the one it has."""
     from fastroute.data.layout import choose, layouts
 
     held = [layout.dataset for layout in layouts(data_dir)]
     if own in held:
         return own
     if not held and own not in (None, "digits"):
-        return own  # whose reader says what is missing
+        return own  # its reader says what is missing
     return choose(data_dir, any_split=True).dataset
 
 

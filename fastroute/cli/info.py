@@ -1,16 +1,17 @@
-"""`fastroute info`."""
+"""`fastroute info`: print versions and backends."""
 
 import platform
 
-import torch
 from rich.table import Table
 
 import fastroute
-from fastroute.cli.outside import shown, standard_output
+from fastroute.cli.errors import escaped, standard_output
 
 
 def info() -> None:
     """Print versions, and which backend serves which tensors, or why it cannot."""
+    import torch
+
     console = standard_output()
     table = Table(show_header=False)
     table.add_row("fastroute", fastroute.__version__)
@@ -29,6 +30,6 @@ def info() -> None:
                 reason = backend.reason_against(torch.device(device), dtype)
                 answers.setdefault(reason, []).append(str(dtype).removeprefix("torch."))
             for reason, types in answers.items():
-                table.add_row(device, name, ", ".join(types), "yes" if reason is None else f"no: {shown(reason)}")
+                table.add_row(device, name, ", ".join(types), "yes" if reason is None else f"no: {escaped(reason)}")
         table.add_section()
     console.print(table)

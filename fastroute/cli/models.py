@@ -1,18 +1,19 @@
-"""`fastroute models`."""
+"""`fastroute models`: list the networks."""
 
 from typing import Annotated
 
-import torch
 import typer
 from rich.table import Table
 
 import fastroute
 from fastroute.cli.common import plain_errors
-from fastroute.cli.outside import shown, standard_output
+from fastroute.cli.errors import escaped, standard_output
 
 
 def models(pattern: Annotated[str, typer.Argument(help="A shell pattern, such as '*cc*'.")] = "*") -> None:
     """List the networks, with parameters and multiply-accumulates for one image as the thesis has them."""
+    import torch
+
     table = Table("network")
     for column in ("parameters", "thesis, M", "MACs, M", "table"):
         table.add_column(column, justify="right")
@@ -35,4 +36,4 @@ def models(pattern: Annotated[str, typer.Argument(help="A shell pattern, such as
     console.print(table)
     for error, names in missing.items():
         count = "1 network is" if len(names) == 1 else f"{len(names)} networks are"
-        console.print(f"{count} not counted: {shown(error)}", soft_wrap=True, highlight=False)
+        console.print(f"{count} not counted: {escaped(error)}", soft_wrap=True, highlight=False)

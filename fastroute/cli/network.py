@@ -1,24 +1,25 @@
-"""The network of `fastroute train`: its flags, and how it is built from them or from a checkpoint to go on from."""
+"""The network of `fastroute train`: its options, and how to build it from them or from a checkpoint to resume."""
 
 import ast
 import contextlib
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import typer
 from rich.console import Console
-from torch import nn
 
-from fastroute.cli.outside import shown
-from fastroute.models._modes import modes_kept
-from fastroute.models.specification import Specification, specification_in
-from fastroute.ops._paths import MAX_PATHS
+from fastroute._defaults import MAX_PATHS
+from fastroute.cli.errors import escaped
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fastroute.data import ImageDataModule
+    from fastroute.models.specification import Specification
 
 NETWORK = "Network"
 
@@ -27,70 +28,89 @@ def _option(*flags: str, **settings):
     return typer.Option(*flags, rich_help_panel=NETWORK, **settings)
 
 
-ModelArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="[SPEC]",
-        help="The network: one of `fastroute models`, timm:NAME, torchvision:NAME, or package.module:function.",
-    ),
-]
-MoreArgument = Annotated[list[str] | None, typer.Argument(metavar="[K=V]...", hidden=True)]
-PretrainedOption = Annotated[bool, _option("--pretrained", help="Download the weights that timm or torchvision has.")]
-PretrainedPathOption = Annotated[
-    Path | None,
-    _option(help="A file of weights to start from, .safetensors or .pth, of timm, torchvision or fastroute."),
-]
-ModelKwargsOption = Annotated[
-    list[str] | None, _option(metavar="K=V", help="Arguments of the network itself, such as drop_rate=0.1.")
-]
-MultipathOption = Annotated[
-    int | None, _option(min=2, max=MAX_PATHS, help="Make so many parallel paths of the network.")
-]
-RouteAfterOption = Annotated[
-    str,
-    _option(help="With --multipath: the modules to cut behind, such as layer1,layer2; or every change of resolution."),
-]
-RoutingOption = Annotated[
-    Literal["cc", "stitch", "none"],
-    _option(help="With --multipath: cross-connections, cross-stitch units, or paths that meet at the logits alone."),
-]
-InitOption = Annotated[
-    Literal["copy", "fresh"] | None,
-    _option(help="With --multipath: all paths start alike, or each anew. (default: copy with weights to start from)"),
-]
+@dataclass
+class NetworkOptions:
+    """The options that say which network to train."""
 
-GateNormOption = Annotated[
-    Literal["center", "standardize"] | None,
-    _option(help="Normalise the scores of the gates over the batch (Eq. 4.11). (default: do not)"),
-]
-GatePriorOption = Annotated[
-    Literal["learned"] | None, _option(help="With --gate-norm: gates are posteriors with learned priors (Eq. 4.18).")
-]
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[SPEC]",
+            help="The network: one of `fastroute models`, timm:NAME, torchvision:NAME, or package.module:function.",
+        ),
+    ] = None
+    more_kwargs: Annotated[list[str] | None, typer.Argument(metavar="[K=V]...", hidden=True)] = None
+    pretrained: Annotated[bool, _option("--pretrained", help="Download the weights of timm or torchvision.")] = False
+    pretrained_path: Annotated[
+        Path | None,
+        _option(help="A file of weights to start from, .safetensors or .pth, of timm, torchvision or fastroute."),
+    ] = None
+    model_kwargs: Annotated[
+        list[str] | None, _option(metavar="K=V", help="Arguments of the network itself, such as drop_rate=0.1.")
+    ] = None
+    multipath: Annotated[
+        int | None, _option(min=2, max=MAX_PATHS, help="Turn the network into one with this number of parallel paths.")
+    ] = None
+    route_after: Annotated[
+        str,
+        _option(
+            help="With --multipath: modules to route after, such as layer1,layer2; auto: every change of resolution."
+        ),
+    ] = "auto"
+    routing: Annotated[
+        Literal["cc", "stitch", "none"],
+        _option(help="With --multipath: cross-connections, cross-stitch units, or paths that meet only at the logits."),
+    ] = "cc"
+    init: Annotated[
+        Literal["copy", "fresh"] | None,
+        _option(
+            help="With --multipath: start all paths from the same weights, or each from its own. (default: copy with "
+            "pretrained weights, or else fresh)"
+        ),
+    ] = None
+    gate_norm: Annotated[
+        Literal["center", "standardize"] | None,
+        _option(help="Normalise the scores of the gates over the batch (Eq. 4.11). (default: do not)"),
+    ] = None
+    gate_prior: Annotated[
+        Literal["learned"] | None,
+        _option(help="With --gate-norm: gates are posteriors with learned priors (Eq. 4.18)."),
+    ] = None
 
 
-CUTTING = {"route_after": "auto", "routing": "cc", "init": None}
-"""Options that need --multipath, and their defaults."""
+CUTTING = ("route_after", "routing", "init")
+"""Options that need --multipath."""
 
 
-def merge_arguments(context: typer.Context) -> None:
-    """Have words of the form K=V that follow `--model-kwargs` be its values, wherever the network's name stands."""
-    params = context.params
-    words = [word for word in (params["model"], *(params.pop("more_kwargs") or [])) if word is not None]
+def merge_arguments(options: NetworkOptions) -> None:
+    """Take words of the form K=V that follow `--model-kwargs` for its values, wherever the network's name stands.
+
+    Raises:
+        ValueError: two networks are named, or a word K=V has no `--model-kwargs` before it.
+    """
+    words = [word for word in (options.model, *(options.more_kwargs or [])) if word is not None]
     names = [word for word in words if "=" not in word]
     if len(names) > 1:
         raise ValueError(f"model is {names[0]!r}, and {names[1]!r} too; name one network")
-    kwargs = [*(params["model_kwargs"] or []), *(word for word in words if "=" in word)]
-    if kwargs and not params["model_kwargs"]:
-        raise ValueError(f"{kwargs[0]!r} is no network; arguments of the network are --model-kwargs {kwargs[0]}")
-    params["model"], params["model_kwargs"] = names[0] if names else None, kwargs or None
+    kwargs = [*(options.model_kwargs or []), *(word for word in words if "=" in word)]
+    if kwargs and not options.model_kwargs:
+        raise ValueError(f"{kwargs[0]!r} is no network; give arguments of the network by --model-kwargs {kwargs[0]}")
+    options.model, options.model_kwargs = names[0] if names else None, kwargs or None
 
 
-def specification(options: SimpleNamespace, resume: Path | None) -> Specification:
-    """What the flags say of the network; where they name none, or no more than its name, the checkpoint to resume.
+def specification(options: NetworkOptions, resume: Path | None) -> "Specification":
+    """Return the network that the options describe, or that of the checkpoint to resume if they do not differ from it.
+
+    Args:
+        options: of the command.
+        resume: the checkpoint, if any.
 
     Raises:
-        ValueError: a flag does not go with the others, or there is no such network.
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: options contradict each other, or there is no such network.
     """
+    from fastroute.models.specification import Specification, specification_in
+
     if resume is not None and options.multipath is None and not options.model_kwargs:
         from fastroute.training.checkpoints import read_checkpoint
 
@@ -99,22 +119,24 @@ def specification(options: SimpleNamespace, resume: Path | None) -> Specificatio
             saved = specification_in(run, f"resume is {resume}")
             if saved.source == "function" and options.model != saved.text:
                 raise ValueError(
-                    f"resume is {resume}; its network is built by {saved.name}, and own code is imported only where "
+                    f"resume is {resume}; its network is built by {saved.name}, and your own code is imported only if "
                     f"you name it: fastroute train {saved.name} --resume …"
                 )
-            plain = all(getattr(options, name) == default for name, default in CUTTING.items())
-            if options.model in (None, saved.text) and plain and options.gate_norm in (None, saved.gate_norm):
+            if (
+                options.model in (None, saved.text)
+                and not _cut(options)
+                and options.gate_norm in (None, saved.gate_norm)
+            ):
                 return saved
     if options.model is None:
         raise ValueError("model is missing; name a network, or a recipe with --config")
     given = Specification.parse(options.model, kwargs=_kwargs(options.model_kwargs or []))
     given = replace(given, gate_norm=options.gate_norm, prior=options.gate_prior)
     if options.pretrained and options.pretrained_path is not None:
-        raise ValueError(f"pretrained is True, and pretrained_path is {options.pretrained_path}; give one of them")
+        raise ValueError(f"pretrained is True, and pretrained_path is {options.pretrained_path}; give only one of them")
     if options.multipath is None:
-        for name, default in CUTTING.items():
-            if getattr(options, name) != default:
-                raise ValueError(f"{name} is {getattr(options, name)!r}; it needs --multipath with the number of paths")
+        if cut := _cut(options):
+            raise ValueError(f"{cut[0]} is {getattr(options, cut[0])!r}; it needs --multipath with the number of paths")
         return given
     cuts = [name for name in re.split(r"[\s,]+", options.route_after) if name]
     if not cuts:
@@ -129,33 +151,61 @@ def specification(options: SimpleNamespace, resume: Path | None) -> Specificatio
     )
 
 
-def write_flags(given: Specification, params: dict[str, Any]) -> None:
-    """Have the flags of a run say of the network what its checkpoints do, which a run that goes on takes it from."""
-    params["model"] = given.text
-    params["model_kwargs"] = [f"{name}={value}" for name, value in given.kwargs.items()] or None
-    params |= {"gate_norm": given.gate_norm, "gate_prior": given.prior}
+def _cut(options: NetworkOptions) -> list[str]:
+    """Return the options of `CUTTING` that differ from their defaults."""
+    return [name for name in CUTTING if getattr(options, name) != getattr(NetworkOptions, name)]
+
+
+def write_flags(given: "Specification", options: NetworkOptions) -> None:
+    """Set the options of the network to those in the checkpoints of the run, from which a resumed run takes them.
+
+    Args:
+        given: the network.
+        options: changed in place.
+    """
+    options.model = given.text
+    options.model_kwargs = [f"{name}={value}" for name, value in given.kwargs.items()] or None
+    options.gate_norm, options.gate_prior = given.gate_norm, given.prior
     if given.paths > 1:
         cuts = [given.route_after] if isinstance(given.route_after, str) else given.route_after
-        params |= {"multipath": given.paths, "route_after": ",".join(cuts)}
-        params |= {"routing": given.routing or "none", "init": given.init}
+        options.multipath, options.route_after = given.paths, ",".join(cuts)
+        options.routing, options.init = given.routing or "none", given.init
 
 
-def network(given: Specification, options: SimpleNamespace, data, resume: Path | None, console: Console) -> nn.Module:
-    """The network for images and classes of the data, with the weights that the flags ask for.
+def network(
+    given: "Specification",
+    options: NetworkOptions,
+    data: "ImageDataModule",
+    num_classes: int | None,
+    resume: Path | None,
+    console: Console,
+) -> "nn.Module":
+    """Build the network for the images and classes of the data, with the weights that the options ask for.
+
+    Args:
+        given: the network.
+        options: of which `pretrained` and `pretrained_path` count.
+        data: of the run, set up.
+        num_classes: logits; None is the number of the data's classes.
+        resume: the checkpoint to resume, if any; its weights then take the place of pretrained ones.
+        console: prints what is done to pretrained weights.
+
+    Returns:
+        the network, on the CPU.
 
     Raises:
         ValueError: it cannot be built, or does not take such images.
         FileNotFoundError: there is no such file of weights.
     """
-    from fastroute.training.distributed import first_on_each_node
+    from fastroute.training.distributed import local_rank_zero_first
 
     if resume is not None and given.num_classes is not None:  # the checkpoint's own
         sizes = {"in_chans": data.in_chans, "img_size": data.img_size}
     else:
-        sizes = {"num_classes": options.num_classes or data.num_classes}
+        sizes = {"num_classes": num_classes or data.num_classes}
         sizes |= {"in_chans": data.in_chans, "img_size": data.img_size}
-    starts = resume is None  # a run that goes on has its weights
-    with first_on_each_node() if options.pretrained and starts else contextlib.nullcontext():
+    starts = resume is None  # a resumed run has its own weights
+    with local_rank_zero_first() if options.pretrained and starts else contextlib.nullcontext():
         built = given.build(
             **sizes,
             pretrained=options.pretrained and starts,
@@ -169,15 +219,26 @@ def network(given: Specification, options: SimpleNamespace, data, resume: Path |
 
 
 def _say(console: Console, sentence: str) -> None:
-    console.print(shown(sentence), soft_wrap=True, highlight=False)
+    console.print(escaped(sentence), soft_wrap=True, highlight=False)
 
 
-def check_takes(built: nn.Module, name: str, in_chans: int, img_size: int, classes: int) -> None:
-    """Raise unless a network gives logits of so many classes for images of this size.
+def check_takes(built: "nn.Module", name: str, in_chans: int, img_size: int, classes: int) -> None:
+    """Check that a network returns logits of the right shape for an image.
+
+    Args:
+        built: the network.
+        name: of the network, for messages.
+        in_chans: channels of the image.
+        img_size: its height and width.
+        classes: the number of logits.
 
     Raises:
-        ValueError: as said.
+        ValueError: the network does not take such an image, or returns something else.
     """
+    import torch
+
+    from fastroute.models._modes import modes_kept
+
     like = next(built.parameters(), torch.empty(0))
     try:
         with torch.no_grad(), modes_kept(built):
@@ -190,7 +251,7 @@ def check_takes(built: nn.Module, name: str, in_chans: int, img_size: int, class
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] != classes:
         what = f"{(*logits.shape,)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
         raise ValueError(
-            f"model is {name!r}; for an image it gives {what}, and must give logits (1, {classes}), one for each class"
+            f"model is {name!r}; for an image it returns {what}, expected logits (1, {classes}), one for each class"
         )
 
 
@@ -208,7 +269,7 @@ def _kwargs(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """A number, text, list or dict as Python has it; true, false and none too."""
+    """Parse a Python literal, or true, false or none; any other text is a string."""
     words = {"true": True, "false": False, "none": None, "null": None}
     if text.lower() in words:
         return words[text.lower()]

@@ -1,4 +1,4 @@
-"""`fastroute paths`: a checkpoint to how many paths its routers need."""
+"""`fastroute paths`: estimate how many paths the routers of a checkpoint need."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,8 +7,8 @@ import typer
 from rich.table import Table
 
 from fastroute.cli.common import COUNT, DataDirOption, DatasetOption, WorkersOption, plain_errors
-from fastroute.cli.outside import shown, standard_output
-from fastroute.cli.trained import OwnModelOption, check_finite, trained
+from fastroute.cli.errors import escaped, standard_output
+from fastroute.cli.trained import OwnModelOption, check_finite, load_trained
 
 
 def paths(
@@ -21,17 +21,17 @@ def paths(
 ) -> None:
     """Estimate how many paths each router of a network needs, from its gates over the validation images.
 
-    For each incoming path, "used" is among how many outgoing paths all images together are spread, and "clusters" how
-    many kinds of images its gates tell apart, which is near 1 for gates that differ little. "needed" counts the ways in
-    which they differ, by their shares of the variance and however little it is: about so many paths would do, since
-    what the others get of an image follows from what these get.
+    For each incoming path, "used" is the number of outgoing paths that all images together spread over. "clusters" is
+    the number of kinds of images that its gates distinguish, near 1 for gates that hardly differ. "needed" is the
+    number of ways in which gates differ, weighted by their shares of the variance, however small that is: about as many
+    paths would suffice, since the gates of the others follow from theirs.
     """
     with plain_errors():
         from fastroute.diagnostics.statistics import needed_paths
         from fastroute.training.checkpoints import read_checkpoint
         from fastroute.visualize.collect import check_gates, collect_routing
 
-        given = trained(
+        given = load_trained(
             checkpoint,
             read_checkpoint(checkpoint, "checkpoint"),
             dataset=dataset,
@@ -42,7 +42,7 @@ def paths(
         )
         check_finite(given.network, checkpoint)
         console = standard_output()
-        console.print(shown(given.images), soft_wrap=True, highlight=False)
+        console.print(escaped(given.images), soft_wrap=True, highlight=False)
         with console.status("routing the validation images"):
             routing = collect_routing(given.network, given.loader)
         check_gates(routing)
@@ -52,7 +52,7 @@ def paths(
     for name, statistics in routing.statistics().items():
         numbers = statistics.used_paths, statistics.effective_clusters, needed_paths(routing.gates[name])
         for i, row in enumerate(zip(*(column.tolist() for column in numbers), strict=True)):
-            first = ("", "") if i else (shown(name), str(statistics.gates.shape[1]))
+            first = ("", "") if i else (escaped(name), str(statistics.gates.shape[1]))
             table.add_row(first[0], str(i + 1), first[1], *(f"{number:.2f}" for number in row))
         table.add_section()
     console.print(table)

@@ -1,4 +1,4 @@
-"""`fastroute predict`: a checkpoint and images to the classes that they show."""
+"""`fastroute predict`: predict the classes of images."""
 
 import contextlib
 import csv
@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fastroute.cli.common import COUNT, PIXELS, WORKERS, device_named, plain_errors, real
-from fastroute.cli.outside import end, shown
+from fastroute.cli.common import COUNT, PIXELS, WORKERS, plain_errors, real, resolve_device
+from fastroute.cli.errors import escaped, exit_with_error
 from fastroute.cli.trained import OwnModelOption
 
 if TYPE_CHECKING:
@@ -30,13 +30,13 @@ def predict(
     paths: Annotated[
         list[str], typer.Argument(metavar="PATH...", help="Images, folders of images, patterns, or - for a list.")
     ],
-    top_k: Annotated[int, typer.Option(min=1, max=COUNT, help="How many classes of each image.")] = 5,
-    format: Annotated[Literal["table", "csv", "json"], typer.Option(help="What is printed.")] = "table",
-    output: Annotated[Path | None, typer.Option(help="A file to write into, in the place of printing.")] = None,
-    gates: Annotated[bool, typer.Option("--gates", help="Each image's gates beside it.")] = False,
+    top_k: Annotated[int, typer.Option(min=1, max=COUNT, help="Number of classes for each image.")] = 5,
+    format: Annotated[Literal["table", "csv", "json"], typer.Option(help="Format of the output.")] = "table",
+    output: Annotated[Path | None, typer.Option(help="File to write into instead of printing.")] = None,
+    gates: Annotated[bool, typer.Option("--gates", help="Add the gates of each image.")] = False,
     model: OwnModelOption = None,
     use_ema: Annotated[
-        bool, typer.Option("--use-ema/--no-use-ema", help="The moving average, where the run kept one.")
+        bool, typer.Option("--use-ema/--no-use-ema", help="Use the moving average, if the run kept one.")
     ] = True,
     img_size: Annotated[
         int | None, typer.Option(min=1, max=PIXELS, help="Size of the crops. (default: as in training)")
@@ -50,21 +50,21 @@ def predict(
         int | None,
         typer.Option("-j", "--workers", min=1, max=WORKERS, help="Threads that decode images. (default: all cores)"),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, or cuda. (default: the GPU where there is one)")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, or cuda. (default: a GPU if there is one)")] = None,
 ) -> None:
     """Predict the classes of images, with their probabilities.
 
-    Folders are read with all folders in them; "-" reads paths from the standard input, one in a line. Images that
-    cannot be read are named and left out; the status is 1 if none could be read.
+    Folders are searched recursively; "-" reads paths from standard input, one a line. Images that cannot be read are
+    reported and left out; the exit status is 1 if none can be read.
     """
     with plain_errors():
         from fastroute import inference
 
         if output is not None and not output.absolute().parent.is_dir():
-            raise FileNotFoundError(f"output is {output}; its folder must be there")
+            raise FileNotFoundError(f"output is {output}; there is no such folder: make it first")
         names = list(image_paths(paths))
         options = {"img_size": img_size, "crop_pct": crop_pct}
-        predictor = inference.load(checkpoint, model=model, ema=use_ema, device=device_named(device), **options)
+        predictor = inference.load(checkpoint, model=model, ema=use_ema, device=resolve_device(device), **options)
         if gates and not predictor.routed:
             raise ValueError("gates is True, but the network has no routers")
         predictor.transform.check()
@@ -76,11 +76,14 @@ def predict(
     if unread:
         said.print(f"{unread:,} of {len(names):,} images cannot be read and are left out", highlight=False)
     if not rows:
-        end("none of the images can be read" if names else "there are no images in what was named", 1)
+        exit_with_error("none of the images can be read" if names else "the paths have no images", 1)
 
 
 def image_paths(given: Iterable[str]) -> Iterator[str]:
-    """The images that words of the command line stand for: files as they are, folders and patterns sorted.
+    """Yield the images that the arguments name: files in the given order, those of folders and patterns sorted.
+
+    Args:
+        given: files, folders, shell patterns, or "-" for paths on standard input.
 
     Raises:
         FileNotFoundError: a pattern or a folder has no images.
@@ -106,7 +109,7 @@ def image_paths(given: Iterable[str]) -> Iterator[str]:
         elif not os.path.lexists(word) and glob.has_magic(word):
             found = sorted(glob.glob(word, recursive=True))
             if not found:
-                raise FileNotFoundError(f"paths has {word}; no file is named so")
+                raise FileNotFoundError(f"paths has {word}; no file matches it")
             for name in found:
                 yield from inside(name) if os.path.isdir(name) else [name]
         else:
@@ -116,7 +119,7 @@ def image_paths(given: Iterable[str]) -> Iterator[str]:
 def _rows(
     predictor: "Predictor", names: list[str], top_k: int, gates: bool, batch_size: int, workers: int
 ) -> tuple[list[dict], int]:
-    """What is known of each image that can be read, and how many cannot."""
+    """Return the prediction of each image that can be read, and the number of those that cannot."""
     from fastroute.data.sources import UnreadableImage
 
     def read(name: str):
@@ -131,7 +134,7 @@ def _rows(
         while batch := list(islice(waiting, batch_size)):
             inputs = list(threads.map(read, batch))
             for error in (value for value in inputs if isinstance(value, UnreadableImage)):
-                said.print(f"left out: {shown(error)}", soft_wrap=True, highlight=False)
+                said.print(f"left out: {escaped(error)}", soft_wrap=True, highlight=False)
             kept = [i for i, value in enumerate(inputs) if not isinstance(value, UnreadableImage)]
             unread += len(batch) - len(kept)
             found = predictor([inputs[i] for i in kept], gates=gates, batch_size=batch_size)
@@ -164,13 +167,13 @@ def _write_table(rows: list[dict], file: IO[str]) -> None:
         table.add_column("p", justify="right")
     routers = rows[0].get("gates", {})
     for router in routers:
-        table.add_column(shown(router))
+        table.add_column(escaped(router))
     for row in rows:
-        cells = [text for name, p in row["top"] for text in (shown(name), f"{p:.3f}")]
+        cells = [text for name, p in row["top"] for text in (escaped(name), f"{p:.3f}")]
         gates = [_gate_rows(value) for value in row.get("gates", {}).values()]
-        table.add_row(shown(row["path"]), *cells, *gates)
+        table.add_row(escaped(row["path"]), *cells, *gates)
     console = Console(file=file)
-    if not console.is_terminal:  # nothing is cut in a file or a pipe
+    if not console.is_terminal:  # do not cut the table in a file or pipe
         console.width = console.measure(table, options=console.options.update(width=100_000)).maximum
     console.print(table)
 
@@ -180,7 +183,7 @@ def _gate_rows(gates: list[list[float]]) -> str:
 
 
 def _write_csv(rows: list[dict], file: IO[str]) -> None:
-    """One line for each image: path, class_1, probability_1, … and `<router>_g<i><j>` for the gate from i to j."""
+    """Write a line for each image: path, class_1, probability_1, …, and `<router>_g<i><j>`, the gate from i to j."""
     writer = csv.writer(file, lineterminator="\n")
     ranks = range(1, len(rows[0]["top"]) + 1)
     header = ["path", *(name for i in ranks for name in (f"class_{i}", f"probability_{i}"))]
@@ -194,7 +197,7 @@ def _write_csv(rows: list[dict], file: IO[str]) -> None:
 
 
 def _write_json(rows: list[dict], file: IO[str]) -> None:
-    """A list with an object for each image: path, top (class and probability of each), and gates by router."""
+    """Write a list with an object for each image: path, top (class and probability), and gates by router."""
     listed = [row | {"top": [{"class": name, "probability": p} for name, p in row["top"]]} for row in rows]
     json.dump(listed, file, indent=1)
     file.write("\n")

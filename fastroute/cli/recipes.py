@@ -1,4 +1,4 @@
-"""`fastroute recipes`."""
+"""`fastroute recipes`: list the recipes of the thesis's experiments."""
 
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -9,7 +9,7 @@ import yaml
 from rich.table import Table
 
 from fastroute.cli.common import plain_errors
-from fastroute.cli.outside import shown, standard_output
+from fastroute.cli.errors import escaped, standard_output
 
 
 def recipes(
@@ -17,7 +17,7 @@ def recipes(
 ) -> None:
     """List the recipes for `fastroute train|cluster -c NAME`, with the percentages that the thesis reports.
 
-    Of a recipe that is named, print the options, as YAML for --config.
+    Given the name of a recipe, print its options as YAML for --config.
     """
     with plain_errors():
         from fastroute.training.recipes import VARIANTS, recipes
@@ -45,5 +45,5 @@ def recipes(
             table.add_column(f"{measure} %", justify="right")
         for recipe in found:
             reported = (recipe.reported.get(measure) for measure in measures)
-            table.add_row(shown(recipe.name), *("" if value is None else f"{value:.2f}" for value in reported))
-        console.print(f"[bold]{shown(about)}[/]", table, sep="\n", highlight=False, soft_wrap=False)
+            table.add_row(escaped(recipe.name), *("" if value is None else f"{value:.2f}" for value in reported))
+        console.print(f"[bold]{escaped(about)}[/]", table, sep="\n", highlight=False, soft_wrap=False)

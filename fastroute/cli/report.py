@@ -1,17 +1,18 @@
-"""`fastroute report`: a checkpoint to one page of figures."""
+"""`fastroute report`: show a checkpoint on one page of figures."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from torch import nn
 
 from fastroute.cli.common import COUNT, DataDirOption, DatasetOption, WorkersOption, plain_errors, read_options
-from fastroute.cli.outside import shown, standard_output
-from fastroute.cli.trained import OwnModelOption, check_finite, trained, trained_network
-from fastroute.models.specification import specification_in
+from fastroute.cli.errors import escaped, standard_output
+from fastroute.cli.trained import OwnModelOption, check_finite, load_trained, load_trained_network
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 def report(
@@ -29,13 +30,14 @@ def report(
     classes: Annotated[
         str | None, typer.Option(help="For the histograms, such as cat,dog. (default: the most distinct)")
     ] = None,
-    gates: Annotated[int, typer.Option(min=1, max=32, help="The most gates to maximise.")] = 8,
+    gates: Annotated[int, typer.Option(min=1, max=32, help="Largest number of gates to maximise.")] = 8,
     runs: Annotated[
         Path | None,
         typer.Option(help="A folder of runs, for accuracy by parameters, or for learning curves of clusterings."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, max=COUNT, help="Of a clustering: only the first so many images.")
+        int | None,
+        typer.Option(min=1, max=COUNT, help="Of a clustering: number of images to use. (default: the run's)"),
     ] = None,
     batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1, max=COUNT)] = 128,
     workers: WorkersOption = None,
@@ -45,7 +47,7 @@ def report(
 ) -> None:
     """Show what a network's routers or clusters do: one page, and its figures as PNG and SVG.
 
-    --images takes several files, one after the other.
+    --images takes several files, separated by spaces.
     """
     with plain_errors():
         path = write_report(
@@ -64,7 +66,7 @@ def report(
             progress=_say,
             model=model,
         )
-    standard_output().print(f"report: {shown(path.resolve())}", soft_wrap=True)
+    standard_output().print(f"report: {escaped(path.resolve())}", soft_wrap=True)
 
 
 def write_report(
@@ -84,7 +86,28 @@ def write_report(
     progress: Callable[[str], None] = lambda title: None,
     model: str | None = None,
 ) -> Path:
-    """Write the report of a checkpoint into a folder, by the arguments of the command; returns the page's path."""
+    """Write the report of a checkpoint into a folder.
+
+    Args:
+        checkpoint: of `fastroute train` or `fastroute cluster`.
+        folder: to write into; made if it is missing.
+        dataset, data_dir, batch_size, workers, model: see `load_trained`.
+        pictures: image files for the routing flow; without any, images of the data.
+        before: a checkpoint to compare gates with.
+        classes: for the histograms; None takes the most distinct.
+        gates: the largest number of gates to maximise.
+        runs: a folder of runs to compare with.
+        limit: of a clustering, the number of images; None is the run's.
+        progress: called with the title of each figure.
+
+    Returns:
+        the path of the page.
+
+    Raises:
+        FileNotFoundError: a file or folder is missing.
+        ValueError: an argument is wrong, or there is nothing to show of the checkpoint.
+    """
+    from fastroute.models.specification import specification_in
     from fastroute.training.checkpoints import read_checkpoint
     from fastroute.visualize import Images, Report, routing_report
 
@@ -92,12 +115,12 @@ def write_report(
     run = saved["hyper_parameters"]
     if "architecture" in run:
         return _clustering(checkpoint, saved, folder, data_dir, runs, limit, batch_size, progress)
-    given = trained(
+    given = load_trained(
         checkpoint, saved, dataset=dataset, data_dir=data_dir, batch_size=batch_size, workers=workers, model=model
     )
     check_finite(given.network, checkpoint)
-    standard_output().print(shown(given.images), soft_wrap=True, highlight=False)
-    earlier = None if before is None else trained_network(before, "before", model=model)
+    standard_output().print(escaped(given.images), soft_wrap=True, highlight=False)
+    earlier = None if before is None else load_trained_network(before, "before", model=model)
     if earlier is not None:
         check_finite(earlier, before, "before")
     loader = given.loader
@@ -132,8 +155,9 @@ def _say(title: str) -> None:
     standard_output().print(f"{title} …", style="dim", highlight=False, markup=False)
 
 
-def _read(paths: Sequence[Path], img_size: int, crop_pct: float, channels: int) -> torch.Tensor:
-    """Images cut as in validation: (k, C, H, W), values from 0 to 1; grey for a network of one channel."""
+def _read(paths: Sequence[Path], img_size: int, crop_pct: float, channels: int) -> "torch.Tensor":
+    """Read images and crop them as in validation: (k, C, H, W), values from 0 to 1; grey if `channels` is 1."""
+    import torch
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     from fastroute.data.decode import decode_image
@@ -150,7 +174,10 @@ def _summaries(checkpoint: Path) -> dict[str, Path]:
 
 
 def _sizes(folder: Path) -> dict[str, tuple[int, float]]:
-    """Parameters and best accuracy of each run in a folder, by the name of its own folder."""
+    """Return the parameters and the best accuracy, in percent, of each run in a folder, by the name of its folder."""
+    import torch
+
+    from fastroute.models.specification import specification_in
     from fastroute.training.checkpoints import read_checkpoint
     from fastroute.visualize.curves import read_summary
 
@@ -179,16 +206,16 @@ def _clustering(
     batch_size: int,
     progress: Callable[[str], None],
 ) -> Path:
-    from fastroute.clustering.iic import IIC
-    from fastroute.clustering.networks import clustering_network
-    from fastroute.clustering.run import Batches, load_images
-    from fastroute.clustering.two_fold import TwoFoldClustering
+    import torch
+
+    from fastroute.clustering.build import ClusteringRun, build
+    from fastroute.clustering.images import load_images
+    from fastroute.clustering.run import Batches
     from fastroute.training.checkpoints import load_network_weights
     from fastroute.visualize import Images, Report, clustering_report
 
-    run = saved["hyper_parameters"]
-    clusters, heads, n_init = run["clusters"], run["heads"], run.get("n_init", 1)
-    if run["method"] == "dec":
+    run = ClusteringRun.of(saved["hyper_parameters"])
+    if run.method == "dec":
         raise ValueError(
             f"checkpoint is {checkpoint}; a report shows networks of Table 4.2, not the autoencoder of dec"
         )
@@ -199,21 +226,13 @@ def _clustering(
             raise FileNotFoundError(f"runs is {runs}; there are no folders with summary.csv in it")
     kept = _run_images(checkpoint)
     data_dir, limit = data_dir or kept["data_dir"], limit or kept["limit"]
-    loaded = load_images(run["dataset"], data_dir, limit, run["img_size"], on_bad_image=kept["on_bad_image"])
+    loaded = load_images(run.dataset, data_dir, limit, run.img_size, on_bad_image=kept["on_bad_image"])
     pixels, labels = loaded.images, loaded.labels
     where = f" in {data_dir}" if data_dir else ""
     standard_output().print(
-        shown(f"images: {len(labels):,} of {run['dataset']}{where}"), soft_wrap=True, highlight=False
+        escaped(f"images: {len(labels):,} of {run.dataset}{where}"), soft_wrap=True, highlight=False
     )
-
-    def network() -> IIC | TwoFoldClustering:
-        size, batch_norm = pixels.shape[-1], run["batch_norm"]
-        layers = clustering_network(run["architecture"], heads * clusters, size, batch_norm, n_init)
-        if run["method"] == "iic":
-            return IIC(layers, clusters)
-        return TwoFoldClustering(layers, clusters, heads=heads * n_init)
-
-    trained = network()
+    trained, untrained = (build(run, pixels.shape[1:]) for _ in range(2))
     load_network_weights(trained, saved, checkpoint)
     check_finite(trained, checkpoint)
     images = Images(
@@ -224,32 +243,36 @@ def _clustering(
         torch.ones(1),
     )
     facts = {
-        "network": run["architecture"],
+        "network": run.architecture,
         "checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}",
-        "images": f"{len(labels):,} of {data_dir.name if data_dir else run['dataset']}",
-        "clusters": f"{clusters}, by {run['method']}",
+        "images": f"{len(labels):,} of {data_dir.name if data_dir else run.dataset}",
+        "clusters": f"{run.clusters}, by {run.method}",
     }
-    page = Report(folder, f"Clusters of {run['dataset']}", facts, progress)
-    return clustering_report(page, _Responses(trained), images, untrained=_Responses(network()), summaries=summaries)
+    page = Report(folder, f"Clusters of {run.dataset}", facts, progress)
+    return clustering_report(page, _responses(trained), images, untrained=_responses(untrained), summaries=summaries)
 
 
 def _run_images(checkpoint: Path) -> dict:
-    """Which images a clustering was made of, by the args.yaml beside its checkpoint; all by default without one."""
+    """Return the images of a clustering by the args.yaml beside its checkpoint; the defaults without one."""
     kept, path = {"data_dir": None, "limit": None, "on_bad_image": "stop"}, checkpoint.parent / "args.yaml"
     if not path.is_file():
         return kept
     kept |= {name: value for name, value in read_options(path).items() if name in kept and value is not None}
     if not isinstance(kept["limit"], int | None) or kept["on_bad_image"] not in ("stop", "skip"):
-        raise ValueError(f"{path} is no file of options: its limit is {kept['limit']!r}; remove it")
+        raise ValueError(f"{path} is no file of options: its limit is {kept['limit']!r}; remove the file")
     return kept | {"data_dir": None if kept["data_dir"] is None else Path(str(kept["data_dir"]))}
 
 
-class _Responses(nn.Module):
-    """A clustering network by what its softmax is taken of."""
+def _responses(network: "nn.Module") -> "nn.Module":
+    """Return a clustering network whose outputs are its responses, before the softmax."""
+    from torch import nn
 
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
+    class Responses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.module.responses(images)
+        def forward(self, images: "torch.Tensor") -> "torch.Tensor":
+            return self.network.responses(images)
+
+    return Responses()

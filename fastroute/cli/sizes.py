@@ -1,15 +1,15 @@
-"""What sizes take of the memory, before it is taken: the system ends a process that takes too much without a word."""
+"""Check that sizes fit in memory before it is allocated: the system kills a process without a message."""
 
 import math
 from dataclasses import replace
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from fastroute._memory import check_memory
-from fastroute.models.specification import Specification
 
-# Images and channels of the sets that are held in memory, training and validation together.
+if TYPE_CHECKING:
+    from fastroute.models.specification import Specification
+
+# Images, of training and validation together, and channels of the sets held in memory.
 _IN_MEMORY = {
     "digits": (1797, 1),
     "mnist": (70_000, 1),
@@ -17,16 +17,20 @@ _IN_MEMORY = {
     "cifar100": (60_000, 3),
     "stl10": (13_000, 3),
 }
-_BYTES = {"digits": 4}  # of a value while they are scaled, where that is not in uint8
+_BYTES = {"digits": 4}  # bytes of a value while images are scaled, if it is no uint8
 SMALL = 2**30
-"""Batches below this are not looked at, for the time that a look takes."""
+"""Bytes of a batch below which training steps are not estimated, since the estimate takes time."""
 
 
 def check_images(dataset: str, img_size: int | None) -> None:
-    """Raise where images held in memory would not fit into it at this size; one where their number is not known.
+    """Check that the images of a dataset fit in memory; a single one, if their number is unknown.
+
+    Args:
+        dataset: its name.
+        img_size: height and width; None skips the check.
 
     Raises:
-        ValueError: as said.
+        ValueError: they do not fit.
     """
     if img_size is None:
         return
@@ -39,7 +43,7 @@ def check_images(dataset: str, img_size: int | None) -> None:
 
 
 def check_batch(
-    model: Specification | str,
+    model: "Specification | str",
     batch_size: int,
     in_chans: int,
     img_size: int,
@@ -47,27 +51,40 @@ def check_batch(
     training: bool = True,
     half: bool = False,
 ) -> None:
-    """Raise where a batch, or what a training step keeps of it, would not fit into the memory that it is computed in.
+    """Check that a batch, and what a training step keeps of it, fits in the memory of the device.
 
-    It is a lower bound: the images, and in training the outputs of convolutions, which their backward needs. Only then
-    must `model` be a specification.
+    The estimate is a lower bound: the images, and in training the outputs of convolutions, which the backward pass
+    needs.
+
+    Args:
+        model: of the network; in training a specification, otherwise only its name is used.
+        batch_size: images.
+        in_chans: their channels.
+        img_size: their height and width.
+        training: whether to estimate a training step.
+        half: whether it computes in a 16-bit type.
 
     Raises:
-        ValueError: as said.
+        ValueError: it does not fit.
     """
+    import torch
+
     images = 4 * batch_size * in_chans * img_size**2
     there = None
     if torch.cuda.is_available():
         there = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     says, advice = f"batch_size is {batch_size} and img_size {img_size};", "lower --batch-size or --img-size"
     check_memory(images, f"{says} a batch would take", advice, there)
-    if training and images * 64 > SMALL:  # a network keeps about that many numbers for each of an image
+    if training and images * 64 > SMALL:  # a network keeps about 64 numbers for each value of an image
         kept = batch_size * _convolved(model, in_chans, img_size) * (2 if half else 4)
         check_memory(kept, f"{says} a training step of {model} would take", advice, there)
 
 
-def _convolved(model: Specification, in_chans: int, img_size: int) -> int:
-    """Numbers that convolutions give for one image, counted without computing anything; 0 where they cannot be."""
+def _convolved(model: "Specification", in_chans: int, img_size: int) -> int:
+    """Return the size of all outputs of convolutions for one image, on the meta device; 0 if that fails."""
+    import torch
+    from torch import nn
+
     count = 0
 
     def add(module, args, output):
@@ -81,6 +98,6 @@ def _convolved(model: Specification, in_chans: int, img_size: int) -> int:
                 if isinstance(module, nn.Conv2d):
                     module.register_forward_hook(add)
             network(torch.empty(1, in_chans, img_size, img_size))
-    except RuntimeError:  # an operator without an answer on the meta device
+    except RuntimeError:  # an operator does not support the meta device
         return 0
     return count

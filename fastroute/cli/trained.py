@@ -1,17 +1,19 @@
-"""What commands take from a checkpoint of `fastroute train`: its network, and the images that it is validated on."""
+"""Load the network of a checkpoint of `fastroute train`, and its validation images."""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from torch import nn
 
-from fastroute.cli.images import chosen_images
+from fastroute._defaults import CROP_PCT
+from fastroute.cli.images import choose_images
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from fastroute.data.loaders import EpochLoader
 
 
@@ -19,20 +21,27 @@ OwnModelOption = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="module:function that builds the network, where the checkpoint is of one of your own; it is imported.",
+        help="module:function that builds the network, if it is one of your own; it is imported.",
     ),
 ]
-"""A checkpoint's own word is not enough to import code."""
+"""Code is imported only if the user names it: a checkpoint alone cannot cause an import."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network with its validation images, on the GPU where there is one.
+    """A trained network with its validation images, on the GPU if there is one.
 
-    loader: of `validation_loader`, with the names of its `classes`. images: which they are, in a line.
+    Attributes:
+        network: with its averaged weights, if the run kept them.
+        dataset, data_dir: of the images.
+        loader: from `validation_loader`.
+        classes: the names of the classes.
+        img_size: height and width of the crops.
+        crop_pct: the side of a crop, as a share of the resized image's shorter side.
+        images: a line that says which images they are.
     """
 
-    network: nn.Module
+    network: "nn.Module"
     dataset: str
     data_dir: Path | None
     loader: "EpochLoader"
@@ -42,15 +51,19 @@ class Trained:
     images: str
 
 
-def trained_network(
+def load_trained_network(
     path: Path, name: str = "checkpoint", checkpoint: dict | None = None, model: str | None = None
-) -> nn.Module:
-    """The network of a checkpoint, which is read unless it is given, with its averaged weights where the run kept them.
+) -> "nn.Module":
+    """Load the network of a checkpoint, with its averaged weights if the run kept them.
 
     Args:
-        path, name: the file, and the argument that it was given as.
-        checkpoint: what it holds, where it was read already.
-        model: an own function that builds the network; see `OwnModelOption`.
+        path: the file.
+        name: the argument that the file was given as, for messages.
+        checkpoint: its content, if it was read already.
+        model: your own function that builds the network; see `OwnModelOption`.
+
+    Returns:
+        the network, on the GPU if there is one.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -63,10 +76,10 @@ def trained_network(
     check_command(checkpoint, "train", path, name)
     network = network_of(checkpoint["hyper_parameters"], f"{name} is {path}", model)
     load_network_weights(network, checkpoint, path, name=name)
-    return network.to(this_device())
+    return network.to(default_device())
 
 
-def trained(
+def load_trained(
     path: Path,
     checkpoint: dict,
     *,
@@ -76,7 +89,18 @@ def trained(
     workers: int | None = None,
     model: str | None = None,
 ) -> Trained:
-    """The network of a checkpoint that was read, and its validation images, by default of the data of its training.
+    """Load the network of a checkpoint and its validation images.
+
+    Args:
+        path: of the checkpoint, for messages.
+        checkpoint: as `read_checkpoint` returns it.
+        dataset, data_dir: see `choose_images`; the default is the data of the training.
+        batch_size: of the loader.
+        workers: threads or processes that decode images; None uses all cores.
+        model: your own function that builds the network; see `OwnModelOption`.
+
+    Returns:
+        both.
 
     Raises:
         FileNotFoundError: there are no such images.
@@ -84,10 +108,10 @@ def trained(
     """
     from fastroute.training.evaluation import validation_loader
 
-    network = trained_network(path, checkpoint=checkpoint, model=model)
+    network = load_trained_network(path, checkpoint=checkpoint, model=model)
     run, data = checkpoint["hyper_parameters"], checkpoint.get("ImageDataModule", {})
-    images = chosen_images(data, dataset, data_dir)
-    img_size, crop_pct = data.get("img_size", run["img_size"]), data.get("crop_pct", 0.875)
+    images = choose_images(data, dataset, data_dir)
+    img_size, crop_pct = data.get("img_size", run["img_size"]), data.get("crop_pct", CROP_PCT)
     loader, classes, channels = validation_loader(
         images.dataset,
         images.data_dir,
@@ -98,7 +122,7 @@ def trained(
         first_classes=data.get("first_classes"),
         mean=data.get("mean"),
         std=data.get("std"),
-        device=this_device(),
+        device=default_device(),
         **images.options,
     )
     check_channels(images.data_dir, channels, run)
@@ -106,7 +130,16 @@ def trained(
 
 
 def check_channels(data_dir: Path | None, channels: int, run: dict) -> None:
-    """Raise unless images of so many channels are what the network of a run was trained on."""
+    """Check that images have the channels that a network was trained on.
+
+    Args:
+        data_dir: of the images, for the message.
+        channels: of the images.
+        run: the hyperparameters of the network's checkpoint.
+
+    Raises:
+        ValueError: the network was trained on images of other channels.
+    """
     if channels != run["in_chans"]:
         raise ValueError(
             f"data_dir is {data_dir}; its images have {channels} channels, but {run['model']} was trained on images "
@@ -114,21 +147,30 @@ def check_channels(data_dir: Path | None, channels: int, run: dict) -> None:
         )
 
 
-def check_finite(network: nn.Module, path: Path, name: str = "checkpoint") -> None:
-    """Raise where weights of a checkpoint are NaN or infinite: there is nothing to show of such a network.
+def check_finite(network: "nn.Module", path: Path, name: str = "checkpoint") -> None:
+    """Check that all weights of a network are finite: there is nothing to show of one that has diverged.
+
+    Args:
+        network: the network.
+        path: of its checkpoint, for the message.
+        name: the argument that the checkpoint was given as, for the message.
 
     Raises:
-        ValueError: as said.
+        ValueError: weights are NaN or infinite.
     """
+    import torch
+
     tensors = {key: value for key, value in network.state_dict().items() if isinstance(value, torch.Tensor)}
     bad = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
         raise ValueError(
             f"{name} is {path}; {len(bad)} of its {len(tensors)} tensors, such as {bad[0]}, are NaN or infinite, so "
-            "there is nothing to show: name a checkpoint from before the run diverged"
+            "there is nothing to show: choose a checkpoint from before the run diverged"
         )
 
 
-def this_device() -> torch.device:
-    """The GPU of this process where there is one."""
+def default_device() -> "torch.device":
+    """Return the GPU of this process if there is one, or else the CPU."""
+    import torch
+
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

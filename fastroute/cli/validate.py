@@ -1,84 +1,101 @@
-"""`fastroute validate`: checkpoints to their errors."""
+"""`fastroute validate`: measure the errors of checkpoints."""
 
 import csv
 import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Literal
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastroute.cli.common import COUNT, PIXELS, DataDirOption, DatasetOption, WorkersOption, plain_errors, real
-from fastroute.cli.images import chosen_images
-from fastroute.cli.outside import shown, standard_output
+from fastroute._defaults import CROP_PCT
+from fastroute.cli.common import (
+    COUNT,
+    PIXELS,
+    DataDirOption,
+    DatasetOption,
+    WorkersOption,
+    plain_errors,
+    real,
+    takes_options,
+)
+from fastroute.cli.errors import escaped, standard_output
+from fastroute.cli.images import choose_images
 from fastroute.cli.sizes import check_batch, check_images
-from fastroute.cli.trained import check_channels, this_device
-from fastroute.models import create_model
-from fastroute.models.specification import Specification
-from fastroute.nn import Router, SparseRouter
+from fastroute.cli.trained import check_channels, default_device
 
 
-def validate(
-    context: typer.Context,
+@dataclass
+class ValidateOptions:
+    """The options of `fastroute validate`."""
+
     checkpoint: Annotated[
         Path | None, typer.Argument(help="A checkpoint, a file of weights (with --model), or a folder of checkpoints.")
-    ] = None,
+    ] = None
     model: Annotated[
         str | None,
         typer.Option(
-            help="The network, as for train. (default: the checkpoint's; without one, fresh weights) One that the "
-            "checkpoint has from module:function must be named again."
+            help="The network, as for train. (default: the checkpoint's; without a checkpoint, fresh weights) A "
+            "network from module:function must be named again."
         ),
-    ] = None,
-    dataset: DatasetOption = None,
-    data_dir: DataDirOption = None,
-    num_classes: Annotated[
-        int | None, typer.Option(min=1, max=COUNT, help="Logits. (default: the checkpoint's)")
-    ] = None,
+    ] = None
+    dataset: DatasetOption = None
+    data_dir: DataDirOption = None
+    num_classes: Annotated[int | None, typer.Option(min=1, max=COUNT, help="Logits. (default: the checkpoint's)")] = (
+        None
+    )
     first_classes: Annotated[
-        int | None, typer.Option(min=1, max=COUNT, help="Use only the first so many classes of the data.")
-    ] = None,
+        int | None, typer.Option(min=1, max=COUNT, help="Number of classes to use, from the first. (default: all)")
+    ] = None
     img_size: Annotated[
         int | None, typer.Option(min=1, max=PIXELS, help="Size of the crops. (default: as in training)")
-    ] = None,
+    ] = None
     crop_pct: Annotated[
         float | None,
-        typer.Option(parser=real(), help="The crop's side by the resized image's. (default: as in training, or 0.875)"),
-    ] = None,
-    ten_crop: Annotated[bool, typer.Option("--ten-crop", help="Corners and centre, and these mirrored.")] = False,
+        typer.Option(
+            parser=real(), help=f"The crop's side by the resized image's. (default: as in training, or {CROP_PCT})"
+        ),
+    ] = None
+    ten_crop: Annotated[bool, typer.Option("--ten-crop", help="Corners and centre, and these mirrored.")] = False
     use_ema: Annotated[
-        bool, typer.Option("--use-ema/--no-use-ema", help="The moving average, where the run kept one.")
-    ] = True,
-    batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1, max=COUNT, help="Of one process.")] = 128,
-    workers: WorkersOption = None,
+        bool, typer.Option("--use-ema/--no-use-ema", help="Use the moving average, if the run kept one.")
+    ] = True
+    batch_size: Annotated[
+        int, typer.Option("-b", "--batch-size", min=1, max=COUNT, help="Images in a batch of one process.")
+    ] = 128
+    workers: WorkersOption = None
     on_bad_image: Annotated[
-        Literal["stop", "skip"], typer.Option(help="What an image that cannot be read does.")
-    ] = "stop",
-    amp: Annotated[bool, typer.Option("--amp/--no-amp", help="Mixed precision.")] = False,
-    amp_dtype: Annotated[Literal["bfloat16", "float16"], typer.Option()] = "bfloat16",
-    channels_last: Annotated[bool, typer.Option("--channels-last/--no-channels-last")] = False,
-    gates: Annotated[bool, typer.Option("--gates", help="Count the gates that are skewed (Figure 5.1).")] = False,
-    results_file: Annotated[Path | None, typer.Option(help="Write the results to it, as .csv or .json.")] = None,
-) -> None:
+        Literal["stop", "skip"], typer.Option(help="What to do about an image that cannot be read.")
+    ] = "stop"
+    amp: Annotated[bool, typer.Option("--amp/--no-amp", help="Mixed precision.")] = False
+    amp_dtype: Annotated[Literal["bfloat16", "float16"], typer.Option(help="With --amp: the type.")] = "bfloat16"
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last/--no-channels-last", help="Compute in channels_last.")
+    ] = False
+    gates: Annotated[bool, typer.Option("--gates", help="Count the skewed gates (Figure 5.1).")] = False
+    results_file: Annotated[Path | None, typer.Option(help="File for the results, .csv or .json.")] = None
+
+
+@takes_options(ValidateOptions)
+def validate(context: typer.Context, options: ValidateOptions) -> None:
     """Measure single-crop or 10-crop errors of checkpoints.
 
     Started by `torchrun`, the processes share the images; each image is counted once.
     """
-    options = SimpleNamespace(**context.params)
+    checkpoint, results_file = options.checkpoint, options.results_file
     with plain_errors():
         from fastroute.training.distributed import is_main, process_group
 
-        if checkpoint is None and model is None:
+        if checkpoint is None and options.model is None:
             raise ValueError("checkpoint is missing; name one, or a network with --model for fresh weights")
         if results_file is not None and results_file.suffix not in (".csv", ".json"):
             raise ValueError(f"results_file is {results_file}; it must end in .csv or .json")
         if results_file is not None and not results_file.absolute().parent.is_dir():
-            raise FileNotFoundError(f"results_file is {results_file}; its folder must be there")
+            raise FileNotFoundError(f"results_file is {results_file}; there is no such folder: make it first")
         with process_group():
             console = standard_output(quiet=not is_main())
             results = [_result(path, options, console) for path in _checkpoints(checkpoint)]
@@ -90,12 +107,12 @@ def validate(
         counts.add_column(column, justify="right")
     for r in results:
         numbers = (f"{r['error']:.2f}", f"{r['error5']:.2f}", f"{r['images']:,}", f"{r['skipped']:,}")
-        name = shown(Path(r["checkpoint"]).name) if r["checkpoint"] else "fresh weights"
-        if gates:
-            counts.add_row(name, shown(r["model"]), *(str(r[key]) for key in ("gates", "never_above", "never_below")))
-        table.add_row(name, shown(r["model"]), str(r["crops"]), *numbers, f"{r['images_per_s']:,.0f}")
+        name = escaped(Path(r["checkpoint"]).name) if r["checkpoint"] else "fresh weights"
+        if options.gates:
+            counts.add_row(name, escaped(r["model"]), *(str(r[key]) for key in ("gates", "never_above", "never_below")))
+        table.add_row(name, escaped(r["model"]), str(r["crops"]), *numbers, f"{r['images_per_s']:,.0f}")
     console.print(table)
-    if gates:
+    if options.gates:
         console.print(counts)
     if is_main() and results_file is not None:
         with plain_errors():
@@ -111,11 +128,16 @@ def _checkpoints(path: Path | None) -> list[Path | None]:
     return found
 
 
-def _result(path: Path | None, options: SimpleNamespace, console: Console) -> dict:
+def _result(path: Path | None, options: ValidateOptions, console: Console) -> dict:
+    import torch
+
     from fastroute.data.loaders import MemoryLoader
     from fastroute.data.module import STREAMED
     from fastroute.diagnostics.routing import skewed_gates
     from fastroute.inference.predictor import network_of
+    from fastroute.models import create_model
+    from fastroute.models.specification import Specification
+    from fastroute.nn import Router, SparseRouter
     from fastroute.training.checkpoints import load_weights, read_checkpoint
     from fastroute.training.evaluation import evaluate, validation_loader
 
@@ -124,10 +146,10 @@ def _result(path: Path | None, options: SimpleNamespace, console: Console) -> di
     if path is not None and (options.model is None or (named and path.suffix == ".ckpt")):
         checkpoint = read_checkpoint(path, "checkpoint", "train")
         run, data = checkpoint["hyper_parameters"], checkpoint.get("ImageDataModule", {})
-    device = this_device()
-    images = chosen_images(data, options.dataset, options.data_dir)
+    device = default_device()
+    images = choose_images(data, options.dataset, options.data_dir)
     dataset, data_dir = images.dataset, images.data_dir
-    console.print(shown(images.line), soft_wrap=True, highlight=False)
+    console.print(escaped(images.line), soft_wrap=True, highlight=False)
     own = data if dataset == data.get("dataset") or "mean" in data else {}
     img_size = options.img_size or data.get("img_size")
     if dataset not in STREAMED:
@@ -138,7 +160,7 @@ def _result(path: Path | None, options: SimpleNamespace, console: Console) -> di
             data_dir,
             batch_size=options.batch_size,
             img_size=img_size,
-            crop_pct=options.crop_pct or data.get("crop_pct", 0.875),
+            crop_pct=options.crop_pct or data.get("crop_pct", CROP_PCT),
             ten_crop=options.ten_crop,
             num_workers=options.workers or os.cpu_count() or 1,
             first_classes=options.first_classes or data.get("first_classes"),
@@ -155,7 +177,7 @@ def _result(path: Path | None, options: SimpleNamespace, console: Console) -> di
         )
     if run:
         check_channels(data_dir, in_chans, run)
-    model = options.model or run["model"]  # as it is named
+    model = options.model or run["model"]  # its name
     size = img_size or (loader.images.shape[1] if isinstance(loader, MemoryLoader) else 224)
     check_batch(model, min(options.batch_size, loader.count), in_chans, size, training=False)
     if run:
@@ -171,7 +193,7 @@ def _result(path: Path | None, options: SimpleNamespace, console: Console) -> di
     routers = {} if options.gates else None
     start = time.perf_counter()
     amp_dtype = getattr(torch, options.amp_dtype) if options.amp else None
-    with console.status(f"validating {shown(path or model)}"):
+    with console.status(f"validating {escaped(path or model)}"):
         result = evaluate(network, loader, device=device, amp_dtype=amp_dtype, memory_format=layout, routers=routers)
     speed = result["images"] / (time.perf_counter() - start)
     crops = 10 if options.ten_crop else 1

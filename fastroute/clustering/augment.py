@@ -1,4 +1,4 @@
-"""The transform T of §4.4.3, a batch at a time on the device that trains."""
+"""The transform T of §4.4.3, for batches on the training device."""
 
 import math
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random shift, rotation, scale and mirroring of each image, in one resampling, then brightness and contrast.
+    """Shift, rotate, scale and mirror each image at random in one resampling, then change brightness and contrast.
 
     Attributes:
-        shift: the most, as a share of the image.
-        degrees: of rotation, the most either way.
-        scale: the most by which an image grows or shrinks, as a share.
-        brightness, contrast: the most by which they change, as a share.
-        flip: whether half of the images are mirrored left to right.
+        shift: the largest shift, as a share of the image.
+        degrees: the largest rotation in either direction.
+        scale: the largest change of size, as a share.
+        brightness, contrast: the largest change, as a share.
+        flip: whether to mirror half of the images left to right.
     """
 
     shift: float = 0.1
@@ -28,9 +28,14 @@ class Augmentation:
     flip: bool = False
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Augmented copies of images (N, C, H, W), values from 0 to 1; what enters at a border is black."""
+        """Return augmented copies of images; the area beyond a border is black.
+
+        Args:
+            images: (N, C, H, W), values from 0 to 1.
+            generator: of the random draws; None is PyTorch's default.
+        """
         count = len(images)
-        # Seven numbers from −1 to 1 for each image, drawn where the generator is.
+        # Seven numbers from −1 to 1 for each image, drawn on the generator's device.
         draws = 2 * torch.rand(7, count, generator=generator) - 1
         angle, scale, right, down, mirror, brightness, contrast = draws.to(images.device)
         angle, scale = angle * math.radians(self.degrees), 1 / (1 + self.scale * scale)

@@ -12,19 +12,34 @@ from fastroute.clustering.module import ClusteringModule
 
 
 def student_t(z: Tensor, centers: Tensor) -> Tensor:
-    """Assignments q_ij ∝ 1 / (1 + ‖z_i − μ_j‖²) (DEC's Eq. 1) of points (N, D) to centres (K, D); (N, K)."""
+    """Return soft assignments q_ij ∝ 1 / (1 + ‖z_i − μ_j‖²) of points to centres (DEC's Eq. 1).
+
+    Args:
+        z: points (N, D).
+        centers: (K, D).
+
+    Returns:
+        q (N, K), with rows of sum 1.
+    """
     q = 1 / (1 + (z[:, None] - centers).square().sum(-1))
     return q / q.sum(1, keepdim=True)
 
 
 def target_distribution(q: Tensor) -> Tensor:
-    """p_ij ∝ q_ij² / f_j (DEC's Eq. 3), from assignments q (N, K) and soft sizes f_j = Σ_i q_ij; (N, K)."""
+    """Return the target p_ij ∝ q_ij² / f_j with soft cluster sizes f_j = Σ_i q_ij (DEC's Eq. 3).
+
+    Args:
+        q: soft assignments (N, K).
+
+    Returns:
+        p (N, K), with rows of sum 1.
+    """
     p = q.square() / q.sum(0)
     return p / p.sum(1, keepdim=True)
 
 
 def _vectors(images: Tensor) -> Tensor:
-    """Images as (N, D) with ‖x‖² = D, DEC's scale: codes then lie far enough apart for the kernel of width 1."""
+    """Return images as (N, D) with ‖x‖² = D, DEC's scale: codes then lie far enough apart for the kernel of width 1."""
     return F.normalize(images.flatten(1)) * math.sqrt(images[0].numel())
 
 
@@ -34,23 +49,26 @@ def _perceptron(widths: list[int]) -> nn.Sequential:
 
 
 class DEC(ClusteringModule):
-    """Cluster images by the code of an autoencoder, which is drawn to the centres that it is near to.
+    """Cluster images by the code of an autoencoder, which is pulled to the centres near it.
 
-    For `pretrain_epochs` the autoencoder learns to reproduce the pixels; k-means of the codes at each validation are
-    the clusters so far. The last centres are where the second part starts, which minimises KL(p ‖ q). The target p is
-    that of each batch by itself: with soft sizes of an epoch before, clusters that grow would not be held back, and
-    on MNIST one took nearly all.
+    For `pretrain_epochs`, the autoencoder learns to reproduce the pixels, and k-means of the codes at each validation
+    gives the clusters. From the last centres, the second part minimises KL(p ‖ q). The target p takes the cluster sizes
+    from the batch: with those of the previous epoch, growing clusters were not held back, and on MNIST one took nearly
+    all images.
 
     Args:
         features: C·H·W of the images.
         num_clusters: K.
-        pretrain_epochs: of the autoencoder alone, at least 1.
-        widths: of the encoder's layers, the code's last; the decoder has them the other way round.
-        lr: learning rate of Adam, for the autoencoder; the second part has a tenth.
+        pretrain_epochs: epochs of the autoencoder alone, at least 1.
+        widths: of the encoder's layers, the last being the code's; the decoder has them in reverse.
+        lr: the learning rate of Adam for the autoencoder; the second part has a tenth of it.
         seed: of k-means.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
-    EVEN = math.inf  # the kernel's tails are long: clusters that are well told apart have a high entropy too
+    EVEN = math.inf  # the kernel has long tails: well-separated clusters have a high entropy too
 
     def __init__(
         self,
@@ -81,7 +99,7 @@ class DEC(ClusteringModule):
         checkpoint["pretrain_epochs"] = self.pretrain_epochs
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.pretrain_epochs = checkpoint["pretrain_epochs"]  # more epochs are more of the second part
+        self.pretrain_epochs = checkpoint["pretrain_epochs"]  # a longer run only lengthens the second part
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x = _vectors(batch[0])
@@ -105,5 +123,5 @@ class DEC(ClusteringModule):
         return torch.cat([self.encoder(_vectors(images)).float() for images, _ in self.trainer.val_dataloaders])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Assignments q (N, K)."""
+        """Return soft assignments q (N, K) of images (N, C, H, W)."""
         return student_t(self.encoder(_vectors(images)), self.centers)

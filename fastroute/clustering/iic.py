@@ -3,40 +3,49 @@
 import torch
 from torch import Tensor, nn
 
+from fastroute._defaults import LR_CONSISTENCY
 from fastroute.clustering.augment import Augmentation
 from fastroute.clustering.metrics import mutual_information
 from fastroute.clustering.module import ClusteringModule
 
 
 def iic_loss(p: Tensor, q: Tensor) -> Tensor:
-    """−I(z, z'): the mutual information, in nats, of the clusters of samples and of their augmented copies, negated.
+    """Return −I(z, z'), the negative mutual information of the clusters of samples and of their augmented copies.
 
-    The joint distribution is P = 1/N Σ_i p_i q_iᵀ, made symmetric.
+    The joint distribution is P = 1/N Σ_i p_i q_iᵀ, symmetrised.
 
     Args:
         p, q: posteriors (N, K) of the samples and of the augmented ones.
 
     Returns:
-        (), from −log K, where both agree on clusters that are certain and of one size, to 0.
+        (), in nats, from −log K, if both agree on certain clusters of equal size, to 0.
     """
     joint = p.T @ q / len(p)
     return -mutual_information((joint + joint.T) / 2)
 
 
 class IIC(ClusteringModule):
-    """Cluster images by a network whose posteriors shall say as much as they can of those of the augmented images.
+    """Cluster images by maximising the mutual information between the clusters of images and of augmented copies.
 
-    One head, and each image augmented once for a step, as the thesis compares it.
+    It has one head, and augments each image once a step, as in the thesis's comparison.
 
     Args:
-        network: from images to scores (N, K), whose softmax are the posteriors.
+        network: from images to scores (N, K); their softmax are the posteriors.
         num_clusters: K.
         augmentation: the transform.
-        lr: learning rate of Adam.
+        lr: the learning rate of Adam.
+
+    Raises:
+        ValueError: `lr` is not positive.
     """
 
     def __init__(
-        self, network: nn.Module, num_clusters: int, *, augmentation: Augmentation | None = None, lr: float = 1e-4
+        self,
+        network: nn.Module,
+        num_clusters: int,
+        *,
+        augmentation: Augmentation | None = None,
+        lr: float = LR_CONSISTENCY,
     ):
         super().__init__(num_clusters)
         if not lr > 0:
@@ -53,5 +62,5 @@ class IIC(ClusteringModule):
         return loss
 
     def responses(self, images: Tensor) -> Tensor:
-        """Scores (N, K)."""
+        """Return scores (N, K) of images (N, C, H, W)."""
         return self.network(images)

@@ -1,4 +1,4 @@
-"""How well clusters match labels that they were found without."""
+"""Metrics of clusters against labels."""
 
 from collections.abc import Sequence
 
@@ -12,8 +12,16 @@ from torch import Tensor
 
 
 def label_metrics(labels: Sequence, clusters: Sequence) -> dict[str, float]:
-    """`cluster_accuracy`, `many_to_one_accuracy`, normalised mutual information and adjusted Rand index, by the names
-    of summary.csv; nothing where samples have no labels, which is −1."""
+    """Return the metrics of summary.csv by name: accuracies, normalised mutual information, adjusted Rand index.
+
+    Args:
+        labels: (N,), the true label of each sample.
+        clusters: (N,), the cluster of each sample.
+
+    Returns:
+        "acc", see `cluster_accuracy`; "acc_many", see `many_to_one_accuracy`; "nmi" and "ari". Empty if a label is
+        −1, which is none.
+    """
     if len(labels) and min(labels) < 0:
         return {}
     return {
@@ -25,11 +33,14 @@ def label_metrics(labels: Sequence, clusters: Sequence) -> dict[str, float]:
 
 
 def cluster_accuracy(labels: Sequence, clusters: Sequence) -> float:
-    """The share of samples whose cluster is matched to their label, in the best one-to-one matching (§4.5.2).
+    """Return the share of samples whose cluster matches their label, in the best one-to-one matching (§4.5.2).
 
     Args:
-        labels: the true label of each sample.
-        clusters: the cluster of each sample; there may be more or fewer clusters than labels.
+        labels: (N,), the true label of each sample.
+        clusters: (N,), the cluster of each sample; there may be more or fewer clusters than labels.
+
+    Returns:
+        the accuracy, from 0 to 1.
 
     Raises:
         ValueError: the two differ in length, or are empty.
@@ -39,15 +50,29 @@ def cluster_accuracy(labels: Sequence, clusters: Sequence) -> float:
 
 
 def many_to_one_accuracy(labels: Sequence, clusters: Sequence) -> float:
-    """The share of samples that have the most frequent label of their cluster: what over-clustering is judged by.
+    """Return the share of samples with the most frequent label of their cluster, a metric for over-clustering.
 
-    Arguments and errors are those of `cluster_accuracy`, than which it is never lower: it grows with the clusters.
+    It is at least `cluster_accuracy`, and grows with the number of clusters.
+
+    Args:
+        labels: (N,), the true label of each sample.
+        clusters: (N,), the cluster of each sample.
+
+    Returns:
+        the accuracy, from 0 to 1.
+
+    Raises:
+        ValueError: the two differ in length, or are empty.
     """
     return float(_counts(labels, clusters).max(0).sum() / len(labels))
 
 
 def mutual_information(joint: Tensor) -> Tensor:
-    """I(z, z') in nats, (), from the joint distribution (K, K') of two variables, with sum 1."""
+    """Return the mutual information I(z, z') of two variables, (), in nats.
+
+    Args:
+        joint: (K, K'), their joint distribution, with sum 1.
+    """
     joint = joint.clamp(min=torch.finfo(joint.dtype).tiny)
     return (joint * (joint.log() - joint.sum(0).log() - joint.sum(1, keepdim=True).log())).sum()
 

@@ -1,4 +1,4 @@
-"""What every clustering network's Lightning module measures."""
+"""The base of Lightning modules for clustering: posteriors and metrics."""
 
 import math
 import warnings
@@ -11,24 +11,30 @@ from fastroute.clustering.metrics import label_metrics
 
 
 class ClusteringModule(pl.LightningModule):
-    """A network that is trained to cluster images; `forward` gives posteriors (N, K), the softmax of `responses` if a
-    method says no other.
+    """A module whose `forward` returns posteriors (N, K): the softmax of its `responses`, by default.
 
-    Batches are images (N, C, H, W), values from 0 to 1, and labels (N,), which are used for nothing but the metrics
-    that each validation logs: `acc`, `acc_many` (many clusters to a label), `nmi` and `ari` over exactly the images
-    seen, unless they have no labels, which is −1; `entropy` (of the posteriors, as a share of log K: 1 is no clustering
-    at all) and `empty` (clusters without a sample). A collapse is said in a warning.
+    Batches are images (N, C, H, W), values from 0 to 1, and labels (N,), which are used for metrics alone. Each
+    validation logs `entropy` (of the posteriors, as a share of log K: 1 is no clustering) and `empty` (the number of
+    clusters without a sample), and unless a label is −1, `acc`, `acc_many` (many clusters to a label), `nmi` and `ari`,
+    over exactly the images seen. It warns if the clustering has collapsed.
+
+    Args:
+        num_clusters: K.
+
+    Attributes:
+        sizes: the number of samples of each cluster at the last validation.
     """
 
-    EVEN = 0.98  # an entropy above this is that of even posteriors
+    EVEN = 0.98
+    """The entropy above which posteriors count as even."""
 
     def __init__(self, num_clusters: int):
         super().__init__()
         self.num_clusters = num_clusters
-        self.sizes, self._seen = [], []  # samples of each cluster at the last validation
+        self.sizes, self._seen = [], []
 
     def forward(self, images: Tensor) -> Tensor:
-        """Posteriors (N, K)."""
+        """Return posteriors (N, K) of images (N, C, H, W)."""
         return torch.softmax(self.responses(images), -1)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:

@@ -15,9 +15,11 @@ ARCHITECTURES = {
 
 
 class Sobel(nn.Module):
-    """Grey edges, horizontal and vertical, in place of an image's colours (§4.5.2): (N, C, H, W) to (N, 2, H, W).
+    """Replace colours by horizontal and vertical edges (§4.5.2).
 
-    C is 1, or 3 for red, green and blue.
+    Shape:
+        images: (N, C, H, W), with C = 1, or 3 for red, green and blue.
+        output: (N, 2, H, W).
     """
 
     def __init__(self):
@@ -32,7 +34,15 @@ class Sobel(nn.Module):
 
 
 class SideBySide(nn.Module):
-    """Networks that share nothing but their input; their outputs (N, K) are joined to (N, len(networks)·K)."""
+    """Networks that share only their input; their outputs (N, K) are concatenated.
+
+    Args:
+        networks: n networks.
+
+    Shape:
+        images: (N, C, H, W).
+        output: (N, n·K).
+    """
 
     def __init__(self, networks: Iterable[nn.Module]):
         super().__init__()
@@ -45,18 +55,21 @@ class SideBySide(nn.Module):
 def clustering_network(
     architecture: str, num_clusters: int, img_size: int, batch_norm: bool = True, n_init: int = 1
 ) -> nn.Module:
-    """Sobel edges, then a network of Table 4.2: 3×3 convolutions of the same size, ReLU, 2×2 max-pooling, flattened.
+    """Build Sobel edges and a network of Table 4.2: 3×3 convolutions with ReLU, 2×2 max-pooling, and dense layers.
 
     Args:
         architecture: "mnist", "cifar" or "stl10", or layers written as in the table, without the last: "C64 M F32".
         num_clusters: K, the nodes of the last layer.
         img_size: height and width of the images.
         batch_norm: whether batch norm follows each convolution. The table has none.
-        n_init: networks with initial weights of their own, side by side: (N, n_init·K) scores, which
-            `TwoFoldClustering` trains as that many heads.
+        n_init: the number of networks side by side, each from its own initial weights; `TwoFoldClustering` trains them
+            as as many heads.
+
+    Returns:
+        a network from images (N, C, H, W) to scores (N, n_init·K).
 
     Raises:
-        ValueError: the architecture is unknown, the image too small for its pools, or n_init not positive.
+        ValueError: the architecture is unknown, the image is too small for its pools, or `n_init` is not positive.
     """
     if n_init < 1:
         raise ValueError(f"n_init is {n_init}; it must be at least 1")
@@ -71,7 +84,7 @@ def clustering_network(
                 f"architecture is {architecture!r}; it must be {names}, or layers such as 'C64 M C128 F32'"
             )
         if kind == "M":
-            # Before the ReLU, which gives the same and leaves it a quarter of the numbers.
+            # Before the ReLU: the result is the same, and the ReLU has a quarter of the values.
             layers.insert(len(layers) - isinstance(layers[-1], nn.ReLU), nn.MaxPool2d(2))
             size //= 2
         elif kind == "C":

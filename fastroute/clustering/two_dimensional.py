@@ -1,4 +1,4 @@
-"""Clusters in a plane (§4.5.1): why relevance scores are normalised. Needs matplotlib, as in `fastroute[visualize]`."""
+"""Clusters in a plane (§4.5.1), with and without normalised relevance scores. Needs `fastroute[visualize]`."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +9,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastroute._defaults import GAMMA
 from fastroute._extras import extra
 from fastroute.clustering.metrics import cluster_accuracy
 from fastroute.nn import MixtureEMLoss, RelevanceNorm
@@ -17,13 +18,19 @@ from fastroute.ops import mixture_em_loss
 with extra("visualize", "fastroute.clustering.two_dimensional"):
     from matplotlib.figure import Figure
 
-GAMMA, BATCH = 5.0, 128
+BATCH = 128
 STEPS = 4690
-"""Ten epochs of MNIST, whatever the data."""
+"""The steps of ten epochs of MNIST, for any data."""
 
 
 class Clustering(NamedTuple):
-    """A perceptron from points (N, 2) to relevance scores, their norm, and the means (K,) of h over 128 points."""
+    """A clustering of points in a plane.
+
+    Attributes:
+        network: a perceptron from points (N, 2) to relevance scores (N, K).
+        norm: normalises the scores; None leaves them.
+        means: (K,), of h over 128 points.
+    """
 
     network: nn.Module
     norm: RelevanceNorm | None
@@ -31,13 +38,22 @@ class Clustering(NamedTuple):
 
     @torch.no_grad()
     def scores(self, points: Tensor) -> Tensor:
-        """Relevance scores (N, K), normalised where they were in training."""
+        """Return relevance scores (N, K) of points (N, 2), normalised if they were in training."""
         scores = self.network(points)
         return scores if self.norm is None else self.norm(scores)
 
 
 def points_of(images: Tensor, labels: Tensor, steps: int = 2000) -> Tensor:
-    """What the two nodes before the last layer of a CNN give for each image, (N, 2), once it is trained to classify."""
+    """Train a CNN to classify images, and return the outputs (N, 2) of the two nodes before its last layer.
+
+    Args:
+        images: (N, C, H, W).
+        labels: (N,).
+        steps: of training.
+
+    Returns:
+        the points, (N, 2).
+    """
     pool = nn.Sequential(nn.MaxPool2d(2), nn.Flatten())
     features = nn.Sequential(
         *(nn.Conv2d(images.shape[1], 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
@@ -57,7 +73,17 @@ def points_of(images: Tensor, labels: Tensor, steps: int = 2000) -> Tensor:
 
 
 def cluster_points(points: Tensor, clusters: int, normalized: bool, steps: int | None = None) -> Clustering:
-    """A perceptron of two hidden layers of 32, trained by Adam (1e-3) for the mixture-EM loss (Eq. 4.22) alone."""
+    """Train a perceptron with two hidden layers of 32 by Adam (1e-3) for the mixture-EM loss (Eq. 4.22).
+
+    Args:
+        points: (N, 2).
+        clusters: K.
+        normalized: whether to normalise relevance scores.
+        steps: of training; None is `STEPS`.
+
+    Returns:
+        the clustering.
+    """
     widths = ((2, 32), (32, 32), (32, clusters))
     layers = [layer for a, b in widths for layer in (nn.Linear(a, b), nn.ReLU())]
     network = nn.Sequential(*layers[:-1])
@@ -79,7 +105,7 @@ def cluster_points(points: Tensor, clusters: int, normalized: bool, steps: int |
 
 
 def means_table(without: Clustering, with_norm: Clustering) -> Table:
-    """Table 4.1: the mean of each cluster's distribution over 128 points; equal integrals are equal means."""
+    """Return Table 4.1: the mean of each cluster's distribution over 128 points; equal integrals are equal means."""
     table = Table("cluster", title="mean of h over 128 points")
     for name in ("with a", "with a*"):
         table.add_column(name, justify="right")
@@ -89,7 +115,17 @@ def means_table(without: Clustering, with_norm: Clustering) -> Table:
 
 
 def draw(points: Tensor, labels: Tensor, without: Clustering, with_norm: Clustering, folder: Path) -> list[Path]:
-    """Figure 4.4, the points by label and by cluster, and Figure 4.5, contours of three clusters' h; as SVG."""
+    """Draw Figure 4.4, the points by label and by cluster, and Figure 4.5, contours of h of three clusters, as SVG.
+
+    Args:
+        points: (N, 2).
+        labels: (N,).
+        without, with_norm: the clusterings.
+        folder: to write into.
+
+    Returns:
+        the paths of the files.
+    """
     found = with_norm.scores(points).argmax(1)
     sample = torch.randperm(len(points))[:4000]
     scatter = Figure((10, 5), layout="constrained")
@@ -117,13 +153,21 @@ def draw(points: Tensor, labels: Tensor, without: Clustering, with_norm: Cluster
 
 
 def run(images: Tensor, labels: Tensor, clusters: int, seed: int, folder: Path, console: Console) -> None:
-    """The whole experiment: prints Table 4.1 and the accuracies, and draws Figures 4.4 and 4.5 into the folder.
+    """Run the whole experiment: print Table 4.1 and the accuracies, and draw Figures 4.4 and 4.5.
+
+    Args:
+        images: (N, C, H, W).
+        labels: (N,).
+        clusters: K, at least 3.
+        seed: of PyTorch's generator.
+        folder: for the figures; made if it is missing.
+        console: to print on.
 
     Raises:
-        ValueError: there are fewer than 3 clusters, of which Figure 4.5 draws three.
+        ValueError: there are fewer than 3 clusters, the number that Figure 4.5 draws.
     """
     if clusters < 3:
-        raise ValueError(f"clusters is {clusters}; it must be at least 3, which are drawn")
+        raise ValueError(f"clusters is {clusters}; it must be at least 3, the number that is drawn")
     torch.manual_seed(seed)
     with console.status("training a network with two nodes before the last layer"):
         points = points_of(images, labels)

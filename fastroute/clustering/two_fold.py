@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastroute._defaults import GAMMA, LR_CONSISTENCY, LR_EM
 from fastroute.clustering.augment import Augmentation
 from fastroute.clustering.metrics import mutual_information
 from fastroute.clustering.module import ClusteringModule
@@ -13,20 +14,22 @@ from fastroute.nn import ConsistencyLoss, MixtureEMLoss, RelevanceNorm
 
 
 class TwoFoldClustering(ClusteringModule):
-    """Cluster images by a network that is trained for the mixture-EM loss and for consistency in turn (§4.4.3, Alg. 3).
+    """Cluster images by training a network for the mixture-EM loss and for consistency in turn (§4.4.3, Alg. 3).
 
     Args:
-        network: from images to relevance scores (N, heads·K), such as `clustering_network` gives.
+        network: from images to relevance scores (N, heads·K), as from `clustering_network`.
         num_clusters: K.
-        heads: clusterings that are trained at once, of one network but for its last layer or of networks side by
-            side. After each validation `head` is the one whose clusters of the images seen share the most information
-            with those of augmented copies: clusters that are even in size and that augmentation does not change. It is
-            a choice without labels.
+        heads: the number of clusterings trained at once, by one network up to its last layer or by networks side by
+            side. At each validation, `head` becomes the one whose clusters share the most information with those of
+            augmented copies: they are even in size, and augmentation changes them least. The choice needs no labels.
         method: "two-fold" (Alg. 3), or one of its two steps alone: "em" (Eq. 4.23) or "consistency" (Eq. 4.24).
         augmentation: the transform T.
-        lr_em, lr_consistency: learning rates of the two Adam optimisers; the thesis's by default.
-        gamma: γ.
+        lr_em, lr_consistency: learning rates of the two Adam optimisers; the defaults are the thesis's.
+        gamma: γ of Eq. 4.12.
         training_statistics: of `RelevanceNorm`.
+
+    Raises:
+        ValueError: an argument is out of range or unknown.
     """
 
     def __init__(
@@ -37,9 +40,9 @@ class TwoFoldClustering(ClusteringModule):
         heads: int = 1,
         method: Literal["two-fold", "em", "consistency"] = "two-fold",
         augmentation: Augmentation | None = None,
-        lr_em: float = 5e-5,
-        lr_consistency: float = 1e-4,
-        gamma: float = 5.0,
+        lr_em: float = LR_EM,
+        lr_consistency: float = LR_CONSISTENCY,
+        gamma: float = GAMMA,
         training_statistics: Literal["running", "batch"] = "running",
     ):
         super().__init__(num_clusters)
@@ -85,11 +88,11 @@ class TwoFoldClustering(ClusteringModule):
         optimizer.step()
 
     def scores(self, images: Tensor) -> Tensor:
-        """Relevance scores (N, heads, K)."""
+        """Return relevance scores (N, heads, K) of images (N, C, H, W)."""
         return self.network(images).unflatten(1, (self.heads, self.num_clusters))
 
     def responses(self, images: Tensor) -> Tensor:
-        """Normalised relevance scores (N, K) of the chosen head."""
+        """Return normalised relevance scores (N, K) of the chosen head."""
         return self.normalize(self.scores(images), track=False)[:, self.head]
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torchvision.transforms import v2
 
+from fastroute._defaults import CROP_PCT
 from fastroute.data.augment import channel_statistics, erase
 from fastroute.data.in_memory import DATASETS, ImageSet, Options
 from fastroute.data.layout import TORCHVISION, choose
@@ -113,7 +114,7 @@ class ImageDataModule(pl.LightningDataModule):
         train_crop_mode: str = "rrc",
         scale: tuple[float, float] | None = None,
         ratio: tuple[float, float] | None = None,
-        crop_pct: float = 0.875,
+        crop_pct: float = CROP_PCT,
         aa: str | None = None,
         reprob: float = 0.0,
         mixup: float = 0.0,

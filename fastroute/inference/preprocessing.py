@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastroute._defaults import CROP_PCT
+
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
@@ -42,7 +44,7 @@ class Preprocessing:
         return cls(
             data.get("img_size", run["img_size"]),
             data.get("in_chans", run["in_chans"]),
-            data.get("crop_pct", 0.875),
+            data.get("crop_pct", CROP_PCT),
             data.get("interpolation", "bilinear"),
             data.get("mean"),
             data.get("std"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastroute._files import DamagedFile, read_tensors
 from fastroute.models.registry import create_model, register_model
 from fastroute.models.specification import specification_in
+from fastroute.models.weights import network_weights
 from fastroute.nn import Routing
 
 
@@ -106,9 +107,7 @@ def _load(path: str | Path, name: str | None = None) -> nn.Module:
     if name not in (None, options["model"]):
         raise ValueError(f"checkpoint {path} is of {options['model']!r}; this member must be {name!r}")
     model = specification_in(options, f"checkpoint is {path}").build()
-    prefix = "model."
-    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    model.load_state_dict(weights)
+    model.load_state_dict(network_weights(checkpoint))
     return model
 
 

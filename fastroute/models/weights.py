@@ -40,10 +40,25 @@ def read_weights(path: str | Path, name: str = "pretrained_path", averaged: bool
         raise type(error)(f"{name} is {path}; {error}") from error
     except Exception as error:  # whatever a reader does with bytes that are not its own
         raise ValueError(f"{name} is {path}; it holds no weights: {in_a_line(error)}") from error
+    weights = state_dict_of(content, f"{name} is {path}", averaged)
+    return {key: value for key, value in weights.items() if isinstance(value, Tensor)}
+
+
+def state_dict_of(content: object, where: str, averaged: bool = True) -> dict:
+    """Return the network's state_dict out of the content of a file; see `network_weights`.
+
+    Args:
+        content: as `read_tensors` returns it.
+        where: the argument and its value, such as "pretrained_path is resnet18.pth", for the message.
+        averaged: whether to prefer a moving average.
+
+    Raises:
+        ValueError: there is no state_dict.
+    """
     weights = network_weights(content, averaged) if isinstance(content, dict) else content
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
-        raise ValueError(f"{name} is {path}; it holds a {type(weights).__name__}, and must hold a state_dict")
-    return {key: value for key, value in weights.items() if isinstance(value, Tensor)}
+        raise ValueError(f"{where}; it holds a {type(weights).__name__}, and must hold a state_dict")
+    return weights
 
 
 def network_weights(checkpoint: dict, averaged: bool = True) -> dict[str, Tensor]:

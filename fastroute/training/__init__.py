@@ -1,4 +1,4 @@
-"""Training on Lightning: the module, the data, and what a run writes. Needs `pip install 'fastroute[train]'`."""
+"""Training with Lightning: module, data and run files. Needs `pip install 'fastroute[train]'`."""
 
 from fastroute._extras import extra
 
@@ -6,8 +6,9 @@ with extra("train", "fastroute.training"):
     from fastroute.data.module import ImageDataModule
     from fastroute.diagnostics.routing import gates_table, mean_gates, router_statistics, routing_share
     from fastroute.training.callbacks import RouterDiagnostics
-    from fastroute.training.checkpoints import Terminated, check_resume, epochs_done, load_weights, save_weights
+    from fastroute.training.checkpoints import check_resume, epochs_done, load_weights, save_weights
     from fastroute.training.classifier import RoutingClassifier
+    from fastroute.training.saving import Terminated
     from fastroute.training.trainer import fit
 
 __all__ = [

@@ -1,9 +1,7 @@
-"""What a run shows and writes."""
+"""Callbacks that report on a run: tables, loggers, progress, early stopping."""
 
-import csv
 import datetime
 import time
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,34 +12,28 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import distributed as dist
 
-from fastroute._files import replacing
 from fastroute.diagnostics.routing import across_processes
 from fastroute.diagnostics.statistics import RouterStatistics, add_routing
 from fastroute.training.loggers import StepTable
+from fastroute.training.tables import RowTable
 
 METRICS = ("train_loss", "train_error", "train_aux", "val_loss", "val_error", "val_error5")
 
 
-class EpochSummary(pl.Callback):
-    """One row for each epoch, in `rows` and in a CSV file: losses, errors in percent, learning rate and speed.
+class EpochSummary(RowTable):
+    """Write a row for each epoch: losses, errors in percent, learning rate and speed.
 
-    `lr` is that of the epoch's last step, `images_per_s` counts training alone over all processes, `data_wait` is the
-    share of that time, in percent, which the first process waited for its batches, `skipped` the images that could not
-    be read so far, and `seconds` the whole epoch with its validation. Of an epoch that was interrupted, times are those
-    since. Rows are part of the checkpoint, so a resumed run has those of the epochs before it.
+    The columns: `lr` is the learning rate of the epoch's last step; `images_per_s` counts training alone, over all
+    processes; `data_wait` is the share of that time, in percent, for which rank 0 waited for batches; `skipped` counts
+    the images that could not be read so far; and `seconds` is the time of the epoch with its validation. Times of an
+    interrupted epoch start where it was resumed.
+
+    Args:
+        path: the CSV file.
     """
 
-    def __init__(self, path: Path):
-        self.path, self.rows = path, []
-
-    def state_dict(self) -> dict:
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        self.rows = list(state_dict["rows"])
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin()  # on_train_epoch_start does not come where a run goes on within an epoch
+        self._begin()  # on_train_epoch_start is not called in a run resumed within an epoch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._begin()
@@ -52,12 +44,12 @@ class EpochSummary(pl.Callback):
 
     @property
     def images_per_s(self) -> float:
-        """Of this process, in the epoch so far."""
+        """Images per second of this process, in the epoch so far."""
         return self._images / (time.perf_counter() - self._start)
 
     @property
     def data_wait(self) -> float:
-        """The share of the epoch's time so far spent in waiting for batches, in percent."""
+        """The share of the epoch's time so far spent waiting for batches, in percent."""
         return 100 * self.waited / (time.perf_counter() - self._start)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
@@ -90,16 +82,16 @@ class EpochSummary(pl.Callback):
             }
         )
         if trainer.is_global_zero:
-            write_csv(self.path, self.rows)
+            self.write()
 
 
 class StepLog(pl.Callback):
-    """What each logger gets: hyperparameters once, and every so many steps loss, learning rate and images/s.
+    """Send hyperparameters to each logger once, and loss, learning rate and images/s every `interval` steps.
 
     Args:
-        summary: counts images.
+        summary: the run's, which counts images.
         interval: steps between readings of the loss, each of which makes the host wait for a GPU.
-        options: the run's, which join those of the network, `module.hparams`.
+        options: the run's, logged together with those of the module.
     """
 
     def __init__(self, summary: EpochSummary, interval: int, options: dict):
@@ -112,7 +104,7 @@ class StepLog(pl.Callback):
         for logger in trainer.loggers:
             logger.log_hyperparams(options)
             if isinstance(logger, StepTable):
-                logger.go_on(trainer.global_step)
+                logger.restore(trainer.global_step)
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 rows = "\n".join(f"|{name}|{value}|" for name, value in sorted(options.items()))
                 logger.experiment.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
@@ -130,16 +122,16 @@ class StepLog(pl.Callback):
 
 
 class Patience(pl.Callback):
-    """Stop once so many epochs have not been better than the best one before them.
+    """Stop the run after `patience` epochs that are not better than the best one before them.
 
-    It goes by the rows of the summary, which are part of a checkpoint, so that a resumed run stops where one would that
-    was never interrupted. The checkpoint then says `stopped_early`.
+    It compares the rows of the summary, which are part of a checkpoint, so a resumed run stops where an uninterrupted
+    one does. The last checkpoint then has `stopped_early`.
 
     Args:
-        summary: of the run.
+        summary: the run's.
         metric: a column of it; lower is better.
-        patience: epochs.
-        console: is told.
+        patience: the number of epochs.
+        console: to print on.
     """
 
     def __init__(self, summary: EpochSummary, metric: str, patience: int, console: Console):
@@ -148,13 +140,13 @@ class Patience(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         rows = [row for row in self.summary.rows if self.metric in row]
-        best = min(rows, key=lambda row: row[self.metric], default=None)  # the first of equal ones
+        best = min(rows, key=lambda row: row[self.metric], default=None)  # the first of several equal ones
         if best is None or rows[-1]["epoch"] - best["epoch"] < self.patience:
             return
         self._stopped = trainer.should_stop = True
         self.console.print(
-            f"stopped after epoch {rows[-1]['epoch']}: the last {self.patience} had no lower {self.metric} than "
-            f"epoch {best['epoch']}, {best[self.metric]:.4g}",
+            f"stopped after epoch {rows[-1]['epoch']}: in {self.patience} epochs, {self.metric} has not been lower "
+            f"than in epoch {best['epoch']}, {best[self.metric]:.4g}",
             highlight=False,
             soft_wrap=True,
         )
@@ -163,23 +155,23 @@ class Patience(pl.Callback):
         checkpoint["stopped_early"] = self._stopped
 
 
-class RouterDiagnostics(pl.Callback):
-    """What each router does on the validation images, each epoch: in `statistics`, a CSV file and the logger.
+class RouterDiagnostics(RowTable):
+    """Measure each router on the validation images of each epoch, for a CSV file and the loggers.
 
     The file has a row for each gate of each router, from path i to path j: the mean gate, the share of images for which
     it is the largest of path i (`largest`), its highest value (`peak`), and the mean entropy of path i's gates as a
-    share of ln n. The logger also gets the fraction of a router's gates that are dead; see `RouterStatistics`.
+    share of ln n. The loggers also get the fraction of dead gates of each router; see `RouterStatistics`.
+
+    Args:
+        path: the CSV file.
+
+    Attributes:
+        statistics: of each router by name, at the last validation.
     """
 
     def __init__(self, path: Path):
-        self.path, self.rows = path, []
+        super().__init__(path)
         self.statistics: dict[str, RouterStatistics] = {}
-
-    def state_dict(self) -> dict:
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        self.rows = list(state_dict["rows"])
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._totals = {}
@@ -202,17 +194,23 @@ class RouterDiagnostics(pl.Callback):
                     place = {"epoch": trainer.current_epoch + 1, "router": name, "from": i, "to": j}
                     self.rows.append(place | {"gate": gate, "largest": largest, "peak": peak, "entropy": entropy})
                     scalars |= {f"router/{name}/gate_{i}{j}": gate, f"router/{name}/largest_{i}{j}": largest}
-        write_csv(self.path, self.rows)
+        self.write()
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step)
 
 
 class EpochProgress(pl.callbacks.ProgressBar):
-    """A line for the epoch that runs, and one for each that is done.
+    """Show a progress line for the current epoch, and print a line for each completed one.
 
-    The first has the step, loss, learning rate, images/s over all processes, the share of the time spent in waiting for
-    data, and the time left in the whole run, from the first step on. Where the console is neither a terminal nor a
-    notebook with ipywidgets, it is printed at every reading of the loss instead.
+    The progress line has the step, loss, learning rate, images/s over all processes, the share of the time spent
+    waiting for data, and an estimate of the time left in the whole run. On a console that is neither a terminal nor a
+    notebook with ipywidgets, it is printed at every reading of the loss instead; Lightning's RichProgressBar prints
+    nothing there.
+
+    Args:
+        summary: the run's.
+        console: to print on.
+        log_interval: steps between readings of the loss.
     """
 
     def __init__(self, summary: EpochSummary, console: Console, log_interval: int):
@@ -259,7 +257,7 @@ class EpochProgress(pl.callbacks.ProgressBar):
 
     def _status(self, trainer: pl.Trainer, loss: float, done: int) -> str:
         left = (trainer.max_epochs - trainer.current_epoch) * trainer.num_training_batches - done
-        seconds = left * (time.perf_counter() - self._start) / self._steps  # validation's share is in it
+        seconds = left * (time.perf_counter() - self._start) / self._steps  # includes validation's share
         speed = self.summary.images_per_s * trainer.world_size
         return (
             f"loss {loss:.3f}  lr {self.summary.lr:.3g}  "
@@ -291,12 +289,3 @@ class EpochProgress(pl.callbacks.ProgressBar):
         self.progress.stop()
         for task in self.progress.task_ids:
             self.progress.remove_task(task)
-
-
-def write_csv(path: Path, rows: Sequence[dict]) -> None:
-    """Write rows of the same or of different columns, whole or not at all."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with replacing(path, newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)

@@ -1,8 +1,8 @@
-"""Optimisers whose step a CUDA graph can record, as `fastroute.training.graphs` does.
+"""Optimisers whose step a CUDA graph can record; see `fastroute.training.graphs`.
 
-A recorded step runs without Python: it would keep the learning rate of the step that was recorded. PyTorch's own
-optimisers take it from a tensor in part (`capturable=True`), but SGD reads such a tensor on the host, and none takes
-its momentum from one, which a one-cycle schedule changes at every step.
+A recorded step runs without Python, so a learning rate that is a Python number would stay that of the recorded step.
+Some of PyTorch's optimisers read it from a tensor (`capturable=True`), but SGD reads such a tensor on the host, and
+none reads its momentum from one, which a one-cycle schedule changes at every step.
 """
 
 from collections.abc import Callable
@@ -13,16 +13,16 @@ from torch import Tensor
 
 
 class Capturable(torch.optim.Optimizer):
-    """Mixed into an optimiser of PyTorch's: the rates that schedules change lie in a tensor on the device.
+    """A mixin for PyTorch's optimisers that keeps learning rates and momentums in a float32 tensor on the device.
 
-    Groups and state are those of PyTorch's optimiser, so either goes on from the other's checkpoint. Rates are float32.
-    A parameter that gets no gradient in the recorded step is left as it is; within a group, all others must have been
-    stepped equally often.
+    Groups and state are those of PyTorch's optimiser, so either continues from the other's checkpoint. A parameter
+    without a gradient in the recorded step stays unchanged; all others of a group must have made the same number of
+    steps.
     """
 
     state_tensors: tuple[str, ...]
-    """What is kept for each parameter: "step", a number, and others of its shape."""
-    _rates: list[list[float]] = []  # noqa: RUF012 - replaced, never changed
+    """The state of each parameter: "step" is a number, all others have the parameter's shape."""
+    _rates: list[list[float]] = []  # noqa: RUF012 - replaced, never mutated
     _rates_on_device: Tensor | None = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -37,7 +37,7 @@ class Capturable(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _set_up(self) -> None:
-        """Make the state that is missing, and bring the numbers of steps to the device, which a checkpoint has not."""
+        """Make missing state, and move step counts to the device: a checkpoint restores them on the CPU."""
         for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             state = self.state[parameter]
             for name in self.state_tensors:
@@ -51,7 +51,7 @@ class Capturable(torch.optim.Optimizer):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Bring the rates to the device where they have changed: before a recorded step is replayed."""
+        """Copy the rates to the device if they have changed; call it before each replay of a recorded step."""
         momentum = [group["betas"][0] if "betas" in group else group["momentum"] for group in self.param_groups]
         rates = [[group["lr"], value] for group, value in zip(self.param_groups, momentum, strict=True)]
         if rates == self._rates:
@@ -60,11 +60,11 @@ class Capturable(torch.optim.Optimizer):
         if self._rates_on_device is None:
             self._rates_on_device = values.to(self.param_groups[0]["params"][0].device)
         else:
-            self._rates_on_device.copy_(values, non_blocking=True)  # CUDA has taken `values` when this returns
+            self._rates_on_device.copy_(values, non_blocking=True)  # CUDA has read `values` when this returns
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the step by the gradients there are: what is recorded. It waits for nothing from the device."""
+        """Update the parameters by their gradients, without waiting for the device: the part that is recorded."""
         for group, (lr, momentum) in zip(self.param_groups, self._rates_on_device, strict=True):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
@@ -83,7 +83,7 @@ def _with_decay(group: dict, parameters: list[Tensor], gradients: list[Tensor]) 
 
 
 class SGD(Capturable, torch.optim.SGD):
-    """PyTorch's, with or without Nesterov's look-ahead; without dampening."""
+    """PyTorch's SGD, with or without Nesterov momentum, and without dampening."""
 
     state_tensors = ("momentum_buffer",)
 
@@ -101,7 +101,7 @@ class SGD(Capturable, torch.optim.SGD):
 
 
 class RMSprop(Capturable, torch.optim.RMSprop):
-    """PyTorch's, not centred."""
+    """PyTorch's RMSprop, not centred."""
 
     state_tensors = ("step", "square_avg", "momentum_buffer")
 
@@ -118,7 +118,7 @@ class RMSprop(Capturable, torch.optim.RMSprop):
 
 
 class Adam(Capturable, torch.optim.Adam):
-    """PyTorch's; its weight decay is AdamW's where a group has `decoupled_weight_decay`."""
+    """PyTorch's Adam; its weight decay is AdamW's in groups with `decoupled_weight_decay`."""
 
     state_tensors = ("step", "exp_avg", "exp_avg_sq")
 
@@ -142,7 +142,7 @@ class Adam(Capturable, torch.optim.Adam):
 
 
 class AdamW(Adam):
-    """PyTorch's: weight decay apart from the gradient."""
+    """PyTorch's AdamW: weight decay apart from the gradient."""
 
     def __init__(self, parameters, **options):
         super().__init__(parameters, decoupled_weight_decay=True, **options)
@@ -155,4 +155,4 @@ CAPTURABLE: dict[str, Callable[..., Capturable]] = {
     "adam": lambda groups, momentum: Adam(groups),
     "adamw": lambda groups, momentum: AdamW(groups),
 }
-"""The optimisers of `OPTIMIZERS` by the same names."""
+"""Capturable counterparts of `OPTIMIZERS`, by the same names."""

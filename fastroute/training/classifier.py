@@ -18,7 +18,7 @@ from fastroute.data.loaders import Draws
 from fastroute.models.specification import Specification, specification_of
 from fastroute.nn import Routing, exact_convolutions
 from fastroute.training.capturable import CAPTURABLE
-from fastroute.training.distributed import gathered
+from fastroute.training.distributed import gather_to_rank_zero
 from fastroute.training.graphs import COMPILE_MODES, CUDAGraph, Graph, RecordedStep, check_recording
 from fastroute.training.metrics import Totals
 from fastroute.training.optim import GROUP_OPTIONS, OPTIMIZERS, SCHEDULES, parameter_groups, scheduler
@@ -26,23 +26,24 @@ from fastroute.training.recomputation import checkpoint_gradients
 from fastroute.training.steps import MovingAverage
 
 STATES = ("state_dict", "current_model_state")
-"""Where a checkpoint has a network's weights: the moving average and those as trained, or these alone in the first."""
+"""The keys of a network's weights in a checkpoint: with a moving average, the average and the trained weights."""
 
 RoutingLoss = Callable[[dict[str, Routing]], Tensor]
 
 
 class RoutingClassifier(pl.LightningModule):
-    """Any network from images to logits, trained by cross-entropy; by default with the thesis's SGD (§3.4).
+    """Train any network from images to logits by cross-entropy; the defaults are the thesis's SGD (§3.4).
 
     It logs, once an epoch, `train_loss`, `train_error`, `val_loss`, `val_error` and `val_error5`, and `train_aux` with
-    an auxiliary loss; errors are in percent, over exactly the images seen, whatever the number of processes.
+    an auxiliary loss. Errors are in percent, over exactly the images seen, in any number of processes.
 
     Args:
-        model: a network's name as `fastroute.models.create_model` takes it, but for own functions, or a module. A
-            checkpoint keeps how the network is built where that is known: of a name, and of a module that
-            `create_model`, `multipath`, timm or torchvision built. It can then be loaded by
-            `RoutingClassifier.load_from_checkpoint(path)` and by `fastroute.load(path)` alone.
-        num_classes: the number of classes; like in_chans and img_size, for `create_model`; a module's own count.
+        model: a network's name as `fastroute.models.create_model` takes it, except your own functions, or a module. A
+            checkpoint keeps how the network is built if that is known: from a name, or a module that `create_model`,
+            `multipath`, timm or torchvision built. `RoutingClassifier.load_from_checkpoint(path)` and
+            `fastroute.load(path)` then need nothing else.
+        num_classes: the number of classes. Like in_chans and img_size, it is passed to `create_model`; a module that
+            knows its own sizes has precedence.
         in_chans: the channels of the images.
         img_size: their height and width.
         opt: "sgd", "nesterov", "rmsprop", "adam" or "adamw"; see `OPTIMIZERS`.
@@ -51,28 +52,28 @@ class RoutingClassifier(pl.LightningModule):
         weight_decay, norm_weight_decay, gate_lr_mult, gate_wd, filter_bias_and_bn, layer_decay: see `parameter_groups`.
         sched: "step", "multistep", "cosine" or "onecycle"; like warmup_epochs, decay_epochs, decay_milestones,
             decay_rate, min_lr and warmup_lr, see `scheduler`.
-        smoothing: of the labels, 0 to 1.
-        channels_last: whether the network computes in channels_last, which is the faster on a CPU in bfloat16 and on
-            tensor cores.
-        grad_checkpointing: whether activations are computed again in the backward pass instead of being kept; see
+        smoothing: label smoothing, at least 0 and below 1.
+        channels_last: whether the network computes in channels_last, which is faster on a CPU in bfloat16 and on tensor
+            cores.
+        grad_checkpointing: whether to recompute activations in the backward pass instead of keeping them; see
             `checkpoint_gradients`.
-        compile: whether the network is compiled by `torch.compile`.
-        compile_mode: its mode, of `COMPILE_MODES`; None is its default.
-        cuda_graphs: whether a step is recorded in a CUDA graph and replayed: forward, loss, backward, clipping,
-            optimiser, moving average, and the augmentation of images in memory. Its optimiser reads what schedules
-            change from the device; see `CAPTURABLE`. A run refuses it where it cannot be; see `check_recording`.
-        aux_loss: a function of the routing, {router name: Routing}, to a scalar, which is added to the training loss
-            times `aux_weight`; its gradient reaches the gates through `scores` and `gates`. A module is trained, moved
+        compile: whether to compile the network by `torch.compile`.
+        compile_mode: its mode, one of `COMPILE_MODES`; None is its default.
+        cuda_graphs: whether to record a step in a CUDA graph and replay it: forward, loss, backward, clipping,
+            optimiser, moving average, and the augmentation of images in memory. The optimiser then reads learning rates
+            and momentums from the device; see `CAPTURABLE`, and `check_recording` for the conditions.
+        aux_loss: a function from the routing, {router name: Routing}, to a scalar, which is added to the training loss
+            times `aux_weight`. Its gradient reaches the gates through `scores` and `gates`. A module is trained, moved
             and saved with the network. The network's forward must take `return_routing`.
         aux_weight: the weight of `aux_loss`.
-        specification: of the network, as a checkpoint has it; then `model` is only its name.
+        specification: of the network, as in a checkpoint; `model` is then only its name.
 
     Raises:
-        ValueError: an argument is out of range or unknown, or `model` gives no routing to `aux_loss`.
+        ValueError: an argument is out of range or unknown, or `model` returns no routing for `aux_loss`.
     """
 
     graph: Callable[[], Graph] = CUDAGraph
-    """What steps are recorded in."""
+    """Makes the recording of steps."""
 
     def __init__(
         self,
@@ -156,21 +157,28 @@ class RoutingClassifier(pl.LightningModule):
         self.routed = takes_routing(model)
         if aux_loss is not None and not self.routed:
             raise ValueError(
-                f"model is {self.hparams.model}; its forward takes no return_routing, so aux_loss has none"
+                f"model is {self.hparams.model}; its forward takes no return_routing, which aux_loss needs"
             )
         self.aux_loss = aux_loss
         self.train_totals, self.val_totals = Totals(), Totals()
         self.recorded: RecordedStep | None = None
         self.replayed: tuple[Tensor, Tensor | None] | None = None
-        """While a recorded step stands in for a training batch: its loss, and what the auxiliary loss gave."""
+        """During a training batch that was replayed: its loss and auxiliary loss."""
         self._batch: tuple[Tensor, ...] | None = None
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path | IO, *arguments, **options) -> "RoutingClassifier":
-        """Lightning's, of a file whose checksums agree.
+        """Load a module as Lightning does, after verifying the checksums of a local file.
+
+        Args:
+            checkpoint_path: a path, URL or open file.
+            arguments, options: of Lightning's method.
+
+        Returns:
+            the module.
 
         Raises:
-            DamagedFile: they do not.
+            DamagedFile: a checksum does not match.
         """
         if not isinstance(checkpoint_path, str | Path) or str(checkpoint_path).startswith("http"):
             return super().load_from_checkpoint(checkpoint_path, *arguments, **options)
@@ -196,13 +204,19 @@ class RoutingClassifier(pl.LightningModule):
             )
             if hasattr(trainer.datamodule, "deferred"):
                 trainer.datamodule.deferred = True
-        classes = getattr(self.trainer.datamodule, "num_classes", None) or 0  # another's data may not say
+        classes = getattr(self.trainer.datamodule, "num_classes", None) or 0  # other data modules may lack it
         if self.named and classes > self.hparams.num_classes:
             raise ValueError(f"num_classes is {self.hparams.num_classes}; the data have {classes} classes")
 
     def forward(self, images: Tensor, **options):
+        """Return what the network returns for images (N, C, H, W): logits (N, num_classes), by default.
+
+        Args:
+            images: cast to the type of the weights, and to the memory format of the network.
+            options: of the network, such as `return_routing`.
+        """
         weights = next(self.model.parameters(), images)
-        if images.is_floating_point() and weights.is_floating_point():  # float64, where that is the default type
+        if images.is_floating_point() and weights.is_floating_point():  # the weights may be float64
             images = images.to(weights.dtype)
         return self.model(images.contiguous(memory_format=self.memory_format), **options)
 
@@ -213,13 +227,13 @@ class RoutingClassifier(pl.LightningModule):
             self.recorded, self.replayed = RecordedStep(self._whole_step, self.graph), None
 
     def on_train_end(self) -> None:
-        self.recorded = None  # and with it the memory of a step
+        self.recorded = None  # frees the memory of the recorded step
 
     def on_train_batch_start(self, batch, batch_idx: int) -> None:
         self._batch = batch if self.recorded is not None and self.recorded.takes(batch) else None
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure: Callable | None = None) -> None:
-        """The step as Lightning takes it, or as it was recorded; then Lightning's own runs around it for its hooks."""
+        """Take the step as Lightning does, or replay it and run Lightning's own closure for its hooks alone."""
         if self.recorded is None:
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         elif self._batch is None:
@@ -231,7 +245,7 @@ class RoutingClassifier(pl.LightningModule):
             optimizer_closure()
 
     def _whole_step(self, *batch: Tensor) -> tuple[Tensor, Tensor | None]:
-        """All that a step does on the device, in the order in which Lightning and the callbacks do it."""
+        """Run the whole step on the device, in Lightning's and the callbacks' order; return loss and auxiliary loss."""
         trainer, optimizer = self.trainer, self.optimizers(use_pl_optimizer=False)
         with torch.enable_grad():
             with trainer.precision_plugin.train_step_context():
@@ -247,13 +261,13 @@ class RoutingClassifier(pl.LightningModule):
         return loss.detach(), aux
 
     def _losses(self, batch: tuple[Tensor, Tensor] | Draws) -> tuple[Tensor, Tensor | None]:
-        """The loss of a batch, and the auxiliary loss's part before it is weighed; they are counted in the totals."""
+        """Return the loss of a batch and its auxiliary loss before weighting, and add the batch to the totals."""
         images, labels = self.trainer.datamodule.batch(batch) if isinstance(batch, Draws) else batch
         if self.aux_loss is None:
             logits = self(images)
         else:
             logits, routing = self(images, return_routing=True)
-        if labels.dim() == 2:  # of mixed images, for the classes of the data, which may be fewer
+        if labels.dim() == 2:  # of mixed images; the data may have fewer classes than the network
             labels = F.pad(labels, (0, logits.shape[1] - labels.shape[1]))
         loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams.smoothing)
         self.train_totals.update(loss, logits, labels)
@@ -267,7 +281,7 @@ class RoutingClassifier(pl.LightningModule):
             loss, aux = self._losses(batch)
         else:
             loss, aux = self.replayed
-            self.train_totals.update()  # which the recorded step has done
+            self.train_totals.update()  # the recorded step has added the batch
         if aux is not None:
             self.log("train_aux", aux, on_step=False, on_epoch=True, batch_size=len(batch[0]), sync_dist=True)
         return loss
@@ -290,7 +304,7 @@ class RoutingClassifier(pl.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Routing] | None:
         images, labels = batch
-        if len(labels) == 0:  # this process has no share of the last images
+        if len(labels) == 0:  # this process has no part of the last batch
             return None
         logits, routing = self(images, return_routing=True) if self.routed else (self(images), {})
         self.val_totals.update(F.cross_entropy(logits, labels), logits, labels)
@@ -298,7 +312,7 @@ class RoutingClassifier(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         totals = self.val_totals.compute()
-        if totals["error"].isnan():  # a share of no images
+        if totals["error"].isnan():  # 0 of 0 images
             raise UnreadableImage("none of the images to validate on can be read")
         self.log_dict({f"val_{name}": value for name, value in totals.items()})
         self.val_totals.reset()
@@ -309,8 +323,8 @@ class RoutingClassifier(pl.LightningModule):
         optimizer = (CAPTURABLE if options.cuda_graphs else OPTIMIZERS)[options.opt](groups, options.momentum)
         names = ("warmup_epochs", "decay_epochs", "decay_milestones", "decay_rate", "min_lr", "warmup_lr")
         steps, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs
-        if self.trainer.max_steps != -1:  # then that is what ends the run, perhaps within an epoch
-            self.trainer.fit_loop.setup_data()  # or, without max_epochs, the number of batches is not known yet
+        if self.trainer.max_steps != -1:  # the run ends by its steps, perhaps within an epoch
+            self.trainer.fit_loop.setup_data()  # without max_epochs, the number of batches is not known yet
             epochs = steps / math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         given = {name: options[name] for name in names}
         if self.trainer.fast_dev_run:  # too short for a warm-up
@@ -319,16 +333,17 @@ class RoutingClassifier(pl.LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """A run stopped within an epoch goes on counting it; the schedule knows for how many epochs it was made.
+        """Save what bit-exact resuming needs beyond Lightning's state.
 
-        With several processes, `ranks` has the totals of each, and its buffers where they are not those of the first.
+        It is the totals of the epoch so far, the epochs of the schedule, and for several processes in `ranks`, each
+        one's totals and those of its buffers that differ from rank 0's.
         """
         totals = {name: getattr(self.train_totals, name).cpu() for name in Totals.SUMS}
         buffers = {name for name, _ in self.named_buffers()}
         states = {key: checkpoint[key] for key in STATES if key in checkpoint}
         own = {key: {n: value.cpu() for n, value in state.items() if n in buffers} for key, state in states.items()}
-        ranks = gathered((totals, own))
-        if ranks:  # in the first process, which writes
+        ranks = gather_to_rank_zero((totals, own))
+        if ranks:  # in rank 0, which writes
             checkpoint["train_totals"] = {name: sum(sums[name] for sums, _ in ranks) for name in totals}
         if len(ranks) > 1:
             first = ranks[0][1]
@@ -340,10 +355,10 @@ class RoutingClassifier(pl.LightningModule):
         checkpoint["epochs"] = self.trainer.max_epochs
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        if self.aux_loss is None:  # the network of a run with one can be loaded without it
+        if self.aux_loss is None:  # a run with an auxiliary loss can be loaded without it
             weights = checkpoint["state_dict"]
             checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("aux_loss.")}
-        else:  # and that of a run without one goes on with it
+        else:  # and a run without one can be resumed with it
             own = {k: v for k, v in self.state_dict().items() if k.startswith("aux_loss.")}
             checkpoint["state_dict"] = own | checkpoint["state_dict"]
         totals, ranks = checkpoint.get("train_totals", {}), checkpoint.get("ranks", [])
@@ -353,18 +368,26 @@ class RoutingClassifier(pl.LightningModule):
                 checkpoint[key] = checkpoint[key] | own[key]
             totals = own["train_totals"]
         elif self.global_rank > 0:
-            totals = {}  # the sum of all processes goes on in the first
+            totals = {}  # rank 0 continues the sum of all processes
         for name, total in totals.items():
             setattr(self.train_totals, name, total.to(self.device))
 
 
 def takes_routing(model: nn.Module) -> bool:
-    """Whether the network's forward takes `return_routing`."""
+    """Return whether the network's forward takes `return_routing`."""
     return "return_routing" in inspect.signature(model.forward).parameters
 
 
 def check_compile_mode(compile: bool, compile_mode: str | None) -> None:
-    """Raise for a mode that there is not, or that is not asked for."""
+    """Check a mode of `torch.compile`.
+
+    Args:
+        compile: whether the network is compiled.
+        compile_mode: the mode; None is the default.
+
+    Raises:
+        ValueError: there is no such mode, or the network is not compiled.
+    """
     if compile_mode is None:
         return
     if compile_mode not in COMPILE_MODES:
@@ -372,4 +395,4 @@ def check_compile_mode(compile: bool, compile_mode: str | None) -> None:
             f"compile_mode is {compile_mode!r}; it must be None or one of {', '.join(map(repr, COMPILE_MODES))}"
         )
     if not compile:
-        raise ValueError(f"compile_mode is {compile_mode!r}, but compile is False; it needs compile")
+        raise ValueError(f"compile_mode is {compile_mode!r}, but compile is False; set compile")

@@ -1,4 +1,4 @@
-"""`fastroute demo`: one path and two routed paths on real handwritten digits, side by side."""
+"""The training of `fastroute demo`: one path and two routed paths on handwritten digits."""
 
 import statistics
 from pathlib import Path
@@ -18,12 +18,12 @@ NETWORKS = ("resnet20", "resnet20_cc2")
 
 
 def demo(output: str | Path, epochs: int = 20, console: Console | None = None) -> None:
-    """Train `NETWORKS` on scikit-learn's digits by a one-cycle schedule on the CPU, and print how they compare.
+    """Train `NETWORKS` on scikit-learn's digits by a one-cycle schedule on the CPU, and print a comparison.
 
     Args:
-        output: the folder to write into; each network gets a folder of its own in it.
-        epochs: for each network.
-        console: where to print.
+        output: the folder to write into; each network gets its own folder in it.
+        epochs: of each network.
+        console: to print on; None is the standard output.
     """
     console, output = console or Console(), Path(output)
     data = ImageDataModule("digits")

@@ -1,4 +1,4 @@
-"""Several processes, as `torchrun` starts them."""
+"""Training in several processes that `torchrun` starts."""
 
 import contextlib
 import os
@@ -10,30 +10,30 @@ from torch import distributed as dist
 
 from fastroute._errors import in_a_line
 from fastroute._timeout import patience
-from fastroute.training.roll_call import reason
+from fastroute.training.roll_call import describe_failure
 
 T = TypeVar("T")
 
 
 class ProcessLost(RuntimeError):
-    """Another process of the run does not answer any more."""
+    """Raised when another process of the run has exited or no longer answers."""
 
 
 def world_size() -> int:
-    """The number of processes that `torchrun` started; 1 without it."""
+    """Return the number of processes that `torchrun` started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_main() -> bool:
-    """Whether this is the process that speaks and writes."""
+    """Return whether this process has rank 0, which alone prints and writes."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def check_gpus() -> None:
-    """Raise where `torchrun` started more processes on this machine than it has GPUs, if it has any.
+    """Check that `torchrun` started no more processes on this machine than it has GPUs, if it has any.
 
     Raises:
-        ValueError: as said.
+        ValueError: there are more processes than GPUs.
     """
     here, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if torch.cuda.is_available() and here > count:
@@ -45,11 +45,11 @@ def check_gpus() -> None:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Processes started by `torchrun` know each other in the block: through NCCL with GPUs, else through Gloo.
+    """Join the processes that `torchrun` started in a process group for the block: NCCL with GPUs, else Gloo.
 
     Raises:
-        ValueError: there are more of them than GPUs; see `check_gpus`.
-        ProcessLost: talking to another process has failed; see `patience`.
+        ValueError: there are more processes than GPUs; see `check_gpus`.
+        ProcessLost: communication with another process failed; see `patience`.
     """
     check_gpus()
     if world_size() == 1 or dist.is_initialized():
@@ -61,15 +61,15 @@ def process_group() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise_where_lost(error)
+        raise_if_process_lost(error)
         raise
     finally:
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def first_on_each_node() -> Iterator[None]:
-    """The first process of each machine runs the block before the others, as for a download."""
+def local_rank_zero_first() -> Iterator[None]:
+    """Run the block in local rank 0 of each machine before the other processes, as for a download."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if dist.is_initialized() and not first:
         dist.barrier()
@@ -78,8 +78,11 @@ def first_on_each_node() -> Iterator[None]:
         dist.barrier()
 
 
-def agreed(value: T) -> T:
-    """The first process's value, in all of them.
+def broadcast_from_rank_zero(value: T) -> T:
+    """Return the value of rank 0 in every process.
+
+    Args:
+        value: of this process; it must pickle.
 
     Raises:
         ProcessLost: another process is gone.
@@ -90,13 +93,20 @@ def agreed(value: T) -> T:
     try:
         dist.broadcast_object_list(values)
     except RuntimeError as error:
-        raise_where_lost(error)
+        raise_if_process_lost(error)
         raise
     return values[0]
 
 
-def gathered(value: T) -> list[T]:
-    """The values of all processes, in the first one; in the others, nothing. Tensors in them must be on the CPU."""
+def gather_to_rank_zero(value: T) -> list[T]:
+    """Gather the values of all processes in rank 0.
+
+    Args:
+        value: of this process; it must pickle, with its tensors on the CPU.
+
+    Returns:
+        in rank 0, the values in the order of the ranks; in the other processes, an empty list.
+    """
     if not dist.is_initialized():
         return [value]
     values = [value] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -104,15 +114,20 @@ def gathered(value: T) -> list[T]:
     return values or []
 
 
-def raise_where_lost(error: BaseException, advice: str = "") -> None:
-    """Raise `ProcessLost` in place of an error with which PyTorch reports that another process is gone or silent.
+def raise_if_process_lost(error: BaseException, advice: str = "") -> None:
+    """Replace PyTorch's error about a process that is gone or silent by `ProcessLost`.
 
     Args:
-        error: what was raised; any other error is left alone.
-        advice: added to the sentence, after what has happened.
+        error: any error; the function returns if it has another cause.
+        advice: appended to the message.
+
+    Raises:
+        ProcessLost: the error says that communication with another process failed.
     """
     if not isinstance(error, RuntimeError) or isinstance(error, ProcessLost) or not dist.is_initialized():
         return
     if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
         rank = dist.get_rank()
-        raise ProcessLost(f"{reason(error)}, so process {rank} cannot go on{advice}: {in_a_line(error)}") from error
+        raise ProcessLost(
+            f"{describe_failure(error)}, so process {rank} cannot go on{advice}: {in_a_line(error)}"
+        ) from error

@@ -1,4 +1,4 @@
-"""The error of a network over a validation set, each image counted once however many processes share the work."""
+"""Errors of a network over a validation set, with each image counted once in any number of processes."""
 
 import contextlib
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from fastroute._defaults import CROP_PCT
 from fastroute.data.augment import channel_statistics
 from fastroute.data.decode import UnreadableImage
 from fastroute.data.in_memory import DATASETS, Options
@@ -31,24 +32,26 @@ def evaluate(
     memory_format: torch.memory_format = torch.contiguous_format,
     routers: dict[str, RouterStatistics] | None = None,
 ) -> dict[str, float]:
-    """Error in percent over all images of the loader, of all processes.
+    """Measure errors over all images of the loaders of all processes.
 
-    Ten crops of an image, (N, 10, C, H, W), are judged by the mean of their ten softmax outputs.
+    Ten crops of an image, (N, 10, C, H, W), are classified by the mean of their ten softmax outputs.
 
     Args:
-        model: images to logits, on the device; it is put into evaluation.
-        loader: batches of images and labels, such as `validation_loader`'s.
-        device: where the model and the images are.
-        amp_dtype: autocast to it.
+        model: a network from images to logits, on the device. It is set to evaluation mode.
+        loader: batches of images and labels, as from `validation_loader`.
+        device: the device of the model and of the images.
+        amp_dtype: the autocast type; None computes in the network's own.
         memory_format: of the images.
-        routers: is given the statistics of each router by name, over all crops; the model must take `return_routing`.
+        routers: filled with the statistics of each router by name, over all crops; the model must take
+            `return_routing`.
 
     Returns:
-        "loss", "error" (top-1), "error5" (top-5), "images" and "skipped", those that could not be read.
+        "loss"; "error" (top-1) and "error5" (top-5), in percent; "images", their number; and "skipped", the number of
+        images that could not be read.
 
     Raises:
         UnreadableImage: an image cannot be read, or with `on_bad_image="skip"`, none can.
-        ValueError: an image is of a class that the network has no logit for.
+        ValueError: the network has no logit for the class of an image.
     """
     model.eval()
     device = torch.device(device)
@@ -64,7 +67,7 @@ def evaluate(
         return scores
 
     for images, labels in loader:
-        if len(labels) == 0:  # this process has no share of the last images
+        if len(labels) == 0:  # this process has no part of the last batch
             continue
         with autocast:
             crops = images.unbind(1) if images.dim() == 5 else (images,)
@@ -91,7 +94,7 @@ def validation_loader(
     *,
     batch_size: int = 128,
     img_size: int | None = None,
-    crop_pct: float = 0.875,
+    crop_pct: float = CROP_PCT,
     ten_crop: bool = False,
     num_workers: int = 1,
     first_classes: int | None = None,
@@ -106,19 +109,19 @@ def validation_loader(
     classes: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[EpochLoader, list[str], int]:
-    """The validation images of a data set, this process's share of them, for `evaluate`.
+    """Make a loader of this process's share of the validation images of a data set, for `evaluate`.
 
     Args:
         dataset, data_dir, batch_size, img_size, num_workers, first_classes, on_bad_image, interpolation, in_chans,
-            input_key: see `ImageDataModule`; for "imagefolder" and "webdataset", where images are looked for says
-            `val_source`.
-        crop_pct: the crop's side by the resized image's.
-        ten_crop: the corners, the centre, and these mirrored, instead of the centre alone.
-        mean, std: in units of the uint8 values; by default ImageNet's for images that are streamed, and those of the
+            input_key: see `ImageDataModule`; `val_source` says where images of "imagefolder" and "webdataset" are
+            searched for.
+        crop_pct: the side of the crop, as a share of the resized image's shorter side.
+        ten_crop: whether to take the four corners, the centre, and their mirror images, instead of the centre alone.
+        mean, std: (C,), in units of uint8 values; the default is ImageNet's for streamed images, and that of the
             training images for sets in memory.
-        val_split, split_seed: the images that a run with this `val_split` and `seed` set aside.
-        classes: the names in the order of a run's class map; by default in their own.
-        device: for the images.
+        val_split, split_seed: select the images that a run with this `val_split` and `seed` set aside.
+        classes: the names of the classes in the order of a run's class map; the default is their own order.
+        device: of the images.
 
     Returns:
         the loader, the names of the classes, and the channels of the images.
@@ -127,7 +130,7 @@ def validation_loader(
         FileNotFoundError: there are no such images.
         ValueError: an argument is out of range or unknown, or ten crops are asked of a set in memory.
     """
-    resize_size(img_size or 224, crop_pct)  # raises where they are out of range
+    resize_size(img_size or 224, crop_pct)  # raises if they are out of range
     streamed = dataset in STREAMED
     if not streamed and dataset not in DATASETS:
         known = ", ".join(map(repr, dict.fromkeys((*DATASETS, *STREAMED))))

@@ -1,4 +1,4 @@
-"""Training steps as CUDA graphs: recorded once, then replayed without Python and without a launch for each kernel."""
+"""Training steps as CUDA graphs: recorded once, then replayed without Python and with one launch for all kernels."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -12,34 +12,34 @@ from fastroute.nn import SparseRouter
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 GRAPHS_OF_THEIR_OWN = ("reduce-overhead", "max-autotune")
-"""The modes of `torch.compile` that record CUDA graphs themselves; one within another cannot be."""
+"""The modes of `torch.compile` that record CUDA graphs themselves: a graph cannot be recorded within another."""
 
 Outputs = tuple[Tensor | None, ...]
 
 
 class NotRecordable(RuntimeError):
-    """A step does what a CUDA graph cannot hold."""
+    """Raised when a step does what a CUDA graph cannot record."""
 
 
 class Graph(Protocol):
-    """What records a step: CUDA's, or what tests put in its place."""
+    """A recording of a step: CUDA's, or a stand-in for tests."""
 
     device_type: str
 
     def warmup(self) -> contextlib.AbstractContextManager:
-        """Around each step before the one that is recorded."""
+        """Return the context of each step before the recorded one."""
 
     def record(self, step: Callable[[], Outputs]) -> Outputs:
-        """Record what a step does, without doing it. Returns its outputs, which each replay fills."""
+        """Record a step without running it; return its outputs, which each replay overwrites."""
 
     def replay(self) -> None:
-        """Do what was recorded, on the same memory."""
+        """Run the recorded step on the same memory."""
 
 
 class CUDAGraph:
-    """A `torch.cuda.CUDAGraph`, on a stream of its own as recording demands.
+    """A `torch.cuda.CUDAGraph`, on its own stream, as recording requires.
 
-    PyTorch registers the device's generator with it: each replay draws anew, from where the generator was seeded.
+    PyTorch registers the device's generator with it, so each replay draws new random numbers from the generator's seed.
     """
 
     device_type = "cuda"
@@ -55,7 +55,7 @@ class CUDAGraph:
         torch.cuda.current_stream().wait_stream(self.stream)
 
     def record(self, step: Callable[[], Outputs]) -> Outputs:
-        # A loader's thread may pin memory meanwhile, which the default mode, "global", forbids to all threads.
+        # A loader's thread may pin memory meanwhile. The default mode, "global", forbids that to all threads.
         with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
             return step()
 
@@ -64,16 +64,16 @@ class CUDAGraph:
 
 
 class RecordedStep:
-    """A training step that runs plainly a few times, is recorded, and is replayed from then on.
+    """A training step that runs eagerly a few times, is recorded, and is replayed from then on.
 
-    A step is a function of a batch and of memory that stays where it is: weights, the optimiser's state, statistics.
-    The plain steps count as any other: they let libraries choose their kernels and make what lives on, such as
-    momentum. Batches of another size than the recorded one, such as the last of an epoch, run plainly for good.
+    A step is a function of a batch and of memory with fixed addresses: weights, optimiser state, statistics. The eager
+    steps train as any other; in them, libraries choose their kernels, and lasting state such as momentum is made.
+    Batches of another size than the recorded one, such as the last of an epoch, always run eagerly.
 
     Args:
-        step: the whole of it, from a batch's tensors to outputs. It must not wait for the device.
-        graph: makes what it is recorded in.
-        warmup: plain steps of a size before a batch of that size is recorded, at least 1.
+        step: the whole step, from a batch's tensors to outputs. It must not wait for the device.
+        graph: makes the recording.
+        warmup: eager steps of a batch size before a batch of that size is recorded, at least 1.
 
     Example:
         >>> recorded = RecordedStep(step)
@@ -94,10 +94,13 @@ class RecordedStep:
         self._plain_steps: dict[tuple, int] = {}
 
     def __deepcopy__(self, memo: dict) -> None:
-        """None: what is recorded is of the memory of one network, not of its copy."""
+        """Return None: a recording belongs to the memory of one network, not of its copy."""
 
     def takes(self, batch: Sequence[Tensor]) -> bool:
-        """Whether this batch is for the recorded step; asked once for each batch.
+        """Return whether the recorded step takes this batch; call it once for each batch.
+
+        Args:
+            batch: its tensors.
 
         Raises:
             TypeError: the batch is no tuple of tensors.
@@ -110,11 +113,17 @@ class RecordedStep:
         return done >= self.warmup
 
     def plainly(self) -> contextlib.AbstractContextManager:
-        """Around a step that is not taken."""
+        """Return the context of an eager step."""
         return self.graph.warmup() if self.inputs is None else contextlib.nullcontext()
 
     def __call__(self, batch: Sequence[Tensor]) -> Outputs:
-        """Do the whole step for a batch that is taken. The outputs hold until the next step.
+        """Run the whole step for a batch that `takes` accepts.
+
+        Args:
+            batch: its tensors.
+
+        Returns:
+            the outputs of the step, which the next step overwrites.
 
         Raises:
             NotRecordable: the step waits for the device, or does something else that cannot be recorded.
@@ -124,10 +133,10 @@ class RecordedStep:
             try:
                 self.outputs = self.graph.record(lambda: self.step(*self.inputs))
             except RuntimeError as error:
-                cause = error.__context__ or error  # the end of a recording that failed fails too
+                cause = error.__context__ or error  # ending a failed recording fails too
                 raise NotRecordable(
-                    "the training step cannot be recorded in a CUDA graph, since it must not read a tensor on the host "
-                    f"or copy one there; train without cuda_graphs: {in_a_line(cause)}"
+                    "the training step cannot be recorded in a CUDA graph: it must not read a tensor on the host or "
+                    f"copy one there; train without cuda_graphs: {in_a_line(cause)}"
                 ) from error
         else:
             for kept, tensor in zip(self.inputs, batch, strict=True):
@@ -138,7 +147,7 @@ class RecordedStep:
 
 def _signature(batch: Sequence[Tensor]) -> tuple:
     if not isinstance(batch, (tuple, list)) or not all(isinstance(tensor, Tensor) for tensor in batch):
-        raise TypeError(f"a batch is a {type(batch).__name__}; with cuda_graphs it must be a tuple of tensors")
+        raise TypeError(f"a batch is a {type(batch).__name__}; with cuda_graphs, expected a tuple of tensors")
     return tuple((tensor.shape, tensor.dtype) for tensor in batch)
 
 
@@ -154,20 +163,21 @@ def check_recording(
     anomaly: bool = False,
     model: nn.Module | None = None,
 ) -> None:
-    """Raise where the steps of a run cannot be recorded.
+    """Check that the steps of a run can be recorded.
 
     Args:
-        device_type: "cuda" or "cpu", that of the run.
-        needed: what it must be.
-        processes: that train together.
-        grad_accum_steps, amp_dtype: of the run.
-        compile_mode: of the network.
-        varying: whether batches that workers decode may lack the images that cannot be read.
-        anomaly: whether autograd looks for NaN in every operation.
-        model: the network.
+        device_type: the type of the run's device, "cuda" or "cpu".
+        needed: the type that recording needs.
+        processes: the number of processes that train together.
+        grad_accum_steps: batches of a step.
+        amp_dtype: the autocast type, or None.
+        compile_mode: the mode of `torch.compile`, or None.
+        varying: whether the size of batches varies, because unreadable images are left out of them.
+        anomaly: whether autograd's anomaly detection is on.
+        model: the network; None leaves it out of the check.
 
     Raises:
-        ValueError: in one sentence, why they cannot, and what to do.
+        ValueError: the steps cannot be recorded; the message says why, and what to do.
     """
     if device_type != needed:
         there = "there is none" if not torch.cuda.is_available() else f"the run is on the {device_type.upper()}"
@@ -186,7 +196,7 @@ def check_recording(
     elif anomaly:
         reason = "anomaly detection looks at every gradient on the host; turn it off"
     elif model is not None and any(isinstance(layer, SparseRouter) for layer in model.modules()):
-        reason = "a SparseRouter reads on the host how many samples each path gets; train its network without"
+        reason = "a SparseRouter reads on the host how many samples each path gets; train without cuda_graphs"
     else:
         return
     raise ValueError(f"cuda_graphs is True; {reason}")

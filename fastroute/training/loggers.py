@@ -1,4 +1,4 @@
-"""Where a run's figures go besides its own tables."""
+"""Loggers of a run: CSV, TensorBoard, Weights & Biases and MLflow."""
 
 import csv
 import importlib.util
@@ -15,11 +15,11 @@ PROJECT = "fastroute"
 
 
 class StepTable(CSVLogger):
-    """Lightning's `metrics.csv`, of which a run that goes on keeps what was logged up to its checkpoint.
+    """Lightning's `metrics.csv`, which a resumed run continues from the step of its checkpoint.
 
     Args:
         output: the folder of the file.
-        resumed: whether the run goes on; else a file that is there is replaced.
+        resumed: whether the run is resumed; otherwise an existing file is replaced.
     """
 
     def __init__(self, output: Path, resumed: bool):
@@ -29,8 +29,8 @@ class StepTable(CSVLogger):
             with path.open(newline="", encoding="utf-8") as file:
                 self._before = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
 
-    def go_on(self, step: int) -> None:
-        """Take up the rows of steps up to `step`."""
+    def restore(self, step: int) -> None:
+        """Restore the rows of steps up to `step` from the file."""
         before, self._before = self._before, []
         if before:
             self.experiment.metrics[:0] = [row for row in before if int(row["step"]) <= step]
@@ -40,16 +40,20 @@ class StepTable(CSVLogger):
 def make_loggers(
     given: str | Logger | Sequence[str | Logger] | bool | None, output: Path, resumed: bool = False
 ) -> list[Logger]:
-    """Loggers from their names, or Lightning's as they are.
+    """Make loggers from their names; loggers of Lightning pass through.
+
+    "csv" writes `metrics.csv`, and "tensorboard" writes event files. "wandb" follows `wandb login` and WANDB_MODE, and
+    "mlflow" writes to MLFLOW_TRACKING_URI, or else to a folder `mlruns` of the run. The project or experiment of both
+    is "fastroute".
 
     Args:
-        given: names of `LOGGERS` with commas between, loggers, or a sequence of both; None, False and "" are none, and
+        given: names of `LOGGERS` separated by commas, loggers, or a sequence of both; None, False and "" are none, and
             True is "tensorboard".
-        output: the folder of the run. Its name is that of the run where a logger has names.
-        resumed: whether the run goes on from a checkpoint.
+        output: the folder of the run, whose name is the run's name in loggers that have one.
+        resumed: whether the run is resumed from a checkpoint.
 
-    "csv" writes `metrics.csv`, "tensorboard" its events. "wandb" goes where `wandb login` and WANDB_MODE say, "mlflow"
-    to MLFLOW_TRACKING_URI, or to a folder `mlruns` of the run; both to the project or experiment "fastroute".
+    Returns:
+        the loggers.
 
     Raises:
         ValueError: there is no such logger.
@@ -67,12 +71,20 @@ def make_loggers(
 
 
 def check_loggers(names: Sequence[str | Logger]) -> None:
-    """Raise for a name that there is not, or whose package is missing; see `make_loggers`."""
+    """Check the names of loggers, and that their packages are installed; see `make_loggers`.
+
+    Args:
+        names: names of `LOGGERS`, or loggers, which pass.
+
+    Raises:
+        ValueError: there is no such logger.
+        ModuleNotFoundError: the package of a logger is not installed.
+    """
     for name in names:
         if isinstance(name, Logger):
             continue
         if name not in LOGGERS:
-            raise ValueError(f"log is {name!r}; it must be of {', '.join(LOGGERS)}, with commas between them")
+            raise ValueError(f"log is {name!r}; expected names out of {', '.join(LOGGERS)}, separated by commas")
         if name in ("wandb", "mlflow") and importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"log is {name!r}; it needs the package {name}: pip install {name}", name=name)
 

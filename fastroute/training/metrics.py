@@ -1,4 +1,4 @@
-"""What is counted over an epoch."""
+"""Loss and errors over an epoch."""
 
 import torch
 from torch import Tensor
@@ -6,9 +6,9 @@ from torchmetrics import Metric
 
 
 class Totals(Metric):
-    """Loss, top-1 and top-5 error over an epoch, from whole counts: exact however batches and processes are cut.
+    """Loss, top-1 and top-5 error over an epoch, from integer counts: exact for any batches and processes.
 
-    `compute()` gives a dict: "loss", the mean over the samples; "error" and "error5", in percent.
+    torchmetrics' accuracies put new tensors in the place of their counts, where a CUDA graph needs fixed ones.
     """
 
     SUMS = ("loss", "samples", "wrong", "wrong5")
@@ -21,10 +21,10 @@ class Totals(Metric):
             self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
 
     def update(self, loss: Tensor | None = None, logits: Tensor | None = None, labels: Tensor | None = None) -> None:
-        """Add a batch to the sums, in place; without arguments, one that a CUDA graph has added to them.
+        """Add a batch to the sums, in place; without arguments, count an update that a CUDA graph has made.
 
         Args:
-            loss: the mean over the batch.
+            loss: (), the mean over the batch.
             logits: (N, K).
             labels: (N,), or (N, K) shares of a mixture, of which the largest counts.
         """
@@ -38,13 +38,14 @@ class Totals(Metric):
         self.wrong5 += len(labels) - hits.sum()
 
     def reset(self) -> None:
-        """Start from 0 in the same tensors, to which a CUDA graph may add."""
+        """Set the sums to 0 in place: a CUDA graph may add to these tensors."""
         sums = {name: getattr(self, name) for name in self.SUMS}
         super().reset()
         for name, total in sums.items():
             setattr(self, name, total.zero_())
 
     def compute(self) -> dict[str, Tensor]:
+        """Return "loss", the mean over the samples, and "error" and "error5", in percent."""
         return {
             "loss": self.loss / self.samples,
             "error": 100 * self.wrong / self.samples,

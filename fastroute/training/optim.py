@@ -1,4 +1,4 @@
-"""Optimisers, groups of parameters, and schedules of the learning rate."""
+"""Optimisers, parameter groups and learning-rate schedules."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +20,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": lambda groups, momentum: torch.optim.Adam(groups),
     "adamw": lambda groups, momentum: torch.optim.AdamW(groups),
 }
-"""By name, called with groups and momentum, which adam and adamw leave aside. "sgd" is the thesis's, without Nesterov's
-look-ahead (timm's "momentum"); "nesterov" has it (timm's "sgd")."""
+"""Optimisers by name, from parameter groups and a momentum, which adam and adamw ignore. "sgd" has plain momentum, as
+in the thesis (timm's "momentum"); "nesterov" has Nesterov's (timm's "sgd")."""
 
 SCHEDULES = ("step", "multistep", "cosine", "onecycle")
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -45,17 +45,22 @@ def parameter_groups(
     filter_bias_and_bn: bool = False,
     layer_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """The parameters in groups: of gates, of normalisation layers, and all others; of biases too, where they differ.
+    """Group parameters into those of gates, of normalisation layers, and all others; with a filter, also biases.
 
-    Gates are the parameters `GATE_PARAMETERS` of `ROUTERS`, also where they are parametrised or pruned.
+    Gates are the parameters `GATE_PARAMETERS` of `ROUTERS`, even if they are parametrised or pruned.
 
     Args:
-        lr, weight_decay: of all that is not said otherwise.
+        model: the network. Its frozen parameters are left out.
+        lr: the learning rate.
+        weight_decay: of all parameters, unless one of the following options applies.
         norm_weight_decay: of normalisation layers; None is `weight_decay`.
         gate_lr_mult: the gates' learning rate, as a multiple of `lr`.
         gate_wd: the gates' weight decay; None is `weight_decay`.
         filter_bias_and_bn: whether biases, other vectors and normalisation layers have no weight decay, as in timm.
         layer_decay: the learning rate of each layer, as a share of that of the layer after it; see `layers`.
+
+    Returns:
+        groups for an optimiser, each with "name", "params", "lr" and "weight_decay".
     """
     gates, levels, last = _gate_parameters(model), {}, 0
     if layer_decay is not None:
@@ -92,7 +97,7 @@ def parameter_groups(
 
 
 def _gate_parameters(model: nn.Module) -> set[int]:
-    """The ids of the parameters that gates are computed from, as they are or by way of a parametrisation."""
+    """Return the ids of the parameters of gates, direct or behind a parametrisation."""
     found = set()
     for router in model.modules():
         if not isinstance(router, ROUTERS):
@@ -106,9 +111,15 @@ def _gate_parameters(model: nn.Module) -> set[int]:
 
 
 def layers(network: nn.Module) -> list[list[nn.Module]]:
-    """The layers of a network in their order: its children, and in place of an `nn.Sequential` the layers in it.
+    """Return the layers of a network in order: its children, with each `nn.Sequential` replaced by its layers.
 
-    Parallel paths are one layer, and a normalisation layer is part of the layer before it.
+    Parallel paths are one layer, and a normalisation layer belongs to the layer before it.
+
+    Args:
+        network: any network.
+
+    Returns:
+        the modules of each layer.
     """
     found = []
     for module in _in_order(network):
@@ -131,10 +142,14 @@ def _in_order(module: nn.Module) -> Iterator[nn.Module]:
 def decay(
     epoch: float, sched: str, epochs: float, decay_epochs: int, decay_milestones: Sequence[int], decay_rate: float
 ) -> float:
-    """What the learning rate is multiplied by, at a number of epochs that need not be whole.
+    """Return the factor of the learning rate at a number of epochs, which need not be whole.
 
-    "step": decay_rate for each `decay_epochs` that have passed; "multistep": for each of `decay_milestones`;
-    "cosine": (1 + cos(π · epoch / epochs)) / 2.
+    Args:
+        epoch: epochs since the start.
+        sched: "step" multiplies by `decay_rate` every `decay_epochs`, "multistep" at each of `decay_milestones`, and
+            "cosine" is (1 + cos(π · epoch / epochs)) / 2.
+        epochs: of the whole run.
+        decay_epochs, decay_milestones, decay_rate: of the schedule.
     """
     if sched == "step":
         return decay_rate ** math.floor(epoch / decay_epochs)
@@ -144,7 +159,16 @@ def decay(
 
 
 def check_warmup(sched: str, warmup_epochs: int, epochs: float) -> None:
-    """Raise where a cycle would rise to its end, or the warm-up is longer than the run."""
+    """Check that the warm-up fits in the run.
+
+    Args:
+        sched: the schedule.
+        warmup_epochs: epochs over which the learning rate rises.
+        epochs: of the whole run.
+
+    Raises:
+        ValueError: the warm-up is longer than the run, or as long with "onecycle", whose rate would never fall.
+    """
     if sched == "onecycle" and warmup_epochs >= epochs:
         raise ValueError(f"warmup_epochs is {warmup_epochs}; with 'onecycle' it must be below epochs, {epochs:g}")
     if warmup_epochs > epochs:
@@ -164,30 +188,34 @@ def scheduler(
     min_lr: float = 0.0,
     warmup_lr: float = 0.0,
 ) -> LRScheduler:
-    """A scheduler to be stepped after every step of the optimiser.
+    """Make a scheduler that must be stepped after every step of the optimiser.
 
     Args:
-        optimizer: its groups' learning rates are those at the start of the decay, or at the top of the cycle.
+        optimizer: the optimiser; its groups have the learning rates at the start of the decay, or at the top of the
+            cycle.
         sched: "step", "multistep" and "cosine" as in `decay`; "onecycle" raises the rate over `warmup_epochs`, or the
             first 30 % of the steps, and lowers it to nearly zero over the rest, the momentum going the other way.
         epochs: of the whole run.
         steps: of the whole run.
-        warmup_epochs: over these the rate rises linearly from nearly zero, and then goes on as without them.
+        warmup_epochs: epochs over which the rate rises linearly from `warmup_lr`, to follow `sched` from then on.
         decay_epochs, decay_milestones, decay_rate: see `decay`. By default the milestones are at 2/5 and 3/4 of the
             epochs, the thesis's 80 and 150 of 200, and may lie within one.
-        min_lr: the least rate: where "cosine" ends, what the steps do not go below, and about where "onecycle" ends if
-            it is not 0. Groups whose rate is a multiple of the highest one have that multiple of it.
-        warmup_lr: where the warm-up of all but "onecycle" begins.
+        min_lr: the least rate, of the group with the highest one; other groups keep their ratio to it. "cosine" ends
+            there, steps do not go below, and "onecycle" ends near it unless it is 0.
+        warmup_lr: the rate at the start of the warm-up, except with "onecycle".
+
+    Returns:
+        the scheduler.
 
     Raises:
-        ValueError: sched is "onecycle", and the rate would rise to the end.
+        ValueError: `sched` is "onecycle", and the rate would never fall.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     least, first = (rate / max(rates) for rate in (min_lr, warmup_lr))
     if sched == "onecycle":
         check_warmup(sched, warmup_epochs, epochs)
         rising = warmup_epochs / epochs if warmup_epochs else 0.3
-        falling = {"final_div_factor": 1 / (25 * least)} if least else {}  # the cycle begins at 1/25
+        falling = {"final_div_factor": 1 / (25 * least)} if least else {}  # the cycle begins at 1/25 of the top
         return OneCycleLR(optimizer, rates, total_steps=steps, pct_start=rising, **falling)
     milestones = decay_milestones or (0.4 * epochs, 0.75 * epochs)
     factor = partial(

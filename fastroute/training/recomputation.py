@@ -1,4 +1,4 @@
-"""Less memory for more time: activations that are computed again in the backward pass."""
+"""Gradient checkpointing: recompute activations in the backward pass, for less memory and more time."""
 
 import contextlib
 import functools
@@ -14,18 +14,21 @@ from fastroute.training.optim import ROUTERS, layers
 
 
 def checkpoint_gradients(network: nn.Module) -> None:
-    """Have a network keep the inputs of its blocks alone, and compute what is within them again in the backward pass.
+    """Make a network keep only the inputs of its blocks, and recompute the activations in them in the backward pass.
 
-    timm's networks do it their own way, `set_grad_checkpointing`. In others, a block is a layer with layers in it (see
-    `layers`), such as a residual block, or the parallel paths between two routers. Routers keep what they need, so that
-    gates and scores are returned as always. Gradients are the same, and batch norm counts a batch once.
+    timm's networks do it by their own `set_grad_checkpointing`. In others, a block is a layer that contains layers (see
+    `layers`), such as a residual block, or the parallel paths between two routers. Routers keep their activations, so
+    gates and scores are returned as without checkpointing. Gradients are the same, and batch norm counts a batch once.
+
+    Args:
+        network: changed in place.
 
     Raises:
         ValueError: the network has no such blocks.
     """
     own = getattr(network, "set_grad_checkpointing", None)
     if own is not None:
-        with contextlib.suppress(AssertionError, NotImplementedError):  # timm's, where a network has not got it
+        with contextlib.suppress(AssertionError, NotImplementedError):  # timm's, if a network does not support it
             own(True)
             return
     blocks = [module for layer in layers(network) for module in layer]
@@ -33,7 +36,7 @@ def checkpoint_gradients(network: nn.Module) -> None:
     if not blocks:
         raise ValueError(f"grad_checkpointing is True, but {type(network).__name__} has no blocks of layers")
     for block in blocks:
-        block.forward = types.MethodType(_forward, block)  # a method, so that a copy's is the copy's own
+        block.forward = types.MethodType(_forward, block)  # a method, so that a copy gets its own
 
 
 def _forward(block: nn.Module, *args, **options):
@@ -50,7 +53,7 @@ def _contexts(block: nn.Module) -> tuple[contextlib.AbstractContextManager, cont
 
 @contextlib.contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Batch norm normalises by the batch, as in the first pass, and leaves its running statistics as that made them."""
+    """Make batch norm normalise by the batch, as in the first pass, without updating its statistics again."""
     norms = [(m, m.momentum, m.num_batches_tracked) for m in block.modules() if isinstance(m, _BatchNorm)]
     for norm, _, _ in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None

@@ -1,4 +1,4 @@
-"""How long processes wait for each other, and which of them did not answer."""
+"""A roll call that names the processes which do not answer."""
 
 import datetime
 
@@ -7,28 +7,34 @@ from torch import distributed as dist
 from fastroute._timeout import VARIABLE, patience
 
 ANSWER = 10.0
-"""Seconds in which a process that lives answers."""
+"""Seconds within which a live process answers."""
 
 
-def reason(error: BaseException) -> str:
-    """What is known of a failed talk between processes: after a wait, who did not answer a roll call.
+def describe_failure(error: BaseException) -> str:
+    """Describe why communication between processes failed; after a timeout, name the processes that do not answer.
 
-    All that wait do so for the same talk, and therefore give up at about the same time.
+    All waiting processes wait for the same collective operation, so they time out, and answer, at about the same time.
+
+    Args:
+        error: PyTorch's.
+
+    Returns:
+        the beginning of a sentence.
     """
     if "timed out" not in str(error).lower():
         return "another process of this run is gone"
-    silent = _silent()
+    silent = _silent_ranks()
     if not silent:
-        return f"the processes of this run did not come together within {patience().total_seconds():.0f} s"
+        return f"the processes of this run did not reach the same operation within {patience().total_seconds():.0f} s"
     names = f"process {silent[0]}" if len(silent) == 1 else f"the processes {', '.join(map(str, silent))}"
     return (
-        f"{names} of this run did not answer within {patience().total_seconds():.0f} s, as one that is stopped or "
-        f"waits for its data; {VARIABLE} sets how long others wait"
+        f"{names} of this run did not answer within {patience().total_seconds():.0f} s: it may be stopped or "
+        f"waiting for data; {VARIABLE} sets the timeout"
     )
 
 
-def _silent() -> list[int]:
-    """The ranks that do not answer."""
+def _silent_ranks() -> list[int]:
+    """Return the ranks that do not answer."""
     store, silent = dist.distributed_c10d._get_default_store(), []
     try:
         store.set(f"fastroute/here/{dist.get_rank()}", "")

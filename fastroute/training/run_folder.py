@@ -1,4 +1,4 @@
-"""The folder of a run, which one run at a time writes into."""
+"""The folder of a run, locked so that one run at a time writes into it."""
 
 import contextlib
 import errno
@@ -12,23 +12,33 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastroute._files import remove_temporaries
-from fastroute.training.distributed import agreed, is_main
+from fastroute.training.distributed import broadcast_from_rank_zero, is_main
 
 LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 _threads: dict[Path, int] = {}
-"""The thread of this process that holds a folder."""
+"""The thread of this process that holds each folder."""
 _locks: set[int] = set()
-"""Descriptors of the locks that this process has or asks for."""
+"""Descriptors of the locks that this process holds or requests."""
 
 
 class FolderInUse(OSError):
-    """Another run writes into the folder."""
+    """Raised when another run writes into the folder."""
 
 
 def new_folder(folder: str | Path) -> Path:
-    """Make a folder that there was not: `folder`, or with -2, -3, … added, as for two runs of one second."""
+    """Make a folder that does not exist yet, as two runs may start in one second.
+
+    Args:
+        folder: its path, to which -2, -3, … is appended if it exists.
+
+    Returns:
+        its path.
+
+    Raises:
+        OSError: it cannot be made.
+    """
     for count in itertools.count(1):
         new = Path(folder) if count == 1 else Path(f"{folder}-{count}")
         try:
@@ -40,14 +50,14 @@ def new_folder(folder: str | Path) -> Path:
 
 @contextlib.contextmanager
 def run_folder(folder: str | Path) -> Iterator[None]:
-    """Make a run's folder and keep other runs out of it in the block; what killed runs left half written goes.
+    """Make a run's folder, lock it for the block, and remove temporary files that killed runs left in it.
 
-    The lock is the main process's, and the system takes it back when that process ends, however it ends: processes that
-    it started do not hold it, and one that outlives the `torchrun` that started it does. A thread may enter the block
-    again within it. Where the file system has no locks, the run goes on with a warning.
+    The lock belongs to rank 0, and the system releases it when that process ends, however it ends. Its child processes
+    do not hold it; a rank 0 that outlives its `torchrun` does. The block is reentrant within a thread. On a file system
+    without locks, the run continues with a warning.
 
     Args:
-        folder: made if it is missing; one that stays empty goes again.
+        folder: made if it is missing; removed at the end if it is empty.
 
     Raises:
         FolderInUse: another run is there.
@@ -60,7 +70,7 @@ def run_folder(folder: str | Path) -> Iterator[None]:
                 held.enter_context(_held(folder))
             except OSError as error:
                 refusal = error
-        refusal = agreed(refusal)  # so that all processes end with the same sentence
+        refusal = broadcast_from_rank_zero(refusal)  # so that all processes end with the same message
         if refusal is not None:
             raise refusal
         yield
@@ -79,19 +89,19 @@ def _held(folder: Path) -> Iterator[None]:
                 remove_temporaries(folder)
             yield
         finally:
-            if os.getpid() == process:  # and this is no copy of it
+            if os.getpid() == process:  # and not a fork of it
                 del _threads[folder]
                 (folder / LOCK).unlink(missing_ok=True)
                 with contextlib.suppress(OSError):
-                    folder.rmdir()  # which leaves a folder with files alone
+                    folder.rmdir()  # which fails if there are files
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Hold the lock of a file, which says who holds it; gives False where the file system has no locks.
+    """Lock a file and write the owner into it; yield False if the file system has no locks.
 
-    It is `flock`'s: of `fcntl.lockf`'s, a process loses its lock as soon as it closes any copy of the file, as it does
-    when it copies the folder.
+    The lock is `flock`'s: a process loses one of `fcntl.lockf` as soon as it closes any descriptor of the file, as it
+    does when it copies the folder.
     """
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -99,7 +109,7 @@ def _locked(path: Path) -> Iterator[bool]:
         try:
             locked = _lock(file, path)
             if not _is_at(file, path):
-                continue  # the run before has removed it at its end, just now
+                continue  # the previous run has just removed it
             if locked:
                 os.ftruncate(file, 0)
                 os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
@@ -117,13 +127,14 @@ def _lock(file: int, path: Path) -> bool:
     except BlockingIOError:
         owner = os.pread(file, 200, 0).decode(errors="replace") or "another process"
         raise FolderInUse(
-            f"output is {path.parent}; another run writes into it, {owner}: wait for its end, or name another folder"
+            f"output is {path.parent}; another run writes into it, {owner}: wait until it ends, or choose another "
+            "folder"
         ) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         warnings.warn(
-            f"output is {path.parent}; its file system has no locks ({error.strerror}): let no other run write there",
+            f"output is {path.parent}; its file system has no locks ({error.strerror}): do not start another run there",
             stacklevel=1,
         )
         return False
@@ -137,12 +148,12 @@ def _is_at(file: int, path: Path) -> bool:
         return False
 
 
-def _let_go_in_child() -> None:
-    """A copy of the process, such as a worker, does not keep the lock, which lasts until its last copy is closed."""
+def _close_in_child() -> None:
+    """Close the locks in a forked process, such as a worker: a lock lasts until its last descriptor is closed."""
     for file in _locks:
         os.close(file)
     _locks.clear()
     _threads.clear()
 
 
-os.register_at_fork(after_in_child=_let_go_in_child)
+os.register_at_fork(after_in_child=_close_in_child)

@@ -1,5 +1,5 @@
-"""Callbacks that act on a run: its randomness, its moving average, losses and weights that are no numbers, means over
-an epoch, and batch norm between processes."""
+"""Callbacks that act on a run: random seeds, moving average, non-finite losses and weights, means over an epoch, lost
+processes, and batch norm across processes."""
 
 import itertools
 import math
@@ -15,14 +15,18 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastroute.data.seeding import derived_seed
 from fastroute.nn.router import Tempered
-from fastroute.training.distributed import gathered, raise_where_lost
+from fastroute.training.distributed import gather_to_rank_zero, raise_if_process_lost
 
 
 class StepSeed(pl.Callback):
     """Seed PyTorch's generators at every step by (seed, rank, epoch, batch).
 
-    What a network draws, as dropout does, is then a function of the step: a resumed run draws what an uninterrupted one
-    would have, and processes draw apart, with no generator's state to save.
+    Random draws of a network, such as dropout's, then depend on the step alone. Bit-exact resuming needs this: a
+    resumed run draws the same numbers as an uninterrupted one, and no generator's state must be saved. Processes draw
+    different numbers.
+
+    Args:
+        seed: of the run.
     """
 
     def __init__(self, seed: int):
@@ -33,27 +37,30 @@ class StepSeed(pl.Callback):
 
 
 class MovingAverage(WeightAveraging):
-    """Lightning's moving average of weights and buffers, on the run's device; a recorded step holds it too.
+    """Lightning's moving average of weights and buffers, on the run's device, and recordable in a CUDA graph.
 
     Args:
-        decay: what the average keeps of itself at each step.
+        decay: the share that the average keeps of itself at each step.
     """
 
     def __init__(self, decay: float):
         super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # Lightning would take the network's device, which at this moment is the CPU.
+        # Lightning would take the network's device, which is still the CPU.
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
 
     @property
     def average_network(self) -> nn.Module:
+        """The network with the averaged weights."""
         return self._average_model.module
 
     def average(self, pl_module: pl.LightningModule) -> None:
-        """An update after the first, as `AveragedModel` does it, but without a look at the number of updates, which
-        would wait for the device: what is recorded."""
+        """Update the average as `AveragedModel` does after its first update, without reading the number of updates.
+
+        Reading it would make the host wait for the device, which a CUDA graph cannot record.
+        """
         averages = self._average_model
         pairs = zip(*(itertools.chain(m.parameters(), m.buffers()) for m in (averages.module, pl_module)), strict=True)
         floats, others = [], []
@@ -77,13 +84,14 @@ class MovingAverage(WeightAveraging):
 
 
 class NonFiniteStop(pl.Callback):
-    """Stop at a loss that is NaN or infinite, with its step and learning rate, and before it gets into a checkpoint.
+    """Stop at a non-finite loss before it reaches a checkpoint, and report its step and learning rate.
 
     Args:
-        interval: on a GPU, steps between looks at the losses, each of which makes the host wait; 1 on a CPU.
+        interval: on a GPU, steps between readings of the losses, each of which makes the host wait. On a CPU, they are
+            read at every step.
 
     Raises:
-        FloatingPointError: there was such a loss.
+        FloatingPointError: a loss is NaN or infinite.
     """
 
     def __init__(self, interval: int):
@@ -109,30 +117,30 @@ class NonFiniteStop(pl.Callback):
             if not math.isfinite(loss):
                 raise FloatingPointError(
                     f"the loss is {loss} at epoch {epoch}, step {step}, with learning rate {rate:g}: "
-                    "lower it, add warmup_epochs or clip_grad; the checkpoints from before are whole"
+                    "lower it, or set warmup_epochs or clip_grad; earlier checkpoints are intact"
                 )
 
 
 class FiniteWeights(pl.Callback):
-    """Keep weights that are NaN or infinite out of checkpoints, and stop there: no run could go on from such a one.
+    """Stop before non-finite weights are saved: no run could be resumed from them.
 
-    Looked at are parameters, running statistics, and the moving average of both, before each checkpoint.
+    Parameters, running statistics, and the moving average of both are checked before each checkpoint.
 
     Args:
         last: the run's last checkpoint.
-        advice: what to do about the learning rate.
+        advice: what to do about the learning rate, for the message.
 
     Raises:
-        FloatingPointError: there are such weights, in any of the processes.
+        FloatingPointError: weights of any process are NaN or infinite.
     """
 
-    def __init__(self, last: Path, advice: str = "lower it, add warmup_epochs or clip_grad"):
+    def __init__(self, last: Path, advice: str = "lower it, or set warmup_epochs or clip_grad"):
         self.last, self.advice, self._saved = last, advice, None
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         networks = [pl_module, *(c.average_network for c in trainer.callbacks if isinstance(c, MovingAverage))]
         weights = [tensor for network in networks for tensor in _weights(network)]
-        wrong = ~get_total_norm(weights, math.inf).isfinite()  # the largest of them: a sum of squares might overflow
+        wrong = ~get_total_norm(weights, math.inf).isfinite()  # the largest weight: a sum of squares could overflow
         if trainer.world_size > 1:
             wrong = wrong.to(trainer.strategy.root_device, torch.int)
             dist.all_reduce(wrong, dist.ReduceOp.MAX)
@@ -147,22 +155,23 @@ class FiniteWeights(pl.Callback):
 
     def _kept(self, trainer: pl.Trainer) -> str:
         if self._saved is not None:
-            return f"the checkpoint before, {self.last}, is of {self._saved}"
+            return f"the previous checkpoint, {self.last}, is of {self._saved}"
         if trainer.ckpt_path is not None:
-            return f"the checkpoint before is the one that this run went on from, {trainer.ckpt_path}"
-        return "there is no checkpoint before, so start anew"
+            return f"the previous checkpoint is the one that this run was resumed from, {trainer.ckpt_path}"
+        return "there is no previous checkpoint, so start again"
 
 
 def _weights(network: nn.Module) -> list[Tensor]:
-    """Parameters and running statistics with elements; other buffers may be infinite, as masks are."""
+    """Return non-empty parameters and running statistics; other buffers may be infinite, as masks are."""
     buffers = (b for name, b in network.named_buffers() if name.rpartition(".")[2].startswith("running_"))
     return [tensor.detach() for tensor in itertools.chain(network.parameters(), buffers) if tensor.numel()]
 
 
 class EpochMeans(pl.Callback):
-    """What a module logs as a mean over the epoch goes on being counted where a run goes on within an epoch.
+    """Save the sums of logged epoch means, so that a run resumed within an epoch continues them.
 
-    Each process has its own sums; in another number of processes, the first one goes on with all of them.
+    Lightning drops them, and bit-exact resuming needs them. Each process has its own sums; if the number of processes
+    has changed, rank 0 continues the sums of all.
     """
 
     def __init__(self):
@@ -170,10 +179,10 @@ class EpochMeans(pl.Callback):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         sums = {}
-        if not trainer.is_last_batch:  # of an epoch that is done, nothing is to go on
+        if not trainer.is_last_batch:  # a completed epoch leaves nothing to continue
             logged = trainer.fit_loop.epoch_loop._results.items()
             sums = {name: (m.value.cpu(), m.cumulated_batch_size.cpu()) for name, m in logged if _is_mean(m)}
-        checkpoint["epoch_means"] = gathered(sums)
+        checkpoint["epoch_means"] = gather_to_rank_zero(sums)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         saved = checkpoint.get("epoch_means", [])
@@ -187,7 +196,7 @@ class EpochMeans(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         if not self._before:
             return
-        # By now the first batch is counted, and adding the sum of those before it to it is what was added to that sum.
+        # The first batch is counted by now. Adding the earlier sum to it rounds as adding it to the earlier sum did.
         logged = trainer.fit_loop.epoch_loop._results
         for name in self._before.keys() & logged.keys():
             value, samples = self._before.pop(name)
@@ -204,24 +213,24 @@ def _is_mean(metric) -> bool:
 
 
 class LostProcess(pl.Callback):
-    """Say in a sentence that another process of the run is gone, where PyTorch speaks of sockets.
+    """Replace PyTorch's socket errors by a message that another process of the run is gone.
 
-    It raises at once, ahead of Lightning's own ending, which would give SIGTERM back its default: `torchrun` sends that
-    as soon as it sees a process gone, and nothing would be said at all.
+    It raises at once, before Lightning restores the default handler of SIGTERM: `torchrun` sends SIGTERM as soon as a
+    process exits, which would end this one without a message.
 
     Raises:
-        ProcessLost: talking to another process has failed.
+        ProcessLost: communication with another process failed.
     """
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        raise_where_lost(exception, advice="; the last checkpoint is whole, for resume")
+        raise_if_process_lost(exception, advice="; the last checkpoint is intact: resume from it")
 
 
 class BatchNormSync(pl.Callback):
-    """Before each validation, give all processes the same running statistics of batch norm, as timm's --dist-bn does.
+    """Synchronise the running statistics of batch norm before each validation, as timm's --dist-bn does.
 
     Args:
-        how: "reduce" averages over the processes, "broadcast" takes those of the first.
+        how: "reduce" averages them over the processes, and "broadcast" copies those of rank 0.
     """
 
     def __init__(self, how: str):
@@ -231,7 +240,7 @@ class BatchNormSync(pl.Callback):
         self._sync(pl_module)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._sync(pl_module)  # by now the averaged weights are in place, where there are any
+        self._sync(pl_module)  # the averaged weights, if any, are in place by now
 
     @torch.no_grad()
     def _sync(self, pl_module: pl.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""A training run from start to end, or from a checkpoint to the end."""
+"""A training run, from its start or resumed from a checkpoint."""
 
 import contextlib
 import functools
@@ -20,21 +20,20 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from fastroute.training.callbacks import EpochProgress, EpochSummary, Patience, RouterDiagnostics, StepLog
-from fastroute.training.checkpoints import (
-    LAST,
+from fastroute.training.checkpoints import LAST, check_resume
+from fastroute.training.classifier import RoutingClassifier
+from fastroute.training.distributed import broadcast_from_rank_zero, is_main, world_size
+from fastroute.training.graphs import check_recording
+from fastroute.training.loggers import make_loggers
+from fastroute.training.optim import check_warmup
+from fastroute.training.run_folder import new_folder, run_folder
+from fastroute.training.saving import (
     AtomicCheckpointIO,
     BestCheckpoint,
     CheckpointHistory,
     LastCheckpoint,
     RecoveryCheckpoint,
-    check_resume,
 )
-from fastroute.training.classifier import RoutingClassifier
-from fastroute.training.distributed import agreed, is_main, world_size
-from fastroute.training.graphs import check_recording
-from fastroute.training.loggers import make_loggers
-from fastroute.training.optim import check_warmup
-from fastroute.training.run_folder import new_folder, run_folder
 from fastroute.training.steps import (
     BatchNormSync,
     EpochMeans,
@@ -48,7 +47,7 @@ from fastroute.training.steps import (
 PRECISIONS = {None: "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 DIST_BN = ("reduce", "broadcast", "")
 EVAL_METRICS = {"top1": "error", "top5": "error5", "loss": "loss"}
-"""As timm names them, and as columns of the summary after `val_`."""
+"""Metrics by timm's names, and the columns of the summary that follow `val_`."""
 
 
 def fit(
@@ -80,63 +79,63 @@ def fit(
     fast_dev_run: bool = False,
     console: Console | None = None,
 ) -> list[dict]:
-    """Train, and write into `output`.
+    """Train a module, and write checkpoints and tables into a folder.
 
-    `last.ckpt`, `previous.ckpt` (the one before it) and `best.ckpt` (of the lowest validation error), `summary.csv`,
-    `routers.csv` for a network with routers, and what the loggers write. Started by `torchrun`, the processes train
-    together (DistributedDataParallel).
+    The files are `last.ckpt`; `previous.ckpt`, the one before it; `best.ckpt`, of the lowest validation error;
+    `summary.csv`; `routers.csv` for a network with routers; and those of the loggers. Processes that `torchrun` started
+    train together (DistributedDataParallel).
 
     Args:
-        module: what to train; its weights change, and it stays on the device.
-        data: its images: an `ImageDataModule` or another data module; or batches of images (N, C, H, W) and labels
-            (N,), such as a `DataLoader`, with which a run that goes on within an epoch may see other batches.
-        val_data: where `data` is no data module: batches to validate on. Without any, `best.ckpt` is of the lowest
+        module: the module to train; its weights change, and it stays on the device.
+        data: an `ImageDataModule` or another data module; or batches of images (N, C, H, W) and labels (N,), such as a
+            `DataLoader`. A run resumed within an epoch of a `DataLoader` may see other batches.
+        val_data: batches to validate on, unless `data` is a data module. Without any, `best.ckpt` is of the lowest
             training error.
-        epochs: how many in all, with those before a checkpoint.
-        output: the folder to write into, made if it is missing. A run there before is overwritten. None is a new folder
-            in "runs", by the time and the network.
-        seed: of what the network draws in training; that of the data is the data module's.
-        amp_dtype: autocast to "bfloat16" or, on a GPU, "float16"; None computes in float32.
-        precision: instead of amp_dtype, as Lightning has it, such as "bf16-true".
-        grad_accum_steps: batches for each step of the optimiser, whose gradients are averaged.
+        epochs: of the whole run, including those of the checkpoint to resume.
+        output: the folder to write into, made if it is missing. A run in it is overwritten. None is a new folder in
+            "runs", named by the time and the network.
+        seed: of the network's random draws in training; the data module has its own seed.
+        amp_dtype: the autocast type, "bfloat16" or, on a GPU, "float16"; None computes in float32.
+        precision: Lightning's, such as "bf16-true", instead of `amp_dtype`.
+        grad_accum_steps: batches of each optimiser step, whose gradients are averaged.
         clip_grad: the largest norm of the gradient; None does not clip.
-        model_ema_decay: of a moving average of the weights and of batch norm's statistics, which is then what is
-            validated and what `module` holds in the end; None keeps no average.
-        sync_bn: whether batch norm takes its statistics over all processes; on GPUs alone.
-        dist_bn: before validation, the running statistics are averaged over the processes ("reduce"), taken from the
-            first ("broadcast"), or left as they are ("").
-        deterministic: whether to use deterministic algorithms alone.
-        resume: the checkpoint to go on from, with its optimiser, schedule and place, within an epoch too. Where it lies
-            in `output`, moved or renamed as that may be, `best.ckpt` stays until an epoch is better. Another folder has
-            no `best.ckpt` of this run yet: the best of it is that of the epochs trained there.
-        recovery_interval: optimiser steps between checkpoints within an epoch; None writes one at its end alone.
+        model_ema_decay: the decay of a moving average of weights and batch norm's statistics. The average is validated,
+            and `module` holds it at the end. None keeps no average.
+        sync_bn: whether batch norm takes its statistics over all processes; on GPUs only.
+        dist_bn: how to synchronise running statistics before validation: "reduce" averages them over the processes,
+            "broadcast" copies those of rank 0, and "" leaves them.
+        deterministic: whether to use deterministic algorithms only.
+        resume: the checkpoint to resume from, also within an epoch, with its optimiser and schedule. If it lies in
+            `output`, which may have been moved or renamed, `best.ckpt` is kept until an epoch is better. In another
+            folder, the best epoch is that of the epochs trained there.
+        recovery_interval: optimiser steps between checkpoints within an epoch; None saves at its end only.
         log_interval: steps between readings of the loss.
-        callbacks: Lightning's or your own, after those of this function.
-        logger: what gets loss, learning rate, images/s, errors, gates and hyperparameters: names of `LOGGERS`, such as
+        callbacks: Lightning's or your own, which run after those of this function.
+        logger: receives loss, learning rate, images/s, errors, gates and hyperparameters: names of `LOGGERS`, such as
             "csv,tensorboard", or Lightning's loggers; see `make_loggers`.
-        eval_metric: by what `best.ckpt` is the best: "top1", "top5" or "loss".
-        checkpoint_hist: how many of the best epochs also stay as `epoch12.ckpt`; None keeps none.
-        patience: epochs without a better one, by eval_metric, after which the run stops; None goes on to the end.
-        accelerator: "auto", "cpu" or "gpu", as Lightning has it. Each process uses one device.
+        eval_metric: the metric of the best epoch: "top1", "top5" or "loss".
+        checkpoint_hist: the number of best epochs to keep as `epoch12.ckpt`; None keeps none.
+        patience: the number of epochs without a better one, by `eval_metric`, after which the run stops; None never
+            stops early.
+        accelerator: Lightning's "auto", "cpu" or "gpu". Each process uses one device.
         devices: 1, or a list of the one GPU to use, such as [1]; `torchrun` starts a process for each of several.
-        fast_dev_run: whether to run one batch of training and of validation alone, and write nothing, as Lightning's.
-        console: where progress is shown.
+        fast_dev_run: whether to run only one batch of training and validation, and write nothing, as Lightning does.
+        console: to show progress on; None is the standard output.
 
     Returns:
-        one dict for each epoch, as in `summary.csv`.
+        a dict for each epoch, as in `summary.csv`.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: an argument is out of range, the checkpoint is damaged, of another network or finished already,
-            there is no such accelerator, or `module` is to record its steps where they cannot be; see
-            `check_recording`.
-        NotRecordable: a step turned out to be such.
+        ValueError: an argument is out of range; the checkpoint is damaged, of another network or has completed all
+            epochs; there is no such accelerator; or the steps cannot be recorded, see `check_recording`.
+        NotRecordable: a step cannot be recorded, as it turned out in the recording.
         FolderInUse: another run writes into `output`.
-        FloatingPointError: the loss or a weight is NaN or infinite; the checkpoints from before stay.
-        OSError: a file cannot be written; the last whole checkpoint stays.
+        FloatingPointError: the loss or a weight is NaN or infinite; earlier checkpoints are intact.
+        OSError: a file cannot be written; the previous checkpoint is intact.
         ProcessLost: another process of the run is gone.
         ModuleNotFoundError: the package of a logger is not installed.
-        Terminated: SIGTERM or Ctrl-C came, and `last.ckpt` is written.
+        Terminated: SIGTERM or Ctrl-C was received, and `last.ckpt` is written.
     """
     counts = {
         "epochs": epochs,
@@ -193,7 +192,9 @@ def fit(
 
     if output is None:
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{module.hparams.model}"
-        output = agreed(new_folder(Path("runs", name)) if is_main() and not fast_dev_run else Path("runs", name))
+        output = broadcast_from_rank_zero(
+            new_folder(Path("runs", name)) if is_main() and not fast_dev_run else Path("runs", name)
+        )
     output, processes = Path(output), world_size()
     metric = f"val_{EVAL_METRICS[eval_metric]}" if validated else f"train_{EVAL_METRICS[eval_metric]}"
     console, summary = console or Console(), EpochSummary(output / "summary.csv")
@@ -226,7 +227,7 @@ def fit(
     ]
     if checkpoint_hist is not None:
         writing.append(CheckpointHistory(output / LAST, lambda: summary.rows, metric, checkpoint_hist))
-    with contextlib.nullcontext() if fast_dev_run else run_folder(output), quiet(), on_the_cpu_by_default():
+    with contextlib.nullcontext() if fast_dev_run else run_folder(output), silence_lightning(), default_device_cpu():
         trainer = pl.Trainer(
             accelerator=accelerator,
             **_processes(processes, devices),
@@ -258,27 +259,35 @@ def fit(
 
 
 def check_amp(amp_dtype: str | None, device_type: str) -> None:
-    """Raise for a type that steps cannot be computed in on a device."""
+    """Check that a device type supports an autocast type.
+
+    Args:
+        amp_dtype: "bfloat16", "float16" or None.
+        device_type: "cpu" or "cuda".
+
+    Raises:
+        ValueError: `amp_dtype` is "float16" on a CPU.
+    """
     if amp_dtype == "float16" and device_type == "cpu":
-        raise ValueError("amp_dtype is 'float16'; on a CPU it must be 'bfloat16', or no --amp at all")
+        raise ValueError("amp_dtype is 'float16'; on a CPU it must be 'bfloat16', or leave out --amp")
 
 
 def _processes(count: int, devices: int | Sequence[int] = 1) -> dict:
-    """Lightning's arguments for the processes that `torchrun` started, or for this one alone."""
+    """Return Lightning's arguments for the processes that `torchrun` started, or for this one alone."""
     if count == 1:
         return {"devices": devices}
     here = int(os.environ["LOCAL_WORLD_SIZE"])
-    # Buffers are not broadcast at every step: batch norm's are what BatchNormSync says, and validation, in which
-    # processes may have different numbers of images, then needs no talk between them.
+    # Buffers are not broadcast at every step: BatchNormSync synchronises batch norm's, and validation, in which
+    # processes may have different numbers of images, then needs no communication.
     strategy = OrderedDDP(broadcast_buffers=False, gradient_as_bucket_view=True)
     return {"devices": here, "num_nodes": count // here, "strategy": strategy}
 
 
 class OrderedDDP(DDPStrategy):
-    """Lightning's DistributedDataParallel; on CPUs, processes add each gradient in the order of their ranks.
+    """Lightning's DistributedDataParallel, with gradients summed in the order of the ranks on CPUs.
 
-    Gloo's order depends on where a gradient lies among the others, which DistributedDataParallel changes after the
-    first step: with three processes or more, a resumed run would not end bit for bit as one that was never stopped.
+    Bit-exact resuming with three or more processes needs this: Gloo's order depends on the position of a gradient in
+    its bucket, and DistributedDataParallel forms new buckets after the first step.
     """
 
     def configure_ddp(self) -> None:
@@ -288,7 +297,17 @@ class OrderedDDP(DDPStrategy):
 
 
 def mean_in_rank_order(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Each process adds its share of the gradients, as many bytes as `all_reduce` sends."""
+    """Average the gradients of all processes in the order of their ranks, a share in each process.
+
+    It sends as many bytes as `all_reduce`.
+
+    Args:
+        _: the state of the hook, unused.
+        bucket: of gradients.
+
+    Returns:
+        a future of the mean.
+    """
     count, gradients = dist.get_world_size(), bucket.buffer()
     given = F.pad(gradients, (0, -len(gradients) % count))
     parts = torch.empty_like(given)
@@ -300,15 +319,15 @@ def mean_in_rank_order(_: None, bucket: dist.GradBucket) -> torch.futures.Future
     return mean
 
 
-def on_the_cpu_by_default() -> contextlib.AbstractContextManager:
-    """Have `torch.set_default_device` be without effect in the block: orders and draws are made on the CPU."""
-    # Where it is the default already, the block would only cost time at every call of PyTorch.
+def default_device_cpu() -> contextlib.AbstractContextManager:
+    """Return a context without a default device other than the CPU: orders and random draws are made there."""
+    # If the CPU is the default already, a device context would only slow every call of PyTorch down.
     return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep back Lightning's remarks on devices, workers and products."""
+def silence_lightning() -> Iterator[None]:
+    """Silence Lightning's messages about devices, workers and products in the block."""
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "torch.utils.tensorboard")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -316,7 +335,7 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric")
-            # A 1×1 convolution's gradient has strides of either memory format; DDP remarks on the choice.
+            # The strides of a 1×1 convolution's gradient fit both memory formats; DDP warns about the choice.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             yield
     finally:

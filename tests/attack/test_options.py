@@ -83,7 +83,7 @@ def _answer(reader: int, child: int) -> tuple[int, str, str | None]:
 def check(answer, *statuses) -> None:
     status, output, through = answer
     assert through is None and status in (statuses or (0, 1, 2)), (status, through, output)
-    assert "Traceback" not in output and "fault of fastroute" not in output, output
+    assert "Traceback" not in output and "bug of fastroute" not in output, output
     assert status == 0 or "rror" in output, output
 
 

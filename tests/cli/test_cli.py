@@ -1,4 +1,6 @@
 import csv
+import dataclasses
+import inspect
 import io
 import json
 import os
@@ -20,8 +22,11 @@ from typer.testing import CliRunner
 import fastroute
 from fastroute import _files
 from fastroute.cli import COMMANDS, app
-from fastroute.cli.outside import standard_output
-from fastroute.cli.trained import this_device
+from fastroute.cli.errors import standard_output
+from fastroute.cli.train_options import TrainOptions
+from fastroute.cli.trained import default_device
+from fastroute.training import ImageDataModule, RoutingClassifier, fit
+from fastroute.training.optim import parameter_groups, scheduler
 from fastroute.training.recipes import recipes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -35,7 +40,7 @@ def python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
 
 
-def test_trains_on_digits_and_goes_on_from_a_checkpoint(tmp_path):
+def test_trains_on_digits_and_resumes_from_a_checkpoint(tmp_path):
     common = ("train", "resnet20_cc2", "-b", 256, "--decay-milestones", "1,2", "--output", tmp_path)
     result = run(*common, "--epochs", 1, "--experiment", "run")
     assert result.exit_code == 0, result.output
@@ -55,8 +60,8 @@ def test_trains_on_digits_and_goes_on_from_a_checkpoint(tmp_path):
     assert ensemble(torch.randn(2, 1, 8, 8)).shape == (2, 10)
 
 
-def test_a_process_of_its_own_trains_a_routed_network(tmp_path):
-    """A command imports less than `import fastroute` does: the kernels must be registered all the same."""
+def test_trains_a_routed_network_in_a_new_process(tmp_path):
+    """A command imports less than `import fastroute`, and must register the kernels all the same."""
     arguments = ("train", "resnet20_cc2", "-b", "1437", "--epochs", "1", "--output", str(tmp_path))
     done = subprocess.run(
         [sys.executable, "-m", "fastroute", *arguments], capture_output=True, text=True, cwd=REPOSITORY
@@ -64,7 +69,7 @@ def test_a_process_of_its_own_trains_a_routed_network(tmp_path):
     assert done.returncode == 0 and "epoch 1/1" in done.stdout, done.stdout + done.stderr
 
 
-def test_config_file_sets_defaults_and_flags_win(tmp_path):
+def test_reads_defaults_from_a_file_which_flags_override(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("epochs: 1\nlr: 0.05\nbatch-size: 512\nsched: onecycle\nchannels_last: true\n")
     result = run("train", "resnet20", "-c", config, "--lr", 0.02, "--output", tmp_path, "--experiment", "run", "--amp")
@@ -82,16 +87,16 @@ def test_config_file_sets_defaults_and_flags_win(tmp_path):
     assert result.exit_code == 2 and "there is no option 'zzzzzz'" in result.output, result.output
     config.write_text("lr: true")
     result = run("train", "resnet20", "-c", config)
-    assert result.exit_code == 2 and "lr is True, and it must be no yes or no" in result.output
+    assert result.exit_code == 2 and "lr is True; expected a value, got a boolean" in result.output
     config.write_text("- 1")
-    assert "it must hold one `name: value` for each option" in run("train", "resnet20", "-c", config).output
+    assert "expected a `name: value` pair for each option" in run("train", "resnet20", "-c", config).output
     assert "there is no such file" in run("train", "resnet20", "-c", tmp_path / "none.yaml").output
     config.write_text("a: [1")
     assert "it is not a YAML file" in run("train", "resnet20", "-c", config).output
     assert "did you mean cifar10_resnet20" in run("train", "-c", "cifar_resnet20").output
 
 
-def test_a_run_s_arguments_are_a_config_file(tmp_path):
+def test_accepts_args_yaml_of_a_run_as_config(tmp_path):
     first = ("train", "resnet20", "-b", 512, "--epochs", 1, "--sched", "step", "--decay-epochs", 3, "--smoothing", 0.1)
     assert run(*first, "--output", tmp_path, "--experiment", "first").exit_code == 0
     again = run("train", "-c", tmp_path / "first" / "args.yaml", "--experiment", "second")
@@ -102,7 +107,7 @@ def test_a_run_s_arguments_are_a_config_file(tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_a_recipe_is_named_and_flags_win(tmp_path):
+def test_reads_a_recipe_which_flags_override(tmp_path):
     result = run(
         *("train", "-c", "cifar10_resnet20_cc2_short", "--dataset", "digits", "--epochs", 1, "-b", 512),
         *("--no-amp", "--first-classes", 3, "--output", tmp_path, "--experiment", "run"),
@@ -112,8 +117,29 @@ def test_a_recipe_is_named_and_flags_win(tmp_path):
     expected = {"model": "resnet20_cc2", "dataset": "digits", "epochs": 1, "sched": "onecycle", "amp": False}
     assert expected.items() <= arguments.items()
     assert torch.load(tmp_path / "run" / "last.ckpt")["hyper_parameters"]["num_classes"] == 3
-    result = run("validate", tmp_path / "run" / "last.ckpt")  # on images of the three classes, without being told
+    result = run("validate", tmp_path / "run" / "last.ckpt")  # on images of the three classes, by default
     assert result.exit_code == 0 and "107" in result.output, result.output
+
+
+@pytest.mark.parametrize(
+    ("function", "others"),
+    [
+        (RoutingClassifier, {"model"}),
+        (ImageDataModule, {"seed"}),
+        (fit, {"amp_dtype", "model_ema_decay", "output", "seed"}),  # None turns them off, or names a new folder
+        (parameter_groups, set()),
+        (scheduler, set()),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_train_has_the_defaults_of_the_functions_it_calls(function, others):
+    parameters = inspect.signature(function).parameters.values()
+    required = {parameter.name for parameter in parameters if parameter.default is inspect.Parameter.empty}
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    options = {field.name: field.default for field in dataclasses.fields(TrainOptions)}
+    shared = (defaults.keys() & options.keys()) - others - required - {"num_classes", "in_chans", "img_size"}
+    assert len(shared) > 4
+    assert {name: options[name] for name in shared} == {name: defaults[name] for name in shared}
 
 
 def test_every_recipe_holds_options_of_its_command():
@@ -133,9 +159,9 @@ def test_recipes_are_listed_with_what_the_thesis_reports():
     assert result.exit_code == 2 and "pattern is 'resnet*'; there is no such recipe" in result.output
 
 
-def test_resume_auto_starts_goes_on_and_is_done(tmp_path):
+def test_resume_auto_starts_resumes_and_finishes(tmp_path):
     common = ("train", "resnet20", "-b", 512, "--sched", "step", "--output", tmp_path, "--resume", "auto")
-    assert "resume is 'auto'; it needs the run's name as --experiment" in run(*common, "--epochs", 1).output
+    assert "resume is 'auto'; name the run by --experiment" in run(*common, "--epochs", 1).output
     for epochs, shown in ((1, "epoch 1/1"), (2, "epoch 2/2"), (2, "all 2 epochs are done")):
         result = run(*common, "--epochs", epochs, "--experiment", "run")
         assert result.exit_code == 0 and shown in result.output, result.output
@@ -166,7 +192,7 @@ def test_starts_from_weights(tmp_path):
         torch.testing.assert_close(trained[f"model.{name}"], value)
 
 
-def test_a_diverging_run_ends_in_a_sentence(tmp_path):
+def test_reports_a_diverging_run_in_one_line(tmp_path):
     result = run(
         "train", "resnet20", "-b", 512, "--lr", 1e30, "--epochs", 3, "--output", tmp_path, "--experiment", "run"
     )
@@ -174,20 +200,20 @@ def test_a_diverging_run_ends_in_a_sentence(tmp_path):
     assert re.search(r"error: the loss is (nan|inf) at epoch \d, step \d, with learning rate 1e\+30", result.output)
 
 
-def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_later(tmp_path, monkeypatch):
+def test_reports_a_full_disk_in_one_line_and_resumes_later(tmp_path, monkeypatch):
     common = ("train", "resnet20", "-b", 512, "--sched", "step", "--output", tmp_path, "--experiment", "run")
     assert run(*common, "--epochs", 1).exit_code == 0
     (tmp_path / "run" / "full").symlink_to("/dev/full")
     with monkeypatch.context() as patch:
         patch.setattr(_files, "_temporary", lambda path: path.with_name("full" if path.suffix == ".ckpt" else "other"))
         result = run(*common, "--epochs", 2, "--resume", "auto")
-    assert result.exit_code == 1 and "last.ckpt cannot be written, the one before is whole" in result.output
+    assert result.exit_code == 1 and "last.ckpt cannot be written, the previous checkpoint is intact" in result.output
     assert "No space left on device" in result.output and "Traceback" not in result.output
     result = run(*common, "--epochs", 2, "--resume", "auto")
     assert result.exit_code == 0 and "epoch 2/2" in result.output
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+def test_saves_at_ctrl_c_and_prints_how_to_resume(tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
     common = ("train", "resnet20", "-b", "64", "--first-classes", "4", "--sched", "step", "--output", tmp_path)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -216,13 +242,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert result.exit_code == 0 and "epoch 3/3" in result.output, result.output
 
 
-def test_a_finished_run_is_overwritten_on_request_alone(tmp_path):
+def test_overwrites_a_finished_run_only_on_request(tmp_path):
     common = ("-b", 2000, "--first-classes", 2, "--sched", "step", "--output", tmp_path, "--experiment", "lr0.1[bn]")
     train = ("train", "resnet20", *common)
     first = run(*train, "--epochs", 1)
     assert first.exit_code == 0 and str(tmp_path / "lr0.1[bn]") in first.output
     again = run(*train, "--epochs", 1)
-    assert again.exit_code == 2 and "a finished run of 1 epochs is there" in again.output
+    assert again.exit_code == 2 and "it has a finished run of 1 epoch:" in again.output
     assert "lr0.1[bn]" in again.output and "--overwrite" in again.output
     assert run(*train, "--epochs", 1, "--overwrite").exit_code == 0
     assert run(*train, "--epochs", 2, "--resume", "auto").exit_code == 0
@@ -271,7 +297,7 @@ def test_validates_a_checkpoint_and_a_folder_of_them(tmp_path):
     result = run("validate", tmp_path / "run" / "last.ckpt", "--gates", "--results-file", file)
     (counted,) = json.loads(file.read_text())
     assert "never above 0.5" in result.output and counted["error"] == pytest.approx(float(row["val_error"]))
-    # Routers of one path to two, of two to two, and to one, whose gates are none; each other has its counterpart.
+    # Routers from one path to two and from two to two; a gate and its counterpart are skewed in opposite ways.
     assert counted["gates"] == 14 and 0 <= counted["never_above"] == counted["never_below"] <= 7
 
 
@@ -280,7 +306,7 @@ def test_validates_a_checkpoint_and_a_folder_of_them(tmp_path):
     [
         ((), "checkpoint is missing; name one, or a network with --model for fresh weights"),
         (("/nowhere.ckpt",), "checkpoint is /nowhere.ckpt; there is no such file"),
-        (("--model", "resnet20"), "dataset is missing; the checkpoint does not say on what it was trained"),
+        (("--model", "resnet20"), "dataset is missing, and the checkpoint does not say which one it was trained on"),
         (("--model", "resnet20", "--dataset", "digits", "--ten-crop"), "ten_crop is True; it is for imagefolder"),
         (("--model", "vgg16", "--dataset", "digits", "--img-size", 32, "--gates"), "gates is True, but vgg16 has no"),
         (("--model", "resnet20", "--dataset", "imagefolder"), "data_dir is None; the dataset 'imagefolder' needs one"),
@@ -291,7 +317,7 @@ def test_validates_a_checkpoint_and_a_folder_of_them(tmp_path):
         (("--model", "resnet20", "--dataset", "digits", "--results-file", "r.txt"), "it must end in .csv or .json"),
         (
             ("--model", "resnet20", "--dataset", "digits", "--results-file", "/nowhere/r.csv"),
-            "its folder must be there",
+            "there is no such folder: make it first",
         ),
     ],
 )
@@ -300,12 +326,12 @@ def test_validate_with_wrong_arguments(arguments, message):
     assert result.exit_code == 2 and message in result.output, result.output
 
 
-def test_fresh_weights_are_made_for_the_images_in_memory():
+def test_validates_fresh_weights_on_images_in_memory():
     result = run("validate", "--model", "base_cnn", "--dataset", "digits")
     assert result.exit_code == 0 and "360" in result.output, result.output
 
 
-def test_compile_modes_and_recorded_steps_that_cannot_be_are_refused_before_the_images_are_read(tmp_path, monkeypatch):
+def test_refuses_impossible_compile_modes_and_recordings_before_reading_images(tmp_path, monkeypatch):
     arguments = ("train", "resnet20", "--dataset", "imagefolder", "--data-dir", tmp_path / "none")
     result = run(*arguments, "--compile-mode", "max-autotune")
     assert result.exit_code == 2 and "compile_mode is 'max-autotune', but compile is False" in result.output
@@ -326,7 +352,7 @@ def test_compile_modes_and_recorded_steps_that_cannot_be_are_refused_before_the_
         assert message in result.output, result.output
 
 
-def test_a_recipe_can_record_steps_and_name_a_mode(tmp_path):
+def test_reads_cuda_graphs_and_compile_mode_from_a_file(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("cuda_graphs: true\ncompile: true\ncompile-mode: max-autotune\n")
     result = run("train", "resnet20", "-c", config)
@@ -339,7 +365,7 @@ def test_a_recipe_can_record_steps_and_name_a_mode(tmp_path):
     assert arguments["cuda_graphs"] is False and arguments["compile_mode"] is None
 
 
-def test_gpus_that_are_not_there_are_named_in_a_sentence(monkeypatch):
+def test_reports_missing_gpus_in_one_line(monkeypatch):
     for device, message in (
         ("nonsense", "device is 'nonsense'; it must be cpu, cuda, or such as cuda:1"),
         ("mps", "device is 'mps'; it must be cpu, cuda, or such as cuda:1"),
@@ -354,13 +380,13 @@ def test_gpus_that_are_not_there_are_named_in_a_sentence(monkeypatch):
     assert result.exit_code == 2 and "torchrun started 4 processes on a machine with 1 GPU; start one" in result.output
 
 
-def test_checkpoints_are_taken_to_the_gpu_of_the_process(monkeypatch):
+def test_moves_checkpoints_to_the_gpu_of_the_process(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert this_device() == torch.device("cuda", 1)
+    assert default_device() == torch.device("cuda", 1)
 
 
-def test_a_folder_without_checkpoints_and_another_data_set_are_refused(tmp_path):
+def test_refuses_a_folder_without_checkpoints_and_other_data(tmp_path):
     assert "there is no .ckpt in this folder" in run("validate", tmp_path).output
     assert (
         run("train", "resnet20", "-b", 512, "--epochs", 1, "--output", tmp_path, "--experiment", "run").exit_code == 0
@@ -445,7 +471,7 @@ def test_models_lists_parameters_and_macs_beside_the_thesis():
         (("resnet20", "--first-classes", 11), "first_classes is 11; it must be 1 to 10"),
         (("resnet20", "--aa", "fast"), "aa is 'fast'; it must be one of"),
         (("resnet20", "--reprob", 2), "reprob is 2.0; it must be between 0 and 1"),
-        (("resnet20", "--scale", "0.5"), "scale is 0.5; it must be two numbers above 0"),
+        (("resnet20", "--scale", "0.5"), "scale is 0.5; expected two numbers above 0"),
         (("resnet20", "--sync-bn"), "sync_bn is True; PyTorch's synchronised batch norm needs GPUs"),
         (("resnet20", "--clip-grad", 0), "--clip-grad"),
         (("resnet20", "--model-ema-decay", 1), "--model-ema-decay"),
@@ -456,11 +482,11 @@ def test_models_lists_parameters_and_macs_beside_the_thesis():
         (("resnet20", "--device", "cuda:99"), "device is 'cuda:99'; this machine has"),
         (("resnet20", "--device", "cpu", "--amp", "--amp-dtype", "float16"), "amp_dtype is 'float16'; on a CPU it"),
         (("resnet20", "--epochs", 1, "--warmup-epochs", 2), "warmup_epochs is 2; it must be at most epochs, 1"),
-        (("resnet20", "--log", "csv,board"), "log is 'board'; it must be of csv, tensorboard, wandb, mlflow"),
+        (("resnet20", "--log", "csv,board"), "log is 'board'; expected names out of csv, tensorboard, wandb, mlflow"),
         (("resnet20", "--min-lr", 1), "min_lr is 1.0; it must be from 0 to lr, 0.1"),
     ],
 )
-def test_wrong_arguments_end_in_a_sentence(arguments, message, tmp_path):
+def test_reports_wrong_arguments_in_one_line(arguments, message, tmp_path):
     result = run("train", *arguments, "--output", tmp_path)
     assert result.exit_code == 2 and message in result.output, result.output
     assert "Traceback" not in result.output and not list(tmp_path.iterdir())
@@ -503,6 +529,17 @@ def test_help_needs_no_torch_and_says_what_commands_do():
         assert name in done.output and line.split(";")[0] in " ".join(done.output.replace("│", " ").split())
         command = get_command(app).commands[name]
         assert name == "bench" or command.help.partition("\n\n")[0] == line, name
+    code = (
+        "import sys; sys.argv[0] = 'fastroute'\n"
+        "from fastroute.cli import COMMANDS, app\n"
+        "from typer.testing import CliRunner\n"
+        "for name in COMMANDS:\n"
+        "    result = CliRunner().invoke(app, [name, '--help'])\n"
+        "    assert result.exit_code == 0 and name in result.output, result.output\n"
+        "    assert not {'torch', 'numpy'} & set(sys.modules), name"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
     code = "import sys; sys.argv[0] = 'fastroute'; import fastroute; print(fastroute.nn.Router, fastroute.multipath)"
     assert "Router" in python(code).stdout
     code = "import fastroute, torch; print(torch.ops.fastroute.mix)"
@@ -560,7 +597,7 @@ def test_a_missing_package_names_the_extra(package, module, extra):
         (OverflowError("int too big to convert"), "a number or size is too large to compute with: int too big"),
     ],
 )
-def test_errors_of_the_outside_are_sentences_and_debug_shows_where(error, sentence, monkeypatch):
+def test_reports_external_errors_in_one_line_and_tracebacks_with_debug(error, sentence, monkeypatch):
     def fail(*_):
         raise error
 
@@ -573,7 +610,7 @@ def test_errors_of_the_outside_are_sentences_and_debug_shows_where(error, senten
         assert result.exit_code == 1 and "Traceback" in result.output and sentence.split(":")[0] in result.output
 
 
-def test_ctrl_c_has_its_status_and_a_fault_its_traceback(monkeypatch):
+def test_reports_ctrl_c_by_its_status_and_a_bug_by_its_traceback(monkeypatch):
     def fail(error):
         monkeypatch.setattr("fastroute.cli.recipes.fnmatchcase", lambda *_: (_ for _ in ()).throw(error))
         return run("recipes")
@@ -586,7 +623,7 @@ def test_ctrl_c_has_its_status_and_a_fault_its_traceback(monkeypatch):
 
 @pytest.mark.parametrize("as_module", [True, False], ids=["python -m fastroute", "fastroute"])
 @pytest.mark.parametrize("imported", ["typer", "torch"])
-def test_ctrl_c_during_imports_ends_in_a_line(tmp_path, imported, as_module):
+def test_reports_ctrl_c_during_imports_in_one_line(tmp_path, imported, as_module):
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
         "class Finder:\n"
@@ -606,7 +643,7 @@ def test_ctrl_c_during_imports_ends_in_a_line(tmp_path, imported, as_module):
     assert done.stderr.startswith("error: stopped by Ctrl-C") and done.stderr.count("\n") == 1
 
 
-def test_sizes_are_weighed_before_they_are_taken(tmp_path):
+def test_checks_sizes_before_allocating_memory(tmp_path):
     common = ("train", "resnet20", "--output", tmp_path)
     result = run(*common, "--img-size", 100_000)
     assert result.exit_code == 2 and "img_size is 100000" in result.output and "at most 9,459" in result.output
@@ -620,7 +657,7 @@ def test_sizes_are_weighed_before_they_are_taken(tmp_path):
 
 @pytest.mark.parametrize("option", ["lr", "mixup", "weight-decay", "gate-wd", "scale", "crop-pct"])
 @pytest.mark.parametrize("value", ["nan", "inf", "1e308"])
-def test_numbers_are_finite(option, value):
+def test_refuses_non_finite_numbers(option, value):
     value = f"{value},{value}" if option == "scale" else value
     result = run("train", "resnet20", f"--{option}", value)
     assert result.exit_code == 2 and "Traceback" not in result.output, result.output
@@ -634,22 +671,22 @@ def test_numbers_are_finite(option, value):
         ("# " + "x" * 2**19, "it is larger than 262,144 bytes"),
         ("".join(f"a{i}: 1\n" for i in range(6000)), "there are more than 10,000 values"),
         ("lr: 0.1\nlr: 0.2", "'lr' is given twice: keep one"),
-        ("batch-size: 1\nbatch_size: 2", "it names batch_size twice"),
-        ("lr: {a: 1}", "lr holds a dict, and must be one value"),
+        ("batch-size: 1\nbatch_size: 2", "it has batch_size twice"),
+        ("lr: {a: 1}", "lr is a dict, expected a single value"),
         ("lr: abc", "lr is 'abc': 'abc' is not a valid float"),
         ("epochs: 1.5", "epochs is '1.5': "),
         ("lr: 2024-99-99", "it is not a YAML file of options"),
-        ("mixup: .nan", "mixup is 'nan': it is nan; it must be a finite number"),
+        ("mixup: .nan", "mixup is 'nan': nan is not a finite number"),
     ],
 )
-def test_yaml_is_read_with_bounds(tmp_path, text, message):
+def test_bounds_what_yaml_may_hold(tmp_path, text, message):
     config = tmp_path / "c.yaml"
     config.write_text(text)
     result = run("train", "resnet20", "-c", config)
     assert result.exit_code == 2 and f"config is {config}; " in result.output and message in result.output
 
 
-def test_a_config_is_a_regular_file(tmp_path):
+def test_refuses_a_config_that_is_no_regular_file(tmp_path):
     os.mkfifo(tmp_path / "c.yaml")
     for path in (tmp_path / "c.yaml", "/dev/zero"):
         result = run("train", "resnet20", "-c", path)
@@ -663,13 +700,13 @@ def test_names_are_printed_as_they_are(name):
     assert repr(name)[1:-1] in result.output.replace("\\\\", "\\") and "\x1b" not in result.output
 
 
-def test_paths_that_are_no_urls(tmp_path, monkeypatch):
+def test_paths_that_look_like_urls(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     common = ("train", "resnet20", "-b", 2000, "--first-classes", 2, "--sched", "step", "--experiment", "file:[/x]")
     assert run(*common, "--epochs", 1, "--output", "http_runs").exit_code == 0
     result = run(*common, "--epochs", 2, "--output", "http_runs", "--resume", "http_runs/file:[/x]/last.ckpt")
     assert result.exit_code == 0 and str(tmp_path / "http_runs" / "file:[/x]") in result.output, result.output
     result = run(*common, "--epochs", 1, "--output", "a::b")
-    assert result.exit_code == 2 and "a path with '::' in it is taken for a URL" in result.output
+    assert result.exit_code == 2 and "a path that contains '::' is taken for a URL" in result.output
     result = run(*common, "--epochs", 1, "--output", "\udcff")
-    assert result.exit_code == 2 and "no path that is not UTF-8" in result.output
+    assert result.exit_code == 2 and "TensorBoard needs a path in UTF-8" in result.output

@@ -5,7 +5,7 @@ from fastroute.clustering.augment import Augmentation
 NOTHING = {"shift": 0, "degrees": 0, "scale": 0, "brightness": 0, "contrast": 0}
 
 
-def test_no_change_is_none():
+def test_identity_without_changes():
     images = torch.rand(3, 2, 8, 8)
     torch.testing.assert_close(Augmentation(**NOTHING)(images), images, atol=1e-5, rtol=0)
 
@@ -42,7 +42,7 @@ def test_turns_and_grows_by_no_more_than_asked():
         assert (radius.max() - radius.min() > 4) == bool(spread)
 
 
-def test_is_its_generators_and_stays_in_range():
+def test_depends_on_its_generator_and_stays_in_range():
     images = torch.rand(20, 3, 8, 8)
     first, second = (Augmentation()(images, torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(first, second) and first.min() >= 0 and first.max() <= 1

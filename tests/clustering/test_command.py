@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from fastroute.cli import app
 from fastroute.clustering import run as clustering_run
-from fastroute.clustering.run import CIFAR100_SUPERCLASSES, load_images
+from fastroute.clustering.images import CIFAR100_SUPERCLASSES, load_images
 from fastroute.training import checkpoints
 
 QUICK = ["cluster", "--limit", "400", "--architecture", "C8 M F16", "--lr-em", "1e-3", "--lr-consistency", "1e-3"]
@@ -50,7 +50,7 @@ def test_trains_resumes_and_writes_a_table(tmp_path):
     assert not any(word in again.output for word in ("Tip", "GPU", "TPU"))  # Lightning's remarks
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+def test_does_not_save_non_finite_weights(tmp_path):
     class Poison(pl.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             next(module.parameters()).data[0] = torch.nan
@@ -63,8 +63,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert not (tmp_path / "run" / "last.ckpt").exists()
 
 
-def test_goes_on_within_an_epoch(tmp_path):
-    """SIGTERM in the second epoch saves; the run that goes on from it ends as one that was never stopped."""
+def test_resumes_within_an_epoch(tmp_path):
+    """SIGTERM in the second epoch saves, and the resumed run ends as an uninterrupted one."""
     arguments = [*map(str, (*QUICK, "--epochs", 2, "--output", tmp_path))]
 
     class Stop(pl.Callback):
@@ -80,20 +80,20 @@ def test_goes_on_within_an_epoch(tmp_path):
     done = run(*shlex.split(stopped.output.splitlines()[-1])[1:])
     assert done.exit_code == 0, done.output
     again = run(*arguments, "--experiment", "stopped")
-    assert again.exit_code == 2 and "a finished run of 2 epochs is there" in again.output
+    assert again.exit_code == 2 and "it has a finished run of 2 epochs:" in again.output
     assert run(*arguments, "--experiment", "whole").exit_code == 0
     ends = (torch.load(tmp_path / name / "last.ckpt")["state_dict"] for name in ("stopped", "whole"))
     torch.testing.assert_close(*ends, rtol=0, atol=0)
 
 
-def test_resume_auto_starts_goes_on_ends_and_falls_back(tmp_path, monkeypatch):
-    """A run that was killed ahead of its last file writes that alone."""
+def test_resume_auto_starts_resumes_finishes_and_falls_back(tmp_path, monkeypatch):
+    """A run that was killed before its last file writes only that."""
     common = (*QUICK, "--limit", 60, "--output", tmp_path, "--resume", "auto")
-    assert "resume is 'auto'; it needs the run's name as --experiment" in run(*common, "--epochs", 1).output
+    assert "resume is 'auto'; name the run by --experiment" in run(*common, "--epochs", 1).output
     common += ("--experiment", "run")
     read, reads = checkpoints.read_tensors, []
     monkeypatch.setattr(checkpoints, "read_tensors", lambda path: reads.append(path) or read(path))
-    for epochs, times in ((1, 0), (2, 4)):  # found, asked for its epochs, checked against the options, gone on from
+    for epochs, times in ((1, 0), (2, 4)):  # found, its epochs read, checked against the options, resumed
         result = run(*common, "--epochs", epochs)
         assert result.exit_code == 0 and f"epoch {epochs}/{epochs}" in result.output, result.output
         assert len(reads) == times
@@ -107,17 +107,17 @@ def test_resume_auto_starts_goes_on_ends_and_falls_back(tmp_path, monkeypatch):
     last.write_bytes(b"junk")
     result = run(*common, "--epochs", 2)
     assert result.exit_code == 0 and "epoch 2/2" in result.output, result.output
-    assert f"{last} cannot be read" in result.output and "going on from the checkpoint before it" in result.output
+    assert f"{last} cannot be read" in result.output and "resuming from the previous checkpoint" in result.output
     torch.testing.assert_close(torch.load(last)["state_dict"], whole, rtol=0, atol=0)
 
 
-def test_resume_refuses_what_it_cannot_go_on_with(tmp_path):
+def test_refuses_to_resume_from_other_runs(tmp_path):
     assert run(*QUICK, "--epochs", 1, "--output", tmp_path, "--experiment", "run").exit_code == 0
     checkpoint = tmp_path / "run" / "last.ckpt"
     (tmp_path / "junk.ckpt").write_bytes(b"junk")
     torch.save({**torch.load(checkpoint), "hyper_parameters": {"model": "resnet20"}}, tmp_path / "trained.ckpt")
     for arguments, message in (
-        (["--epochs", 1, "--resume", checkpoint], "it has 1 epochs behind it, so epochs=1 leaves none to train"),
+        (["--epochs", 1, "--resume", checkpoint], "it has completed 1 epoch, so epochs=1 leaves none to train"),
         (["-k", 9, "--resume", checkpoint], "it was trained with clusters=10, but this run has clusters=9"),
         (["--method", "em", "--resume", checkpoint], "it was trained with method='two-fold'"),
         (["--lr-em", 1e-4, "--resume", checkpoint], "it was trained with lr_em=0.001"),
@@ -154,7 +154,7 @@ def test_heads_and_more_clusters_than_classes(tmp_path):
     assert len(row["sizes"].split()) == 20 and float(row["acc_many"]) > float(row["acc"])
 
 
-def test_a_recipe_is_named_and_flags_win(tmp_path):
+def test_reads_a_recipe_which_flags_override(tmp_path):
     arguments = ["--dataset", "digits", "--limit", 300, "-k", 9, "--output", tmp_path, "--experiment", "run"]
     done = run("cluster", "-c", "cluster_mnist_kmeans", *arguments)
     assert done.exit_code == 0, done.output
@@ -213,13 +213,13 @@ def test_superclasses_of_cifar100():
         (["--dataset", "imagefolder"], "data_dir is None"),
         (["--dataset", "mnist", "--data-dir", "nowhere"], "data_dir is nowhere; MNIST is not whole in it"),
         (["--data-dir", "nowhere"], "data_dir is nowhere; there is no such file or folder"),
-        (["--by-cluster", "links"], "by_cluster is links; it links to image files, which a folder of images has"),
+        (["--by-cluster", "links"], "by_cluster is links; it links to image files, but these images are not"),
         (["--limit", "0"], "limit is 0"),
         (["--limit", "9"], "clusters is 10; it must be at most the number of images, 9"),
         (["--architecture", "resnet"], "architecture is 'resnet'"),
         (["--lr-em", "0"], "lr_em is 0"),
-        (["--heads", "2", "--method", "iic"], "heads is 2; the method 'iic' has one"),
-        (["--n-init", "2", "--method", "kmeans"], "n_init is 2; the method 'kmeans' has one"),
+        (["--heads", "2", "--method", "iic"], "heads is 2; the method 'iic' has only one"),
+        (["--n-init", "2", "--method", "kmeans"], "n_init is 2; the method 'kmeans' has only one"),
         (["--resume", "nowhere.ckpt"], "there is no such file"),
     ],
 )
@@ -247,7 +247,7 @@ def assignments(folder):
 
 @pytest.mark.parametrize("method", ["two-fold", "kmeans", "gmm"])
 def test_a_flat_folder_without_classes(tmp_path, method):
-    """Dark and light images side by side, and one that is hidden: no labels, no ACC, a row and a link for each."""
+    """Dark and light images side by side, and a hidden file: no labels, no ACC, a row and a link for each."""
     generator, folder = np.random.default_rng(0), tmp_path / "photos"
     (folder / "deep").mkdir(parents=True)
     for i in range(24):
@@ -269,7 +269,7 @@ def test_a_flat_folder_without_classes(tmp_path, method):
         (link,) = (tmp_path / "links").glob(f"*/*-{os.path.basename(row['path'])}")
         assert link.parent.name == row["cluster"] and str(link.resolve()) == os.path.realpath(row["path"])
     assert (tmp_path / "run" / "args.yaml").is_file()
-    if method != "two-fold":  # which two epochs do not train
+    if method != "two-fold":  # two epochs do not train it
         assert len({(row["cluster"], int(row["path"][-6:-4]) % 2) for row in found}) == 2
     refused = run(*arguments, "--experiment", "again")
     assert refused.exit_code == 2 and "it must be a new or an empty folder" in refused.output
@@ -277,7 +277,7 @@ def test_a_flat_folder_without_classes(tmp_path, method):
     assert refused.exit_code == 2 and "it lies in data_dir" in refused.output
 
 
-def test_a_flat_folder_of_classes_and_a_page_of_it(tmp_path, image_folder):
+def test_clusters_and_reports_a_flat_folder_of_classes(tmp_path, image_folder):
     (image_folder / "train" / ".ipynb_checkpoints").mkdir()
     arguments = ["--data-dir", image_folder / "train", "--img-size", 8, "-k", 3, "-b", 8, "--architecture", "C4 F8"]
     done = run("cluster", *arguments, "--epochs", 1, "--limit", 20, "--output", tmp_path, "--experiment", "run")
@@ -298,7 +298,7 @@ def test_tar_shards_are_clustered(tmp_path, image_folder):
     assert assignments(tmp_path / "run")[0]["path"].startswith(f"{tmp_path / '0.tar'}:./")
 
 
-def test_a_broken_image_is_skipped_where_asked(tmp_path, image_folder):
+def test_skips_a_broken_image_on_request(tmp_path, image_folder):
     broken = image_folder / "train" / "ant" / "0.png"
     broken.write_bytes(b"no image")
     arguments = [

@@ -23,7 +23,7 @@ def test_many_clusters_to_a_label():
     assert many_to_one_accuracy([0, 0, 1], [4, 4, 4]) == pytest.approx(2 / 3)
 
 
-def test_names_are_labels_too():
+def test_accepts_names_as_labels():
     assert cluster_accuracy(["ant", "bee", "bee"], [1, 0, 0]) == 1
 
 
@@ -33,7 +33,7 @@ def test_bad_input(labels, clusters):
         cluster_accuracy(labels, clusters)
 
 
-def test_mutual_information_is_scikit_learn_s():
+def test_mutual_information_matches_scikit_learn():
     z, w = torch.tensor([0, 0, 1, 1, 2, 0, 1]), torch.tensor([1, 1, 0, 2, 2, 1, 0])
     joint = one_hot(z).float().T @ one_hot(w).float() / len(z)
     assert mutual_information(joint).item() == pytest.approx(mutual_info_score(z, w))

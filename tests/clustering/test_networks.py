@@ -57,6 +57,6 @@ def test_bad_input(architecture, size, message):
         clustering_network(architecture, 10, size)
 
 
-def test_at_least_one_start():
+def test_refuses_no_starts():
     with pytest.raises(ValueError, match="n_init is 0; it must be at least 1"):
         clustering_network("mnist", 10, 28, n_init=0)

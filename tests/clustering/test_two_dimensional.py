@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from fastroute.cli import app
 from fastroute.clustering import cluster_accuracy, two_dimensional
-from fastroute.clustering.run import load_images
+from fastroute.clustering.images import load_images
 
 
 def test_normalised_scores_cluster_and_others_do_not():

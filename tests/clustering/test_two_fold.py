@@ -96,7 +96,7 @@ def test_learns_digits_and_does_not_collapse_without_batch_norm():
     assert metrics["em_loss"] < 1.25  # 2 log 2 is 1.386
 
 
-def test_heads_are_clusterings_of_their_own_and_the_steadiest_is_chosen():
+def test_heads_cluster_independently_and_the_steadiest_is_chosen():
     images, labels = digits(300)
     torch.manual_seed(0)
     rates = {"lr_em": 1e-9, "lr_consistency": 1e-9}
@@ -137,7 +137,7 @@ def test_one_cluster_has_no_entropy():
     assert logged["entropy"] == 0 and logged["acc"] == 0.5
 
 
-def test_a_collapse_is_said():
+def test_warns_of_a_collapse():
     images, labels = digits(200)
     module = TwoFoldClustering(clustering_network("F8", 10, 8), 10, lr_em=1e-9, lr_consistency=1e-9)
     torch.nn.init.zeros_(module.network[-1].weight)

@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from fastroute.cli import app
-from fastroute.cli.images import chosen_images
+from fastroute.cli.images import choose_images
 
 
 def run(*arguments):
@@ -65,17 +65,21 @@ def test_commands_take_the_images_of_the_run(flat_run):
     code, output = run("validate", folder / "last.ckpt", "-j", 1, "--data-dir", data)
     assert code == 0 and said in output, output
     state = torch.load(folder / "last.ckpt")["ImageDataModule"]
-    elsewhere = chosen_images(state, None, data.parent / "tree")
+    elsewhere = choose_images(state, None, data.parent / "tree")
     assert "val_split" not in elsewhere.options and elsewhere.line == f"images: imagefolder in {data.parent / 'tree'}"
     code, output = run("validate", folder / "last.ckpt", "-j", 1, "--data-dir", data.parent / "tree")
     assert code == 0 and "│     12 │" in output, output
-    with pytest.raises(FileNotFoundError, match=r"data_dir is /gone, as in training; .* name the images by --data-dir"):
-        chosen_images(state | {"data_dir": "/gone"}, None, None)
+    with pytest.raises(
+        FileNotFoundError, match=r"data_dir is /gone, as in training; there is no such folder: give --data-dir"
+    ):
+        choose_images(state | {"data_dir": "/gone"}, None, None)
     with pytest.raises(ValueError, match="the dataset 'digits' is scikit-learn's own and reads no folder"):
-        chosen_images(state, "digits", data)
-    assert chosen_images({}, None, data).dataset == "imagefolder"
-    with pytest.raises(ValueError, match="dataset is missing; the checkpoint does not say on what it was trained"):
-        chosen_images({}, None, None)
+        choose_images(state, "digits", data)
+    assert choose_images({}, None, data).dataset == "imagefolder"
+    with pytest.raises(
+        ValueError, match="dataset is missing, and the checkpoint does not say which one it was trained on"
+    ):
+        choose_images({}, None, None)
 
 
 def test_paths_and_report_take_the_images_of_the_run(image_folder, tmp_path):

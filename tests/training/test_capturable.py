@@ -49,7 +49,7 @@ def assert_same(model, other, **tolerance):
 
 @pytest.mark.parametrize("sched", ["multistep", "onecycle"])
 @pytest.mark.parametrize("opt", OPTIMIZERS)
-def test_steps_as_pytorch_s(opt, sched):
+def test_steps_match_pytorch(opt, sched):
     expected, actual = optimised(OPTIMIZERS[opt], sched), optimised(CAPTURABLE[opt], sched)
     train(*expected), train(*actual)
     assert_same(expected[0], actual[0], rtol=1e-5, atol=1e-6)  # its rates are float32
@@ -80,7 +80,7 @@ def test_a_recorded_update_follows_the_schedule(opt):
 
 @pytest.mark.parametrize("opt", OPTIMIZERS)
 @pytest.mark.parametrize("to", [OPTIMIZERS, CAPTURABLE])
-def test_goes_on_from_pytorch_s_state_and_it_from_this(opt, to):
+def test_state_is_interchangeable_with_pytorch(opt, to):
     expected = optimised(OPTIMIZERS[opt])
     train(*expected)
     model, optimizer, schedule = optimised((OPTIMIZERS if to is CAPTURABLE else CAPTURABLE)[opt])
@@ -94,7 +94,7 @@ def test_goes_on_from_pytorch_s_state_and_it_from_this(opt, to):
     assert_same(expected[0], resumed, rtol=1e-5, atol=1e-6)
 
 
-def test_a_parameter_without_a_gradient_stays():
+def test_leaves_a_parameter_without_a_gradient():
     weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
     optimizer = CAPTURABLE["adamw"]([{"params": weights, "lr": 0.1, "weight_decay": 0.5}], 0.9)
     weights[0].grad = torch.ones(2)

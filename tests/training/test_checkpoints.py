@@ -12,14 +12,15 @@ from fastroute import _files
 from fastroute.models import create_model
 from fastroute.models.ensemble import Ensemble
 from fastroute.training import RoutingClassifier, check_resume, epochs_done, load_weights, save_weights
-from fastroute.training.checkpoints import AtomicCheckpointIO, read_checkpoint
+from fastroute.training.checkpoints import read_checkpoint
 from fastroute.training.optim import OPTIMIZERS, parameter_groups
+from fastroute.training.saving import AtomicCheckpointIO
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 SAVES_FOREVER = """
 import itertools, sys, torch
-from fastroute.training.checkpoints import AtomicCheckpointIO
+from fastroute.training.saving import AtomicCheckpointIO
 io = AtomicCheckpointIO()
 for i in itertools.count():
     io.save_checkpoint({"number": i, "weights": torch.full((1_000_000,), float(i))}, sys.argv[1])
@@ -44,7 +45,7 @@ def checkpoint(epochs=4, done=1, averaged=False, **hyper_parameters):
     return module, found | training | {"loops": {"fit_loop": progress}}
 
 
-def test_killed_at_any_moment_it_leaves_a_whole_checkpoint(tmp_path):
+def test_leaves_an_intact_checkpoint_if_killed_at_any_moment(tmp_path):
     path = tmp_path / "last.ckpt"
     for i in range(2):
         process = subprocess.Popen(
@@ -59,21 +60,25 @@ def test_killed_at_any_moment_it_leaves_a_whole_checkpoint(tmp_path):
         assert (saved["weights"] == saved["number"]).all() and len(saved["weights"]) == 1_000_000
 
 
-def test_a_full_disk_is_reported_and_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+def test_reports_a_full_disk_and_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "last.ckpt"
     io = AtomicCheckpointIO()
     monkeypatch.setattr(_files, "_temporary", lambda path: path.with_name("full"))
     (tmp_path / "full").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"last\.ckpt cannot be written, there is none before it: .*No space left"):
+    with pytest.raises(
+        OSError, match=r"last\.ckpt cannot be written, there is no previous checkpoint: .*No space left"
+    ):
         io.save_checkpoint({"weights": torch.ones(1000)}, path)
     io.save_checkpoint({"epoch": 1}, path)
     (tmp_path / "full").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"last\.ckpt cannot be written, the one before is whole: .*No space left"):
+    with pytest.raises(
+        OSError, match=r"last\.ckpt cannot be written, the previous checkpoint is intact: .*No space left"
+    ):
         io.save_checkpoint({"epoch": 2, "weights": torch.ones(1_000_000)}, path)
     assert torch.load(path) == {"epoch": 1} and os.listdir(tmp_path) == ["last.ckpt"]
 
 
-def test_a_checkpoint_that_was_read_to_be_checked_is_not_read_again(tmp_path):
+def test_reads_a_checkpoint_only_once(tmp_path):
     path, saved = tmp_path / "last.ckpt", {"epoch": 1}
     io = AtomicCheckpointIO(path, saved)
     assert io.load_checkpoint(path) is saved
@@ -95,7 +100,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         ({"lr": 0.01}, 4, "trained with lr=0.1, but this run has lr=0.01"),
         ({"gate_lr_mult": 2.0}, 4, "trained with gate_lr_mult=1.0, but this run has gate_lr_mult=2.0"),
         ({}, 5, "its schedule is of 4 epochs, but this run has epochs=5"),
-        ({}, 1, "it has 1 epochs behind it, so epochs=1 leaves none to train"),
+        ({}, 1, "it has completed 1 epoch, so epochs=1 leaves none to train"),
     ):
         other = RoutingClassifier(**{"model": "resnet20_cc2", "sched": "onecycle"} | options)
         with pytest.raises(ValueError, match=message):
@@ -115,7 +120,7 @@ def test_only_schedules_that_do_not_depend_on_the_epochs_can_be_lengthened(tmp_p
             check_resume(path, module, 8)
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path):
+def test_refuses_files_that_are_no_checkpoints(tmp_path):
     _, saved = checkpoint()
     torch.save(saved, tmp_path / "whole.ckpt")
     (tmp_path / "cut.ckpt").write_bytes((tmp_path / "whole.ckpt").read_bytes()[:10000])
@@ -128,7 +133,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         read_checkpoint(tmp_path / "none.ckpt")
 
 
-def test_weights_come_from_a_checkpoint_averaged_or_not_or_from_a_state_dict(tmp_path):
+def test_loads_weights_of_a_checkpoint_or_of_a_state_dict(tmp_path):
     path, model = tmp_path / "weights.ckpt", create_model("resnet20_cc2")
     module, saved = checkpoint(averaged=True)
     torch.save(saved, path)
@@ -176,7 +181,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
         load_weights(model, "none", name="checkpoint")
 
 
-def test_a_digest_beside_weights_is_checked(tmp_path):
+def test_verifies_a_digest_beside_weights(tmp_path):
     given, model = create_model("base_cnn"), create_model("base_cnn")
     for name in ("weights.safetensors", "weights.pth"):
         path = tmp_path / name
@@ -187,7 +192,7 @@ def test_a_digest_beside_weights_is_checked(tmp_path):
         changed = bytearray(whole)
         changed[len(whole) // 2] ^= 4
         path.write_bytes(changed)
-        with pytest.raises(ValueError, match=rf"{name}; it holds no weights any more: the file is damaged: .*copy it"):
+        with pytest.raises(ValueError, match=rf"{name}; its weights cannot be read: the file is damaged: .*copy it"):
             load_weights(model, path)
     path = tmp_path / "weights.safetensors"
     assert path.with_suffix(".safetensors.sha256").read_text().endswith("  weights.safetensors\n")  # as of sha256sum
@@ -195,7 +200,7 @@ def test_a_digest_beside_weights_is_checked(tmp_path):
     load_weights(model, path)
 
 
-def test_damaged_checkpoints_are_refused_by_all_that_reads_them(tmp_path):
+def test_every_reader_refuses_damaged_checkpoints(tmp_path):
     path, module = tmp_path / "last.ckpt", RoutingClassifier("base_cnn")
     saved = {f"model.{name}": value for name, value in module.model.state_dict().items()}
     progress = {"fit_loop": {"epoch_progress": {"current": {"processed": 1}}}}
@@ -224,7 +229,7 @@ def test_weights_of_other_trainers_checkpoints(tmp_path, prefix):
     assert all(torch.equal(value, given.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def test_weights_with_and_without_temperatures_are_of_one_network(tmp_path):
+def test_loads_weights_with_and_without_temperatures(tmp_path):
     hot, cold = (create_model("resnet20_cc2") for _ in range(2))
     older = tmp_path / "older.pt"
     torch.save(cold.state_dict(), older)

@@ -46,7 +46,7 @@ def train(module, epochs=4, batches=5, **options):
     return trainer, rates
 
 
-def test_trains_a_network_of_ones_own():
+def test_trains_a_user_s_network():
     torch.manual_seed(0)
     module = RoutingClassifier(TwoPaths(), num_classes=3)
     before, losses = module.model.router.w1.clone(), []
@@ -97,7 +97,7 @@ def test_named_network_is_built_and_computes_in_channels_last():
     assert logits.shape == (2, 7) and len(routing) == 4
 
 
-def test_ten_lines_of_lightning_train_ones_own_network_on_our_images():
+def test_trains_a_user_s_network_in_ten_lines_of_lightning():
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), TwoPaths())
     data = ImageDataModule("digits", batch_size=256, first_classes=3)
     module = RoutingClassifier(network, num_classes=3, lr=0.05, sched="onecycle")
@@ -147,7 +147,7 @@ def test_an_auxiliary_loss_reaches_the_gates_through_the_scores():
     assert expected.abs().max() > 0.01
 
 
-def test_an_auxiliary_loss_that_is_a_module_is_part_of_it():
+def test_an_auxiliary_loss_module_is_trained_and_saved():
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -159,12 +159,12 @@ def test_an_auxiliary_loss_that_is_a_module_is_part_of_it():
     module = RoutingClassifier("resnet20_cc2", aux_loss=Scaled())
     assert "aux_loss.scale" in module.state_dict()
     with pytest.raises(
-        ValueError, match="model is TwoPaths; its forward takes no return_routing, so aux_loss has none"
+        ValueError, match="model is TwoPaths; its forward takes no return_routing, which aux_loss needs"
     ):
         RoutingClassifier(TwoPaths(), 3, aux_loss=evenness)
 
 
-def test_a_run_without_an_auxiliary_loss_goes_on_with_one():
+def test_resumes_a_run_without_an_auxiliary_loss_with_one():
     plain, clustered = (
         RoutingClassifier("resnet20_cc2"),
         RoutingClassifier("resnet20_cc2", aux_loss=GateClusteringLoss()),
@@ -175,13 +175,13 @@ def test_a_run_without_an_auxiliary_loss_goes_on_with_one():
     assert torch.equal(clustered.model.stem_router.w1, plain.model.stem_router.w1)
 
 
-def test_compiled_the_names_of_the_weights_stay():
+def test_compiling_keeps_the_names_of_weights():
     module = RoutingClassifier("resnet20_cc2", compile=True)
     assert module.state_dict().keys() == RoutingClassifier("resnet20_cc2").state_dict().keys()
     assert module.model._compiled_call_impl is not None
 
 
-def test_the_mode_is_that_of_the_compiler(monkeypatch):
+def test_passes_the_mode_to_the_compiler(monkeypatch):
     modes = []
     monkeypatch.setattr(nn.Module, "compile", lambda self, mode=None: modes.append(mode))
     for mode in (None, "max-autotune-no-cudagraphs"):
@@ -205,7 +205,7 @@ def test_the_mode_is_that_of_the_compiler(monkeypatch):
             {"compile": True, "compile_mode": "fast"},
             "compile_mode is 'fast'; it must be None or one of 'default', 'reduce",
         ),
-        ({"compile_mode": "default"}, "compile_mode is 'default', but compile is False; it needs compile"),
+        ({"compile_mode": "default"}, "compile_mode is 'default', but compile is False; set compile"),
         ({"decay_rate": -1}, "decay_rate is -1; it must be above 0 and at most 1"),
         ({"opt": "nesterov", "momentum": 0}, "momentum is 0; with opt='nesterov' it must be above 0"),
         ({"model": "resnet21"}, "name is 'resnet21'"),

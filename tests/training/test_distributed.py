@@ -29,7 +29,7 @@ def rows(path):
         return [{name: float(value) for name, value in row.items() if name != "router"} for row in csv.DictReader(file)]
 
 
-def test_two_processes_do_what_one_does_with_twice_the_batch(image_folder, tmp_path):
+def test_two_processes_match_one_with_twice_the_batch(image_folder, tmp_path):
     one = run(folder=image_folder, output=tmp_path / "one", batch_size=8)
     two = run(*TORCHRUN, folder=image_folder, output=tmp_path / "two", batch_size=4, save_ranks=True)
     assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
@@ -51,8 +51,8 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(image_folder, tmp_p
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_run_that_stops_within_an_epoch_goes_on_bit_for_bit_in_every_process(image_folder, tmp_path, processes):
-    """Batch norm is each process's own to the end, and so are the moving average's and the sums of the epoch."""
+def test_resumes_within_an_epoch_bit_for_bit_in_every_process(image_folder, tmp_path, processes):
+    """Batch norm, its moving average, and the sums of the epoch stay those of each process."""
     options = {"network": "Normed", "model_ema_decay": 0.5, "dist_bn": "", "save_ranks": True, "recovery_interval": 1}
     result = run(*TORCHRUN[:-1], processes, folder=image_folder, output=tmp_path, batch_size=4, stop=(1, 2), **options)
     assert result.returncode == 0, result.stderr
@@ -78,7 +78,7 @@ def test_a_run_that_stops_within_an_epoch_goes_on_bit_for_bit_in_every_process(i
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how, same", [("reduce", True), ("broadcast", True), ("", False)])
-def test_batch_norm_is_the_same_in_both_processes_where_that_is_asked_for(image_folder, tmp_path, how, same):
+def test_synchronises_batch_norm_on_request(image_folder, tmp_path, how, same):
     options = {"network": "Normed", "model_ema_decay": 0.5, "dist_bn": how, "save_ranks": True}
     result = run(*TORCHRUN, folder=image_folder, output=tmp_path, batch_size=4, **options)
     assert result.returncode == 0, result.stderr
@@ -86,9 +86,7 @@ def test_batch_norm_is_the_same_in_both_processes_where_that_is_asked_for(image_
     assert torch.equal(first["model.stem.1.running_mean"], second["model.stem.1.running_mean"]) == same
 
 
-def test_a_lost_process_ends_the_run_with_a_clear_message_and_the_run_goes_on_from_its_checkpoint(
-    image_folder, tmp_path
-):
+def test_reports_a_lost_process_and_resumes_from_the_checkpoint(image_folder, tmp_path):
     arguments = ("train", "resnet20_cc2", "--dataset", "imagefolder", "--data-dir", image_folder, "--img-size", "8")
     arguments += ("-b", "4", "-j", "1", "--epochs", "2", "--output", tmp_path, "--experiment", "run")
     arguments = tuple(map(str, arguments))

@@ -7,7 +7,7 @@ from fastroute.training.evaluation import evaluate, validation_loader
 
 
 class Corner(nn.Module):
-    """Classes by the colour of one pixel, which crops differ in: the mean of probabilities is not that of logits."""
+    """Classify by the colour of one pixel, in which crops differ: means of probabilities are not those of logits."""
 
     def forward(self, x):
         return 3 * x[:, :, 0, 0]
@@ -28,7 +28,7 @@ def test_single_crop_error_is_over_every_image(large_folder):
     assert result["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
 
 
-def test_ten_crops_are_judged_by_their_mean_probability(large_folder):
+def test_classifies_ten_crops_by_their_mean_probability(large_folder):
     batches = list(loader(large_folder, ten_crop=True))
     crops, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     shares = Corner()(crops.flatten(0, 1)).softmax(1).unflatten(0, (12, 10)).mean(1)
@@ -46,7 +46,7 @@ def test_images_that_cannot_be_read_are_counted(large_folder):
     assert (result["images"], result["skipped"]) == (11, 1)
 
 
-def test_there_is_no_error_of_no_images(large_folder):
+def test_refuses_an_empty_set(large_folder):
     with pytest.raises(UnreadableImage, match="there are no images"):
         evaluate(Corner(), [])
     for path in large_folder.glob("val/*/*"):

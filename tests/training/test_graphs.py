@@ -1,4 +1,4 @@
-"""Recorded training: on the CPU in a stand-in that does as a CUDA graph does, on a card with `-m gpu` in a real one."""
+"""Recorded training: by a stand-in for CUDA graphs on the CPU, and by CUDA graphs with `-m gpu`."""
 
 import copy
 
@@ -10,12 +10,12 @@ from torch import nn
 
 from fastroute.backends import BACKENDS
 from fastroute.data.loaders import Draws
-from fastroute.models.cifar_resnet import cifar_resnet
 from fastroute.nn import GateClusteringLoss, SparseRouter
 from fastroute.training import ImageDataModule, RoutingClassifier, fit
 from fastroute.training import classifier as classifiers
 from fastroute.training.capturable import CAPTURABLE
 from fastroute.training.graphs import CUDAGraph, NotRecordable, RecordedStep, check_recording
+from tests.training.networks import Noisy
 from tests.training.recorder import Recorder
 
 CUDA = torch.cuda.is_available()
@@ -28,18 +28,6 @@ def accelerator(request, monkeypatch):
     Recorder.made.clear()
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     return request.param
-
-
-class Noisy(nn.Module):
-    """A routed network that draws random numbers in training."""
-
-    def __init__(self):
-        super().__init__()
-        self.network = cifar_resnet(8, paths=2, num_classes=3)
-        self.dropout = nn.Dropout(0.3)
-
-    def forward(self, x, return_routing=False):
-        return self.network(self.dropout(x), return_routing=return_routing)
 
 
 class StopAt(pl.Callback):
@@ -92,14 +80,14 @@ def made(setting):
 
 
 def assert_same(accelerator, expected, actual):
-    """Bit for bit on the CPU; a card's libraries may choose other kernels within a graph."""
+    """Compare bit for bit on the CPU; on a GPU, libraries may choose other kernels within a graph."""
     tolerance = {"rtol": 0, "atol": 0} if accelerator == "cpu" else {"rtol": 1e-3, "atol": 1e-4}
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_recorded_run_ends_as_the_plain_one(accelerator, image_folder, tmp_path, monkeypatch, setting):
+def test_a_recorded_run_matches_the_eager_one(accelerator, image_folder, tmp_path, monkeypatch, setting):
     options, run_options = made(setting)
     if (
         accelerator == "cpu"
@@ -140,7 +128,7 @@ def test_a_recorded_run_is_near_one_with_pytorch_s_optimiser(accelerator, image_
 
 
 @pytest.mark.parametrize("setting", ["sgd", "adamw, average, clipped"])
-def test_a_recorded_run_that_was_killed_goes_on_to_the_same_end(accelerator, image_folder, tmp_path, setting):
+def test_resumes_a_killed_recorded_run_to_the_same_end(accelerator, image_folder, tmp_path, setting):
     options, run_options = SETTINGS[setting]
     whole = classifier(accelerator, **options)
     rows = run(whole, image_folder, tmp_path / "whole", accelerator, epochs=3, **run_options)
@@ -148,7 +136,7 @@ def test_a_recorded_run_that_was_killed_goes_on_to_the_same_end(accelerator, ima
         killed = classifier(accelerator, StopAt(1, 4), **options)
         run(killed, image_folder, tmp_path / "run", accelerator, epochs=3, recovery_interval=1, **run_options)
     resumed = classifier(accelerator, **options)
-    nn.init.zeros_(resumed.model.network.stem_router.w1)  # whatever it starts from must not matter
+    nn.init.zeros_(resumed.model.network.stem_router.w1)  # the initial weights must not matter
     last = tmp_path / "run" / "last.ckpt"
     again = run(resumed, image_folder, tmp_path / "run", accelerator, epochs=3, resume=last, **run_options)
     assert_same(accelerator, whole.state_dict(), resumed.state_dict())
@@ -158,7 +146,7 @@ def test_a_recorded_run_that_was_killed_goes_on_to_the_same_end(accelerator, ima
         )
 
 
-def test_what_a_run_recorded_is_let_go_and_its_checkpoint_serves_a_plain_one(accelerator, image_folder, tmp_path):
+def test_frees_the_recording_and_loads_its_checkpoint_in_an_eager_run(accelerator, image_folder, tmp_path):
     module = classifier(accelerator, opt="adamw", lr=1e-3)
     run(module, image_folder, tmp_path, accelerator)
     assert module.recorded is None and module.replayed is None
@@ -169,7 +157,7 @@ def test_what_a_run_recorded_is_let_go_and_its_checkpoint_serves_a_plain_one(acc
     assert [row["epoch"] for row in rows] == [1, 2, 3]
 
 
-def test_images_in_memory_are_made_within_the_step(image_folder, tmp_path):
+def test_records_the_augmentation_of_images_in_memory(image_folder, tmp_path):
     batches = []
 
     class Seen(pl.Callback):
@@ -195,20 +183,20 @@ def test_a_nan_loss_stops_a_recorded_run(accelerator, image_folder, tmp_path):
 
 
 def test_a_network_that_reads_on_the_host_is_not_recordable(image_folder, tmp_path):
-    """On the CPU alone: after a recording that failed, a card's process may not draw random numbers any more."""
+    """On the CPU only: after a failed recording, a process cannot draw random numbers on its GPU."""
 
     class Reading(Noisy):
         def forward(self, x, return_routing=False):
             return super().forward(x / x.abs().max().item(), return_routing)
 
     with pytest.raises(
-        NotRecordable, match="cannot be recorded in a CUDA graph, since it must not read a tensor on the host"
+        NotRecordable, match="cannot be recorded in a CUDA graph: it must not read a tensor on the host"
     ):
         run(classifier(network=Reading), image_folder, tmp_path)
 
 
 class Doubling:
-    """A step on memory of its own."""
+    """A step that counts in its own memory."""
 
     def __init__(self):
         self.total, self.ran = torch.zeros(()), 0
@@ -229,28 +217,28 @@ def steps(recorded, batches):
         yield outputs[0].clone()
 
 
-def test_steps_run_plainly_are_recorded_and_then_replayed():
+def test_runs_steps_eagerly_then_records_and_replays_them():
     step = Doubling()
     recorded = RecordedStep(step, Recorder, warmup=2)
     batches = [(torch.full((3 if i % 4 == 3 else 5,), float(i)), torch.tensor(2.0)) for i in range(12)]
     for (x, _), output in zip(batches, steps(recorded, batches), strict=True):
         assert torch.equal(output, 2 * x)
     assert step.total == sum((x * y).sum() for x, y in batches)
-    assert step.ran == 2 + 1 + 3 and recorded.graph.replays == 7  # plain, recorded, and the three that are smaller
+    assert step.ran == 2 + 1 + 3 and recorded.graph.replays == 7  # eager, recorded, and the three smaller ones
     assert recorded.graph.warmups == 2
     assert all(kept is not given for kept, given in zip(recorded.inputs, batches[2], strict=True))
 
 
-def test_a_batch_of_another_type_is_not_taken():
+def test_does_not_take_a_batch_of_another_type():
     recorded = RecordedStep(lambda x: (x.float(),), Recorder, warmup=1)
     batches = [(torch.ones(2),), (torch.ones(2),), (torch.ones(2, dtype=torch.int64),)]
     assert [recorded.takes(batch) and bool(recorded(batch)) for batch in batches] == [False, True, False]
 
 
-def test_what_a_recorded_step_refuses():
+def test_refuses_wrong_arguments_and_batches():
     with pytest.raises(ValueError, match="warmup is 0; it must be at least 1"):
         RecordedStep(lambda x: (x,), Recorder, warmup=0)
-    with pytest.raises(TypeError, match="a batch is a dict; with cuda_graphs it must be a tuple of tensors"):
+    with pytest.raises(TypeError, match="a batch is a dict; with cuda_graphs, expected a tuple of tensors"):
         RecordedStep(lambda x: (x,), Recorder).takes({"x": torch.ones(1)})
     assert copy.deepcopy({"recorded": RecordedStep(lambda x: (x,), Recorder)}) == {"recorded": None}
 
@@ -282,7 +270,7 @@ def test_the_recorder_keeps_the_numbers_of_the_recording():
         ({"model": nn.Sequential(SparseRouter(4, 2))}, "a SparseRouter reads on the host how many samples each path"),
     ],
 )
-def test_runs_that_are_refused(options, message):
+def test_refuses_runs_that_cannot_be_recorded(options, message):
     with pytest.raises(ValueError, match=f"^cuda_graphs is True; {message}"):
         check_recording(**{"device_type": "cuda"} | options)
     check_recording(device_type="cuda", compile_mode="max-autotune-no-cudagraphs", amp_dtype="bfloat16")

@@ -22,7 +22,7 @@ def rates(sched, epochs, per_epoch=1, lr=1.0, **options):
     return found
 
 
-def test_step_decays_every_so_many_epochs():
+def test_step_decays_at_fixed_intervals():
     assert rates("step", 7, 2, decay_epochs=3) == pytest.approx([1] * 6 + [0.1] * 6 + [0.01] * 2)
 
 
@@ -36,7 +36,7 @@ def test_cosine_ends_at_nearly_zero():
     assert rates("cosine", 4, 2) == pytest.approx([(1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)])
 
 
-def test_warmup_rises_and_then_leaves_the_schedule_where_it_is():
+def test_warmup_does_not_shift_the_schedule():
     found = rates("multistep", 8, 2, warmup_epochs=2, decay_milestones=(4,))
     assert found == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1] + [0.1] * 8)
     found = rates("onecycle", 10, 10, warmup_epochs=2)
@@ -134,7 +134,7 @@ def test_layers_before_the_last_learn_slower():
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
 
-def test_rates_start_and_end_where_they_are_told():
+def test_rates_start_at_warmup_lr_and_end_at_min_lr():
     found = rates("cosine", 10, warmup_epochs=4, min_lr=0.1, warmup_lr=0.2)
     assert found[:4] == pytest.approx([0.4, 0.6, 0.8, 0.1 + 0.9 * (1 + math.cos(0.3 * math.pi)) / 2])
     assert min(found[4:]) == found[-1] == pytest.approx(0.1 + 0.9 * (1 + math.cos(0.9 * math.pi)) / 2)

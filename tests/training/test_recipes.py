@@ -36,7 +36,7 @@ def test_every_experiment_of_the_thesis_has_its_recipe():
     assert recipe("ilsvrc2012_resnet18_cc2").options["decay_epochs"] == 30
 
 
-def test_every_recipe_is_of_a_network_there_is():
+def test_every_recipe_names_a_known_network():
     assert {recipe.options["model"] for recipe in recipes().values()} <= set(list_models())
 
 
@@ -48,7 +48,7 @@ def test_every_experiment_has_a_short_recipe():
         assert short and all(r.options["sched"] == "onecycle" and r.options["epochs"] <= 30 for r in short)
 
 
-def test_an_unknown_recipe_names_those_like_it():
+def test_suggests_recipes_for_an_unknown_name():
     with pytest.raises(ValueError, match=r"config is 'cifar10_resnet20_c2'; .* did you mean .*cifar10_resnet20_cc2"):
         recipe("cifar10_resnet20_c2")
 

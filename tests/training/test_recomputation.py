@@ -1,4 +1,4 @@
-"""Activations computed again in the backward pass."""
+"""Gradient checkpointing."""
 
 import copy
 
@@ -13,7 +13,7 @@ from fastroute.training.recomputation import checkpoint_gradients
 
 
 def step(model, x):
-    """Loss, gates and the bytes that the forward pass has kept for the backward."""
+    """Return loss, gates and the bytes that the forward pass kept for the backward pass."""
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
         logits, routing = model(x, return_routing=True)
@@ -41,13 +41,13 @@ def test_gradients_and_statistics_are_the_same_and_less_is_kept(name):
     assert torch.equal(plain.eval()(x), other.eval()(x))
 
 
-def test_timm_s_networks_have_their_own():
+def test_uses_the_checkpointing_of_timm_s_networks():
     model = timm.create_model("resnet10t")
     checkpoint_gradients(model)
     assert model.grad_checkpointing
 
 
-def test_what_cannot_be():
+def test_refuses_networks_without_blocks_and_compilation():
     with pytest.raises(ValueError, match="Sequential has no blocks of layers"):
         checkpoint_gradients(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="compile is True, and grad_checkpointing too"):

@@ -1,4 +1,4 @@
-"""Runs that are stopped anywhere and go on end as the run that was not."""
+"""Runs that are stopped anywhere and resumed end as uninterrupted ones."""
 
 import os
 import signal
@@ -10,25 +10,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastroute.models.cifar_resnet import cifar_resnet
 from fastroute.training import ImageDataModule, RoutingClassifier, Terminated, fit
-from fastroute.training.checkpoints import RecoveryCheckpoint
-
-
-class Noisy(nn.Module):
-    """A routed network that draws random numbers in training."""
-
-    def __init__(self):
-        super().__init__()
-        self.network = cifar_resnet(8, paths=2, num_classes=3)
-        self.dropout = nn.Dropout(0.3)
-
-    def forward(self, x, return_routing=False):
-        return self.network(self.dropout(x), return_routing=return_routing)
+from fastroute.training.saving import RecoveryCheckpoint
+from tests.training.networks import Noisy
 
 
 class StopAt(pl.Callback):
-    """Do something before a batch of an epoch."""
+    """Run an action before a batch of an epoch."""
 
     def __init__(self, epoch, batch, action):
         self.place, self.action = (epoch, batch), action
@@ -74,7 +62,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_run_killed_within_an_epoch_ends_as_the_uninterrupted_one(large_folder, tmp_path, setting):
+def test_resumes_within_an_epoch_bit_for_bit(large_folder, tmp_path, setting):
     options = {"recovery_interval": 1} | SETTINGS[setting]
     whole = classifier()
     rows = run(whole, large_folder, tmp_path / "whole", **options)
@@ -85,7 +73,7 @@ def test_a_run_killed_within_an_epoch_ends_as_the_uninterrupted_one(large_folder
     steps = torch.load(last)["global_step"]
     assert steps == (5 if setting == "accumulated" else 10)  # of 6 batches an epoch
     resumed = classifier()
-    nn.init.zeros_(resumed.model.network.stem_router.w1)  # whatever it starts from must not matter
+    nn.init.zeros_(resumed.model.network.stem_router.w1)  # the initial weights must not matter
     resumed_rows = run(resumed, large_folder, tmp_path / "halves", resume=last, **options)
 
     for expected, actual in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
@@ -104,7 +92,7 @@ def test_a_run_killed_within_an_epoch_ends_as_the_uninterrupted_one(large_folder
             assert torch.equal(value, ends[1]["current_model_state"][name]), name
 
 
-def test_sigterm_saves_and_ends_the_run_and_it_goes_on(image_folder, tmp_path):
+def test_saves_at_sigterm_and_resumes(image_folder, tmp_path):
     def terminate():
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -120,7 +108,7 @@ def test_sigterm_saves_and_ends_the_run_and_it_goes_on(image_folder, tmp_path):
         assert torch.equal(expected, actual)
 
 
-def test_a_second_ctrl_c_does_not_wait(tmp_path):
+def test_stops_at_once_at_a_second_ctrl_c(tmp_path):
     recovery, trainer = RecoveryCheckpoint(tmp_path / "last.ckpt"), SimpleNamespace(world_size=1)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     try:
@@ -148,7 +136,7 @@ def test_sigterm_at_the_end_of_an_epoch_waits_for_its_checkpoint(image_folder, t
         assert torch.equal(expected, actual)
 
 
-def test_going_on_within_an_epoch_needs_the_same_batches(image_folder, tmp_path):
+def test_resuming_within_an_epoch_needs_the_same_batches(image_folder, tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
         run(classifier(StopAt(1, 4, kill)), image_folder, tmp_path, recovery_interval=1)
     with pytest.raises(
@@ -158,7 +146,7 @@ def test_going_on_within_an_epoch_needs_the_same_batches(image_folder, tmp_path)
 
 
 class Spoil(StopAt):
-    """Have a step with a loss that is a number end in weights that are none."""
+    """Make a step with a finite loss end in non-finite weights."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         pass
@@ -169,11 +157,13 @@ class Spoil(StopAt):
 
 
 @pytest.mark.parametrize("options, step", [({"recovery_interval": 1}, 3), ({"model_ema_decay": 0.5}, 6)])
-def test_weights_that_are_not_finite_are_not_saved(image_folder, tmp_path, options, step):
+def test_does_not_save_non_finite_weights(image_folder, tmp_path, options, step):
     callback = Spoil(1, 2 if step == 3 else 5, float("inf" if step == 3 else "nan"))
     before = "2, step 2" if step == 3 else "1, step 6"
     message = rf"weights are NaN or infinite at epoch 2, step {step}, with learning rate 0\.0\d+, and are not saved: .*"
-    with pytest.raises(FloatingPointError, match=message + rf"before, .*last\.ckpt, is of epoch {before}$"):
+    with pytest.raises(
+        FloatingPointError, match=message + rf"previous checkpoint, .*last\.ckpt, is of epoch {before}$"
+    ):
         run(classifier(callback), image_folder, tmp_path, **options)
     for name in ("last.ckpt", "best.ckpt", "previous.ckpt"):
         if (tmp_path / name).exists():
@@ -183,7 +173,7 @@ def test_weights_that_are_not_finite_are_not_saved(image_folder, tmp_path, optio
     assert len(rows) == 3
 
 
-def test_a_nan_loss_stops_with_step_and_learning_rate(image_folder, tmp_path):
+def test_stops_at_a_nan_loss_with_step_and_learning_rate(image_folder, tmp_path):
     class Broken(StopAt):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if (trainer.current_epoch, batch_idx) == self.place:

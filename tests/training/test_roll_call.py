@@ -20,7 +20,7 @@ except ProcessLost as error:
 """
 
 
-def test_a_stopped_process_is_named():
+def test_names_a_stopped_process():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""One run at a time in a folder, and a checkpoint to fall back to."""
+"""The lock of a run's folder, and falling back to the previous checkpoint."""
 
 import contextlib
 import errno
@@ -35,7 +35,7 @@ def hold(folder, connection):
 
 @contextlib.contextmanager
 def another_run(folder):
-    """A process that holds the folder, and has a worker; both end with the block, at the latest."""
+    """Start a process that holds the folder and has a worker; both end with the block at the latest."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=hold, args=(folder, theirs))
@@ -49,10 +49,12 @@ def another_run(folder):
         os.kill(worker, signal.SIGKILL)
 
 
-def test_a_folder_is_one_run_s_until_its_process_ends_although_its_worker_lives_on(tmp_path):
+def test_locks_a_folder_until_its_process_ends_even_if_its_worker_lives(tmp_path):
     with another_run(tmp_path / "run") as other:
         (tmp_path / "run" / "last.ckpt.0123abcd.tmp").write_bytes(b"half")
-        message = f"output is .*run; another run writes into it, process {other.pid} on .*: wait for its end, or name"
+        message = (
+            f"output is .*run; another run writes into it, process {other.pid} on .*: wait until it ends, or choose"
+        )
         for _ in range(2):
             with pytest.raises(FolderInUse, match=message), run_folder(tmp_path / "run"):
                 pass
@@ -61,10 +63,10 @@ def test_a_folder_is_one_run_s_until_its_process_ends_although_its_worker_lives_
         other.join()
         with run_folder(tmp_path / "run"):
             assert os.listdir(tmp_path / "run") == [".lock"]
-    assert not (tmp_path / "run").exists()  # nothing was written there
+    assert not (tmp_path / "run").exists()  # nothing was written to it
 
 
-def test_its_own_thread_enters_a_folder_again_and_no_other_does(tmp_path):
+def test_is_reentrant_within_a_thread_only(tmp_path):
     refused = []
 
     def enter():
@@ -75,7 +77,7 @@ def test_its_own_thread_enters_a_folder_again_and_no_other_does(tmp_path):
     with run_folder(tmp_path):
         with run_folder(tmp_path):
             pass
-        (tmp_path / ".lock").read_bytes()  # as whoever copies the folder does, which must not give it free
+        (tmp_path / ".lock").read_bytes()  # as in a copy of the folder, which must not release the lock
         thread = threading.Thread(target=enter)
         thread.start()
         thread.join()
@@ -97,18 +99,18 @@ def another_process_is_refused(folder):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_without_locks_a_run_goes_on_with_a_warning(tmp_path, monkeypatch):
+def test_warns_on_a_file_system_without_locks(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    (tmp_path / "last.ckpt.0123abcd.tmp").touch()  # perhaps of a run that is there
-    message = r"its file system has no locks \(No locks available\): let no other run write there"
+    (tmp_path / "last.ckpt.0123abcd.tmp").touch()  # perhaps of another run
+    message = r"its file system has no locks \(No locks available\): do not start another run there"
     with pytest.warns(UserWarning, match=message), run_folder(tmp_path):
         assert (tmp_path / "last.ckpt.0123abcd.tmp").exists()
 
 
-def test_a_second_run_is_refused_before_it_touches_anything(tmp_path):
+def test_refuses_a_second_run_before_it_writes(tmp_path):
     (tmp_path / "run").mkdir()
     for name in ("args.yaml", "summary.csv", "last.ckpt"):
         (tmp_path / "run" / name).write_text("of the first run")
@@ -121,7 +123,7 @@ def test_a_second_run_is_refused_before_it_touches_anything(tmp_path):
     assert names == dict.fromkeys(("args.yaml", "summary.csv", "last.ckpt"), "of the first run")
 
 
-def test_a_damaged_checkpoint_is_refused_and_auto_goes_on_from_the_one_before(tmp_path):
+def test_refuses_a_damaged_checkpoint_and_auto_resumes_from_the_previous_one(tmp_path):
     common = (*TRAIN, "--output", tmp_path, "--experiment")
     assert run(*common, "whole", "--epochs", 3).exit_code == 0
     assert run(*common, "run", "--epochs", 2).exit_code == 0
@@ -132,7 +134,7 @@ def test_a_damaged_checkpoint_is_refused_and_auto_goes_on_from_the_one_before(tm
         last.write_bytes(damaged)
         result = run(*common, "run", "--epochs", 3, "--resume", last)
         assert result.exit_code == 2 and "Traceback" not in result.output
-        assert f"resume is {last}; it is no checkpoint of a training run any more: the file is damaged" in result.output
+        assert f"resume is {last}; it is no checkpoint of a training run: the file is damaged" in result.output
         assert f"use {previous} instead" in result.output
     result = run("validate", last)
     assert result.exit_code == 2 and "the file is damaged" in result.output
@@ -140,13 +142,13 @@ def test_a_damaged_checkpoint_is_refused_and_auto_goes_on_from_the_one_before(tm
     result = run(*common, "run", "--epochs", 3, "--resume", "auto")
     assert result.exit_code == 0, result.output
     assert f"{last} cannot be read (the file is damaged: " in result.output
-    assert f"going on from the checkpoint before it, {previous}" in result.output
+    assert f"resuming from the previous checkpoint, {previous}" in result.output
     first, second = (torch.load(tmp_path / name / "last.ckpt")["state_dict"] for name in ("whole", "run"))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    assert torch.load(previous)["epoch"] == 1  # and the damaged one was not kept as the one before
+    assert torch.load(previous)["epoch"] == 1  # and the damaged one was not kept as the previous one
 
 
-def test_without_a_whole_checkpoint_auto_is_refused(tmp_path):
+def test_refuses_auto_without_an_intact_checkpoint(tmp_path):
     (tmp_path / "run").mkdir()
     for name in ("last.ckpt", "previous.ckpt"):
         (tmp_path / "run" / name).write_bytes(b"PK\x03\x04")
@@ -154,7 +156,7 @@ def test_without_a_whole_checkpoint_auto_is_refused(tmp_path):
         assert result.exit_code == 2 and f"{name}; it is no checkpoint of a training run" in result.output
 
 
-def test_a_new_folder_is_of_no_other_run(tmp_path):
+def test_makes_a_new_folder_for_each_run(tmp_path):
     folders = [new_folder(tmp_path / "runs" / "now") for _ in range(3)]
     assert [folder.name for folder in folders] == ["now", "now-2", "now-3"] and all(
         folder.is_dir() for folder in folders

@@ -22,7 +22,7 @@ def saved(tmp_path_factory):
 
 
 def changed(saved, path, keys, value):
-    """The checkpoint with one field set, or without it."""
+    """Save the checkpoint with one field changed, or removed with KeyError."""
     checkpoint = place = torch.load(saved, weights_only=True)
     for key in keys[:-1]:
         place = place[key]
@@ -45,7 +45,7 @@ def changed(saved, path, keys, value):
         (["state_dict", "model.stem.0.0.weight"], "x", "is 'x', expected a dense tensor"),
         (["ImageDataModule"], [1], "ImageDataModule is a list, expected a dict"),
         (["ImageDataModule", "std"], torch.zeros(1), "numbers of 0 or below"),
-        (["ImageDataModule", "classes"], [1, 2], "expected a list of texts"),
+        (["ImageDataModule", "classes"], [1, 2], "expected a list of strings"),
         (["ImageDataModule", "place", "done"], -1, "ImageDataModule['place']['done'] is -1, expected an int"),
         (["callbacks", "EpochSummary", "rows"], [1], "expected a list of dicts"),
         (["callbacks", "EpochSummary", "rows"], [{"epoch": [1]}], "in column 'epoch' is a list"),
@@ -54,7 +54,7 @@ def changed(saved, path, keys, value):
         (["lr_schedulers"], {}, "lr_schedulers is a dict, expected a list of dicts"),
     ],
 )
-def test_fields_of_another_type_are_named(saved, tmp_path, keys, value, message):
+def test_names_a_field_of_another_type(saved, tmp_path, keys, value, message):
     path = changed(saved, tmp_path / "c.ckpt", keys, value)
     with pytest.raises(ValueError) as error:
         read_checkpoint(path, "checkpoint")
@@ -73,27 +73,27 @@ def test_fields_of_another_type_are_named(saved, tmp_path, keys, value, message)
         (["optimizer_states", 0, "state", 0, "exp_avg"], None, "['exp_avg'] is None, expected a dense tensor"),
         (["optimizer_states", 0, "state", 0, "exp_avg"], KeyError, "['exp_avg'] is missing"),
         (["optimizer_states", 0, "state", 10**6], {}, "there is no such parameter"),
-        (["lr_schedulers", 0, "step"], 1, "no schedule here has that"),
+        (["lr_schedulers", 0, "step"], 1, "which no schedule of fastroute has"),
         (["lr_schedulers", 0, "base_lrs"], [0.1], "expected a list of 3 items"),
         (["state_dict", "model.stem.0.0.weight"], torch.zeros(3), "has the shape (3,), expected (16, 1, 3, 3)"),
         (["state_dict", "model.stem.0.0.weight"], KeyError, "lacks 1 tensors, such as 'model.stem.0.0.weight'"),
     ],
 )
-def test_a_state_that_a_run_cannot_go_on_from_is_named(saved, tmp_path, keys, value, message):
+def test_names_the_field_that_prevents_a_run_from_being_resumed(saved, tmp_path, keys, value, message):
     path = changed(saved, tmp_path / "c.ckpt", keys, value)
     with pytest.raises(ValueError) as error:
         check_resume(path, network(), 2)
     assert str(error.value).startswith(f"resume is {path}; its ") and message in str(error.value)
 
 
-def test_a_path_to_delete_is_no_url(saved, tmp_path):
+def test_refuses_a_url_as_a_path_to_delete(saved, tmp_path):
     checkpoint = torch.load(saved, weights_only=True)
     name = next(key for key in checkpoint["callbacks"] if "val_error" in key)
     keys = ["callbacks", name, "best_k_models"]
     path = changed(saved, tmp_path / "c.ckpt", keys, {"local:///home/x": torch.zeros(())})
-    with pytest.raises(ValueError, match="expected a path of this machine"):
+    with pytest.raises(ValueError, match="expected a local path"):
         read_checkpoint(path)
 
 
-def test_what_was_saved_is_accepted(saved):
+def test_accepts_what_was_saved(saved):
     check_resume(saved, network(), 2)

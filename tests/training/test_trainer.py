@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastroute.training import ImageDataModule, RoutingClassifier, fit, router_statistics
 from fastroute.training.callbacks import Patience
-from fastroute.training.checkpoints import CheckpointHistory, check_not_finished
+from fastroute.training.checkpoints import check_not_finished
 from fastroute.training.loggers import make_loggers
+from fastroute.training.saving import CheckpointHistory
 from fastroute.training.steps import MovingAverage
 
 
@@ -58,13 +59,13 @@ class Killed(RoutingClassifier):
 
 
 @pytest.mark.parametrize("sched", ["multistep", "onecycle"])
-def test_a_resumed_run_ends_as_the_uninterrupted_one(data, tmp_path, sched):
+def test_a_resumed_run_matches_the_uninterrupted_one(data, tmp_path, sched):
     whole = classifier(sched=sched)
     rows = run(whole, data, tmp_path / "whole")
     with pytest.raises(RuntimeError, match="killed"):
         run(classifier(Killed, sched=sched), data, tmp_path / "halves")
     resumed = classifier(sched=sched)
-    torch.nn.init.zeros_(resumed.model.stem_router.w1)  # whatever it starts from must not matter
+    torch.nn.init.zeros_(resumed.model.stem_router.w1)  # the initial weights must not matter
     resumed_rows = run(resumed, data, tmp_path / "halves", resume=tmp_path / "halves" / "last.ckpt")
 
     assert [row["epoch"] for row in resumed_rows] == [1, 2, 3, 4]
@@ -110,7 +111,7 @@ def test_a_run_writes_its_summary_and_the_last_and_best_checkpoints(data, tmp_pa
 
 
 class Worsening(Killed):
-    """Each epoch has a larger error than the one before."""
+    """A classifier whose error grows with each epoch."""
 
     def log_dict(self, metrics, **options):
         worse = {"val_error": torch.tensor(float(self.current_epoch))} if "val_error" in metrics else {}
@@ -121,17 +122,17 @@ class Worsening(Killed):
             super().on_train_epoch_start()
 
 
-def test_the_best_epoch_stays_the_best_where_the_folder_has_moved(data, tmp_path):
+def test_keeps_the_best_epoch_if_the_folder_has_moved(data, tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
         run(classifier(Worsening), data, tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "moved")
     run(classifier(Worsening), data, tmp_path / "elsewhere", resume=tmp_path / "moved" / "last.ckpt")
     run(classifier(Worsening), data, tmp_path / "moved", resume=tmp_path / "moved" / "last.ckpt")
     epochs = {name: torch.load(tmp_path / name / "best.ckpt")["epoch"] for name in ("moved", "elsewhere")}
-    assert epochs == {"moved": 0, "elsewhere": 2}  # the first that was trained there
+    assert epochs == {"moved": 0, "elsewhere": 2}  # the first epoch trained there
 
 
-def test_a_run_that_goes_on_from_a_copy_leaves_the_original(data, tmp_path):
+def test_resuming_from_a_copy_leaves_the_original(data, tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
         run(classifier(Worsening), data, tmp_path / "run")
     original = (tmp_path / "run" / "last.ckpt").read_bytes()
@@ -166,7 +167,7 @@ def test_routers_are_described_each_epoch(data, tmp_path):
     assert {"val_error", "train_loss", "router/stack1_router/dead", "router/stem_router/gate_12"} <= tags
 
 
-def test_a_moving_average_is_what_is_validated_and_kept(data, tmp_path):
+def test_validates_and_keeps_the_moving_average(data, tmp_path):
     module = classifier(lr=0.02)
     rows = run(module, data, tmp_path, epochs=2, model_ema_decay=0.5)
     saved = torch.load(tmp_path / "last.ckpt")
@@ -199,7 +200,7 @@ def test_accumulated_batches_are_one_step_of_the_mean_gradient(image_folder, tmp
     assert not torch.allclose(trained(12, clip_grad=0.01), trained(12))
 
 
-def test_what_the_console_shows(data, tmp_path):
+def test_prints_progress_on_the_console(data, tmp_path):
     console = Console(file=io.StringIO(), width=200, force_terminal=False)
     run(classifier(), data, tmp_path, epochs=2, log_interval=2, console=console)
     lines = console.file.getvalue().splitlines()
@@ -250,7 +251,7 @@ def test_a_plain_trainer_and_a_fast_dev_run(loader, tmp_path):
     assert "val_error" in console.file.getvalue() and not (tmp_path / "run").exists()
 
 
-def test_patience_stops_and_the_best_epochs_stay(tmp_path):
+def test_patience_stops_and_checkpoint_history_keeps_the_best(tmp_path):
     summary, trainer = SimpleNamespace(rows=[]), SimpleNamespace(should_stop=False, is_global_zero=True)
     console = Console(file=io.StringIO(), width=200)
     patience = Patience(summary, "val_error", 2, console)
@@ -261,11 +262,14 @@ def test_patience_stops_and_the_best_epochs_stay(tmp_path):
     for epoch, error in enumerate((5.0, 3.0, 4.0, 3.0), start=1):
         assert not trainer.should_stop
         summary.rows.append({"epoch": epoch, "val_error": error})
-        last.unlink(missing_ok=True)  # another file of the name, as a checkpoint is
+        last.unlink(missing_ok=True)  # a new file of the same name, as a checkpoint is
         last.write_text(str(epoch))
         patience.on_train_epoch_end(trainer, None)
         history.on_train_epoch_end(trainer, None)
-    assert trainer.should_stop and "no lower val_error than epoch 2, 3" in console.file.getvalue()
+    assert (
+        trainer.should_stop
+        and "in 2 epochs, val_error has not been lower than in epoch 2, 3" in console.file.getvalue()
+    )
     patience.on_save_checkpoint(trainer, None, checkpoint := {})
     assert checkpoint == {"stopped_early": True}
     assert {p.name: p.read_text() for p in tmp_path.glob("epoch*")} == {"epoch2.ckpt": "2", "epoch4.ckpt": "4"}
@@ -275,7 +279,7 @@ def test_a_run_stops_early_and_keeps_its_best_epochs(loader, tmp_path):
     rows = run(classifier(lr=1e-9), loader, tmp_path, 9, val_data=loader, patience=1, checkpoint_hist=1, logger=None)
     assert len(rows) < 9 and torch.load(tmp_path / "last.ckpt")["stopped_early"]
     assert len(list(tmp_path.glob("epoch*.ckpt"))) == 1
-    with pytest.raises(FileExistsError, match=f"a finished run of {len(rows)} epochs"):
+    with pytest.raises(FileExistsError, match=f"it has a finished run of {len(rows)} epoch"):
         check_not_finished(tmp_path, "--overwrite")
 
 
@@ -293,7 +297,7 @@ def test_bfloat16_in_channels_last_trains(data, tmp_path):
     assert 0 < rows[0]["train_loss"] < 5
 
 
-def test_says_nothing_but_its_own(data, tmp_path, capfd):
+def test_prints_no_warnings_of_lightning(data, tmp_path, capfd):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("default", message="fastroute computes")
@@ -312,7 +316,7 @@ def test_wrong_arguments(data, tmp_path):
         ({"devices": 2}, "devices is 2; a process uses one"),
         ({"eval_metric": "f1"}, "eval_metric is 'f1'; it must be one of 'top1'"),
         ({"patience": 0}, "patience is 0; it must be at least 1"),
-        ({"logger": "csv,board"}, "log is 'board'; it must be of csv"),
+        ({"logger": "csv,board"}, "log is 'board'; expected names out of csv"),
         ({"log_interval": 0}, "log_interval is 0; it must be at least 1"),
         ({"grad_accum_steps": 0}, "grad_accum_steps is 0; it must be at least 1"),
         ({"recovery_interval": 0}, "recovery_interval is 0; it must be at least 1"),
@@ -332,7 +336,7 @@ def test_wrong_arguments(data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_logger_whose_package_is_missing_says_how_to_install_it(tmp_path, monkeypatch):
+def test_says_how_to_install_the_package_of_a_logger(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name in ("wandb", "mlflow"):
         with pytest.raises(ModuleNotFoundError, match=f"log is '{name}'; .*: pip install {name}"):

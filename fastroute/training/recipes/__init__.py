@@ -1,4 +1,4 @@
-"""The experiments of §3.4 and §4.5.2 by name: options of a command, and what the thesis reports for them."""
+"""The experiments of §3.4 and §4.5.2 by name: the options of a command, and the thesis's results."""
 
 from difflib import get_close_matches
 from functools import cache
@@ -9,12 +9,13 @@ from fastroute import _yaml
 
 
 class Recipe(NamedTuple):
-    """One network, or one method of clustering, in one experiment.
+    """One network, or one clustering method, in one experiment.
 
-    name: such as "cifar10_resnet20_cc2".
-    about: the experiment, in a line.
-    options: of the command, the network as `model` or the method as `method` among them.
-    reported: {measure: value} as the thesis has it, in percent; empty for what is not in it.
+    Attributes:
+        name: such as "cifar10_resnet20_cc2".
+        about: one line about the experiment.
+        options: of the command, with the network as `model` or the method as `method`.
+        reported: {measure: value} from the thesis, in percent; empty if it reports none.
     """
 
     name: str
@@ -23,16 +24,19 @@ class Recipe(NamedTuple):
     reported: dict[str, float]
 
 
-# What varies within a file: its key there, and the option of the command that it is.
+# What varies within a recipe file: its key there, and the command's option.
 VARIANTS = {"train": ("networks", "model"), "cluster": ("methods", "method")}
 
 
 @cache
 def recipes(command: str = "train") -> dict[str, Recipe]:
-    """All recipes of `fastroute train` or `fastroute cluster` by name, in the order of the thesis.
+    """Return all recipes of `fastroute train` or `fastroute cluster` by name, in the order of the thesis.
 
-    A file holds `name`, a pattern with the network or method in it; `about`; `options`; and `networks` or `methods`,
-    {which: what the thesis reports}.
+    A file has `name`, a pattern that contains the network or method; `about`; `options`; and `networks` or `methods`,
+    {name: the thesis's results}.
+
+    Args:
+        command: "train" or "cluster".
     """
     key, option = VARIANTS[command]
     found = {}
@@ -47,10 +51,14 @@ def recipes(command: str = "train") -> dict[str, Recipe]:
 
 
 def recipe(name: str, command: str = "train") -> Recipe:
-    """A recipe by its name.
+    """Return a recipe by its name.
+
+    Args:
+        name: such as "cifar10_resnet20_cc2".
+        command: "train" or "cluster".
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no recipe of that name.
     """
     if name not in recipes(command):
         near = get_close_matches(name, recipes(command), n=3)

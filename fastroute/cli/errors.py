@@ -1,7 +1,7 @@
-"""Errors of the outside world, such as a full disk or exhausted memory, as sentences.
+"""Report errors on the command line, and print on the console.
 
-`Commands` is the one place where an error that a command lets through ends: a sentence and a status where the cause is
-outside the program, a traceback where it is a fault of the program.
+`Commands` handles every error that a command does not: a cause outside the program, such as a full disk or exhausted
+memory, ends in a one-line message and an exit status; a bug ends in a traceback.
 """
 
 import contextlib
@@ -25,44 +25,63 @@ if TYPE_CHECKING:
     import click  # not installed beside every typer: newer ones bring their own
 
 INTERRUPTED = 130
-"""The status that a shell gives to a command that Ctrl-C ended."""
+"""The exit status of a shell for a command ended by Ctrl-C."""
 
 DEBUG: ContextVar[bool] = ContextVar("debug", default=False)
-"""Whether the traceback is shown above the sentence."""
+"""Whether to print the traceback above the message."""
 
-# How PyTorch says in a RuntimeError that there is no memory left, or that a size is beyond every memory.
+# Parts of PyTorch's RuntimeErrors about exhausted memory, and about sizes beyond any memory.
 _MEMORY = ("not enough memory", "out of memory", "bad_alloc", "Cannot allocate memory", "can't start new thread")
 _OVERFLOW = ("overflow", "Invalid buffer size", "exceeds the range", "too large to convert", "Out of range")
 _LOWER = "lower --batch-size, --img-size or --workers"
 
 
 def standard_output(**options) -> Console:
-    """Where commands print. Of tables that go to a file or pipe, nothing is cut off, unless COLUMNS is set."""
+    """Return the console that commands print on; tables in a file or pipe are not cut, unless COLUMNS is set.
+
+    Args:
+        options: of `rich.console.Console`.
+    """
     console = Console(**options)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 10_000
     return console
 
 
-def end(message: object, code: int) -> NoReturn:
-    """End the command with a sentence; with `--debug`, below the traceback of the error that is being handled."""
+def exit_with_error(message: object, code: int) -> NoReturn:
+    """End the command with a one-line message; with `--debug`, below the traceback of the current error.
+
+    Args:
+        message: printed on standard error.
+        code: the exit status.
+
+    Raises:
+        typer.Exit: always.
+    """
     if DEBUG.get() and sys.exc_info()[0] is not None:
         traceback.print_exc()
-    Console(stderr=True).print(f"[red]error:[/] {shown(message)}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"[red]error:[/] {escaped(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(code) from None
 
 
-def shown(text: object) -> str:
-    """Text for a console: names in it are printable, and are no markup."""
+def escaped(text: object) -> str:
+    """Return text as one line for a console, with unprintable characters and rich's markup escaped."""
     return escape(printable(" ".join(str(text).split("\n"))))
 
 
-def sentence(error: BaseException) -> str | None:
-    """What an error of the outside says to the user; None for a fault of the program."""
+def describe_error(error: BaseException) -> str | None:
+    """Describe an error with a cause outside the program to the user.
+
+    Args:
+        error: any error.
+
+    Returns:
+        a one-line message; None for a bug.
+    """
     text = _message(error)
-    if type(error).__name__ == "ProcessLost":  # by its name: its module would be imported for nothing else
+    if type(error).__name__ == "ProcessLost":  # by its name: importing its module is slow
         return text
-    torch = sys.modules.get("torch")  # without it, no error is its own
+    torch = sys.modules.get("torch")  # otherwise no error is PyTorch's
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return f"the GPU's memory is exhausted: {_first(text)}; lower --batch-size or --img-size, or use --amp"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(mark in text for mark in _MEMORY)):
@@ -72,11 +91,11 @@ def sentence(error: BaseException) -> str | None:
     ):
         return f"a number or size is too large to compute with: {_first(text)}; lower it"
     if "DataLoader timed out" in text:
-        return f"{_first(text)}: {_silent_workers()}; the last checkpoint is whole, and --resume goes on from it"
+        return f"{_first(text)}: {_silent_workers()}; the last checkpoint is intact: continue from it by --resume"
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return (
-            f"a process that decodes images is gone: {_first(text)} The system ends processes where memory is "
-            f"exhausted: {_LOWER}. The last checkpoint is whole, and --resume goes on from it"
+            f"a process that decodes images is gone: {_first(text)} The system kills processes if memory is "
+            f"exhausted: {_LOWER}. The last checkpoint is intact: continue from it by --resume"
         )
     if isinstance(error, OSError):
         return text
@@ -86,7 +105,7 @@ def sentence(error: BaseException) -> str | None:
 
 
 def _message(error: BaseException) -> str:
-    """The message; that of an error in a DataLoader's worker, which PyTorch raises anew with its traceback as text."""
+    """Return the message of an error, without the traceback that PyTorch adds to one of a DataLoader's worker."""
     text = str(error).strip()
     if text.startswith("Caught ") and "Original Traceback" in text:
         return text.splitlines()[-1]
@@ -98,7 +117,7 @@ def _first(text: str) -> str:
 
 
 def _restoring(error: BaseException) -> bool:
-    """Whether Lightning was putting back what a checkpoint holds."""
+    """Return whether Lightning was restoring a checkpoint when the error was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     return any(
         frame.name.startswith(("restore", "_restore", "resume_start"))
@@ -108,18 +127,23 @@ def _restoring(error: BaseException) -> bool:
 
 
 def _silent_workers() -> str:
-    """Which of this process's workers are stopped, as by SIGSTOP."""
+    """Say which workers of this process are stopped, as by SIGSTOP."""
     stopped = []
     for worker in multiprocessing.active_children():
         with contextlib.suppress(OSError):
             state = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0]
             if state in ("T", "t"):
                 stopped.append(str(worker.pid))
-    return f"process {', '.join(stopped)} is stopped (SIGCONT lets it go on)" if stopped else "no worker answers"
+    return f"process {', '.join(stopped)} is stopped (SIGCONT continues it)" if stopped else "no worker answers"
 
 
 class Lazy(dict):
-    """Commands by name, each of which is made when it is looked up; their number and names are there at once."""
+    """A dict of commands that loads each when it is first looked up; the names are known at once.
+
+    Args:
+        load: returns a command by its name.
+        names: of the commands.
+    """
 
     def __init__(self, load: Callable[[str], "click.Command"], names: Iterable[str]):
         super().__init__(dict.fromkeys(names))
@@ -131,18 +155,23 @@ class Lazy(dict):
         return super().__getitem__(name)
 
     def get(self, name: str, default: object = None) -> object:
-        return self[name] if name in self else default  # noqa: SIM401 (dict's own would not load it)
+        return self[name] if name in self else default  # noqa: SIM401 (dict.get would not load it)
 
 
 class Commands(TyperGroup):
-    """The commands, which are imported when they are called. `--debug` may come before or after the command's name."""
+    """Commands that are imported when they are called; `--debug` may stand before or after the command's name."""
 
     _load: ClassVar[Callable[[str], "click.Command"]]
     _helps: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     def loaded_by(cls, load: Callable[[str], "click.Command"], helps: Mapping[str, str]) -> None:
-        """Say which commands there are, in their order, and the first line of each one's help."""
+        """Set the commands.
+
+        Args:
+            load: imports and returns a command by its name.
+            helps: the first line of each command's help by its name, in order.
+        """
         cls._load, cls._helps = staticmethod(load), helps
 
     def __init__(self, **options):
@@ -174,39 +203,39 @@ class Commands(TyperGroup):
     def invoke(self, ctx):
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")  # names of files may be no text
+                stream.reconfigure(errors="backslashreplace")  # file names may be no valid text
         token = DEBUG.set(bool(ctx.params.get("debug")))
         try:
-            with _told():
+            with _report_errors():
                 return super().invoke(ctx)
         finally:
             DEBUG.reset(token)
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def _report_errors() -> Iterator[None]:
     try:
         yield
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise
     except KeyboardInterrupt:
-        end(_INTERRUPTED, INTERRUPTED)
+        exit_with_error(_INTERRUPTED, INTERRUPTED)
     except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning turns into this
-            end(_INTERRUPTED, INTERRUPTED)
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns it into SystemExit
+            exit_with_error(_INTERRUPTED, INTERRUPTED)
         raise
-    except Exception as error:  # the one place where what a command lets through is told
-        if hasattr(error, "exit_code"):  # of the command line's parser
+    except Exception as error:  # whatever a command does not handle
+        if hasattr(error, "exit_code"):  # raised by the command line's parser
             raise
-        if message := sentence(error):
-            end(message, 1)
+        if message := describe_error(error):
+            exit_with_error(message, 1)
         traceback.print_exc()
         Console(stderr=True).print(
-            "[red]error:[/] this is a fault of fastroute; please report it with the lines above and the command",
+            "[red]error:[/] this is a bug of fastroute; please report it with the lines above and the command",
             highlight=False,
             soft_wrap=True,
         )
         raise typer.Exit(1) from None
 
 
-_INTERRUPTED = "stopped by Ctrl-C; the last checkpoint, if there is one, is whole, and --resume goes on from it"
+_INTERRUPTED = "stopped by Ctrl-C; the last checkpoint, if there is one, is intact: continue from it by --resume"

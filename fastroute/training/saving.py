@@ -1,0 +1,230 @@
+"""Write checkpoints atomically: at the end of each epoch, within epochs, and when the run is stopped."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import distributed as dist
+
+from fastroute._files import copy_over, replacing
+from fastroute.training.checkpoints import LAST, PREVIOUS, read_checkpoint
+from fastroute.training.distributed import broadcast_from_rank_zero
+
+
+class Terminated(SystemExit):
+    """Raised when a run has received SIGTERM or Ctrl-C and has saved; its exit status is a shell's, 143 or 130.
+
+    Args:
+        message: where the run stopped.
+        path: the checkpoint to resume from.
+        signum: the signal.
+    """
+
+    def __init__(self, message: str, path: Path, signum: int = signal.SIGTERM):
+        super().__init__(128 + signum)
+        self.message, self.path = message, path
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Replace checkpoints atomically, and check them when they are read.
+
+    A replaced `last.ckpt` is kept as `previous.ckpt`, in case the disk damages the last one. Lightning's own IO writes
+    to the system's temporary folder; on another disk, the move from there is a copy, which can be interrupted.
+
+    Args:
+        resumed: the checkpoint that the run is resumed from; `last.ckpt` and `previous.ckpt` of another run are not
+            kept.
+        checkpoint: its content as `read_checkpoint` returned it, so that it is not read again.
+
+    Raises:
+        OSError: a checkpoint cannot be written, as on a full disk; the previous one is intact.
+    """
+
+    def __init__(self, resumed: str | Path | None = None, checkpoint: dict | None = None):
+        super().__init__()
+        self._own = set() if resumed is None else {Path(resumed).resolve()}
+        self._read = {} if checkpoint is None else {Path(resumed): checkpoint}
+
+    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options=None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with replacing(path, "wb", earlier=self._earlier(path)) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:  # torch's own writer reports a full disk as a RuntimeError
+            kept = "the previous checkpoint is intact" if path.is_file() else "there is no previous checkpoint"
+            raise OSError(f"checkpoint {path} cannot be written, {kept}: {_cause(error)}") from error
+        self._own.add(path.resolve())
+
+    def _earlier(self, path: Path) -> Path | None:
+        """Return where to keep the checkpoint that is replaced: None unless it is this run's `last.ckpt`."""
+        previous = path.with_name(PREVIOUS)
+        if path.name != LAST:
+            return None
+        if path.resolve() in self._own:
+            return previous
+        if previous.resolve() not in self._own:  # unless the run is resumed from it, as the last one was damaged
+            previous.unlink(missing_ok=True)
+        return None
+
+    def load_checkpoint(self, path: str | Path, map_location=None, weights_only: bool | None = None) -> dict:
+        checkpoint = self._read.pop(Path(path), None)
+        return read_checkpoint(path) if checkpoint is None else checkpoint
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Save the checkpoint of the best epoch; a resumed run keeps the best score, even if its folder was moved.
+
+    Lightning's own drops the score if the folder had another name. This one keeps it if the checkpoint that the run is
+    resumed from lies beside the best one. Otherwise, as in a new folder, no epoch is the best yet.
+
+    Args:
+        resumed: the checkpoint that the run is resumed from, if any.
+        options: of `ModelCheckpoint`.
+    """
+
+    def __init__(self, resumed: str | Path | None, **options):
+        super().__init__(**options)
+        self._resumed = resumed
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        best, scores = self.format_checkpoint_name({}), list(state_dict["best_k_models"].values())
+        beside = Path(self._resumed).parent.resolve() == Path(self.dirpath)
+        if broadcast_from_rank_zero(bool(scores) and beside and os.path.isfile(best)):
+            here = {"dirpath": self.dirpath, "best_model_path": best, "kth_best_model_path": best}
+            super().load_state_dict(state_dict | here | {"best_k_models": {best: scores[0]}})
+
+
+class CheckpointHistory(Checkpoint):
+    """Keep the checkpoints of the best epochs as `epoch12.ckpt`: hard links to `last.ckpt` at the end of the epochs.
+
+    It compares the rows of the run's summary, so a resumed run continues with the files in its folder.
+
+    Args:
+        last: the run's last checkpoint, written before this callback runs.
+        rows: returns the rows of the summary.
+        metric: a column of them; lower is better.
+        keep: the number of checkpoints.
+    """
+
+    def __init__(self, last: Path, rows: Callable[[], list[dict]], metric: str, keep: int):
+        self.last, self.rows, self.metric, self.keep = last, rows, metric, keep
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:  # remove those of another run
+            mine = {self._path(row["epoch"]) for row in self.rows()}
+            for path in set(self.last.parent.glob("epoch*.ckpt")) - mine:
+                path.unlink()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        rows = self.rows()
+        copy_over(self.last, self._path(rows[-1]["epoch"]))
+        there = [row for row in rows if self._path(row["epoch"]).is_file()]
+        for row in sorted(there, key=lambda row: row[self.metric])[self.keep :]:
+            self._path(row["epoch"]).unlink()
+
+    def _path(self, epoch: int) -> Path:
+        return self.last.with_name(f"epoch{epoch}.ckpt")
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Save the checkpoint of the last epoch.
+
+    Lightning's own restores the path of the last checkpoint, and deletes that file when it saves the next one in
+    another folder: the original, if the run is resumed from a copy.
+    """
+
+    def __init__(self, **options):
+        super().__init__(filename=Path(LAST).stem, **options)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        pass
+
+
+class RecoveryCheckpoint(pl.Callback):
+    """Save within epochs: every `interval` steps, and at SIGTERM or Ctrl-C, which then end the run.
+
+    During validation, the signal takes effect after it, when the checkpoint of the epoch is written. A second Ctrl-C
+    stops at once, as without this callback; processes of `torchrun` receive one key press twice, so they wait.
+
+    Lightning's `ModelCheckpoint(every_n_train_steps=…)` handles no signals, and it also saves at the last step of an
+    epoch, before the validation that the epoch's own checkpoint includes.
+
+    Args:
+        path: the checkpoint to write.
+        interval: optimiser steps between checkpoints; None writes one at a signal only.
+
+    Raises:
+        Terminated: a signal was received, and the checkpoint is written.
+        KeyboardInterrupt: a second Ctrl-C was received before that.
+    """
+
+    NAMES: ClassVar = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+
+    STEPS_BETWEEN_AGREEMENTS = 10
+    """Steps between agreements of several processes on a step to stop at; each agreement makes the host wait."""
+
+    def __init__(self, path: Path, interval: int | None = None):
+        self.path, self.interval = path, interval
+        self._signal = 0  # the one received, if any
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Replaces Lightning's handler, which communicates with other processes within the signal. Lightning restores
+        # the original handlers at the end of the run.
+        self._alone = trainer.world_size == 1
+        if threading.current_thread() is threading.main_thread():
+            for signum in self.NAMES:
+                if signal.getsignal(signum) is not signal.SIG_IGN:  # as SIGINT is for a background job of a script
+                    signal.signal(signum, self._request_stop)
+
+    def _request_stop(self, signum: int, frame: object) -> None:
+        if signum == signal.SIGINT and self._alone:
+            if self._signal == signal.SIGINT:
+                raise KeyboardInterrupt
+            # Not by print: the signal may have interrupted one.
+            os.write(2, b"\nsaving after this step or validation; Ctrl-C again stops at once\n")
+        self._signal = self._signal or signum
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if signum := self._any_signal(trainer):
+            message = f"stopped by {self.NAMES[signum]} after epoch {trainer.current_epoch}; {self.path} is complete"
+            raise Terminated(message, self.path, signum)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
+        if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # the epoch's own checkpoint follows, or gradients are being accumulated
+        steps = trainer.global_step
+        agreeing = trainer.world_size == 1 or steps % self.STEPS_BETWEEN_AGREEMENTS == 0
+        if agreeing and (signum := self._any_signal(trainer)):
+            trainer.save_checkpoint(self.path)
+            place = f"epoch {trainer.current_epoch + 1}, step {batch_idx + 1}"
+            raise Terminated(f"stopped by {self.NAMES[signum]} at {place}; saved to {self.path}", self.path, signum)
+        if self.interval and steps % self.interval == 0:
+            trainer.save_checkpoint(self.path)
+
+    def _any_signal(self, trainer: pl.Trainer) -> int:
+        """Return the signal that any of the processes has received, or 0."""
+        if trainer.world_size == 1:
+            return self._signal
+        signum = torch.tensor(int(self._signal), device=trainer.strategy.root_device)
+        dist.all_reduce(signum, dist.ReduceOp.MAX)
+        return int(signum)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the system's error that PyTorch's writer has wrapped, if there is one."""
+    while not isinstance(error, OSError) and (error.__context__ or error.__cause__):
+        error = error.__cause__ or error.__context__
+    return error

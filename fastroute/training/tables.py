@@ -1,0 +1,52 @@
+"""Tables of a run: rows that are part of its checkpoints, and the CSV files they are written to."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytorch_lightning as pl
+
+from fastroute._files import replacing
+
+
+class RowTable(pl.Callback):
+    """Keep rows in the checkpoint, so that the file of a resumed run has those of the epochs before it too.
+
+    Lightning's CSVLogger starts its file anew where a run is resumed.
+
+    Args:
+        path: the CSV file.
+
+    Attributes:
+        rows: a dict for each row.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.rows = path, []
+
+    def state_dict(self) -> dict:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.rows = list(state_dict["rows"])
+
+    def write(self) -> None:
+        """Replace the file by the rows so far."""
+        write_csv(self.path, self.rows)
+
+
+def write_csv(path: Path, rows: Sequence[dict]) -> None:
+    """Write rows to a CSV file atomically, with the columns of all of them in the order in which they first appear.
+
+    Args:
+        path: the file to replace.
+        rows: a dict for each row; a column that a row lacks is left empty.
+
+    Raises:
+        OSError: the file cannot be written; it is then unchanged.
+    """
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with replacing(path, newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)

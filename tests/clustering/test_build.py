@@ -1,0 +1,38 @@
+from dataclasses import asdict
+
+import pytest
+
+from fastroute.clustering.build import ClusteringRun, build
+
+RUN = {"dataset": "digits", "clusters": 3, "heads": 1, "batch_norm": True, "architecture": "C4 F8"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "two-fold", "heads": 2, "n_init": 2}, {"method": "em"}, {"method": "iic"}, {"method": "dec"}],
+    ids=lambda options: options["method"],
+)
+def test_rebuilds_the_network_of_a_checkpoint(options):
+    run = ClusteringRun(**RUN | options)
+    module = build(run, (1, 8, 8), epochs=4, gamma=2.0, statistics="batch")
+    assert dict(module.hparams) == asdict(run)
+    again = build(ClusteringRun.of(module.hparams), (1, 8, 8))
+    again.load_state_dict(module.state_dict())
+    assert again.hparams == module.hparams
+
+
+def test_the_architecture_is_that_of_the_dataset_unless_given():
+    run = RUN | {"method": "iic", "architecture": None}
+    datasets = ("digits", "mnist", "stl10", "cifar100", "imagefolder")
+    found = [ClusteringRun(**run | {"dataset": dataset}).architecture for dataset in datasets]
+    assert found == ["mnist", "mnist", "stl10", "cifar", "cifar"]
+
+
+def test_ignores_other_names_and_fills_those_that_older_checkpoints_lack():
+    run = ClusteringRun.of(RUN | {"method": "iic", "epochs": 3})
+    assert (run.n_init, run.limit, run.lr_em) == (1, None, 5e-5)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="method is 'kmeans'; it must be 'two-fold', 'em' or 'consistency'"):
+        build(ClusteringRun(**RUN | {"method": "kmeans"}), (1, 8, 8))
