@@ -8,3 +8,6 @@ LR_CONSISTENCY = 1e-4
 """The learning rate of the consistency loss, and of IIC (§4.5.2)."""
 GAMMA = 5.0
 """γ of Eq. 4.12."""
+
+MAX_PATHS = 8
+"""The largest number of parallel paths of a layer."""

@@ -12,16 +12,17 @@ from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
-import torch
 import typer
 import yaml
 from rich.console import Console
 
 from fastroute import _yaml
-from fastroute._files import replacing
 from fastroute.cli.errors import escaped, exit_with_error
+
+if TYPE_CHECKING:
+    import torch
 
 COUNT, PIXELS, WORKERS, SEED = 2**31 - 1, 2**20, 1024, 2**32 - 1
 """The largest integers that options accept: counts, image sizes, processes, seeds."""
@@ -152,6 +153,8 @@ def write_arguments(options: RunOptions, folder: Path) -> None:
         options: an instance of the command's dataclass.
         folder: of the run; made if it is missing.
     """
+    from fastroute._files import replacing
+
     folder.mkdir(parents=True, exist_ok=True)
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     if arguments.get("data_dir") is not None:  # for commands started in another folder
@@ -231,7 +234,7 @@ def run_location(options: RunOptions, kind: str, console: Console) -> tuple[Path
     return folder, resume
 
 
-def resolve_device(name: str | None) -> torch.device:
+def resolve_device(name: str | None) -> "torch.device":
     """Return the device of a `--device` option.
 
     Args:
@@ -240,6 +243,8 @@ def resolve_device(name: str | None) -> torch.device:
     Raises:
         ValueError: there is no such device.
     """
+    import torch
+
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

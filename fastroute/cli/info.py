@@ -2,7 +2,6 @@
 
 import platform
 
-import torch
 from rich.table import Table
 
 import fastroute
@@ -11,6 +10,8 @@ from fastroute.cli.errors import escaped, standard_output
 
 def info() -> None:
     """Print versions, and which backend serves which tensors, or why it cannot."""
+    import torch
+
     console = standard_output()
     table = Table(show_header=False)
     table.add_row("fastroute", fastroute.__version__)

@@ -2,7 +2,6 @@
 
 from typing import Annotated
 
-import torch
 import typer
 from rich.table import Table
 
@@ -13,6 +12,8 @@ from fastroute.cli.errors import escaped, standard_output
 
 def models(pattern: Annotated[str, typer.Argument(help="A shell pattern, such as '*cc*'.")] = "*") -> None:
     """List the networks, with parameters and multiply-accumulates for one image as the thesis has them."""
+    import torch
+
     table = Table("network")
     for column in ("parameters", "thesis, M", "MACs, M", "table"):
         table.add_column(column, justify="right")

@@ -9,18 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import typer
 from rich.console import Console
-from torch import nn
 
+from fastroute._defaults import MAX_PATHS
 from fastroute.cli.errors import escaped
-from fastroute.models._modes import modes_kept
-from fastroute.models.specification import Specification, specification_in
-from fastroute.ops._paths import MAX_PATHS
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fastroute.data import ImageDataModule
+    from fastroute.models.specification import Specification
 
 NETWORK = "Network"
 
@@ -99,7 +98,7 @@ def merge_arguments(options: NetworkOptions) -> None:
     options.model, options.model_kwargs = names[0] if names else None, kwargs or None
 
 
-def specification(options: NetworkOptions, resume: Path | None) -> Specification:
+def specification(options: NetworkOptions, resume: Path | None) -> "Specification":
     """Return the network that the options describe, or that of the checkpoint to resume if they do not differ from it.
 
     Args:
@@ -110,6 +109,8 @@ def specification(options: NetworkOptions, resume: Path | None) -> Specification
         FileNotFoundError: there is no such checkpoint.
         ValueError: options contradict each other, or there is no such network.
     """
+    from fastroute.models.specification import Specification, specification_in
+
     if resume is not None and options.multipath is None and not options.model_kwargs:
         from fastroute.training.checkpoints import read_checkpoint
 
@@ -155,7 +156,7 @@ def _cut(options: NetworkOptions) -> list[str]:
     return [name for name in CUTTING if getattr(options, name) != getattr(NetworkOptions, name)]
 
 
-def write_flags(given: Specification, options: NetworkOptions) -> None:
+def write_flags(given: "Specification", options: NetworkOptions) -> None:
     """Set the options of the network to those in the checkpoints of the run, from which a resumed run takes them.
 
     Args:
@@ -172,13 +173,13 @@ def write_flags(given: Specification, options: NetworkOptions) -> None:
 
 
 def network(
-    given: Specification,
+    given: "Specification",
     options: NetworkOptions,
     data: "ImageDataModule",
     num_classes: int | None,
     resume: Path | None,
     console: Console,
-) -> nn.Module:
+) -> "nn.Module":
     """Build the network for the images and classes of the data, with the weights that the options ask for.
 
     Args:
@@ -221,7 +222,7 @@ def _say(console: Console, sentence: str) -> None:
     console.print(escaped(sentence), soft_wrap=True, highlight=False)
 
 
-def check_takes(built: nn.Module, name: str, in_chans: int, img_size: int, classes: int) -> None:
+def check_takes(built: "nn.Module", name: str, in_chans: int, img_size: int, classes: int) -> None:
     """Check that a network returns logits of the right shape for an image.
 
     Args:
@@ -234,6 +235,10 @@ def check_takes(built: nn.Module, name: str, in_chans: int, img_size: int, class
     Raises:
         ValueError: the network does not take such an image, or returns something else.
     """
+    import torch
+
+    from fastroute.models._modes import modes_kept
+
     like = next(built.parameters(), torch.empty(0))
     try:
         with torch.no_grad(), modes_kept(built):

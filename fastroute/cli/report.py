@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from torch import nn
 
 from fastroute.cli.common import COUNT, DataDirOption, DatasetOption, WorkersOption, plain_errors, read_options
 from fastroute.cli.errors import escaped, standard_output
 from fastroute.cli.trained import OwnModelOption, check_finite, load_trained, load_trained_network
-from fastroute.models.specification import specification_in
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 def report(
@@ -106,6 +107,7 @@ def write_report(
         FileNotFoundError: a file or folder is missing.
         ValueError: an argument is wrong, or there is nothing to show of the checkpoint.
     """
+    from fastroute.models.specification import specification_in
     from fastroute.training.checkpoints import read_checkpoint
     from fastroute.visualize import Images, Report, routing_report
 
@@ -153,8 +155,9 @@ def _say(title: str) -> None:
     standard_output().print(f"{title} …", style="dim", highlight=False, markup=False)
 
 
-def _read(paths: Sequence[Path], img_size: int, crop_pct: float, channels: int) -> torch.Tensor:
+def _read(paths: Sequence[Path], img_size: int, crop_pct: float, channels: int) -> "torch.Tensor":
     """Read images and crop them as in validation: (k, C, H, W), values from 0 to 1; grey if `channels` is 1."""
+    import torch
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     from fastroute.data.decode import decode_image
@@ -172,6 +175,9 @@ def _summaries(checkpoint: Path) -> dict[str, Path]:
 
 def _sizes(folder: Path) -> dict[str, tuple[int, float]]:
     """Return the parameters and the best accuracy, in percent, of each run in a folder, by the name of its folder."""
+    import torch
+
+    from fastroute.models.specification import specification_in
     from fastroute.training.checkpoints import read_checkpoint
     from fastroute.visualize.curves import read_summary
 
@@ -200,6 +206,8 @@ def _clustering(
     batch_size: int,
     progress: Callable[[str], None],
 ) -> Path:
+    import torch
+
     from fastroute.clustering.build import ClusteringRun, build
     from fastroute.clustering.images import load_images
     from fastroute.clustering.run import Batches
@@ -241,7 +249,7 @@ def _clustering(
         "clusters": f"{run.clusters}, by {run.method}",
     }
     page = Report(folder, f"Clusters of {run.dataset}", facts, progress)
-    return clustering_report(page, _Responses(trained), images, untrained=_Responses(untrained), summaries=summaries)
+    return clustering_report(page, _responses(trained), images, untrained=_responses(untrained), summaries=summaries)
 
 
 def _run_images(checkpoint: Path) -> dict:
@@ -255,12 +263,16 @@ def _run_images(checkpoint: Path) -> dict:
     return kept | {"data_dir": None if kept["data_dir"] is None else Path(str(kept["data_dir"]))}
 
 
-class _Responses(nn.Module):
-    """A clustering network that returns its responses, before the softmax."""
+def _responses(network: "nn.Module") -> "nn.Module":
+    """Return a clustering network whose outputs are its responses, before the softmax."""
+    from torch import nn
 
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
+    class Responses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.module.responses(images)
+        def forward(self, images: "torch.Tensor") -> "torch.Tensor":
+            return self.network.responses(images)
+
+    return Responses()

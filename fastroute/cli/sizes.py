@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import replace
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from fastroute._memory import check_memory
-from fastroute.models.specification import Specification
+
+if TYPE_CHECKING:
+    from fastroute.models.specification import Specification
 
 # Images, of training and validation together, and channels of the sets held in memory.
 _IN_MEMORY = {
@@ -43,7 +43,7 @@ def check_images(dataset: str, img_size: int | None) -> None:
 
 
 def check_batch(
-    model: Specification | str,
+    model: "Specification | str",
     batch_size: int,
     in_chans: int,
     img_size: int,
@@ -67,6 +67,8 @@ def check_batch(
     Raises:
         ValueError: it does not fit.
     """
+    import torch
+
     images = 4 * batch_size * in_chans * img_size**2
     there = None
     if torch.cuda.is_available():
@@ -78,8 +80,11 @@ def check_batch(
         check_memory(kept, f"{says} a training step of {model} would take", advice, there)
 
 
-def _convolved(model: Specification, in_chans: int, img_size: int) -> int:
+def _convolved(model: "Specification", in_chans: int, img_size: int) -> int:
     """Return the size of all outputs of convolutions for one image, on the meta device; 0 if that fails."""
+    import torch
+    from torch import nn
+
     count = 0
 
     def add(module, args, output):

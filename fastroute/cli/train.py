@@ -5,10 +5,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 import typer
 from rich.console import Console
-from torch import nn
 
 from fastroute.cli import network
 from fastroute.cli.common import (
@@ -24,10 +22,13 @@ from fastroute.cli.common import (
 from fastroute.cli.errors import escaped, standard_output
 from fastroute.cli.sizes import check_batch, check_images
 from fastroute.cli.train_options import TrainOptions
-from fastroute.models.specification import Specification
-from fastroute.nn import GateClusteringLoss, Router
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from fastroute.models.specification import Specification
+    from fastroute.nn import GateClusteringLoss
     from fastroute.training import ImageDataModule, RoutingClassifier
 
 
@@ -81,15 +82,17 @@ def train(context: typer.Context, options: TrainOptions) -> None:
 
 
 def _prepare(
-    context: typer.Context, options: TrainOptions, device: torch.device, console: Console
+    context: typer.Context, options: TrainOptions, device: "torch.device", console: Console
 ) -> tuple["ImageDataModule", "RoutingClassifier", Path | None, Path]:
     """Return the data module, the module to train, the checkpoint to resume if there is one, and the run's folder.
 
     The dataset and the network are written into the options as they were resolved, for args.yaml.
     """
     import pytorch_lightning as pl
+    import torch
 
     from fastroute import training
+    from fastroute.nn import Router
     from fastroute.training.checkpoints import check_not_finished, stopped_early
     from fastroute.training.classifier import check_compile_mode
     from fastroute.training.distributed import broadcast_from_rank_zero, is_main, local_rank_zero_first
@@ -107,7 +110,7 @@ def _prepare(
     model = re.sub(r"[^\w.-]+", "-", options.model or "")
     folder, resume = broadcast_from_rank_zero(run_location(options, f"{model}-{options.dataset}", console))
     unnamed = options.experiment is None and resume is None
-    _drop(options)
+    dropping = _drop(options)
     specification = network.specification(options, resume)
     network.write_flags(specification, options)
     if resume is not None and options.resume == "auto":
@@ -170,7 +173,7 @@ def _prepare(
     check_warmup(options.sched, options.warmup_epochs, options.epochs)
     pl.seed_everything(options.seed, verbose=False)
     module = training.RoutingClassifier(
-        _network(specification, options, data, options.num_classes, resume, console),
+        _network(dropping, specification, options, data, options.num_classes, resume, console),
         options.num_classes or data.num_classes,
         data.in_chans,
         data.img_size,
@@ -207,36 +210,39 @@ def _prepare(
         training.load_weights(module.model, options.initial_checkpoint)
     if resume is not None:
         training.check_resume(resume, module, options.epochs)
-    options.drop = options.drop_path = None  # they are in model_kwargs
     return data, module, resume, folder
 
 
-DROP = {"drop": "drop_rate", "drop_path": "drop_path_rate"}
-"""What the networks call the rates of --drop and --drop-path."""
+def _drop(options: TrainOptions) -> dict[str, str]:
+    """Turn --drop and --drop-path into arguments of the network, as which a checkpoint and args.yaml keep them.
+
+    Returns:
+        "drop is 0.1" and the like, by the name of the argument.
+    """
+    dropping = {}
+    for option, name in (("drop", "drop_rate"), ("drop_path", "drop_path_rate")):
+        if (rate := getattr(options, option)) is not None:
+            options.model_kwargs = [*(options.model_kwargs or []), f"{name}={rate}"]
+            setattr(options, option, None)
+            dropping[name] = f"{option} is {rate}"
+    return dropping
 
 
-def _network(specification: Specification, options: TrainOptions, *others) -> nn.Module:
+def _network(dropping: dict[str, str], specification: "Specification", *arguments) -> "nn.Module":
+    """Build the network; if it does not take the argument of --drop or --drop-path, name the flag."""
     try:
-        return network.network(specification, options, *others)
+        return network.network(specification, *arguments)
     except ValueError as error:
-        rates = dict(argument.split("=", 1) for argument in options.model_kwargs or ())
-        for option, name in DROP.items():
-            if name in rates and f"'{name}'" in str(error):
+        for name, given in dropping.items():
+            if f"'{name}'" in str(error):
                 raise ValueError(
-                    f"{option} is {rates[name]}; {specification} takes no {name}: leave the flag out, or "
-                    "name a network that takes it, as many of timm's do"
+                    f"{given}; {specification} takes no {name}: leave the flag out, or choose a network that takes it, "
+                    "as many of timm's do"
                 ) from error
         raise
 
 
-def _drop(options: TrainOptions) -> None:
-    """Turn --drop and --drop-path into arguments of the network, as which a checkpoint and args.yaml keep them."""
-    for option, name in DROP.items():
-        if (rate := getattr(options, option)) is not None:
-            options.model_kwargs = [*(options.model_kwargs or []), f"{name}={rate}"]
-
-
-def _device(options: TrainOptions) -> torch.device:
+def _device(options: TrainOptions) -> "torch.device":
     """Return the device to train on; `torchrun` assigns each process its GPU."""
     from fastroute.training.distributed import world_size
 
@@ -250,7 +256,7 @@ def _device(options: TrainOptions) -> torch.device:
 
 
 def _check_recording(
-    options: TrainOptions, device: torch.device, data: "ImageDataModule", model: nn.Module | None = None
+    options: TrainOptions, device: "torch.device", data: "ImageDataModule", model: "nn.Module | None" = None
 ) -> None:
     """Check what `fit` would check before it records steps."""
     from fastroute.training.distributed import world_size
@@ -267,7 +273,9 @@ def _check_recording(
     )
 
 
-def _gate_clustering(options: TrainOptions) -> GateClusteringLoss | None:
+def _gate_clustering(options: TrainOptions) -> "GateClusteringLoss | None":
+    from fastroute.nn import GateClusteringLoss
+
     if not options.gate_reg_weight:
         return None
     momentum = 0.1 if options.gate_reg_prior else None

@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from torch import nn
 
 from fastroute._defaults import CROP_PCT
 from fastroute.cli.images import choose_images
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from fastroute.data.loaders import EpochLoader
 
 
@@ -40,7 +41,7 @@ class Trained:
         images: a line that says which images they are.
     """
 
-    network: nn.Module
+    network: "nn.Module"
     dataset: str
     data_dir: Path | None
     loader: "EpochLoader"
@@ -52,7 +53,7 @@ class Trained:
 
 def load_trained_network(
     path: Path, name: str = "checkpoint", checkpoint: dict | None = None, model: str | None = None
-) -> nn.Module:
+) -> "nn.Module":
     """Load the network of a checkpoint, with its averaged weights if the run kept them.
 
     Args:
@@ -146,7 +147,7 @@ def check_channels(data_dir: Path | None, channels: int, run: dict) -> None:
         )
 
 
-def check_finite(network: nn.Module, path: Path, name: str = "checkpoint") -> None:
+def check_finite(network: "nn.Module", path: Path, name: str = "checkpoint") -> None:
     """Check that all weights of a network are finite: there is nothing to show of one that has diverged.
 
     Args:
@@ -157,6 +158,8 @@ def check_finite(network: nn.Module, path: Path, name: str = "checkpoint") -> No
     Raises:
         ValueError: weights are NaN or infinite.
     """
+    import torch
+
     tensors = {key: value for key, value in network.state_dict().items() if isinstance(value, torch.Tensor)}
     bad = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
@@ -166,6 +169,8 @@ def check_finite(network: nn.Module, path: Path, name: str = "checkpoint") -> No
         )
 
 
-def default_device() -> torch.device:
+def default_device() -> "torch.device":
     """Return the GPU of this process if there is one, or else the CPU."""
+    import torch
+
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

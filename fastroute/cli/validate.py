@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -28,9 +27,6 @@ from fastroute.cli.errors import escaped, standard_output
 from fastroute.cli.images import choose_images
 from fastroute.cli.sizes import check_batch, check_images
 from fastroute.cli.trained import check_channels, default_device
-from fastroute.models import create_model
-from fastroute.models.specification import Specification
-from fastroute.nn import Router, SparseRouter
 
 
 @dataclass
@@ -133,10 +129,15 @@ def _checkpoints(path: Path | None) -> list[Path | None]:
 
 
 def _result(path: Path | None, options: ValidateOptions, console: Console) -> dict:
+    import torch
+
     from fastroute.data.loaders import MemoryLoader
     from fastroute.data.module import STREAMED
     from fastroute.diagnostics.routing import skewed_gates
     from fastroute.inference.predictor import network_of
+    from fastroute.models import create_model
+    from fastroute.models.specification import Specification
+    from fastroute.nn import Router, SparseRouter
     from fastroute.training.checkpoints import load_weights, read_checkpoint
     from fastroute.training.evaluation import evaluate, validation_loader
 

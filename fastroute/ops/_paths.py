@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MAX_PATHS = 8
+from fastroute._defaults import MAX_PATHS
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

@@ -529,6 +529,17 @@ def test_help_needs_no_torch_and_says_what_commands_do():
         assert name in done.output and line.split(";")[0] in " ".join(done.output.replace("│", " ").split())
         command = get_command(app).commands[name]
         assert name == "bench" or command.help.partition("\n\n")[0] == line, name
+    code = (
+        "import sys; sys.argv[0] = 'fastroute'\n"
+        "from fastroute.cli import COMMANDS, app\n"
+        "from typer.testing import CliRunner\n"
+        "for name in COMMANDS:\n"
+        "    result = CliRunner().invoke(app, [name, '--help'])\n"
+        "    assert result.exit_code == 0 and name in result.output, result.output\n"
+        "    assert not {'torch', 'numpy'} & set(sys.modules), name"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
     code = "import sys; sys.argv[0] = 'fastroute'; import fastroute; print(fastroute.nn.Router, fastroute.multipath)"
     assert "Router" in python(code).stdout
     code = "import fastroute, torch; print(torch.ops.fastroute.mix)"
