@@ -62,7 +62,7 @@ def export(
     }
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3 if dynamic_batch or to == "safetensors" else 1, *shape, generator=generator)
-    with _whole(output) as path:
+    with _atomic_file(output) as path:
         try:
             with _quiet():
                 run = _WRITERS[to](model, images[:2], path, metadata, dynamic_batch)
@@ -85,7 +85,7 @@ def export(
 
 
 @contextmanager
-def _whole(path: Path):
+def _atomic_file(path: Path):
     """Yield a temporary path beside a file, and move it there at the end of the block; after an error, remove it."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:

@@ -231,14 +231,14 @@ def network_of(run: dict, where: str, own: str | None = None, **sizes) -> nn.Mod
     Raises:
         ValueError: the network cannot be built.
     """
-    specification = specification_in(run, where) if own is None else _named_again(run, where, own)
+    specification = specification_in(run, where) if own is None else _own_specification(run, where, own)
     try:
         return specification.build(**sizes, imports=own is not None)
     except ValueError as error:
         raise ValueError(f"{where}; {error}") from error
 
 
-def _named_again(run: dict, where: str, own: str) -> Specification:
+def _own_specification(run: dict, where: str, own: str) -> Specification:
     given = Specification.parse(own)
     if run.get("specification") is None and "specification" in run:  # the user's own module
         return replace(given, num_classes=run["num_classes"], in_chans=run["in_chans"], img_size=run["img_size"])

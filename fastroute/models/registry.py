@@ -216,11 +216,11 @@ def build(
 
 
 def _check_size(name: str, sizes: dict[str, int], options: dict) -> None:
-    said = ", ".join(f"{argument} {size}" for argument, size in sizes.items())
+    sizes_text = ", ".join(f"{argument} {size}" for argument, size in sizes.items())
     try:
         with torch.device("meta"):
             parameters = list(_BUILDERS[name](**sizes, **options).parameters())
     except (RuntimeError, TypeError, OverflowError) as error:  # a size that no tensor has
-        raise ValueError(f"name is {name!r} with {said}; a size is too large: {in_a_line(error)}") from None
+        raise ValueError(f"name is {name!r} with {sizes_text}; a size is too large: {in_a_line(error)}") from None
     needed = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    check_memory(needed, f"name is {name!r} with {said}; its weights would take", "lower the largest of them")
+    check_memory(needed, f"name is {name!r} with {sizes_text}; its weights would take", "lower the largest of them")

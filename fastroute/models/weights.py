@@ -139,7 +139,7 @@ def load_pretrained(
         ValueError: the weights are of another network.
     """
     wanted = _tensors(model)
-    weights = {_modern(name): value for name, value in weights.items()}
+    weights = {_without_dot(name): value for name, value in weights.items()}
     seeded = not fits(model, weights) and (names := path_names(model)) is not None
     names = names if seeded else {name: name for name in wanted}
     chosen = {name: weights[source] for name, source in names.items() if source in weights}
@@ -206,7 +206,7 @@ def _counters(model: nn.Module) -> list[str]:
     return [name for name in _tensors(model) if name.endswith("num_batches_tracked")]
 
 
-def _modern(name: str) -> str:
+def _without_dot(name: str) -> str:
     """Return the name of a DenseNet's tensor without the dot that older files of torchvision's have in it."""
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name)
 
@@ -238,11 +238,11 @@ def _other_classes(model: nn.Module, wanted: dict, given: dict) -> dict[str, int
     if classes is not None:
         last = all(wanted[name].shape[0] == classes for name in others)
     else:
-        last = {_within(name) for name in others} == {_within(list(given)[-1])}
+        last = {_module_of(name) for name in others} == {_module_of(list(given)[-1])}
     return others if last and len(set(others.values())) == 1 else {}
 
 
-def _within(name: str) -> str:
+def _module_of(name: str) -> str:
     """Return the module of a tensor, without the number of its path."""
     module = name.rpartition(".")[0].split(".")
     return ".".join(part for i, part in enumerate(module) if not (i == 1 and part.isdigit()))

@@ -324,17 +324,17 @@ def verdict(data: RoutingData, similarity: Mapping[str, Tensor]) -> str:
         data: the gates of every image.
         similarity: from `path_similarity`.
     """
-    said = []
+    sentences = []
     if similarity:
         name, cka = list(similarity.items())[-1]
         alike = _between_paths(cka)
         state = "have collapsed" if alike > COLLAPSED else "have not collapsed"
-        said.append(f"The paths {state}: the CKA between their features in {name} is {alike:.2f}.")
+        sentences.append(f"The paths {state}: the CKA between their features in {name} is {alike:.2f}.")
     last = list(data.gates)[-1]
     gates = [gate for gate in routing.one_per_vector(data, len(data.gates) * MOST_PATHS) if gate.router == last]
     values = [data.values(gate) for gate in gates]
     if max(value.std().item() for value in values) < EVEN:
-        return " ".join([*said, f"The last router, {short(last)}, gives nearly the same gates to all images."])
+        return " ".join([*sentences, f"The last router, {short(last)}, gives nearly the same gates to all images."])
     shares = {
         "class": max(routing.variance_explained(value, data.labels) for value in values),
         routing.tint(data.colours): max(routing.colour_explained(value, data.colours) for value in values),
@@ -342,7 +342,7 @@ def verdict(data: RoutingData, similarity: Mapping[str, Tensor]) -> str:
     follows = max(shares, key=shares.get)
     shown = ", ".join(f"{name} explains {share:.0%}" for name, share in shares.items())
     what = f"follows {follows}" if shares[follows] >= FOLLOWS else "follows neither class nor " + list(shares)[1]
-    return " ".join([*said, f"The last router, {short(last)}, {what}: of its gates' variance, {shown}."])
+    return " ".join([*sentences, f"The last router, {short(last)}, {what}: of its gates' variance, {shown}."])
 
 
 def _similarity(model: nn.Module, images: Images, count: int) -> dict[str, Tensor]:

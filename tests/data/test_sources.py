@@ -43,7 +43,7 @@ def png(value, format="png"):
 
 
 def packed(path, *members):
-    """A shard of (name, content) or (name, content, fields of the header)."""
+    """Write a shard of (name, content) or (name, content, fields of the header)."""
     with tarfile.open(path, "w") as tar:
         for name, content, *fields in members:
             add(tar, name, content, **(fields[0] if fields else {}))
@@ -51,7 +51,7 @@ def packed(path, *members):
 
 
 def header(kind, name, size=b"", **fields):
-    """A block of a tar file with a right checksum; fields are {offset: bytes}."""
+    """Return a tar header with a correct checksum; fields are {offset: bytes}."""
     block = bytearray(512)
     places = {"0": name, "124": size, "156": kind, "257": b"ustar\x0000", "148": b" " * 8} | fields
     for offset, value in places.items():
@@ -65,7 +65,7 @@ def binary(size):
 
 
 def shard(path, values, numbered=True):
-    """Image number v is of value v and of class v % 3."""
+    """Image v has the value v and the class v % 3."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for value in values:
@@ -425,7 +425,7 @@ def test_a_jpeg_has_few_scans():
     assert decode_image(io.BytesIO(image[:-2] + scan * 50 + image[-2:]), "x").size == (16, 16)
     with pytest.raises(UnreadableImage, match=r"x cannot be read as an image: it has 20\d scans, and at most 100 are"):
         decode_image(io.BytesIO(image[:-2] + scan * 200 + image[-2:]), "x")
-    assert decode_image(io.BytesIO(image + scan * 200), "x").size == (16, 16)  # such as a video after it
+    assert decode_image(io.BytesIO(image + scan * 200), "x").size == (16, 16)  # a video may follow the image
 
 
 def test_a_tiff_has_tiles_of_about_its_size():

@@ -1,4 +1,4 @@
-"""What gates over many samples come to."""
+"""Statistics of gates over many samples."""
 
 import math
 

@@ -21,7 +21,7 @@ number = 3
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """A module of the user's, in the working folder, that builds a network; its name."""
+    """Write a user's module that builds a network into the working folder, and return its name."""
     (tmp_path / "own_nets.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     yield "own_nets:build"
@@ -29,7 +29,7 @@ def own(tmp_path, monkeypatch):
 
 
 def same_outputs(network, x):
-    """Whether the network that is rebuilt from the plain values of a specification computes what it does."""
+    """Return whether the network rebuilt from the specification's plain values computes the same."""
     specification = Specification.from_dict(network.specification.to_dict())
     rebuilt = specification.build(imports=True)
     rebuilt.load_state_dict(network.state_dict())

@@ -93,7 +93,7 @@ def test_the_balance_is_that_of_the_whole_network():
 
 
 def test_gates_skewed_to_opposite_sides_are_in_balance():
-    """What each gate does alone is the clustering's business."""
+    """The balance ignores how each single gate clusters."""
     a = torch.zeros(16, 2, 2)
     a[:, 0, 0] = a[:, 1, 1] = 9.0
     local, network = (GateClusteringLoss(scope=scope)(routing(a)) for scope in ("local", "network"))
@@ -119,7 +119,7 @@ def test_its_gradient_reaches_the_gates():
         optimizer.step()
     assert losses[-1] < losses[0] - 0.01
     assert all(parameter.grad.abs().max() > 0 for parameter in (router.w1, router.b1, router.w2))
-    # Normalised scores do not show what all samples have in common.
+    # Normalised scores lack what all samples have in common.
     assert router.b2.grad.abs().max() < 1e-6
 
 

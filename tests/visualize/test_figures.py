@@ -16,7 +16,7 @@ GATE = Gate("a_router", 0, 0)
 
 @pytest.fixture
 def data():
-    """One gate of 100 images, which follows their class, and another that is dead."""
+    """Return the gates of 100 images: one router follows their class, another has a dead gate."""
     torch.manual_seed(0)
     labels = torch.arange(100) % 5
     first = (0.1 + 0.15 * labels + 0.01 * torch.rand(100))[:, None, None]
@@ -100,7 +100,7 @@ def test_routing_flow():
     assert len(figure.axes) == 4 and {"one", "two", "three", "a", "0.90"} <= set(words(figure).split())
     strong, weak = figure.axes[2].lines[:2]
     assert strong.get_linewidth() > weak.get_linewidth() and strong.get_alpha() > weak.get_alpha()
-    assert figure.axes[0].images[0].get_array().shape == (64, 32, 3)  # no larger than is seen
+    assert figure.axes[0].images[0].get_array().shape == (64, 32, 3)  # scaled to a thumbnail
 
 
 def test_pictures_of_gates_and_clusters():
@@ -186,12 +186,12 @@ def test_a_notebook_shows_figures_whatever_the_backend(data):
 
 def test_the_verdict(data):
     alike, apart = torch.ones(2, 2), torch.tensor([[1.0, 0.3], [0.3, 1.0]])
-    said = verdict(data, {"stack1": alike, "head": apart})
-    assert "paths have not collapsed: the CKA between their features in head is 0.30" in said
-    assert "The last router, b, gives nearly the same gates to all images." in said
+    text = verdict(data, {"stack1": alike, "head": apart})
+    assert "paths have not collapsed: the CKA between their features in head is 0.30" in text
+    assert "The last router, b, gives nearly the same gates to all images." in text
     one = RoutingData({"a_router": data.gates["a_router"]}, data.labels, data.colours)
-    said = verdict(one, {"head": alike})
-    assert "The paths have collapsed" in said and "The last router, a, follows class: " in said
+    text = verdict(one, {"head": alike})
+    assert "The paths have collapsed" in text and "The last router, a, follows class: " in text
     grey = RoutingData({"a_router": torch.rand(100, 1, 2)}, data.labels, torch.rand(100, 1))
     assert verdict(grey, {}).startswith("The last router, a, follows neither class nor brightness: ")
 

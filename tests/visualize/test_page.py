@@ -20,7 +20,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, page):
-    """Opens the page, offline; after the test, fails on any error or word in the console."""
+    """Return a function that opens the page offline; fail after the test on any message in the console."""
     messages, contexts = [], []
 
     def open_page(width=1280, scheme="light"):
