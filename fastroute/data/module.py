@@ -301,7 +301,7 @@ class ImageDataModule(pl.LightningDataModule):
         return None if folder is None else os.path.abspath(folder)
 
     def load_state_dict(self, state: dict) -> None:
-        """Start the training loader at the saved place; all else stays as this run has it.
+        """Start the training loader at the place in `state`, from `state_dict`; all else stays as this run has it.
 
         Raises:
             PlaceMismatch: the saved run set other images aside for validation, which would now be trained on.

@@ -76,18 +76,22 @@ class Ensemble(nn.Module):
         return nn.ModuleList(member.get_classifier() for member in self.members)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Reset the classifier of each member; see `MultiPathNetwork.reset_classifier`."""
+        """Replace the classifier of each member; see `MultiPathNetwork.reset_classifier`.
+
+        Args:
+            num_classes, global_pool: as there.
+        """
         for member in self.members:
             member.reset_classifier(num_classes, global_pool)
         if (specification := getattr(self, "specification", None)) is not None:
             specification.follow(self, num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the members' features, concatenated along the channels."""
+        """Return the members' features for images x (N, in_chans, H, W), concatenated along the channels."""
         return torch.cat([member.forward_features(x) for member in self.members], 1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits for `forward_features`, or with `pre_logits` the input of the classifiers."""
+        """Return the logits for the features x of `forward_features`, or with `pre_logits` the classifiers' input."""
         parts = x.split([member.num_features for member in self.members], 1)
         ys = [member.forward_head(part, pre_logits) for member, part in zip(self.members, parts, strict=True)]
         return torch.cat(ys, 1) if pre_logits else self._combined(ys)

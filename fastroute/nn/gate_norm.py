@@ -70,9 +70,13 @@ class GateNorm(RelevanceNorm):
         return (scores - mean) * scale if self.kind == "standardize" else scores - mean
 
     def logits(self, scores: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Return the logits of the gates, by scores as the gate's last layer gives them, and the normalised scores.
+        """Return the logits of the gates and the normalised scores.
 
         In training mode the softmax of the logits becomes part of the priors of the next step.
+
+        Args:
+            scores: (N, m, n) or (N, n), the output of the gate's last layer.
+            temperature: T > 0.
         """
         normalized = self(scores)
         logits = normalized / temperature
@@ -83,10 +87,15 @@ class GateNorm(RelevanceNorm):
         return logits, normalized
 
     def fold(self, w2: Tensor, b2: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
-        """Return w2 and b2 of a layer whose scores are the logits of the gates in evaluation mode.
+        """Fold the running statistics into the gate's last layer, so that its scores are the gates' logits.
 
         Args:
-            w2: (m, n, G); b2: (m, n) or None.
+            w2: (m, n, G).
+            b2: (m, n), or None.
+            temperature: T > 0.
+
+        Returns:
+            w2 and b2 of the folded layer, float32 or better.
         """
         dtype = torch.promote_types(w2.dtype, torch.float32)
         mean, scale = self._running(dtype)
@@ -95,7 +104,7 @@ class GateNorm(RelevanceNorm):
         return w2.to(dtype) * scale.unsqueeze(-1), b2 if self.prior is None else b2 + self._log_prior(dtype)
 
     def unfold(self, logits: Tensor, temperature: float) -> Tensor:
-        """Return the normalised scores, by the logits that a folded layer gives."""
+        """Return the normalised scores for the logits of a folded layer and the temperature T."""
         return (logits if self.prior is None else logits - self._log_prior(logits.dtype)) * temperature
 
     def _log_prior(self, dtype: torch.dtype) -> Tensor:
