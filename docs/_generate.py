@@ -112,7 +112,8 @@ def networks() -> str:
             info, model = models.model_info(name), models.create_model(name)
             count = sum(parameter.numel() for parameter in model.parameters())
             macs = models.count_macs(model, (3, info.img_size, info.img_size)) / 1e6
-            lines.append(f"| `{name}` | {count:,} | {info.params} | {macs:,.1f} | {info.table} |")
+            link = f"[`{name}`](api/models.md#fastroute.models.{name})"
+            lines.append(f"| {link} | {count:,} | {info.params} | {macs:,.1f} | {info.table} |")
     return "\n".join(lines)
 
 

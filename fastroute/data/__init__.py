@@ -1,4 +1,4 @@
-"""Images in memory, folders and tar shards, transforms and loaders. Needs `pip install 'fastroute[train]'`."""
+"""Read images from memory, folders and tar shards, transform and load them. Needs `pip install 'fastroute[train]'`."""
 
 from fastroute._extras import extra
 

@@ -1,4 +1,4 @@
-"""Augmentation and normalisation of a whole batch in one go. Images are uint8 (N, H, W, C)."""
+"""Augment and normalise whole batches. Images are uint8 (N, H, W, C)."""
 
 import math
 
@@ -8,12 +8,12 @@ from torch.nn import functional as F
 
 
 def shift_and_flip(images: Tensor, offsets: Tensor, flips: Tensor, pad: int) -> Tensor:
-    """Pad each image with `pad` black pixels on every side, cut the window at its offset, and mirror where asked.
+    """Pad each image with `pad` black pixels on every side, crop it at its offset, and mirror it if its flip is set.
 
     Args:
         images: (N, H, W, C).
-        offsets: (N, 2), row and column of the window's corner in the padded image, 0 to 2·pad; `pad` is no shift.
-        flips: (N,) bool, which images are mirrored left to right.
+        offsets: (N, 2), row and column of the crop's corner in the padded image, 0 to 2·pad; `pad` is no shift.
+        flips: (N,) bool, whether an image is mirrored left to right.
         pad: the largest shift, in pixels.
 
     Returns:
@@ -30,26 +30,32 @@ def shift_and_flip(images: Tensor, offsets: Tensor, flips: Tensor, pad: int) -> 
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """float32 (N, C, H, W), in channels_last strides, of mean 0 and standard deviation 1 for each channel.
+    """Normalise each channel by its mean and standard deviation.
 
     Args:
         images: uint8 (N, H, W, C).
         mean, std: (C,), in units of the uint8 values.
+
+    Returns:
+        float32 (N, C, H, W), in channels_last strides.
     """
-    rows = images.flatten(2).to(torch.float32)  # [N, H, W·C]: a longer inner loop than C's three
+    rows = images.flatten(2).to(torch.float32)  # [N, H, W·C], for a long inner loop
     width = images.shape[2]
     return rows.sub_(mean.repeat(width)).div_(std.repeat(width)).view_as(images).permute(0, 3, 1, 2)
 
 
 def erase(images: Tensor, probability: float) -> Tensor:
-    """Random erasing: with `probability`, an image loses a rectangle, which becomes 0, the mean of normalised images.
+    """Erase a random rectangle of some images: set it to 0, the mean of normalised images.
 
-    Its area is 2 to 33 % of the image's and its aspect ratio 0.3 to 3.3, uniform in the logarithm, as in timm and in
-    torchvision; a side too long is cut to the image's.
+    The area is 2 to 33 % of the image's. The aspect ratio is 0.3 to 3.3, uniform in the logarithm, as in timm and
+    torchvision. Sides are at most those of the image.
 
     Args:
-        images: (N, C, H, W), which stay as they are.
-        probability: of each image by itself.
+        images: (N, C, H, W), not changed.
+        probability: that an image is changed, independently of others.
+
+    Returns:
+        (N, C, H, W).
     """
     count, _, height, width = images.shape
     draws = torch.rand(count, 5)
@@ -68,7 +74,7 @@ def erase(images: Tensor, probability: float) -> Tensor:
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of uint8 images (N, H, W, C), from counts, so that no float copy is made."""
+    """Return mean and standard deviation (C,) of uint8 images (N, H, W, C), from counts, without a float copy."""
     values = torch.arange(256, dtype=torch.float64)
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(-1)]).double()
     shares = counts / counts.sum(1, keepdim=True)

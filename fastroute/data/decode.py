@@ -1,7 +1,7 @@
-"""One image file to pixels: every command decodes by `decode_image`.
+"""Decode image files; every command uses `decode_image`.
 
-A file may be damaged or hostile: only regular files are opened, only as the formats that their names can stand for, and
-an image takes no more memory than a stated bound.
+A file may be damaged or hostile. So only regular files are opened, only formats of the usual suffixes are decoded, and
+the memory of an image is bounded.
 """
 
 import contextlib
@@ -18,20 +18,20 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from fastroute.data.tar import open_regular
 
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
-"""Pillow's names of what `IMG_EXTENSIONS` stand for. Others are not tried: EPS, for one, starts Ghostscript."""
+"""Pillow's names of the formats of `IMG_EXTENSIONS`. Others are not tried: EPS, for example, starts Ghostscript."""
 MODES = {1: "L", 3: "RGB"}
-"""Pillow's names of what images become, by their channels."""
+"""Channels → Pillow's mode."""
 
 MAX_SCANS = 100
-"""Of a JPEG, as in libtiff: photographs have about 10, and each passes over all pixels with a few bytes of the file."""
+"""The most scans of a JPEG, as in libtiff: photographs have about 10, and a scan of a few bytes takes all pixels."""
 
 SCAN, END = b"\xff\xda", b"\xff\xd9"
 MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
-"""Of JPEG, where what follows has a length, or the end; the others are within a scan."""
+"""JPEG's markers of segments with a length, and of the end; all other markers are within a scan."""
 
 BITS_PER_SAMPLE, SAMPLE_FORMAT = 258, 339
 UNSIGNED = 1
-"""Of TIFF: two tags, and a value of the second."""
+"""Two tags of TIFF, and a value of the second."""
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -42,14 +42,17 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image upright, by its EXIF orientation."""
+"""EXIF orientation → the transposition that turns an image upright."""
 
 
 def limit_pixels(number: str) -> None:
-    """Set the most pixels that an image may have, which is Pillow's own limit, to a number in digits.
+    """Set Pillow's limit of pixels in an image.
+
+    Args:
+        number: the limit, as decimal digits.
 
     Raises:
-        ValueError: it is none.
+        ValueError: number is not one of at least 1.
     """
     if not re.fullmatch(r"[1-9]\d{0,11}", number, re.ASCII):
         raise ValueError(f"FASTROUTE_MAX_IMAGE_PIXELS is {number!r}; it must be a number of pixels, at least 1")
@@ -65,10 +68,10 @@ class UnreadableImage(ValueError):
 
 
 def check_pixels(width: int, height: int, what: str) -> None:
-    """Raise for an image of more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, 89,478,485 unless that is changed.
+    """Check that an image has at most `PIL.Image.MAX_IMAGE_PIXELS` pixels, by default 89,478,485.
 
     Raises:
-        UnreadableImage: it has more; the message starts with `what`.
+        UnreadableImage: the image has more; the message starts with `what`.
     """
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
@@ -83,19 +86,22 @@ def _at_most() -> str:
 
 
 def decode_image(file: str | Path | io.BytesIO, name: str, channels: int = 3) -> Image.Image:
-    """Decode an image, as RGB or grey, upright by its EXIF orientation; of several in one file, the first.
+    """Decode an image file to RGB or grey, and turn it upright by its EXIF orientation.
 
-    Transparency is dropped. Values of more than 8 bits are scaled to 0 to 255 by the range of their type: 0 to 65,535
-    for 16 bits, 0 to 1 for floats; see `_eight_bits` for files that use another.
+    The first image of a file is decoded. Transparency is dropped. Values of more than 8 bits are scaled to 0 to 255 by
+    the range of their type: 0 to 65,535 for 16 bits, 0 to 1 for floats; `_eight_bits` handles files of another range.
 
     Args:
         file: a path, or the bytes of a file.
-        name: how messages name it.
+        name: the name of the image in messages.
         channels: 3 for RGB, 1 for grey.
 
+    Returns:
+        a Pillow image.
+
     Raises:
-        UnreadableImage: it is damaged, missing, no regular file, of none of `FORMATS`, or of too many pixels (see
-            `check_pixels`) or scans; `name` names it.
+        UnreadableImage: the file is damaged, missing, no regular file or of another format than `FORMATS`, or the image
+            has too many pixels (see `check_pixels`) or scans.
     """
     with named(name), _opened(file) as stream, Image.open(stream, formats=FORMATS) as image:
         check_pixels(*image.size, "it has")
@@ -106,13 +112,13 @@ def decode_image(file: str | Path | io.BytesIO, name: str, channels: int = 3) ->
 
 
 def upright(image: Image.Image, channels: int = 3) -> Image.Image:
-    """An image of Pillow's as RGB or grey, upright by its EXIF orientation; see `decode_image`."""
-    image.load()  # where the orientation is in the file's last part
+    """Convert a Pillow image to RGB or grey, and turn it upright by its EXIF orientation; see `decode_image`."""
+    image.load()  # the orientation may be in the last part of the file
     turn = UPRIGHT.get(_orientation(image))
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         decoded = Image.fromarray(_eight_bits(image)).convert(MODES[channels])
     elif image.mode == "P" and "transparency" in image.info:
-        decoded = image.convert("RGBA").convert(MODES[channels])  # Pillow warns of the direct way
+        decoded = image.convert("RGBA").convert(MODES[channels])  # Pillow warns about the direct conversion
     else:
         decoded = image.convert(MODES[channels])
     return decoded if turn is None else decoded.transpose(turn)
@@ -121,16 +127,16 @@ def upright(image: Image.Image, channels: int = 3) -> Image.Image:
 def _orientation(image: Image.Image) -> int | None:
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged EXIF, of any type of error; the pixels are whole
+    except Exception:  # damaged EXIF raises errors of many types, but the pixels are intact
         return None
 
 
 def _eight_bits(image: Image.Image) -> np.ndarray:
-    """Grey values of 16 or 32 bits as uint8 (H, W), scaled from the range of their type; negative ones are black.
+    """Scale grey values of 16 or 32 bits by the range of their type to uint8 (H, W); negative values become black.
 
-    The range is 0 to the largest value of the type, or 1 for floats. Where it would leave an image black or white
-    throughout, a usual one that holds its values is taken: 65,535 for whole numbers of 32 bits, as files of 16 bits
-    are often kept; for floats 255, 65,535, or else the image's largest value.
+    The range is 0 to the largest value of the type, or 1 for floats. Some files use another range, which would leave
+    the image black or white. Integers of 32 bits up to 65,535 are therefore scaled as 16 bits, and floats above 1 by
+    255, 65,535, or the image's largest value, the first that is large enough.
     """
     values, tags = np.asarray(image), getattr(image, "tag_v2", {})
     bits, kind = (np.ravel(tags.get(tag, default))[0] for tag, default in ((BITS_PER_SAMPLE, 0), (SAMPLE_FORMAT, 0)))
@@ -146,7 +152,7 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
     else:
         most = 4095 if bits == 12 else 65535
     scaled = np.empty(values.shape, np.uint8)
-    for rows, out in zip(_row_blocks(values), _row_blocks(scaled), strict=True):  # floats of all would take much more
+    for rows, out in zip(_row_blocks(values), _row_blocks(scaled), strict=True):  # bounds the memory of the floats
         floats = np.nan_to_num(rows.astype(np.float64) * (255 / most), nan=0, posinf=255, neginf=0)
         out[:] = np.clip(np.rint(floats), 0, 255)
     return scaled
@@ -158,7 +164,7 @@ def _row_blocks(values: np.ndarray) -> list[np.ndarray]:
 
 
 def _check_work(image: Image.Image, stream: io.BufferedIOBase) -> None:
-    """Raise where decoding takes more work than the pixels tell."""
+    """Check for tiles and scans that take far more work than the image's pixels."""
     if image.format == "TIFF" and (tile := [image.tag_v2.get(tag) for tag in (322, 323)]) != [None, None]:
         whole = [-(-size // int(side)) * int(side) for size, side in zip(image.size, tile, strict=True)]
         check_pixels(*whole, "its tiles have")
@@ -172,7 +178,7 @@ def _check_work(image: Image.Image, stream: io.BufferedIOBase) -> None:
 
 
 def _scans(jpeg: bytes) -> int:
-    """How many scans are before the end of the first image; a video may follow it."""
+    """Count the scans before the end of the first image, which a video may follow."""
     count, at = 0, 2
     while (marker := MARKER.search(jpeg, at)) and marker[0] != END:
         count += marker[0] == SCAN
@@ -182,19 +188,19 @@ def _scans(jpeg: bytes) -> int:
 
 @contextlib.contextmanager
 def named(name: str) -> Iterator[None]:
-    """Whatever goes wrong in reading an image is an `UnreadableImage`, except that a process has too many files open.
+    """Turn every error in reading an image into `UnreadableImage`, except that a process has too many files open.
 
-    Decoders raise errors of all kinds for damaged files: Pillow's own for a PNG cut short is a SyntaxError.
+    Decoders raise errors of many types for damaged files, such as Pillow's SyntaxError for a truncated PNG.
     """
     try:
         yield
     except UnidentifiedImageError as error:
         raise UnreadableImage(
-            f"{name} cannot be read as an image: it is none of {', '.join(FORMATS)}, or damaged"
+            f"{name} cannot be read as an image: it is not one of {', '.join(FORMATS)}, or is damaged"
         ) from error
     except Image.DecompressionBombError as error:  # Pillow's, at twice the limit
         raise UnreadableImage(f"{name} cannot be read as an image: it has too many pixels, {_at_most()}") from error
-    except Exception as error:  # decoders raise errors of many types for damaged files
+    except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             raise
         raise UnreadableImage(f"{name} cannot be read as an image: {str(error) or type(error).__name__}") from error
@@ -211,6 +217,6 @@ def _opened(file: str | Path | io.BytesIO) -> Iterator[io.BufferedIOBase]:
 
 
 def check_size(size: int) -> None:
-    """Raise for a file larger than an image of as many pixels as allowed, of 16 bits in 4 channels, with 1 MiB more."""
+    """Check that a file is at most as large as an image of the most pixels, with 4 channels of 16 bits, plus 1 MiB."""
     if Image.MAX_IMAGE_PIXELS is not None and size > (limit := 8 * Image.MAX_IMAGE_PIXELS + 2**20):
         raise ValueError(f"it has {size:,} bytes, and at most {limit:,} are allowed")

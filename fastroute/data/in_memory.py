@@ -25,7 +25,7 @@ from fastroute.data.transforms import check_scaled, pixels
 
 
 class Split(NamedTuple):
-    """images: uint8 (N, H, W, C); labels: int64 (N,)."""
+    """Images uint8 (N, H, W, C), and labels int64 (N,)."""
 
     images: Tensor
     labels: Tensor
@@ -34,8 +34,9 @@ class Split(NamedTuple):
 class ImageSet(NamedTuple):
     """A data set in memory.
 
-    `pad` and `flip` say how its training images may be shifted and mirrored; `skipped` counts the files that could not
-    be read.
+    pad: the largest shift of a training image, in pixels.
+    flip: whether training images may be mirrored.
+    skipped: the number of files that could not be read.
     """
 
     train: Split
@@ -48,10 +49,10 @@ class ImageSet(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """Where images come from and what they become; see `ImageDataModule`.
+    """Options of reading a data set; see `ImageDataModule`.
 
-    With `train_only` or a `val_split`, torchvision's sets are read without their own images for validation, which then
-    need not be there. `in_chans` is None for as many channels as the images have.
+    With `train_only` or a `val_split`, torchvision's own validation images are not read, and may be missing. With
+    `in_chans=None`, images keep their channels.
     """
 
     data_dir: Path | None = None
@@ -69,14 +70,15 @@ class Options:
 
     @property
     def reading(self) -> Reading:
+        """The options of sources."""
         return Reading(self.first_classes, self.num_workers, self.val_split, self.seed, self.class_map)
 
 
 def digits(options: Options) -> ImageSet:
-    """scikit-learn's 1,797 handwritten digits, 8×8 and grey, in a fixed stratified split of 1,437 and 360.
+    """Load scikit-learn's 1,797 handwritten digits, 8×8 and grey, in a fixed stratified split of 1,437 and 360.
 
-    They stay 8×8 unless `img_size` asks for more; a network's cost grows with the square of that. Shifts are of at
-    most one pixel, an eighth of the image as CIFAR's four pixels of 32 are. A mirrored digit is no digit, so none is.
+    They stay 8×8 by default, since a network's cost grows with the square of the size. Shifts are of at most one pixel,
+    an eighth of the image, as CIFAR's four of 32. Digits are not mirrored.
     """
     source = load_digits()
     images = torch.from_numpy(source.images * (255 / 16)).to(torch.float32)[:, None]
@@ -91,17 +93,17 @@ def digits(options: Options) -> ImageSet:
 
 
 def cifar10(options: Options) -> ImageSet:
-    """CIFAR-10: 50,000 and 10,000 images, 32×32, shifted by at most four pixels and mirrored (§3.4.1)."""
+    """Load CIFAR-10: 50,000 and 10,000 images, 32×32, to be shifted by at most four pixels and mirrored (§3.4.1)."""
     return _cifar(torchvision.datasets.CIFAR10, options)
 
 
 def cifar100(options: Options) -> ImageSet:
-    """CIFAR-100; see `cifar10`."""
+    """Load CIFAR-100; see `cifar10`."""
     return _cifar(torchvision.datasets.CIFAR100, options)
 
 
 class MNIST(torchvision.datasets.MNIST):
-    """torchvision's, but that it needs only the files of the half that is asked for, and that they must be whole."""
+    """torchvision's MNIST, but it needs only the files of its split, and checks that they are complete."""
 
     @property
     def _files(self) -> list[Path]:
@@ -112,7 +114,7 @@ class MNIST(torchvision.datasets.MNIST):
         return all(path.is_file() for path in self._files)
 
     def _check_legacy_exist(self) -> bool:
-        return False  # tensors of early versions, of any type and shape
+        return False  # early versions kept tensors, which are not checked
 
     def _load_data(self) -> tuple[Tensor, Tensor]:
         images, labels = (_read_idx(path, sizes) for path, sizes in zip(self._files, ((28, 28), ()), strict=True))
@@ -120,7 +122,7 @@ class MNIST(torchvision.datasets.MNIST):
 
 
 def _read_idx(path: Path, sizes: tuple[int, ...]) -> Tensor:
-    """The uint8 tensor (N, *sizes) of a file: two zeros, its type, how many sizes, these, and the values."""
+    """Read a uint8 tensor (N, *sizes) from a file: two zeros, the type, the number of sizes, the sizes, the values."""
     start = 4 * (2 + len(sizes))
     with path.open("rb") as file:
         header = file.read(start)
@@ -133,14 +135,14 @@ def _read_idx(path: Path, sizes: tuple[int, ...]) -> Tensor:
 
 
 def mnist(options: Options) -> ImageSet:
-    """MNIST: 60,000 and 10,000 digits, 28×28 and grey, shifted by at most three pixels, not mirrored."""
+    """Load MNIST: 60,000 and 10,000 digits, 28×28 and grey, to be shifted by at most three pixels, not mirrored."""
     parts = [_torchvision(MNIST, options, train=train) for train in _halves(options)]
     splits = [Split(_scaled(part.data[..., None], options), part.targets) for part in parts]
     return _image_set(splits, [str(digit) for digit in range(10)], options, flip=False)
 
 
 def stl10(options: Options) -> ImageSet:
-    """STL-10: the 5,000 labelled training images and the 8,000 of the test, 96×96, shifted by at most 12, mirrored."""
+    """Load STL-10: 5,000 labelled training and 8,000 test images, 96×96, to be shifted by at most 12 and mirrored."""
     parts = [_torchvision(torchvision.datasets.STL10, options, split=split) for split in ("train", "test")]
     splits = [
         Split(_scaled(torch.from_numpy(p.data).permute(0, 2, 3, 1), options), torch.from_numpy(p.labels).long())
@@ -152,20 +154,21 @@ def stl10(options: Options) -> ImageSet:
 
 
 def imagefolder(options: Options) -> ImageSet:
-    """Any tree `train/<class>/*` and `val/<class>/*` of images, as RGB, 32×32 unless `img_size` says otherwise.
+    """Load a tree `train/<class>/*` and `val/<class>/*` of images, as RGB of 32×32 by default.
 
-    Images of another size are scaled on their shorter side and cut to the centre square. Shifts are of at most an
-    eighth of the image, four pixels of 32, with random mirroring.
+    Images of another size are scaled by their shorter side and cropped to the centre square. They are to be shifted by
+    at most an eighth of their size and mirrored.
 
     Raises:
-        FileNotFoundError: the folder, its `train/` or `val/`, or the images in a class are missing.
-        ValueError: `train/` and `val/` hold different classes, an image cannot be read, or memory does not suffice.
+        FileNotFoundError: the folder, its `train/` or `val/`, or the images of a class are missing.
+        ValueError: `train/` and `val/` hold different classes, an image cannot be read, or the images do not fit into
+            memory.
     """
     sources = folder_sources(options.data_dir, options.reading)
     count = sum(len(source) for source in sources.values())
     _check_memory(options.data_dir, count, options.img_size or 32, options.in_chans or 3)
     train, val = (decode(sources[split], options) for split in ("train", "val"))
-    options = replace(options, first_classes=None, val_split=0, in_chans=None)  # which the sources have seen to
+    options = replace(options, first_classes=None, val_split=0, in_chans=None)  # the sources have applied these
     images = _image_set([train.split, val.split], sources["train"].classes, options, flip=True)
     return images._replace(skipped=train.skipped + val.skipped)
 
@@ -181,12 +184,12 @@ DATASETS: dict[str, Callable[[Options], ImageSet]] = {
 
 
 def _halves(options: Options) -> list[bool]:
-    """torchvision's `train`, for training and, unless it is left out, for validation."""
+    """Return the values of torchvision's `train` for the splits to read."""
     return [True] if options.train_only or options.val_split else [True, False]
 
 
 def _image_set(splits: list[Split], classes: list[str], options: Options, *, flip: bool) -> ImageSet:
-    """Shifts are of at most an eighth of the image; of the classes only the first are kept, where that is asked for."""
+    """Check and convert the splits of a data set, set `val_split` aside, and keep the first classes if asked to."""
     splits = [Split(_channels(images, options.in_chans), labels) for images, labels in splits]
     if options.val_split:
         images, labels = splits[0]
@@ -227,23 +230,23 @@ def _torchvision(dataset: type, options: Options, **split):
         ) from None
     except OSError:
         raise
-    except Exception as error:  # of damaged files, which not every set has a checksum for
+    except Exception as error:  # damaged files: not every set has checksums
         reason = str(error) or type(error).__name__
         raise ValueError(f"data_dir is {root}; {dataset.__name__} in it cannot be read: {reason}") from error
 
 
 def _channels(images: Tensor, count: int | None) -> Tensor:
-    """Images (N, H, W, C) as grey or as colour; as they are with None."""
+    """Convert images (N, H, W, C) to 1 or 3 channels; None keeps theirs."""
     if count is None or count == images.shape[-1]:
         return images
     if count == 3:
         return images.expand(*images.shape[:-1], 3).contiguous()
-    luma = torch.tensor([299, 587, 114], dtype=torch.float32) / 1000  # as Pillow's "L"
+    luma = torch.tensor([299, 587, 114], dtype=torch.float32) / 1000  # the weights of Pillow's "L"
     return torch.cat([(part.float() @ luma).round().to(torch.uint8)[..., None] for part in images.split(1024)])
 
 
 def _scaled(images: Tensor, options: Options) -> Tensor:
-    """uint8 (N, H, W, C), scaled to size × size where that is another."""
+    """Scale images uint8 (N, H, W, C) to `img_size`."""
     size = options.img_size
     if size is not None and size != images.shape[1]:
         parts = [
@@ -267,7 +270,12 @@ def _check_memory(data_dir: Path, count: int, size: int, channels: int) -> None:
 
 
 class Decoded(NamedTuple):
-    """Images in memory. kept: (n,), the places in their source of those that could be read; skipped: of the others."""
+    """Images in memory, as read from a source.
+
+    split: the images and labels.
+    kept: (n,), int64, the indices in the source of the images that could be read.
+    skipped: the number of the others.
+    """
 
     split: Split
     kept: Tensor
@@ -275,11 +283,11 @@ class Decoded(NamedTuple):
 
 
 def decode(source: Source, options: Options) -> Decoded:
-    """Read all images of a source, 32×32 unless `img_size` says otherwise.
+    """Read all images of a source, by default as 32×32.
 
     Raises:
-        UnreadableImage: one cannot be read; with `on_bad_image="skip"`, none can.
-        ValueError: memory does not suffice.
+        UnreadableImage: an image cannot be read; with `on_bad_image="skip"`, no image can.
+        ValueError: the images do not fit into memory.
     """
     size, channels = options.img_size or 32, options.in_chans or 3
     _check_memory(options.data_dir, len(source), size, channels)
@@ -297,7 +305,7 @@ def decode(source: Source, options: Options) -> Decoded:
 
     with ThreadPoolExecutor(1 if isinstance(source, TarSource) else options.num_workers) as threads:
         for _ in threads.map(read, range(0, len(images), 256)):
-            pass  # taking each result raises what its thread raised
+            pass  # a result raises the error of its thread
     split, kept = Split(torch.from_numpy(images), source.labels), torch.ones(len(images), dtype=torch.bool)
     for _, message in sorted(unreadable):
         warnings.warn(f"{message}; it is skipped", stacklevel=2)

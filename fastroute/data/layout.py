@@ -1,4 +1,4 @@
-"""What a folder of data is: the layouts that are read, told apart by names alone."""
+"""Recognise the layout of a folder of data, by names alone."""
 
 import itertools
 import os
@@ -17,13 +17,13 @@ TORCHVISION = {
     "cifar100": "cifar-100-python",
     "stl10": "stl10_binary",
 }
-"""The folder that torchvision keeps the files of a set in."""
+"""Data set → the folder in which torchvision keeps its files."""
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")
-"""What macOS and network disks put beside images, with images of their own in it."""
+"""Folders that macOS and network disks put beside images; they hold other images."""
 SPLITS = frozenset(("train", "val", "test", "valid", "validation"))
 MAX_SHARDS = 100_000
 MAX_ENTRIES = 10_000
-"""Of a folder and those in it, looked at for a first image."""
+"""The most entries of a folder and its subfolders that are searched for a first image."""
 EXPECTED = (
     "train/ and val/ with a folder of images for each class, folders of images for each class, tar shards, or the "
     "files of MNIST, CIFAR-10, CIFAR-100 or STL-10 as torchvision keeps them"
@@ -31,9 +31,12 @@ EXPECTED = (
 
 
 class Layout(NamedTuple):
-    """dataset: what reads it, such as "imagefolder"; root: the folder that it is read by; what: the same in words.
+    """A layout that a folder was recognised as.
 
-    validated: whether it has images to validate on.
+    dataset: the data set of that layout, such as "imagefolder".
+    root: the folder to give to its reader.
+    what: a description in words.
+    validated: whether it has validation images.
     """
 
     dataset: str
@@ -43,16 +46,16 @@ class Layout(NamedTuple):
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or a folder is none of the user's, such as `.ipynb_checkpoints` or `._x.jpg`."""
+    """Return whether a file or folder is hidden or the system's, such as `.ipynb_checkpoints` or `._x.jpg`."""
     return (name.startswith(".") and name not in (".", "..")) or name in SYSTEM_FOLDERS
 
 
 def layouts(data_dir: Path) -> list[Layout]:
-    """What a folder, a tar file or a pattern of tar files can be read as; several where it holds several sets.
+    """Return all layouts as which a folder, a tar file or a pattern of tar files can be read.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: a pattern is wrong.
+        ValueError: the pattern is wrong.
     """
     if (shards := expanded(data_dir)) is not None:
         named = all(shards_of(data_dir, split) for split in ("train", "val"))
@@ -84,16 +87,16 @@ def layouts(data_dir: Path) -> list[Layout]:
 
 
 def choose(data_dir: Path, dataset: str | None = None, *, any_split: bool = False) -> Layout:
-    """What a folder is read as.
+    """Choose the layout of a folder.
 
     Args:
         data_dir: the folder, a tar file, or a pattern such as `train-{0000..0127}.tar`.
-        dataset: what it must be; None takes what it is.
-        any_split: whether images without others to validate on are enough.
+        dataset: the data set that it must hold; None takes the one that it holds.
+        any_split: whether data without validation images are allowed.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it is none of the layouts.
-        ValueError: it is of another dataset, of several, or has no images for validation.
+        FileNotFoundError: there is no such folder, or it has none of the layouts.
+        ValueError: the folder holds another data set, several, or no validation images.
     """
     found = layouts(data_dir)
     shown_dir = shown(data_dir)
@@ -104,7 +107,7 @@ def choose(data_dir: Path, dataset: str | None = None, *, any_split: bool = Fals
                 f"data_dir is {shown_dir}; it holds {found[0].what}, for the dataset {found[0].dataset!r}, not "
                 f"{dataset!r}"
             )
-        found = own or [Layout(dataset, data_dir, "")]  # the reader says what is missing
+        found = own or [Layout(dataset, data_dir, "")]  # the reader's message says what is missing
     if not found:
         raise FileNotFoundError(f"data_dir is {shown_dir}; it holds {_contents(data_dir)}, and must hold {EXPECTED}")
     if len(found) > 1:
@@ -120,22 +123,22 @@ def choose(data_dir: Path, dataset: str | None = None, *, any_split: bool = Fals
 
 
 def split_folders(data_dir: Path) -> bool:
-    """Whether `train/` holds folders of classes, not images or shards."""
+    """Return whether `train/` holds class folders, not images or shards."""
     train = data_dir / "train"
     return train.is_dir() and any(has_images(train / name) for name in _folders(train))
 
 
 def class_folders(folder: Path) -> list[str]:
-    """The names of the folders that are classes, sorted: those with images in or below them.
+    """Return the sorted names of the class folders: those with images in or below them.
 
-    There are none where images lie beside the folders, and where these are named as splits.
+    A folder that also holds images itself, or only folders named as splits, has no class folders.
     """
     folders = _folders(folder)
     return [] if SPLITS.issuperset(folders) else [name for name in folders if has_images(folder / name)]
 
 
 def _folders(folder: Path) -> list[str]:
-    """The folders in a folder, sorted; none where images lie beside them."""
+    """Return the sorted names of the folders in a folder, or none if it also holds images itself."""
     folders = []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -149,7 +152,7 @@ def _folders(folder: Path) -> list[str]:
 
 
 def has_images(folder: Path) -> bool:
-    """Whether there is an image in or below a folder, among the first `MAX_ENTRIES` of what is there."""
+    """Return whether there is an image among the first `MAX_ENTRIES` entries in or below a folder."""
     waiting, left = [str(folder)], MAX_ENTRIES
     while waiting and left > 0:
         with os.scandir(waiting.pop()) as entries:
@@ -165,28 +168,29 @@ def has_images(folder: Path) -> bool:
 
 
 def shards_in(folder: Path) -> list[Path]:
+    """Return the sorted tar files in a folder."""
     return sorted(path for path in folder.glob("*.tar") if not hidden(path.name))
 
 
 def shards_of(data_dir: Path, split: str) -> list[Path]:
-    """The tar files of "train" or "val": in the folder of that name, or with it in their own name."""
+    """Return the tar files of "train" or "val": those in the folder of that name, or with it in their own name."""
     if (shards := expanded(data_dir)) is not None:
         return [path for path in shards if path.parent.name == split or split in path.name]
     return shards_in(data_dir / split) or [path for path in shards_in(data_dir) if split in path.name]
 
 
 def all_shards(data_dir: Path) -> list[Path]:
-    """The tar files of a folder or a pattern, or the one that it is."""
+    """Return the tar files of a folder or a pattern, or the one at the path."""
     if (shards := expanded(data_dir)) is not None:
         return shards
     return shards_in(data_dir) if data_dir.is_dir() else [data_dir]
 
 
 def expanded(pattern: Path) -> list[Path] | None:
-    """The files of a pattern as WebDataset has them, `a-{000..127}.tar` or `{a,b}.tar`; None for what is no pattern.
+    """Expand a pattern as WebDataset does, `a-{000..127}.tar` or `{a,b}.tar`; return None for a plain path.
 
     Raises:
-        ValueError: the pattern is wrong, or of more than `MAX_SHARDS` files.
+        ValueError: the pattern is wrong, or stands for more than `MAX_SHARDS` files.
     """
     text = str(pattern)
     if not re.search(r"\{.*(\.\.|,).*\}", text) or pattern.exists():
@@ -217,7 +221,7 @@ def _choices(text: str, pattern: str) -> Sequence[str]:
 
 
 def _contents(folder: Path) -> str:
-    """A few words on what is in a folder that is none of the layouts, and a likely folder in it."""
+    """Describe what is in a folder of no known layout, and name a likely folder in it."""
     if not folder.is_dir():
         return "no folder and no tar file"
     names = sorted(_visible(folder))

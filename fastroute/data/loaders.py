@@ -1,7 +1,7 @@
-"""Batches, epoch after epoch: from images in memory, or from workers that decode them.
+"""Load batches of images from memory, or from workers that decode them.
 
-Order and augmentation are functions of the seed, the epoch and the place in it alone. A loader therefore resumes within
-an epoch by starting at a batch, and N processes see together what one process with N times the batch would see.
+Order and augmentation depend only on the seed, the epoch and the place in it. A loader therefore resumes within an
+epoch by starting at a batch, and N processes together see what one process with N times the batch size would see.
 """
 
 import itertools
@@ -25,9 +25,9 @@ Finish = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Draws(NamedTuple):
-    """What was drawn for a training batch of images in memory, which `MemoryLoader.batch` makes of it.
+    """Random draws for a training batch of images in memory; `MemoryLoader.batch` makes the batch.
 
-    indices: int64 (N,), which images.
+    indices: int64 (N,), of the images.
     offsets, flips: see `shift_and_flip`.
     """
 
@@ -37,24 +37,33 @@ class Draws(NamedTuple):
 
 
 class PlaceMismatch(ValueError):
-    """A run cannot go on within an epoch that is cut into other batches."""
+    """A run cannot resume within an epoch that has other batches now."""
 
 
 def shares(
     order: Tensor, batch_size: int, rank: int = 0, world_size: int = 1, *, training: bool = False
 ) -> tuple[Tensor, ...]:
-    """What one process takes of each global batch of world_size · batch_size samples.
+    """Return one process's share of each global batch of world_size · batch_size samples.
 
-    Shares are contiguous and of equal size, save in the last batch, where they differ by at most one sample and may
-    be empty: every process has as many batches, and no sample is taken twice. In training, a last batch that would
-    leave a process a single sample is joined to the one before: batch norm has no statistics of one sample.
+    Shares are contiguous and of equal size. In the last batch they may differ by one sample or be empty, so that every
+    process has the same number of batches and no sample occurs twice. In training, a last batch that would leave a
+    process a single sample is merged with the one before: batch norm has no statistics of one sample.
+
+    Args:
+        order: (N,), int64, the samples of an epoch.
+        batch_size: of one process.
+        rank, world_size: this process, and the number of processes.
+        training: whether to merge a last batch of single samples.
+
+    Returns:
+        a tensor of indices for each batch.
     """
     sizes = batch_sizes(len(order), batch_size, world_size, training=training)
     return tuple(batch.tensor_split(world_size)[rank] for batch in order.split(sizes))
 
 
 def batch_sizes(count: int, batch_size: int, world_size: int = 1, *, training: bool = False) -> list[int]:
-    """Samples in each global batch of an epoch; see `shares`."""
+    """Return the number of samples in each global batch of an epoch; see `shares`."""
     whole, rest = divmod(count, batch_size * world_size)
     sizes = [batch_size * world_size] * whole + [rest] * (rest > 0)
     if training and 0 < rest <= world_size and whole and batch_size > 1:
@@ -63,16 +72,16 @@ def batch_sizes(count: int, batch_size: int, world_size: int = 1, *, training: b
 
 
 class EpochLoader:
-    """What loaders have in common: the order of an epoch, this process's share of it, and where to resume.
+    """Base of loaders: the order of an epoch, this process's share of it, and the place to resume.
 
     Args:
-        count: images in an epoch.
+        count: the number of images in an epoch.
         batch_size: of one process.
-        seed: training images are shuffled and augmented by it; None is evaluation, everything once and in order.
-        epoch: called at the start of an epoch for its number.
-        rank, world_size: this process among all. In training, where `count` is no multiple of `world_size`, the last
-            few images of an epoch are left out, so that all processes have as many.
-        finish: what is done last to a training batch (images, labels), at its own state of PyTorch's generator.
+        seed: of shuffling and augmentation; None evaluates every image once, in order.
+        epoch: returns the number of the epoch that starts.
+        rank, world_size: this process, and the number of processes. In training, the last images of an epoch are left
+            out if `count` is not a multiple of `world_size`, so that all processes have equally many.
+        finish: the last transform of a training batch (images, labels), with its own seed of PyTorch's generator.
     """
 
     def __init__(
@@ -98,6 +107,7 @@ class EpochLoader:
         return len(batch_sizes(self.count, self.batch_size, self.world_size, training=self.seed is not None))
 
     def shares(self, order: Tensor) -> tuple[Tensor, ...]:
+        """Return this process's share of each batch of an epoch; see the function of the same name."""
         training = self.seed is not None
         return shares(order[: self.count], self.batch_size, self.rank, self.world_size, training=training)
 
@@ -111,21 +121,22 @@ class EpochLoader:
             yield batch
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
-        """Normalised images and labels of the epoch, from batch `start` on."""
+        """Iterate over normalised images and labels of an epoch, from batch `start` on."""
         raise NotImplementedError
 
     def pixels(self, indices: Tensor) -> Tensor:
-        """Images by their place in an evaluation's order, not normalised: uint8 (k, H, W, C), on the CPU."""
+        """Return unnormalised images by their place in evaluation: uint8 (k, H, W, C), on the CPU."""
         raise NotImplementedError
 
     def state_dict(self) -> dict:
+        """Return the place in the epoch: "done" of "batches"."""
         return {"done": self._done, "batches": len(self)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Have the next epoch start where the state was taken.
+        """Start the next epoch at a saved place.
 
         Raises:
-            PlaceMismatch: it was taken within an epoch of another number of batches.
+            PlaceMismatch: the place is within an epoch of another number of batches.
         """
         done, batches = state["done"], state["batches"]
         if done < batches and batches != len(self):
@@ -137,15 +148,16 @@ class EpochLoader:
 
 
 class MemoryLoader(EpochLoader):
-    """Batches of images that lie in memory, on the device they are for.
+    """Load batches of images in memory, on the device of the network.
 
     Args:
         images: uint8 (N, H, W, C).
         labels: int64 (N,).
         mean, std: (C,), in units of the uint8 values.
-        pad, flip: for training, how far images are shifted and whether they are mirrored; see `shift_and_flip`.
-        augment: for training, applied to each image, uint8 (C, H, W), after that.
-        deferred: for training without `augment` and `finish`: give the `Draws` of a batch instead, for `batch`.
+        loader_arguments: of `EpochLoader`, without count.
+        pad, flip: in training, the largest shift in pixels and whether images are mirrored; see `shift_and_flip`.
+        augment: in training, a further transform of each image, uint8 (C, H, W).
+        deferred: in training without `augment` and `finish`, yield the `Draws` for `batch` instead of batches.
     """
 
     def __init__(
@@ -169,7 +181,7 @@ class MemoryLoader(EpochLoader):
         return self.images[indices.to(self.images.device)].cpu()
 
     def batch(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Normalised images and labels, made on the device without waiting for it."""
+        """Make normalised images and labels on the device, without synchronising with it."""
         return normalize(self._shifted(draws), self.mean, self.std), self.labels[draws.indices]
 
     def _shifted(self, draws: Draws) -> Tensor:
@@ -181,7 +193,7 @@ class MemoryLoader(EpochLoader):
                 first, last = (int(indices[0]), int(indices[-1]) + 1) if len(indices) else (0, 0)
                 yield normalize(self.images[first:last], self.mean, self.std), self.labels[first:last]
             return
-        # An epoch's random numbers are drawn at once, so that a step on a GPU waits for nothing from the host.
+        # Draw all random numbers of an epoch at once, so that a step on a GPU does not wait for the host.
         count, draw = len(self.labels), generator(self.seed, epoch)
         order = torch.randperm(count, generator=draw)
         offsets = torch.randint(0, 2 * self.pad + 1, (count, 2), generator=draw)
@@ -200,21 +212,22 @@ class MemoryLoader(EpochLoader):
 
 
 class StreamLoader(EpochLoader):
-    """Batches of images that workers read, decode and cut; copied to the device without waiting, normalised there.
+    """Load batches of images that workers read, decode and crop, and normalise them on the device.
 
     Args:
         source: the encoded images.
-        transform: PIL image → PIL image, or a tuple of crops; all of one size.
-        mean, std: (C,), in units of the uint8 values, on the device that batches are for.
-        num_workers: processes that decode; 0 decodes in this one.
+        transform: PIL image → PIL image, or a tuple of crops, all of one size.
+        mean, std: (C,), in units of the uint8 values, on the device of the network.
+        loader_arguments: of `EpochLoader`, without count.
+        num_workers: the number of processes that decode; 0 decodes in this one.
         channels: 3 for colour, 1 for grey.
-        on_bad_image: "stop" raises at an image that cannot be read; "skip" leaves it out of its batch, names it in a
-            warning and counts it in `skipped`.
+        on_bad_image: "stop" raises at an image that cannot be read; "skip" leaves it out of its batch, warns, and
+            counts it in `skipped`.
 
     Raises:
-        UnreadableImage: in an epoch, at an image that cannot be read with "stop"; at a training batch without one that
-            can, or after an evaluation without one in the share of this process, with "skip".
-        RuntimeError: a worker does not answer for the seconds in `FASTROUTE_TIMEOUT`, by default half an hour.
+        UnreadableImage: with "stop", an image cannot be read; with "skip", no image of a training batch can, or none of
+            this process's share in an evaluation.
+        RuntimeError: a worker does not answer within the seconds in `FASTROUTE_TIMEOUT`, by default half an hour.
     """
 
     def __init__(
@@ -275,7 +288,7 @@ class StreamLoader(EpochLoader):
 
 
 class _Sampler:
-    """The batches of the coming epoch, as lists of (epoch, index): workers that live on learn the epoch from it."""
+    """The batches of the next epoch, as lists of (epoch, index), from which persistent workers learn the epoch."""
 
     def __init__(self):
         self.batches: list[list[tuple[int, int]]] = []
@@ -288,7 +301,7 @@ class _Sampler:
 
 
 class _Decoded(Dataset):
-    """(epoch, index) → (uint8 (H, W, C) or (crops, H, W, C), label), or the message of an `UnreadableImage`."""
+    """Map (epoch, index) to (uint8 (H, W, C) or (crops, H, W, C), label), or the message of an `UnreadableImage`."""
 
     def __init__(self, source: Source, transform: Callable, seed: int | None, channels: int):
         self.source, self.transform, self.seed, self.channels = source, transform, seed, channels

@@ -1,4 +1,4 @@
-"""Images as a Lightning data module: small sets in memory, large ones decoded by workers."""
+"""A Lightning data module of images: small sets in memory, large ones decoded by workers."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -32,70 +32,76 @@ STREAMED = ("imagefolder", "webdataset")
 ON_BAD_IMAGE = ("stop", "skip")
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 IN_MEMORY_SIZE = 64
-"""The largest `img_size` at which an "imagefolder" is held in memory unless told otherwise."""
+"""The largest `img_size` at which an "imagefolder" is held in memory by default."""
 
 
 class ImageDataModule(pl.LightningDataModule):
-    """Training and validation images, augmented as functions of the seed and the epoch.
+    """Load training and validation images, augmented as a function of the seed and the epoch.
 
     Small sets are held in memory on the training device and augmented a batch at a time: shifted by at most an eighth
-    of their size (padded with black, then cut at random) and, where that makes sense, mirrored; they are normalised by
-    the mean and standard deviation of the training images. Large ones are decoded and cropped by workers, and
+    of their size (padded with black, then cropped at random) and, unless they are digits, mirrored. They are normalised
+    by the mean and standard deviation of the training images. Large sets are decoded and cropped by workers, and
     normalised on the device by ImageNet's mean and standard deviation.
 
     Batches are pairs of images, float32 (N, C, H, W) in channels_last strides, and labels, int64 (N,), or float32
-    (N, classes) with `mixup` or `cutmix`. Every image is seen once an epoch, the last batch being smaller; where their
-    number is no multiple of that of the processes, the last few of the order are left out. Order and
-    augmentation are a function of `seed` and the epoch alone, so a resumed run sees what an uninterrupted one would
-    have seen, from the batch at which it stopped. With several processes, each takes its share of every global batch of
-    processes · batch_size; in validation each image is in exactly one share.
+    (N, classes) with `mixup` or `cutmix`. An epoch has every image once; its last batch may be smaller. The last images
+    of the order are left out if the number of images is not a multiple of the number of processes. Order and
+    augmentation depend only on `seed` and the epoch, so a resumed run sees the same batches as an uninterrupted one.
+    With several processes, each takes its share of every global batch of processes · batch_size; in validation each
+    image is in exactly one share.
 
     Args:
-        dataset: None or "auto" is what `data_dir` holds, and without one "digits", scikit-learn's handwritten digits
-            (8×8, grey). "cifar10", "cifar100", "mnist" and "stl10" are torchvision's; "imagefolder" is any tree with
-            `train/<class>/*` and `val/<class>/*`, or with `val_split` `<class>/*` alone; "webdataset" is tar shards
-            `train/*.tar` and `val/*.tar` or `*train*.tar` and `*val*.tar`, see `TarSource`.
+        dataset: None or "auto" takes what `data_dir` holds, and without `data_dir` "digits", scikit-learn's handwritten
+            digits (8×8, grey). "cifar10", "cifar100", "mnist" and "stl10" are torchvision's. "imagefolder" is a tree
+            `train/<class>/*` and `val/<class>/*`, or with `val_split` just `<class>/*`. "webdataset" is tar shards
+            `train/*.tar` and `val/*.tar`, or `*train*.tar` and `*val*.tar`; see `TarSource`.
         data_dir: the folder of the data, a tar file, or a pattern of tar files such as `train-{0000..0127}.tar`; "data"
             by default for torchvision's sets.
-        batch_size: images in a batch of one process.
-        img_size: the height and width that images are scaled and cut to; by default the data set's own, 32 for an
-            "imagefolder" and 224 for a "webdataset".
-        num_workers: threads or processes that decode images, by default one for each core that this process can use.
+        batch_size: the number of images in a batch of one process.
+        img_size: the height and width to which images are scaled and cropped, in pixels; by default the data set's own,
+            32 for an "imagefolder" and 224 for a "webdataset".
+        num_workers: the number of threads or processes that decode images, by default one for each core available.
         seed: of order and augmentation.
         in_memory: whether an "imagefolder" is held in memory, by default up to img_size 64.
         download: whether torchvision's sets may be downloaded.
-        first_classes: only the first so many classes are used, such as ILSVRC2012's first 100 (§3.4.3).
-        on_bad_image: an image that cannot be read is named, and then "stop" ends the run and "skip" leaves it out.
+        first_classes: the number of classes to use, the first ones, such as ILSVRC2012's first 100 (§3.4.3).
+        on_bad_image: "stop" raises at an image that cannot be read; "skip" leaves it out and warns.
         train_crop_mode, scale, ratio, crop_pct: of images decoded by workers; see `train_transform`.
         aa: an automatic augmentation of single images; see `policy`.
-        hflip, vflip: the probabilities that an image is mirrored left to right and upside down. By default hflip is
-            0.5, and 0 for digits.
-        color_jitter: the largest share by which brightness, contrast and saturation vary.
-        no_aug: training images are augmented in no way, whatever else is asked for; those that workers decode are cut
-            as for validation.
-        reprob: the probability that an image has a rectangle erased.
-        mixup, cutmix: α of the Beta distributions that batches are mixed with, 0.001 to 1,000,000, or 0 for none; with
-            both, each mixes half of them.
-        val_split: the share of the training images of each class that the seed sets aside for validation, in the place
-            of images of the data's own; 0 is none.
-        class_map: of folders and shards, a text file with the names of the classes, one a line, in the order of their
+        hflip, vflip: the probabilities of mirroring an image left to right and upside down. By default hflip is 0.5,
+            and 0 for digits.
+        color_jitter: the largest relative change of brightness, contrast and saturation.
+        no_aug: do not augment training images, whatever the other arguments say; workers crop them as for validation.
+        reprob: the probability of erasing a rectangle of an image.
+        mixup, cutmix: α of the Beta distributions by which batches are mixed, 0.001 to 1,000,000; 0 mixes none. With
+            both, each mixes half of the batches.
+        val_split: the share of the training images of each class to set aside, by the seed, as validation images; the
+            data's own are then not used. 0 sets none aside.
+        class_map: for folders and shards, a text file with the names of the classes, one a line, in the order of their
             numbers; folders that it does not name are left out.
-        input_key: of shards with several images for one class; see `TarSource`.
-        mean, std: of each channel, or one number for all, where the images are from 0 to 1.
-        interpolation: how images are scaled: "bilinear", "bicubic" or "nearest".
-        in_chans: 3 makes images colour, 1 grey; by default as the data are, folders and shards colour.
+        input_key: for shards with several images of one label; see `TarSource`.
+        mean, std: of each channel, or one number for all, for images from 0 to 1.
+        interpolation: of scaling: "bilinear", "bicubic" or "nearest".
+        in_chans: 3 for colour, 1 for grey; by default the data's own, and 3 for folders and shards.
 
-    With the attribute `deferred`, training batches that are augmented on the device alone are the `Draws` for them, and
-    `batch` makes the images: a training step then can hold that too.
+    With the attribute `deferred`, training batches that are augmented only on the device are yielded as `Draws`, from
+    which `batch` makes the images, so that a captured training step can include this.
 
-    After `setup()`: `classes`, `num_classes`, `in_chans` and `img_size`; `mean` and `std` in units of the uint8 values;
-    `description`, what the data are, in a line.
+    After `setup()`, the attributes `classes`, `num_classes`, `in_chans` and `img_size` are those of the data, `mean`
+    and `std` are in units of the uint8 values, and `description` is a line about the data.
 
     Raises:
-        FileNotFoundError: at `setup()`, a folder is missing or has no images; at once, where what it holds must say
-            the `dataset`.
+        FileNotFoundError: a folder is missing or has no images: at `setup()`, or at once if the folder must tell the
+            `dataset`.
         ValueError: an argument is out of range or unknown; at `setup()`, the folders' classes differ, or an image
             cannot be read.
+
+    Example:
+        >>> data = ImageDataModule("digits", batch_size=64)
+        >>> data.setup()
+        >>> images, labels = next(iter(data.train_dataloader()))
+        >>> images.shape, data.num_classes
+        (torch.Size([64, 1, 8, 8]), 10)
     """
 
     def __init__(
@@ -235,7 +241,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     @property
     def description(self) -> str:
-        """What the images are, in a line; after `setup()`."""
+        """The data, in a line; after `setup()`."""
         train, val = self.train_count, len(self._labels("val"))
         where = f" in {shown(self.data_dir)}" if self.data_dir is not None else ""
         aside = f", {self.val_split:.0%} of each class set aside by seed {self.seed}" if self.val_split else ""
@@ -248,7 +254,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     @property
     def train_count(self) -> int:
-        """How many images an epoch has; after `setup()`."""
+        """The number of images in an epoch; after `setup()`."""
         return len(self._labels("train"))
 
     def _labels(self, split: str) -> Tensor:
@@ -256,8 +262,8 @@ class ImageDataModule(pl.LightningDataModule):
 
     @property
     def skipped(self) -> int:
-        """How many images could not be read so far in this process, each time counted; in memory, in the first only."""
-        if self.images is not None:  # every process has read all of them
+        """The number of unreadable images so far, each time counted: of this process, or, in memory, of rank 0 only."""
+        if self.images is not None:  # every process has read all images
             return self.images.skipped if not dist.is_initialized() or dist.get_rank() == 0 else 0
         return sum(loader.skipped for loader in self._loaders if isinstance(loader, StreamLoader))
 
@@ -267,11 +273,11 @@ class ImageDataModule(pl.LightningDataModule):
         return not self.in_memory and self.on_bad_image == "skip"
 
     def batch(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """The training batch of what was drawn for it."""
+        """Make a training batch from its draws."""
         return self._train_loader.batch(draws)
 
     def state_dict(self) -> dict:
-        """What a validation of the network needs to know of its data, and the place within the epoch."""
+        """Return what validating the network needs to know of its data, and the place in the epoch."""
         return {
             "place": self._train_loader.state_dict() if self._train_loader else None,
             "dataset": self.dataset,
@@ -295,23 +301,25 @@ class ImageDataModule(pl.LightningDataModule):
         return None if folder is None else os.path.abspath(folder)
 
     def load_state_dict(self, state: dict) -> None:
-        """Have the training loader start at the place: what the images are is this run's own.
+        """Start the training loader at the saved place; all else stays as this run has it.
 
         Raises:
-            PlaceMismatch: another part of the images was set aside for validation, and would be trained on.
+            PlaceMismatch: the saved run set other images aside for validation, which would now be trained on.
         """
         share, seed = state.get("val_split", 0.0), state.get("split_seed", self.seed)
         if share != self.val_split or (share and seed != self.seed):
             raise PlaceMismatch(
                 f"the run set val_split={share} aside by seed {seed}, but now val_split is {self.val_split} and seed "
-                f"{self.seed}, which trains on images that the run validated on: go on with the same"
+                f"{self.seed}, which would train on validation images of the run: resume with the same val_split and "
+                "seed"
             )
         self._place = state["place"]
 
     def train_dataloader(self) -> EpochLoader:
+        """Return the loader of training batches, at the saved place if there is one."""
         self._train_loader = self._training_images()
         if self._place is not None:
-            # Lightning hands a loader its state too, but not where the schedule has asked for the number of steps.
+            # Lightning also loads a loader's state, but not if the schedule has asked for the number of steps.
             self._train_loader.load_state_dict(self._place)
             self._place = None
         return self._train_loader
@@ -320,7 +328,7 @@ class ImageDataModule(pl.LightningDataModule):
         if self.no_aug:
             return self._training_images_as_they_are()
         if self.images is not None:
-            # Mirroring half of the images is part of how a batch is made; all else goes image by image.
+            # Mirroring half of the images is done for the whole batch; all else is done image by image.
             flip = self.images.flip if self.hflip in (None, 0.5) else False
             own = variation(0 if flip or self.hflip is None else self.hflip, self.vflip, self.color_jitter)
             own += [policy(self.aa)] if self.aa else []
@@ -337,6 +345,7 @@ class ImageDataModule(pl.LightningDataModule):
         return self._stream_loader(self.sources["train"], self._eval_transform(), self.seed)
 
     def val_dataloader(self) -> EpochLoader:
+        """Return the loader of validation batches."""
         if self.images is not None:
             return self._memory_loader(self.images.val)
         return self._stream_loader(self.sources["val"], self._eval_transform())
@@ -375,7 +384,7 @@ class ImageDataModule(pl.LightningDataModule):
         return self.trainer.current_epoch if self.trainer else 0
 
     def _finish(self) -> Finish | None:
-        """Erasing and mixing of a normalised batch, or None where neither is asked for."""
+        """Return the function that erases and mixes a normalised batch, or None."""
         mixers = {v2.MixUp: self.mixup, v2.CutMix: self.cutmix}
         mixers = [mixer(alpha=alpha, num_classes=self.num_classes) for mixer, alpha in mixers.items() if alpha]
         if not mixers and not self.reprob:
@@ -391,13 +400,13 @@ class ImageDataModule(pl.LightningDataModule):
 
 
 def imagenet_statistics(channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of ImageNet's images for each channel, of their mean where images are grey."""
+    """Return ImageNet's mean and standard deviation of each channel, averaged over channels for grey images."""
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     return (mean, std) if channels == 3 else (mean.mean(0, keepdim=True), std.mean(0, keepdim=True))
 
 
 def _levels(name: str, value: float | Sequence[float] | None, low: float, high: float) -> Tensor | None:
-    """What is given for each channel from 0 to 1, in units of the uint8 values."""
+    """Convert values given for images from 0 to 1 to units of the uint8 values."""
     if value is None:
         return None
     numbers = [value] if isinstance(value, int | float) else list(value)
@@ -409,7 +418,7 @@ def _levels(name: str, value: float | Sequence[float] | None, low: float, high: 
 
 
 def channels_of(name: str, given: Tensor | None, found: Tensor) -> Tensor:
-    """The levels that are given, or else those that were found, a number for each channel."""
+    """Return the given levels, or else those found in the data, as a number for each channel."""
     if given is None:
         return found
     if len(given) not in (1, len(found)):

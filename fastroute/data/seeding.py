@@ -1,4 +1,4 @@
-"""Random numbers as a function of where a run is, so that a resumed run needs no saved generator."""
+"""Random numbers as a function of the place in a run, so that a resumed run needs no saved generator."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,22 +8,22 @@ import torch
 
 
 def derived_seed(*entropy: int) -> int:
-    """A seed of 64 bits from several numbers, such as (seed, epoch, batch): other numbers give an unrelated one.
+    """Return a seed of 64 bits for several numbers, such as (seed, epoch, batch).
 
-    A sum would give run 0's second epoch to run 1 as its first. NumPy takes missing numbers for zeros, so how many
-    there are is one of them.
+    Other numbers give an unrelated seed; a sum would make the second epoch of run 0 the first of run 1. NumPy takes
+    missing numbers for zeros, so their count is one of the numbers.
     """
     return int(np.random.SeedSequence((len(entropy), *entropy)).generate_state(1, np.uint64)[0])
 
 
 def generator(*entropy: int) -> torch.Generator:
-    """A generator on the CPU of its own, seeded by `derived_seed`."""
+    """Return a new generator on the CPU, seeded by `derived_seed`."""
     return torch.Generator().manual_seed(derived_seed(*entropy))
 
 
 @contextlib.contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
-    """PyTorch's generator on the CPU starts from `derived_seed` in the block and is as it was after it."""
+    """Seed PyTorch's generator on the CPU by `derived_seed` within the block, and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(derived_seed(*entropy))
         yield

@@ -1,7 +1,7 @@
-"""Encoded images on disk, to be read one at a time: a tree of folders, or tar shards.
+"""Read encoded images one at a time from a tree of folders or from tar shards.
 
-What lies there may be damaged or hostile: only regular files are opened, only as the formats that their names can stand
-for, and neither an index nor an image takes more memory than a stated bound.
+Files may be damaged or hostile. So only regular files are opened, only formats of the usual suffixes are decoded, and
+the memory of an index and of an image is bounded.
 """
 
 import copy
@@ -30,24 +30,24 @@ from fastroute.data.seeding import generator
 from fastroute.data.tar import FILE, FOLDER, Member, NotRegular, members, open_regular, shown
 
 NOT_READ = (".gif", ".avif", ".jxl", ".jp2", ".heic", ".heif", ".jfif", ".jpe", ".pbm", ".pnm", ".tga", ".svg")
-"""Names of images all the same, so that leaving them out is worth a word."""
+"""Suffixes of images that are not read, which is worth a warning."""
 OTHER_IMAGES = f"images of other names than {', '.join(IMG_EXTENSIONS)}"
 MAX_CLASSES = 1_000_000
-"""Numbers of classes are below this; a network has a logit for each class up to the largest number."""
+"""Class numbers must be below this: a network has a logit for each class up to the largest number."""
 
 LABEL_KEYS = ("label", "cls", "class", "class_name", "target")
-"""Of a `.json` beside an image: the first of these that is there is its class."""
+"""The keys of a `.json` that may hold the class of an image; the first one found counts."""
 MAX_JSON = 2**20
 MAX_CLASS_NAME = 1000
-"""Bytes that a `.json`, and a `.cls` or `.txt`, may have."""
+"""The most bytes of a `.json`, and of a `.cls` or `.txt`."""
 MAX_CLASS_MAP = 2**26
 
 LeftOut = dict[str, list[str]]
-"""Names of what is left out, by what they are."""
+"""Kind → names of the files that are left out."""
 
 
 class _Names:
-    """Names of any bytes: in an array of strings each would take as much memory as the longest."""
+    """A compact list of names of any bytes: in an array of strings each would take the memory of the longest."""
 
     def __init__(self, names: Iterable[bytes]):
         names = list(names)
@@ -62,7 +62,7 @@ class _Names:
 
 
 class _Source:
-    """What sources have in common: `labels`, int64 (N,), of which −1 is none, and the names of the `classes`."""
+    """Base of sources: `labels`, int64 (N,), where −1 is no class, and the names of the `classes`."""
 
     labels: Tensor
     classes: list[str]
@@ -72,23 +72,23 @@ class _Source:
         return len(self.labels)
 
     def subset(self, indices: Tensor) -> Self:
-        """The images of these indices, in rising order, with the same classes."""
+        """Return a source of the images of these indices, in rising order, with the same classes."""
         chosen = copy.copy(self)
         chosen.names, chosen.labels = self.names.chosen(indices), self.labels[indices]
         return chosen
 
 
 class FolderSource(_Source):
-    """A tree `<class>/*` of image files, as torchvision's `ImageFolder` has it; what is hidden is left out.
+    """Read a tree `<class>/*` of image files, as torchvision's `ImageFolder`; hidden files are left out.
 
     Args:
-        folder: the folder of the classes' folders.
-        first_classes: only the first so many classes, in the order of their names.
-        class_map: names of the classes in another order; folders that it does not name are left out.
-        labelled: whether folders are classes; otherwise the source is all images below the folder, without classes.
+        folder: the folder that holds the class folders.
+        first_classes: the number of classes to read, the first by name.
+        class_map: the names of the classes in another order; folders that it does not name are left out.
+        labelled: whether folders are classes; otherwise all images below the folder are read, without classes.
 
     Raises:
-        FileNotFoundError: there is no such folder, no class in it, or a class has no images.
+        FileNotFoundError: there is no such folder, no class folder in it, or no image of a class.
         OSError: a folder in it cannot be read.
         ValueError: there are fewer classes than `first_classes`.
     """
@@ -117,7 +117,7 @@ class FolderSource(_Source):
         if labelled:
             classes = _first(classes, first_classes, folder)
             found = found[: len(classes)]
-        # One text, not a list: counting references in a list would copy its memory into every worker.
+        # Not a list: reference counts would make every worker copy its memory.
         self.names = _Names(os.fsencode(path) for paths in found for path in paths)
         numbers = torch.arange(len(found)) if labelled else torch.tensor([-1])
         self.labels = numbers.repeat_interleave(torch.tensor([len(paths) for paths in found]))
@@ -142,34 +142,36 @@ class FolderSource(_Source):
         return os.fsdecode(self.names[index])
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """All indices, shuffled."""
+        """Return all indices, shuffled."""
         return torch.randperm(len(self), generator=generator)
 
 
 class TarSource(_Source):
-    """Images in tar files, read from where they lie, without unpacking.
+    """Read images in tar files without unpacking these.
 
-    Two layouts: WebDataset's, `<key>.jpg` and, in the same shard, its class as `<key>.cls`, a number from 0 to 999,999
-    or a name, or in `<key>.json` under one of `LABEL_KEYS`, or, for images in no folder, a name in `<key>.txt`; or a
-    packed tree `…/<class>/<name>.jpg`. The headers are read once, by seeking from one to the next, and kept in `index`.
+    There are two layouts. In WebDataset's, an image is `<key>.jpg`. In the same shard, its class is in `<key>.cls`, as
+    a number from 0 to 999,999 or a name; in `<key>.json`, under one of `LABEL_KEYS`; or, for images in no folder, as a
+    name in `<key>.txt`. The other is a packed tree `…/<class>/<name>.jpg`. The headers are read once, by seeking from
+    one to the next, and kept in `index`.
 
     Args:
         shards: the files.
-        first_classes: only the first so many classes.
-        num_workers: threads that read headers.
-        input_key: which images are taken where a key has several, by what follows the first dot of their names, such
-            as "png" or "left.jpg"; of several, such as "jpg;png", the first that is there.
-        class_map: names of the classes, in the order of their numbers.
+        first_classes: the number of classes to read, the first ones.
+        num_workers: the number of threads that read headers.
+        input_key: the image to take if a key has several, by what follows the first dot of its name, such as "png" or
+            "left.jpg"; of several, such as "jpg;png", the first that exists.
+        class_map: the names of the classes, in the order of their numbers.
 
     Raises:
         FileNotFoundError: there are no shards, or they hold no images.
         OSError: a shard cannot be opened.
-        ValueError: a file is no tar file or damaged, a name is in it twice, an image is no plain file, has no class or
-            shares one with another, or there are fewer classes than `first_classes` or others than `class_map`.
+        ValueError: a file is not a tar file or is damaged, or has a name twice; an image is no plain file, has no class
+            or shares its label with another; or there are fewer classes than `first_classes` or others than in
+            `class_map`.
     """
 
     SHARDS_AT_ONCE = 16
-    """How many shards an epoch's order mixes: reads stay within these, which caches and network disks reward."""
+    """The number of shards that are shuffled together, so that reads stay local for caches and network disks."""
 
     def __init__(
         self,
@@ -215,10 +217,10 @@ class TarSource(_Source):
         check_size(size)
         if shard not in self._files:
             self._files[shard] = self._opened(shard)
-        return io.BytesIO(os.pread(self._files[shard], size, offset))  # pread: forked workers share the position
+        return io.BytesIO(os.pread(self._files[shard], size, offset))  # pread, since forked workers share the position
 
     def _opened(self, shard: int) -> int:
-        """The descriptor of a shard; the oldest ones are closed where a process has as many as it may have."""
+        """Return the descriptor of a shard; close the oldest ones if the process has too many."""
         if len(self._files) == 2 * self.SHARDS_AT_ONCE:
             self._close_oldest()
         while True:
@@ -233,7 +235,7 @@ class TarSource(_Source):
         os.close(self._files.pop(next(iter(self._files))))
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """All indices: the shards in random order, and the images of `SHARDS_AT_ONCE` of them shuffled together."""
+        """Return all indices: shards in random order, the images of `SHARDS_AT_ONCE` of them shuffled together."""
         by_shard = [torch.empty(0, dtype=torch.long)] * len(self.shards)
         shards, counts = self.index[:, 0].unique_consecutive(return_counts=True)
         for shard, indices in zip(shards.tolist(), torch.arange(len(self)).split(counts.tolist()), strict=True):
@@ -251,10 +253,16 @@ Source = FolderSource | TarSource
 
 
 def read_image(source: Source, index: int, transform: Callable | None = None, channels: int = 3):
-    """Decode one image, as RGB or of one channel grey, and transform it.
+    """Decode one image to RGB or grey, and transform it.
+
+    Args:
+        source: the images.
+        index: of the image.
+        transform: of the Pillow image; None returns it as it is.
+        channels: 3 for RGB, 1 for grey.
 
     Raises:
-        UnreadableImage: as `decode_image` does, or `transform` does; the message names the image.
+        UnreadableImage: the image cannot be decoded or transformed; the message names it.
     """
     name = source.name(index)
     with named(name):
@@ -269,7 +277,7 @@ def read_image(source: Source, index: int, transform: Callable | None = None, ch
 
 
 class Reading(NamedTuple):
-    """How sources are read; see `ImageDataModule` for all but `input_key`, for which see `TarSource`."""
+    """Options of sources; see `ImageDataModule`, and `TarSource` for `input_key`."""
 
     first_classes: int | None = None
     num_workers: int = 1
@@ -280,11 +288,11 @@ class Reading(NamedTuple):
 
 
 def folder_sources(data_dir: Path, reading: Reading | None = None) -> dict[str, FolderSource]:
-    """`train/` and `val/` of a folder, which must hold the same classes, or its images split by `val_split`.
+    """Return the sources of `train/` and `val/` of a folder, or its images split by `val_split`.
 
     Raises:
         FileNotFoundError: a folder is missing or has no images.
-        ValueError: the classes differ, or are too small to split.
+        ValueError: the classes of the two differ, or have too few images to split.
     """
     reading = reading or Reading()
     options = reading.first_classes, reading.class_map
@@ -307,13 +315,13 @@ def folder_sources(data_dir: Path, reading: Reading | None = None) -> dict[str, 
 
 
 def tar_sources(data_dir: Path, reading: Reading | None = None) -> dict[str, TarSource]:
-    """The shards of a folder: `train/*.tar` and `val/*.tar`, or `*train*.tar` and `*val*.tar`; or of a pattern.
+    """Return the sources of `train/*.tar` and `val/*.tar`, or `*train*.tar` and `*val*.tar`, of a folder or a pattern.
 
-    With `val_split`, those for training, or all where none is named so, are split by it.
+    `val_split` splits the training shards, or all shards if none is named so.
 
     Raises:
         FileNotFoundError: a split has no shards or no images.
-        ValueError: a file is no tar file, a shard is of both splits by its name, or the classes differ.
+        ValueError: a file is not a tar file, the name of a shard fits both splits, or the classes differ.
     """
     reading = reading or Reading()
     options = reading.first_classes, reading.num_workers, reading.input_key, reading.class_map
@@ -340,17 +348,17 @@ def tar_sources(data_dir: Path, reading: Reading | None = None) -> dict[str, Tar
 
 
 def val_source(dataset: str, data_dir: Path, reading: Reading | None = None) -> Source:
-    """The images to validate on, where training images need not be at hand.
+    """Return the source of the validation images; training images may be missing.
 
     Args:
-        dataset: "imagefolder": `val/` of the folder, or else the classes' folders themselves; "webdataset": its shards
-            for `val`, or else all `*.tar` in it, or one tar file, or those of a pattern.
+        dataset: "imagefolder" reads `val/` of the folder, or else its class folders; "webdataset" reads its shards for
+            `val`, or else all `*.tar` in it, one tar file, or those of a pattern.
         data_dir: the folder.
-        reading: with `val_split`, the images are those that a training with the same `val_split` and `seed` set aside.
+        reading: with `val_split`, the images are those that training with the same `val_split` and `seed` set aside.
 
     Raises:
         FileNotFoundError: there are no such images.
-        ValueError: a file is no tar file.
+        ValueError: a file is not a tar file.
     """
     reading = reading or Reading()
     if expanded(data_dir) is None and not data_dir.exists():
@@ -368,11 +376,11 @@ def val_source(dataset: str, data_dir: Path, reading: Reading | None = None) -> 
 
 
 def read_class_map(path: Path) -> list[str]:
-    """The names of classes from a text file, one a line, in the order of their numbers.
+    """Read the names of classes from a text file, one a line, in the order of their numbers.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it has no names, a name twice, or is no text.
+        OSError: the file cannot be read.
+        ValueError: the file is no text, or has no names or a name twice.
     """
     says = f"class_map is {shown(path)};"
     try:
@@ -390,13 +398,13 @@ def read_class_map(path: Path) -> list[str]:
     except UnicodeDecodeError:
         raise ValueError(f"{says} it must be a text in UTF-8, with the name of a class on each line") from None
     if not names or len(set(names)) < len(names):
-        twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-        raise ValueError(f"{says} {f'it names {shown(twice)} twice' if twice else 'it names no class'}")
+        repeated = next((name for i, name in enumerate(names) if name in names[:i]), None)
+        raise ValueError(f"{says} {f'it names {shown(repeated)} twice' if repeated else 'it names no class'}")
     return names
 
 
 def stratified(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices to train on and to validate on: of each class about `share`, chosen by a seed, is for validation.
+    """Split images into training and validation, with about the same `share` of each class in validation.
 
     Each class has at least one image on either side; a class of a single image has it in training.
 
@@ -406,7 +414,7 @@ def stratified(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]
         seed: of the choice.
 
     Returns:
-        both in rising order.
+        the indices to train on and to validate on, both in rising order.
     """
     order = torch.randperm(len(labels), generator=generator(seed))
     order = order[labels[order].argsort(stable=True)]  # by class, within each at random
@@ -427,10 +435,10 @@ def _split(source: Source, data_dir: Path, reading: Reading) -> dict[str, Source
 
 
 def check_classes(data_dir: Path, sources: dict[str, Source]) -> None:
-    """Raise unless `train` and `val` hold images of the same classes.
+    """Check that `train` and `val` hold images of the same classes.
 
     Raises:
-        ValueError: they do not; the message says which of them lacks which classes.
+        ValueError: they do not; the message names the missing classes.
     """
     present = {split: {source.classes[i] for i in source.labels.unique()} for split, source in sources.items()}
     only = {s: sorted(present[s] - present[o]) for s, o in (("train", "val"), ("val", "train"))}
@@ -452,7 +460,13 @@ def _first(classes: list[str], count: int | None, where: Path | str) -> list[str
 
 
 class Labelled(NamedTuple):
-    """An image of a shard: its name, where its bytes lie, its class, a number or a name, and how the class is given."""
+    """An image of a shard.
+
+    name: its bytes.
+    offset, size: of its data, in bytes.
+    label: its class, a number or a name.
+    way: how the shard gives the class, in words.
+    """
 
     name: bytes
     offset: int
@@ -481,7 +495,7 @@ def _shard_images(path: str, input_keys: Sequence[str] = ()) -> list[Labelled]:
 
 
 def _classified(file: int, input_keys: Sequence[str]) -> tuple[list[Labelled], LeftOut]:
-    """The images of an open shard, and what is left out."""
+    """Return the images of an open shard, and what is left out."""
     images, labels, left_out = {}, {}, defaultdict(list)
     for member in members(file):
         path = PurePosixPath(os.fsdecode(member.name))
@@ -524,16 +538,16 @@ def _classified(file: int, input_keys: Sequence[str]) -> tuple[list[Labelled], L
 
 
 Labels = dict[tuple[str, str], Member]
-"""What gives images their classes, by its name without suffix, and suffix."""
+"""(name without suffix, suffix) → the member that gives a class."""
 
 
 def _label_of(
     name: str, labels: Labels, numbered: bool, file: int, read: dict[tuple[str, str], int | str | None]
 ) -> tuple[tuple[str, str] | None, int | str]:
-    """Where the class of an image is given, None for its folder, and the class; "" where there is none.
+    """Return the place that gives the class of an image, None for its folder, and the class, "" if there is none.
 
-    `a.left.jpg` takes `a.left.cls`, or else WebDataset's `a.cls`. Where some image has a `.cls`, all must have one. In
-    a folder, a `.txt` is no class: there it is often a caption.
+    `a.left.jpg` takes `a.left.cls`, or else WebDataset's `a.cls`. If one image has a `.cls`, all must have one. In a
+    folder, a `.txt` gives no class: there it is often a caption.
     """
     folder = PurePosixPath(name).parent.name
     suffixes = (".cls",) if numbered else (".json",) if folder else (".json", ".txt")
@@ -549,7 +563,7 @@ def _label_of(
 
 
 def _label_in(file: int, member: Member, suffix: str) -> int | str | None:
-    """The class that a `.cls`, a `.txt` or a `.json` says; None where a `.json` says none."""
+    """Return the class in a `.cls`, a `.txt` or a `.json`; None if a `.json` has none."""
     name, most = shown(member.name), MAX_JSON if suffix == ".json" else MAX_CLASS_NAME
     if member.size > most:
         raise ValueError(f"{name} has {member.size:,} bytes; a {suffix} with a class has at most {most:,}")
@@ -578,7 +592,7 @@ def _class(text: str, name: str) -> int | str:
 
 
 def _keyed(name: str) -> tuple[str, str]:
-    """WebDataset's key of a name, and what follows it: "a/0.left.jpg" to "a/0" and "left.jpg"."""
+    """Split a name into WebDataset's key and the rest: "a/0.left.jpg" into "a/0" and "left.jpg"."""
     folder, slash, base = name.rpartition("/")
     stem, _, rest = base.partition(".")
     return f"{folder}{slash}{stem}", rest.lower()
@@ -594,7 +608,7 @@ def _input_keys(input_key: str | None) -> list[str]:
 
 
 def _of_keys(images: dict[str, Member], keys: Sequence[str]) -> dict[str, Member]:
-    """Of each WebDataset key the image whose rest is first among `keys`."""
+    """Keep for each WebDataset key the image whose rest comes first in `keys`."""
     best: dict[str, str] = {}
     for name in images:
         key, rest = _keyed(name)
@@ -604,7 +618,7 @@ def _of_keys(images: dict[str, Member], keys: Sequence[str]) -> dict[str, Member
 
 
 def _numbers_of(labels: Sequence[int | str], class_map: Sequence[str] | None, where: str) -> tuple[list[str], Tensor]:
-    """The names of the classes, and the number of each label; −1 for a name that the class map does not have."""
+    """Return the names of the classes, and the number of each label; −1 for a name that is not in the class map."""
     if isinstance(labels[0], int):
         if class_map is not None and max(labels) >= len(class_map):
             raise ValueError(
@@ -620,10 +634,10 @@ def _numbers_of(labels: Sequence[int | str], class_map: Sequence[str] | None, wh
 
 
 def _images_below(folder: str, left_out: LeftOut) -> list[str]:
-    """The paths of all images below a folder, in `ImageFolder`'s order.
+    """Return the paths of all images below a folder, in `ImageFolder`'s order.
 
-    Links are followed, but each folder is read once, by its own name where it has one: links that form a loop, or that
-    lead to each other, can give it more names than there is time for.
+    Links are followed, but each folder is read once, under its own name if it has one there: looping links would give
+    it endless names.
     """
     found, waiting, seen = [], [(False, folder)], set()
     while waiting:
@@ -648,7 +662,7 @@ def _images_below(folder: str, left_out: LeftOut) -> list[str]:
 
 
 def _is_folder(entry: os.DirEntry, left_out: LeftOut) -> bool:
-    """Whether it is a folder, or a link to one; a link to nothing may have been one, unless it is named as an image."""
+    """Return whether an entry is a folder or a link to one; note links to nothing, except those named as images."""
     if not entry.is_symlink():
         return entry.is_dir()
     try:
@@ -667,6 +681,6 @@ def _warn(where: str | Path, left_out: LeftOut) -> None:
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first of many names, for a message."""
+    """Return the first of many names, for a message."""
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
     return ", ".join(map(shown, names[:5])) + more

@@ -1,7 +1,7 @@
-"""The members of a tar file, read from its headers alone, with a bound on all that a damaged or hostile one can cost.
+"""List the members of a tar file by its headers, at a bounded cost for damaged or hostile files.
 
-Python's `tarfile` takes a damaged header within an archive for its end, reads headers of any length into memory, and
-unrolls sparse files; an index of shards from elsewhere must do none of that.
+Python's `tarfile` does not suit shards from unknown sources: it takes a damaged header for the end of the archive,
+reads headers of any length into memory, and expands sparse files.
 """
 
 import os
@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 BLOCK = 512
 MAX_HEADER = 2**20
-"""The most bytes of a long name, or of extended attributes."""
+"""The most bytes of a long name or of extended attributes."""
 MAX_PADDING = 2**20
-"""The most zeros after the end: archives are padded to a multiple of up to so much, by default 10 KiB."""
+"""The most bytes of zeros after the end; by default archives are padded to a multiple of 10 KiB."""
 
 FILE, FOLDER = "file", "folder"
 KINDS = {
@@ -31,15 +31,20 @@ WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
 
 
 class TarError(ValueError):
-    """A file is no tar file, or a damaged one; the message says where."""
+    """A file is not a tar file, or is damaged; the message says where."""
 
 
 class NotRegular(OSError):
-    """Where a file must be there is a folder, a named pipe, a socket or a device."""
+    """A path is a folder, a named pipe, a socket or a device, not a regular file."""
 
 
 class Member(NamedTuple):
-    """name: as it is written, which may be no UTF-8. kind: "file", or what it is instead. offset, size: of its data."""
+    """A member of a tar file.
+
+    name: its bytes, which may be invalid UTF-8.
+    kind: "file", or another kind in words.
+    offset, size: of its data, in bytes.
+    """
 
     name: bytes
     kind: str
@@ -48,18 +53,20 @@ class Member(NamedTuple):
 
 
 def shown(name: str | bytes | os.PathLike) -> str:
-    """A name as it can be printed, whatever bytes it has; of a very long one, the beginning and the end."""
+    """Return a printable form of a name of any bytes, shortened in the middle to 1,001 characters."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= 1000 else f"{text[:500]}…{text[-500:]}"
 
 
 def open_regular(path: str | bytes | os.PathLike) -> int:
-    """A descriptor to read a regular file by: opening a named pipe would wait for its writer, a device may do anything.
+    """Open a regular file for reading, and return its descriptor.
+
+    Others are refused: opening a named pipe would wait for its writer, and a device may do anything.
 
     Raises:
-        NotRegular: it is of another kind.
-        OSError: there is no such file, or it may not be read.
+        NotRegular: the path is of another kind.
+        OSError: there is no such file, or it cannot be read.
     """
     what = stat.S_IFMT(os.stat(path).st_mode)
     if what == stat.S_IFREG:
@@ -72,10 +79,13 @@ def open_regular(path: str | bytes | os.PathLike) -> int:
 
 
 def members(file: int) -> Iterator[Member]:
-    """All members of an open tar file: ustar, GNU's or pax.
+    """Iterate over all members of an open tar file: ustar, GNU's or pax.
+
+    Args:
+        file: its descriptor.
 
     Raises:
-        TarError: it is no tar file, it is damaged or cut short, or something follows its end.
+        TarError: the file is not a tar file, is damaged or truncated, or has data after its end.
     """
     end, at = os.fstat(file).st_size, 0
     long_name, extended = None, {}
@@ -105,11 +115,11 @@ def members(file: int) -> Iterator[Member]:
                 size = _decimal(extended[b"size"], name)
             if any(key.startswith(b"GNU.sparse.") for key in extended):
                 name, what = extended.get(b"GNU.sparse.name", name), KINDS[b"S"]
-            elif kind in b"0\0" and name.endswith(b"/"):  # so the oldest archives mark a folder
+            elif kind in b"0\0" and name.endswith(b"/"):  # the oldest archives mark folders so
                 what = FOLDER
             else:
                 what = KINDS.get(kind, "file of an unknown kind")
-            if what == KINDS[b"S"]:  # its true size is not what lies here, and to find its end means to unroll it
+            if what == KINDS[b"S"]:  # its end is found only by expanding it
                 raise TarError(f"{shown(name)} is a sparse file, and must be a plain one: pack without --sparse")
             if kind in WITHOUT_DATA:
                 size = 0
@@ -122,7 +132,7 @@ def members(file: int) -> Iterator[Member]:
 
 
 def _check_end(file: int, at: int, end: int) -> None:
-    """Raise where anything but zeros follows: a header that was zeroed would hide all files after it."""
+    """Check that only zeros follow: a zeroed header would hide all files after it."""
     if end - at > MAX_PADDING or os.pread(file, end - at, at).strip(b"\0"):
         raise TarError(
             f"its end is marked at byte {at:,}, but it goes on to byte {end:,}: it is damaged, or several in one"
@@ -130,7 +140,7 @@ def _check_end(file: int, at: int, end: int) -> None:
 
 
 def _sums_up(header: bytes) -> bool:
-    """Whether a header's checksum is right; some old programs summed its bytes as signed ones."""
+    """Return whether a header's checksum is right; some old programs summed signed bytes."""
     try:
         written = int(_text(header[148:156]).strip() or b"0", 8)
     except ValueError:
@@ -145,23 +155,23 @@ def _text(field: bytes) -> bytes:
 
 
 def _number(field: bytes, name: bytes) -> int:
-    """Octal digits, or GNU's binary numbers for what is too large for them."""
+    """Parse octal digits, or GNU's binary form of larger numbers."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     text = _text(field).strip() or b"0"
     if not re.fullmatch(rb"[0-7]+", text):
-        raise TarError(f"{shown(name)} has no size: there is {text!r} in its place")
+        raise TarError(f"{shown(name)} has the size {text!r}, which must be octal digits")
     return int(text, 8)
 
 
 def _decimal(text: bytes, name: bytes) -> int:
     if not re.fullmatch(rb"\d{1,20}", text):
-        raise TarError(f"{shown(name)} has no size: there is {text[:20]!r} in its place")
+        raise TarError(f"{shown(name)} has the size {text[:20]!r}, which must be digits")
     return int(text)
 
 
 def _records(data: bytes, at: int) -> dict[bytes, bytes]:
-    """pax's records, each `length key=value` and a new line."""
+    """Parse pax's records, each `length key=value` and a line feed."""
     records, start = {}, 0
     while start < len(data) and data[start]:
         match = re.compile(rb"(\d{1,7}) ([^=]+)=").match(data, start)

@@ -1,4 +1,4 @@
-"""What workers do to one decoded image, from torchvision's v2 transforms."""
+"""Transforms of one decoded image, from torchvision's v2."""
 
 import math
 import re
@@ -16,7 +16,7 @@ from fastroute.data.decode import check_pixels
 CROP_MODES = ("rrc", "rkrc", "rkrr", "random")
 SCALES = {"rrc": (0.08, 1.0), "rkrc": (0.8, 1.0), "rkrr": (0.8, 1.0), "random": (1.0, 1.0)}
 RATIOS = {"rrc": (3 / 4, 4 / 3), "rkrc": (0.9, 1 / 0.9), "rkrr": (0.9, 1 / 0.9), "random": (1.0, 1.0)}
-"""What areas and aspect ratios are drawn from, by the mode, unless told otherwise; timm's where it has the mode."""
+"""The default ranges of area and aspect ratio for each mode; timm's, if timm has the mode."""
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 POLICIES = {
     "imagenet": lambda: v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET),
@@ -26,15 +26,18 @@ POLICIES = {
     "augmix": v2.AugMix,
 }
 MAX_MAGNITUDE, MAX_OPERATIONS = 30, 16
-"""Of RandAugment: torchvision has magnitudes up to this, and an image takes time in proportion to the operations."""
+"""The limits of RandAugment: torchvision's largest magnitude, and a bound on the time of an image."""
 
 
 def policy(aa: str) -> v2.Transform:
-    """An automatic augmentation by name: AutoAugment's "imagenet", "cifar10" and "svhn", "trivial", "augmix", or
-    RandAugment as "rand-m9-n2", of magnitude m (0 to 30, 9 by default) and n operations (1 to 16, 2 by default).
+    """Return an automatic augmentation by name.
+
+    Args:
+        aa: "imagenet", "cifar10" or "svhn", of AutoAugment; "trivial"; "augmix"; or RandAugment as "rand-m9-n2", of
+            magnitude m (0 to 30, 9 by default) and n operations (1 to 16, 2 by default).
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no augmentation of that name.
     """
     if aa in POLICIES:
         return POLICIES[aa]()
@@ -49,11 +52,10 @@ def policy(aa: str) -> v2.Transform:
 
 
 def resize_size(img_size: int, crop_pct: float) -> int:
-    """The shorter side from which `img_size` is cut: 256 for 224 with crop_pct 0.875.
+    """Return the shorter side of the scaled image from which `img_size` is cropped: 256 for 224 with crop_pct 0.875.
 
     Raises:
-        ValueError: crop_pct is not above 0 and at most 1, or a square of that side has more pixels than an image may
-            have.
+        ValueError: crop_pct is not above 0 and at most 1, or a square of that side has too many pixels.
     """
     if not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct is {crop_pct}; it must be above 0 and at most 1")
@@ -67,7 +69,11 @@ def resize_size(img_size: int, crop_pct: float) -> int:
 
 
 def check_crop(scale: Sequence[float] | None, ratio: Sequence[float] | None) -> None:
-    """Raise unless these are ranges: shares of an image, and width by height; None is the mode's own."""
+    """Check the ranges of the crop's area, as a share of the image, and aspect ratio; None takes the mode's own.
+
+    Raises:
+        ValueError: a range is not two numbers in rising order, or is out of bounds.
+    """
     for name, pair, low, high in (("scale", scale, 0, 1), ("ratio", ratio, 1e-3, 1e3)):
         if pair is None:
             continue
@@ -89,12 +95,19 @@ def train_transform(
     interpolation: str = "bilinear",
     variation: Sequence[Callable[[Image.Image], Image.Image]] = (v2.RandomHorizontalFlip(),),
 ) -> Callable[[Image.Image], Image.Image]:
-    """PIL image → PIL image of img_size × img_size, cropped at random, varied by `variation`, then `aa`.
+    """Return a transform of Pillow images that crops at random, varies the image, and applies a policy.
 
-    "rrc" cuts a random area of aspect ratio `ratio` and share `scale` of the image, and scales it. timm's "rkrc" and
-    "rkrr" scale the shorter side to img_size, half of the time enlarged to leave a share `scale` of the area and half
-    of the time stretched by `ratio`, and cut the centre or a random square. "random" scales the shorter side to
-    img_size / crop_pct and cuts a random square: the thesis's 256 → 224.
+    Args:
+        img_size: the height and width of the result, in pixels.
+        crop_mode: "rrc" crops a random area of aspect ratio `ratio` and share `scale` of the image, and scales it.
+            timm's "rkrc" and "rkrr" scale the shorter side to img_size, half of the time enlarged to leave a share
+            `scale` of the area and half of the time stretched by `ratio`, and crop the centre or a random square.
+            "random" scales the shorter side to img_size / crop_pct and crops a random square: the thesis's 256 → 224.
+        scale, ratio: ranges of area and aspect ratio; None takes the mode's own, `SCALES` and `RATIOS`.
+        crop_pct: see `resize_size`.
+        aa: see `policy`; None applies none.
+        interpolation: one of `INTERPOLATIONS`.
+        variation: transforms between the crop and the policy.
     """
     check_crop(scale, ratio)
     scale, ratio = scale or SCALES[crop_mode], ratio or RATIOS[crop_mode]
@@ -109,8 +122,12 @@ def train_transform(
 
 
 def variation(hflip: float, vflip: float, color_jitter: float) -> list[v2.Transform]:
-    """What varies an image besides its crop: mirroring left to right and upside down, then brightness, contrast and
-    saturation by up to a share of `color_jitter`, each where it is not 0."""
+    """Return the transforms that vary an image besides its crop; those with a value of 0 are left out.
+
+    Args:
+        hflip, vflip: the probabilities of mirroring left to right and upside down.
+        color_jitter: the largest relative change of brightness, contrast and saturation.
+    """
     jitter = 3 * (color_jitter,)
     return [
         *([v2.RandomHorizontalFlip(hflip)] if hflip else []),
@@ -120,7 +137,7 @@ def variation(hflip: float, vflip: float, color_jitter: float) -> list[v2.Transf
 
 
 class _Jitter(nn.Module):
-    """timm's `ResizeKeepRatio` and `CenterCropOrPad`, or `RandomCropOrPad`, as its mode "rkrc", or "rkrr", has them."""
+    """Do as timm's modes "rkrc" and "rkrr": `ResizeKeepRatio`, then `CenterCropOrPad` or `RandomCropOrPad`."""
 
     def __init__(self, img_size: int, scale: Sequence[float], ratio: Sequence[float], mode, *, at_random: bool):
         super().__init__()
@@ -154,14 +171,20 @@ class _Jitter(nn.Module):
 def eval_transform(
     img_size: int, crop_pct: float, ten_crop: bool = False, interpolation: str = "bilinear"
 ) -> Callable[[Image.Image], Image.Image | tuple[Image.Image, ...]]:
-    """The shorter side scaled to img_size / crop_pct, then the centre square; or the corners, the centre, and these
-    five mirrored."""
+    """Return a transform that scales the shorter side to img_size / crop_pct and crops the centre square.
+
+    Args:
+        img_size: the side of the square, in pixels.
+        crop_pct: see `resize_size`.
+        ten_crop: crop the corners and the centre, and these five mirrored, instead.
+        interpolation: one of `INTERPOLATIONS`.
+    """
     scale = _Scale(resize_size(img_size, crop_pct), v2.InterpolationMode(interpolation))
     return v2.Compose([scale, v2.TenCrop(img_size) if ten_crop else v2.CenterCrop(img_size)])
 
 
 class _Scale(v2.Resize):
-    """Scale the shorter side to `size`; raise `UnreadableImage` where that gives too many pixels."""
+    """Scale the shorter side to `size`; raise `UnreadableImage` if the result has too many pixels."""
 
     def forward(self, image: Image.Image) -> Image.Image:
         check_scaled(image, self.size[0])
@@ -169,10 +192,10 @@ class _Scale(v2.Resize):
 
 
 def check_scaled(image: Image.Image, size: int) -> None:
-    """Raise for an image so long that it would have too many pixels with its shorter side scaled to `size`.
+    """Check that an image has not too many pixels with its shorter side scaled to `size`.
 
     Raises:
-        UnreadableImage: see `check_pixels`.
+        UnreadableImage: it has; see `check_pixels`.
     """
     width, height = image.size
     shorter = min(width, height)
@@ -180,7 +203,7 @@ def check_scaled(image: Image.Image, size: int) -> None:
 
 
 def pixels(image: Image.Image | tuple[Image.Image, ...]) -> np.ndarray:
-    """uint8 (H, W, C), or (crops, H, W, C)."""
+    """Return an image as uint8 (H, W, C), or its crops as (crops, H, W, C)."""
     if isinstance(image, tuple):
         return np.stack([pixels(crop) for crop in image])
     values = np.array(image)

@@ -1,4 +1,4 @@
-"""Statistics of a network's routers, and their cost."""
+"""Measure the statistics and the cost of a network's routers."""
 
 from fastroute._extras import extra
 from fastroute.diagnostics.statistics import RouterStatistics, needed_paths

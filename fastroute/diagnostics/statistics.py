@@ -16,7 +16,7 @@ DEAD = 0.05
 
 @dataclass
 class RouterStatistics:
-    """Sums over samples of one router's decisions, kept on its device.
+    """Sums of one router's decisions over samples, on the router's device.
 
     samples: the number of samples.
     gates: (m, n), sums of g_ij.
@@ -38,6 +38,13 @@ class RouterStatistics:
 
     @classmethod
     def of(cls, routing: Routing | SparseRouting) -> "RouterStatistics":
+        """Return the statistics of the routing of a batch.
+
+        Example:
+            >>> gates = torch.tensor([[[0.9, 0.1]], [[0.7, 0.3]]])
+            >>> RouterStatistics.of(Routing(gates, gates)).mean_gates
+            tensor([[0.8000, 0.2000]])
+        """
         gates = routing.gates.detach().float()
         if gates.dim() == 2:  # a sparse router has one incoming path
             gates = gates[:, None]
@@ -53,20 +60,23 @@ class RouterStatistics:
         return RouterStatistics(*sums, torch.maximum(self.peak, other.peak), torch.minimum(self.trough, other.trough))
 
     def cpu(self) -> "RouterStatistics":
+        """Return the statistics in float64 on the CPU."""
         tensors = (t.double().cpu() for t in (self.gates, self.entropy, self.wins, self.peak, self.trough))
         return RouterStatistics(self.samples, *tensors)
 
     @property
     def mean_gates(self) -> Tensor:
+        """(m, n): the mean of each gate over the samples."""
         return self.gates / self.samples
 
     @property
     def mean_entropy(self) -> Tensor:
+        """(m,): the mean entropy of each gating vector, 0 to 1, the entropy of even gates."""
         return self.entropy / self.samples
 
     @property
     def shares_of_maximum(self) -> Tensor:
-        """(m, n): the share of samples for which path j gets the most of path i."""
+        """(m, n): the share of samples for which g_ij is the largest gate of path i."""
         return self.wins / self.samples
 
     @property

@@ -1,4 +1,4 @@
-"""From a checkpoint to predictions, and to files for other programs."""
+"""Load checkpoints, predict, and export networks."""
 
 from fastroute.inference.predictor import Prediction, Predictor, load
 from fastroute.inference.preprocessing import Preprocessing

@@ -1,4 +1,4 @@
-"""A predictor's network as a file for other programs, which is checked against the network before it is there."""
+"""Export a predictor's network to a file for other programs, checked against the network."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from fastroute.inference.predictor import Predictor
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
 TOLERANCE = 1e-3
-"""The largest difference that a file may give from eager PyTorch, by the largest logit or 1: rounding is below it."""
+"""The largest allowed difference from eager PyTorch, relative to the largest logit or 1; rounding is below it."""
 
 Run = Callable[[Tensor], Tensor]
 
@@ -26,25 +26,26 @@ Run = Callable[[Tensor], Tensor]
 def export(
     predictor: Predictor, to: str, output: str | Path, *, dynamic_batch: bool = False
 ) -> dict[str, float | int | str]:
-    """Write a predictor's network into a file, once what the file computes is what the network does.
+    """Write a predictor's network to a file, and check that the file computes the same logits.
 
-    It maps images (N, C, H, W) that are normalised, "images", to "logits" (N, K). Beside it, as ONNX `metadata_props`,
-    safetensors metadata, or `extra_files` of torch.export, are texts in JSON: "classes", the K names; "preprocessing",
+    The program maps normalised "images" (N, C, H, W) to "logits" (N, K). The file also has four texts in JSON, as ONNX
+    `metadata_props`, safetensors metadata, or `extra_files` of torch.export: "classes", the K names; "preprocessing",
     with img_size, in_chans, crop_pct, interpolation, and mean and std in units of 0 to 1; "specification", how the
-    network is built; "fastroute", the version.
+    network is built; and "fastroute", the version.
 
     Args:
-        predictor: of `load`.
-        to: "onnx"; "torch-export", a program of `torch.export.load`, of PyTorch's operators alone; or "safetensors",
-            the weights, which `fastroute.load` takes.
-        output: the file.
-        dynamic_batch: whether it takes any number of images, or one at a time; of no meaning for "safetensors".
+        predictor: from `load`.
+        to: "onnx"; "torch-export", a program for `torch.export.load` that needs only PyTorch; or "safetensors", the
+            weights, which `fastroute.load` reads.
+        output: the path of the file.
+        dynamic_batch: whether the program takes any number of images, or one at a time; ignored for "safetensors".
 
     Returns:
-        "difference", the largest absolute difference from eager PyTorch, over "images" random images; and "bytes".
+        "difference", the largest absolute difference from eager PyTorch, over "images" random images; and "bytes", the
+        size of the file.
 
     Raises:
-        ValueError: the network cannot be exported so, or the file gives other logits; then it is not there.
+        ValueError: the network cannot be exported so, or the file computes other logits; no file is then left.
         ModuleNotFoundError: a package is not installed.
         OSError: the file cannot be written.
     """
@@ -61,13 +62,13 @@ def export(
     }
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3 if dynamic_batch or to == "safetensors" else 1, *shape, generator=generator)
-    with _whole(output) as path:
+    with _atomic_file(output) as path:
         try:
             with _quiet():
                 run = _WRITERS[to](model, images[:2], path, metadata, dynamic_batch)
         except (ModuleNotFoundError, OSError):
             raise
-        except Exception as error:  # whatever PyTorch's exporters raise for what they cannot follow
+        except Exception as error:  # PyTorch's exporters raise errors of many types
             raise ValueError(f"to is {to!r}; the network cannot be exported so: {in_a_line(error)}") from error
         with torch.no_grad():
             expected, found = model(images), run(images)
@@ -84,8 +85,8 @@ def export(
 
 
 @contextmanager
-def _whole(path: Path):
-    """A place beside a file to write to, which takes the file's place at the end of the block; after an error, none."""
+def _atomic_file(path: Path):
+    """Yield a temporary path beside a file, and move it there at the end of the block; after an error, remove it."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
@@ -96,7 +97,7 @@ def _whole(path: Path):
 
 @contextmanager
 def _quiet():
-    """Without the exporters' remarks on their progress."""
+    """Silence the exporters' messages within the block."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
@@ -113,7 +114,7 @@ def _quiet():
 def _write_onnx(model: nn.Module, images: Tensor, path: Path, metadata: dict[str, str], dynamic: bool) -> Run:
     with extra("export", "export to onnx"):
         import onnxruntime
-        import onnxscript  # noqa: F401 (which PyTorch's exporter needs)
+        import onnxscript  # noqa: F401 (PyTorch's exporter needs it)
     shapes = ({0: "batch"},) if dynamic else None
     program = torch.onnx.export(
         model,
@@ -133,7 +134,7 @@ def _write_onnx(model: nn.Module, images: Tensor, path: Path, metadata: dict[str
 def _write_program(model: nn.Module, images: Tensor, path: Path, metadata: dict[str, str], dynamic: bool) -> Run:
     shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
     program = torch.export.export(model, (images,), dynamic_shapes=shapes)
-    table = torch._decomp.decomposition_table  # ours among PyTorch's own, so that the file needs PyTorch alone
+    table = torch._decomp.decomposition_table  # decompose fastroute's operators, so that the file needs only PyTorch
     own = {operator: rule for operator, rule in table.items() if operator.namespace == "fastroute"}
     torch.export.save(program.run_decompositions(own), path, extra_files=metadata)
     return torch.export.load(path).module()

@@ -1,4 +1,4 @@
-"""A checkpoint as a function from images to class probabilities."""
+"""Predict class probabilities of images by the network of a checkpoint."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -17,12 +17,17 @@ from fastroute.models.weights import differences, network_weights
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a network says of N images.
+    """The predictions of a network for N images.
 
     Attributes:
         probabilities: (N, K), float32, on the CPU; each row sums to 1.
         classes: the K names.
-        gates: router name → (N, m, n), the weight of each incoming path in each outgoing one; None unless asked for.
+        gates: router name → (N, m, n), the weight of each incoming path in each outgoing one; None unless requested.
+
+    Example:
+        >>> prediction = Prediction(torch.tensor([[0.2, 0.8]]), ["ant", "bee"])
+        >>> prediction.labels, prediction.top(1)
+        (['bee'], [[('bee', 0.800000011920929)]])
     """
 
     probabilities: Tensor
@@ -30,7 +35,14 @@ class Prediction:
     gates: dict[str, Tensor] | None = None
 
     def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
-        """For each image, the k most probable classes with their probabilities, the most probable first."""
+        """Return the k most probable classes of each image with their probabilities, the most probable first.
+
+        Args:
+            k: at least 1; values above K count as K.
+
+        Raises:
+            ValueError: k is less than 1.
+        """
         if k < 1:
             raise ValueError(f"k is {k}; it must be at least 1")
         values, indices = self.probabilities.topk(min(k, self.probabilities.shape[1]))
@@ -48,7 +60,7 @@ class Prediction:
         return len(self.probabilities)
 
     def __getitem__(self, index: int | slice) -> "Prediction":
-        """That of one image, or of some."""
+        """Return the predictions of one image, or of some."""
         if isinstance(index, int):
             index = range(len(self))[index]  # raises IndexError, as a list does
             index = slice(index, index + 1)
@@ -68,14 +80,14 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
-    """A trained network with what it needs to know of images; made by `load`.
+    """A trained network with its classes and the preprocessing of its images, from `load`.
 
     Attributes:
-        model: the network, in evaluation.
+        model: the network, in evaluation mode.
         classes: the names of its logits, in their order.
         transform: image → the network's input (C, H, W).
-        device: where it computes.
-        specification: how the network is built, where that is known.
+        device: the device of the network.
+        specification: how the network is built; None if unknown.
     """
 
     model: nn.Module
@@ -87,19 +99,23 @@ class Predictor:
     def __call__(
         self, images: "Picture | Sequence[Picture]", *, gates: bool = False, batch_size: int = 64
     ) -> Prediction:
-        """The class probabilities of images.
+        """Predict the class probabilities of images.
 
         Args:
-            images: one image or a list of them, each as `transform` takes it: a path, the bytes of a file, a PIL image,
-                or uint8 values; or floating-point tensors, (N, C, H, W) or (C, H, W) each, which are taken to be
-                normalised as `transform` and the run's data module do it.
-            gates: whether each router's gates are returned too.
-            batch_size: how many images are computed at a time.
+            images: one image or a list of images, as `transform` takes them: a path, the bytes of a file, a PIL image,
+                or uint8 values; or floating-point tensors (N, C, H, W) or (C, H, W), already normalised as by
+                `transform`.
+            gates: whether to return each router's gates too.
+            batch_size: the number of images computed at a time.
+
+        Returns:
+            the predictions, in the order of the images.
 
         Raises:
-            ValueError: an image has other channels than the network takes, or gates are asked of a network without.
+            ValueError: an image has another number of channels than the network takes, or gates are requested but the
+                network has no routers.
             UnreadableImage: a file cannot be read as an image.
-            TypeError: an image is something else.
+            TypeError: an image is of another type.
         """
         if gates and not self.routed:
             raise ValueError("gates is True, but the network has no routers")
@@ -160,31 +176,32 @@ def load(
     img_size: int | None = None,
     crop_pct: float | None = None,
 ) -> Predictor:
-    """A trained network, ready to predict.
+    """Load a trained network, ready to predict.
 
     Args:
         checkpoint: a file of `fit` or `fastroute train`, or a `.safetensors` of `fastroute export`.
-        model: only for networks that the checkpoint does not say how to build, or that a function of your own builds:
-            the network, or "package.module:function", which is imported; a checkpoint never names code to run.
-        ema: whether the moving average of the weights is taken where the run kept one.
-        device: where it computes; by default the GPU where there is one.
+        model: the network, or "package.module:function" to import and call. It is needed only for networks that such a
+            function builds, or whose construction the checkpoint does not know; a checkpoint alone never imports code.
+        ema: whether to take the moving average of the weights if the run kept one.
+        device: the device of the network; by default the GPU if there is one.
         mean, std: of the images, in units of 0 to 255; by default as in training, as are img_size and crop_pct.
-        img_size: the height and width that images are cut to.
-        crop_pct: the crop's side by that of the scaled image.
+        img_size: the height and width to which images are cropped, in pixels.
+        crop_pct: the crop's side, relative to the shorter side of the scaled image.
 
     Returns:
         a `Predictor`: `predictor("cat.jpg").top(5)`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint, is damaged or of another network, or does not say how its network is built.
+        ValueError: the file is not a checkpoint, is damaged or of another network, or does not say how its network is
+            built.
 
     Example:
         >>> predictor = fastroute.load("runs/flowers/best.ckpt")
         >>> predictor(["rose.jpg", "tulip.png"]).top(2)
         [[('rose', 0.98), ('peony', 0.01)], [('tulip', 0.95), ('crocus', 0.03)]]
     """
-    from fastroute.training.checkpoints import check_command, read_checkpoint  # which needs the extra "train"
+    from fastroute.training.checkpoints import check_command, read_checkpoint  # needs the extra "train"
 
     path, where = Path(checkpoint), f"checkpoint is {checkpoint}"
     target = _device(device)
@@ -203,27 +220,27 @@ def load(
 
 
 def network_of(run: dict, where: str, own: str | None = None, **sizes) -> nn.Module:
-    """The network that the `hyper_parameters` of a checkpoint describe, with fresh weights.
+    """Build the network that the `hyper_parameters` of a checkpoint describe, with fresh weights.
 
     Args:
-        run: the fields are of their types; see `check_fields`.
+        run: the hyper-parameters, of checked types; see `check_fields`.
         where: the argument and its value, such as "checkpoint is best.ckpt", for messages.
-        own: "package.module:function" where the user names it; the checkpoint's own word is not enough to import it.
-        sizes: in the place of the run's.
+        own: "package.module:function", if the user names it; a checkpoint alone must not import code.
+        sizes: num_classes, in_chans or img_size, to replace those of the run.
 
     Raises:
-        ValueError: it cannot be built.
+        ValueError: the network cannot be built.
     """
-    specification = specification_in(run, where) if own is None else _named_again(run, where, own)
+    specification = specification_in(run, where) if own is None else _own_specification(run, where, own)
     try:
         return specification.build(**sizes, imports=own is not None)
     except ValueError as error:
         raise ValueError(f"{where}; {error}") from error
 
 
-def _named_again(run: dict, where: str, own: str) -> Specification:
+def _own_specification(run: dict, where: str, own: str) -> Specification:
     given = Specification.parse(own)
-    if run.get("specification") is None and "specification" in run:  # a module of the user's, built by hand
+    if run.get("specification") is None and "specification" in run:  # the user's own module
         return replace(given, num_classes=run["num_classes"], in_chans=run["in_chans"], img_size=run["img_size"])
     specification = specification_in(run, where)
     if specification.source != "function":
@@ -234,7 +251,11 @@ def _named_again(run: dict, where: str, own: str) -> Specification:
 
 
 def load_state(network: nn.Module, weights: Any, where: str) -> None:
-    """Load a state_dict, with a sentence where it is of another network."""
+    """Load a state_dict into a network, in-place.
+
+    Raises:
+        ValueError: weights are no state_dict, or one of another network; the message summarises the differences.
+    """
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise ValueError(f"{where}; it holds a {type(weights).__name__}, and must hold a state_dict")
     if reason := differences(network.state_dict(), weights):
@@ -245,7 +266,7 @@ def load_state(network: nn.Module, weights: Any, where: str) -> None:
 def predictor_of(
     network: nn.Module, classes: Sequence[str] | None, transform: Preprocessing, device: torch.device
 ) -> Predictor:
-    """A network that has its weights, with names for all its logits: their numbers where there are no others."""
+    """Make a predictor of a network with loaded weights; logits without a class are named by their numbers."""
     network = network.to(device).eval()
     specification = getattr(network, "specification", None)
     names, count = list(classes or []), specification.num_classes if specification is not None else None
@@ -258,7 +279,7 @@ def predictor_of(
 
 
 def _load_exported(path: Path, where: str, model: str | nn.Module | None, device: torch.device) -> Predictor:
-    """Of `fastroute export --to safetensors`, by its metadata."""
+    """Load a file of `fastroute export --to safetensors`, by its metadata."""
     from fastroute.models.weights import read_weights
     from fastroute.training.saved_fields import check_images
 

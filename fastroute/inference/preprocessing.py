@@ -1,4 +1,4 @@
-"""What an image becomes before a network sees it, as it was in validation."""
+"""Prepare images for a network as in validation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,15 +20,20 @@ Picture = "str | Path | bytes | Image.Image | np.ndarray | Tensor"
 
 @dataclass(frozen=True, eq=False)
 class Preprocessing:
-    """Image → (C, img_size, img_size), float32: scaled, cut to the centre square, and normalised.
+    """Scale an image, crop its centre square, and normalise it: float32 (C, img_size, img_size).
 
     Attributes:
-        img_size: the height and width.
-        in_chans: 3, RGB; or 1, grey.
-        crop_pct: the crop's side by that of the scaled image, whose shorter side is img_size / crop_pct.
-        interpolation: of the scaling.
-        mean, std: of each channel, or one for all, in units of the uint8 values; None where a run does not say, and
-            then images cannot be prepared, but only tensors taken that are.
+        img_size: the height and width, in pixels.
+        in_chans: 3 for RGB, 1 for grey.
+        crop_pct: the crop's side, relative to the shorter side of the scaled image, which is img_size / crop_pct.
+        interpolation: of scaling: "bilinear", "bicubic" or "nearest".
+        mean, std: of each channel, or one for all, in units of the uint8 values. If the run did not keep them, they are
+            None; a predictor then takes only normalised tensors.
+
+    Example:
+        >>> prepare = Preprocessing(224, crop_pct=0.875, mean=torch.tensor([127.5]), std=torch.tensor([127.5]))
+        >>> prepare(torch.zeros(3, 300, 400, dtype=torch.uint8)).shape
+        torch.Size([3, 224, 224])
     """
 
     img_size: int
@@ -40,7 +45,12 @@ class Preprocessing:
 
     @classmethod
     def of_run(cls, run: Mapping[str, Any], data: Mapping[str, Any]) -> "Preprocessing":
-        """From the `hyper_parameters` and the `ImageDataModule` of a checkpoint, whose fields are of their types."""
+        """Return the preprocessing of a checkpoint.
+
+        Args:
+            run: its `hyper_parameters`, of checked types.
+            data: its `ImageDataModule`, of checked types.
+        """
         return cls(
             data.get("img_size", run["img_size"]),
             data.get("in_chans", run["in_chans"]),
@@ -51,16 +61,19 @@ class Preprocessing:
         )
 
     def __call__(self, image: Picture) -> Tensor:
-        """The network's input for one image.
+        """Return the network's input for one image.
 
         Args:
-            image: a file's path, its bytes, a PIL image, or uint8 values: an array (H, W), (H, W, C) as numpy has them,
-                or a tensor (C, H, W).
+            image: a path, the bytes of a file, a PIL image, or uint8 values in a NumPy array (H, W) or (H, W, C) or a
+                tensor (C, H, W).
+
+        Returns:
+            (C, img_size, img_size), float32.
 
         Raises:
-            ValueError: the run does not say how its images were normalised, or the network takes other channels.
+            ValueError: the run did not keep mean and std, or the network takes neither 1 nor 3 channels.
             UnreadableImage: the file cannot be read as an image.
-            TypeError: image is something else.
+            TypeError: image is of another type.
         """
         self.check()
         pixels = torch.from_numpy(self.cut(image).copy()).float()
@@ -69,7 +82,7 @@ class Preprocessing:
         return ((pixels - mean) / std).contiguous()
 
     def cut(self, image: Picture) -> "np.ndarray":
-        """The uint8 values (H, W) or (H, W, C) of the image, scaled and cut."""
+        """Return the scaled and cropped image: uint8 (H, W) or (H, W, C)."""
         import numpy as np
 
         from fastroute.data.transforms import eval_transform
@@ -79,10 +92,10 @@ class Preprocessing:
         return np.asarray(cut(_picture(image, self.in_chans)))
 
     def check(self) -> None:
-        """Raise where images cannot be prepared.
+        """Check that images can be prepared.
 
         Raises:
-            ValueError: as said.
+            ValueError: the run did not keep mean and std, or the network takes neither 1 nor 3 channels.
         """
         if self.in_chans not in (1, 3):
             raise ValueError(
@@ -96,7 +109,7 @@ class Preprocessing:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a file's metadata; mean and std in units of 0 to 1, as most programs have them."""
+        """Return plain values, for a file's metadata; mean and std are in units of 0 to 1, as in most programs."""
         return {
             "img_size": self.img_size,
             "in_chans": self.in_chans,

@@ -1,4 +1,4 @@
-"""What a network costs."""
+"""Count the multiply-accumulates of a network."""
 
 import math
 
@@ -14,7 +14,17 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
 
     Args:
         model: a network; on the meta device it is counted without computing anything.
-        input_size: (channels, height, width) of the image.
+        input_size: (channels, height, width) of the image, in pixels.
+
+    Returns:
+        the number of multiply-accumulates.
+
+    Example:
+        >>> from fastroute.models import create_model
+        >>> with torch.device("meta"):
+        ...     resnet = create_model("resnet20")
+        >>> count_macs(resnet, (3, 32, 32)) // 10**6
+        40
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,7 +39,7 @@ def _mix(xs, gates, *_, **__) -> int:
 
 
 def _gate(xs, w1, b1, w2, b2, **__) -> int:
-    """Pooling, which is one addition for each element, and the two layers."""
+    """Count the pooling, one addition for each element, and the two layers."""
     pool = len(xs) * math.prod(xs[0])
     return pool + 2 * xs[0][0] * (math.prod(w2) + (math.prod(w1) if w1 else 0))
 
@@ -39,7 +49,7 @@ def _cross_connect(xs, w1, b1, w2, b2, *_, **__) -> int:
 
 
 def _cross_predict(xs, weight, *_, out_shape, **__) -> int:
-    """The predictions, and their sums."""
+    """Count the predictions and their sums."""
     return 2 * len(xs) * (math.prod(weight[3:]) + 1) * sum(map(math.prod, out_shape))
 
 

@@ -1,4 +1,4 @@
-"""Which modules of a network are in training mode."""
+"""Keep the modes of a network's modules, training or evaluation."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Whatever mode the network is put into meanwhile, leave each of its modules in its own."""
+    """Restore the mode of each module of a network at the end of the block."""
     modes = {module: module.training for module in model.modules()}
     try:
         yield

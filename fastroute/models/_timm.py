@@ -1,4 +1,4 @@
-"""The networks among timm's."""
+"""Register the networks with timm."""
 
 from collections.abc import Sequence
 
@@ -12,11 +12,11 @@ from fastroute.models.registry import create_model, list_models, model_info
 def register_timm() -> list[str]:
     """Register every network with timm, so that `timm.create_model("resnet20_cc2")` builds it.
 
-    Names that timm has itself, such as `resnet18`, stay timm's; the networks here are there `fastroute_resnet18`. This
-    happens by itself where timm is imported before fastroute, and may be called again, after `register_model`.
+    Names that timm has itself, such as `resnet18`, stay timm's; timm then has the network as `fastroute_resnet18`.
+    fastroute calls this function itself if timm was imported first. Call it again after `register_model`.
 
     Returns:
-        the names of all networks here as timm has them.
+        the names of all registered networks, as timm has them.
 
     Raises:
         ModuleNotFoundError: timm is not installed.
@@ -78,7 +78,7 @@ def _entrypoint(name: str, timm_name: str):
 
 
 def _classifiers(model: nn.Module) -> list[str]:
-    """The names of the dense layers that give logits."""
+    """Return the names of the dense layers that give logits."""
     layers = model.get_classifier()
     layers = layers if isinstance(layers, nn.ModuleList) else [layers]
     names = {module: name for name, module in model.named_modules()}
@@ -86,6 +86,6 @@ def _classifiers(model: nn.Module) -> list[str]:
 
 
 def _first_layers(model: nn.Module, in_chans: int) -> list[str]:
-    """The names of the convolutions that take images."""
+    """Return the names of the convolutions that take images."""
     first = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == in_chans]
     return first or [next(n.rpartition(".")[0] for n, _ in model.named_parameters())]

@@ -1,4 +1,4 @@
-"""torchvision's residual networks, with the call forms of all networks here. Needs torchvision."""
+"""torchvision's residual networks, with the interface of all networks of this package. Needs torchvision."""
 
 from torch import Tensor, nn
 
@@ -11,12 +11,12 @@ with extra("train", "this network"):
 
 
 class ResNet(Classifies, resnet.ResNet):
-    """torchvision's `ResNet`, of which pretrained weights load, with the number of image channels to choose.
+    """torchvision's `ResNet`, which loads its pretrained weights, for images of any number of channels.
 
     Args:
         block: "basic" or "bottleneck".
         layers: the number of blocks in each stack.
-        widen: what the widths of the stacks are multiplied by, the stem's 64 being kept.
+        widen: the factor of the stacks' widths; the stem keeps its 64 channels.
         groups, width_per_group: of the bottlenecks' 3×3 convolutions.
         num_classes, in_chans: as in `create_model`.
         img_size: not used: any size works.

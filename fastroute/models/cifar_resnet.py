@@ -15,7 +15,7 @@ WIDTHS = (16, 32, 64)
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """An identity, or a 1×1 projection where the shape changes (option B)."""
+    """Return an identity, or a 1×1 projection where the shape changes (option B)."""
     same = in_channels == out_channels and stride == 1
     return nn.Identity() if same else nn.Sequential(*conv_bn(in_channels, out_channels, 1, stride))
 
@@ -64,7 +64,7 @@ class PreActivationBlock(nn.Module):
     """Normalisation and ReLU before each of two 3×3 convolutions (He et al., 2016b), as in wide residual networks.
 
     Args:
-        reduction: of a squeeze-and-excitation of the residual; None for none.
+        reduction: that of a squeeze-and-excitation of the residual; None builds none.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, reduction: int | None = None):
@@ -86,10 +86,15 @@ class PreActivationBlock(nn.Module):
 
 
 def blocks_per_stack(depth: int, layers_per_block: int = 2, others: int = 2) -> int:
-    """How many blocks of each of three stacks give a network of `depth` layers, `others` of them outside of blocks.
+    """Return the number of blocks in each of three stacks of a network of `depth` layers.
+
+    Args:
+        depth: the number of layers.
+        layers_per_block: the number of layers in a block.
+        others: the number of layers outside of blocks.
 
     Raises:
-        ValueError: no number of blocks does.
+        ValueError: no number of blocks gives this depth.
     """
     blocks, rest = divmod(depth - others, 3 * layers_per_block)
     if blocks < 1 or rest:
@@ -103,7 +108,7 @@ def blocks_per_stack(depth: int, layers_per_block: int = 2, others: int = 2) -> 
 def stack(
     block: Callable[..., nn.Module], in_channels: int, out_channels: int, blocks: int, stride: int
 ) -> nn.Sequential:
-    """Blocks of one width, the first of which has the stride."""
+    """Build a stack of blocks of one width, the first of which has the stride."""
     first = block(in_channels, out_channels, stride)
     return nn.Sequential(first, *(block(out_channels, out_channels, 1) for _ in range(blocks - 1)))
 
@@ -117,7 +122,7 @@ def cifar_resnet(
     in_chans: int = 3,
     img_size: int = 32,
 ) -> Network | MultiPathNetwork:
-    """ResNet-depth for small images: a stem, three stacks of widths 16, 32 and 64, and a dense layer (§3.4.2).
+    """Build ResNet-depth for small images: a stem, three stacks of widths 16, 32 and 64, a dense layer (§3.4.2).
 
     With parallel paths, the stem is shared, each path has its own stacks and dense layer, and the logits are averaged.
     Routers stand after the stem (one to many) and after each stack. Under "cp" the stem itself is a cross-prediction
@@ -129,7 +134,8 @@ def cifar_resnet(
         routing: "cc", cross-connections; "cp", cross-predictions; or None, parallel paths that meet only at the stem
             and the logits.
         num_classes, in_chans: as in `create_model`.
-        img_size: not used: any size works, since the network ends in global pooling.
+        img_size: of the images by which `multipath` finds the channels at its cuts; the network takes any size, since
+            it ends in global pooling.
 
     Raises:
         ValueError: depth is not 6k + 2, paths is less than 1 or more than 8, or routing is unknown.
@@ -169,9 +175,13 @@ def cifar_resnet(
 
 
 def resnet164(*, num_classes: int = 10, in_chans: int = 3, img_size: int = 32) -> Network:
-    """ResNet-164 of bottlenecks, in the order of He et al. (2016), whose errors the thesis quotes.
+    """Build ResNet-164 of bottlenecks, in the order of He et al. (2016), whose errors the thesis quotes.
 
     It has 1.7 million parameters, as in the literature; Table 3.3 prints 2.5.
+
+    Args:
+        num_classes, in_chans: as in `create_model`.
+        img_size: not used: any size works.
     """
     blocks, width = blocks_per_stack(164, layers_per_block=3), WIDTHS[0]
     layers = OrderedDict(stem=nn.Sequential(*conv_bn(in_chans, width), nn.ReLU(inplace=True)))
@@ -191,13 +201,13 @@ def pre_activation_resnet(
     in_chans: int = 3,
     img_size: int = 32,
 ) -> Network:
-    """A residual network of pre-activation blocks: WRN-depth-widen (Zagoruyko and Komodakis, 2016), or an SENet on one.
+    """Build a residual network of pre-activation blocks: WRN-depth-widen (Zagoruyko and Komodakis, 2016), or an SENet.
 
     Args:
-        depth: the number of layers: 6k + 4 as wide residual networks are counted, the projections among them, or
-            6k + 2 without.
-        widen: what the widths of the stacks are multiplied by.
-        reduction: of the squeeze-and-excitation of each block; None for none.
+        depth: the number of layers: 6k + 4 with the projections, as wide residual networks are counted, or 6k + 2
+            without them.
+        widen: the factor of the stacks' widths.
+        reduction: that of the squeeze-and-excitation in each block; None builds none.
         num_classes, in_chans: as in `create_model`.
         img_size: not used: any size works.
     """
@@ -212,35 +222,124 @@ def pre_activation_resnet(
     return Network(layers)
 
 
-_PARAMS = {
-    "resnet20": "0.27",
-    "resnet110": "1.7",
-    "resnet20_cp2": "0.59",
-    "resnet20_cp3": "0.92",
-    "resnet20_cp4": "1.29",
-    "resnet20_cc2": "0.55",
-    "resnet20_cc3": "0.82",
-    "resnet20_cc4": "1.1",
-    "resnet32_cc2": "0.94",
-    "resnet32_cc3": "1.41",
-    "resnet32_cc4": "1.88",
-}
+@register_model(table="3.3", params="0.27")
+def resnet20(**options) -> nn.Module:
+    """Build ResNet-20 for small images."""
+    return cifar_resnet(20, **options)
 
 
-def _register(name: str, depth: int, *options) -> None:
-    params = _PARAMS.get(name, "")
-    register_model(partial(cifar_resnet, depth, *options), name, table="3.3" if params else "", params=params)
+@register_model
+def resnet32(**options) -> nn.Module:
+    """Build ResNet-32 for small images."""
+    return cifar_resnet(32, **options)
 
 
-for _depth in (20, 32, 110):
-    _register(f"resnet{_depth}", _depth)
-for _depth in (20, 32):
-    for _paths in (2, 3, 4):
-        _register(f"resnet{_depth}_cc{_paths}", _depth, _paths)
-        _register(f"resnet{_depth}_x{_paths}", _depth, _paths, None)
-for _paths in (2, 3, 4):
-    _register(f"resnet20_cp{_paths}", 20, _paths, "cp")
+@register_model(table="3.3", params="1.7")
+def resnet110(**options) -> nn.Module:
+    """Build ResNet-110 for small images."""
+    return cifar_resnet(110, **options)
 
-register_model(resnet164, table="3.3", params="2.5")
-register_model(partial(pre_activation_resnet, 40, 2), "wrn_40_2", table="3.3", params="2.2")
-register_model(partial(pre_activation_resnet, 110, 1, 16), "se_resnet110", table="3.3", params="1.7")
+
+@register_model(table="3.3", params="0.55")
+def resnet20_cc2(**options) -> nn.Module:
+    """Build ResNet20-2-CC: two paths with cross-connections."""
+    return cifar_resnet(20, 2, **options)
+
+
+@register_model(table="3.3", params="0.82")
+def resnet20_cc3(**options) -> nn.Module:
+    """Build ResNet20-3-CC: three paths with cross-connections."""
+    return cifar_resnet(20, 3, **options)
+
+
+@register_model(table="3.3", params="1.1")
+def resnet20_cc4(**options) -> nn.Module:
+    """Build ResNet20-4-CC: four paths with cross-connections."""
+    return cifar_resnet(20, 4, **options)
+
+
+@register_model
+def resnet20_x2(**options) -> nn.Module:
+    """Build ResNet20-2: two paths that meet only at the stem and the logits."""
+    return cifar_resnet(20, 2, None, **options)
+
+
+@register_model
+def resnet20_x3(**options) -> nn.Module:
+    """Build ResNet20-3: three paths that meet only at the stem and the logits."""
+    return cifar_resnet(20, 3, None, **options)
+
+
+@register_model
+def resnet20_x4(**options) -> nn.Module:
+    """Build ResNet20-4: four paths that meet only at the stem and the logits."""
+    return cifar_resnet(20, 4, None, **options)
+
+
+@register_model(table="3.3", params="0.94")
+def resnet32_cc2(**options) -> nn.Module:
+    """Build ResNet32-2-CC: two paths with cross-connections."""
+    return cifar_resnet(32, 2, **options)
+
+
+@register_model(table="3.3", params="1.41")
+def resnet32_cc3(**options) -> nn.Module:
+    """Build ResNet32-3-CC: three paths with cross-connections."""
+    return cifar_resnet(32, 3, **options)
+
+
+@register_model(table="3.3", params="1.88")
+def resnet32_cc4(**options) -> nn.Module:
+    """Build ResNet32-4-CC: four paths with cross-connections."""
+    return cifar_resnet(32, 4, **options)
+
+
+@register_model
+def resnet32_x2(**options) -> nn.Module:
+    """Build ResNet32-2: two paths that meet only at the stem and the logits."""
+    return cifar_resnet(32, 2, None, **options)
+
+
+@register_model
+def resnet32_x3(**options) -> nn.Module:
+    """Build ResNet32-3: three paths that meet only at the stem and the logits."""
+    return cifar_resnet(32, 3, None, **options)
+
+
+@register_model
+def resnet32_x4(**options) -> nn.Module:
+    """Build ResNet32-4: four paths that meet only at the stem and the logits."""
+    return cifar_resnet(32, 4, None, **options)
+
+
+@register_model(table="3.3", params="0.59")
+def resnet20_cp2(**options) -> nn.Module:
+    """Build ResNet20-2-CP: two paths with cross-predictions."""
+    return cifar_resnet(20, 2, "cp", **options)
+
+
+@register_model(table="3.3", params="0.92")
+def resnet20_cp3(**options) -> nn.Module:
+    """Build ResNet20-3-CP: three paths with cross-predictions."""
+    return cifar_resnet(20, 3, "cp", **options)
+
+
+@register_model(table="3.3", params="1.29")
+def resnet20_cp4(**options) -> nn.Module:
+    """Build ResNet20-4-CP: four paths with cross-predictions."""
+    return cifar_resnet(20, 4, "cp", **options)
+
+
+resnet164 = register_model(resnet164, table="3.3", params="2.5")
+
+
+@register_model(table="3.3", params="2.2")
+def wrn_40_2(**options) -> nn.Module:
+    """Build WRN-40-2: a wide residual network of 40 layers, twice as wide."""
+    return pre_activation_resnet(40, 2, **options)
+
+
+@register_model(table="3.3", params="1.7")
+def se_resnet110(**options) -> nn.Module:
+    """Build SE-ResNet-110, of pre-activation blocks with a squeeze-and-excitation each."""
+    return pre_activation_resnet(110, 1, 16, **options)

@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import partial
 
 from torch import nn
 
@@ -28,16 +27,16 @@ def cnn(
     in_chans: int = 3,
     img_size: int = 32,
 ) -> Network:
-    """3×3 convolutions in groups of one resolution, then two hidden dense layers (Table 3.1).
+    """Build 3×3 convolutions in groups of one resolution, then two hidden dense layers (Table 3.1).
 
-    Convolutions have biases, batch normalisation and ReLU, and 2×2 max-pools stand between the groups: so the thesis's
-    parameters come out. Layers are conv1, conv2, pool1, conv3, …, flatten, dense1, dense2, logits.
+    Convolutions have biases, batch normalisation and ReLU, and 2×2 max-pools stand between the groups. This gives the
+    thesis's numbers of parameters. The layers are conv1, conv2, pool1, conv3, …, flatten, dense1, dense2, logits.
 
     Args:
         groups: the widths of the convolutions in each group.
         hidden: the width of the dense layers.
         final_pool: whether a pool follows the last group as well.
-        reduction: of a squeeze-and-excitation after each convolution; None for none.
+        reduction: that of a squeeze-and-excitation after each convolution; None builds none.
         num_classes, in_chans, img_size: as in `create_model`.
 
     Raises:
@@ -64,11 +63,11 @@ def cnn(
 
 
 def base_cnn_cc(paths: int, routing: str | None = "cc", **sizes) -> MultiPathNetwork:
-    """BaseCNN-X-CC: routers at the image and after the second, fourth and sixth convolution and the first dense layer.
+    """Build BaseCNN-X-CC: routers at the image, after convolutions 2, 4 and 6, and after the first dense layer.
 
     Args:
         paths: the number of parallel paths.
-        routing: as in `multipath`; None: BaseCNN-X, paths that share the image and the averaging of the logits alone.
+        routing: as in `multipath`; None builds BaseCNN-X, whose paths share only the image and the mean of the logits.
         sizes: num_classes, in_chans and img_size.
     """
     network = cnn(BASE, **sizes)
@@ -77,10 +76,14 @@ def base_cnn_cc(paths: int, routing: str | None = "cc", **sizes) -> MultiPathNet
 
 
 def base_cnn_cp(paths: int, **sizes) -> MultiPathNetwork:
-    """BaseCNN-X-CP: cross-prediction in place of convolutions 1, 3 and 5 and of the second dense layer (Fig. 3.2).
+    """Build BaseCNN-X-CP: cross-predictions for convolutions 1, 3 and 5 and the second dense layer (Fig. 3.2).
 
-    Each output of a cross-prediction of convolutions has batch normalisation before its ReLU: one for each output, not
-    for each prediction, which gives the thesis's parameters.
+    Each output of a convolutional cross-prediction has batch normalisation before its ReLU. One for each output, not
+    for each prediction, gives the thesis's number of parameters.
+
+    Args:
+        paths: the number of parallel paths.
+        sizes: num_classes, in_chans and img_size.
     """
     networks = [cnn(BASE, **sizes) for _ in range(paths)]
     layers, width = OrderedDict(), 1
@@ -97,7 +100,13 @@ def base_cnn_cp(paths: int, **sizes) -> MultiPathNetwork:
 
 
 def vgg13_cc(paths: int, routing: str | None = "cc", **sizes) -> MultiPathNetwork:
-    """VGG13-X-CC with half the filters (§3.5): routers at the image, after each pool and the first dense layer."""
+    """Build VGG13-X-CC with half the filters (§3.5): routers at the image, after each pool and the first dense layer.
+
+    Args:
+        paths: the number of parallel paths.
+        routing: as in `multipath`.
+        sizes: num_classes, in_chans and img_size.
+    """
     network = cnn(VGG13_HALF, 256, final_pool=True, **sizes)
     cuts = ["input", *(f"pool{i}" for i in range(1, 6)), "dense1"]
     return multipath(network, paths, cuts, routing, input_size=_input_size(**sizes))
@@ -107,23 +116,92 @@ def _input_size(in_chans: int = 3, img_size: int = 32, **_) -> tuple[int, int, i
     return in_chans, img_size, img_size
 
 
-for _name, _builder, _params in (
-    ("base_cnn", partial(cnn, BASE), "0.55"),
-    ("wide_cnn", partial(cnn, WIDE), "1.67"),
-    ("deep_cnn", partial(cnn, DEEP), "2.0"),
-    ("base_cnn_x3", partial(base_cnn_cc, 3, None), "1.5"),
-    ("se_base_cnn", partial(cnn, BASE, reduction=16), "0.58"),
-    ("se_deep_cnn", partial(cnn, DEEP, reduction=16), "2.06"),
-    ("cross_stitch_base_cnn2", partial(base_cnn_cc, 2, "stitch"), "1.11"),
-    # Dense layers of 256, as the thesis's VGG13 has them, come to its 14.9 million.
-    ("vgg16", partial(cnn, VGG16, 256, final_pool=True), "14.9"),
-    ("base_cnn_cp2", partial(base_cnn_cp, 2), "1.3"),
-    ("base_cnn_cp3", partial(base_cnn_cp, 3), "2.23"),
-    ("base_cnn_cp4", partial(base_cnn_cp, 4), "3.34"),
-    ("base_cnn_cc2", partial(base_cnn_cc, 2), "1.11"),
-    ("base_cnn_cc3", partial(base_cnn_cc, 3), "1.67"),
-    ("base_cnn_cc4", partial(base_cnn_cc, 4), "2.22"),
-):
-    register_model(_builder, _name, table="3.2", params=_params)
+@register_model(table="3.2", params="0.55")
+def base_cnn(**options) -> nn.Module:
+    """Build BaseCNN: six convolutions of 32 to 128 filters (Table 3.1)."""
+    return cnn(BASE, **options)
 
-register_model(partial(vgg13_cc, 2), "vgg13_cc2", num_classes=100, img_size=224, table="§3.5")
+
+@register_model(table="3.2", params="1.67")
+def wide_cnn(**options) -> nn.Module:
+    """Build WideCNN: BaseCNN with twice the filters (Table 3.1)."""
+    return cnn(WIDE, **options)
+
+
+@register_model(table="3.2", params="2.0")
+def deep_cnn(**options) -> nn.Module:
+    """Build DeepCNN: ten convolutions of 32 to 256 filters (Table 3.1)."""
+    return cnn(DEEP, **options)
+
+
+@register_model(table="3.2", params="1.5")
+def base_cnn_x3(**options) -> nn.Module:
+    """Build BaseCNN-3: three paths that share only the image and the mean of their logits."""
+    return base_cnn_cc(3, None, **options)
+
+
+@register_model(table="3.2", params="0.58")
+def se_base_cnn(**options) -> nn.Module:
+    """Build BaseCNN with a squeeze-and-excitation after each convolution."""
+    return cnn(BASE, reduction=16, **options)
+
+
+@register_model(table="3.2", params="2.06")
+def se_deep_cnn(**options) -> nn.Module:
+    """Build DeepCNN with a squeeze-and-excitation after each convolution."""
+    return cnn(DEEP, reduction=16, **options)
+
+
+@register_model(table="3.2", params="1.11")
+def cross_stitch_base_cnn2(**options) -> nn.Module:
+    """Build BaseCNN with two paths and cross-stitch units."""
+    return base_cnn_cc(2, "stitch", **options)
+
+
+@register_model(table="3.2", params="14.9")
+def vgg16(**options) -> nn.Module:
+    """Build VGG-16 for small images."""
+    # Dense layers of 256, as the thesis's VGG13 has them, come to its 14.9 million.
+    return cnn(VGG16, 256, final_pool=True, **options)
+
+
+@register_model(table="3.2", params="1.3")
+def base_cnn_cp2(**options) -> nn.Module:
+    """Build BaseCNN-2-CP: two paths with cross-predictions."""
+    return base_cnn_cp(2, **options)
+
+
+@register_model(table="3.2", params="2.23")
+def base_cnn_cp3(**options) -> nn.Module:
+    """Build BaseCNN-3-CP: three paths with cross-predictions."""
+    return base_cnn_cp(3, **options)
+
+
+@register_model(table="3.2", params="3.34")
+def base_cnn_cp4(**options) -> nn.Module:
+    """Build BaseCNN-4-CP: four paths with cross-predictions."""
+    return base_cnn_cp(4, **options)
+
+
+@register_model(table="3.2", params="1.11")
+def base_cnn_cc2(**options) -> nn.Module:
+    """Build BaseCNN-2-CC: two paths with cross-connections."""
+    return base_cnn_cc(2, **options)
+
+
+@register_model(table="3.2", params="1.67")
+def base_cnn_cc3(**options) -> nn.Module:
+    """Build BaseCNN-3-CC: three paths with cross-connections."""
+    return base_cnn_cc(3, **options)
+
+
+@register_model(table="3.2", params="2.22")
+def base_cnn_cc4(**options) -> nn.Module:
+    """Build BaseCNN-4-CC: four paths with cross-connections."""
+    return base_cnn_cc(4, **options)
+
+
+@register_model(num_classes=100, img_size=224, table="§3.5")
+def vgg13_cc2(**options) -> nn.Module:
+    """Build VGG13-2-CC with half the filters: two paths with cross-connections."""
+    return vgg13_cc(2, **options)

@@ -1,4 +1,4 @@
-"""Any convolutional network made multi-path (§3.2, §3.4.3), by torch.fx."""
+"""Convert any network to parallel paths with routers (§3.2, §3.4.3), by torch.fx."""
 
 import contextlib
 import copy
@@ -41,14 +41,14 @@ def multipath(
     gate_norm: str | None = None,
     prior: str | None = None,
 ) -> MultiPathNetwork:
-    """Make parallel paths of a network, with a router after each of the modules named.
+    """Convert a network to parallel paths, with a router after each of the named modules.
 
-    The network is cut behind each of these modules. What comes before the first cut is shared by all paths; there a
-    one-to-many router opens them. Each path has the rest for itself, with a router to all paths at every other cut.
-    The logits of the paths are averaged. `model` itself is left as it is.
+    The network is cut behind each of these modules. All paths share the part before the first cut, and a one-to-many
+    router opens them there. Each path has its own copy of the rest, with a router to all paths at every other cut. The
+    logits of the paths are averaged. `model` itself is not changed.
 
-    The new network's layers are the parts and the routers in turn. The first part is "stem", the last "head", and any
-    other has the name of the module that ends it, with "_" for "."; the router there has the same name and "_router":
+    The layers of the new network are the parts and the routers in turn. The first part is "stem" and the last "head".
+    Any other part has the name of the module that ends it, with "_" for ".", and its router this name and "_router":
 
         stem.0.conv1.weight                  the shared part, its modules by their names in `model`
         maxpool_router.w1                    the first router, after the module `maxpool`
@@ -57,26 +57,24 @@ def multipath(
 
     Args:
         model: any network from one tensor of images to one of logits. torch.fx must be able to trace the forward of
-            the modules around the cuts; what is inside all other modules does not matter.
+            the modules around the cuts; all other modules may do anything.
         paths: the number of parallel paths, 2 to 8.
-        route_after: names of modules, as in `model.named_modules()`, whose output is all that the rest of the network
-            needs; "input" among them for the images themselves. Tokens (N, L, C) of a transformer are routed by their
-            channels C. "auto": every change of resolution, a cut being made
-            behind the last module at each resolution but the images' own, as far as they can be found without looking
-            into modules other than `nn.Sequential`.
+        route_after: names of modules, as in `model.named_modules()`, such that the rest of the network needs only their
+            output; "input" stands for the images. Tokens (N, L, C) of a transformer are routed by their channels C.
+            "auto" cuts at every change of resolution, behind the last module at each resolution but the images' own; it
+            looks only into modules of type `nn.Sequential`.
         routing: "cc", cross-connections; "stitch", cross-stitch units; a function from (channels, in_paths,
             out_paths) to a module from and to lists of tensors, such as `partial(CrossConnection, gate_channels=8)`;
             or None, paths that meet only at the first cut and the logits.
-        init: "fresh": the first path has the weights of `model`, and every other the same ones with the rows and the
-            columns of each weight in an order of its own, which is as good as another draw by whatever initialiser
-            they came from; for networks to be trained from the start. "copy": every path has the weights of `model`,
-            with `noise` on all but the first path's; for pretrained networks. A one-to-many router with even gates
-            gives each path 1/n of its input, so under "cc" that input is then multiplied by n: the new network starts
-            as the model computes.
-        noise: for init="copy": the standard deviation of the noise on each weight of a convolution or dense layer,
-            as a share of that of the weights themselves.
-        input_size: (channels, height, width) of the images by which the channels at each cut are found. By default
-            timm's `pretrained_cfg`, or else 224 × 224 with the channels of the first convolution.
+        init: "fresh" is for training from scratch: the first path has the weights of `model`, and every other path the
+            same weights with rows and columns in a random order, which equals another draw of the initialiser. "copy"
+            is for pretrained networks: every path has the weights of `model`, with `noise` on all but the first path's.
+            A one-to-many router with even gates gives each path 1/n of its input, so "cc" then multiplies that input by
+            n, and the new network at first computes the same as `model`.
+        noise: for init="copy", the standard deviation of the noise on each weight of a convolution or dense layer,
+            relative to that of the weights.
+        input_size: (channels, height, width) of the images by which the channels at each cut are found. The default is
+            that of timm's `pretrained_cfg`, or else 224 × 224 with the channels of the first convolution.
         gate_norm, prior: how the routers normalise their gates; see `nn.CrossConnection`.
 
     Where a part ends in a ReLU that can be told apart, the cross-connection behind it applies the ReLU
@@ -175,7 +173,7 @@ def _add(layers: dict[str, nn.Module], name: str, layer: nn.Module) -> str:
 
 
 class _Tracer(fx.Tracer):
-    """Looks into the modules of `expand`, keeps all others whole, and notes what each module returns."""
+    """Trace into the modules of `expand`, keep all others whole, and record what each module returns."""
 
     def __init__(self, expand: set[str]):
         super().__init__()
@@ -183,7 +181,7 @@ class _Tracer(fx.Tracer):
         self.results: dict[str, list] = {}
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
-        """The images alone: all other arguments of the network keep their defaults."""
+        """Trace only the images; all other arguments of the network keep their defaults."""
         return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -196,9 +194,9 @@ class _Tracer(fx.Tracer):
 
 
 def _trace(model: nn.Module, expand: set[str]) -> tuple[fx.Graph, dict[str, list[fx.Node | None]]]:
-    """The graph of the network, and the nodes that each of its modules returned, None where not one tensor.
+    """Return the graph of the network, and the node that each module returned, None unless it is one tensor.
 
-    Functional dropout becomes a module in `model`, since its `training` would be that of the moment of tracing.
+    Functional dropout becomes a module in `model`, since its `training` would be fixed by tracing.
     """
     graphs = []
     with modes_kept(model):
@@ -206,7 +204,7 @@ def _trace(model: nn.Module, expand: set[str]) -> tuple[fx.Graph, dict[str, list
             tracer = _Tracer(expand)
             try:
                 graph = tracer.trace(model.train(mode))
-            except Exception as error:  # whatever a forward may do with a proxy in the place of a tensor
+            except Exception as error:  # a forward may do anything with a proxy
                 raise ValueError(
                     f"model is a {type(model).__name__}, which torch.fx cannot trace: {type(error).__name__}: {error}"
                 ) from error
@@ -237,7 +235,7 @@ def _ancestors(names: Iterable[str]) -> set[str]:
 
 
 def _cut(model: nn.Module, route_after: Sequence[str]) -> tuple[fx.Graph, dict[str, fx.Node]]:
-    """The graph, and the node of each name in the order in which they are computed, after all checks."""
+    """Check the names, and return the graph and the node of each name in the order of computation."""
     names, known = list(route_after), dict(model.named_modules())
     if not names:
         raise ValueError("route_after is empty; it must name at least one module")
@@ -273,12 +271,12 @@ def _cut(model: nn.Module, route_after: Sequence[str]) -> tuple[fx.Graph, dict[s
     for name, node in nodes.items():
         same = next(other for other in names if nodes[other] is node)
         if same != name:
-            raise ValueError(f"route_after names {same!r} and {name!r}, which return the same tensor; one must go")
+            raise ValueError(f"route_after names {same!r} and {name!r}, which return the same tensor; leave one out")
     return graph, dict(sorted(nodes.items(), key=lambda item: order[item[1]]))
 
 
 def _crossing(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
-    """For each node, the values computed until then that any later node takes; parameters do not count."""
+    """Return for each node the values computed so far that later nodes take, without parameters."""
     last = {node: max((user for user in node.users), default=node) for node in graph.nodes}
     crossing, live = {}, set()
     for node in graph.nodes:
@@ -290,14 +288,14 @@ def _crossing(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
 
 
 class _Shapes(fx.Interpreter):
-    """Notes the shape of each node's value, and whether that of `watched` is overwritten later on."""
+    """Record the shape of each node's value, and whether the value of `watched` is overwritten later."""
 
     def __init__(self, module: fx.GraphModule, watched: fx.Node | None):
         super().__init__(module)
         self.watched, self.value = watched, None
 
     def fetch_args_kwargs_from_env(self, n: fx.Node):
-        """With lists as lists: some modules write into those that they are given."""
+        """Pass mutable lists, since some modules write into theirs."""
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         return tuple(_mutable(args)), _mutable(kwargs)
 
@@ -315,7 +313,7 @@ class _Shapes(fx.Interpreter):
 
 
 def _mutable(value):
-    """Lists and dicts that fx keeps immutable, as a module gets them in its network's own forward."""
+    """Convert fx's immutable lists and dicts to mutable ones."""
     if isinstance(value, list | tuple):
         items = [_mutable(item) for item in value]
         return items if isinstance(value, list) else type(value)(*items) if hasattr(value, "_fields") else tuple(items)
@@ -325,11 +323,11 @@ def _mutable(value):
 def _shapes(
     model: nn.Module, graph: fx.Graph, input_size: Sequence[int], watched: fx.Node | None = None
 ) -> dict[fx.Node, tuple[int, ...] | None]:
-    """The shape of each node's value for two images, None where it is not a tensor.
+    """Return the shape of each node's value for two images, None if it is not a tensor.
 
-    `watched.meta["overwritten"]` says whether what follows writes over the value of that node.
+    `watched.meta["overwritten"]` is set to whether later nodes overwrite the value of `watched`.
 
-    Two black images are sooner computed than torch's compiler is imported, which fake or meta tensors take.
+    Computing two black images is faster than fake tensors, which import torch's compiler.
     """
     like = next(model.parameters(), torch.empty(0))
     try:
@@ -353,7 +351,7 @@ def _input_size(model: nn.Module) -> tuple[int, ...]:
 
 
 def _changes_of_resolution(model: nn.Module, input_size: Sequence[int]) -> list[str]:
-    """The last module at each resolution but the images' own, behind which the network can be cut."""
+    """Return the last module at each resolution but the images' own behind which the network can be cut."""
     plain = {""}  # the network itself, and each nn.Sequential in a plain one
     for name, module in model.named_modules():
         if type(module).forward is nn.Sequential.forward and name.rpartition(".")[0] in plain:
@@ -380,9 +378,9 @@ def _changes_of_resolution(model: nn.Module, input_size: Sequence[int]) -> list[
 
 
 def _blocks(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Three of the modules behind which a network of equal blocks can be cut, at its quarters.
+    """Return three modules behind which a network of equal blocks can be cut, at its quarters.
 
-    Where those that are known are fewer, they are those in the longest of its lists of modules, if that can be cut.
+    If fewer are known, those of its longest list of modules are taken, provided that it can be cut there.
     """
 
     def quarters(names: Sequence[str]) -> list[str]:
@@ -402,7 +400,7 @@ def _blocks(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def _parts(models: Sequence[nn.Module], *arguments, **options) -> tuple[ParallelPaths, str]:
-    """A part in each of the networks, and its name in them where it is one module; else ""."""
+    """Return a part of each of the networks, and its name in them if it is one module, else ""."""
     parts = [_part(model, *arguments, **options) for model in models]
     names = {module: name for name, module in models[0].named_modules()}
     return ParallelPaths(parts), names.get(parts[0], "")
@@ -417,10 +415,12 @@ def _part(
     own: bool = False,
     tokens: tuple[bool, bool] = (False, False),
 ) -> nn.Module:
-    """The computation from one node to another, with the modules of `model`, its result multiplied by scale.
+    """Return the computation from one node to another, with the modules of `model`.
 
-    With `own`, it has a copy of its input, which it may write over. `tokens` says whether its input and its output are
-    tokens (N, L, C), which routers take and give as (N, C, L).
+    Args:
+        scale: factor of the result.
+        own: whether to copy the input, which the part may overwrite.
+        tokens: whether the input and the output are tokens (N, L, C), which routers take and return as (N, C, L).
     """
     order = list(graph.nodes)
     nodes = [node for node in order[order.index(start) + 1 : order.index(end) + 1] if node.op != "get_attr"]
@@ -547,7 +547,7 @@ def _compute_out_of_place(model: nn.Module, node: fx.Node) -> None:
 
 @torch.no_grad()
 def _reseeded(model: nn.Module, init: str, noise: float) -> nn.Module:
-    """A copy of the network with the rows and columns of its weights in another order, or with noise on them."""
+    """Return a copy of the network with the rows and columns of its weights permuted, or with noise on them."""
     model = copy.deepcopy(model)
     for parameter in model.parameters():
         if init == "copy":

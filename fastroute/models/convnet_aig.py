@@ -1,4 +1,4 @@
-"""ConvNet-AIG (Veit and Belongie, 2018), with residual blocks that each image uses or skips (Table 3.3)."""
+"""ConvNet-AIG (Veit and Belongie, 2018): each image uses or skips each residual block (Table 3.3)."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,9 +11,9 @@ from fastroute.nn._classifier import Classifies
 
 
 class GatedBlock(BasicBlock):
-    """relu(shortcut(x) + g·residual(x)), g being 0 or 1 for each sample, decided from the channels' means.
+    """relu(shortcut(x) + g·residual(x)), where g is 0 or 1 for each sample, decided from the channels' means.
 
-    In training g is drawn by the Gumbel-max trick with the softmax's gradient, straight through; in evaluation it is
+    Training mode draws g by the Gumbel-max trick, with the softmax's gradient (straight-through). Evaluation mode takes
     the likelier choice. Gates start at 0.87 for the residual.
 
     Args:
@@ -35,7 +35,7 @@ class GatedBlock(BasicBlock):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """The output, and a `Routing` of shape (N, 1, 2): the weights of skipping and of computing."""
+        """Return the output, and a `Routing` of shape (N, 1, 2): the weights of skipping and of computing."""
         scores = self.gate(x)
         gates = F.gumbel_softmax(scores, hard=True) if self.training else F.one_hot(scores.argmax(1), 2).to(x.dtype)
         y = self.relu(self.shortcut(x) + gates[:, 1].reshape(-1, 1, 1, 1) * self.residual(x))
@@ -45,8 +45,8 @@ class GatedBlock(BasicBlock):
 class ConvNetAIG(Classifies, nn.Module):
     """ResNet-depth for small images with a gate for each block.
 
-    Every block is computed, and weighted by its gate: what skipping saves is for a sparse implementation to gain. The
-    loss that holds each block to a target rate is a function of the gates, which `return_routing=True` gives.
+    Every block is computed and weighted by its gate; only a sparse implementation would save the skipped blocks. The
+    loss that holds each block to a target rate is a function of the gates, which `return_routing=True` returns.
 
     Args:
         depth: the number of layers, 6k + 2.
@@ -84,6 +84,9 @@ class ConvNetAIG(Classifies, nn.Module):
 
 
 @register_model(table="3.3", params="1.78")
-def convnet_aig110(**sizes) -> ConvNetAIG:
-    """ConvNet-AIG-110. Gates with a hidden layer of 20 come to Table 3.3's 1.78 million parameters; 16 to 1.77."""
-    return ConvNetAIG(110, **sizes)
+def convnet_aig110(**options) -> nn.Module:
+    """Build ConvNet-AIG-110.
+
+    Gates with a hidden layer of 20 come to Table 3.3's 1.78 million parameters; those with 16 to 1.77.
+    """
+    return ConvNetAIG(110, **options)

@@ -1,8 +1,7 @@
-"""Ensembles of networks that were trained one by one (Table 3.1)."""
+"""Ensembles of separately trained networks (Table 3.1)."""
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,12 +15,12 @@ from fastroute.nn import Routing
 
 
 class Ensemble(nn.Module):
-    """The mean of the predictions of several networks.
+    """Average the predicted probabilities of several networks.
 
-    Predictions are probabilities: softmax of the output is the mean of the softmaxes of the members' logits.
+    The softmax of the output is the mean of the softmaxes of the members' logits.
 
     Args:
-        members: networks from images to logits, of the same classes.
+        members: networks from images to logits of the same classes.
 
     Shape:
         x: (N, in_chans, H, W).
@@ -40,7 +39,10 @@ class Ensemble(nn.Module):
 
     @classmethod
     def from_checkpoints(cls, paths: Iterable[str | Path]) -> "Ensemble":
-        """An ensemble of networks that `fastroute train` wrote.
+        """Build an ensemble from checkpoints of `fastroute train`.
+
+        Args:
+            paths: the files.
 
         Raises:
             ValueError: a file is not a checkpoint of a named network.
@@ -61,31 +63,31 @@ class Ensemble(nn.Module):
 
     @property
     def num_classes(self) -> int | None:
-        """That of the members."""
+        """The number of logits, that of the members."""
         return getattr(self.members[0], "num_classes", None)
 
     @property
     def num_features(self) -> int:
-        """That of all members together."""
+        """The number of features of all members together."""
         return sum(member.num_features for member in self.members)
 
     def get_classifier(self) -> nn.ModuleList:
-        """The members' classifiers."""
+        """Return the members' classifiers."""
         return nn.ModuleList(member.get_classifier() for member in self.members)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """As `MultiPathNetwork.reset_classifier`, of each member."""
+        """Reset the classifier of each member; see `MultiPathNetwork.reset_classifier`."""
         for member in self.members:
             member.reset_classifier(num_classes, global_pool)
         if (specification := getattr(self, "specification", None)) is not None:
             specification.follow(self, num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The members' features beside each other, for members that classify them, pooled or as they are."""
+        """Return the members' features, concatenated along the channels."""
         return torch.cat([member.forward_features(x) for member in self.members], 1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """From `forward_features` to logits, or with `pre_logits` to what the classifiers take."""
+        """Return the logits for `forward_features`, or with `pre_logits` the input of the classifiers."""
         parts = x.split([member.num_features for member in self.members], 1)
         ys = [member.forward_head(part, pre_logits) for member, part in zip(self.members, parts, strict=True)]
         return torch.cat(ys, 1) if pre_logits else self._combined(ys)
@@ -112,12 +114,12 @@ def _load(path: str | Path, name: str | None = None) -> nn.Module:
 
 
 def ensemble(members: Sequence[str], checkpoints: Sequence[str | Path] | None = None, **sizes) -> Ensemble:
-    """An ensemble of named networks, fresh or from the checkpoints of networks trained one by one.
+    """Build an ensemble of named networks with fresh weights, or from checkpoints.
 
     Args:
         members: the names of the networks.
-        checkpoints: files that `fastroute train` wrote, one for each member in turn; None for fresh weights.
-        sizes: num_classes, in_chans and img_size, of fresh networks.
+        checkpoints: files of `fastroute train`, one for each member, in their order; None takes fresh weights.
+        sizes: num_classes, in_chans and img_size of fresh networks.
 
     Raises:
         ValueError: there is another number of checkpoints, or one is of another network.
@@ -129,5 +131,13 @@ def ensemble(members: Sequence[str], checkpoints: Sequence[str | Path] | None = 
     return Ensemble(_load(path, name) for path, name in zip(checkpoints, members, strict=True))
 
 
-register_model(partial(ensemble, ["base_cnn"] * 3), "base_cnn_ensemble", table="3.2", params="1.66")
-register_model(partial(ensemble, ["base_cnn", "wide_cnn", "deep_cnn"]), "all_ensemble", table="3.2", params="4.27")
+@register_model(table="3.2", params="1.66")
+def base_cnn_ensemble(**options) -> nn.Module:
+    """Build an ensemble of three BaseCNNs; `checkpoints` names three files to start from."""
+    return ensemble(["base_cnn"] * 3, **options)
+
+
+@register_model(table="3.2", params="4.27")
+def all_ensemble(**options) -> nn.Module:
+    """Build an ensemble of BaseCNN, WideCNN and DeepCNN; `checkpoints` names three files to start from."""
+    return ensemble(["base_cnn", "wide_cnn", "deep_cnn"], **options)

@@ -1,4 +1,4 @@
-"""The pyramid of feature maps of a network, for detectors and the like."""
+"""Return a network's pyramid of feature maps, for detectors and the like."""
 
 from collections.abc import Sequence
 
@@ -10,23 +10,23 @@ from fastroute.nn._classifier import Classifies
 
 
 class FeatureMaps(nn.Module):
-    """The last map at each resolution of a network, those of parallel paths averaged; timm's `features_only`.
+    """Return the last map at each resolution of a network, as timm's `features_only`; parallel paths are averaged.
 
     Args:
-        network: of `create_model` or `multipath`; it is used as it is, without its head.
+        network: from `create_model` or `multipath`; it is changed: it loses its head.
         input_size: (channels, height, width) of the images by which the resolutions are found.
-        out_indices: which of the maps, from the largest; None is all.
+        out_indices: the maps to return, counted from the largest; None returns all.
 
     Attributes:
-        info: for each map that is returned, "num_chs", its channels; "reduction", by how much it is smaller than the
-            image; "module", the number of the layer that gives it.
+        info: a dict for each map that is returned: "num_chs", its channels; "reduction", the image's size by the map's;
+            "module", the number of the layer that computes it.
 
     Shape:
         x: (N, in_chans, H, W).
         output: list of (N, num_chs, H / reduction, W / reduction), the largest first.
 
     Raises:
-        ValueError: the network has no such maps, or out_indices names others.
+        ValueError: the network has no feature maps, or out_indices is out of range.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Highway networks (Srivastava et al., 2015), which Table 3.2 compares with."""
+"""Highway networks (Srivastava et al., 2015), a baseline of Table 3.2."""
 
 from collections import OrderedDict
 
@@ -12,9 +12,9 @@ GROUPS = ((32, 32, 32, 48, 48), (80,) * 6, (128,) * 6)
 
 
 class HighwayConv(nn.Module):
-    """y = T·relu(H x) + (1 − T)·x, the transform gate T = sigmoid(W x + b) for each pixel and channel.
+    """y = T·relu(H x) + (1 − T)·x, with a transform gate T = sigmoid(W x + b) for each pixel and channel.
 
-    b starts at −2: the layer starts by carrying most of its input through.
+    b starts at −2, so that the layer at first carries most of its input through.
     """
 
     def __init__(self, channels: int):
@@ -29,11 +29,15 @@ class HighwayConv(nn.Module):
 
 @register_model(table="3.2", params="2.3")
 def highway(*, num_classes: int = 10, in_chans: int = 3, img_size: int = 32) -> Network:
-    """A highway network of 19 layers with the widths of FitNet-4: 17 convolutions and two dense layers.
+    """Build a highway network of 19 layers with the widths of FitNet-4: 17 convolutions and two dense layers.
 
-    Neither the thesis nor its source gives the layers. Where the width changes there is a plain convolution, everywhere
-    else a highway layer, with ReLU for FitNet's maxout; the hidden dense layer of 500 follows global pooling. That
-    comes to 2.34 million parameters, printed 2.3 in Table 3.2.
+    Neither the thesis nor its source gives the layers. Layers that change the width are plain convolutions, all others
+    are highway layers, with ReLU for FitNet's maxout; the hidden dense layer of 500 follows global pooling. This gives
+    2.34 million parameters; Table 3.2 prints 2.3.
+
+    Args:
+        num_classes, in_chans: as in `create_model`.
+        img_size: not used: any size of at least 4 works.
     """
     layers, width, depth = OrderedDict(), in_chans, 0
     for i, group in enumerate(GROUPS, start=1):

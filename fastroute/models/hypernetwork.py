@@ -1,4 +1,4 @@
-"""A wide residual network with generated weights (Ha et al., 2017), which Table 3.3 compares with."""
+"""A wide residual network with generated weights (Ha et al., 2017), a baseline of Table 3.3."""
 
 import math
 
@@ -12,14 +12,14 @@ from fastroute.models.registry import register_model
 from fastroute.nn import Routing
 from fastroute.nn._classifier import Classifies
 
-UNIT = 16  # kernels are generated in pieces from 16 channels to 16 channels
+UNIT = 16  # kernels are generated in pieces of 16 × 16 channels
 EMBEDDING = 64
 
 
 class KernelGenerator(nn.Module):
-    """A two-layer linear network from an embedding to a 3×3 kernel, the same for all convolutions.
+    """Generate a 3×3 kernel from an embedding by a two-layer linear network, the same for all convolutions.
 
-    It has no biases: with them the whole network would have 0.156 million parameters, where Table 3.3 prints 0.15.
+    It has no biases: with them the whole network would have 0.156 million parameters; Table 3.3 prints 0.15.
 
     Shape:
         z: (O, I, 64), an embedding for each piece of 16 × 16 channels.
@@ -39,7 +39,7 @@ class KernelGenerator(nn.Module):
 
 
 class GeneratedConv2d(nn.Module):
-    """A 3×3 convolution that owns embeddings alone; its kernel is generated and scaled to He's variance."""
+    """A 3×3 convolution whose parameters are embeddings; its kernel is generated and scaled to He's variance."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -51,7 +51,7 @@ class GeneratedConv2d(nn.Module):
 
 
 class GeneratedBlock(nn.Module):
-    """A pre-activation block of two generated convolutions; the projection's weights are its own."""
+    """A pre-activation block of two generated convolutions and a plain projection."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -68,11 +68,11 @@ class GeneratedBlock(nn.Module):
 
 
 class HyperWideResNet(Classifies, nn.Module):
-    """WRN-depth-widen whose 3×3 kernels, beside the stem's, come from one `KernelGenerator`.
+    """WRN-depth-widen with 3×3 kernels from one `KernelGenerator`, except the stem's.
 
     Args:
         depth: the number of layers, 6k + 4.
-        widen: what the widths of the stacks are multiplied by.
+        widen: the factor of the stacks' widths.
         num_classes, in_chans: as in `create_model`.
         img_size: not used: any size works.
 
@@ -111,6 +111,6 @@ class HyperWideResNet(Classifies, nn.Module):
 
 
 @register_model(table="3.3", params="0.15")
-def hyper_wrn_40_2(**sizes) -> HyperWideResNet:
-    """Hyper-WRN-40-2: `wrn_40_2` with generated kernels."""
-    return HyperWideResNet(40, 2, **sizes)
+def hyper_wrn_40_2(**options) -> nn.Module:
+    """Build Hyper-WRN-40-2: `wrn_40_2` with generated kernels."""
+    return HyperWideResNet(40, 2, **options)

@@ -1,4 +1,4 @@
-"""What the networks are made of."""
+"""Layers that the networks share."""
 
 from torch import Tensor, nn
 
@@ -9,23 +9,24 @@ from fastroute.nn._classifier import Classifies
 def conv_bn(
     in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, bias: bool = False
 ) -> list[nn.Module]:
-    """A convolution that keeps the resolution but for its stride, and its batch normalisation."""
+    """Return a convolution padded to keep the resolution at stride 1, and its batch normalisation."""
     return [conv(in_channels, out_channels, kernel_size, stride, bias), nn.BatchNorm2d(out_channels)]
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, bias: bool = False) -> nn.Conv2d:
-    """A convolution that keeps the resolution but for its stride, with He's initial weights."""
+    """Return a convolution padded to keep the resolution at stride 1, with He's initial weights."""
     layer = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias)
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return layer
 
 
 def pool_and_classify(channels: int, num_classes: int) -> nn.Sequential:
+    """Return global average pooling and a dense layer."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
 class Network(Classifies, nn.Sequential):
-    """A network of one path: layers by name, from images to logits, with the call forms of all networks here.
+    """A network of one path: layers by name, from images to logits, with the interface of `MultiPathNetwork`.
 
     Shape:
         x: (N, in_chans, H, W).

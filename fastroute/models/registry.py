@@ -1,12 +1,13 @@
-"""Networks by name."""
+"""Register and build networks by name."""
 
+import inspect
 import re
 from collections.abc import Callable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, overload
 
 import torch
 from torch import nn
@@ -17,12 +18,12 @@ from fastroute.nn import exact_convolutions
 
 
 class ModelInfo(NamedTuple):
-    """What the registry knows of a network.
+    """Facts about a registered network.
 
-    builder: called as `builder(num_classes=…, in_chans=…, img_size=…, **options)`.
-    num_classes, img_size: the defaults of `create_model`: those with which the thesis counts parameters.
-    table: where the thesis has it, such as "3.3", or "" for a network that it does not have.
-    params: the parameters as printed there, in millions, or "".
+    builder: builds the network as `create_model` does: `builder(num_classes=…, in_chans=…, img_size=…, **options)`.
+    num_classes, img_size: the defaults of `create_model`, with which the thesis counts parameters.
+    table: the table of the thesis, such as "3.3", or "" for a network that the thesis does not have.
+    params: the number of parameters as printed there, in millions, or "".
     """
 
     builder: Callable[..., nn.Module]
@@ -33,20 +34,40 @@ class ModelInfo(NamedTuple):
 
 
 LARGE = 2**14
-"""The size from which a network is weighed before it is built: its first or last layer may outgrow the memory."""
+"""The size from which the memory is checked before a network is built, for its first or last layer may not fit."""
 
 _MODELS: dict[str, ModelInfo] = {}
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {}
+"""The registered functions, which `create_model` calls with all sizes."""
+
+Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 
 
+@overload
 def register_model(
-    builder: Callable[..., nn.Module] | None = None,
+    builder: Builder,
     name: str | None = None,
     *,
     num_classes: int = 10,
     img_size: int = 32,
     table: str = "",
     params: str = "",
-) -> Callable[..., nn.Module]:
+) -> Builder: ...
+
+
+@overload
+def register_model(
+    builder: None = None,
+    name: str | None = None,
+    *,
+    num_classes: int = 10,
+    img_size: int = 32,
+    table: str = "",
+    params: str = "",
+) -> Callable[[Builder], Builder]: ...
+
+
+def register_model(builder=None, name=None, *, num_classes=10, img_size=32, table="", params=""):
     """Add a network to the registry: a function to call, or a decorator, with or without arguments.
 
     Args:
@@ -54,8 +75,18 @@ def register_model(
         name: the name of the network; the builder's own by default.
         num_classes, img_size, table, params: see `ModelInfo`.
 
+    Returns:
+        `create_model` for this network, as a function with the builder's name and documentation.
+
     Raises:
         ValueError: the name is taken.
+
+    Example:
+        >>> @register_model(num_classes=5)
+        ... def resnet14_cc2(**options):
+        ...     return fastroute.models.cifar_resnet.cifar_resnet(14, 2, **options)
+        >>> resnet14_cc2(in_chans=1)(torch.randn(2, 1, 8, 8)).shape
+        torch.Size([2, 5])
     """
     if builder is None:
         return partial(
@@ -64,8 +95,14 @@ def register_model(
     name = name or builder.__name__
     if name in _MODELS:
         raise ValueError(f"name is {name!r}; a network of that name is registered already")
-    _MODELS[name] = ModelInfo(builder, num_classes, img_size, table, params)
-    return builder
+
+    @wraps(builder)
+    def create(*sizes, **options) -> nn.Module:
+        return create_model(name, *sizes, **options)
+
+    create.__doc__ = f"{inspect.getdoc(builder) or name}\n\nTakes the options of `create_model`."
+    _MODELS[name], _BUILDERS[name] = ModelInfo(create, num_classes, img_size, table, params), builder
+    return create
 
 
 def list_models(filter: str = "*") -> list[str]:
@@ -73,16 +110,27 @@ def list_models(filter: str = "*") -> list[str]:
 
     Args:
         filter: the pattern, such as `"*cc*"`.
+
+    Example:
+        >>> list_models("resnet20_cc*")
+        ['resnet20_cc2', 'resnet20_cc3', 'resnet20_cc4']
     """
     names = (name for name in _MODELS if fnmatchcase(name, filter))
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
 def model_info(name: str) -> ModelInfo:
-    """What the registry knows of a network.
+    """Return the facts about a registered network.
+
+    Args:
+        name: one of `list_models()`.
 
     Raises:
         ValueError: there is no network of that name.
+
+    Example:
+        >>> model_info("resnet20_cc2").params
+        '0.55'
     """
     if name not in _MODELS:
         near = get_close_matches(name, _MODELS, n=3)
@@ -103,28 +151,29 @@ def create_model(
     prior: str | None = None,
     **options,
 ) -> nn.Module:
-    """Build a network by its name, with fresh weights unless others are asked for.
+    """Build a network by its name, with fresh or pretrained weights.
 
-    How it was built is its attribute `specification`, which a checkpoint keeps.
+    The attribute `specification` of the network says how it was built; checkpoints keep it.
 
     Args:
         name: one of `list_models()`; "timm:NAME" or "torchvision:NAME", a network of theirs; or
-            "package.module:function", a function of your own, which is imported and called with those of num_classes,
-            in_chans and img_size that it takes.
-        num_classes: the number of logits. By default those of the thesis: 10 for networks of small images, 1000 for
-            ImageNet's, and 100 for those that it trains on 100 of ImageNet's classes. 0 gives the features instead.
+            "package.module:function", a function of your own. The function is imported, and called with those of
+            num_classes, in_chans and img_size that it takes.
+        num_classes: the number of logits. The default is the thesis's: 10 for networks for small images, 1000 for
+            ImageNet's, and 100 for those trained on 100 of ImageNet's classes. 0 returns the features instead.
         in_chans: the channels of the images.
-        img_size: the height and width of the images; by default 32, or 224 for ImageNet's networks. Networks that end
-            in global pooling take any.
+        img_size: the height and width of the images, in pixels; by default 32, or 224 for ImageNet's networks. Networks
+            that end in global pooling take images of any size. timm's and torchvision's networks get it only if they
+            are built for one size.
         pretrained: whether timm or torchvision downloads its weights.
-        pretrained_path: a file of weights of timm, torchvision or this package, `.safetensors` or of `torch.save`. A
-            classifier for another number of classes is left out, and a network's single-path weights start every path
-            of the multi-path one; see `fastroute.models.weights.load_pretrained`.
+        pretrained_path: a file of weights of timm, torchvision or this package, `.safetensors` or from `torch.save`. A
+            classifier for another number of classes is left out. Weights of the single-path network start every path
+            of a multi-path one; see `fastroute.models.weights.load_pretrained`.
         gate_norm, prior: how the routers normalise their gates; see `nn.CrossConnection`.
-        options: for the network itself, such as `routing=None` for the paths of a multi-path network without routers.
+        options: for the network itself, such as `routing=None` for parallel paths without routers.
 
     Returns:
-        a network with `model(x)` → logits (N, num_classes) for x (N, in_chans, H, W), and
+        a network: `model(x)` → logits (N, num_classes) for x (N, in_chans, H, W), and
         `model(x, return_routing=True)` → (logits, {router name: Routing}).
 
     Example:
@@ -133,11 +182,11 @@ def create_model(
         torch.Size([2, 7])
 
     Raises:
-        ValueError: there is no network of that name, a size is less than 1, the weights would not fit into memory, or
-            those to start from are of another network.
+        ValueError: there is no network of that name, a size is less than 1, the weights do not fit into memory, or the
+            pretrained weights are of another network.
         ModuleNotFoundError: the network is timm's or torchvision's, which is not installed.
     """
-    from fastroute.models.specification import Specification  # which builds by what is here
+    from fastroute.models.specification import Specification  # imports this module
 
     specification = Specification.parse(name, kwargs=options, gate_norm=gate_norm, prior=prior)
     sizes = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
@@ -147,7 +196,7 @@ def create_model(
 def build(
     name: str, num_classes: int | None = None, in_chans: int = 3, img_size: int | None = None, **options
 ) -> nn.Module:
-    """A network of `list_models()` with fresh weights; see `create_model`."""
+    """Build a network of `list_models()` with fresh weights; see `create_model`."""
     info = model_info(name)
     sizes = {
         "num_classes": info.num_classes if num_classes is None else num_classes,
@@ -162,16 +211,16 @@ def build(
         if size < 1:
             raise ValueError(f"{argument} is {size}; it must be at least {0 if argument == 'num_classes' else 1}")
     if max(sizes.values()) > LARGE and torch.get_default_device().type != "meta":
-        _check_size(name, info, sizes, options)
-    return exact_convolutions(info.builder(**sizes, **options))
+        _check_size(name, sizes, options)
+    return exact_convolutions(_BUILDERS[name](**sizes, **options))
 
 
-def _check_size(name: str, info: ModelInfo, sizes: dict[str, int], options: dict) -> None:
-    said = ", ".join(f"{argument} {size}" for argument, size in sizes.items())
+def _check_size(name: str, sizes: dict[str, int], options: dict) -> None:
+    sizes_text = ", ".join(f"{argument} {size}" for argument, size in sizes.items())
     try:
         with torch.device("meta"):
-            parameters = list(info.builder(**sizes, **options).parameters())
+            parameters = list(_BUILDERS[name](**sizes, **options).parameters())
     except (RuntimeError, TypeError, OverflowError) as error:  # a size that no tensor has
-        raise ValueError(f"name is {name!r} with {said}; a size is too large: {in_a_line(error)}") from None
+        raise ValueError(f"name is {name!r} with {sizes_text}; a size is too large: {in_a_line(error)}") from None
     needed = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    check_memory(needed, f"name is {name!r} with {said}; its weights would take", "lower the largest of them")
+    check_memory(needed, f"name is {name!r} with {sizes_text}; its weights would take", "lower the largest of them")

@@ -1,4 +1,4 @@
-"""Where networks come from: our own registry, timm, torchvision, or a function of the user's."""
+"""Build networks from the registry, timm, torchvision, or a function of the user's."""
 
 import contextlib
 import hashlib
@@ -23,7 +23,7 @@ KNOWN = "an own network's name (`fastroute models` lists them), timm:NAME, torch
 
 
 class Request(NamedTuple):
-    """A network of a source: its name there, its sizes (None: the source's defaults), and further arguments."""
+    """A network of a source: its name there, its sizes (None takes the source's defaults), and further arguments."""
 
     name: str
     num_classes: int | None = None
@@ -33,10 +33,10 @@ class Request(NamedTuple):
 
 
 def check_own(name: str) -> None:
-    """Raise unless it is the name of a network of ours.
+    """Check that a name is that of a registered network.
 
     Raises:
-        ValueError: as said.
+        ValueError: it is not.
     """
     if name not in list_models():
         near = _near(name, list_models()) or f": it must be {KNOWN}"
@@ -44,12 +44,14 @@ def check_own(name: str) -> None:
 
 
 def from_registry(request: Request) -> nn.Module:
+    """Build a registered network."""
     check_own(request.name)
     with _arguments(request.name):
         return build(request.name, request.num_classes, request.in_chans, request.img_size, **request.kwargs)
 
 
 def from_timm(request: Request, pretrained: bool = False) -> nn.Module:
+    """Build a network of timm's, with its own weights if `pretrained`."""
     text = f"timm:{request.name}"
     with extra("timm", f"model {text!r}"):
         import timm
@@ -70,6 +72,7 @@ def from_timm(request: Request, pretrained: bool = False) -> nn.Module:
 
 
 def from_torchvision(request: Request, pretrained: bool = False) -> nn.Module:
+    """Build a network of torchvision's, without auxiliary heads, with its own weights if `pretrained`."""
     text = f"torchvision:{request.name}"
     with extra("train", f"model {text!r}"):
         from torchvision import models
@@ -82,7 +85,7 @@ def from_torchvision(request: Request, pretrained: bool = False) -> nn.Module:
         sizes["image_size"] = request.img_size
     if request.img_size is not None and module == "maxvit":
         sizes["input_size"] = (request.img_size, request.img_size)
-    if module in ("googlenet", "inception"):  # its default, of which it warns
+    if module in ("googlenet", "inception"):  # the default, but torchvision warns unless it is given
         sizes["init_weights"] = True
     with _arguments(text):
         network = models.get_model(request.name, weights=None, **(sizes | dict(request.kwargs)))
@@ -95,7 +98,7 @@ def from_torchvision(request: Request, pretrained: bool = False) -> nn.Module:
 
 
 def from_function(request: Request) -> nn.Module:
-    """Of a function that is called with those of num_classes, in_chans and img_size that it takes."""
+    """Call the user's function with those of num_classes, in_chans and img_size that it takes."""
     function = import_function(request.name)
     parameters = inspect.signature(function).parameters.values()
     taken = {parameter.name for parameter in parameters}
@@ -110,7 +113,7 @@ def from_function(request: Request) -> nn.Module:
 
 
 def import_function(name: str) -> Callable[..., nn.Module]:
-    """A function by "package.module:function", looked for in the working folder too.
+    """Import a function by "package.module:function", also from the working folder.
 
     Raises:
         ValueError: there is no such module, or no function in it.
@@ -121,7 +124,7 @@ def import_function(name: str) -> Callable[..., nn.Module]:
             found = importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-                raise  # of what the module itself imports
+                raise  # the module exists, but an import of its own fails
             raise ValueError(
                 f"model is {name!r}; there is no module {error.name!r} here, and a network must be {KNOWN}"
             ) from None
@@ -143,7 +146,7 @@ BUILDERS = {
 
 
 def without_auxiliary_heads(network: nn.Module) -> nn.Module:
-    """torchvision's Inception or GoogLeNet without the heads that add to its loss in training; others as they are."""
+    """Remove the auxiliary heads of torchvision's Inception and GoogLeNet, in-place, and return the network."""
     if getattr(network, "aux_logits", False) is True:
         network.aux_logits = False
         for name in ("AuxLogits", "aux1", "aux2"):
@@ -153,7 +156,7 @@ def without_auxiliary_heads(network: nn.Module) -> nn.Module:
 
 
 def _with_channels(network: nn.Module, in_chans: int) -> nn.Module:
-    """With another first convolution where the images have other than 3 channels."""
+    """Replace the first convolution if images do not have 3 channels, in-place, and return the network."""
     if in_chans == 3:
         return network
     for name, module in network.named_modules():
@@ -170,7 +173,7 @@ def _with_channels(network: nn.Module, in_chans: int) -> nn.Module:
 
 @contextlib.contextmanager
 def _working_folder() -> Iterator[None]:
-    """Modules of the working folder can be imported, after all others of their names."""
+    """Let modules be imported from the working folder, which is searched last."""
     folder = os.getcwd()
     if folder in sys.path or "" in sys.path:
         yield
@@ -184,7 +187,7 @@ def _working_folder() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _arguments(text: str) -> Iterator[None]:
-    """Have an argument that the network does not take be named in a sentence."""
+    """Turn the TypeError for an unknown argument into a ValueError that names the network."""
     try:
         yield
     except TypeError as error:
@@ -199,10 +202,10 @@ def _downloading(text: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError):
         raise
-    except Exception as error:  # whatever a hub, and the way to it, raise
+    except Exception as error:  # a hub and the network raise errors of many types
         raise ValueError(
-            f"pretrained is True; the weights of {text} cannot be had ({in_a_line(error)}): name a file of them with "
-            "--pretrained-path"
+            f"pretrained is True; the weights of {text} cannot be downloaded ({in_a_line(error)}): download them "
+            "elsewhere, and give the file to --pretrained-path"
         ) from error
 
 
@@ -212,14 +215,14 @@ def _near(name: str, names: Sequence[str]) -> str:
 
 
 def layout(network: nn.Module) -> str:
-    """A digest of the names and types of a network's modules, and of the shapes of its tensors."""
+    """Return a digest of the names and types of a network's modules and of the shapes of its tensors."""
     modules = [(name, type(module).__name__) for name, module in network.named_modules()]
     tensors = [(name, *value.shape) for name, value in network.state_dict().items() if isinstance(value, torch.Tensor)]
     return hashlib.sha256(repr((modules, tensors)).encode()).hexdigest()
 
 
 def inferred(network: nn.Module) -> tuple[str, Request] | None:
-    """The source of a network that timm or torchvision built, and how to build one of the same layers; or None."""
+    """Return the source of a network of timm or torchvision, and a request that builds the same layers; or None."""
     source = type(network).__module__.partition(".")[0]
     candidates = {"timm": _as_timm, "torchvision": _as_torchvision}.get(source)
     if candidates is None:
@@ -229,7 +232,7 @@ def inferred(network: nn.Module) -> tuple[str, Request] | None:
         try:
             with torch.device("meta"):
                 built = BUILDERS[source](request)
-        except Exception:  # an argument, or an operator without an answer on the meta device: then it is not known
+        except Exception:  # an unknown argument, or an operator that the meta device lacks
             continue
         if (layout(built), repr(built)) == wanted:
             return source, request

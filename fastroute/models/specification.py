@@ -1,4 +1,4 @@
-"""What a network is made of: its source, its name and its arguments, as plain values that a checkpoint can hold."""
+"""Specifications of networks: source, name and arguments, as plain values that a checkpoint can hold."""
 
 import re
 import sys
@@ -24,7 +24,7 @@ NOT_KEPT = (
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"),
     *("weights", "weights_backbone", "progress", "checkpoints", "num_classes", "in_chans", "img_size"),
 )
-"""Arguments of builders that a specification does not keep: they read files, or have a field of their own."""
+"""Builders' arguments that a specification does not keep, since they read files or have their own fields."""
 
 FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 NAME = re.compile(r"[\w.\-]{1,200}")
@@ -38,16 +38,23 @@ class Specification:
     Attributes:
         source: "fastroute", "timm", "torchvision", or "function" for a function of the user's.
         name: of the network there; "package.module:function".
-        num_classes: the number of logits; None is the source's default.
+        num_classes: the number of logits; None takes the source's default.
         in_chans: the channels of the images.
-        img_size: their height and width; None is the source's default.
+        img_size: the height and width of the images, in pixels; None takes the source's default.
         kwargs: further arguments of the network itself.
-        paths: 1, or the number of parallel paths that `multipath` makes; like route_after, routing and init, its own.
-        route_after: "auto", or the names of the modules.
-        input_size: (channels, height, width) of the images by which the channels at the cuts are found; None is
+        paths: 1, or the number of parallel paths for `multipath`.
+        route_after, routing, init: arguments of `multipath`.
+        input_size: (channels, height, width) of the images by which the channels at the cuts are found; None takes
             (in_chans, img_size, img_size).
         gate_norm, prior: how the routers normalise their gates; see `nn.CrossConnection`.
-        versions: of the packages that it was built with, for a reader.
+        versions: package → version with which the network was built, for the reader.
+
+    Example:
+        >>> specification = create_model("resnet20_cc2", 7).specification
+        >>> specification.name, specification.num_classes
+        ('resnet20_cc2', 7)
+        >>> Specification.from_dict(specification.to_dict()) == specification
+        True
     """
 
     source: str
@@ -67,10 +74,14 @@ class Specification:
 
     @classmethod
     def parse(cls, text: str, **arguments) -> "Specification":
-        """The specification of a network as it is named on the command line, with further fields.
+        """Return the specification of a network by its name on the command line.
+
+        Args:
+            text: such as "resnet20_cc2" or "timm:resnet18".
+            arguments: further fields.
 
         Raises:
-            ValueError: there is no such source, or no such network of ours.
+            ValueError: there is no such source, or no registered network of that name.
         """
         source, colon, name = text.partition(":")
         if not colon:
@@ -88,19 +99,21 @@ class Specification:
 
     @property
     def text(self) -> str:
-        """As it is named on the command line, without the arguments."""
+        """The name on the command line, without arguments."""
         return self.name if self.source in ("fastroute", "function") else f"{self.source}:{self.name}"
 
     def __str__(self) -> str:
         return self.text if self.paths == 1 else f"{self.text} ({self.paths} paths)"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values alone: numbers, texts, lists and dicts."""
+        """Return the fields as plain values: numbers, texts, lists and dicts."""
         return _plain(asdict(self))
 
     @classmethod
     def from_dict(cls, values: Any) -> "Specification":
-        """Of what `to_dict` gave, which may come from anyone.
+        """Return the specification that `to_dict` has turned into plain values.
+
+        The values are checked, since they may come from a file of unknown origin.
 
         Raises:
             ValueError: a field is missing, unknown, or of another type or size than it can have.
@@ -125,13 +138,13 @@ class Specification:
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
     def differences(self, other: "Specification") -> str:
-        """What another says otherwise, in words; nothing where both build the same network."""
+        """Describe the fields in which another specification differs; "" if both build the same network."""
         names = [item.name for item in fields(self) if item.compare and item.name not in ("img_size", "input_size")]
         pairs = ((name, _plain(getattr(self, name)), _plain(getattr(other, name))) for name in names)
         return ", ".join(f"{name}={a!r}, not {b!r}" for name, a, b in pairs if a != b)
 
     def follow(self, network: nn.Module, num_classes: int) -> None:
-        """Have a network that has a new classifier remember this specification with so many classes."""
+        """Attach this specification to a network whose classifier was replaced by one of `num_classes`."""
         remember(network, replace(self, num_classes=num_classes))
 
     def build(
@@ -145,14 +158,17 @@ class Specification:
         imports: bool = False,
         say: Callable[[str], None] = print,
     ) -> nn.Module:
-        """The network, with fresh weights unless others are asked for.
+        """Build the network, with fresh or pretrained weights.
 
         Args:
-            num_classes, in_chans, img_size: in the place of the specification's.
+            num_classes, in_chans, img_size: replace those of the specification.
             pretrained: whether timm or torchvision downloads its weights.
             pretrained_path: a file of weights of the network or of its single path; see `load_pretrained`.
-            imports: whether a function of the user's may be imported; a specification out of a file does not say so.
-            say: gets a sentence for each thing about the weights that is worth one.
+            imports: whether a function of the user's may be imported. A specification from a file must not decide this.
+            say: called with a sentence about each change that the weights needed.
+
+        Returns:
+            the network, with the attribute `specification`.
 
         Raises:
             ValueError: there is no such network, it does not take an argument, or the weights do not fit.
@@ -169,7 +185,7 @@ class Specification:
                 "pretrained_path"
             )
         if spec.source == "torchvision" and pretrained and spec.name in ("googlenet", "inception_v3"):
-            # Their weights are for images normalised in another way, which the network itself then does.
+            # Their weights expect another normalisation, which the network then does itself.
             spec = replace(spec, kwargs={"transform_input": True} | dict(spec.kwargs))
         spec._check_kwargs()
         if spec.source == "function" and not imports:
@@ -228,7 +244,7 @@ class Specification:
 
     def _check_kwargs(self) -> None:
         for name in self.kwargs:
-            if name in NOT_KEPT and name != "checkpoints":  # of an ensemble, in Python
+            if name in NOT_KEPT and name != "checkpoints":  # an ensemble takes these, in Python
                 raise ValueError(
                     f"model_kwargs has {name!r}, which is not for the network itself: it has its own option"
                 )
@@ -242,9 +258,10 @@ class Specification:
 
 
 def remember(network: nn.Module, specification: Specification | None) -> nn.Module:
-    """Leave a specification on a network, as its attribute `specification`, with what shows later that it still holds.
+    """Attach a specification to a network, as its attribute `specification`, and return the network.
 
-    Arguments that are no plain values cannot be kept; then neither is the specification.
+    A digest of the layers is attached with it, which tells later whether the specification still holds. A specification
+    with arguments that are no plain values is not kept.
     """
     if specification is not None:
         kwargs = {name: value for name, value in specification.kwargs.items() if name not in NOT_KEPT}
@@ -259,9 +276,19 @@ def remember(network: nn.Module, specification: Specification | None) -> nn.Modu
 
 
 def specification_of(network: nn.Module) -> Specification | None:
-    """How a network was built, where that can be told: by `create_model`, `multipath`, timm or torchvision.
+    """Return how a network was built, if `create_model`, `multipath`, timm or torchvision built it.
 
-    None for any other network, and for one whose layers are others by now than those it was built with.
+    Args:
+        network: any module.
+
+    Returns:
+        the specification; None for other networks, and for those whose layers were changed since.
+
+    Example:
+        >>> specification_of(create_model("resnet20_cc2")).name
+        'resnet20_cc2'
+        >>> specification_of(nn.Linear(8, 10)) is None
+        True
     """
     specification = getattr(network, "specification", None)
     if isinstance(specification, Specification):
@@ -271,20 +298,20 @@ def specification_of(network: nn.Module) -> Specification | None:
 
 
 def specification_in(run: Mapping[str, Any], where: str) -> Specification:
-    """The specification in the `hyper_parameters` of a checkpoint, with the sizes that it was trained with.
+    """Return the specification in the `hyper_parameters` of a checkpoint.
 
     Args:
-        run: the fields are of their types; see `check_fields`.
+        run: the hyper-parameters, of checked types; see `check_fields`.
         where: the argument and its value, such as "checkpoint is best.ckpt", for messages.
 
     Raises:
-        ValueError: it does not say how its network is built, or not in a way that this version knows.
+        ValueError: the checkpoint has no specification, or one that this version does not know.
     """
     saved = run.get("specification")
     try:
         if saved is not None:
             return Specification.from_dict(saved)
-        if "specification" not in run:  # of before there were any: a network of ours, by its name
+        if "specification" not in run:  # an early checkpoint, which names a registered network
             sizes = {name: run[name] for name in ("num_classes", "in_chans", "img_size")}
             return Specification.parse(run["model"], **sizes)
     except ValueError as error:

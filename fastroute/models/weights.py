@@ -1,4 +1,4 @@
-"""Weights out of files: of a network itself, or of one path, which then starts every path of a multi-path network."""
+"""Read weights from files, and start a network from them; those of a single-path network start every path."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -13,23 +13,26 @@ from fastroute.nn import ParallelPaths, Router
 from fastroute.nn.router import without_temperatures
 
 AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
-"""Where torchvision's Inception and GoogLeNet have the heads that only their own training uses."""
+"""Prefixes of the heads that torchvision's Inception and GoogLeNet use only in training."""
 
 SHOWN = 3
 
 
 def read_weights(path: str | Path, name: str = "pretrained_path", averaged: bool = True) -> dict[str, Tensor]:
-    """The tensors of a network's state_dict out of a file: of `torch.save`, a `.safetensors`, or a checkpoint.
+    """Read the tensors of a network's state_dict from a file.
 
     Args:
-        path: of timm, torchvision or this package.
-        name: the argument that it was given as, for messages.
-        averaged: whether a moving average is taken where a checkpoint has one.
+        path: a file of `torch.save`, a `.safetensors` or a checkpoint, of timm, torchvision or this package.
+        name: the name of the argument that gave the path, for messages.
+        averaged: whether to take the moving average if a checkpoint has one.
+
+    Returns:
+        name → tensor.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no weights, or is damaged.
-        ModuleNotFoundError: it is a `.safetensors`, and safetensors is not installed.
+        ValueError: the file holds no weights, or is damaged.
+        ModuleNotFoundError: the file is a `.safetensors`, and safetensors is not installed.
     """
     path = Path(path)
     if not path.is_file():
@@ -38,7 +41,7 @@ def read_weights(path: str | Path, name: str = "pretrained_path", averaged: bool
         content = read_tensors(path)
     except (DamagedFile, ModuleNotFoundError) as error:
         raise type(error)(f"{name} is {path}; {error}") from error
-    except Exception as error:  # whatever a reader does with bytes that are not its own
+    except Exception as error:  # readers raise errors of many types for bytes of another format
         raise ValueError(f"{name} is {path}; it holds no weights: {in_a_line(error)}") from error
     weights = state_dict_of(content, f"{name} is {path}", averaged)
     return {key: value for key, value in weights.items() if isinstance(value, Tensor)}
@@ -62,10 +65,14 @@ def state_dict_of(content: object, where: str, averaged: bool = True) -> dict:
 
 
 def network_weights(checkpoint: dict, averaged: bool = True) -> dict[str, Tensor]:
-    """The network's state_dict out of a checkpoint, of ours or another trainer's; a state_dict is given back as it is.
+    """Return the network's state_dict from a checkpoint of this or another trainer; a state_dict is returned as it is.
 
-    With a moving average, Lightning keeps that as `state_dict` and the weights as trained as `current_model_state`;
-    timm keeps it as `state_dict_ema`, and other trainers have the weights as `model`.
+    A run with a moving average has it under `state_dict`, and the trained weights under `current_model_state`. timm has
+    the average under `state_dict_ema`; other trainers have the weights under `model`.
+
+    Args:
+        checkpoint: the content of a file.
+        averaged: whether to take the moving average if there is one.
     """
     if "state_dict" not in checkpoint:
         return checkpoint["model"] if isinstance(checkpoint.get("model"), dict) else checkpoint
@@ -76,13 +83,13 @@ def network_weights(checkpoint: dict, averaged: bool = True) -> dict[str, Tensor
         weights = checkpoint.get("current_model_state", weights)
     if not isinstance(weights, dict):
         return weights
-    if any(name.startswith("model.") for name in weights):  # of a training run, which has more than the network
+    if any(name.startswith("model.") for name in weights):  # a training run also keeps its losses' tensors
         return {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
-    return {name.removeprefix("module."): value for name, value in weights.items()}  # as from DistributedDataParallel
+    return {name.removeprefix("module."): value for name, value in weights.items()}  # DistributedDataParallel's prefix
 
 
 def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """What keeps weights from being those wanted, in a line; nothing where they are."""
+    """Summarise missing, unexpected and mismatched tensors in a line; "" if there are none."""
     wanted, given = without_temperatures(wanted), without_temperatures(given)
     given = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     shapes = ((name, given[name].shape, value.shape) for name, value in wanted.items() if name in given)
@@ -100,7 +107,7 @@ def _some(names: list[str]) -> str:
 
 
 def fits(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
-    """Whether a file's tensors have the names of a network's, whatever their shapes."""
+    """Return whether weights have all of a network's tensors by name, of any shape."""
     return {*_tensors(model)} - {*_counters(model)} <= weights.keys()
 
 
@@ -113,26 +120,26 @@ def load_pretrained(
     noise: float = 0.01,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Start a network from weights of another task, or of one path.
+    """Start a network from weights of another task, or of its single-path form.
 
-    Tensors go by their names. A classifier for another number of classes is left out: the network keeps its own fresh
-    one. A first convolution for another number of channels is adapted as timm does it: summed to one channel, or
-    repeated and scaled. Where a multi-path network made by `multipath` gets the weights of the network that it was made
-    of, every path starts with them, all but the first with noise, and its routers stay fresh.
+    Tensors are matched by name. A classifier for another number of classes is left out: the network keeps its fresh
+    one. A first convolution for another number of channels is adapted as in timm: summed to one channel, or repeated
+    and scaled. If a network made by `multipath` gets the weights of the network that it was made of, every path starts
+    from them, all but the first with noise, and the routers stay fresh.
 
     Args:
-        model: gets them.
-        weights: of `read_weights`.
+        model: the network, changed in-place.
+        weights: from `read_weights`.
         where: the argument and its value, such as "pretrained_path is resnet18.pth", for messages.
-        noise: the standard deviation of the noise on each weight of a convolution or dense layer of further paths, as
-            a share of that of the weights themselves.
-        say: gets a sentence for each thing that was done beyond copying.
+        noise: the standard deviation of the noise on each weight of a convolution or dense layer of all paths but the
+            first, relative to that of the weights.
+        say: called with a sentence about each change beyond copying.
 
     Raises:
-        ValueError: they are of another network.
+        ValueError: the weights are of another network.
     """
     wanted = _tensors(model)
-    weights = {_modern(name): value for name, value in weights.items()}
+    weights = {_without_dot(name): value for name, value in weights.items()}
     seeded = not fits(model, weights) and (names := path_names(model)) is not None
     names = names if seeded else {name: name for name in wanted}
     chosen = {name: weights[source] for name, source in names.items() if source in weights}
@@ -167,9 +174,10 @@ def load_pretrained(
 
 
 def path_names(model: nn.Module) -> dict[str, str] | None:
-    """For each tensor of a network made by `multipath` but its routers', the name in the network it was made of.
+    """Map each tensor of a network made by `multipath` to its name in the original network; routers are left out.
 
-    None for any other network.
+    Returns:
+        name → original name; None for any other network.
     """
     origins = getattr(model, "origins", None)
     if origins is None:
@@ -194,17 +202,17 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _counters(model: nn.Module) -> list[str]:
-    """What files of early PyTorch lack."""
+    """Return the names of the batch counters, which files of early PyTorch lack."""
     return [name for name in _tensors(model) if name.endswith("num_batches_tracked")]
 
 
-def _modern(name: str) -> str:
+def _without_dot(name: str) -> str:
     """Return the name of a DenseNet's tensor without the dot that older files of torchvision's have in it."""
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name)
 
 
 def _adapted_channels(wanted: dict, given: dict) -> tuple[dict[str, Tensor], list[str]]:
-    """With the first convolutions' weights for as many channels as the network's images have."""
+    """Adapt the first convolutions' weights to the channels of the network's images; also return their names."""
     adapted = {}
     for name, value in given.items():
         shape = wanted[name].shape
@@ -217,9 +225,9 @@ def _adapted_channels(wanted: dict, given: dict) -> tuple[dict[str, Tensor], lis
 
 
 def _other_classes(model: nn.Module, wanted: dict, given: dict) -> dict[str, int]:
-    """The tensors of a classifier for another number of classes: they differ in their first size alone.
+    """Return the tensors of a classifier for another number of classes, which differ only in their first size.
 
-    Of a network whose number of classes is not known, they must be of the last module, in each path.
+    If the network's number of classes is not known, they must belong to the last module of each path.
     """
     others = {
         name: value.shape[0]
@@ -230,11 +238,11 @@ def _other_classes(model: nn.Module, wanted: dict, given: dict) -> dict[str, int
     if classes is not None:
         last = all(wanted[name].shape[0] == classes for name in others)
     else:
-        last = {_within(name) for name in others} == {_within(list(given)[-1])}
+        last = {_module_of(name) for name in others} == {_module_of(list(given)[-1])}
     return others if last and len(set(others.values())) == 1 else {}
 
 
-def _within(name: str) -> str:
-    """The module of a tensor, in every path the same."""
+def _module_of(name: str) -> str:
+    """Return the module of a tensor, without the number of its path."""
     module = name.rpartition(".")[0].split(".")
     return ".".join(part for i, part in enumerate(module) if not (i == 1 and part.isdigit()))

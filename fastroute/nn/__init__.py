@@ -1,6 +1,6 @@
 """Modules: routing layers, containers for parallel paths, and clustering losses."""
 
-from fastroute import backends  # noqa: F401 (registers the kernels, which a command imports by no other way)
+from fastroute import backends  # noqa: F401 (registers the kernels)
 from fastroute.nn.containers import MultiPathNetwork, ParallelPaths
 from fastroute.nn.cross_connection import CrossConnection
 from fastroute.nn.cross_prediction import CrossPrediction2d, CrossPredictionLinear

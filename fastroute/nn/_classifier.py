@@ -11,25 +11,25 @@ _TRANSPARENT = (nn.Identity, nn.Dropout, nn.Flatten)
 
 
 class Classifies:
-    """A module of a body and a head, which ends in a dense layer for each path; the logits of the paths are averaged.
+    """Mixin of networks of a body and a head that ends in a dense layer for each path; logits are averaged over paths.
 
-    Subclasses have `_body`, `_head` and `_heads`. Features of several paths lie beside each other along the channels,
-    so that `forward_head(forward_features(x))` is `forward(x)`.
+    Subclasses implement `_body`, `_head` and `_heads`. The features of several paths are concatenated along the
+    channels, so that `forward_head(forward_features(x))` is `forward(x)`.
     """
 
     _without: str | None = None
-    """What the output lacks: the "classifier", or the whole "head"; None for logits."""
+    """The part that was removed: the "classifier", or the whole "head"; None if the output is logits."""
 
     def _body(self, x: Tensor, maps: list[list[Tensor]] | None = None) -> tuple[list[Tensor], dict[str, Routing]]:
-        """What the head takes, a tensor for each path, and the routing; `maps` gets what each layer gives."""
+        """Return the head's input, a tensor for each path, and the routing; append each layer's output to `maps`."""
         raise NotImplementedError
 
     def _heads(self) -> list[str]:
-        """The names of the modules of the head, one for each path."""
+        """Return the names of the head's modules, one for each path."""
         raise NotImplementedError
 
     def _head(self, xs: list[Tensor]) -> list[Tensor]:
-        """Logits for each path."""
+        """Return the logits of each path."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, dict[str, Routing]]:
@@ -43,11 +43,20 @@ class Classifies:
         return ys[0] if len(ys) == 1 else torch.stack(ys).mean(0)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """What the head takes: (N, C, H, W) where it pools, those of several paths beside each other."""
+        """Return the head's input: (N, C, H, W) if the head pools, concatenated over paths along the channels.
+
+        Args:
+            x: images (N, in_chans, H, W).
+        """
         return _joined(self._body(x)[0])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """From `forward_features` to logits, or with `pre_logits` to what the classifier takes, (N, num_features)."""
+        """Return the logits for `forward_features`.
+
+        Args:
+            x: from `forward_features`.
+            pre_logits: return the classifier's input (N, num_features) instead.
+        """
         xs = list(x.chunk(self._streams(), 1))
         if not pre_logits:
             return self._combined(self._head(xs))
@@ -64,17 +73,17 @@ class Classifies:
         return _joined([kept[i] for i in range(len(names))] if names else ys)
 
     def get_classifier(self) -> nn.Module:
-        """The dense layer that gives the logits; those of several paths in an `nn.ModuleList`."""
+        """Return the dense layer that computes the logits; those of several paths in an `nn.ModuleList`."""
         modules = [self.get_submodule(name) for name in self._checked_classifiers()]
         return modules[0] if len(modules) == 1 else nn.ModuleList(modules)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give the network a fresh classifier.
+        """Replace the classifier by a fresh one, or remove it.
 
         Args:
-            num_classes: the number of logits; 0 is no classifier: the output is what it would take, (N, num_features).
-            global_pool: "" with num_classes=0: the output is that of `forward_features`; otherwise None or "avg", which
-                leave the pooling as it is.
+            num_classes: the number of logits. 0 removes the classifier: the output is its input, (N, num_features).
+            global_pool: "" with num_classes=0 makes the output that of `forward_features`; None and "avg" keep the
+                pooling.
 
         Raises:
             ValueError: an argument is out of range, or the network does not end in a dense layer.
@@ -104,12 +113,12 @@ class Classifies:
 
     @property
     def num_features(self) -> int:
-        """The size of what the classifier takes, that of all paths together."""
+        """The size of the classifier's input, of all paths together."""
         self._checked_classifiers()
         return sum(self._width.values())
 
     def _streams(self) -> int:
-        """How many tensors `_body` gives."""
+        """Return the number of tensors that `_body` returns."""
         return len(self._heads())
 
     def _classifiers(self) -> list[str]:
@@ -126,7 +135,7 @@ class Classifies:
 
 
 def final_linear(module: nn.Module, name: str) -> str | None:
-    """The name of the dense layer in which a module ends, itself being called `name`; None where it does not."""
+    """Return the name of the dense layer in which the module `name` ends, or None if it ends in another layer."""
     if isinstance(module, nn.Linear):
         return name
     if isinstance(module, fx.GraphModule):

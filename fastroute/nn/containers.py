@@ -55,7 +55,7 @@ class ParallelPaths(TakesLists, nn.ModuleList):
         if execution not in ("auto", "separate", "batched"):
             raise ValueError(f"execution is {execution!r}; it must be 'auto', 'separate' or 'batched'")
         if execution == "batched" and len({repr(path) for path in self}) > 1:
-            raise ValueError("execution is 'batched'; the paths must differ in nothing but their weights, but do")
+            raise ValueError("execution is 'batched'; the paths must differ only in their weights")
         self._execution = execution
 
     def forward(self, xs: Sequence[Tensor]) -> list[Tensor]:
@@ -91,7 +91,7 @@ class ParallelPaths(TakesLists, nn.ModuleList):
 class MultiPathNetwork(Classifies, nn.Module):
     """A network of layers that take and return lists of parallel tensors; the logits of its paths are averaged.
 
-    The image enters as a list of one tensor. A plain network is the special case of one path throughout.
+    The first layer gets the images as a list of one tensor. A plain network is the special case of one path.
 
     Args:
         layers: name → module, in the order in which they run. Each takes a list of tensors and returns a list; the
@@ -133,7 +133,7 @@ class MultiPathNetwork(Classifies, nn.Module):
         return xs, routing
 
     def _layers(self) -> list[tuple[str, nn.Module]]:
-        """All layers but the head."""
+        """Return all layers but the head."""
         layers = list(self.named_children())
         return layers if isinstance(layers[-1][1], Router) else layers[:-1]
 

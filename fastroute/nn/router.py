@@ -1,4 +1,4 @@
-"""What all routers share: the gates that the incoming paths compute."""
+"""The base of all routers: gates computed from the incoming paths."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,19 +14,19 @@ from fastroute.ops._library import without_autocast
 from fastroute.ops._paths import MAX_PATHS, path_list
 
 TEMPERATURE = "temperature"
-"""What the state dict of a router calls its temperature, where it has one; see `Tempered`."""
+"""The name of a router's temperature in its state dict; see `Tempered`."""
 
 
 def without_temperatures(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict but for the temperatures of routers, which another of the same network may lack."""
+    """Return a state dict without the temperatures of routers, which another one of the same network may lack."""
     return {k: v for k, v in state.items() if k.rpartition(".")[2] != TEMPERATURE or getattr(v, "dim", lambda: 0)()}
 
 
 class Routing(NamedTuple):
-    """What a router decided for each sample.
+    """Decisions of a router for each sample.
 
     gates: (N, m, n); `gates[s, i, j]` is the weight of input i in output j, and each row i sums to 1.
-    scores: (N, m, n), the relevance scores A, before the temperature and softmax; normalised where the router has a
+    scores: (N, m, n), the relevance scores A, before the temperature and softmax; normalised if the router has a
         `gate_norm`.
     """
 
@@ -35,11 +35,11 @@ class Routing(NamedTuple):
 
 
 class Tempered:
-    """A module whose gates are softmax(A / T): even gates as T grows, a choice of one path as T falls to 0.
+    """Mixin of modules with gates softmax(A / T): even gates as T grows, a choice of one path as T falls to 0.
 
-    `temperature` is a plain number, neither parameter nor buffer: assign to it between steps to anneal. A compiled
-    module is compiled anew for the first other temperature alone. Once it has been another than 1, the state dict has
-    it, as a tensor of one number; a state dict without it, as of older files, leaves it as it is.
+    `temperature` is a plain number, neither parameter nor buffer: assign to it between steps to anneal. The first
+    change recompiles a compiled module; later changes do not. The state dict has the temperature, as a tensor of one
+    number, once it has differed from 1; loading a state dict without it, as in older files, does not change it.
     """
 
     _temperature, _tempered = 1.0, False
@@ -67,7 +67,7 @@ class Tempered:
 
 
 class Router(TakesLists, Tempered, nn.Module):
-    """A layer from m parallel tensors to n, with the parameters of a gate for each incoming path (Eq. 3.3 to 3.5).
+    """Base of layers from m parallel tensors to n, with a gate for each incoming path (Eq. 3.3 to 3.5).
 
     Parameters: w1 (m, G, C), b1 (m, G), w2 (m, n, G), b2 (m, n); w2 is (m, n, C), and w1 and b1 are None, without a
     hidden layer. Subclasses return `(outputs, Routing)` from `forward(xs, return_routing=True)`.
@@ -111,7 +111,7 @@ class Router(TakesLists, Tempered, nn.Module):
     def reset_parameters(self) -> None:
         """Start the first layer as `nn.Linear` does, and the second near zero: gates within about 0.001 of 1/n."""
         if self.w1 is not None:
-            bound = 1 / math.sqrt(self.w1.shape[-1])  # nn.Linear's Kaiming-uniform comes to this, for weight and bias
+            bound = 1 / math.sqrt(self.w1.shape[-1])  # equals nn.Linear's Kaiming-uniform bound
             for parameter in (self.w1, self.b1):
                 if parameter is not None:
                     nn.init.uniform_(parameter, -bound, bound)
@@ -122,7 +122,7 @@ class Router(TakesLists, Tempered, nn.Module):
             nn.init.zeros_(self.b2)
 
     def _gate(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-        """w1, b1, w2 and b2 for scores A / T: A is linear in the second layer, so the operators need not know of T."""
+        """Return w1, b1, w2 and b2 for scores A / T; A is linear in w2 and b2, so these include 1 / T."""
         if self.gate_norm is not None and not self.training:
             return self.w1, self.b1, *self.gate_norm.fold(self.w2, self.b2, self.temperature)
         if self.temperature == 1 or self.gate_norm is not None:
@@ -132,20 +132,20 @@ class Router(TakesLists, Tempered, nn.Module):
         return self.w1, self.b1, w2, b2
 
     def _routing(self, gates: Tensor, scores: Tensor) -> Routing:
-        """From scores A / T, or those of a folded normalisation."""
+        """Return the routing for scores A / T, or those of a folded normalisation."""
         if self.gate_norm is not None:
             return Routing(gates, self.gate_norm.unfold(scores, self.temperature))
         return Routing(gates, scores if self.temperature == 1 else scores * self.temperature)
 
     def _normalized(self, xs: Sequence[Tensor]) -> Routing:
-        """The routing by normalised scores in training mode: they are known when the whole batch has its scores."""
+        """Return the routing by scores normalised over the batch, in training mode."""
         _, scores = gate(xs, *self._gate())
         with without_autocast(scores.device.type):
             logits, scores = self.gate_norm.logits(scores, self.temperature)
             return Routing(logits.softmax(-1), scores)
 
     def _checked(self, xs: Sequence[Tensor], channels: int, name: str) -> list[Tensor]:
-        """xs, after the checks that they are as many paths of as many channels as `name` says."""
+        """Return xs after checking the numbers of paths and channels; `name` is the argument that gave the latter."""
         xs = path_list("xs", xs)
         if len(xs) != self.in_paths:
             raise ValueError(f"xs has {len(xs)} paths; this router takes in_paths={self.in_paths}")
@@ -155,10 +155,21 @@ class Router(TakesLists, Tempered, nn.Module):
 
 
 def set_gate_norm(network: nn.Module, gate_norm: str | None, prior: str | None = None) -> None:
-    """Give every router of a network this normalisation, with fresh statistics; see `CrossConnection`.
+    """Set the normalisation of every router of a network, with fresh statistics.
+
+    Args:
+        network: changed in-place.
+        gate_norm, prior: see `CrossConnection`; None removes the normalisation.
 
     Raises:
         ValueError: gate_norm or prior is unknown, or the network has no router.
+
+    Example:
+        >>> from fastroute.nn import CrossConnection
+        >>> router = CrossConnection(16, in_paths=2, out_paths=2)
+        >>> set_gate_norm(router, "standardize")
+        >>> router.gate_norm
+        GateNorm('standardize', (2, 2), momentum=0.1)
     """
     routers = [module for module in network.modules() if isinstance(module, Tempered)]
     if not routers and gate_norm is not None:

@@ -1,7 +1,7 @@
 """Figures of routing and of clusterings, and one page that shows them (§3.5, §4.5.3).
 
 Each figure is a function from tensors or a model to a matplotlib `Figure`. `collect_routing` passes over the images
-once for all of them. Needs `pip install 'fastroute[visualize]'`.
+once, for all figures of gates. Needs `pip install 'fastroute[visualize]'`.
 """
 
 from fastroute._extras import extra

@@ -12,17 +12,20 @@ from torch import Tensor
 from fastroute.visualize.style import INK, PALETTE, WIDTH, ShownFigure, grid, is_flat, legible, show, styled
 
 LEGEND = 20
-"""The most clusters that a legend has room for."""
+"""The most clusters in a legend."""
 
 
 @styled
 def response_map(responses: Mapping[str, Tensor], seed: int = 0, names: Sequence[str] | None = None) -> Figure:
-    """t-SNE of responses before the softmax, coloured by cluster and with the clusters' numbers (Fig. 4.7).
+    """Draw the t-SNE of responses before the softmax, coloured by cluster, with the clusters' numbers (Fig. 4.7).
 
     Args:
         responses: title → (N, K), such as of a random and of the trained network; N at least 10.
         seed: of t-SNE.
-        names: of the clusters, for a legend; left out where there are more than fit.
+        names: the clusters' names for a legend, which is left out above `LEGEND` clusters.
+
+    Example:
+        >>> figure = response_map({"trained network": torch.randn(50, 4)}, names=["ant", "bee", "cat", "dog"])
     """
     figure, panels = grid(len(responses), 2, 3.1)
     for axes, (title, values) in zip(panels, responses.items(), strict=True):
@@ -53,17 +56,18 @@ def response_map(responses: Mapping[str, Tensor], seed: int = 0, names: Sequence
 
 @styled
 def cluster_images(highest: Mapping[str, Tensor], synthesized: Tensor | None = None) -> Figure:
-    """The images with the highest response of each cluster, and one made to maximise it at the end (Fig. 4.8).
+    """Draw the images with the highest response of each cluster, and at the end a synthesised one (Fig. 4.8).
 
     Args:
         highest: a cluster's name → (N, C, H, W), values from 0 to 1.
-        synthesized: (clusters, C, H, W), values from 0 to 1.
+        synthesized: (clusters, C, H, W), values from 0 to 1, from `synthesize_outputs`. Flat images are left out.
     """
     count = max(len(images) for images in highest.values())
     size = WIDTH / (count + 2.6)
     figure = ShownFigure(figsize=(WIDTH, size * 1.03 * len(highest)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, hspace=0, wspace=0)
     axes = figure.subplots(len(highest), count + 3, squeeze=False, width_ratios=[1.2, *[1] * count, 0.3, 1])
+    labelled = False
     for row, (name, images) in enumerate(highest.items()):
         for unused in axes[row]:
             unused.set_axis_off()
@@ -72,22 +76,27 @@ def cluster_images(highest: Mapping[str, Tensor], synthesized: Tensor | None = N
             show(axes[row, k + 1], image)
         if synthesized is not None and not is_flat(synthesized[row]):
             show(axes[row, -1], synthesized[row])
-            if row == 0:
+            if not labelled:
                 axes[row, -1].set_title("made", fontsize=7)
+                labelled = True
     return figure
 
 
 @styled
 def filter_images(layers: Mapping[str, Tensor]) -> Figure:
-    """What filters of the first and the last convolution respond to (Fig. 4.9).
+    """Draw what filters of the first and the last convolution respond to (Fig. 4.9).
 
     Args:
-        layers: a layer's name → synthesised images (N, C, H, W), values from 0 to 1.
+        layers: a layer's name → synthesised images (N, C, H, W), values from 0 to 1. Flat ones are left out.
     """
+    layers = {name: [image for image in images if not is_flat(image)] for name, images in layers.items()}
     figure = ShownFigure(figsize=(WIDTH, 1.75 * len(layers)), layout="constrained")
     for part, (name, images) in zip(np.atleast_1d(figure.subfigures(len(layers))), layers.items(), strict=True):
         part.set_facecolor("none")
         part.suptitle(name, fontsize=9)
+        if not images:
+            part.text(0.5, 0.5, "all images stayed flat", ha="center", va="center", fontsize=8)
+            continue
         columns = -(-len(images) // 2)
         axes = part.subplots(2, columns, squeeze=False).flatten()
         for place in axes:
@@ -99,11 +108,14 @@ def filter_images(layers: Mapping[str, Tensor]) -> Figure:
 
 @styled
 def confusion(labels: Tensor, clusters: Tensor, classes: Sequence[str]) -> Figure:
-    """How many images of each class (row, in %) each cluster has; clusters are in the order of their main class.
+    """Draw the share of each class (row, in %) in each cluster; clusters are in the order of their main class.
 
     Args:
         labels, clusters: (N,), int64.
         classes: the names of the classes.
+
+    Example:
+        >>> figure = confusion(torch.tensor([0, 0, 1]), torch.tensor([1, 1, 0]), ["ant", "bee"])
     """
     counts = torch.zeros(len(classes), int(clusters.max()) + 1)
     counts.index_put_((labels, clusters), torch.ones(len(labels)), accumulate=True)

@@ -1,4 +1,4 @@
-"""What figures are drawn from: the gates of every image, and a closer look at a few."""
+"""Collect the data for figures: the gates of every image, and more about a few."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -25,13 +25,13 @@ class Gate(NamedTuple):
     j: int
 
     def __str__(self) -> str:
-        """As in the thesis, counted from 1: "stack1 g₂₁"."""
+        """Return the thesis's notation, counted from 1: "stack1 g₂₁"."""
         subscripts = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
         return f"{short(self.router)} g{f'{self.i + 1}{self.j + 1}'.translate(subscripts)}"
 
 
 def short(router: str) -> str:
-    """The name of a router without the "_router" that `multipath` ends it with."""
+    """Return the name of a router without the suffix "_router"."""
     return router.removesuffix("_router")
 
 
@@ -42,8 +42,8 @@ class RoutingData:
     Attributes:
         gates: router → (N, m, n), float32.
         labels: (N,), int64.
-        colours: (N, C), the mean of each image's channels, as the network sees them.
-        predictions: (N,), the class with the highest logit, where it is known.
+        colours: (N, C), the mean of each channel of the normalised image.
+        predictions: (N,), the class with the highest logit; None if unknown.
     """
 
     gates: dict[str, Tensor]
@@ -56,11 +56,11 @@ class RoutingData:
         return f"RoutingData({len(self.labels):,} images; gates: {gates})"
 
     def values(self, gate: Gate) -> Tensor:
-        """(N,): one gate for every image."""
+        """Return one gate for every image: (N,)."""
         return self.gates[gate.router][:, gate.i, gate.j]
 
     def extremes(self, gate: Gate, count: int = 10) -> tuple[Tensor, Tensor]:
-        """Indices of the images with the highest and the lowest value of a gate, the most extreme first.
+        """Return the indices of the images with the highest and the lowest value of a gate, the most extreme first.
 
         Raises:
             ValueError: there are fewer images than `count`.
@@ -71,13 +71,14 @@ class RoutingData:
         return order[:count], order.flip(0)[:count]
 
     def statistics(self) -> dict[str, RouterStatistics]:
+        """Return the statistics of each router over all images."""
         return {name: RouterStatistics.of(Routing(gates, gates)).cpu() for name, gates in self.gates.items()}
 
     def widest(self, count: int = 8) -> list[Gate]:
-        """The gates whose values differ most from image to image, in the order of depth.
+        """Return the gates that vary most from image to image, in the order of depth.
 
-        One of each gating vector, since the others mirror it (§3.5.2); with more vectors than `count`, evenly spaced in
-        depth, and with fewer, the next best of each vector as well.
+        There is one gate of each gating vector, since the others mirror it (§3.5.2). If there are more vectors than
+        `count`, those evenly spaced in depth are taken; if there are fewer, the next best gates of each vector follow.
         """
         ranks: list[list[Gate]] = []
         for name, gates in self.gates.items():
@@ -93,10 +94,11 @@ class RoutingData:
 
 
 class Layer(NamedTuple):
-    """One router's work on one image.
+    """Gates and magnitudes at one router, for one image.
 
-    gates: (m, n); before: (m,), after: (n,), what each incoming and outgoing tensor has of the mean magnitude of all,
-    or None where a router has no parallel tensors on that side.
+    gates: (m, n).
+    before: (m,), the share of each incoming tensor in their total mean magnitude.
+    after: (n,), the same for the outgoing tensors. Both are None for a router without parallel tensors on that side.
     """
 
     name: str
@@ -107,7 +109,7 @@ class Layer(NamedTuple):
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """The network in evaluation and its parameters without gradient, and afterwards as it was."""
+    """Put a network into evaluation mode without gradients of its parameters, and restore both afterwards."""
     gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         with modes_kept(model):
@@ -119,20 +121,30 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def matrix(values: Tensor) -> Tensor:
-    """Gates or scores (N, m, n); those of a sparse router, (N, n), are of one incoming path."""
+    """Return gates or scores as (N, m, n); a sparse router's, (N, n), have one incoming path."""
     return values if values.dim() == 3 else values[:, None]
 
 
 @torch.no_grad()
 def collect_routing(model: nn.Module, batches: Batches) -> RoutingData:
-    """One pass over the images, of which nothing is held but gates, labels, predictions and mean colours.
+    """Collect gates, labels, predictions and mean colours in one pass over the images.
 
     Args:
         model: `model(images, return_routing=True)` → (logits, {router: Routing}).
         batches: images (N, C, H, W), on the model's device, and labels (N,).
 
+    Returns:
+        the gates of every image.
+
     Raises:
         ValueError: the model has no routers, or there are no images.
+
+    Example:
+        >>> network = fastroute.models.create_model("resnet20_cc2")
+        >>> routing = collect_routing(network, [(images, labels)])
+        >>> routing
+        RoutingData(4 images; gates: stem_router 1×2, stack1_router 2×2, ...)
+        >>> figure = gate_health(routing)
     """
     gates, labels, colours, predictions = {}, [], [], []
     with frozen(model):
@@ -152,10 +164,10 @@ def collect_routing(model: nn.Module, batches: Batches) -> RoutingData:
 
 
 def check_gates(data: RoutingData) -> None:
-    """Raise where gates are NaN or infinite, of which there is no histogram and no order.
+    """Check that all gates are finite: others have no histogram and no order.
 
     Raises:
-        ValueError: as said.
+        ValueError: gates are non-finite; the message names the router.
     """
     for name, gates in data.gates.items():
         if wrong := int((~gates.isfinite().flatten(1).all(1)).sum()):
@@ -164,7 +176,14 @@ def check_gates(data: RoutingData) -> None:
 
 @torch.no_grad()
 def collect_flows(model: nn.Module, images: Tensor) -> list[list[Layer]]:
-    """For each of a few images (N, C, H, W), what every router does, from the first to the last (Fig. 3.7).
+    """Collect the gates and magnitudes at every router for a few images, in the order of depth (Fig. 3.7).
+
+    Args:
+        model: as in `collect_routing`.
+        images: (N, C, H, W), normalised, on the model's device.
+
+    Returns:
+        for each image, one `Layer` for each router.
 
     Raises:
         ValueError: the model has no routers.
@@ -202,7 +221,7 @@ def collect_flows(model: nn.Module, images: Tensor) -> list[list[Layer]]:
 
 
 def parallel_layers(model: nn.Module) -> dict[str, ParallelPaths]:
-    """The layers with parameters of which each path has its own, by name."""
+    """Return the parallel layers that have parameters, by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -211,7 +230,14 @@ def parallel_layers(model: nn.Module) -> dict[str, ParallelPaths]:
 
 
 def parallel_weights(model: nn.Module) -> dict[str, list[Tensor]]:
-    """The weights of each convolution and dense layer that the paths have alike, flat: name → one tensor a path."""
+    """Return the weights of each convolution and dense layer that all paths have.
+
+    Args:
+        model: a network with `ParallelPaths`.
+
+    Returns:
+        layer → one flat tensor for each path, float32, on the CPU.
+    """
     weights = {}
     for layer, paths in parallel_layers(model).items():
         for name, first in paths[0].named_parameters():
@@ -224,12 +250,20 @@ def parallel_weights(model: nn.Module) -> dict[str, list[Tensor]]:
 
 
 def weight_distance(a: Tensor, b: Tensor) -> float:
-    """The Wasserstein-1 distance between two sets of as many weights, in standard deviations of both together.
+    """Return the Wasserstein-1 distance between two equally large sets of weights, in their joint standard deviations.
 
-    0: the same histogram, whatever the order of the weights.
+    It is 0 for equal histograms, whatever the order of the weights.
+
+    Args:
+        a, b: tensors with the same number of elements.
 
     Raises:
-        ValueError: there are not as many weights in one as in the other.
+        ValueError: the numbers of elements differ.
+
+    Example:
+        >>> weights = torch.randn(1000)
+        >>> weight_distance(weights, weights.flip(0))
+        0.0
     """
     if a.numel() != b.numel():
         raise ValueError(f"a has {a.numel()} weights and b {b.numel()}; there must be as many in both")
@@ -239,14 +273,17 @@ def weight_distance(a: Tensor, b: Tensor) -> float:
 
 @torch.no_grad()
 def path_similarity(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
-    """Linear CKA between the feature maps of parallel paths, over minibatches: layer → (n, n), 1 for the same features.
+    """Compute the linear CKA between the feature maps of parallel paths, over minibatches.
 
-    HSIC is estimated without bias in each batch and averaged (Nguyen et al., 2021), so that no features are held and
-    independent ones come to about 0 however small a batch is.
+    HSIC is estimated without bias in each batch and averaged (Nguyen et al., 2021). So no features are stored, and
+    independent features come to about 0 in batches of any size.
 
     Args:
-        model: a network with `ParallelPaths`; empty without.
-        batches: as in `collect_routing`, of at least 4 images, of mixed classes; a smaller one is left out.
+        model: a network.
+        batches: as in `collect_routing`, with at least 4 images of mixed classes; smaller batches are left out.
+
+    Returns:
+        layer → (n, n), 1 for the same features. It is empty for a network without `ParallelPaths`.
     """
     hsic: dict[str, Tensor] = {}
     with frozen(model), contextlib.ExitStack() as hooks:
@@ -269,7 +306,7 @@ def path_similarity(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
 
 
 def _hsic(grams: Tensor) -> Tensor:
-    """The unbiased HSIC (Song et al., 2012) of each pair of Gram matrices (n, N, N): (n, n)."""
+    """Return the unbiased HSIC (Song et al., 2012) of each pair of Gram matrices (n, N, N): (n, n)."""
     count = grams.shape[1]
     grams = grams - torch.diag_embed(grams.diagonal(dim1=1, dim2=2))
     rows, totals = grams.sum(2), grams.sum((1, 2))
@@ -281,7 +318,15 @@ def _hsic(grams: Tensor) -> Tensor:
 
 @torch.no_grad()
 def collect_responses(model: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
-    """The responses (N, K) of a clustering network before the softmax, and the labels (N,)."""
+    """Collect the responses of a clustering network before the softmax.
+
+    Args:
+        model: images (N, C, H, W) → responses (N, K).
+        batches: images, on the model's device, and labels (N,).
+
+    Returns:
+        responses (N, K), float32, and labels (N,), on the CPU.
+    """
     with frozen(model):
         parts = [(model(images).float().cpu(), labels.cpu()) for images, labels in batches]
     responses, labels = (torch.cat(part) for part in zip(*parts, strict=True))

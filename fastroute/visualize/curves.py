@@ -1,4 +1,4 @@
-"""Figures of training runs, from what they write (Fig. 3.6 and 4.6)."""
+"""Figures of training runs, from their summaries (Fig. 3.6 and 4.6)."""
 
 import csv
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ _CURVES = {
 
 
 def read_summary(path: Path) -> list[dict[str, str]]:
-    """The rows of a `summary.csv`.
+    """Read the rows of a `summary.csv`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it has no rows, or none of the columns that are drawn.
+        ValueError: the file has no rows, or none of the columns that are drawn.
     """
     if not path.is_file():
         raise FileNotFoundError(f"summary is {path}; there is no such file")
@@ -42,22 +42,27 @@ def read_summary(path: Path) -> list[dict[str, str]]:
 
 @styled
 def learning_curves(summaries: Mapping[str, Path]) -> Figure:
-    """Error, or a clustering's accuracy and mutual information, by epoch (Fig. 4.6).
+    """Draw the error, or a clustering's accuracy and mutual information, by epoch (Fig. 4.6).
+
+    Several runs differ in colour, and the two curves of each in their line; of one run, the curves differ in both.
 
     Args:
         summaries: a run's name → its `summary.csv`.
 
     Raises:
-        FileNotFoundError, ValueError: as of `read_summary`.
+        FileNotFoundError: there is no such file.
+        ValueError: a file has no rows, or none of the columns that are drawn.
     """
     figure = ShownFigure(figsize=(WIDTH, 2.8), layout="constrained")
     axes = figure.subplots()
     for k, (name, path) in enumerate(summaries.items()):
         rows = read_summary(path)
-        for line, column in zip(("-", "--"), (c for c in _CURVES if c in rows[0]), strict=False):
+        columns = [column for column in _CURVES if column in rows[0]]
+        for shown, (line, column) in enumerate(zip(("-", "--"), columns, strict=False)):
             points = [(int(row.get("epoch", 1)), float(row[column])) for row in rows if row.get(column)]
             text = f"{legible(name)} {column}" if len(summaries) > 1 else column
-            axes.plot(*zip(*points, strict=True), line, color=PALETTE[k % len(PALETTE)], label=text, marker=".")
+            colour = PALETTE[(k if len(summaries) > 1 else shown) % len(PALETTE)]
+            axes.plot(*zip(*points, strict=True), line, color=colour, label=text, marker=".")
             axes.set_ylabel(_CURVES[column])
     axes.set(xlabel="epoch")
     axes.set_ylim(bottom=0)
@@ -69,10 +74,13 @@ def learning_curves(summaries: Mapping[str, Path]) -> Figure:
 
 @styled
 def accuracy_against_parameters(runs: Mapping[str, tuple[int, float]]) -> Figure:
-    """Accuracy of networks by their size (Fig. 3.6).
+    """Draw the accuracy of networks by their size (Fig. 3.6).
 
     Args:
-        runs: a network's name → its parameters and its accuracy in percent.
+        runs: a network's name → its number of parameters, and its accuracy in percent.
+
+    Example:
+        >>> figure = accuracy_against_parameters({"resnet20": (270_000, 91.0), "resnet20_cc2": (550_000, 92.0)})
     """
     figure = ShownFigure(figsize=(WIDTH, 3), layout="constrained")
     axes = figure.subplots()

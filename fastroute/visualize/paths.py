@@ -1,4 +1,4 @@
-"""Figures of parallel paths: their weights (Fig. 3.10) and how much alike their features are."""
+"""Figures of parallel paths: their weights (Fig. 3.10) and the similarity of their features."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -12,17 +12,20 @@ from fastroute.visualize.style import PALETTE, grid, styled
 
 
 def mean_distance(weights: Sequence[Tensor]) -> float:
-    """The mean `weight_distance` over all pairs of paths."""
+    """Return the mean `weight_distance` over all pairs of paths."""
     distances = [weight_distance(a, b) for a, b in itertools.combinations(weights, 2)]
     return sum(distances) / len(distances)
 
 
 @styled
 def weight_histograms(weights: Mapping[str, Sequence[Tensor]]) -> Figure:
-    """Histograms of the paths' weights in each of some layers, and the distance between them (Fig. 3.10).
+    """Draw histograms of the paths' weights in some layers, with the distance between them (Fig. 3.10).
 
     Args:
-        weights: layer → one tensor for each path, such as `parallel_weights` gives.
+        weights: layer → one tensor for each path, as from `parallel_weights`.
+
+    Example:
+        >>> figure = weight_histograms({"conv": [torch.randn(100), torch.randn(100)]})
     """
     figure, panels = grid(len(weights), 3, 1.7)
     for axes, (name, paths) in zip(panels, weights.items(), strict=True):
@@ -40,18 +43,22 @@ def weight_histograms(weights: Mapping[str, Sequence[Tensor]]) -> Figure:
 
 @styled
 def similarity_matrices(similarity: Mapping[str, Tensor]) -> Figure:
-    """The linear CKA between parallel feature maps, layer by layer: 1 where paths have collapsed into one.
+    """Draw the linear CKA between parallel feature maps, layer by layer: 1 where paths have collapsed into one.
 
     Args:
-        similarity: layer → (n, n), as `path_similarity` gives.
+        similarity: layer → (n, n), as from `path_similarity`.
+
+    Example:
+        >>> figure = similarity_matrices({"conv": torch.tensor([[1.0, 0.3], [0.3, 1.0]])})
     """
     figure, panels = grid(len(similarity), 4, 1.8)
     for axes, (name, cka) in zip(panels, similarity.items(), strict=True):
-        axes.imshow(cka.numpy(), cmap="cividis", vmin=0, vmax=1)
+        image = axes.imshow(cka.numpy(), cmap="cividis", vmin=0, vmax=1)
         for (i, j), value in np.ndenumerate(cka.numpy()):
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.5 else "white")
         ticks = range(len(cka))
         axes.set_xticks(ticks, [str(k + 1) for k in ticks])
         axes.set_yticks(ticks, [str(k + 1) for k in ticks])
-        axes.set(title=name)
+        axes.set(title=name, xlabel="path", ylabel="path")
+    figure.colorbar(image, ax=panels, label="CKA", shrink=0.8, pad=0.02)
     return figure

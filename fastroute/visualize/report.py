@@ -1,4 +1,4 @@
-"""One page with all figures of a network, which needs nothing but itself to be viewed."""
+"""Write one self-contained page with all figures of a network."""
 
 import base64
 import io
@@ -31,22 +31,22 @@ from fastroute.visualize.style import INK, PAPER, is_flat, legible, save, thumbn
 from fastroute.visualize.synthesis import synthesize_filters, synthesize_gates, synthesize_outputs
 
 EXTREMES = 10
-"""The images shown for each end of a gate (Fig. 3.8)."""
+"""The number of images shown for each end of a gate (Fig. 3.8)."""
 SIMILARITY_IMAGES = 512
 COLLAPSED, EVEN, FOLLOWS, MOST_PATHS = 0.95, 0.01, 0.2, 64
-"""For the verdict: the CKA from which paths are alike, the standard deviation of a gate below which it is the same for
-all images, the share of its variance that something must explain, and the most paths that are looked at."""
+"""Thresholds of the verdict: the CKA above which paths have collapsed, the standard deviation below which a gate is the
+same for all images, the share of a gate's variance that class or colour must explain, and the most paths compared."""
 RESPONSES = 2560
-"""The images in a map of responses, as in Fig. 4.7."""
+"""The number of images in a map of responses, as in Fig. 4.7."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """The images that a report is about.
+    """The images of a report.
 
     Attributes:
-        batches: called for one pass over normalised images (N, C, H, W) and labels (N,), on the network's device.
-        pixels: indices (k,) in the order of that pass → the images as they are, uint8 (k, H, W, C).
+        batches: returns one pass over normalised images (N, C, H, W) and labels (N,), on the network's device.
+        pixels: indices (k,) in the order of that pass → unnormalised images, uint8 (k, H, W, C).
         classes: the names of the labels.
         mean, std: (C,), of the normalisation, for values from 0 to 1.
     """
@@ -58,24 +58,24 @@ class Images:
     std: Tensor
 
     def at(self, indices: Tensor) -> Tensor:
-        """(k, C, H, W), values from 0 to 1."""
+        """Return the images of these indices: (k, C, H, W), values from 0 to 1."""
         return self.pixels(indices).permute(0, 3, 1, 2).float() / 255
 
     def normalized(self, images: Tensor) -> Tensor:
-        """What the network takes for images (k, C, H, W), values from 0 to 1, on the device of `mean`."""
+        """Normalise images (k, C, H, W), values from 0 to 1, on the device of `mean`."""
         mean, std = self.mean.view(-1, 1, 1), self.std.view(-1, 1, 1)
         return (images.to(mean.device) - mean) / std
 
 
 @dataclass
 class Report:
-    """A page in the making; figures are written into the folder as they come.
+    """Collect the sections of a page; each figure is written when it is added.
 
     Args:
-        folder: gets `report.html`, and each figure as PNG and SVG.
-        title: of the page.
-        facts: what the network and the images are: name → value.
-        progress: is told the title of each section as it begins.
+        folder: receives `report.html`, and each figure as PNG and SVG.
+        title: the page's title.
+        facts: name → value, about the network and the images.
+        progress: called with the title of each section, and the name of each long step, as it begins.
         verdict: a sentence or two at the top.
     """
 
@@ -91,12 +91,24 @@ class Report:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def section(self, title: str, text: str, **content) -> None:
-        """Begin a section; `content`: `table`, a list of dicts of text, or `flow`, of `flow_data`."""
+        """Begin a section.
+
+        Args:
+            title: the heading.
+            text: a paragraph below it.
+            content: `table`, a list of dicts of text, or `flow`, from `flow_data`.
+        """
         self.progress(title)
         self.sections.append({"title": title, "text": text, "figures": [], **content})
 
     def figure(self, name: str, figure: Figure, description: str) -> None:
-        """Add a figure to the last section; the description stands for it where it cannot be seen."""
+        """Add a figure to the last section.
+
+        Args:
+            name: of its files.
+            figure: the figure.
+            description: read to those who cannot see the figure.
+        """
         svg = save(figure, self.folder, name)
         svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "transparent")
         width = round(figure.get_size_inches()[0] * 96)
@@ -104,6 +116,7 @@ class Report:
         self.sections[-1]["figures"].append({"name": name, "svg": svg, "description": description, "width": width})
 
     def write(self) -> Path:
+        """Write the page, and return its path."""
         environment = jinja2.Environment(
             loader=jinja2.PackageLoader("fastroute.visualize"), autoescape=True, undefined=jinja2.StrictUndefined
         )
@@ -111,19 +124,19 @@ class Report:
             title=self.title, verdict=self.verdict, facts=self.facts, sections=self.sections
         )
         path = self.folder / "report.html"
-        path.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files may be no text
+        path.write_text(page, encoding="utf-8", errors="backslashreplace")  # file names may be no valid text
         return path
 
 
 def data_uri(image: Tensor) -> str:
-    """An image (C, H, W), values from 0 to 1, as a PNG within a link."""
+    """Encode an image (C, H, W), values from 0 to 1, as a PNG in a data URI."""
     pixels, file = thumbnail(image), io.BytesIO()
     Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, "png")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def flow_data(flows: Sequence[Sequence[Layer]], images: Tensor, titles: Sequence[str]) -> list[dict]:
-    """What the page's script draws the routing flow from."""
+    """Return the data from which the page's script draws the routing flow."""
 
     def rounded(values: Tensor | None) -> list | None:
         return None if values is None else values.double().round(decimals=4).tolist()
@@ -161,24 +174,25 @@ def routing_report(
     """Write the page of a network with routers.
 
     Args:
-        report: an empty one.
+        report: an empty report.
         model: `model(images, return_routing=True)` → (logits, {router: Routing}).
-        images: what it is shown.
+        images: the images.
         chosen: images (k, C, H, W), values from 0 to 1, and their names, for the routing flow; by default twelve of
             `images`.
         before: a network to compare gates with, such as the same without regularisation.
-        classes: those of the class-wise histograms; by default the most distinct for each gate.
-        gates: how many gates are maximised at most.
-        summaries: for `learning_curves`.
-        runs: for `accuracy_against_parameters`.
+        classes: the classes of the histograms; by default the most distinct for each gate.
+        gates: the most gates to maximise.
+        summaries: as in `learning_curves`.
+        runs: as in `accuracy_against_parameters`.
 
     Returns:
         the path of the page.
 
     Raises:
-        ValueError: the network has no routers, gates are NaN or infinite, there are fewer images than each gate shows,
-            or a class does not exist.
+        ValueError: the network has no routers, gates are non-finite, there are fewer images than each gate shows, or a
+            class does not exist.
     """
+    report.progress("Gates of all images")
     data = collect_routing(model, images.batches())
     check_gates(data)
     count = len(data.labels)
@@ -187,36 +201,41 @@ def routing_report(
     if classes is not None:
         routing.class_numbers(data, images.classes, classes)
 
+    report.progress("Features of the paths")
     similarity = _similarity(model, images, count)
     error = 100 * (data.predictions != data.labels).double().mean().item()
     report.facts = {**report.facts, "accuracy": f"{100 - error:.2f} % of these images"}
     report.verdict = verdict(data, similarity)
 
-    def said(label: int, prediction: int) -> str:
-        name = images.classes[label]
-        return name if prediction == label else f"{name}, taken for {_class(images, prediction)}"
+    def wrong(label: int, prediction: int) -> list[str]:
+        return [] if prediction == label else [_class(images, prediction)]
 
     if chosen is None:
         indices = torch.linspace(0, count - 1, 12).round().long()
         pairs = zip(data.labels[indices].tolist(), data.predictions[indices].tolist(), strict=True)
-        chosen = images.at(indices), [said(*pair) for pair in pairs]
+        pictures, captions = images.at(indices), [[images.classes[pair[0]], *wrong(*pair)] for pair in pairs]
     else:
+        pictures, names = chosen
         with torch.no_grad(), frozen(model):
-            found = model(images.normalized(chosen[0])).argmax(1).tolist()
-        chosen = chosen[0], [f"{name}: {_class(images, k)}" for name, k in zip(chosen[1], found, strict=True)]
-    pictures, titles = chosen
+            found = model(images.normalized(pictures)).argmax(1).tolist()
+        captions = [[name, _class(images, k)] for name, k in zip(names, found, strict=True)]
+    titles = [" → ".join(caption) for caption in captions]
     flows = collect_flows(model, images.normalized(pictures))
     report.section(
         "Routing flow",
         "Each router is two rows of nodes: the parallel tensors that enter it and those that leave it. The redder a "
         "node, the larger its tensor's share of the mean magnitude of all; the wider and bluer an edge, the stronger "
         "the gate. The gate g_ij is the share of incoming path i that goes to outgoing path j; over j they sum to 1. "
-        "Under an image stand its class and, where the network is wrong, what it was taken for.",
+        + (
+            "An arrow points from the class of an image to the one that the network took it for, where that is wrong."
+            if chosen is None
+            else "An arrow points from the name of an image to the class that the network took it for."
+        ),
         flow=flow_data(flows, pictures, titles),
     )
     report.figure(
         "routing_flow",
-        routing.routing_flow(flows[:4], pictures[:4], titles[:4]),
+        routing.routing_flow(flows[:4], pictures[:4], ["\n→ ".join(caption) for caption in captions[:4]]),
         f"Routing flow of {', '.join(titles[:4])} side by side.",
     )
 
@@ -235,18 +254,18 @@ def routing_report(
 
     widest = data.widest(gates)
     channels, height, width = images.at(torch.tensor([0])).shape[1:]
-    made = synthesize_gates(model, widest, (channels, height, width), images.mean, images.std)
     report.section(
         "What maximises a gate",
         f"The {EXTREMES} images for which a gate is highest and lowest, with their class and, in a second line, what "
         "the network took them for where that is wrong; and an image made by gradient ascent on the gate's score "
         "before the softmax, unless it stayed flat.",
     )
+    made = synthesize_gates(model, widest, (channels, height, width), images.mean, images.std)
     for k, gate in enumerate(widest):
         highest, lowest = data.extremes(gate, EXTREMES)
         captions = [
             [
-                images.classes[a] if a == b else f"{images.classes[a]}\n→ {_class(images, b)}"
+                "\n→ ".join([images.classes[a], *wrong(a, b)])
                 for a, b in zip(data.labels[end].tolist(), data.predictions[end].tolist(), strict=True)
             ]
             for end in (highest, lowest)
@@ -274,13 +293,14 @@ def routing_report(
         f"Histograms by class of {', '.join(map(str, distinct))}.",
     )
 
-    earlier = collect_routing(before, images.batches()) if before is not None else None
     report.section(
         "Gate health",
         "Each gate over all images. Entropy is a share of that of even gates. A gate is dead if it exceeds "
-        f"{routing.DEAD} for no image, and skewed if it is above 0.5 for none, or below 0.5 for none (Figure 5.1).",
+        f"{routing.DEAD} for no image, and skewed if it is 0.5 or more for every image (Figure 5.1): all images then "
+        "prefer the same way.",
         table=routing.gate_rows(data),
     )
+    earlier = collect_routing(before, images.batches()) if before is not None else None
     report.figure("gate_health", routing.gate_health(data, earlier), "Mean and range of every gate; see the table.")
 
     weights = parallel_weights(model)
@@ -291,30 +311,30 @@ def routing_report(
 
 
 def _class(images: Images, k: int) -> str:
-    """The name of a class; a network may have more logits than there are classes."""
+    """Return the name of class k, or k itself for a logit without a class."""
     return images.classes[k] if k < len(images.classes) else str(k)
 
 
 def verdict(data: RoutingData, similarity: Mapping[str, Tensor]) -> str:
-    """Whether the paths have collapsed into one, and what the last router follows, in a sentence each.
+    """Say whether the paths have collapsed into one, and what the last router follows, in a sentence each.
 
-    Paths have collapsed where the features of the last parallel layer are alike (a CKA above `COLLAPSED`).
+    Paths have collapsed if the CKA between their features in the last parallel layer is above `COLLAPSED`.
 
     Args:
-        data: gates of every image.
-        similarity: of `path_similarity`.
+        data: the gates of every image.
+        similarity: from `path_similarity`.
     """
-    said = []
+    sentences = []
     if similarity:
         name, cka = list(similarity.items())[-1]
         alike = _between_paths(cka)
         state = "have collapsed" if alike > COLLAPSED else "have not collapsed"
-        said.append(f"The paths {state}: the CKA between their features in {name} is {alike:.2f}.")
+        sentences.append(f"The paths {state}: the CKA between their features in {name} is {alike:.2f}.")
     last = list(data.gates)[-1]
     gates = [gate for gate in routing.one_per_vector(data, len(data.gates) * MOST_PATHS) if gate.router == last]
     values = [data.values(gate) for gate in gates]
     if max(value.std().item() for value in values) < EVEN:
-        return " ".join([*said, f"The last router, {short(last)}, gives nearly the same gates to all images."])
+        return " ".join([*sentences, f"The last router, {short(last)}, gives nearly the same gates to all images."])
     shares = {
         "class": max(routing.variance_explained(value, data.labels) for value in values),
         routing.tint(data.colours): max(routing.colour_explained(value, data.colours) for value in values),
@@ -322,7 +342,7 @@ def verdict(data: RoutingData, similarity: Mapping[str, Tensor]) -> str:
     follows = max(shares, key=shares.get)
     shown = ", ".join(f"{name} explains {share:.0%}" for name, share in shares.items())
     what = f"follows {follows}" if shares[follows] >= FOLLOWS else "follows neither class nor " + list(shares)[1]
-    return " ".join([*said, f"The last router, {short(last)}, {what}: of its gates' variance, {shown}."])
+    return " ".join([*sentences, f"The last router, {short(last)}, {what}: of its gates' variance, {shown}."])
 
 
 def _similarity(model: nn.Module, images: Images, count: int) -> dict[str, Tensor]:
@@ -363,7 +383,7 @@ def _report_runs(
     report: Report, summaries: Mapping[str, Path] | None, runs: Mapping[str, tuple[int, float]] | None
 ) -> None:
     if summaries:
-        report.section("Training", "What the run's summary.csv says, epoch by epoch.")
+        report.section("Training", "The run's summary.csv, epoch by epoch.")
         report.figure(
             "learning_curves", curves.learning_curves(summaries), f"Learning curves of {', '.join(summaries)}."
         )
@@ -384,23 +404,24 @@ def clustering_report(
     """Write the page of a clustering network.
 
     Args:
-        report: an empty one.
+        report: an empty report.
         model: images (N, C, H, W) → responses (N, K) before the softmax.
-        images: what it is shown.
+        images: the images.
         untrained: the same network with random weights, to compare responses with.
-        summaries: for `learning_curves`.
+        summaries: as in `learning_curves`.
 
     Returns:
         the path of the page.
 
     Raises:
-        ValueError: there are fewer images than each cluster shows, or responses are NaN or infinite.
+        ValueError: there are fewer images than each cluster shows, or responses are non-finite.
     """
     with extra("cluster", "the report of a clustering"):
         from sklearn.metrics import normalized_mutual_info_score
 
         from fastroute.clustering.metrics import cluster_accuracy
 
+    report.progress("Responses to all images")
     responses, labels = collect_responses(model, images.batches())
     if wrong := int((~responses.isfinite().all(1)).sum()):
         raise ValueError(f"the responses to {wrong} of {len(labels)} images are NaN or infinite; {DIVERGED}")
@@ -411,6 +432,7 @@ def clustering_report(
     some = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:RESPONSES]
     maps = {"trained network": responses[some]}
     if untrained is not None:
+        report.progress("Responses of the untrained network")
         shown = [(images.normalized(images.at(part)), labels[part]) for part in some.split(256)]
         maps = {"random network": collect_responses(untrained, shown)[0]} | maps
     sizes = torch.bincount(found, minlength=responses.shape[1]).tolist()
@@ -467,12 +489,16 @@ def clustering_report(
     )
     if labelled:
         report.section(
-            "Against the labels", "In percent of each class, the clusters its images came to. The labels were not used."
+            "Against the labels",
+            "The share of each class in each cluster, in percent. Training used no labels.",
         )
         report.figure("confusion", clusters.confusion(labels, found, images.classes), f"Clusters by class: {mains}.")
 
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    report.section("Filters", "Images made to maximise filters of the first and of the last convolution.")
+    report.section(
+        "Filters",
+        "Images made to maximise filters of the first and of the last convolution, without those that stayed flat.",
+    )
     made = {}
     for where, (_, layer) in {"first": layers[0], "last": layers[-1]}.items():
         filters = torch.linspace(0, layer.out_channels - 1, min(16, layer.out_channels)).round().int().tolist()

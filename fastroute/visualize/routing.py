@@ -1,4 +1,4 @@
-"""Figures of what routers do (§3.5, Fig. 3.7 to 3.9 and 5.1)."""
+"""Figures of routers (§3.5, Fig. 3.7 to 3.9 and 5.1)."""
 
 from collections.abc import Mapping, Sequence
 
@@ -27,23 +27,25 @@ from fastroute.visualize.style import (
 
 @styled
 def routing_flow(flows: Sequence[Sequence[Layer]], images: Tensor, titles: Sequence[str] | None = None) -> Figure:
-    """Images side by side, each above its way through the routers (Fig. 3.7).
+    """Draw images side by side, each above its way through the routers (Fig. 3.7).
 
     A router is two rows of nodes, its incoming and outgoing tensors; the redder a node, the larger its share of the
-    mean magnitude. An edge is a gate; the stronger, the wider and the bluer. Grey edges are the layers between.
+    mean magnitude. An edge is a gate; the stronger the gate, the wider and bluer the edge. Grey edges are the layers
+    between routers.
 
     Args:
-        flows: for each image, what `collect_flows` gives.
+        flows: from `collect_flows`.
         images: (N, C, H, W), values from 0 to 1.
-        titles: for each image.
+        titles: a caption for each image, of one line or more.
     """
     depth = len(flows[0])
-    figure = ShownFigure(figsize=(max(2.0, 1.5 * len(flows)), 1.6 + 0.95 * depth), layout="constrained")
+    figure = ShownFigure(figsize=(max(2.0, 1.5 * len(flows)), 1.8 + 0.95 * depth), layout="constrained")
     axes = figure.subplots(2, len(flows), squeeze=False, height_ratios=[1.4, 0.95 * depth])
     for column, (flow, image) in enumerate(zip(flows, images, strict=True)):
         show(axes[0, column], image)
         if titles is not None:
-            axes[0, column].set_title(legible(titles[column], 18))
+            text = "\n".join(legible(line, 18) for line in titles[column].split("\n"))
+            axes[0, column].set_title(text, y=-0.02, va="top", pad=0)
         below = axes[1, column]
         below.set(xlim=(-0.75, 0.75), ylim=(-2 * depth + 0.5, 0.6))
         below.set_axis_off()
@@ -70,7 +72,7 @@ def _draw_layer(axes, layer: Layer, top: float) -> None:
         for j, y in enumerate(_places(n)):
             gate = layer.gates[i, j].item()
             axes.plot([x, y], [-top, -top - 1], color=BLUE, alpha=max(0.05, gate), linewidth=0.5 + 5 * gate, zorder=1)
-            if m * n <= 4:  # of more, values would lie upon each other
+            if m * n <= 4:  # the values of more edges would cover one another
                 place = 0.36 if m > 1 else 0.5
                 where = x + (y - x) * place, -top - place
                 axes.text(*where, f"{gate:.2f}", fontsize=6, ha="center", va="center", bbox=_BEHIND, zorder=4)
@@ -90,13 +92,13 @@ def gate_maximization(
     title: str = "",
     captions: Sequence[Sequence[str]] | None = None,
 ) -> Figure:
-    """The images that a gate answers to most (above) and least (below), and one made to maximise it (Fig. 3.8).
+    """Draw the images with the highest and the lowest value of a gate, and a synthesised one (Fig. 3.8).
 
     Args:
         highest, lowest: (N, C, H, W), values from 0 to 1, the most extreme first.
-        synthesized: (C, H, W), values from 0 to 1.
+        synthesized: (C, H, W), values from 0 to 1, from `synthesize_gates`.
         title: such as the gate's name.
-        captions: what stands under each image, for the highest and for the lowest; of two lines at most.
+        captions: a caption of at most two lines for each of the highest and for each of the lowest images.
     """
     count = len(highest)
     wide = 0 if synthesized is None else 2.1
@@ -125,7 +127,16 @@ def gate_maximization(
 
 
 def variance_explained(values: Tensor, labels: Tensor) -> float:
-    """The share of a gate's variance over images that lies between classes (η²): values (N,), labels (N,) int64."""
+    """Return the share of a gate's variance over images that lies between classes (η²).
+
+    Args:
+        values: (N,), the gate of each image.
+        labels: (N,), int64.
+
+    Example:
+        >>> variance_explained(torch.tensor([0.1, 0.1, 0.9, 0.9]), torch.tensor([0, 0, 1, 1]))
+        1.0
+    """
     values = values.double()
     counts = torch.bincount(labels).double()
     means = torch.zeros_like(counts).index_add(0, labels, values) / counts.clamp(min=1)
@@ -134,12 +145,21 @@ def variance_explained(values: Tensor, labels: Tensor) -> float:
 
 
 def tint(colours: Tensor) -> str:
-    """What mean channels (N, C) are of images: "colour", or of grey ones "brightness"."""
-    return "brightness" if colours.shape[1] == 1 else "colour"
+    """Name what the mean channels (N, C) of images tell: "colour", or "brightness" if all images are grey.
+
+    The channels of grey images, each normalised in its own way, are linear functions of one another.
+    """
+    rank = torch.linalg.matrix_rank((colours - colours.mean(0)).double(), rtol=1e-4)
+    return "brightness" if colours.shape[1] == 1 or rank == 1 else "colour"
 
 
 def colour_explained(values: Tensor, colours: Tensor) -> float:
-    """The share of a gate's variance that a linear function of the images' mean colours explains (R²)."""
+    """Return the share of a gate's variance that a linear function of the images' mean colours explains (R²).
+
+    Args:
+        values: (N,), the gate of each image.
+        colours: (N, C), the mean of each channel.
+    """
     values = (values - values.mean()).double()
     total = values.square().sum()
     if total < 1e-12:
@@ -150,7 +170,7 @@ def colour_explained(values: Tensor, colours: Tensor) -> float:
 
 
 def distinct_classes(values: Tensor, labels: Tensor, count: int = 4) -> list[int]:
-    """The classes whose mean gate is the highest and the lowest, half of each, by their numbers."""
+    """Return the numbers of the classes with the highest and the lowest mean gate, half of each."""
     present = labels.unique().tolist()
     order = sorted(present, key=lambda label: values[labels == label].mean().item())
     if len(order) <= count:
@@ -159,7 +179,11 @@ def distinct_classes(values: Tensor, labels: Tensor, count: int = 4) -> list[int
 
 
 def class_numbers(data: RoutingData, classes: Sequence[str], chosen: Sequence[str]) -> list[int]:
-    """The numbers of classes by their names; it raises as `class_histograms` does."""
+    """Return the numbers of the chosen classes.
+
+    Raises:
+        ValueError: a name is unknown, or there are no images of that class.
+    """
     for name in chosen:
         if name not in classes:
             raise ValueError(f"classes names {name!r}; there is no such class: {', '.join(classes[:20])}")
@@ -169,7 +193,7 @@ def class_numbers(data: RoutingData, classes: Sequence[str], chosen: Sequence[st
 
 
 def most_distinct(data: RoutingData) -> list[Gate]:
-    """Of each router the gate whose variance lies most between the classes."""
+    """Return the gate of each router that tells the classes apart best."""
     gates = []
     for name, values in data.gates.items():
         own = [Gate(name, i, j) for i in range(values.shape[1]) for j in range(values.shape[2])]
@@ -181,23 +205,23 @@ def most_distinct(data: RoutingData) -> list[Gate]:
 def class_histograms(
     data: RoutingData, gates: Sequence[Gate], classes: Sequence[str], chosen: Sequence[str] | None = None
 ) -> Figure:
-    """Histograms of gates over the images of a few classes (Fig. 3.9).
+    """Draw histograms of gates over the images of a few classes (Fig. 3.9).
 
     Args:
         data: the gates of every image.
-        gates: one panel each.
+        gates: the gates to draw, one panel each.
         classes: the names of all classes, by their numbers.
-        chosen: the names of those to show; by default, for each gate, the four of `distinct_classes`.
+        chosen: the names of the classes to show; by default the four of `distinct_classes` for each gate.
 
     Raises:
-        ValueError: a class is named that does not exist, or has no images.
+        ValueError: a chosen class does not exist, or has no images.
     """
     numbers = None if chosen is None else class_numbers(data, classes, chosen)
     figure, panels = grid(len(gates), 2, 1.9)
     for axes, gate in zip(panels, gates, strict=True):
         values = data.values(gate)
         low, high = values.min().item(), values.max().item()
-        # A gate that hardly moves is shown as what it is: near the one value, not spread over the panel.
+        # Keep a gate that hardly varies near its one value, not spread over the panel.
         bins = np.linspace(*((low, high) if high - low > 0.02 else (low - 0.01, high + 0.01)), 31)
         for k, label in enumerate(numbers or distinct_classes(values, data.labels)):
             own = values[data.labels == label].numpy()
@@ -211,15 +235,18 @@ def class_histograms(
 
 
 def one_per_vector(data: RoutingData, most: int = 16) -> list[Gate]:
-    """The widest gate of each gating vector, or of `most` of them."""
+    """Return the gate that varies most of each gating vector, or of `most` of the vectors."""
     return data.widest(min(most, sum(gates.shape[1] for gates in data.gates.values())))
 
 
 @styled
 def gate_context(data: RoutingData) -> Figure:
-    """What gates follow, by depth: how much of their variance the mean colour of an image or its class explains.
+    """Draw how much of the gates' variance the images' mean colour and their class explain, by depth.
 
-    Each gating vector is shown by its widest gate. The two shares may overlap, since classes have colours.
+    Each gating vector is shown by the gate that varies most. The two shares may overlap, since classes have colours.
+
+    Args:
+        data: the gates of every image.
     """
     gates = one_per_vector(data)
     figure = ShownFigure(figsize=(WIDTH, 0.9 + 0.28 * len(gates)), layout="constrained")
@@ -245,24 +272,29 @@ def gate_context(data: RoutingData) -> Figure:
 
 
 def gate_remarks(statistics: RouterStatistics) -> list[list[str]]:
-    """For each gate (m, n): "dead", "skewed" (above 0.5 for no image, or below it for none) or ""."""
-    dead, skewed = statistics.peak < DEAD, statistics.never_above | statistics.never_below
-    return [
-        ["dead" if dead[i, j] else "skewed" if skewed[i, j] else "" for j in range(dead.shape[1])]
-        for i in range(dead.shape[0])
-    ]
+    """Return "dead", "skewed" or "" for each gate, as m lists of n texts.
+
+    "skewed" names the gate that takes at least half of its incoming path for every image. Its rivals, which are then
+    never above 0.5, get no remark: with two paths they say the same, and with more they are the rule.
+    """
+    dead, preferred = (statistics.peak < DEAD).tolist(), statistics.mean_gates.argmax(1).tolist()
+    remarks = [["dead" if gate else "" for gate in row] for row in dead]
+    for row, j, never_below in zip(remarks, preferred, statistics.never_below.tolist(), strict=True):
+        if never_below[j] and not (len(row) == 2 and "dead" in row):  # "dead" says it, too
+            row[j] = "skewed"
+    return remarks
 
 
 @styled
 def gate_health(after: RoutingData, before: RoutingData | None = None) -> Figure:
-    """Each gate over all images: its mean, the middle 80 % and the whole range; dead and skewed ones are named.
+    """Draw each gate over all images: its mean, middle 80 % and range; dead and skewed gates are labelled.
 
     Args:
         after: the network's gates.
-        before: those of another network with the same routers, such as the same without regularisation (Fig. 5.1).
+        before: the gates of another network with the same routers, such as one without regularisation (Fig. 5.1).
 
     Raises:
-        ValueError: the two have other routers.
+        ValueError: the routers of the two networks differ.
     """
     runs = [(after, BLUE, "o", "after" if before else "")]
     if before is not None:
@@ -294,7 +326,7 @@ def gate_health(after: RoutingData, before: RoutingData | None = None) -> Figure
 
 
 def gate_rows(data: RoutingData) -> list[Mapping[str, str]]:
-    """A table of the gating vectors: router, from, mean gates, entropy, and how often each gate is the largest."""
+    """Return a table of the gating vectors, each a dict from column to text."""
     rows = []
     for name, statistics in data.statistics().items():
         remarks = gate_remarks(statistics)

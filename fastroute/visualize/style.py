@@ -1,4 +1,4 @@
-"""How all figures look. Colours are Okabe and Ito's, which colour-blind readers can tell apart."""
+"""The style of all figures. Colours are Okabe and Ito's, which colour-blind readers can tell apart."""
 
 import functools
 import io
@@ -16,17 +16,17 @@ from fastroute._errors import printable
 
 BLUE, RED, GREEN, ORANGE = "#0072b2", "#d55e00", "#009e73", "#e69f00"
 PALETTE = (BLUE, RED, GREEN, ORANGE, "#56b4e9", "#cc79a7", "#8c8c8c", "#a6761d")
-# On the page, ink becomes the colour of the text and paper transparent: figures then suit a light and a dark theme.
+# The page replaces ink by the colour of its text and makes paper transparent, to suit a light and a dark theme.
 INK, PAPER = "#1b1f24", "#fffffe"
 WIDTH = 6.4
-"""Of a figure, in inches."""
+"""The width of a figure, in inches."""
 LABEL = 40
-"""The most characters of a name within a figure; longer ones would leave no room for what is drawn."""
+"""The most characters of a name in a figure; longer names are cut."""
 THUMBNAIL = 64
-"""The most pixels, in height and width, that a picture within a figure keeps."""
+"""The largest height and width of a picture in a figure, in pixels."""
 
 FLAT = 0.02
-"""The least standard deviation of an image's values, from 0 to 1, that shows anything."""
+"""The standard deviation of an image's values, from 0 to 1, below which it counts as flat."""
 
 _STYLE = {
     "figure.facecolor": PAPER,
@@ -54,7 +54,7 @@ _STYLE = {
 
 
 class ShownFigure(Figure):
-    """A figure that a notebook shows as the value of a cell, whatever matplotlib's backend."""
+    """A figure that notebooks display with any matplotlib backend."""
 
     def _repr_png_(self) -> bytes:
         png = io.BytesIO()
@@ -64,7 +64,7 @@ class ShownFigure(Figure):
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw in the style of all figures, whatever the program around has set."""
+    """Make a function draw in the style of all figures, whatever `matplotlib.rcParams` say."""
 
     @functools.wraps(draw)
     def wrapper(*args, **kwargs):
@@ -75,7 +75,7 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def grid(count: int, columns: int, height: float, **options) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` axes in rows of `columns`, each row `height` inches."""
+    """Return a figure of `count` axes in rows of `columns`, each row `height` inches, and the axes."""
     columns = min(columns, count)
     rows = -(-count // columns)
     figure = ShownFigure(figsize=(WIDTH, rows * height), layout="constrained")
@@ -86,9 +86,9 @@ def grid(count: int, columns: int, height: float, **options) -> tuple[Figure, li
 
 
 def legible(name: str, most: int = LABEL) -> str:
-    """A name as it is drawn: in one line, without characters that no font has, and cut to `most`.
+    """Return a name on one line, without unprintable characters, cut to `most` characters.
 
-    A space comes before an underscore, since matplotlib leaves names that begin with one out of legends.
+    A leading underscore gets a space before it, since matplotlib leaves names that begin with one out of legends.
     """
     name = printable(name)
     name = name if len(name) <= most else f"{name[: most - 1]}…"
@@ -96,7 +96,7 @@ def legible(name: str, most: int = LABEL) -> str:
 
 
 def thumbnail(image: Tensor) -> np.ndarray:
-    """An image (C, H, W), values from 0 to 1, as uint8 (H, W, 3 or 1), no larger than `THUMBNAIL`."""
+    """Scale an image (C, H, W), values from 0 to 1, to at most `THUMBNAIL` pixels a side: uint8 (H, W, 3 or 1)."""
     if max(image.shape[1:]) > THUMBNAIL:
         scale = THUMBNAIL / max(image.shape[1:])
         size = [max(1, round(side * scale)) for side in image.shape[1:]]
@@ -105,7 +105,7 @@ def thumbnail(image: Tensor) -> np.ndarray:
 
 
 def is_flat(image: Tensor) -> bool:
-    """Whether an image, values from 0 to 1, has next to no contrast: gradient ascent has not moved it."""
+    """Return whether an image, values from 0 to 1, has no contrast, since gradient ascent did not change it."""
     return image.std().item() < FLAT
 
 
@@ -116,9 +116,9 @@ def show(axes: Axes, image: Tensor) -> None:
 
 
 def save(figure: Figure, folder: Path, name: str) -> str:
-    """Write `NAME.png` and `NAME.svg`; returns the SVG's text."""
+    """Write `NAME.png` and `NAME.svg`, and return the SVG's text."""
     text = io.StringIO()
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):  # equal files for equal figures, ids of their own
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):  # equal files for equal figures, and unique ids
         figure.savefig(text, format="svg", metadata={"Date": None})
         figure.savefig(folder / f"{name}.png", dpi=150)
     (folder / f"{name}.svg").write_text(text.getvalue(), encoding="utf-8")

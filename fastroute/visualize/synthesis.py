@@ -1,4 +1,4 @@
-"""Images made by gradient ascent, to see what makes a gate, a cluster or a filter respond (Fig. 3.8, 4.8, 4.9)."""
+"""Synthesise images to which a gate, a cluster or a filter responds, by gradient ascent (Fig. 3.8, 4.8, 4.9)."""
 
 import contextlib
 import math
@@ -28,29 +28,34 @@ def synthesize(
     total_variation: float = 0.1,
     seed: int = 0,
 ) -> Tensor:
-    """Images that maximise an objective, each its own, by Adam on their Fourier coefficients.
+    """Synthesise images that each maximise an objective, by Adam on their Fourier coefficients.
 
-    The coefficients are scaled by 1/frequency, as natural images' are, and the colours decorrelated; each step sees the
-    images shifted and blurred at random, and pays for their total variation (Olah et al., 2017). What a network answers
-    to then looks like something.
+    The coefficients are scaled by 1/frequency, as in natural images, and the colours are decorrelated. Each step shifts
+    and blurs the images at random and penalises their total variation (Olah et al., 2017). Without this, images would
+    look like noise.
 
     Args:
-        objective: normalised images (count, C, H, W) → (count,), what image k is to maximise.
-        count: how many images.
-        size: (C, H, W).
-        mean, std: (C,), by which the network's images are normalised, for values from 0 to 1.
-        steps: of Adam.
-        lr: its learning rate.
-        jitter: the largest shift, as a share of the image.
+        objective: normalised images (count, C, H, W) → (count,); image k maximises element k.
+        count: the number of images.
+        size: (C, H, W), in pixels.
+        mean, std: (C,), of the network's normalisation, for values from 0 to 1.
+        steps: the number of Adam's steps.
+        lr: Adam's learning rate.
+        jitter: the largest shift, as a share of the image's shorter side.
         blur: the largest standard deviation of the blur, in pixels.
         total_variation: the weight of the mean difference between neighbouring pixels.
-        seed: of the start, shifts and blurs.
+        seed: of the initial images, shifts and blurs.
 
     Returns:
         (count, C, H, W), values from 0 to 1.
 
     Raises:
         ValueError: count or steps is less than 1.
+
+    Example:
+        >>> red = synthesize(lambda images: images[:, 0].mean((1, 2)), 1, (3, 8, 8), steps=20)
+        >>> red.shape, bool(red[0, 0].mean() > red[0, 2].mean())
+        (torch.Size([1, 3, 8, 8]), True)
     """
     for name, value in (("count", count), ("steps", steps)):
         if value < 1:
@@ -86,7 +91,16 @@ def synthesize(
 
 
 def synthesize_gates(model: nn.Module, gates: Sequence[Gate], size: Sequence[int], mean, std, **options) -> Tensor:
-    """An image for each gate that maximises its score before the softmax (§3.5.2); `options` as in `synthesize`."""
+    """Synthesise an image for each gate that maximises its score before the softmax (§3.5.2).
+
+    Args:
+        model: `model(images, return_routing=True)` → (logits, {router: Routing}).
+        gates: the gates.
+        size, mean, std, options: as in `synthesize`.
+
+    Returns:
+        (gates, C, H, W), values from 0 to 1.
+    """
 
     def scores(images: Tensor) -> Tensor:
         routing = model(images, return_routing=True)[1]
@@ -97,7 +111,16 @@ def synthesize_gates(model: nn.Module, gates: Sequence[Gate], size: Sequence[int
 
 
 def synthesize_outputs(model: nn.Module, nodes: Sequence[int], size: Sequence[int], **options) -> Tensor:
-    """An image for each of some nodes of the last layer that maximises its response (Fig. 4.8)."""
+    """Synthesise an image for each of some outputs of a network that maximises its response (Fig. 4.8).
+
+    Args:
+        model: images (N, C, H, W) → responses (N, K).
+        nodes: indices of outputs, 0 to K - 1.
+        size, options: as in `synthesize`.
+
+    Returns:
+        (nodes, C, H, W), values from 0 to 1.
+    """
     nodes = torch.as_tensor(nodes)
 
     def responses(images: Tensor) -> Tensor:
@@ -110,7 +133,17 @@ def synthesize_outputs(model: nn.Module, nodes: Sequence[int], size: Sequence[in
 def synthesize_filters(
     model: nn.Module, layer: nn.Module, filters: Sequence[int], size: Sequence[int], **options
 ) -> Tensor:
-    """An image for each of some filters of a convolution that maximises its mean output (Fig. 4.9)."""
+    """Synthesise an image for each of some filters of a convolution that maximises its mean output (Fig. 4.9).
+
+    Args:
+        model: a network.
+        layer: a convolution in it.
+        filters: indices of its output channels.
+        size, options: as in `synthesize`.
+
+    Returns:
+        (filters, C, H, W), values from 0 to 1.
+    """
     filters = torch.as_tensor(filters)
     with frozen(model), _output_of(layer) as kept:
 

@@ -27,7 +27,7 @@ def train(folder, output, *arguments, epochs=1):
 
 @pytest.fixture(scope="module")
 def flat_run(tmp_path_factory):
-    """A run on a flat folder, of which a quarter is set aside: the folder of data, and the run's."""
+    """Train on a flat folder with a quarter set aside; return the folder of the data and that of the run."""
     from tests.image_folders import write_tree
 
     folder = tmp_path_factory.mktemp("flat")
@@ -59,11 +59,11 @@ def test_resuming_keeps_the_split(flat_run, tmp_path):
 
 def test_commands_take_the_images_of_the_run(flat_run):
     data, folder, _ = flat_run
-    said = f"images: imagefolder in {data}, the 25% that seed 3 sets aside, as in training"
+    line = f"images: imagefolder in {data}, the 25% that seed 3 sets aside, as in training"
     code, output = run("validate", folder / "last.ckpt", "-j", 1)
-    assert code == 0 and said in output and "│      6 │" in output, output
+    assert code == 0 and line in output and "│      6 │" in output, output
     code, output = run("validate", folder / "last.ckpt", "-j", 1, "--data-dir", data)
-    assert code == 0 and said in output, output
+    assert code == 0 and line in output, output
     state = torch.load(folder / "last.ckpt")["ImageDataModule"]
     elsewhere = choose_images(state, None, data.parent / "tree")
     assert "val_split" not in elsewhere.options and elsewhere.line == f"images: imagefolder in {data.parent / 'tree'}"
@@ -99,7 +99,7 @@ def test_paths_and_report_take_the_images_of_the_run(image_folder, tmp_path):
         (("--dataset", "imagefolder"), "it must be a folder with train/ and val/ in it"),
     ],
 )
-def test_a_folder_that_is_none_is_never_the_digits(tmp_path, arguments, message):
+def test_a_missing_folder_does_not_fall_back_to_digits(tmp_path, arguments, message):
     (tmp_path / "data").mkdir()
     code, output = train(tmp_path / "data", tmp_path, *arguments)
     assert code == 2 and message in output.replace("\n", ""), output

@@ -46,7 +46,7 @@ def test_values_are_scaled_by_the_range_of_their_type(values, format):
 
 
 def test_unsigned_values_of_32_bits():
-    """Pillow writes none: the tag of a signed image's format is overwritten."""
+    """Pillow writes no such files, so the format's tag of a signed image is overwritten."""
     values = (RAMP * (2**32 - 1)).astype(np.uint32)
     data = saved(Image.fromarray(values.view(np.int32)), "tiff").getvalue()
     tag = (339).to_bytes(2, "little") + (3).to_bytes(2, "little") + (1).to_bytes(4, "little")
@@ -62,7 +62,7 @@ def test_signed_values_of_16_bits():
     assert np.abs(np.asarray(image).astype(int) - LEVELS).max() <= 1
 
 
-def test_values_that_are_no_numbers_are_black_or_white():
+def test_non_finite_values_become_black_or_white():
     values = np.array([[0.5, np.nan, np.inf, -np.inf, 1.0]], np.float32)
     assert decoded(values, "tiff").tolist() == [[128, 0, 255, 0, 255]]
     assert decoded(np.full((1, 2), np.nan, np.float32), "tiff").tolist() == [[0, 0]]
@@ -71,7 +71,7 @@ def test_values_that_are_no_numbers_are_black_or_white():
 @pytest.mark.parametrize("format", ["jpeg", "png", "webp", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_images_are_turned_upright(format, orientation):
-    """The corner that is bright is where the camera saw it: EXIF says how the rows lie."""
+    """The bright corner is where the camera saw it: EXIF gives the order of rows and columns."""
     pixels = np.zeros((16, 32), np.uint8)
     pixels[:8, :8] = 255
     exif = Image.Exif()

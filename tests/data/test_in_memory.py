@@ -79,7 +79,7 @@ def test_classes_that_differ_are_named(image_folder):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_an_image_cut_short_is_named(image_folder, suffix):
+def test_a_truncated_image_is_named(image_folder, suffix):
     whole = image_folder / f"whole.{suffix}"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(whole)
     broken = image_folder / "train" / "bee" / f"broken.{suffix}"

@@ -30,7 +30,7 @@ SPLIT = [f"{split}/{name}/0.png" for split in ("train", "val") for name in ("ant
         (["stl10_binary/train_X.bin"], "stl10"),
     ],
 )
-def test_a_folder_is_what_it_holds(tmp_path, names, dataset):
+def test_layouts_are_recognised(tmp_path, names, dataset):
     touched(tmp_path, *names)
     assert (choose(tmp_path).dataset, choose(tmp_path).root) == (dataset, tmp_path)
     if dataset in layout.TORCHVISION:  # the folder of the files themselves
@@ -41,7 +41,7 @@ def test_a_folder_is_what_it_holds(tmp_path, names, dataset):
         choose(tmp_path, other)
 
 
-def test_images_without_others_to_validate_on(tmp_path):
+def test_data_without_validation_images(tmp_path):
     flat = touched(tmp_path / "flat", "ant/0.png", "bee/deep/1.JPG", ".ipynb_checkpoints/x/0.png", "empty/notes.txt")
     assert class_folders(flat) == ["ant", "bee"]
     with pytest.raises(
@@ -72,7 +72,7 @@ def test_images_without_others_to_validate_on(tmp_path):
         ([f"{i}.txt" for i in range(9)], "it holds 0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 4 more"),
     ],
 )
-def test_a_folder_of_something_else(tmp_path, names, held):
+def test_unknown_layouts_are_described(tmp_path, names, held):
     touched(tmp_path, *names)
     for any_split in (False, True):
         with pytest.raises(FileNotFoundError, match=f"data_dir is .*; {held}"):

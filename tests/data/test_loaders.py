@@ -70,7 +70,7 @@ def test_a_streamed_last_batch_of_one_image_joins_the_one_before_and_is_resumed(
 
 
 @pytest.mark.parametrize("source", ["memory", "stream"])
-def test_two_processes_see_together_what_one_with_twice_the_batch_sees(image_folder, source):
+def test_two_processes_see_the_batches_of_one_with_twice_the_size(image_folder, source):
     def loader(**options):
         crop = train_transform(8, "rrc", (0.3, 1), (0.7, 1.4), 0.875, None)
         if source == "memory":
@@ -95,7 +95,7 @@ def test_deferred_batches_are_made_of_their_draws():
         assert not any(isinstance(batch, Draws) for batch in memory(24, deferred=True, **host, **options))
 
 
-def test_in_training_processes_have_as_many_images_and_in_evaluation_every_image_is_in_one():
+def test_shares_are_equal_in_training_and_complete_in_evaluation():
     training = [labels(memory(50, 8, rank=rank, world_size=3)) for rank in range(3)]
     assert [[len(batch) for batch in part] for part in training] == [[8, 8]] * 3
     for world_size in (1, 2, 3, 7):
@@ -103,7 +103,7 @@ def test_in_training_processes_have_as_many_images_and_in_evaluation_every_image
         assert sorted(label for part in parts for batch in part for label in batch) == list(range(50))
 
 
-def test_a_loader_goes_on_where_its_state_was_taken():
+def test_a_loader_resumes_at_its_saved_place():
     whole = list(memory(50, 8, pad=1, flip=True))
     first = memory(50, 8, pad=1, flip=True)
     iterator = iter(first)
@@ -122,7 +122,7 @@ def test_a_loader_goes_on_where_its_state_was_taken():
         memory(50, 4).load_state_dict(state)
 
 
-def test_what_is_done_last_to_a_batch_is_a_function_of_its_place():
+def test_the_finish_of_a_batch_depends_only_on_its_place():
     def finish(images, labels):
         return images + torch.rand(1), labels
 
@@ -221,7 +221,7 @@ def test_an_image_that_cannot_be_transformed_is_named(tmp_path):
         list(stream(tmp_path, transform=eval_transform(224, 0.875)))
 
 
-def test_there_is_an_image_to_train_on_for_each_process():
+def test_each_process_needs_a_training_image():
     with pytest.raises(ValueError, match="there are 3 images to train on; there must be one for each of 4 processes"):
         memory(3, world_size=4)
     assert len(memory(4, world_size=4)) == 1 and len(memory(3, seed=None, world_size=4)) == 1

@@ -127,7 +127,7 @@ def test_first_classes(image_folder):
         assert sum(len(labels) for _, labels in data.val_dataloader()) == 8
 
 
-def test_an_imagefolder_is_in_memory_up_to_a_size_or_as_asked(image_folder):
+def test_an_imagefolder_is_in_memory_up_to_a_size_or_as_given(image_folder):
     for options, in_memory in (({}, True), ({"img_size": 65}, False), ({"in_memory": False}, False)):
         data = prepared(dataset="imagefolder", data_dir=image_folder, batch_size=8, num_workers=1, **options)
         assert (data.images is not None) == in_memory
@@ -330,7 +330,7 @@ def test_mnist_without_its_test_images_is_split(tmp_path):
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_levels_channels_and_interpolation_are_as_asked(image_folder, in_memory):
+def test_levels_channels_and_interpolation_are_as_given(image_folder, in_memory):
     options = {"data_dir": image_folder, "img_size": 16, "in_memory": in_memory, "crop_pct": 1.0, "num_workers": 1}
 
     def first(**more):
@@ -372,7 +372,7 @@ def test_a_class_map_names_the_classes(image_folder, tmp_path):
     assert data.state_dict()["class_map"]
 
 
-def test_unaugmented_images_are_scaled_as_asked(image_folder):
+def test_unaugmented_images_are_scaled_as_given(image_folder):
     options = {"data_dir": image_folder, "img_size": 16, "in_memory": False, "no_aug": True, "num_workers": 1}
     images, _ = next(iter(prepared(**options, crop_pct=1.0, interpolation="nearest").train_dataloader()))
     assert torch.equal(images[..., ::2, ::2], images[..., 1::2, 1::2])

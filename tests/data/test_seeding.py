@@ -9,7 +9,7 @@ def test_seeds_depend_on_every_number_and_their_order():
     assert torch.rand(2, generator=generator(3, 4)).tolist() == torch.rand(2, generator=generator(3, 4)).tolist()
 
 
-def test_the_block_leaves_the_generator_as_it_was():
+def test_seeded_restores_the_generator():
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)

@@ -43,7 +43,7 @@ def png(value, format="png"):
 
 
 def packed(path, *members):
-    """A shard of (name, content) or (name, content, fields of the header)."""
+    """Write a shard of (name, content) or (name, content, fields of the header)."""
     with tarfile.open(path, "w") as tar:
         for name, content, *fields in members:
             add(tar, name, content, **(fields[0] if fields else {}))
@@ -51,7 +51,7 @@ def packed(path, *members):
 
 
 def header(kind, name, size=b"", **fields):
-    """A block of a tar file with a right checksum; fields are {offset: bytes}."""
+    """Return a tar header with a correct checksum; fields are {offset: bytes}."""
     block = bytearray(512)
     places = {"0": name, "124": size, "156": kind, "257": b"ustar\x0000", "148": b" " * 8} | fields
     for offset, value in places.items():
@@ -65,7 +65,7 @@ def binary(size):
 
 
 def shard(path, values, numbered=True):
-    """Image number v is of value v and of class v % 3."""
+    """Image v has the value v and the class v % 3."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for value in values:
@@ -128,7 +128,7 @@ def test_validation_images_need_no_training_images(image_folder, tmp_path):
         val_source("webdataset", image_folder)
 
 
-def test_shards_that_are_wrong(tmp_path):
+def test_wrong_shards(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there are no shards train/\*.tar or \*train\*.tar in it for 'train'"):
         tar_sources(tmp_path)
     (tmp_path / "text.tar").write_text("no tar file, but long enough to be read as one" * 20)
@@ -217,15 +217,16 @@ SPARSE = {"483": binary(10**13), "386": b"0" * 11, "398": b"0" * 11}
         ),
         (header(b"0", b"a/0.png", b"777777"), "a/0.png is cut short: it has 262,143 bytes, of which 1,024 are there"),
         (header(b"0", b"a/0.png", binary(10**13)), "a/0.png is cut short"),
-        (header(b"0", b"a/0.png", b"\xff" * 12), "a/0.png has no size"),  # -1 in GNU's binary numbers
-        (header(b"0", b"a/0.png", b"-1"), "a/0.png has no size"),
+        # -1 in GNU's binary numbers
+        (header(b"0", b"a/0.png", b"\xff" * 12), "a/0.png has the size .*, which must be octal digits"),
+        (header(b"0", b"a/0.png", b"-1"), "a/0.png has the size b'-1', which must be octal digits"),
         (header(b"x", b"a", binary(6 * 10**9)), "the header at byte 0 has 6,000,000,000 bytes"),
         (header(b"L", b"a", binary(6 * 10**9)), "the header at byte 0 has 6,000,000,000 bytes"),
         (header(b"x", b"a", b"12") + b"99 path=a\n".ljust(512, b"\0"), "the extended header at byte 0 is damaged"),
         (header(b"g", b"a", b"14") + b"12 path=aaa\n".ljust(512, b"\0"), "gives all files one name or one size"),
     ],
 )
-def test_headers_cannot_ask_for_what_is_not_there(tmp_path, blocks, message):
+def test_headers_beyond_the_file_are_refused(tmp_path, blocks, message):
     (tmp_path / "a.tar").write_bytes(blocks + bytes(1024))
     with pytest.raises(ValueError, match=message):
         TarSource([tmp_path / "a.tar"])
@@ -278,7 +279,7 @@ def test_a_name_is_in_a_shard_once(tmp_path, names):
         TarSource([packed(tmp_path / "a.tar", *((name, b"1") for name in names))])
 
 
-def test_what_is_left_out_is_named_and_counted(image_folder, tmp_path):
+def test_files_left_out_are_named_and_counted(image_folder, tmp_path):
     members = ("0.png", png(0)), ("0.cls", b"0"), ("1.gif", png(1, "gif")), ("1.cls", b"1"), ("1.json", b"{}")
     with pytest.warns(UserWarning) as found:
         assert len(TarSource([packed(tmp_path / "a.tar", *members)])) == 1
@@ -352,7 +353,7 @@ def test_only_formats_of_the_allowed_names_are_decoded(monkeypatch, tmp_path, co
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
     (tmp_path / "x.jpg").write_bytes(content)
     with pytest.raises(
-        UnreadableImage, match=r"x.jpg cannot be read as an image: it is none of JPEG, PNG, .*, WEBP, or"
+        UnreadableImage, match=r"x.jpg cannot be read as an image: it is not one of JPEG, PNG, .*, WEBP, or is"
     ):
         decode_image(tmp_path / "x.jpg", "x.jpg")
 
@@ -366,7 +367,7 @@ def test_all_formats_of_the_allowed_names_are_decoded(tmp_path):
 
 
 @pytest.mark.parametrize("error", [MemoryError(), KeyError("x"), RecursionError("deep"), ZeroDivisionError("by 0")])
-def test_whatever_a_decoder_raises_the_image_is_named(monkeypatch, error):
+def test_errors_of_decoders_name_the_image(monkeypatch, error):
     def convert(*_):
         raise error
 
@@ -424,7 +425,7 @@ def test_a_jpeg_has_few_scans():
     assert decode_image(io.BytesIO(image[:-2] + scan * 50 + image[-2:]), "x").size == (16, 16)
     with pytest.raises(UnreadableImage, match=r"x cannot be read as an image: it has 20\d scans, and at most 100 are"):
         decode_image(io.BytesIO(image[:-2] + scan * 200 + image[-2:]), "x")
-    assert decode_image(io.BytesIO(image + scan * 200), "x").size == (16, 16)  # such as a video after it
+    assert decode_image(io.BytesIO(image + scan * 200), "x").size == (16, 16)  # a video may follow the image
 
 
 def test_a_tiff_has_tiles_of_about_its_size():
@@ -475,7 +476,7 @@ def named(source, index):
     return source.classes[source.labels[index]]
 
 
-def test_what_is_hidden_is_no_class_and_no_image(image_folder, tmp_path, recwarn):
+def test_hidden_files_are_neither_classes_nor_images(image_folder, tmp_path, recwarn):
     for name in (".ipynb_checkpoints/0.png", "__MACOSX/ant/0.png", "ant/._0.png", "ant/.ipynb_checkpoints/0.png"):
         path = image_folder / "train" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -489,7 +490,7 @@ def test_what_is_hidden_is_no_class_and_no_image(image_folder, tmp_path, recwarn
     assert not recwarn.list
 
 
-def test_a_class_is_said_by_a_json_or_by_text(tmp_path):
+def test_json_or_text_files_give_the_class(tmp_path):
     jsons = [b'{"id": 7, "label": 2}', b'{"label": 0}']
     source = TarSource([packed(tmp_path / "a.tar", *pairs("json", jsons))])
     assert source.classes == ["0", "1", "2"] and source.labels.tolist() == [2, 0]
@@ -605,7 +606,7 @@ def test_a_class_map_orders_and_chooses_classes(image_folder, tmp_path):
 @pytest.mark.parametrize(
     "content, message", [(b"a\nb\na\n", "it names a twice"), (b"\n", "it names no class"), (b"\xff", "a text in UTF-8")]
 )
-def test_a_class_map_that_is_wrong(tmp_path, content, message):
+def test_wrong_class_maps(tmp_path, content, message):
     (tmp_path / "map.txt").write_bytes(content)
     with pytest.raises(ValueError, match=f"class_map is .*map.txt; .*{message}"):
         read_class_map(tmp_path / "map.txt")

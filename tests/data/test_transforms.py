@@ -38,7 +38,7 @@ def test_random_is_a_window_of_the_image_scaled_on_its_shorter_side():
 @pytest.mark.parametrize("shape", [(40, 60), (61, 33), (16, 16)])
 @pytest.mark.parametrize("mode", ["rkrc", "rkrr"])
 def test_rkrc_and_rkrr_are_timms(mode, shape):
-    """With one scale and one ratio each image is enlarged or not and stretched or not, and cut as timm cuts."""
+    """With one scale and one ratio an image is enlarged or not, stretched or not, and cropped as by timm."""
     timm = pytest.importorskip("timm.data.transforms")
     random.seed(0)  # timm cuts at random; 3,000 times, all of its up to 150 places are among them
     image, scale, ratio = ramp(*shape), 0.64, 1.3
@@ -92,7 +92,7 @@ def test_policies():
         *("rand-m9-mstd0.5", "rand-m9-mstdnan", "rand-m9-inc1", "augmix-m5-w999999", "original", "auto", ""),
     ],
 )
-def test_policies_that_there_are_not(name):
+def test_unknown_policies(name):
     message = (
         f"aa is '{name}'; it must be one of 'imagenet', .* or such as 'rand-m9-n2' with m from 0 to 30 and n from 1"
     )

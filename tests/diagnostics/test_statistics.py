@@ -1,4 +1,4 @@
-"""What gates over many samples come to."""
+"""Statistics of gates over many samples."""
 
 import math
 
@@ -48,7 +48,7 @@ def test_many_gates_that_do_not_differ_need_one_path():
     assert needed_paths(gates).tolist() == [1]
 
 
-def test_a_single_way_to_go_is_one_path():
+def test_a_single_outgoing_path_counts_as_one():
     gates = torch.ones(5, 2, 1)
     statistics = RouterStatistics.of(Routing(gates, gates)).cpu()
     ones = torch.ones(2, dtype=torch.float64)

@@ -31,7 +31,7 @@ def tiny_cc2(*, num_classes=10, in_chans=3, img_size=32):
 
 @pytest.fixture(scope="package")
 def registered():
-    """A network whose export takes seconds, in the registry for as long as these tests run."""
+    """Register a network whose export takes seconds, while these tests run."""
     register_model(tiny_cc2)
     yield "tiny_cc2"
     del registry._MODELS["tiny_cc2"]
@@ -39,7 +39,7 @@ def registered():
 
 @pytest.fixture(scope="package")
 def checkpoint(tmp_path_factory, images, registered):
-    """Of a network with two paths, trained for an epoch on three classes of images of 8×8, with averaged weights."""
+    """Train a network with two paths for an epoch on three classes of images of 8×8, with averaged weights."""
     data = ImageDataModule("imagefolder", images, batch_size=12, img_size=8, num_workers=1)
     torch.manual_seed(0)
     return trained(create_model(registered, 3, img_size=8), data, tmp_path_factory.mktemp("run"))

@@ -68,7 +68,7 @@ def test_unreadable_images_are_named_counted_and_left_out(checkpoint, images, tm
         (["x.png", "--model", "a.b:c"], "leave model out"),
     ],
 )
-def test_wrong_words_end_in_a_sentence(checkpoint, tmp_path, monkeypatch, arguments, message):
+def test_errors_of_the_command_are_one_sentence(checkpoint, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     result = run("predict", checkpoint, *arguments)
     assert result.exit_code == 2 and "Traceback" not in result.output
@@ -103,7 +103,7 @@ def own(tmp_path, monkeypatch):
     sys.modules.pop("own_net", None)
 
 
-def test_the_way_from_a_network_of_one_s_own_to_a_prediction(own, images, tmp_path):
+def test_own_network_from_training_to_prediction(own, images, tmp_path):
     torch.save(create_model(own, 9, width=6).state_dict(), "single.pth")
     train = ("train", own, "--model-kwargs", "width=6", "--multipath", 2, "--route-after", "0,1", "--data-dir", images)
     train += ("--dataset", "imagefolder", "--img-size", 8, "-b", 12, "--epochs", 1, "--output", tmp_path, "-j", 1)
@@ -132,7 +132,7 @@ def test_the_way_from_a_network_of_one_s_own_to_a_prediction(own, images, tmp_pa
     assert result.exit_code == 0 and "0_router_g12" in result.stdout, result.output
 
 
-def test_a_run_goes_on_with_the_network_of_its_checkpoint(own, images, tmp_path):
+def test_a_resumed_run_has_the_network_of_its_checkpoint(own, images, tmp_path):
     common = (
         "--data-dir",
         images,

@@ -43,7 +43,7 @@ def test_onnx_runs_with_its_classes_and_preprocessing(predictor, tmp_path, dynam
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_programs_need_pytorch_s_operators_alone(predictor, tmp_path, dynamic):
+def test_programs_need_only_pytorch_s_operators(predictor, tmp_path, dynamic):
     export(predictor, "torch-export", tmp_path / "x.pt2", dynamic_batch=dynamic)
     metadata = dict.fromkeys(("classes", "preprocessing", "specification"), "")
     program = torch.export.load(tmp_path / "x.pt2", extra_files=metadata)
@@ -87,7 +87,7 @@ def test_metadata_of_others_is_checked(predictor, tmp_path, name, value, message
         fastroute.load(tmp_path / "y.safetensors")
 
 
-def test_a_file_that_computes_otherwise_is_not_written(predictor, tmp_path, monkeypatch):
+def test_a_file_with_other_logits_is_not_written(predictor, tmp_path, monkeypatch):
     def wrong(model, images, path, metadata, dynamic):
         path.write_bytes(b"x")
         return lambda x: model(x) + 0.01 * model(x).abs().max() + 0.01

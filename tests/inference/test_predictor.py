@@ -103,7 +103,7 @@ def test_a_prediction_tells_the_most_probable_classes_and_gates(predictor, image
     assert predictor(paths(images)[:1]).gates is None
 
 
-def test_averaged_weights_are_taken_where_there_are(checkpoint):
+def test_averaged_weights_are_preferred(checkpoint):
     saved = torch.load(checkpoint, weights_only=True)
     name = "head.0.2.weight"
     for ema, key in ((True, "state_dict"), (False, "current_model_state")):
@@ -141,7 +141,7 @@ def build(num_classes):
     return Own()
 
 
-def test_own_code_runs_where_it_is_named_alone(tmp_path, images, monkeypatch):
+def test_own_code_runs_only_if_it_is_named(tmp_path, images, monkeypatch):
     data = ImageDataModule("imagefolder", images, batch_size=24, img_size=8, num_workers=1)
     by_hand = trained(Own(), data, tmp_path / "hand")
     named = trained(create_model(f"{__name__}:build", 3), data, tmp_path / "named")
@@ -178,7 +178,7 @@ def test_damaged_checkpoints_end_in_a_sentence(checkpoint, tmp_path, field, valu
         fastroute.load(tmp_path / "x.ckpt")
 
 
-def test_what_cannot_be_predicted_is_said_in_a_sentence(predictor, checkpoint, images, tmp_path):
+def test_errors_in_predicting_are_one_sentence(predictor, checkpoint, images, tmp_path):
     (tmp_path / "bad.png").write_text("bad")
     with pytest.raises(UnreadableImage, match=r"bad\.png cannot be read as an image"):
         predictor(tmp_path / "bad.png")

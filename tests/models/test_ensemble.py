@@ -7,7 +7,7 @@ from fastroute.models.cifar_resnet import cifar_resnet
 
 
 def checkpoint(path, name, **sizes):
-    """A file with what `fastroute train` leaves for others in its checkpoints."""
+    """Write the fields of a checkpoint that an ensemble reads."""
     sizes = {"num_classes": 10, "in_chans": 3, "img_size": 32, **sizes}
     model = models.create_model(name, **sizes).eval()
     weights = {f"model.{key}": value for key, value in model.state_dict().items()}

@@ -44,7 +44,7 @@ def test_has_timm_s_interface(name):
     rebuilt.load_state_dict(model.state_dict())
 
 
-def test_converted_networks_have_it_too():
+def test_converted_networks_have_timm_s_interface():
     timm = pytest.importorskip("timm")
     small = {"img_size": 32, "depth": 3, "embed_dim": 24}
     for base, options, cuts in (

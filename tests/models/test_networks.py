@@ -1,4 +1,4 @@
-"""Every network of the registry: its parameters, its two call forms, and that it leaves PyTorch whole."""
+"""Every registered network: its parameters, its two call forms, and its exports."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from fastroute.models.hypernetwork import GeneratedConv2d, HyperWideResNet, Kern
 from fastroute.models.layers import SqueezeExcite
 from fastroute.nn import CrossConnection, CrossPrediction2d, CrossPredictionLinear, CrossStitch, Router
 
-# What the thesis prints, and what comes out of the settings that fit all its other counts.
+# Name → the thesis's count, and ours with the settings that fit all its other counts.
 CONTRADICTIONS = {
     "base_cnn_x3": ("1.5", "1.7"),  # three of its own BaseCNNs of 0.55
     "base_cnn_ensemble": ("1.66", "1.65"),
@@ -52,12 +52,12 @@ def count(model):
 
 
 def every(names):
-    """All networks by name where asked for with -m slow, and small ones of the same kinds by default."""
+    """Return small networks of all kinds, and with -m slow all networks."""
     return [*names, *(pytest.param(name, marks=pytest.mark.slow) for name in models.list_models())]
 
 
 def network(name):
-    """The network in evaluation, with gates that differ from sample to sample, and images for it."""
+    """Return the network in evaluation mode, with gates that differ between samples, and images for it."""
     torch.manual_seed(0)
     if name in SMALL:
         model, size = SMALL[name](), SIZES.get(name, 8)
@@ -218,7 +218,7 @@ def test_onnx_runs_as_eager_does(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model, x = network(name)
     program = torch.onnx.export(model, (x,), dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
-    assert {node.domain for node in program.model.graph} == {""}  # standard operators alone
+    assert {node.domain for node in program.model.graph} == {""}  # only standard operators
     program.save(tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     y = torch.cat([x, x.flip(0), x[:1]])

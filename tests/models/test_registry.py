@@ -3,6 +3,7 @@ from torch import nn
 
 from fastroute import models
 from fastroute.models import registry
+from fastroute.models.sources import layout
 
 
 def test_lists_in_natural_order_by_pattern():
@@ -25,6 +26,20 @@ def test_registers_a_network(monkeypatch):
     assert models.model_info("dense") == (dense, 10, 32, "", "")
     with pytest.raises(ValueError, match="name is 'dense'; a network of that name is registered already"):
         models.register_model(dense)
+
+
+def test_every_network_is_a_documented_function():
+    for name in models.list_models():
+        function = getattr(models, name)
+        assert name in models.__all__ and function is models.model_info(name).builder
+        assert function.__name__ == name and function.__doc__.startswith("Build ")
+
+
+def test_a_function_is_create_model_with_its_name():
+    built = models.resnet20_cc2(num_classes=7, routing=None)
+    created = models.create_model("resnet20_cc2", 7, routing=None)
+    assert built.specification == created.specification and layout(built) == layout(created)
+    assert models.resnet20(0).num_classes == 0 and models.resnet20().num_classes == 10
 
 
 def test_defaults_are_those_of_the_network(monkeypatch):

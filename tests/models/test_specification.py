@@ -21,7 +21,7 @@ number = 3
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """A module of the user's, in the working folder, that builds a network; its name."""
+    """Write a user's module that builds a network into the working folder, and return its name."""
     (tmp_path / "own_nets.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     yield "own_nets:build"
@@ -29,7 +29,7 @@ def own(tmp_path, monkeypatch):
 
 
 def same_outputs(network, x):
-    """Whether the network that is rebuilt from the plain values of a specification computes what it does."""
+    """Return whether the network rebuilt from the specification's plain values computes the same."""
     specification = Specification.from_dict(network.specification.to_dict())
     rebuilt = specification.build(imports=True)
     rebuilt.load_state_dict(network.state_dict())
@@ -65,7 +65,7 @@ def test_multi_path_networks_keep_the_cuts_that_auto_found(own):
     assert multipath(create_model(own, 5), 2, ["1"], lambda *_: nn.Identity()).specification is None  # a function
 
 
-def test_modules_that_timm_or_torchvision_built_tell_how():
+def test_modules_of_timm_and_torchvision_are_recognised():
     timm, torchvision = pytest.importorskip("timm"), pytest.importorskip("torchvision")
     network = timm.create_model("resnet18", num_classes=5, in_chans=1)
     assert specification_of(network).text == "timm:resnet18.a1_in1k" and specification_of(network).in_chans == 1
@@ -76,14 +76,14 @@ def test_modules_that_timm_or_torchvision_built_tell_how():
     assert specification_of(nn.Linear(2, 2)) is None
 
 
-def test_a_network_that_was_changed_is_not_taken_for_what_it_was():
+def test_a_changed_network_has_no_specification():
     network = create_model("resnet20")
     assert specification_of(network) is network.specification is not None
     network.head[2] = nn.Linear(64, 3)
     assert specification_of(network) is None
 
 
-def test_own_functions_are_imported_where_the_user_names_them(own):
+def test_own_functions_are_imported_only_if_the_user_names_them(own):
     network = create_model(own, 5, width=6)
     assert network[0].out_channels == 6 and same_outputs(network, torch.randn(2, 3, 8, 8))
     del sys.modules["own_nets"]
@@ -113,7 +113,7 @@ def test_own_functions_are_imported_where_the_user_names_them(own):
         ("timm:resnet18", {"pretrained": True, "pretrained_path": "x"}, "give one of them"),
     ],
 )
-def test_what_cannot_be_built_is_said_in_a_sentence(name, options, message, own):
+def test_errors_in_building_are_one_sentence(name, options, message, own):
     if name.startswith("timm"):
         pytest.importorskip("timm")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -131,7 +131,7 @@ def test_a_download_that_fails_names_the_way_around_it(monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
     for name in ("timm:resnet18", "torchvision:resnet18"):
-        with pytest.raises(ValueError, match=f"weights of {name} cannot be had .ConnectionError: no route to host"):
+        with pytest.raises(ValueError, match=f"{name} cannot be downloaded .ConnectionError: no route to host"):
             create_model(name, 5, pretrained=True)
 
 
@@ -163,7 +163,7 @@ def test_values_out_of_a_file_are_checked(change, message):
         specification_in({"specification": values | change}, "checkpoint is x")
 
 
-def test_older_checkpoints_name_a_network_of_ours():
+def test_older_checkpoints_name_a_registered_network():
     run = {"model": "resnet20_cc2", "num_classes": 7, "in_chans": 1, "img_size": 8}
     assert specification_in(run, "checkpoint is x") == Specification("fastroute", "resnet20_cc2", 7, 1, 8)
     with pytest.raises(ValueError, match=r"checkpoint is x; .*a Sequential, is built: .*load\(path, model=network\)"):

@@ -16,11 +16,11 @@ def single():
 
 
 def test_one_path_s_weights_start_all_paths_of_a_named_network(tmp_path):
-    said = []
+    messages = []
     weights = create_model("resnet20", 10).state_dict()
     network = create_model("resnet20_cc2", 10)
     before = network.stack2_router.w1.clone()
-    load_pretrained(network, weights, "pretrained_path is resnet20.pth", say=said.append)
+    load_pretrained(network, weights, "pretrained_path is resnet20.pth", say=messages.append)
     for name in ("stack1", "stack3"):
         first, second = (getattr(network, name)[i][1].residual[0].weight for i in range(2))
         given = weights[f"{name}.1.residual.0.weight"]
@@ -29,13 +29,13 @@ def test_one_path_s_weights_start_all_paths_of_a_named_network(tmp_path):
     assert torch.equal(network.head[0][2].weight, weights["head.2.weight"])
     assert torch.equal(network.head[1][2].bias, weights["head.2.bias"])
     assert torch.equal(network.stack2_router.w1, before)
-    assert said == [
+    assert messages == [
         "pretrained_path is resnet20.pth; it starts all paths, with noise of 1% on all but the first; "
         "routers start fresh"
     ]
 
 
-def test_parts_of_one_module_find_their_weights_whatever_its_name():
+def test_parts_of_one_module_find_their_weights_under_any_name():
     network = multipath(single(), 2, ["0", "2"], input_size=(3, 8, 8))
     weights = {
         name: torch.randn(value.shape) if value.dim() else value for name, value in single().state_dict().items()
@@ -46,27 +46,27 @@ def test_parts_of_one_module_find_their_weights_whatever_its_name():
 
 
 def test_a_classifier_of_other_classes_is_left_out(tmp_path):
-    said = []
+    messages = []
     weights = create_model("resnet20_cc2", 1000).state_dict()
     network = create_model("resnet20_cc2", 7)
     before = network.head[1][2].weight.clone()
-    load_pretrained(network, weights, "pretrained_path is w.pth", say=said.append)
+    load_pretrained(network, weights, "pretrained_path is w.pth", say=messages.append)
     assert torch.equal(network.head[1][2].weight, before)
     assert torch.equal(network.stack2[1][0].residual[0].weight, weights["stack2.1.0.residual.0.weight"])
-    assert len(said) == 1 and "its classifier is of 1,000 classes and is left out: head.0.2.weight" in said[0]
-    assert "for 7 classes start fresh" in said[0]
+    assert len(messages) == 1 and "its classifier is of 1,000 classes and is left out: head.0.2.weight" in messages[0]
+    assert "for 7 classes start fresh" in messages[0]
 
 
 def test_weights_fit_images_of_other_channels():
-    said, weights = [], create_model("resnet20", 10).state_dict()
+    messages, weights = [], create_model("resnet20", 10).state_dict()
     for channels, expected in ((1, weights["stem.0.weight"].sum(1, keepdim=True)), (4, None)):
         network = create_model("resnet20", 10, channels)
-        load_pretrained(network, weights, "x", say=said.append)
+        load_pretrained(network, weights, "x", say=messages.append)
         first = network.stem[0].weight
         if expected is None:
             expected = torch.cat([weights["stem.0.weight"], weights["stem.0.weight"][:, :1]], 1) * 0.75
         torch.testing.assert_close(first, expected)
-    assert said[0] == "x; stem.0.weight is adapted to images of 1 channels"
+    assert messages[0] == "x; stem.0.weight is adapted to images of 1 channels"
 
 
 @pytest.mark.parametrize(

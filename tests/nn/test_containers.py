@@ -45,7 +45,7 @@ def test_batched_paths_are_the_separate_ones(inputs, training):
     assert (separate[0][1].num_batches_tracked == 2) == training
 
 
-def test_paths_run_as_measured_on_their_device_unless_told(monkeypatch):
+def test_auto_execution_is_the_faster_one_as_measured(monkeypatch):
     paths, xs = ParallelPaths([nn.Linear(2, 2), nn.Linear(2, 2)]), [torch.randn(3, 2)]
     calls = []
     paths[1].register_forward_hook(lambda *_: calls.append("separate"))
@@ -67,7 +67,7 @@ def test_paths_without_weights_have_nothing_to_batch():
 def test_batched_paths_differ_in_weights_alone():
     with pytest.raises(ValueError, match="execution is 'grouped'; it must be 'auto', 'separate' or 'batched'"):
         ParallelPaths([nn.Linear(2, 2)], "grouped")
-    with pytest.raises(ValueError, match="execution is 'batched'; the paths must differ in nothing but their weights"):
+    with pytest.raises(ValueError, match="execution is 'batched'; the paths must differ only in their weights"):
         ParallelPaths([nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3, padding=1)], "batched")
     paths = ParallelPaths([nn.Linear(2, 2), nn.Linear(2, 2)], "batched")
     paths[1].eval()

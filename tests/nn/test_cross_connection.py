@@ -13,7 +13,7 @@ def paths(m, *shape, **options):
 
 
 def drawn(router):
-    """A router whose second layer is far from its start, where it would hardly show in the outputs."""
+    """Return a router with a large second layer; a fresh one would hardly show in the outputs."""
     for parameter in (router.w2, router.b2):
         if parameter is not None:
             nn.init.normal_(parameter)
@@ -21,7 +21,7 @@ def drawn(router):
 
 
 def plain(router, xs):
-    """Alg. 2 for one router, in plain PyTorch."""
+    """Compute Alg. 2 for one router in plain PyTorch."""
     gates = []
     if router.activation:
         xs = [torch.relu(x) for x in xs]
@@ -214,7 +214,7 @@ def test_wrong_inputs(xs, error, message):
 
 
 def test_full_backward_hooks_say_that_they_will_not_run():
-    """PyTorch looks for tensors among a layer's arguments, and not in its lists."""
+    """PyTorch looks for tensors among a layer's arguments, but not inside lists."""
     for layer in (CrossConnection(4, 2, 2), CrossStitch(2), ParallelPaths([torch.nn.Identity()])):
         for name in ("register_full_backward_hook", "register_full_backward_pre_hook"):
             with pytest.warns(UserWarning, match=f"{name}: the hook will not run.*lists.*call register_hook"):

@@ -12,7 +12,7 @@ def paths(m, *shape, **options):
 
 
 def plain(layer, xs, predict):
-    """Alg. 1 for one layer, in plain PyTorch; `predict` is the convolution or dense layer."""
+    """Compute Alg. 1 for one layer in plain PyTorch; `predict` is the convolution or dense layer."""
     predictions, gates = [], []
     for i, x in enumerate(xs):
         biases = [None] * layer.out_paths if layer.bias is None else layer.bias[i]

@@ -55,7 +55,7 @@ def test_other_layers_and_numbers_stay():
 
 @pytest.mark.parametrize("build", ["named", "converted"])
 def test_a_network_for_small_images_learns_in_bfloat16(build):
-    """The last stage has maps of one pixel, of which a plain network may get weight gradients that are no numbers."""
+    """The last stage has maps of one pixel, for which a plain network may get non-finite weight gradients."""
     torch.manual_seed(0)
     network = create_model("resnet18_cc2", 10, 1, 8)
     if build == "converted":

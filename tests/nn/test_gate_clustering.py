@@ -25,7 +25,7 @@ def test_the_losses_of_all_gating_vectors_are_added():
     torch.testing.assert_close(loss, torch.stack([mixture_em_loss(v).loss for v in vectors]).sum())
 
 
-def test_one_way_to_go_is_no_clustering():
+def test_a_single_outgoing_path_is_not_clustered():
     criterion, a = GateClusteringLoss(), scores(16, 2, 3)
     with_one = criterion(routing(a, scores(16, 2, 1)))
     torch.testing.assert_close(with_one, GateClusteringLoss()(routing(a)))
@@ -49,7 +49,7 @@ def test_priors_follow_the_posteriors_of_the_steps_before():
 
 
 @pytest.mark.parametrize("scope", ["local", "router", "network"])
-def test_no_samples_are_no_loss_and_move_nothing(scope):
+def test_no_samples_give_no_loss_and_no_update(scope):
     criterion = GateClusteringLoss(scope=scope)
     assert criterion(routing(scores(0, 2, 3))) == 0
     assert all(torch.equal(prior, torch.full_like(prior, 1 / 3)) for prior in criterion.priors.values())
@@ -93,7 +93,7 @@ def test_the_balance_is_that_of_the_whole_network():
 
 
 def test_gates_skewed_to_opposite_sides_are_in_balance():
-    """What each gate does alone is the clustering's business."""
+    """The balance ignores how each single gate clusters."""
     a = torch.zeros(16, 2, 2)
     a[:, 0, 0] = a[:, 1, 1] = 9.0
     local, network = (GateClusteringLoss(scope=scope)(routing(a)) for scope in ("local", "network"))
@@ -119,7 +119,7 @@ def test_its_gradient_reaches_the_gates():
         optimizer.step()
     assert losses[-1] < losses[0] - 0.01
     assert all(parameter.grad.abs().max() > 0 for parameter in (router.w1, router.b1, router.w2))
-    # Normalised scores do not show what all samples have in common.
+    # Normalised scores lack what all samples have in common.
     assert router.b2.grad.abs().max() < 1e-6
 
 

@@ -26,7 +26,7 @@ def router(kind, prior, **options):
 
 
 def written_out(layer, xs, mean=None, std=None):
-    """Outputs, gates and scores by the equations; μ and σ are the batch's by default."""
+    """Compute outputs, gates and scores by the equations; μ and σ are the batch's by default."""
     xs = [x.relu() if layer.activation else x for x in xs]
     pooled = torch.stack([x.mean((2, 3)) for x in xs], 1)
     hidden = pooled if layer.w1 is None else torch.einsum("smc,mgc->smg", pooled, layer.w1)
@@ -93,14 +93,14 @@ def test_evaluation_becomes_training_on_the_same_batch(kind, prior):
     _, training = layer(xs, return_routing=True)
     _, evaluation = layer.eval()(xs, return_routing=True)
     torch.testing.assert_close(evaluation.scores, training.scores, rtol=1e-4, atol=1e-5)
-    moved = 5e-3 if prior else 1e-5  # the priors go on moving by what they weigh themselves
+    moved = 5e-3 if prior else 1e-5  # the priors still move, since they depend on themselves
     torch.testing.assert_close(evaluation.gates, training.gates, rtol=0, atol=moved)
     if prior:
         torch.testing.assert_close(training.gates.mean(0), layer.gate_norm.prior, rtol=0, atol=moved)
 
 
 @pytest.mark.parametrize("kind", ["center", "standardize"])
-def test_a_shift_of_a_gate_costs_nothing_and_its_samples_still_differ(kind):
+def test_normalised_gates_ignore_the_bias(kind):
     layer, xs = router(kind, None), inputs()
     _, before = layer(xs, return_routing=True)
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_state_is_saved_and_needed():
     torch.testing.assert_close(other.eval()(inputs()), layer.eval()(inputs()))
     with pytest.raises(RuntimeError, match=r"gate_norm\.running_mean"):
         layer.load_state_dict(plain.state_dict())
-    plain.load_state_dict(CrossConnection(8, 2, 3).state_dict())  # files from before there was a normalisation
+    plain.load_state_dict(CrossConnection(8, 2, 3).state_dict())  # files without a normalisation
 
 
 def test_networks_by_name():

@@ -90,13 +90,13 @@ def test_trained_network_clusters_alike_in_training_and_evaluation(statistics):
         evaluation = criterion.eval()(network(points)).posterior.argmax(1)
         alone = torch.cat([criterion(network(part)).posterior.argmax(1) for part in points.split(1)])
     assert (training == evaluation).float().mean() > 0.99
-    assert torch.equal(alone, evaluation)  # whatever batch a sample comes in
+    assert torch.equal(alone, evaluation)  # a sample's result does not depend on its batch
     table = torch.zeros(3, 3).index_put_((labels, evaluation), torch.ones(600), accumulate=True)
     assert table.max(1).values.sum() > 590 and len(set(table.argmax(1).tolist())) == 3
 
 
 def test_constant_statistics_would_run_away():
-    """Why the gradient goes through the batch: with the same statistics as constants, all scores only rise."""
+    """With constant statistics all scores would only rise, so the gradient must go through the batch."""
 
     class Constants(RelevanceNorm):
         def forward(self, scores):
@@ -120,7 +120,7 @@ def test_mixture_em_loss_is_the_operator(gates):
     torch.testing.assert_close(
         MixtureEMLoss(4.0)(scores, scores_aug, prior), ops.mixture_em_loss(scores, 4.0, prior, scores_aug=scores_aug)
     )
-    assert norm.num_batches_tracked == 1  # by the originals alone
+    assert norm.num_batches_tracked == 1  # only by the originals
 
 
 def test_augmented_scores_may_have_statistics_of_their_own():

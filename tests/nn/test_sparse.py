@@ -12,7 +12,7 @@ def convs(n, channels=6, out=5, **options):
 
 
 def spread(router):
-    """A gate whose scores differ from sample to sample enough to use every path."""
+    """Return a gate whose scores differ enough between samples to use every path."""
     nn.init.normal_(router.w2, std=3.0)
     if router.b2 is not None:
         nn.init.normal_(router.b2, std=0.1)
@@ -20,7 +20,7 @@ def spread(router):
 
 
 def dense(router, x):
-    """Every path on every sample, weighted by the gates of the definition: what sparse routing must equal."""
+    """Compute every path on every sample, weighted by the gates of the definition."""
     hidden = x.flatten(2).mean(-1)
     if router.w1 is not None:
         hidden = torch.relu(hidden @ router.w1.T + (0 if router.b1 is None else router.b1))
@@ -63,7 +63,7 @@ def test_each_path_sees_its_samples_alone():
     router, seen = spread(SparseRouter(6, convs(4), top_k=2)), {}
     for j, path in enumerate(router.paths):
         path.register_forward_pre_hook(lambda _, args, j=j: seen.update({j: args[0]}))
-    x = torch.randn(32, 6, 4, 4) + 2 * torch.randn(32, 6, 1, 1)  # samples of means far apart, for every path some
+    x = torch.randn(32, 6, 4, 4) + 2 * torch.randn(32, 6, 1, 1)  # means far apart, so that every path gets samples
     _, routing = router(x, return_routing=True)
     assert isinstance(routing, SparseRouting)
     assert routing.gates.shape == routing.scores.shape == (32, 4)
@@ -117,7 +117,7 @@ def test_renormalized_top_1_learns_from_scores_alone():
 
 
 def only(path, n=3, **options):
-    """A router that sends everything to one path."""
+    """Return a router that sends everything to one path."""
     router = SparseRouter(6, [nn.Sequential(*convs(1), nn.BatchNorm2d(5)) for _ in range(n)], **options)
     with torch.no_grad():
         router.b2[path] = 100

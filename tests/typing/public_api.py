@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 
 import fastroute
-from fastroute.models import ModelInfo, count_macs, create_model, list_models, model_info, multipath
+from fastroute.models import (
+    ModelInfo,
+    count_macs,
+    create_model,
+    list_models,
+    model_info,
+    multipath,
+    register_model,
+    resnet20_cc2,
+)
 from fastroute.nn import (
     ConsistencyLoss,
     CrossConnection,
@@ -46,11 +55,21 @@ CrossConnection(64, in_paths="2", out_paths=2)  # type: ignore[arg-type]
 
 # Networks
 assert_type(create_model("resnet20_cc2", num_classes=10), nn.Module)
+assert_type(resnet20_cc2(num_classes=10), nn.Module)
 assert_type(list_models("*cc*"), list[str])
 assert_type(model_info("resnet20"), ModelInfo)
 assert_type(count_macs(nn.ReLU(), (3, 32, 32)), int)
 assert_type(multipath(nn.ReLU(), 2, ["relu"], init="copy"), MultiPathNetwork)
 create_model()  # type: ignore[call-arg]
+
+
+@register_model(num_classes=5)
+def own(*, num_classes: int, in_chans: int, img_size: int) -> nn.Linear:
+    return nn.Linear(in_chans * img_size**2, num_classes)
+
+
+assert_type(own(num_classes=5, in_chans=3, img_size=32), nn.Linear)
+own(classes=5)  # type: ignore[call-arg]
 
 # Backends
 assert_type(fastroute.__version__, str)

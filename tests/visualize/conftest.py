@@ -15,7 +15,7 @@ def run():
 
 @pytest.fixture(scope="package")
 def checkpoint(tmp_path_factory, run):
-    """A network with two paths after an epoch on digits."""
+    """Train a network with two paths for an epoch on digits."""
     folder = tmp_path_factory.mktemp("runs")
     done = run(*("train", "resnet20_cc2", "-b", 256, "--epochs", 1), "--output", folder, "--experiment", "digits")
     assert done.exit_code == 0, done.output
@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory, run):
 
 @pytest.fixture(scope="package")
 def page(checkpoint, run):
-    """Its report, compared with itself."""
+    """Write the report of the network, compared with itself."""
     done = run("report", checkpoint, "--gates", 2, "--before", checkpoint, "--runs", checkpoint.parents[1])
     assert done.exit_code == 0, done.output
     path = checkpoint.parent / "report" / "report.html"

@@ -89,7 +89,7 @@ def test_flows_are_the_shares_of_the_mean_magnitude(model):
     with torch.no_grad():
         stem = model.eval().stem([images])
         after = model.stem_router(stem)
-        paths = [x.relu() for x in model.stack1(after)]  # the ReLU in which they end is the router's
+        paths = [x.relu() for x in model.stack1(after)]  # the router applies the ReLU at their end
     means, means_of_paths = (torch.stack([x.mean((1, 2, 3)) for x in xs], 1) for xs in (after, paths))
     for s, flow in enumerate(flows):
         assert flow[0].before.tolist() == [1]
@@ -126,7 +126,7 @@ def test_no_images(model):
 
 
 class Features(nn.Module):
-    """The channels of an image, as features of two paths."""
+    """Return the channels of an image as features of two paths."""
 
     def __init__(self, first, second):
         super().__init__()

@@ -130,6 +130,7 @@ def test_clusterings(run, tmp_path, method):
     assert done.exit_code == 0, done.output
     done = run("report", tmp_path / "run" / "last.ckpt", "--limit", 300)
     assert done.exit_code == 0, done.output
+    assert done.output.index("Responses to all images …") < done.output.index("Clusters …")
     found = {path.stem for path in (tmp_path / "run" / "report").glob("*.png")}
     assert found == {"responses", "clusters", "confusion", "filters", "learning_curves"}
     text = (tmp_path / "run" / "report" / "report.html").read_text()

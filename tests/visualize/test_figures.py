@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from fastroute import visualize
 from fastroute.visualize import Gate, Layer, RoutingData
 from fastroute.visualize.report import verdict
-from fastroute.visualize.routing import distinct_classes, gate_rows
+from fastroute.visualize.routing import distinct_classes, gate_rows, tint
 from fastroute.visualize.style import save
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
@@ -16,7 +16,7 @@ GATE = Gate("a_router", 0, 0)
 
 @pytest.fixture
 def data():
-    """One gate of 100 images, which follows their class, and another that is dead."""
+    """Return the gates of 100 images: one router follows their class, another has a dead gate."""
     torch.manual_seed(0)
     labels = torch.arange(100) % 5
     first = (0.1 + 0.15 * labels + 0.01 * torch.rand(100))[:, None, None]
@@ -27,6 +27,10 @@ def data():
 
 def words(figure: Figure) -> str:
     return " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+
+
+def pictures(figure: Figure) -> int:
+    return sum(len(axes.images) for axes in figure.findobj(matplotlib.axes.Axes))
 
 
 def test_variance_explained(data):
@@ -59,13 +63,29 @@ def test_class_histograms(data):
 
 def test_gate_health_names_dead_and_skewed_gates(data):
     figure = visualize.gate_health(data, data)
-    assert words(figure).count("dead") == 2 and words(figure).count("skewed") == 2 and "before" in words(figure)
+    assert words(figure).count("dead") == 2 and "skewed" not in words(figure) and "before" in words(figure)
     row = gate_rows(data)[1]
-    assert row["router"] == "b" and row["mean gates"] == "0.01  0.99" and row["remarks"] == "dead to 1, skewed to 2"
+    assert row["router"] == "b" and row["mean gates"] == "0.01  0.99" and row["remarks"] == "dead to 1"
     assert gate_rows(data)[0]["remarks"] == "–"
     other = RoutingData({"a_router": data.gates["a_router"]}, data.labels, data.colours)
     with pytest.raises(ValueError, match=r"before has the routers \['a_router'\]"):
         visualize.gate_health(data, other)
+
+
+def test_a_gating_vector_is_called_skewed_once():
+    halves = 0.5 + 0.4 * torch.rand(100)
+    two = torch.stack([1 - halves, halves], 1)[:, None]  # g₁₁ never above 0.5, and g₁₂ never below
+    four = torch.rand(100, 1, 4).add(0.5).softmax(2)  # all four never above 0.5
+    even = torch.full((100, 1, 2), 0.5)
+    data = RoutingData({"a": two, "b": four, "c": even}, torch.zeros(100), torch.rand(100, 3))
+    assert [row["remarks"] for row in gate_rows(data)] == ["skewed to 2", "–", "skewed to 1"]
+    assert words(visualize.gate_health(data)).count("skewed") == 2
+
+
+def test_grey_images_have_no_colour():
+    grey = torch.rand(50, 1)
+    assert tint(grey) == tint(grey.expand(-1, 3) / torch.tensor([0.2, 0.3, 0.4]) - 0.5) == "brightness"
+    assert tint(torch.rand(50, 3)) == "colour" and tint(torch.ones(50, 3)) == "colour"
 
 
 def test_gate_context(data):
@@ -76,11 +96,11 @@ def test_gate_context(data):
 
 def test_routing_flow():
     layers = [Layer("a_router", torch.tensor([[0.9, 0.1]]), None, torch.tensor([0.8, 0.2]))]
-    figure = visualize.routing_flow([layers] * 2, torch.rand(2, 3, 100, 50), ["one", "two"])
-    assert len(figure.axes) == 4 and {"one", "two", "a"} <= set(words(figure).split())
+    figure = visualize.routing_flow([layers] * 2, torch.rand(2, 3, 100, 50), ["one", "two\n→ three"])
+    assert len(figure.axes) == 4 and {"one", "two", "three", "a", "0.90"} <= set(words(figure).split())
     strong, weak = figure.axes[2].lines[:2]
     assert strong.get_linewidth() > weak.get_linewidth() and strong.get_alpha() > weak.get_alpha()
-    assert figure.axes[0].images[0].get_array().shape == (64, 32, 3)  # no larger than is seen
+    assert figure.axes[0].images[0].get_array().shape == (64, 32, 3)  # scaled to a thumbnail
 
 
 def test_pictures_of_gates_and_clusters():
@@ -90,10 +110,16 @@ def test_pictures_of_gates_and_clusters():
     shown = figure.axes[1].images[0].get_array()
     np.testing.assert_array_equal(shown, (images[0, 0] * 255).round().byte().numpy())
     figure = visualize.cluster_images({"1": images, "2": images}, images[:2])
-    assert sum(len(axes.images) for axes in figure.axes) == 8
-    assert (
-        sum(len(axes.images) for axes in visualize.filter_images({"first": images}).findobj(matplotlib.axes.Axes)) == 3
-    )
+    assert pictures(figure) == 8
+    assert pictures(visualize.filter_images({"first": images})) == 3
+
+
+def test_flat_images_made_by_ascent_are_left_out():
+    images, flat = torch.rand(2, 1, 8, 8), torch.full((1, 1, 8, 8), 0.5)
+    figure = visualize.cluster_images({"1": images, "2": images}, torch.cat([flat, images[:1]]))
+    assert pictures(figure) == 5 and words(figure).count("made") == 1
+    figure = visualize.filter_images({"first": torch.cat([images, flat]), "last": flat})
+    assert pictures(figure) == 2 and words(figure).count("all images stayed flat") == 1
 
 
 def test_confusion_counts_each_class():
@@ -112,7 +138,10 @@ def test_response_map_has_every_cluster():
 def test_paths():
     figure = visualize.weight_histograms({"conv": [torch.randn(50), torch.randn(50) + 9]})
     assert "σ" in words(figure) and "path 2" in words(figure)
-    assert "0.25" in words(visualize.similarity_matrices({"conv": torch.tensor([[1, 0.25], [0.25, 1]])}))
+    figure = visualize.similarity_matrices({"conv": torch.tensor([[1, 0.25], [0.25, 1]])})
+    panel, scale = figure.axes
+    assert "0.25" in words(figure) and panel.get_xlabel() == panel.get_ylabel() == "path"
+    assert scale.get_ylabel() == "CKA" and scale.get_ylim() == (0, 1)
 
 
 def test_runs(tmp_path):
@@ -120,6 +149,9 @@ def test_runs(tmp_path):
     path.write_text("epoch,val_error,train_error\n1,50,60\n2,40,\n")
     error, training = visualize.learning_curves({"a": path}).axes[0].lines
     assert error.get_ydata().tolist() == [50, 40] and training.get_ydata().tolist() == [60]
+    assert error.get_color() != training.get_color()
+    curves = visualize.learning_curves({"a": path, "b": path}).axes[0].lines
+    assert len({(curve.get_color(), curve.get_linestyle()) for curve in curves}) == 4
     figure = visualize.accuracy_against_parameters({"resnet20": (270_000, 91.0), "resnet20_cc2": (550_000, 92.0)})
     assert "resnet20_cc2" in words(figure)
     with pytest.raises(FileNotFoundError, match="there is no such file"):
@@ -154,12 +186,12 @@ def test_a_notebook_shows_figures_whatever_the_backend(data):
 
 def test_the_verdict(data):
     alike, apart = torch.ones(2, 2), torch.tensor([[1.0, 0.3], [0.3, 1.0]])
-    said = verdict(data, {"stack1": alike, "head": apart})
-    assert "paths have not collapsed: the CKA between their features in head is 0.30" in said
-    assert "The last router, b, gives nearly the same gates to all images." in said
+    text = verdict(data, {"stack1": alike, "head": apart})
+    assert "paths have not collapsed: the CKA between their features in head is 0.30" in text
+    assert "The last router, b, gives nearly the same gates to all images." in text
     one = RoutingData({"a_router": data.gates["a_router"]}, data.labels, data.colours)
-    said = verdict(one, {"head": alike})
-    assert "The paths have collapsed" in said and "The last router, a, follows class: " in said
+    text = verdict(one, {"head": alike})
+    assert "The paths have collapsed" in text and "The last router, a, follows class: " in text
     grey = RoutingData({"a_router": torch.rand(100, 1, 2)}, data.labels, torch.rand(100, 1))
     assert verdict(grey, {}).startswith("The last router, a, follows neither class nor brightness: ")
 

@@ -20,7 +20,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, page):
-    """Opens the page, offline; after the test, fails on any error or word in the console."""
+    """Return a function that opens the page offline; fail after the test on any message in the console."""
     messages, contexts = [], []
 
     def open_page(width=1280, scheme="light"):
@@ -44,7 +44,8 @@ def test_nothing_overflows(opened, width, scheme):
     tab = opened(width, scheme)
     outside = """[...document.querySelectorAll("body *")].filter((element) => {
         const { left, right } = element.getBoundingClientRect();
-        return !element.closest(".scroll > *") && (right > innerWidth + 0.5 || left < 0) }).map((e) => e.outerHTML)"""
+        return !element.closest(".scroll > *, .drawing svg *") && (right > innerWidth + 0.5 || left < 0)
+    }).map((element) => element.outerHTML)"""
     assert tab.evaluate("document.documentElement.scrollWidth") <= width and tab.evaluate(outside) == []
     assert tab.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth && image.alt)")
 
@@ -52,7 +53,7 @@ def test_nothing_overflows(opened, width, scheme):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_in_both_themes(opened, scheme):
     tab = opened(scheme=scheme)
-    colours = """["body", ".scroll > svg text"].map((place) => {
+    colours = """["body", ".drawing > svg text"].map((place) => {
         const style = getComputedStyle(document.querySelector(place));
         return place === "body" ? [style.color, style.backgroundColor] : [style.fill, ""]})"""
     (ink, paper), (text, _) = tab.evaluate(colours)
@@ -67,6 +68,7 @@ def test_controls_choose_the_image_and_edges_say_their_gate(opened):
     first = picture.get_attribute("src"), tab.locator("#flow").inner_html()
     tab.select_option("#list", "3")
     assert tab.input_value("#slider") == "3" and picture.get_attribute("alt").startswith("Image 4:")
+    assert picture.get_attribute("alt") == f"Image 4: {tab.locator('#caption').inner_text()}"
     assert picture.get_attribute("src") != first[0] and tab.locator("#flow").inner_html() != first[1]
     tab.focus("#slider")
     tab.keyboard.press("ArrowRight")
@@ -74,6 +76,7 @@ def test_controls_choose_the_image_and_edges_say_their_gate(opened):
 
     gate = tab.evaluate("JSON.parse(document.getElementById('flow-data').textContent)[4].layers[1].gates[1][0]")
     edge = tab.locator('.edge[aria-label^="stack1: g21"]')
+    assert tab.locator(".flow .value").all_text_contents()[4] == f"{gate:.2f}"
     assert edge.count() == 1 and tab.locator(".edge").count() == 2 + 3 * 4
     edge.dispatch_event("pointerenter")
     assert reading.inner_text() == f"stack1: g21 = {gate:.3f}, of path 2 to path 1"
