@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fastroute._version import __version__
 
-__all__ = ["__version__", "backends", "load", "models", "multipath", "nn", "ops", "use_backend"]
+__all__ = ["__version__", "backends", "compile_form", "load", "models", "multipath", "nn", "ops", "use_backend"]
 
 
 def _is_command() -> bool:
@@ -23,8 +23,14 @@ if TYPE_CHECKING or not _is_command():  # importing the package registers the op
     from fastroute.backends import use_backend
     from fastroute.inference import load
     from fastroute.models import multipath
+    from fastroute.ops._compile_form import compile_form
 else:
-    _HOMES = {"load": "inference", "use_backend": "backends", "multipath": "models"}
+    _HOMES = {
+        "compile_form": "ops._compile_form",
+        "load": "inference",
+        "use_backend": "backends",
+        "multipath": "models",
+    }
 
     def __getattr__(name: str) -> object:
         if name not in __all__:

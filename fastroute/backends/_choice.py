@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastroute.backends import native, reference, triton
+from fastroute.ops import _compile_form
 from fastroute.ops._library import KERNELS, NOT_COMPILED, OPERATORS, PYTHON, implement, without_autocast
 
 
@@ -80,6 +81,7 @@ def use_backend(name: str) -> Iterator[None]:
 def _set_override(backend: str | None) -> None:
     global _override
     _override = backend
+    _compile_form._backend_named = bool(backend or os.environ.get("FASTROUTE_BACKEND"))
     if not NOT_COMPILED:
         torch.ops.fastroute_native.name_backend(backend or "")
 
@@ -138,5 +140,6 @@ def _serve(name: str, prepare: Callable) -> Callable:
 for _operator, _prepare in OPERATORS.items():
     KERNELS[_operator] = _serve(_operator, _prepare)
     implement(_operator, KERNELS[_operator], "CompositeExplicitAutograd")
+_compile_form._backend_named = bool(os.environ.get("FASTROUTE_BACKEND"))
 if not NOT_COMPILED:
     PYTHON.impl("choose", _serving_flags, "CompositeExplicitAutograd")

@@ -1,17 +1,22 @@
-"""The operators' namespaces: `fastroute::`, and `fastroute_python::`, which is always implemented in Python.
+"""The operators' namespaces.
 
-The compiled library defines both, checks the arguments and registers autograd. Without it, Python does.
+`fastroute::` is the users'. `fastroute_python::` is always implemented in Python. The compiled library defines both,
+checks the arguments and registers autograd; without it, Python does. `fastroute_fused::` has the same operators again,
+for graphs in which Inductor is to decompose them and fuse them with their neighbours. It is a namespace of its own
+because the caches of compiled graphs on disk know an operator by its name alone.
 """
 
 import contextlib
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from fastroute.ops import _compiled
+from fastroute.ops import _compile_form, _compiled
 
 # The reason why the compiled library is not used, or None.
 NOT_COMPILED = _compiled.load_operators()
@@ -20,6 +25,7 @@ _compiled.load_cpu()
 _KIND = "DEF" if NOT_COMPILED else "FRAGMENT"
 LIBRARY = torch.library.Library("fastroute", _KIND)
 PYTHON = torch.library.Library("fastroute_python", _KIND)
+FUSED = torch.library.Library("fastroute_fused", "DEF")
 
 # Operator name -> prepare(*args): checks the arguments and returns them in the form that every backend takes.
 OPERATORS: dict[str, Callable] = {}
@@ -38,25 +44,63 @@ def schemas() -> list[str]:
 # Operator name -> its implementation in plain PyTorch for the user's arguments; filled in by the backends.
 PLAIN: dict[str, Callable] = {}
 
-if NOT_COMPILED:
+for _library in (LIBRARY, PYTHON, FUSED) if NOT_COMPILED else (FUSED,):
     for _schema in schemas():
-        LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-        PYTHON.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+# Operator -> its name, and its twin that Inductor decomposes.
+TO_FUSE: dict[Callable, tuple[str, Callable]] = {}
 
 
 def define(name: str, prepare: Callable, fake: Callable):
     """Register an operator's checks and fake kernel, and return the operator. The backends add the kernels."""
-    for library in (LIBRARY, PYTHON):
-        torch.library.register_fake(f"{library.ns}::{name}", lambda *args: fake(*prepare(*args)), lib=library)
+
+    def traced(*args):
+        _let_inductor_decompose()
+        return fake(*prepare(*args))
+
+    for library in (LIBRARY, PYTHON, FUSED):
+        function = traced if library is FUSED else lambda *args: fake(*prepare(*args))
+        torch.library.register_fake(f"{library.ns}::{name}", function, lib=library)
     OPERATORS[name] = prepare
-    return getattr(torch.ops.fastroute, name).default
+    for namespace in (torch.ops.fastroute_python, torch.ops.fastroute):
+        operator = getattr(namespace, name).default
+        TO_FUSE[operator] = name, getattr(torch.ops.fastroute_fused, name).default
+    return operator
+
+
+@cache
+def _let_inductor_decompose() -> None:
+    """Add the fused operators to Inductor's decompositions; importing it takes seconds, so not before a compilation."""
+    from torch._inductor import decomposition
+
+    table = {getattr(torch.ops.fastroute_fused, name).default: _decomposed(plain) for name, plain in PLAIN.items()}
+    decomposition.decompositions.update(table)
+    decomposition.fast_random_decomps().update(table)  # a copy, which another compilation may have made
+
+
+def _decomposed(plain: Callable) -> Callable:
+    def decompose(*args):
+        tensor = next(arg for arg in pytree.tree_leaves(args) if isinstance(arg, Tensor))
+        with without_autocast(tensor.device.type):
+            return plain(*args)
+
+    return decompose
 
 
 def implement(name: str, function: Callable, key: str) -> None:
     """Register a Python implementation for a dispatch key; without the compiled library, for `fastroute::` too."""
-    PYTHON.impl(name, function, key)
-    if NOT_COMPILED:
-        LIBRARY.impl(name, function, key)
+    for library in (LIBRARY, PYTHON, FUSED) if NOT_COMPILED else (PYTHON, FUSED):
+        library.impl(name, function, key)
+
+
+def implement_autograd(name: str, function: Callable) -> None:
+    """Register autograd in Python: function(operators, *args) calls `operators`, the forward and the backward."""
+    for library in (LIBRARY, PYTHON, FUSED) if NOT_COMPILED else (PYTHON, FUSED):
+        namespace = getattr(torch.ops, library.ns)
+        operators = (getattr(namespace, name).default, getattr(namespace, f"{name}_backward").default)
+        library.impl(name, lambda *args, operators=operators: function(operators, *args), "Autograd")
 
 
 def without_autocast(device_type: str):
@@ -75,7 +119,7 @@ def differentiate(name: str, backward: Callable, setup_context: Callable | None 
         with without_autocast(given.device.type):
             return backward(ctx, *grads)
 
-    for library in (LIBRARY, PYTHON):
+    for library in (LIBRARY, PYTHON, FUSED):
         torch.library.register_autograd(f"{library.ns}::{name}", exact, setup_context=setup_context, lib=library)
 
 
@@ -85,9 +129,20 @@ def under_transform() -> bool:
 
 
 def call(operator, *args):
-    """Call an operator; under a transform, compute it in plain PyTorch, which transforms can trace."""
-    if not torch.compiler.is_compiling() and under_transform():
+    """Call an operator: in plain PyTorch under a transform, which can trace that; in its form in compiled graphs."""
+    if torch.compiler.is_compiling():
+        return _traced(operator, *args)
+    if under_transform():
         return PLAIN[_operator_name(operator)](*args)
+    return operator(*args)
+
+
+def _traced(operator, *args):
+    first = args[0][0] if isinstance(args[0], list) and args[0] else args[0]
+    if isinstance(first, Tensor) and not torch.compiler.is_exporting():
+        name, fused = TO_FUSE[operator]
+        if _compile_form.fuses(name, first):
+            return fused(*args)
     return operator(*args)
 
 

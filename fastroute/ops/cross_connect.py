@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastroute.ops._library import below_autograd, call, define, implement
+from fastroute.ops._library import below_autograd, call, define, implement_autograd
 from fastroute.ops._paths import (
     accumulate_dtype,
     align_like,
@@ -125,14 +125,14 @@ def _fake_backward(grad_outputs, grad_gates, grad_scores, xs, w1, b1, w2, b2, ga
 
 _FORWARD = define("cross_connect", _prepare_forward, _fake_forward)
 
-_BACKWARD = define("cross_connect_backward", _prepare_backward, _fake_backward)
+define("cross_connect_backward", _prepare_backward, _fake_backward)
 
 
 class _CrossConnect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, relu, w1, b1, w2, b2, *xs):
-        outputs, gates, scores, pooled, hidden = below_autograd(_FORWARD, xs[0], list(xs), w1, b1, w2, b2, relu)
-        ctx.relu = relu
+    def forward(ctx, operators, relu, w1, b1, w2, b2, *xs):
+        outputs, gates, scores, pooled, hidden = below_autograd(operators[0], xs[0], list(xs), w1, b1, w2, b2, relu)
+        ctx.relu, ctx.backward_operator = relu, operators[1]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(pooled, hidden)
         ctx.save_for_backward(w1, b1, w2, b2, gates, pooled, hidden, *xs)
@@ -142,22 +142,22 @@ class _CrossConnect(torch.autograd.Function):
     def backward(ctx, *grads):
         *grad_outputs, grad_gates, grad_scores, _, _ = grads
         w1, b1, w2, b2, gates, pooled, hidden, *xs = ctx.saved_tensors
-        grad_inputs = any(ctx.needs_input_grad[5:])
+        grad_inputs = any(ctx.needs_input_grad[6:])
         grad_outputs = [torch.zeros_like(xs[0]) if grad is None else grad for grad in grad_outputs]
         saved = (xs, w1, b1, w2, b2, gates, pooled, hidden)
         grad_xs, *grad_parameters = below_autograd(
-            _BACKWARD, xs[0], grad_outputs, grad_gates, grad_scores, *saved, ctx.relu, grad_inputs
+            ctx.backward_operator, xs[0], grad_outputs, grad_gates, grad_scores, *saved, ctx.relu, grad_inputs
         )
         grad_parameters = [
             None if parameter is None else grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
             for parameter, grad in zip((w1, b1, w2, b2), grad_parameters, strict=True)
         ]
-        return None, *grad_parameters, *(grad_xs if grad_inputs else [None] * len(xs))
+        return None, None, *grad_parameters, *(grad_xs if grad_inputs else [None] * len(xs))
 
 
-def _autograd(xs, w1, b1, w2, b2, relu=False):
-    *outputs, gates, scores, pooled, hidden = _CrossConnect.apply(relu, w1, b1, w2, b2, *xs)
+def _autograd(operators, xs, w1, b1, w2, b2, relu=False):
+    *outputs, gates, scores, pooled, hidden = _CrossConnect.apply(operators, relu, w1, b1, w2, b2, *xs)
     return outputs, gates, scores, pooled, hidden
 
 
-implement("cross_connect", _autograd, "Autograd")
+implement_autograd("cross_connect", _autograd)

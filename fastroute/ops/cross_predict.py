@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastroute.ops._library import below_autograd, call, define, implement
+from fastroute.ops._library import below_autograd, call, define, implement_autograd
 from fastroute.ops._paths import (
     DTYPES,
     MAX_PATHS,
@@ -162,13 +162,14 @@ def _fake_backward(grad_outputs, outputs, xs, weight, bias, gates, stride, paddi
 
 _FORWARD = define("cross_predict", _prepare_forward, _fake_forward)
 
-_BACKWARD = define("cross_predict_backward", _prepare_backward, _fake_backward)
+define("cross_predict_backward", _prepare_backward, _fake_backward)
 
 
 class _CrossPredict(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, bias, gates, geometry, relu, form, *xs):
-        outputs = below_autograd(_FORWARD, xs[0], list(xs), weight, bias, gates, *geometry, relu, form)
+    def forward(ctx, operators, weight, bias, gates, geometry, relu, form, *xs):
+        outputs = below_autograd(operators[0], xs[0], list(xs), weight, bias, gates, *geometry, relu, form)
+        ctx.backward_operator = operators[1]
         ctx.set_materialize_grads(False)
         ctx.geometry, ctx.m = geometry, len(xs)
         ctx.save_for_backward(weight, bias, gates, *xs, *(outputs if relu else ()))
@@ -178,23 +179,23 @@ class _CrossPredict(torch.autograd.Function):
     def backward(ctx, *grad_outputs):
         weight, bias, gates, *paths = ctx.saved_tensors
         xs, outputs = paths[: ctx.m], paths[ctx.m :]
-        grad_inputs = any(ctx.needs_input_grad[6:])
+        grad_inputs = any(ctx.needs_input_grad[7:])
         given = next((grad for grad in grad_outputs if grad is not None), None)
         if given is None:
             return (None,) * len(ctx.needs_input_grad)
         grad_outputs = [torch.zeros_like(given) if grad is None else grad for grad in grad_outputs]
         grad_xs, *grads = below_autograd(
-            _BACKWARD, xs[0], grad_outputs, outputs, xs, weight, bias, gates, *ctx.geometry, grad_inputs
+            ctx.backward_operator, xs[0], grad_outputs, outputs, xs, weight, bias, gates, *ctx.geometry, grad_inputs
         )
         grads = [
             None if parameter is None else grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
             for parameter, grad in zip((weight, bias, gates), grads, strict=True)
         ]
-        return *grads, None, None, None, *(grad_xs if grad_inputs else [None] * len(xs))
+        return None, *grads, None, None, None, *(grad_xs if grad_inputs else [None] * len(xs))
 
 
-def _autograd(xs, weight, bias, gates, stride, padding, dilation, relu, form):
-    return list(_CrossPredict.apply(weight, bias, gates, (stride, padding, dilation), relu, form, *xs))
+def _autograd(operators, xs, weight, bias, gates, stride, padding, dilation, relu, form):
+    return list(_CrossPredict.apply(operators, weight, bias, gates, (stride, padding, dilation), relu, form, *xs))
 
 
-implement("cross_predict", _autograd, "Autograd")
+implement_autograd("cross_predict", _autograd)

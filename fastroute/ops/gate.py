@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastroute.ops._library import below_autograd, call, define, implement
+from fastroute.ops._library import below_autograd, call, define, implement_autograd
 from fastroute.ops._paths import accumulate_dtype, align_paths, check_gate, check_paths, check_tensors, path_list
 
 
@@ -65,13 +65,14 @@ def _fake_backward(grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, h
 
 _FORWARD = define("gate", _prepare_forward, _fake_forward)
 
-_BACKWARD = define("gate_backward", _prepare_backward, _fake_backward)
+define("gate_backward", _prepare_backward, _fake_backward)
 
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w1, b1, w2, b2, *xs):
-        gates, scores, pooled, hidden = below_autograd(_FORWARD, xs[0], list(xs), w1, b1, w2, b2)
+    def forward(ctx, operators, w1, b1, w2, b2, *xs):
+        gates, scores, pooled, hidden = below_autograd(operators[0], xs[0], list(xs), w1, b1, w2, b2)
+        ctx.backward_operator = operators[1]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(pooled, hidden)
         ctx.save_for_backward(w1, b1, w2, b2, gates, pooled, hidden, *xs)
@@ -81,7 +82,7 @@ class _Gate(torch.autograd.Function):
     def backward(ctx, grad_gates, grad_scores, *_):
         w1, b1, w2, b2, gates, pooled, hidden, *xs = ctx.saved_tensors
         saved = (xs, w1, b1, w2, b2, gates, pooled, hidden)
-        shares, *grads = below_autograd(_BACKWARD, xs[0], grad_gates, grad_scores, *saved)
+        shares, *grads = below_autograd(ctx.backward_operator, xs[0], grad_gates, grad_scores, *saved)
         grads = [
             None if parameter is None else grad.to(parameter.dtype)
             for parameter, grad in zip((w1, b1, w2, b2), grads, strict=True)
@@ -89,7 +90,7 @@ class _Gate(torch.autograd.Function):
         shares = shares.to(xs[0].dtype)
         shares = shares.reshape(*shares.shape, *[1] * (xs[0].dim() - 2)).unbind(1)
         # Expanded, not copied: it is broadcast over space when it is added to the other gradients of X.
-        return *grads, *(share.expand_as(x) for share, x in zip(shares, xs, strict=True))
+        return None, *grads, *(share.expand_as(x) for share, x in zip(shares, xs, strict=True))
 
 
-implement("gate", lambda xs, w1, b1, w2, b2: _Gate.apply(w1, b1, w2, b2, *xs), "Autograd")
+implement_autograd("gate", lambda operators, xs, w1, b1, w2, b2: _Gate.apply(operators, w1, b1, w2, b2, *xs))

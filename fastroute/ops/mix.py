@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastroute.ops._library import below_autograd, call, define, implement
+from fastroute.ops._library import below_autograd, call, define, implement_autograd
 from fastroute.ops._paths import (
     MAX_PATHS,
     accumulate_dtype,
@@ -74,13 +74,14 @@ def _fake_backward(grad_outputs, xs, gates, grad_inputs):
 
 _FORWARD = define("mix", _prepare_forward, _fake_forward)
 
-_BACKWARD = define("mix_backward", _prepare_backward, _fake_backward)
+define("mix_backward", _prepare_backward, _fake_backward)
 
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gates, *xs):
-        outputs = below_autograd(_FORWARD, gates, list(xs), gates)
+    def forward(ctx, operators, gates, *xs):
+        outputs = below_autograd(operators[0], gates, list(xs), gates)
+        ctx.backward_operator = operators[1]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gates, *xs)
         return tuple(outputs)
@@ -88,10 +89,10 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs):
         gates, *xs = ctx.saved_tensors
-        grad_inputs = any(ctx.needs_input_grad[1:])
+        grad_inputs = any(ctx.needs_input_grad[2:])
         grad_outputs = [torch.zeros_like(xs[0]) if grad is None else grad for grad in grad_outputs]
-        grad_xs, grad_gates = below_autograd(_BACKWARD, gates, grad_outputs, xs, gates, grad_inputs)
-        return grad_gates.to(gates.dtype), *(grad_xs if grad_inputs else [None] * len(xs))
+        grad_xs, grad_gates = below_autograd(ctx.backward_operator, gates, grad_outputs, xs, gates, grad_inputs)
+        return None, grad_gates.to(gates.dtype), *(grad_xs if grad_inputs else [None] * len(xs))
 
 
-implement("mix", lambda xs, gates: list(_Mix.apply(gates, *xs)), "Autograd")
+implement_autograd("mix", lambda operators, xs, gates: list(_Mix.apply(operators, gates, *xs)))

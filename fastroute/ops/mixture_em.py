@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastroute.ops._library import below_autograd, call, define, differentiate, implement, under_transform
+from fastroute.ops._library import below_autograd, call, define, differentiate, implement_autograd, under_transform
 from fastroute.ops._paths import DTYPES, accumulate_dtype, check_tensors
 
 MAX_CLUSTERS = 1024
@@ -160,13 +160,16 @@ def _fake_backward(scores, scores_aug, *rest):
 
 _FORWARD = define("mixture_em_loss", _prepare_forward, _fake_forward)
 
-_BACKWARD = define("mixture_em_loss_backward", _prepare_backward, _fake_backward)
+define("mixture_em_loss_backward", _prepare_backward, _fake_backward)
 
 
 class _MixtureEMLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scores, scores_aug, prior, mean, std, gamma):
-        loss, posterior, means, scales = below_autograd(_FORWARD, scores, scores, scores_aug, prior, mean, std, gamma)
+    def forward(ctx, operators, scores, scores_aug, prior, mean, std, gamma):
+        loss, posterior, means, scales = below_autograd(
+            operators[0], scores, scores, scores_aug, prior, mean, std, gamma
+        )
+        ctx.backward_operator = operators[1]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(posterior, means, scales)
         ctx.save_for_backward(scores, scores_aug, posterior, means, scales)
@@ -176,12 +179,12 @@ class _MixtureEMLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):
         if grad_loss is None:
-            return (None,) * 6
+            return (None,) * 7
         scores, *saved = ctx.saved_tensors
         grad_scores, grad_aug = below_autograd(
-            _BACKWARD, scores, scores, *saved, grad_loss, ctx.gamma, ctx.batch_statistics
+            ctx.backward_operator, scores, scores, *saved, grad_loss, ctx.gamma, ctx.batch_statistics
         )
-        return grad_scores, grad_aug if ctx.needs_input_grad[1] else None, None, None, None, None
+        return None, grad_scores, grad_aug if ctx.needs_input_grad[2] else None, None, None, None, None
 
 
 def _no_second_derivative(ctx, *grads):
@@ -190,5 +193,5 @@ def _no_second_derivative(ctx, *grads):
     )
 
 
-implement("mixture_em_loss", lambda *args: _MixtureEMLoss.apply(*args), "Autograd")
+implement_autograd("mixture_em_loss", lambda *args: _MixtureEMLoss.apply(*args))
 differentiate("mixture_em_loss_backward", _no_second_derivative)

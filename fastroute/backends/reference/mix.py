@@ -26,8 +26,9 @@ def dense_like(value: Tensor, x: Tensor) -> Tensor:
     """Return value in x's dtype and, except under a transform, with the strides of every backend's outputs."""
     if under_transform():
         return value.to(x.dtype)
-    out = empty_path(x)
-    return value.to(x.dtype) if value.stride() == out.stride() else out.copy_(value)
+    out, value = empty_path(x), value.to(x.dtype)
+    # Out of place, as Inductor has to have decompositions.
+    return value if value.stride() == out.stride() else torch.ops.aten.copy(out, value)
 
 
 def mix(xs, gates):

@@ -53,7 +53,7 @@ def mixture_em_loss_backward(scores, scores_aug, posterior, means, scales, grad_
     for view, mean, scale in zip((scores, scores_aug), means, scales, strict=False):
         a = (view.to(posterior.dtype) - mean) * scale
         # d/dx of log sigmoid(x) is sigmoid(−x); p is a constant.
-        grad = -(grad_loss.unsqueeze(-1) / (gamma * max(len(view), 1))) * posterior * torch.sigmoid(-a / gamma)
+        grad = -(grad_loss.unsqueeze(-1) / (gamma * max(view.shape[0], 1))) * posterior * torch.sigmoid(-a / gamma)
         if batch_statistics:  # through μ and σ: remove the components along 1 and along a* from each column
             grad = grad - grad.mean(0) - a * (grad * a).mean(0)
         grads.append((grad * scale).to(view.dtype))

@@ -1,6 +1,7 @@
 """Kernels of cross-connection routing (Alg. 2) and its backward, in the tiers that `planning` describes.
 
-`gate` is (w, b1, w2, b2), where w (m, K, C) multiplies the pooled paths: W1, or W2 for the linear gate, where G is 0.
+`gate` is (weights, b1, w2, b2), where the weights (m, K, C) multiply the pooled paths: W1, or W2 for the linear gate,
+where G is 0. `saved` is (gates, scores, pooled, hidden) in the forward, and (gates, hidden) in the backward.
 `sizes` is the argument of `extents`. With RELU, X_i is max(x, 0) of the loaded x.
 
 Tile dimensions m, n, K and G are padded to a power of 2. The gates of all paths are one tile, so that each step is one
@@ -176,17 +177,20 @@ def cross_connect_resident_fwd_kernel(
     sizes = extents(sizes, UNIT, LAYOUT)
     channels, space, size = sizes
     sample = tl.program_id(0).to(tl.int64)
-    w = weight_tile(gate[0], 0, channels, M, G if G else N, BC)
+    weights, _, _, _ = gate
+    _, _, pooled, _ = saved
+    w = weight_tile(weights, 0, channels, M, G if G else N, BC)
     parameters = score_parameters(gate, M, N, G)
     _, offsets, mask = tile_of(0, 0, sizes, BC, BS, LAYOUT)
     x = load_tiles(xs, x_strides, sample, offsets, mask, "evict_first", RELU)  # m × [C, S]
     z = partial_means(x, space, BC, BS, LAYOUT)  # [C, m]
     routing = gates_of(tl.sum(w * z[:, :, None], 0), parameters, N, G)
-    g = gate_scalars(routing[0], M, N)
+    gates, _, _ = routing
+    g = gate_scalars(gates, M, N)
     for j in tl.static_range(N):
         tl.store(ys[j] + sample * size + offsets, weighted_sum(x, g, j, N), mask=mask)  # Eq. 3.7
     at, inside = channel_offsets(sample, 0, channels, M, BC)  # last: the outputs do not wait for it
-    tl.store(saved[2] + at, z, mask=inside)
+    tl.store(pooled + at, z, mask=inside)
     store_gates(routing, sample, saved, M, N, G)
 
 
@@ -212,17 +216,20 @@ def cross_connect_fused_fwd_kernel(
     sizes = extents(sizes, UNIT, LAYOUT)
     channels, space, size = sizes
     sample = tl.program_id(0).to(tl.int64)
+    weights, _, _, _ = gate
+    _, _, pooled, _ = saved
     parameters = score_parameters(gate, M, N, G)
     products = tl.zeros([BC, triton.next_power_of_2(M), triton.next_power_of_2(K)], tl.float32)
     for c0 in range(0, channels, BC):
-        w = weight_tile(gate[0], c0, channels, M, K, BC)
+        w = weight_tile(weights, c0, channels, M, K, BC)
         z = pool(xs, x_strides, sample, c0, 0, space, sizes, BC, BS, LAYOUT, RELU)
         at, inside = channel_offsets(sample, c0, channels, M, BC)
-        tl.store(saved[2] + at, z, mask=inside)
+        tl.store(pooled + at, z, mask=inside)
         products += w * z[:, :, None]
     routing = gates_of(tl.sum(products, 0), parameters, N, G)
     store_gates(routing, sample, saved, M, N, G)
-    g = gate_scalars(routing[0], M, N)
+    gates, _, _ = routing
+    g = gate_scalars(gates, M, N)
     for start in range(0, size, BLOCK):
         mix_block(xs, x_strides, ys, g, sample, size, start, BLOCK, RELU)
 
@@ -285,10 +292,12 @@ def cross_connect_gate_fwd_kernel(
     P: tl.constexpr = triton.next_power_of_2(M)
     K: tl.constexpr = G if G else N
     sample = tl.program_id(0).to(tl.int64) + first
+    weights, _, _, _ = gate
+    _, _, pooled, _ = saved
     parameters = score_parameters(gate, M, N, G)
     products = tl.zeros([BC, P, triton.next_power_of_2(K)], tl.float32)
     for c0 in range(0, channels, BC):
-        w = weight_tile(gate[0], c0, channels, M, K, BC)
+        w = weight_tile(weights, c0, channels, M, K, BC)
         after_previous_launch(CHAINED)
         i = tl.arange(0, P)[None, None, :]
         c = c0 + tl.arange(0, BC)[None, :, None]
@@ -299,7 +308,7 @@ def cross_connect_gate_fwd_kernel(
             total += tl.load(sums + row * channels + c, mask=(part < spans) & (c < channels) & (i < M), other=0.0)
         z = tl.sum(total, 0)  # [C, m]
         at, inside = channel_offsets(sample, c0, channels, M, BC)
-        tl.store(saved[2] + at, z, mask=inside & (spans > 1))
+        tl.store(pooled + at, z, mask=inside & (spans > 1))
         products += w * z[:, :, None]
     store_gates(gates_of(tl.sum(products, 0), parameters, N, G), sample, saved, M, N, G)
 
@@ -307,21 +316,23 @@ def cross_connect_gate_fwd_kernel(
 @triton.jit
 def load_saved(gate, saved, incoming, sample, M: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
     """Load the inputs of `gates_bwd`: gates and incoming gradients as scalars, w2 as n × [m, G], H [m, G]."""
+    _, _, w2, _ = gate
     gates, hidden = saved
+    incoming_gates, incoming_scores = incoming
     row = sample * (M * N)
     g = load_scalars(gates + row, M * N)
     grad_gates, grad_scores = (), ()
-    if incoming[0] is not None:
-        grad_gates = load_scalars(incoming[0] + row, M * N)
-    if incoming[1] is not None:
-        grad_scores = load_scalars(incoming[1] + row, M * N)
-    w2 = ()
+    if incoming_gates is not None:
+        grad_gates = load_scalars(incoming_gates + row, M * N)
+    if incoming_scores is not None:
+        grad_scores = load_scalars(incoming_scores + row, M * N)
+    columns = ()
     if G:
         i = tl.arange(0, triton.next_power_of_2(M))[:, None]
         k = tl.arange(0, triton.next_power_of_2(G))[None, :]
         for j in tl.static_range(N):
-            w2 += (tl.load(gate[2] + (i * N + j) * G + k, mask=(i < M) & (k < G), other=0.0),)
-    return g, grad_gates, grad_scores, w2, load_rows(hidden if G else None, sample, M, G if G else 1)
+            columns += (tl.load(w2 + (i * N + j) * G + k, mask=(i < M) & (k < G), other=0.0),)
+    return g, grad_gates, grad_scores, columns, load_rows(hidden if G else None, sample, M, G if G else 1)
 
 
 @triton.jit
@@ -359,11 +370,13 @@ def gates_bwd(products, loaded, M: tl.constexpr, N: tl.constexpr, G: tl.constexp
 
 @triton.jit
 def store_gates_bwd(d_routing, sample, d_saved, M: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
+    da, d_projected = d_routing
+    d_scores, d_hidden = d_saved
     at, mask = row_offsets(sample, M, N)
-    tl.store(d_saved[0] + at, d_routing[0], mask=mask)
+    tl.store(d_scores + at, da, mask=mask)
     if G:
         at, mask = row_offsets(sample, M, G)
-        tl.store(d_saved[1] + at, d_routing[1], mask=mask)
+        tl.store(d_hidden + at, d_projected, mask=mask)
 
 
 @triton.jit
@@ -449,9 +462,10 @@ def cross_connect_resident_bwd_kernel(
     sizes = extents(sizes, UNIT, LAYOUT)
     channels, space, size = sizes
     sample = tl.program_id(0).to(tl.int64)
+    weights, _, _, _ = gate
     loaded = load_saved(gate, saved, incoming, sample, M, N, G)
     if GRAD_INPUTS:
-        w = weight_tile(gate[0], 0, channels, M, G if G else N, BC)
+        w = weight_tile(weights, 0, channels, M, G if G else N, BC)
     _, offsets, mask = tile_of(0, 0, sizes, BC, BS, LAYOUT)
     dy = load_tiles(dys, dy_strides, sample, offsets, mask, "evict_first")  # n × [C, S]
     products = ()
@@ -462,8 +476,10 @@ def cross_connect_resident_bwd_kernel(
             products += (tl.reshape(x * dy[j].to(tl.float32), [BC * BS], can_reorder=True),)  # Eq. 3.10
     d_routing = gates_bwd(inner_products(products), loaded, M, N, G)
     if GRAD_INPUTS:
-        shares = broadcast_columns(shares_of(d_routing[1], w, space), space, M, BC, BS, LAYOUT)
-        store_grad_inputs(xs, x_strides, dxs, dy, loaded[0], shares, sample, size, offsets, mask, RELU)
+        g, _, _, _, _ = loaded
+        _, d_projected = d_routing
+        shares = broadcast_columns(shares_of(d_projected, w, space), space, M, BC, BS, LAYOUT)
+        store_grad_inputs(xs, x_strides, dxs, dy, g, shares, sample, size, offsets, mask, RELU)
     store_gates_bwd(d_routing, sample, d_saved, M, N, G)
 
 
@@ -493,6 +509,7 @@ def cross_connect_fused_bwd_kernel(
     sizes = extents(sizes, UNIT, LAYOUT)
     channels, space, size = sizes
     sample = tl.program_id(0).to(tl.int64)
+    weights, _, _, _ = gate
     loaded = load_saved(gate, saved, incoming, sample, M, N, G)
     totals = zero_totals(M * N, BLOCK)
     for start in range(0, size, BLOCK):
@@ -503,9 +520,10 @@ def cross_connect_fused_bwd_kernel(
     d_routing = gates_bwd(inner_products(totals), loaded, M, N, G)
     store_gates_bwd(d_routing, sample, d_saved, M, N, G)
     if GRAD_INPUTS:
-        g = loaded[0]
+        g, _, _, _, _ = loaded
+        _, d_projected = d_routing
         for c0 in range(0, channels, BC):
-            shares = shares_of(d_routing[1], weight_tile(gate[0], c0, channels, M, G if G else N, BC), space)
+            shares = shares_of(d_projected, weight_tile(weights, c0, channels, M, G if G else N, BC), space)
             shares = broadcast_columns(shares, space, M, BC, BS, LAYOUT)
             walk_grad_inputs(
                 xs, x_strides, dys, dy_strides, dxs, g, shares, sample, c0, 0, space, sizes, BC, BS, LAYOUT, RELU
@@ -533,15 +551,17 @@ def cross_connect_gate_bwd_kernel(
 ):
     """Compute dA and dH of one sample from partial inner products (N, parts, m, n); shares (N, m, C) may be None."""
     sample = tl.program_id(0).to(tl.int64) + first
+    weights, _, _, _ = gate
     loaded = load_saved(gate, saved, incoming, sample, M, N, G)
     after_previous_launch(CHAINED)
     sums = sum_parts(partials + sample * parts * (M * N), parts, M * N, 0, triton.next_power_of_2(M * N), PARTS)
     d_routing = gates_bwd(to_scalars(sums, 1, M * N, 1), loaded, M, N, G)
     store_gates_bwd(d_routing, sample, d_saved, M, N, G)
     if shares is not None:
+        _, d_projected = d_routing
         for c0 in range(0, channels, BC):
             at, inside = channel_offsets(sample, c0, channels, M, BC)
-            share = shares_of(d_routing[1], weight_tile(gate[0], c0, channels, M, G if G else N, BC), space)
+            share = shares_of(d_projected, weight_tile(weights, c0, channels, M, G if G else N, BC), space)
             tl.store(shares + at, share, mask=inside)
 
 

@@ -90,10 +90,10 @@ class Gating:
         self.problem, self.settings, self.chip, self.saved = problem, settings, chip, saved
         self.blocks = triton.cdiv(problem.channels, settings.block_c)
         self.spans = triton.cdiv(problem.space, settings.span)
-        self.sums = saved[2]
+        _, _, pooled, _ = saved
+        self.sums = pooled
         if self.spans > 1:
-            shape = (problem.batch, problem.m, self.spans, problem.channels)
-            self.sums = saved[2].new_empty(shape)
+            self.sums = pooled.new_empty((problem.batch, problem.m, self.spans, problem.channels))
 
     def launch(self, paths: tuple, gate: tuple, first: int, chunk: int) -> None:
         problem = self.problem
@@ -191,8 +191,8 @@ def cross_connect(xs, w1, b1, w2, b2, relu):
     batch, channels, size = problem.batch, problem.channels, problem.size
     chip = _chip(x.device)
     outputs = [empty_path(x) for _ in range(n)]
-    rows = (n, n, channels, problem.gate_channels)
-    saved = tuple(x.new_empty((batch, m, row), dtype=torch.float32) for row in rows)  # gates, scores, Z, H
+    rows = (n, n, channels, problem.gate_channels)  # of gates, scores, Z and H
+    saved = gates, _, _, _ = tuple(x.new_empty((batch, m, row), dtype=torch.float32) for row in rows)
     if batch == 0:
         return outputs, *saved
     settings = _plan(problem, chip)
@@ -214,7 +214,7 @@ def cross_connect(xs, w1, b1, w2, b2, relu):
                 launch(mix_fwd_kernel, (chunk, triton.cdiv(size, settings.portion)))(
                     *paths,
                     ys,
-                    saved[0],
+                    gates,
                     first,
                     size,
                     settings.portion,

@@ -1,0 +1,54 @@
+"""The form of the operators in graphs that `torch.compile` traces."""
+
+from typing import Literal
+
+from torch import Tensor
+
+FORMS = ("auto", "fused", "operator")
+
+# (device type, operator, dtype) → the form that was measured to be faster in whole steps of networks; else "operator".
+MEASURED: dict = {}
+
+_form = "auto"
+_backend_named = False
+
+
+class compile_form:
+    """Set the form of the operators in graphs that `torch.compile` traces from here on, or inside a `with` block.
+
+    "operator": one node each, computed by the library's kernels. "fused": plain operations, forward and hand-derived
+    backward (Eq. 3.10 to 3.15), which Inductor fuses with the layers around; other compilers keep the node. "auto", the
+    default: what was measured to be faster for the device, the operator and the dtype. A named backend, as by
+    `use_backend`, asks for "operator" where the form is "auto". A compiled function is compiled anew at its next call
+    after a change. `cross_predict`, whose time is that of its convolutions, is always one node, and `torch.export`
+    always keeps the operators.
+
+    Example:
+        >>> with fastroute.compile_form("fused"):
+        ...     y = torch.compile(model)(x)
+
+    Raises:
+        ValueError: the form is unknown.
+    """
+
+    def __init__(self, form: Literal["auto", "fused", "operator"]):
+        global _form
+        if form not in FORMS:
+            raise ValueError(f"form is {form!r}; it must be 'auto', 'fused' or 'operator'")
+        self.previous, _form = _form, form
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        global _form
+        _form = self.previous
+
+
+def fuses(operator: str, x: Tensor) -> bool:
+    """Return whether a compiled graph fuses the operator for tensors like x."""
+    if operator == "cross_predict":
+        return False
+    if _form != "auto":
+        return _form == "fused"
+    return not _backend_named and MEASURED.get((x.device.type, operator, str(x.dtype))) == "fused"
