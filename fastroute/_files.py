@@ -115,6 +115,10 @@ def read_tensors(path: str | Path) -> object:
             from safetensors.torch import load
 
             return load(file.read())
+        start = file.read(4)
+        if start != b"PK\x03\x04" and not start.startswith(b"\x80"):  # neither a zip nor a pickle
+            raise ValueError("torch.save did not write this file")
+        file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
 
 

@@ -316,6 +316,8 @@ def config_option(command: str):
                 raise ValueError(f"config is {config}; there is no option {name!r}{near}")
             values = {name: _as_typed(value, options[name]) for name, value in values.items() if value is not None}
             for name, value in values.items():
+                if isinstance(value, list) and not options[name].multiple:
+                    raise ValueError(f"config is {config}; {name} is {value}; expected one value, got a list")
                 if isinstance(value, bool) and not options[name].is_flag:
                     raise ValueError(f"config is {config}; {name} is {value}; expected a value, got a boolean")
                 try:
@@ -338,6 +340,8 @@ def _as_typed(value: Any, option: Any) -> bool | str | list[str]:
     """Return a value as it would be typed, so that typer checks it: 1.5 is no integer."""
     if option.multiple:
         return [str(item) for item in (value if isinstance(value, list) else [value])]
+    if isinstance(value, list) and not all(isinstance(item, int | float) for item in value):
+        return [str(item) for item in value]
     return value if isinstance(value, bool) else str(value)
 
 

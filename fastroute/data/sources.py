@@ -368,7 +368,10 @@ def val_source(dataset: str, data_dir: Path, reading: Reading | None = None) -> 
         return read(data_dir, reading)["val"]
     if dataset == "imagefolder":
         folder = data_dir / "val" if (data_dir / "val").is_dir() else data_dir
-        return FolderSource(folder, reading.first_classes, reading.class_map)
+        try:
+            return FolderSource(folder, reading.first_classes, reading.class_map)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"data_dir is {data_dir}; {error}") from None
     shards = shards_of(data_dir, "val") or all_shards(data_dir)
     if not shards:
         raise FileNotFoundError(f"data_dir is {data_dir}; there are no tar shards in it")

@@ -46,6 +46,8 @@ def read_checkpoint(path: str | Path, name: str = "resume", command: str | None 
         raise DamagedFile(
             f"{name} is {path}; it is no checkpoint of a training run: {error}; {_advice(path)}"
         ) from error
+    except KeyError as error:
+        raise ValueError(f"{name} is {path}; it is no checkpoint of a training run: it has no {error}") from error
     except Exception as error:  # any error of the reader on bytes of another format
         raise ValueError(f"{name} is {path}; it is no checkpoint of a training run: {in_a_line(error)}") from error
     if command is not None and isinstance(checkpoint["hyper_parameters"], dict):

@@ -479,6 +479,10 @@ def test_models_lists_parameters_and_macs_beside_the_thesis():
         (("resnet20", "--initial-checkpoint", "/nowhere.pt"), "initial_checkpoint is /nowhere.pt; there is no such"),
         (("resnet20", "--dataset", "cifar10", "--data-dir", "/nowhere"), "data_dir is /nowhere; CIFAR10 is not whole"),
         (("resnet20", "--dataset", "webdataset", "--data-dir", "/tmp"), "there are no shards train/*.tar"),
+        (("resnet20", "--data-dir", "{folder}/empty"), "/empty; it"),
+        (("--config", "{folder}/list.yaml"), "list.yaml; model is ['a', 'b']; expected one value, got a list"),
+        (("resnet20", "--initial-checkpoint", "{folder}/list.yaml"), "torch.save did not write this file"),
+        (("resnet20", "--resume", "{folder}/weights.pth"), "training run: it has no 'hyper_parameters'"),
         (("resnet20", "--device", "cuda:99"), "device is 'cuda:99'; this machine has"),
         (("resnet20", "--device", "cpu", "--amp", "--amp-dtype", "float16"), "amp_dtype is 'float16'; on a CPU it"),
         (("resnet20", "--epochs", 1, "--warmup-epochs", 2), "warmup_epochs is 2; it must be at most epochs, 1"),
@@ -487,9 +491,20 @@ def test_models_lists_parameters_and_macs_beside_the_thesis():
     ],
 )
 def test_reports_wrong_arguments_in_one_line(arguments, message, tmp_path):
-    result = run("train", *arguments, "--output", tmp_path)
+    folder, output = tmp_path / "in", tmp_path / "out"
+    (folder / "empty").mkdir(parents=True)
+    output.mkdir()
+    (folder / "list.yaml").write_text("model: [a, b]")
+    torch.save({"weight": torch.zeros(1)}, folder / "weights.pth")
+    result = run("train", *(str(item).format(folder=folder) for item in arguments), "--output", output)
     assert result.exit_code == 2 and message in result.output, result.output
-    assert "Traceback" not in result.output and not list(tmp_path.iterdir())
+    assert "Traceback" not in result.output and not list(output.iterdir())
+
+
+def test_validate_names_the_flag_of_a_folder_without_images(tmp_path):
+    (tmp_path / "empty").mkdir()
+    result = run("validate", "--model", "resnet20", "--dataset", "imagefolder", "--data-dir", tmp_path / "empty")
+    assert result.exit_code == 2 and f"error: data_dir is {tmp_path / 'empty'}; " in result.output, result.output
 
 
 def test_dropout_and_stochastic_depth_are_arguments_of_networks_that_take_them(tmp_path):
