@@ -197,7 +197,8 @@ def _result(path: Path | None, options: ValidateOptions, console: Console) -> di
         result = evaluate(network, loader, device=device, amp_dtype=amp_dtype, memory_format=layout, routers=routers)
     speed = result["images"] / (time.perf_counter() - start)
     crops = 10 if options.ten_crop else 1
-    place = {"checkpoint": None if path is None else str(path), "model": model, "crops": crops}
+    shown = getattr(network, "specification", None) or model  # with the number of paths that multipath made
+    place = {"checkpoint": None if path is None else str(path), "model": str(shown), "crops": crops}
     return place | result | {"images_per_s": speed} | (skewed_gates(routers) if options.gates else {})
 
 
