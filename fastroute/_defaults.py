@@ -1,4 +1,4 @@
-"""Defaults that functions and commands share, in a module that a command's `--help` can import at no cost."""
+"""Defaults and limits of functions and commands, in a module that a command's `--help` can import at no cost."""
 
 CROP_PCT = 0.875
 """The side of the central crop, as a share of the resized image's shorter side."""
