@@ -103,6 +103,22 @@ def test_timm_finds_the_classifier_and_the_first_convolution():
         assert all(len(state[f"{layer}.weight"]) == 5 for layer in config["classifier"])
 
 
+@pytest.mark.parametrize("name", ["resnet20", "base_cnn_ensemble"])
+def test_a_specification_builds_the_network_or_is_none(name):
+    model, x = create_model(name), torch.randn(2, 3, 32, 32)
+    model.reset_classifier(0)
+    assert specification_of(model).build()(x).shape == model(x).shape
+    model.reset_classifier(0, "")
+    assert specification_of(model) is None
+    model.reset_classifier(7)
+    assert specification_of(model).num_classes == 7
+    model = create_model(name)
+    first = model if name == "resnet20" else model.members[0]
+    setattr(first, next(iter(first._modules)), nn.Conv2d(3, 5, 1))
+    model.reset_classifier(7)
+    assert specification_of(model) is None
+
+
 def test_timm_builds_networks_without_its_interface(monkeypatch):
     timm = pytest.importorskip("timm")
     monkeypatch.setattr(registry, "_MODELS", {})
