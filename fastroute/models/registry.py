@@ -169,7 +169,8 @@ def create_model(
             "package.module:function", a function of your own. The function is imported, and called with those of
             num_classes, in_chans and img_size that it takes.
         num_classes: the number of logits. The default is the thesis's: 10 for networks for small images, 1000 for
-            ImageNet's, and 100 for those trained on 100 of ImageNet's classes. 0 returns the features instead.
+            ImageNet's, and 100 for those trained on 100 of ImageNet's classes. 0 returns the features instead,
+            except from torchvision's networks.
         in_chans: the channels of the images.
         img_size: the height and width of the images, in pixels; by default 32, or 224 for ImageNet's networks. Networks
             that end in global pooling take images of any size. timm's and torchvision's networks get it only if they
