@@ -81,7 +81,9 @@ def multipath(
         gate_norm, prior: how the routers normalise their gates; see `nn.CrossConnection`.
 
     Where a part ends in a ReLU that can be told apart, the cross-connection behind it applies the ReLU
-    (`activation="relu"`), and the part does not. Outputs, gradients and the names in the state dict do not change.
+    (`activation="relu"`), and the part does not. Outputs, gradients and the names in the state dict do not change. A
+    block whose forward ends in a ReLU that is a function, or a module called before as well, becomes a graph of its
+    calls, in which numbers among its attributes keep their values.
 
     Returns:
         a `MultiPathNetwork`: `forward(x)` → logits; `forward(x, return_routing=True)` → (logits, {name: Routing}).
