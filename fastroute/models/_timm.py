@@ -63,6 +63,8 @@ def _entrypoint(name: str, timm_name: str):
             model = FeatureMaps(model, (in_chans, size, size), out_indices)
             model.feature_info = FeatureInfo(model.info, tuple(range(len(model.info))))
             return model
+        if not hasattr(model, "num_classes"):
+            model.num_classes = info.num_classes if num_classes is None else num_classes
         model.pretrained_cfg = model.default_cfg = {
             "architecture": timm_name,
             "input_size": (in_chans, size, size),
@@ -78,7 +80,9 @@ def _entrypoint(name: str, timm_name: str):
 
 
 def _classifiers(model: nn.Module) -> list[str]:
-    """Return the names of the dense layers that give logits."""
+    """Return the names of the dense layers that give logits, if the network knows them."""
+    if not hasattr(model, "get_classifier") or model.num_classes is None:
+        return []
     layers = model.get_classifier()
     layers = layers if isinstance(layers, nn.ModuleList) else [layers]
     names = {module: name for name, module in model.named_modules()}
@@ -88,4 +92,4 @@ def _classifiers(model: nn.Module) -> list[str]:
 def _first_layers(model: nn.Module, in_chans: int) -> list[str]:
     """Return the names of the convolutions that take images."""
     first = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == in_chans]
-    return first or [next(n.rpartition(".")[0] for n, _ in model.named_parameters())]
+    return first or [n.rpartition(".")[0] for n, _ in model.named_parameters()][:1]

@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import random
+import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 
@@ -24,6 +26,7 @@ from fastroute.nn import (
 )
 from fastroute.ops._paths import MAX_PATHS
 
+AUTOCAST = ("cpu", "cuda")
 INPUT = "input"
 RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 ROUTERS = {"cc": CrossConnection, "stitch": lambda channels, m, n: CrossStitch(m, n)}
@@ -78,7 +81,9 @@ def multipath(
         gate_norm, prior: how the routers normalise their gates; see `nn.CrossConnection`.
 
     Where a part ends in a ReLU that can be told apart, the cross-connection behind it applies the ReLU
-    (`activation="relu"`), and the part does not. Outputs, gradients and the names in the state dict do not change.
+    (`activation="relu"`), and the part does not. Outputs, gradients and the names in the state dict do not change. A
+    block whose forward ends in a ReLU that is a function, or a module called before as well, becomes a graph of its
+    calls, in which numbers among its attributes keep their values.
 
     Returns:
         a `MultiPathNetwork`: `forward(x)` → logits; `forward(x, return_routing=True)` → (logits, {name: Routing}).
@@ -141,8 +146,8 @@ def multipath(
         if routing is not None:
             make = routing if callable(routing) else ROUTERS[routing]
             router = make(shapes[end][2 if len(shapes[end]) == 3 else 1], width, paths).to(device)
-            if isinstance(router, CrossConnection) and router.activation is None and _take_relu(copies, graph, end):
-                router.activation = "relu"
+            if isinstance(router, CrossConnection) and router.activation is None:
+                router.activation = "relu" if _take_relu(copies, graph, start, end) else None
         if end is not start or scale > 1:
             parts, origin = _parts(copies[:width], graph, start, end, scale, own, tokens)
             origins[_add(layers, part, parts)] = origin
@@ -186,6 +191,12 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.expand
+
+    def create_node(self, *args, **kwargs) -> fx.Node:
+        """Record the modes that a graph does not keep: gradients and autocast."""
+        node = super().create_node(*args, **kwargs)
+        node.meta["modes"] = torch.is_grad_enabled(), *map(torch.is_autocast_enabled, AUTOCAST)
+        return node
 
     def call_module(self, m, forward, args, kwargs):
         result = super().call_module(m, forward, args, kwargs)
@@ -454,26 +465,39 @@ def _part(
     return fx.GraphModule(model, part)
 
 
-def _take_relu(models: Sequence[nn.Module], graph: fx.Graph, node: fx.Node) -> bool:
-    """Take the ReLU away in which the computation of a node ends, in all of the networks; False where it ends in none.
+def _take_relu(models: Sequence[nn.Module], graph: fx.Graph, start: fx.Node, node: fx.Node) -> bool:
+    """Take the ReLU away in which the computation of a node from `start` ends, in all of the networks.
 
     A ReLU before a max-pool counts: the greatest of ReLU(x) is the ReLU of the greatest x, and so are the gradients.
+
+    Returns:
+        whether it ends in one.
     """
     targets = [other.target for other in graph.nodes if other.op == "call_module"]
-    while node.op == "call_module" and targets.count(node.target) == 1:
+    while node is not start and node.op == "call_module" and targets.count(node.target) == 1 and _takes_one(node):
         module = models[0].get_submodule(node.target)
-        if type(module) is nn.MaxPool2d and not module.return_indices and isinstance(node.args[0], fx.Node):
+        if type(module) is nn.MaxPool2d and not module.return_indices and not _altered(module):
             node = node.args[0]
-            if len(node.users) == 1:
+            if isinstance(node, fx.Node) and len(node.users) == 1:
                 continue
             return False
-        for model in models:
-            without = _without_relu(model.get_submodule(node.target))
-            if without is None:
-                return False
-            model.set_submodule(node.target, without)
+        without = [_without_relu(model.get_submodule(node.target)) for model in models]
+        if any(module is None for module in without):
+            return False
+        for model, module in zip(models, without, strict=True):
+            model.set_submodule(node.target, module)
         return True
     return False
+
+
+def _takes_one(node: fx.Node) -> bool:
+    """Return whether a module is called with one argument, as `_forward_graph` calls it."""
+    return len(node.args) == 1 and not node.kwargs
+
+
+def _altered(module: nn.Module) -> bool:
+    """Return whether a hook or a forward of its own may read or change what a module of this type returns."""
+    return "forward" in vars(module) or any(value for name, value in vars(module).items() if name.endswith("_hooks"))
 
 
 def _without_relu(module: nn.Module) -> nn.Module | None:
@@ -482,8 +506,7 @@ def _without_relu(module: nn.Module) -> nn.Module | None:
     None where it ends in none, and where that cannot be shown: torch.fx cannot trace the forward, or a hook may read or
     change what it returns.
     """
-    hooks = any(value for name, value in vars(module).items() if name.endswith("_hooks"))
-    if hooks or isinstance(module, fx.GraphModule | torch.jit.ScriptModule):
+    if _altered(module) or isinstance(module, fx.GraphModule | torch.jit.ScriptModule):
         return None
     if type(module) is nn.ReLU:
         return nn.Identity()
@@ -496,11 +519,17 @@ def _without_relu(module: nn.Module) -> nn.Module | None:
     result, children = output.args[0], [node.target for node in graph.nodes if node.op == "call_module"]
     if result is not output.prev or not result.args:
         return None
-    if result.op == "call_module" and children.count(result.target) == 1 and "." not in result.target:
-        return _without_relu_of(module, result.target)
+    if result.op == "call_module":
+        if not _takes_one(result):
+            return None
+        if children.count(result.target) == 1 and "." not in result.target:
+            return _without_relu_of(module, result.target)
+        last = module.get_submodule(result.target)
+        is_relu = type(last) is nn.ReLU and not _altered(last)
+    else:
+        is_relu = result.target in RELUS
     # A function, or a module that is called before as well: the forward itself has to be another.
-    called_twice = result.op == "call_module" and type(module.get_submodule(result.target)) is nn.ReLU
-    if not (called_twice or result.target in RELUS) or type(module).train is not nn.Module.train:
+    if not is_relu or type(module).train is not nn.Module.train:
         return None
     output.args = (result.args[0],)
     graph.erase_node(result)
@@ -520,15 +549,45 @@ def _without_relu_of(module: nn.Module, name: str) -> nn.Module | None:
 
 
 def _forward_graph(module: nn.Module) -> fx.Graph | None:
-    """What a module calls, or None where torch.fx cannot trace it or its forward changes the module."""
+    """What a module calls, or None where a graph cannot stand for it.
+
+    So it is where torch.fx cannot trace its forward, or the forward changes the module, draws random numbers outside
+    of tensors, or sets gradients or autocast.
+    """
     traced = _shallow_copy(module)
     traced._buffers = {name: None if value is None else value.clone() for name, value in module._buffers.items()}
-    before = repr(vars(traced))
+    before = repr(vars(traced)), _random_states()
+    graphs = []
+    for enabled in (True, False):  # a forward may set a mode to what it is outside as well
+        try:
+            with _computing_modes(enabled):
+                graph, _ = _trace(traced, {""})
+        except ValueError:
+            return None
+        if len({node.meta["modes"] for node in graph.nodes}) > 1:
+            return None
+        graphs.append(str(graph))
+    return graph if graphs[0] == graphs[1] and (repr(vars(traced)), _random_states()) == before else None
+
+
+def _random_states() -> tuple:
+    """Return the states of the random generators: a graph would fix what a forward draws outside of tensors."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), torch.get_rng_state().tolist(), numpy and repr(numpy.random.get_state(legacy=False))
+
+
+@contextlib.contextmanager
+def _computing_modes(enabled: bool) -> Iterator[None]:
+    """Turn gradients and autocast on or off; autocast for CUDA needs no GPU here, since nothing is computed."""
+    before = {device: torch.is_autocast_enabled(device) for device in AUTOCAST}
     try:
-        graph, _ = _trace(traced, {""})
-    except ValueError:
-        return None
-    return graph if repr(vars(traced)) == before else None
+        for device in AUTOCAST:
+            torch.set_autocast_enabled(device, enabled)
+        with torch.set_grad_enabled(enabled):
+            yield
+    finally:
+        for device, value in before.items():
+            torch.set_autocast_enabled(device, value)
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:

@@ -81,9 +81,11 @@ class Ensemble(nn.Module):
         Args:
             num_classes, global_pool: as there.
         """
+        specification = getattr(self, "specification", None)
+        described = specification is not None and specification.describes(self)
         for member in self.members:
             member.reset_classifier(num_classes, global_pool)
-        if (specification := getattr(self, "specification", None)) is not None:
+        if described:
             specification.follow(self, num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:

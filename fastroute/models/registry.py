@@ -36,6 +36,9 @@ class ModelInfo(NamedTuple):
 LARGE = 2**14
 """The size from which the memory is checked before a network is built, for its first or last layer may not fit."""
 
+SIZES = ("num_classes", "in_chans", "img_size")
+"""The arguments of every network, in the order of `create_model`."""
+
 _MODELS: dict[str, ModelInfo] = {}
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
 """The registered functions, which `create_model` calls with all sizes."""
@@ -76,7 +79,8 @@ def register_model(builder=None, name=None, *, num_classes=10, img_size=32, tabl
         num_classes, img_size, table, params: see `ModelInfo`.
 
     Returns:
-        `create_model` for this network, as a function with the builder's name and documentation.
+        `create_model` for this network, as a function with the builder's name, documentation and order of arguments; a
+        class is returned as it is.
 
     Raises:
         ValueError: the name is taken.
@@ -96,13 +100,18 @@ def register_model(builder=None, name=None, *, num_classes=10, img_size=32, tabl
     if name in _MODELS:
         raise ValueError(f"name is {name!r}; a network of that name is registered already")
 
-    @wraps(builder)
-    def create(*sizes, **options) -> nn.Module:
-        return create_model(name, *sizes, **options)
+    parameters = inspect.signature(builder).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD] or SIZES
+
+    @wraps(builder, updated=())
+    def create(*arguments, **options) -> nn.Module:
+        if len(arguments) > len(names):
+            raise TypeError(f"{name} takes at most {len(names)} positional arguments; {len(arguments)} were given")
+        return create_model(name, **dict(zip(names, arguments, strict=False)), **options)
 
     create.__doc__ = f"{inspect.getdoc(builder) or name}\n\nTakes the options of `create_model`."
     _MODELS[name], _BUILDERS[name] = ModelInfo(create, num_classes, img_size, table, params), builder
-    return create
+    return builder if isinstance(builder, type) else create
 
 
 def list_models(filter: str = "*") -> list[str]:
@@ -160,7 +169,8 @@ def create_model(
             "package.module:function", a function of your own. The function is imported, and called with those of
             num_classes, in_chans and img_size that it takes.
         num_classes: the number of logits. The default is the thesis's: 10 for networks for small images, 1000 for
-            ImageNet's, and 100 for those trained on 100 of ImageNet's classes. 0 returns the features instead.
+            ImageNet's, and 100 for those trained on 100 of ImageNet's classes. 0 returns the features instead,
+            except from torchvision's networks.
         in_chans: the channels of the images.
         img_size: the height and width of the images, in pixels; by default 32, or 224 for ImageNet's networks. Networks
             that end in global pooling take images of any size. timm's and torchvision's networks get it only if they
@@ -205,6 +215,8 @@ def build(
     }
     if num_classes == 0:
         network = build(name, None, in_chans, img_size, **options)
+        if not hasattr(network, "reset_classifier"):
+            raise ValueError(f"num_classes is 0; {name} has no reset_classifier to remove its classifier with")
         network.reset_classifier(0)
         return network
     for argument, size in sizes.items():

@@ -79,6 +79,8 @@ def from_torchvision(request: Request, pretrained: bool = False) -> nn.Module:
     names = models.list_models(module=models)
     if request.name not in names:
         raise ValueError(f"model is {text!r}; torchvision has no such classifier{_near(request.name, names)}")
+    if request.num_classes == 0:
+        raise ValueError(f"num_classes is 0; {text!r} would return tensors (N, 0): it must be at least 1")
     module = models.get_model_builder(request.name).__module__.rpartition(".")[2]
     sizes = {} if request.num_classes is None else {"num_classes": request.num_classes}
     if request.img_size is not None and module == "vision_transformer":

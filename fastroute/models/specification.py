@@ -143,6 +143,10 @@ class Specification:
         pairs = ((name, _plain(getattr(self, name)), _plain(getattr(other, name))) for name in names)
         return ", ".join(f"{name}={a!r}, not {b!r}" for name, a, b in pairs if a != b)
 
+    def describes(self, network: nn.Module) -> bool:
+        """Return whether the layers of a network are still those that it had when this was attached to it."""
+        return network._specified == layout(network)
+
     def follow(self, network: nn.Module, num_classes: int) -> None:
         """Attach this specification to a network whose classifier was replaced by one of `num_classes`."""
         remember(network, replace(self, num_classes=num_classes))
@@ -292,7 +296,8 @@ def specification_of(network: nn.Module) -> Specification | None:
     """
     specification = getattr(network, "specification", None)
     if isinstance(specification, Specification):
-        return specification if network._specified == layout(network) else None
+        without_head = any(getattr(module, "_without", None) == "head" for module in network.modules())
+        return specification if specification.describes(network) and not without_head else None
     found = inferred(network)
     return None if found is None else Specification(found[0], *found[1], versions=_versions(found[0]))
 

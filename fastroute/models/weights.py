@@ -123,9 +123,9 @@ def load_pretrained(
     """Start a network from weights of another task, or of its single-path form.
 
     Tensors are matched by name. A classifier for another number of classes is left out: the network keeps its fresh
-    one. A first convolution for another number of channels is adapted as in timm: summed to one channel, or repeated
-    and scaled. If a network made by `multipath` gets the weights of the network that it was made of, every path starts
-    from them, all but the first with noise, and the routers stay fresh.
+    one, or none if it was removed. A first convolution for another number of channels is adapted as in timm: summed to
+    one channel, or repeated and scaled. If a network made by `multipath` gets the weights of the network that it was
+    made of, every path starts from them, all but the first with noise, and the routers stay fresh.
 
     Args:
         model: the network, changed in-place.
@@ -149,7 +149,7 @@ def load_pretrained(
         used = chosen | {name: value for name, value in weights.items() if name not in sources}
         reason = differences(own, used) if len(missing) < len(own) else f"it has none of the {len(own)} tensors"
         raise ValueError(f"{where}; its weights are of another network: {reason}")
-    extra = weights.keys() - set(names.values())
+    extra = weights.keys() - set(names.values()) - _removed(model, seeded)
     if extra := sorted(name for name in extra if not name.startswith(AUXILIARY)):
         raise ValueError(f"{where}; its weights are of another network: {len(extra)} unexpected ({_some(extra)})")
     chosen, adapted = _adapted_channels(wanted, chosen)
@@ -182,15 +182,28 @@ def path_names(model: nn.Module) -> dict[str, str] | None:
     origins = getattr(model, "origins", None)
     if origins is None:
         return None
-    names = {}
+    names = []
     for part, layer in model.named_children():
         if isinstance(layer, ParallelPaths):
-            prefix = f"{origins[part]}." if origins[part] else ""
-            for i, path in enumerate(layer):
-                names |= {f"{part}.{i}.{name}": prefix + name for name in _tensors(path)}
+            names += [f"{part}.{name}" for name in _tensors(layer)]
         elif not isinstance(layer, Router):
             return None
-    return names
+    return {name: _original(origins, name) for name in names}
+
+
+def _original(origins: Mapping[str, str], name: str) -> str:
+    part, _, rest = name.split(".", 2)
+    return f"{origins[part]}.{rest}" if origins[part] else rest
+
+
+def _removed(model: nn.Module, seeded: bool) -> set[str]:
+    """Return the names in a file of the tensors of the classifier that `reset_classifier(0)` removed."""
+    if getattr(model, "num_classes", None) != 0 or not hasattr(model, "get_classifier"):
+        return set()
+    layers = set(model.get_classifier().modules())
+    modules = [name for name, module in model.named_modules() if module in layers]
+    names = {f"{module}.{tensor}" for module in modules for tensor in ("weight", "bias")}
+    return {_original(model.origins, name) for name in names} if seeded else names
 
 
 def _path(name: str) -> int:

@@ -93,6 +93,8 @@ class Classifies:
         if global_pool not in (None, "", "avg") or (global_pool == "" and num_classes):
             raise ValueError(f"global_pool is {global_pool!r}; it must be None, 'avg', or with num_classes=0 ''")
         names, width = self._checked_classifiers(), self._width
+        specification = getattr(self, "specification", None)
+        described = specification is not None and specification.describes(self)
         like = next(self.parameters(), torch.empty(0))
         for name in names:
             layer = nn.Identity()
@@ -101,8 +103,7 @@ class Classifies:
             parent, _, last = name.rpartition(".")
             setattr(self.get_submodule(parent), last, layer)
         self._without = None if num_classes else ("head" if global_pool == "" else "classifier")
-        specification = getattr(self, "specification", None)
-        if specification is not None:
+        if described:
             specification.follow(self, num_classes)
 
     @property

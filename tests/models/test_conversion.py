@@ -1,5 +1,6 @@
 import copy
 import pickle
+import random
 import tarfile
 from collections import OrderedDict
 from functools import partial
@@ -329,6 +330,79 @@ def test_a_relu_that_others_take_as_well_stays(monkeypatch):
     twice = nn.Sequential(OrderedDict(a=stem, b=nn.Conv2d(4, 3, 1), c=nn.Sequential(stem, nn.Conv2d(4, 4, 1))))
     network = nn.Sequential(OrderedDict(body=twice, flat=nn.Flatten(), fc=nn.Linear(4 * 256, 7)))
     assert check_fused(network, ["body.a"], monkeypatch, torch.randn(2, *SIZE)) == ["relu"]
+
+
+class Linear4(nn.Module):
+    """A convolution, with a ReLU only by default."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(4, 4, 1), nn.ReLU()
+
+    def forward(self, x, linear=False):
+        return self.conv(x) if linear else self.act(self.conv(x))
+
+
+class NoGraph(nn.Module):
+    """A block that ends in a ReLU, or seems to, and whose forward has to run as it is."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.conv, self.relu, self.way = nn.Conv2d(4, 4, 1), nn.ReLU(), way
+        self.inner = Linear4() if way in ("argument", "keyword") else None
+        if way == "leaky":
+            self.relu = nn.LeakyReLU(0.2)
+        if way == "hooked":
+            self.relu.register_forward_hook(lower)
+        if way == "own forward":
+            self.forward = lambda x: self.conv(x) - 0.1
+
+    def forward(self, x):
+        y = self.relu(self.conv(x))
+        if self.way == "argument":
+            return self.inner(y, True)
+        if self.way == "keyword":
+            return self.inner(y, linear=True)
+        if self.way == "draws" and random.random() < 0:
+            return x
+        if self.way == "no_grad":
+            with torch.no_grad():
+                y = self.conv(y)
+        if self.way == "no autocast":
+            with torch.autocast("cuda", enabled=False):
+                y = self.conv(y)
+        return self.relu(y + x)
+
+
+@pytest.mark.parametrize(
+    "way", ["leaky", "hooked", "own forward", "argument", "keyword", "draws", "no_grad", "no autocast"]
+)
+def test_a_relu_stays_where_no_graph_computes_the_same(way, monkeypatch):
+    """The forward of the block runs as it is."""
+    modes = torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
+    network, x = on_stage(NoGraph(way)).double(), torch.randn(3, *SIZE, dtype=torch.float64)
+    model = toy_paths(network, 2, ["max", "stage"], init="copy", noise=0)
+    assert [router.activation for router in routers(model).values()] == ["relu", None]
+    assert isinstance(model.stage[0][1], NoGraph)
+    assert modes == (torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu"), torch.is_grad_enabled())
+    if way != "own forward":  # which deepcopy binds to the original
+        for router in routers(model).values():
+            nn.init.zeros_(router.w2)
+        torch.testing.assert_close(model.eval()(x), network.eval()(x))
+
+
+def test_a_relu_before_the_last_router_stays():
+    """A router that takes no ReLU stands between it and the max-pool; a hook on a max-pool sees the ReLU's output."""
+
+    def router(channels, m, n):
+        return CrossStitch(m, n) if m == 1 else CrossConnection(channels, m, n)
+
+    network = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 4, 1), relu=nn.ReLU(), max=nn.MaxPool2d(2)))
+    network.append(nn.Flatten()).append(nn.Linear(256, 7))
+    assert toy_paths(network, 2, ["relu", "max"], router).max_router.activation is None
+    assert toy_paths(network, 2, ["max"]).max_router.activation == "relu"
+    network.max.register_forward_hook(lower)
+    assert toy_paths(network, 2, ["max"]).max_router.activation is None
 
 
 @pytest.mark.parametrize("block", ["BasicBlock", "Bottleneck"])

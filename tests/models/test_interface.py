@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from fastroute import models
-from fastroute.models import Specification, create_model, multipath, specification_of
+from fastroute.models import Specification, create_model, multipath, registry, specification_of
 from fastroute.nn import CrossConnection, MultiPathNetwork, ParallelPaths
 
 SLOW = ("resnet101", "resnet110", "resnet164", "se_resnet110", "convnet_aig110", "wide_resnet50_2", "vgg13_cc2")
@@ -101,3 +101,50 @@ def test_timm_finds_the_classifier_and_the_first_convolution():
         for layer in (*config["classifier"], *config["first_conv"]):
             assert f"{layer}.weight" in state
         assert all(len(state[f"{layer}.weight"]) == 5 for layer in config["classifier"])
+
+
+@pytest.mark.parametrize("name", ["resnet20", "base_cnn_ensemble"])
+def test_a_specification_builds_the_network_or_is_none(name):
+    model, x = create_model(name), torch.randn(2, 3, 32, 32)
+    model.reset_classifier(0)
+    assert specification_of(model).build()(x).shape == model(x).shape
+    model.reset_classifier(0, "")
+    assert specification_of(model) is None
+    model.reset_classifier(7)
+    assert specification_of(model).num_classes == 7
+    model = create_model(name)
+    first = model if name == "resnet20" else model.members[0]
+    setattr(first, next(iter(first._modules)), nn.Conv2d(3, 5, 1))
+    model.reset_classifier(7)
+    assert specification_of(model) is None
+
+
+def test_timm_builds_networks_without_its_interface(monkeypatch):
+    timm = pytest.importorskip("timm")
+    monkeypatch.setattr(registry, "_MODELS", {})
+
+    @models.register_model
+    def plain_net(num_classes, in_chans, img_size):
+        return nn.Sequential(nn.Conv2d(in_chans, 4, 1), nn.Flatten(), nn.Linear(4 * img_size**2, num_classes))
+
+    @models.register_model
+    def pooled_net(num_classes, in_chans, img_size):
+        head = ParallelPaths([nn.Sequential(nn.Conv2d(in_chans, num_classes, 1), Mean())])
+        return MultiPathNetwork({"head": head})
+
+    from timm.models import _registry
+
+    assert models.register_timm() == ["plain_net", "pooled_net"]
+    try:
+        model = timm.create_model("plain_net", num_classes=5)
+        assert model.num_classes == 5 and model.pretrained_cfg["classifier"] == ()
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+        assert timm.create_model("pooled_net")(torch.randn(2, 3, 8, 8)).shape == (2, 10)
+    finally:
+        for name in ("plain_net", "pooled_net"):
+            del _registry._model_entrypoints[name]
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3))

@@ -1,9 +1,16 @@
+import pickle
+
 import pytest
 from torch import nn
 
 from fastroute import models
 from fastroute.models import registry
 from fastroute.models.sources import layout
+
+
+class Dense(nn.Linear):
+    def __init__(self, num_classes=10, in_chans=3, img_size=32):
+        super().__init__(in_chans * img_size**2, num_classes)
 
 
 def test_lists_in_natural_order_by_pattern():
@@ -40,6 +47,32 @@ def test_a_function_is_create_model_with_its_name():
     created = models.create_model("resnet20_cc2", 7, routing=None)
     assert built.specification == created.specification and layout(built) == layout(created)
     assert models.resnet20(0).num_classes == 0 and models.resnet20().num_classes == 10
+
+
+def test_positional_arguments_have_the_order_of_the_builder(monkeypatch):
+    monkeypatch.setattr(registry, "_MODELS", {})
+
+    @models.register_model
+    def dense(width, img_size=4, *, num_classes=10, in_chans=3):
+        return nn.Sequential(nn.Flatten(), nn.Linear(in_chans * img_size**2, width), nn.Linear(width, num_classes))
+
+    model = dense(5, 2, num_classes=7)
+    assert (model[1].in_features, model[1].out_features, model[2].out_features) == (12, 5, 7)
+    assert layout(model) == layout(models.create_model("dense", 7, img_size=2, width=5))
+    with pytest.raises(TypeError, match="dense takes at most 2 positional arguments; 3 were given"):
+        dense(5, 2, 7)
+    with pytest.raises(TypeError, match="multiple values"):
+        dense(5, width=6)
+    with pytest.raises(ValueError, match="num_classes is 0; dense has no reset_classifier"):
+        dense(5, num_classes=0)
+
+
+def test_a_class_stays_a_class(monkeypatch):
+    monkeypatch.setattr(registry, "_MODELS", {})
+    assert models.register_model(Dense) is Dense
+    model = models.create_model("Dense", 7)
+    assert isinstance(model, Dense) and isinstance(pickle.loads(pickle.dumps(model)), Dense)
+    assert isinstance(models.model_info("Dense").builder(img_size=2), Dense)
 
 
 def test_defaults_are_those_of_the_network(monkeypatch):

@@ -103,6 +103,7 @@ def test_own_functions_are_imported_only_if_the_user_names_them(own):
         ("own_nets:build", {"depth": 3}, "does not take these arguments: .*depth"),
         ("a b:c", {}, "model is 'a b:c'; it must be an own network's name"),
         ("torchvision:resnet19", {}, "torchvision has no such classifier: did you mean resnet1"),
+        ("torchvision:resnet18", {"num_classes": 0}, "num_classes is 0; .*it must be at least 1"),
         ("torchvision:../x", {}, "takes the name of a network"),
         ("timm:resnet19", {}, "timm has no such network: did you mean"),
         ("timm:resnet18.no_tag", {}, "Invalid pretrained tag"),
@@ -117,7 +118,7 @@ def test_errors_in_building_are_one_sentence(name, options, message, own):
     if name.startswith("timm"):
         pytest.importorskip("timm")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        create_model(name, 5, **options)
+        create_model(name, **({"num_classes": 5} | options))
 
 
 def test_a_download_that_fails_names_the_way_around_it(monkeypatch):

@@ -57,6 +57,22 @@ def test_a_classifier_of_other_classes_is_left_out(tmp_path):
     assert "for 7 classes start fresh" in messages[0]
 
 
+@pytest.mark.parametrize(
+    "name, of", [("resnet20", "resnet20"), ("resnet20_cc2", "resnet20"), ("base_cnn_ensemble",) * 2]
+)
+def test_a_classifier_is_not_missed_by_a_network_without_one(name, of, tmp_path):
+    whole, x = create_model(of, 7).eval(), torch.randn(2, 3, 32, 32)
+    path = saved(whole, tmp_path / "whole.pth")
+    features = create_model(name, 0, pretrained_path=path).eval()
+    if name == of:
+        assert torch.equal(features(x), whole.forward_head(whole.forward_features(x), pre_logits=True))
+    else:
+        assert torch.equal(features.stem[0][0].weight, whole.stem[0].weight)
+    weights = whole.state_dict() | {"other.weight": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"1 unexpected \(other.weight\)"):
+        load_pretrained(features, weights, "pretrained_path is whole.pth")
+
+
 def test_weights_fit_images_of_other_channels():
     messages, weights = [], create_model("resnet20", 10).state_dict()
     for channels, expected in ((1, weights["stem.0.weight"].sum(1, keepdim=True)), (4, None)):
