@@ -37,7 +37,9 @@ class TwoPaths(nn.Module):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_example(name):
+def test_example(name, monkeypatch):
+    for registered in ("_MODELS", "_BUILDERS"):  # an example adds a network
+        monkeypatch.setattr(models.registry, registered, dict(getattr(models.registry, registered)))
     torch.manual_seed(0)
     torchvision = pytest.importorskip("torchvision") if "torchvision" in EXAMPLES[name].docstring else None
     names = {key: value for module in MODULES for key, value in vars(module).items()}
