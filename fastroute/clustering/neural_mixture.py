@@ -64,8 +64,9 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         noise: standard deviation of the Gaussian noise, after standardisation, that makes augmented samples (Eq. 4.23).
             Borders then keep away from samples. 0 trains on the samples alone.
         standardize: whether each feature is centred and brought to spread 1 before the network, whatever its unit.
-            With q = (standard deviation / range) of a feature by the root mean square of that ratio over all features,
-            the spread is q² where q < 1: a feature that has nearly always one value, unlike the others, stays small.
+            With q = (mean absolute / standard deviation) of a feature by the root mean square of that ratio over all
+            features, the spread is q² where q < 1: a feature that has nearly always one value, unlike the others, stays
+            small.
         warm_start: whether `fit` goes on from the network of the last one, for `epochs` more in one run, and leaves
             standardisation and merged clusters as they are.
         verbose: 1 prints a line for each run, 2 for each pass over the data, too.
@@ -327,18 +328,23 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             return sum(np.tensordot(weights[part], values(X[part]), 1) for part in parts) / len(X)
 
         center = mean(lambda part: part)
-        variance = mean(lambda part: np.square(part - center, dtype=np.float64))
         seen = [X[part] if weights is None else X[part][weights[part] > 0] for part in parts]
         seen = [part for part in seen if len(part)]
         high, low = (reduce(f, (f.reduce(part, 0) for part in seen)) for f in (np.maximum, np.minimum))
         # A range within the rounding of the values is that of a constant.
         extent = (high - low).astype(np.float64)
         constant = extent <= 4 * np.finfo(X.dtype).eps * np.abs(center)
-        share = np.sqrt(variance) / np.where(constant, 1, extent)
-        typical = np.sqrt(np.square(share[~constant]).mean()) if not constant.all() else 1.0
-        # As border pixels of digits have it, a feature of nearly one value is noise, which spread 1 would blow up.
-        spread = extent * np.maximum(share, typical**2 / np.maximum(share, np.finfo(np.float64).tiny))
-        scale = np.where(constant, 0, 1 / np.where(constant, 1, spread))
+        extent[constant] = 1
+        # Shares of the range: squares of values as they come may over- or underflow.
+        deviation = np.sqrt(mean(lambda part: np.square((part - center) / extent)))
+        deviation[constant] = 1
+        # A feature of nearly one value, such as a border pixel of digits, is noise: do not blow it up to spread 1. The
+        # mean absolute deviation tells it: unlike the range, one outlier hardly moves it.
+        evenness = mean(lambda part: np.abs((part - center) / extent)) / deviation
+        typical = np.sqrt(np.square(evenness[~constant]).mean()) if not constant.all() else 1.0
+        evenness[constant] = typical
+        spread = extent * deviation / np.minimum(evenness / typical, 1) ** 2
+        scale = np.where(constant, 0, 1 / spread)
         return center.astype(X.dtype), scale.astype(X.dtype)
 
 

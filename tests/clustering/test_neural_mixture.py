@@ -108,9 +108,15 @@ def test_units_of_features_do_not_matter():
     np.testing.assert_allclose(*frames, atol=1e-6)
     np.testing.assert_allclose(frames[0].mean(0), 0, atol=1e-9)
     spread = frames[0].std(0)
-    share = X[:, :3].std(0) / np.ptp(X[:, :3], 0)
+    share = np.abs(X[:, :3] - X[:, :3].mean(0)).mean(0) / X[:, :3].std(0)
     assert spread[:2] == pytest.approx(1) and spread[2] == pytest.approx(share[2] ** 2 / np.square(share).mean())
     assert spread[2] < 0.3 and not frames[0][:, 3].any()
+
+
+def test_one_outlier_does_not_hide_a_feature():
+    X, y = make_blobs(600, centers=[[0, 0], [6, 0], [3, 5]], cluster_std=0.7, random_state=0)
+    X[0, 0] = 60.0
+    assert cluster_accuracy(y, NeuralMixture(3, random_state=0).fit_predict(X)) > 0.98
 
 
 def test_weights_count_as_so_many_samples():
