@@ -176,7 +176,8 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
                 if finished:
                     module.load_state_dict(checkpoint["state_dict"])
                     console.print(f"all {epochs} epochs are done: {escaped(resume)}", soft_wrap=True)
-    write_arguments(options, folder)
+    if not finished:
+        write_arguments(options, folder)
     if module is not None:
         with handle_run_errors(console, "cluster"):
             if not finished:

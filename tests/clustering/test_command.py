@@ -104,6 +104,9 @@ def test_resume_auto_starts_resumes_finishes_and_falls_back(tmp_path, monkeypatc
     result = run(*common, "--epochs", 2)
     assert result.exit_code == 0 and "all 2 epochs are done" in result.output and "epoch 2/2" not in result.output
     assert assigned.read_bytes() == content
+    arguments = (tmp_path / "run" / "args.yaml").read_bytes()
+    assert run(*common, "--epochs", 1).exit_code == 0  # of a finished run the options stay
+    assert (tmp_path / "run" / "args.yaml").read_bytes() == arguments
     last.write_bytes(b"junk")
     result = run(*common, "--epochs", 2)
     assert result.exit_code == 0 and "epoch 2/2" in result.output, result.output
