@@ -80,6 +80,17 @@ LONG = tuple(
 )
 
 
+OWN_NETWORK = """
+from torch import nn
+
+def build(num_classes, width=4):
+    return nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(width, num_classes))
+
+number = 3
+"""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.startswith(LONG):
@@ -92,3 +103,12 @@ def nothing_compiled():
     yield
     if dynamo := sys.modules.get("torch._dynamo"):
         dynamo.reset()
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Write a user's module that builds a network into the working folder, and return its name."""
+    (tmp_path / "own_nets.py").write_text(OWN_NETWORK)
+    monkeypatch.chdir(tmp_path)
+    yield "own_nets:build"
+    sys.modules.pop("own_nets", None)

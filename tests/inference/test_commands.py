@@ -2,7 +2,6 @@ import csv
 import io
 import json
 import re
-import sys
 
 import pytest
 import torch
@@ -84,23 +83,6 @@ def test_exports_and_says_how_far_the_file_is_from_eager(checkpoint, images, tmp
     assert run("predict", path, images / "val" / "ant", "--format", "csv").stdout == first.stdout != ""
     result = run("export", checkpoint, "--to", "onnx", "--output", checkpoint)
     assert result.exit_code == 2 and "it is the checkpoint itself" in result.output
-
-
-OWN = """
-from torch import nn
-
-def build(num_classes, width=4):
-    return nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                         nn.Linear(width, num_classes))
-"""
-
-
-@pytest.fixture
-def own(tmp_path, monkeypatch):
-    (tmp_path / "own_net.py").write_text(OWN)
-    monkeypatch.chdir(tmp_path)
-    yield "own_net:build"
-    sys.modules.pop("own_net", None)
 
 
 def test_own_network_from_training_to_prediction(own, images, tmp_path):

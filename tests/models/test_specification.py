@@ -8,25 +8,6 @@ from torch import nn
 from fastroute.models import Specification, create_model, multipath, specification_of
 from fastroute.models.specification import specification_in
 
-OWN = """
-from torch import nn
-
-def build(num_classes, width=4):
-    return nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                         nn.Linear(width, num_classes))
-
-number = 3
-"""
-
-
-@pytest.fixture
-def own(tmp_path, monkeypatch):
-    """Write a user's module that builds a network into the working folder, and return its name."""
-    (tmp_path / "own_nets.py").write_text(OWN)
-    monkeypatch.chdir(tmp_path)
-    yield "own_nets:build"
-    sys.modules.pop("own_nets", None)
-
 
 def same_outputs(network, x):
     """Return whether the network rebuilt from the specification's plain values computes the same."""
