@@ -12,6 +12,7 @@ from fastroute.models.registry import create_model, register_model
 from fastroute.models.specification import specification_in
 from fastroute.models.weights import network_weights
 from fastroute.nn import Routing
+from fastroute.nn._classifier import specification_kept
 
 
 class Ensemble(nn.Module):
@@ -81,12 +82,9 @@ class Ensemble(nn.Module):
         Args:
             num_classes, global_pool: as there.
         """
-        specification = getattr(self, "specification", None)
-        described = specification is not None and specification.describes(self)
-        for member in self.members:
-            member.reset_classifier(num_classes, global_pool)
-        if described:
-            specification.follow(self, num_classes)
+        with specification_kept(self, num_classes):
+            for member in self.members:
+                member.reset_classifier(num_classes, global_pool)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the members' features for images x (N, in_chans, H, W), concatenated along the channels."""

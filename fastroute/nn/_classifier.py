@@ -1,6 +1,7 @@
 """timm's interface of a classifier, for networks of one path or several."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -93,18 +94,15 @@ class Classifies:
         if global_pool not in (None, "", "avg") or (global_pool == "" and num_classes):
             raise ValueError(f"global_pool is {global_pool!r}; it must be None, 'avg', or with num_classes=0 ''")
         names, width = self._checked_classifiers(), self._width
-        specification = getattr(self, "specification", None)
-        described = specification is not None and specification.describes(self)
         like = next(self.parameters(), torch.empty(0))
-        for name in names:
-            layer = nn.Identity()
-            if num_classes:
-                layer = nn.Linear(width[name], num_classes, device=like.device, dtype=like.dtype)
-            parent, _, last = name.rpartition(".")
-            setattr(self.get_submodule(parent), last, layer)
-        self._without = None if num_classes else ("head" if global_pool == "" else "classifier")
-        if described:
-            specification.follow(self, num_classes)
+        with specification_kept(self, num_classes):
+            for name in names:
+                layer = nn.Identity()
+                if num_classes:
+                    layer = nn.Linear(width[name], num_classes, device=like.device, dtype=like.dtype)
+                parent, _, last = name.rpartition(".")
+                setattr(self.get_submodule(parent), last, layer)
+            self._without = None if num_classes else ("head" if global_pool == "" else "classifier")
 
     @property
     def num_classes(self) -> int | None:
@@ -133,6 +131,16 @@ class Classifies:
         if names := self._classifiers():
             return names
         raise ValueError(f"a {type(self).__name__} whose paths do not end in a dense layer has no classifier to reset")
+
+
+@contextlib.contextmanager
+def specification_kept(network: nn.Module, num_classes: int) -> Iterator[None]:
+    """Replace the classifier inside; a specification that described the network before describes it after, too."""
+    specification = getattr(network, "specification", None)
+    described = specification is not None and specification.describes(network)
+    yield
+    if described:
+        specification.follow(network, num_classes)
 
 
 def final_linear(module: nn.Module, name: str) -> str | None:
