@@ -2,18 +2,17 @@
 
 import contextlib
 import copy
-import random
-import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
 from fastroute.models._modes import modes_kept
+from fastroute.models._relu import take_relu
+from fastroute.models._tracing import trace
 from fastroute.models.sources import without_auxiliary_heads
 from fastroute.models.specification import remember, specification_of
 from fastroute.nn import (
@@ -26,9 +25,7 @@ from fastroute.nn import (
 )
 from fastroute.ops._paths import MAX_PATHS
 
-AUTOCAST = ("cpu", "cuda")
 INPUT = "input"
-RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 ROUTERS = {"cc": CrossConnection, "stitch": lambda channels, m, n: CrossStitch(m, n)}
 
 
@@ -147,7 +144,7 @@ def multipath(
             make = routing if callable(routing) else ROUTERS[routing]
             router = make(shapes[end][2 if len(shapes[end]) == 3 else 1], width, paths).to(device)
             if isinstance(router, CrossConnection) and router.activation is None:
-                router.activation = "relu" if _take_relu(copies, graph, start, end) else None
+                router.activation = "relu" if take_relu(copies, graph, start, end) else None
         if end is not start or scale > 1:
             parts, origin = _parts(copies[:width], graph, start, end, scale, own, tokens)
             origins[_add(layers, part, parts)] = origin
@@ -177,69 +174,6 @@ def _add(layers: dict[str, nn.Module], name: str, layer: nn.Module) -> str:
     return name
 
 
-class _Tracer(fx.Tracer):
-    """Trace into the modules of `expand`, keep all others whole, and record what each module returns."""
-
-    def __init__(self, expand: set[str]):
-        super().__init__()
-        self.expand = expand
-        self.results: dict[str, list] = {}
-
-    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
-        """Trace only the images; all other arguments of the network keep their defaults."""
-        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name not in self.expand
-
-    def create_node(self, *args, **kwargs) -> fx.Node:
-        """Record the modes that a graph does not keep: gradients and autocast."""
-        node = super().create_node(*args, **kwargs)
-        node.meta["modes"] = torch.is_grad_enabled(), *map(torch.is_autocast_enabled, AUTOCAST)
-        return node
-
-    def call_module(self, m, forward, args, kwargs):
-        result = super().call_module(m, forward, args, kwargs)
-        self.results.setdefault(self.path_of_module(m), []).append(result)
-        return result
-
-
-def _trace(model: nn.Module, expand: set[str]) -> tuple[fx.Graph, dict[str, list[fx.Node | None]]]:
-    """Return the graph of the network, and the node that each module returned, None unless it is one tensor.
-
-    Functional dropout becomes a module in `model`, since its `training` would be fixed by tracing.
-    """
-    graphs = []
-    with modes_kept(model):
-        for mode in (True, False):
-            tracer = _Tracer(expand)
-            try:
-                graph = tracer.trace(model.train(mode))
-            except Exception as error:  # a forward may do anything with a proxy
-                raise ValueError(
-                    f"model is a {type(model).__name__}, which torch.fx cannot trace: {type(error).__name__}: {error}"
-                ) from error
-            _use_dropout_modules(model, graph, mode)
-            graphs.append(graph)
-    if str(graphs[0]) != str(graphs[1]):
-        raise ValueError(f"model is a {type(model).__name__}, whose forward in training is another than in evaluation")
-    results = {
-        name: [result.node if isinstance(result, fx.Proxy) else None for result in results]
-        for name, results in tracer.results.items()
-    }
-    return graph, results
-
-
-def _use_dropout_modules(model: nn.Module, graph: fx.Graph, mode: bool) -> None:
-    for i, node in enumerate(graph.find_nodes(op="call_function", target=F.dropout)):
-        arguments = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | node.kwargs
-        if arguments.get("training", True) is not mode:
-            continue
-        name = f"functional_dropout{i}"
-        model.add_module(name, nn.Dropout(arguments.get("p", 0.5)))
-        node.op, node.target, node.args, node.kwargs = "call_module", name, (arguments["input"],), {}
-
-
 def _ancestors(names: Iterable[str]) -> set[str]:
     parts = [name.split(".") for name in names]
     return {".".join(part[:i]) for part in parts for i in range(len(part))}
@@ -258,7 +192,7 @@ def _cut(model: nn.Module, route_after: Sequence[str]) -> tuple[fx.Graph, dict[s
         if names.count(name) > 1:
             raise ValueError(f"route_after names {name!r} {names.count(name)} times")
 
-    graph, results = _trace(model, _ancestors(names))
+    graph, results = trace(model, _ancestors(names))
     order = {node: i for i, node in enumerate(graph.nodes)}
     crossing = _crossing(graph)
     nodes = {}
@@ -367,7 +301,7 @@ def _changes_of_resolution(model: nn.Module, input_size: Sequence[int]) -> list[
     for name, module in model.named_modules():
         if type(module).forward is nn.Sequential.forward and name.rpartition(".")[0] in plain:
             plain.add(name)
-    graph, results = _trace(model, plain)
+    graph, results = trace(model, plain)
     shapes, crossing = _shapes(model, graph, input_size), _crossing(graph)
     last, others = {}, {}
     for name, nodes in results.items():  # an nn.Sequential comes after what is in it, and its name is the shorter
@@ -463,139 +397,6 @@ def _part(
         result = part.call_method("transpose", (result, 1, 2))
     part.output(part.call_function(torch.mul, (result, scale)) if scale > 1 else result)
     return fx.GraphModule(model, part)
-
-
-def _take_relu(models: Sequence[nn.Module], graph: fx.Graph, start: fx.Node, node: fx.Node) -> bool:
-    """Take the ReLU away in which the computation of a node from `start` ends, in all of the networks.
-
-    A ReLU before a max-pool counts: the greatest of ReLU(x) is the ReLU of the greatest x, and so are the gradients.
-
-    Returns:
-        whether it ends in one.
-    """
-    targets = [other.target for other in graph.nodes if other.op == "call_module"]
-    while node is not start and node.op == "call_module" and targets.count(node.target) == 1 and _takes_one(node):
-        module = models[0].get_submodule(node.target)
-        if type(module) is nn.MaxPool2d and not module.return_indices and not _altered(module):
-            node = node.args[0]
-            if isinstance(node, fx.Node) and len(node.users) == 1:
-                continue
-            return False
-        without = [_without_relu(model.get_submodule(node.target)) for model in models]
-        if any(module is None for module in without):
-            return False
-        for model, module in zip(models, without, strict=True):
-            model.set_submodule(node.target, module)
-        return True
-    return False
-
-
-def _takes_one(node: fx.Node) -> bool:
-    """Return whether a module is called with one argument, as `_forward_graph` calls it."""
-    return len(node.args) == 1 and not node.kwargs
-
-
-def _altered(module: nn.Module) -> bool:
-    """Return whether a hook or a forward of its own may read or change what a module of this type returns."""
-    return "forward" in vars(module) or any(value for name, value in vars(module).items() if name.endswith("_hooks"))
-
-
-def _without_relu(module: nn.Module) -> nn.Module | None:
-    """The module without the ReLU in which its forward ends, with the same tensors by the same names.
-
-    None where it ends in none, and where that cannot be shown: torch.fx cannot trace the forward, or a hook may read or
-    change what it returns.
-    """
-    if _altered(module) or isinstance(module, fx.GraphModule | torch.jit.ScriptModule):
-        return None
-    if type(module) is nn.ReLU:
-        return nn.Identity()
-    if type(module).forward is nn.Sequential.forward:
-        return _without_relu_of(module, list(module._modules)[-1]) if module._modules else None
-    graph = _forward_graph(module)
-    if graph is None:
-        return None
-    output = graph.output_node()
-    result, children = output.args[0], [node.target for node in graph.nodes if node.op == "call_module"]
-    if result is not output.prev or not result.args:
-        return None
-    if result.op == "call_module":
-        if not _takes_one(result):
-            return None
-        if children.count(result.target) == 1 and "." not in result.target:
-            return _without_relu_of(module, result.target)
-        last = module.get_submodule(result.target)
-        is_relu = type(last) is nn.ReLU and not _altered(last)
-    else:
-        is_relu = result.target in RELUS
-    # A function, or a module that is called before as well: the forward itself has to be another.
-    if not is_relu or type(module).train is not nn.Module.train:
-        return None
-    output.args = (result.args[0],)
-    graph.erase_node(result)
-    forward = fx.Graph()  # without the tracer, which is not to be pickled
-    forward.output(forward.graph_copy(graph, {}))
-    without = fx.GraphModule(module, forward, type(module).__name__)
-    return without if list(without.state_dict()) == list(module.state_dict()) else None
-
-
-def _without_relu_of(module: nn.Module, name: str) -> nn.Module | None:
-    child = _without_relu(module._modules[name])
-    if child is None:
-        return None
-    without = _shallow_copy(module)
-    without._modules[name] = child
-    return without
-
-
-def _forward_graph(module: nn.Module) -> fx.Graph | None:
-    """What a module calls, or None where a graph cannot stand for it.
-
-    So it is where torch.fx cannot trace its forward, or the forward changes the module, draws random numbers outside
-    of tensors, or sets gradients or autocast.
-    """
-    traced = _shallow_copy(module)
-    traced._buffers = {name: None if value is None else value.clone() for name, value in module._buffers.items()}
-    before = repr(vars(traced)), _random_states()
-    graphs = []
-    for enabled in (True, False):  # a forward may set a mode to what it is outside as well
-        try:
-            with _computing_modes(enabled):
-                graph, _ = _trace(traced, {""})
-        except ValueError:
-            return None
-        if len({node.meta["modes"] for node in graph.nodes}) > 1:
-            return None
-        graphs.append(str(graph))
-    return graph if graphs[0] == graphs[1] and (repr(vars(traced)), _random_states()) == before else None
-
-
-def _random_states() -> tuple:
-    """Return the states of the random generators: a graph would fix what a forward draws outside of tensors."""
-    numpy = sys.modules.get("numpy")
-    return random.getstate(), torch.get_rng_state().tolist(), numpy and repr(numpy.random.get_state(legacy=False))
-
-
-@contextlib.contextmanager
-def _computing_modes(enabled: bool) -> Iterator[None]:
-    """Turn gradients and autocast on or off; autocast for CUDA needs no GPU here, since nothing is computed."""
-    before = {device: torch.is_autocast_enabled(device) for device in AUTOCAST}
-    try:
-        for device in AUTOCAST:
-            torch.set_autocast_enabled(device, enabled)
-        with torch.set_grad_enabled(enabled):
-            yield
-    finally:
-        for device, value in before.items():
-            torch.set_autocast_enabled(device, value)
-
-
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    """A module of the same parameters, buffers and children, of which each can be replaced."""
-    new = copy.copy(module)
-    for name in ("_parameters", "_buffers", "_modules"):
-        setattr(new, name, dict(getattr(module, name)))
-    return new
 
 
 def _compute_out_of_place(model: nn.Module, node: fx.Node) -> None:
