@@ -1,8 +1,9 @@
 """Build csrc: one CPU library per instruction set, and a CUDA library if nvcc and a CUDA torch are found.
 
 FASTROUTE_BUILD_CUDA=0 skips the CUDA library, and 1 requires it. FASTROUTE_BUILD_CPU=avx2,avx512 builds only those CPU
-libraries, and FASTROUTE_BUILD_CPU=0 none. FASTROUTE_SANITIZE=address or undefined builds the operators and CPU
-libraries with that sanitizer, which the process must preload. MAX_JOBS and TORCH_CUDA_ARCH_LIST are torch's.
+libraries, and FASTROUTE_BUILD_CPU=0 none. FASTROUTE_OPTIMIZE=0 builds the operators and CPU libraries in less time,
+for tests. FASTROUTE_SANITIZE=address or undefined builds them with that sanitizer, which the process must preload.
+MAX_JOBS and TORCH_CUDA_ARCH_LIST are torch's.
 """
 
 import os
@@ -38,12 +39,13 @@ def say(message: str) -> None:
 
 
 def cpu_extensions() -> list:
-    flags = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall"]
+    flags = [f"-O{os.environ.get('FASTROUTE_OPTIMIZE', '3')}", "-g0"]
     sanitizers = []
     if wish := os.environ.get("FASTROUTE_SANITIZE"):
         sanitizers = [f"-fsanitize={wish}"]
         # Optimised, the checks of one file of kernels compile for minutes; without, for one.
-        flags = [*flags[2:], "-O0", "-g1", "-fno-omit-frame-pointer", *sanitizers]
+        flags = ["-O0", "-g1", "-fno-omit-frame-pointer", *sanitizers]
+    flags += ["-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall"]
     instruction_sets = {"default": []}
     if platform.machine() in {"x86_64", "AMD64"}:
         avx512 = [
@@ -151,6 +153,19 @@ def extensions() -> list:
     return cpu_extensions() + cuda_extensions()
 
 
+def mark_only_where_used(ninja: Path) -> None:
+    """Leave FASTROUTE_BUILD, which any change of csrc changes, out of the commands that do not need it."""
+    users = [path for path in ROOT.glob("csrc/**/*.cpp") if '#include "build.h"' in path.read_text()]
+    users = tuple(str(path.relative_to(ROOT)) for path in users)
+    text = ninja.read_text()
+    mark = re.search(r"'-DFASTROUTE_BUILD=[^']*'", text)[0]
+    lines = text.replace(mark, "").splitlines()
+    for position, line in enumerate(lines):
+        if line.startswith("build ") and line.endswith(users):
+            lines[position] += f"\n  post_cflags = $post_cflags {mark}"
+    ninja.write_text("\n".join(lines) + "\n")
+
+
 class BuildExtension(cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True)):
     """Compiles the sources of all libraries in one ninja build, then links each library.
 
@@ -168,6 +183,8 @@ class BuildExtension(cpp_extension.BuildExtension.with_options(no_python_abi_suf
             super().build_extensions()
         finally:
             cpp_extension._run_ninja_build, compiler.link_shared_object = run_ninja, link
+        for folder in folders:
+            mark_only_where_used(Path(folder) / "build.ninja")
         if folders:
             lines = ["ninja_required_version = 1.3", *(f"subninja {Path(f).resolve()}/build.ninja" for f in folders)]
             (Path(self.build_temp) / "build.ninja").write_text("\n".join(lines) + "\n")
