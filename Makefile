@@ -47,7 +47,7 @@ sanitize: $(VENV)/.ready
 
 # What kernels and operators do under the oldest torch and Triton that are supported. The libraries in the checkout belong
 # to the newest torch, so those of the oldest are built in a copy of the sources: the operators and the kernels of this
-# processor alone, without optimisation, which is half of the time. A second run compiles what has changed.
+# processor alone, without optimisation, to save half of the time. A second run compiles what has changed.
 OLDEST_SOURCES := build/oldest/sources
 TEST_OLDEST := cd $(OLDEST_SOURCES) && OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(abspath $(OLDEST))/bin/python -m pytest -q \
   -n auto --dist worksteal tests/backends tests/ops tests/nn --ignore=tests/backends/test_native_cpu.py
