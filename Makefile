@@ -50,14 +50,16 @@ sanitize: $(VENV)/.ready
 # processor alone, without optimisation, to save half of the time. A second run compiles what has changed.
 OLDEST_SOURCES := build/oldest/sources
 TEST_OLDEST := cd $(OLDEST_SOURCES) && OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(abspath $(OLDEST))/bin/python -m pytest -q \
-  -n auto --dist worksteal tests/backends tests/ops tests/nn --ignore=tests/backends/test_native_cpu.py
+  -n auto --dist worksteal
+OLDEST_TESTS := tests/backends tests/ops tests/nn --ignore=tests/backends/test_native_cpu.py
 
 test-oldest: oldest-libraries
-	$(TEST_OLDEST)
+	$(TEST_OLDEST) $(OLDEST_TESTS)
 
-# What of it CI can afford.
+# What of it CI can afford: what `make test-fast` has of it, and some kernels in the interpreter.
 test-oldest-fast: oldest-libraries
-	$(TEST_OLDEST) -m "not long and not thorough and not slow and not gpu and not attack"
+	$(TEST_OLDEST) $(OLDEST_TESTS) -m "not long and not thorough and not slow and not gpu and not attack"
+	$(TEST_OLDEST) tests/backends/triton_kernels -m "long and not thorough and not gpu" -k "dense or linear"
 
 oldest-libraries: $(OLDEST)/.ready
 	mkdir -p $(OLDEST_SOURCES)
