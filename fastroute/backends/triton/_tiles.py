@@ -63,6 +63,13 @@ def tile_of(c0, s0, sizes, BC: tl.constexpr, BS: tl.constexpr, LAYOUT: tl.conste
 
 
 @triton.jit
+def part_corner(part, blocks, span, space, BC: tl.constexpr):
+    """Return the first channel, the first position and the end position of a part; parts go span by span."""
+    start = (part // blocks) * span
+    return (part % blocks) * BC, start, tl.minimum(start + span, space)
+
+
+@triton.jit
 def zero_tile(BC: tl.constexpr, BS: tl.constexpr, LAYOUT: tl.constexpr):
     return tl.zeros([BC * BS] if LAYOUT == "flat" else [BC, BS], tl.float32)
 

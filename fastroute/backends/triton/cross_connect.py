@@ -7,16 +7,18 @@ import torch
 import triton
 
 from fastroute.backends.triton import planning
-from fastroute.backends.triton._cross_connect_kernels import (
+from fastroute.backends.triton._cross_connect_backward import (
     cross_connect_fused_bwd_kernel,
-    cross_connect_fused_fwd_kernel,
     cross_connect_gate_bwd_kernel,
-    cross_connect_gate_fwd_kernel,
     cross_connect_inputs_bwd_kernel,
-    cross_connect_pool_fwd_kernel,
     cross_connect_resident_bwd_kernel,
-    cross_connect_resident_fwd_kernel,
     cross_connect_weights_bwd_kernel,
+)
+from fastroute.backends.triton._cross_connect_forward import (
+    cross_connect_fused_fwd_kernel,
+    cross_connect_gate_fwd_kernel,
+    cross_connect_pool_fwd_kernel,
+    cross_connect_resident_fwd_kernel,
 )
 from fastroute.backends.triton._recording import launch
 from fastroute.backends.triton._tiles import batch_strides

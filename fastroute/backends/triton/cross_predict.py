@@ -9,9 +9,8 @@ import triton.language as tl
 
 from fastroute.backends._cross_predict import Passes
 from fastroute.backends.triton import planning
-from fastroute.backends.triton._cross_connect_kernels import part_corner
 from fastroute.backends.triton._recording import launch
-from fastroute.backends.triton._tiles import batch_strides, extents, load_scalars, tile_of, zero_totals
+from fastroute.backends.triton._tiles import batch_strides, extents, load_scalars, part_corner, tile_of, zero_totals
 from fastroute.backends.triton.cross_connect import is_channels_last
 from fastroute.backends.triton.mix import launch_sum_parts
 
