@@ -6,7 +6,6 @@ Standard output has one JSON object per line, for `supervise.py`, and nothing el
 """
 
 import argparse
-import contextlib
 import gc
 import importlib.util
 import json
@@ -14,19 +13,30 @@ import os
 import random
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from benchmarks.gpu_measure import (
+    MAPS,
+    PATHS,
+    brief,
+    by_kernel,
+    contender,
+    device_time,
+    draw,
+    host_time,
+    job,
+    step_time,
+)
 from benchmarks.supervise import BROKEN, NO_DEVICE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,11 +57,6 @@ SHAPES = {
 }
 PEERS = {"cuda": [SHAPES["cuda"][k] for k in (0, 1, 3, 4)], "cpu": SHAPES["cpu"][:1]}
 FORMATS = [(torch.bfloat16, "contiguous"), (torch.bfloat16, "channels_last"), (torch.float32, "contiguous")]
-PATHS, HIDDEN = 2, 16
-HOST_SHAPE = (1, 16, 4, 4)
-MAPS = {"forward": 2 * PATHS, "forward+backward": 5 * PATHS}  # maps read or written
-ROUNDS = {"cuda": 15, "cpu": 1}
-HOST_CALLS = {"cuda": (9, 40), "cpu": (1, 2)}  # batches, and calls per batch
 
 
 class Speaker:
@@ -86,11 +91,6 @@ def serve(cases: Sequence[Measurement], skip: int, say: Callable[..., None], dev
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-
-
-def brief(error: BaseException) -> str:
-    lines = [text.strip() for text in str(error).splitlines() if text.strip()]
-    return f"{type(error).__name__}: {' / '.join(lines[:3])[:400]}"
 
 
 def broken(device: str) -> bool:
@@ -139,43 +139,6 @@ def does_not_serve(backend: str, device: str) -> str | None:
     return BACKENDS[backend].reason_against(torch.device(device), torch.float32) if backend in BACKENDS else None
 
 
-def draw(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str):
-    """Draw paths, gate and incoming gradients for 2 → 2 paths of a shape."""
-    from fastroute.bench.cases import LAYOUTS
-
-    torch.manual_seed(0)
-    xs = [torch.randn(shape, device=device).to(dtype, memory_format=LAYOUTS[layout]) for _ in range(PATHS)]
-    xs = [x.requires_grad_() for x in xs]
-    sizes = (PATHS, HIDDEN, shape[1]), (PATHS, HIDDEN), (PATHS, PATHS, HIDDEN), (PATHS, PATHS)
-    gate = [(0.1 * torch.randn(size)).to(device).requires_grad_() for size in sizes]
-    return xs, gate, [torch.randn_like(x) for x in xs]
-
-
-def job(function: Callable, direction: str, xs, gate, grads) -> Callable[[], list[torch.Tensor]]:
-    def forward():
-        with torch.no_grad():
-            return list(function(xs, *gate))
-
-    def both():
-        ys = function(xs, *gate)
-        return [*ys, *torch.autograd.grad(ys, [*xs, *gate], grads)]
-
-    return forward if direction == "forward" else both
-
-
-def contender(name: str) -> tuple[Callable, contextlib.AbstractContextManager]:
-    """Return the function for a backend, "default", "eager" or "compile", and the context in which to call it."""
-    from fastroute import ops, use_backend
-    from fastroute.bench import plain
-
-    if name == "eager":
-        return plain.cross_connect, contextlib.nullcontext()
-    if name == "compile":
-        return torch.compile(plain.cross_connect, dynamic=False), contextlib.nullcontext()
-    context = contextlib.nullcontext() if name == "default" else use_backend(name)
-    return (lambda xs, *gate: ops.cross_connect(xs, *gate).outputs), context
-
-
 def case_name(shape, dtype, layout, direction) -> str:
     return f"{'x'.join(map(str, shape))} {str(dtype)[6:]} {layout} {direction}"
 
@@ -205,105 +168,6 @@ def speed_cases(backend: str, shapes, formats, device: str) -> list[Measurement]
             (shape, *kind, way) for shape in shapes for kind in formats for way in ("forward+backward", "forward")
         )
     ]
-
-
-def host_time(backend: str, direction: str, device: str) -> Iterator[dict]:
-    """Measure the host's microseconds for a call on tiny maps, without waiting for the device."""
-    function, context = contender(backend)
-    call = job(function, direction, *draw(HOST_SHAPE, torch.float32, "contiguous", device))
-    (batches, calls), times = HOST_CALLS[device], []
-    with context:
-        for _ in range(calls):
-            call()
-        for _ in range(batches):
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(calls):
-                call()
-            times.append((time.perf_counter() - start) / calls)
-    yield {"kind": "host", "backend": backend, "direction": direction, "us": 1e6 * statistics.median(times)}
-
-
-def device_time(backend: str, case: tuple, device: str) -> Iterator[dict]:
-    """Measure the device's microseconds for a call with flushed caches and for a copy, and the error of the result."""
-    from fastroute.bench import contest, plain
-
-    shape, dtype, layout, direction = case
-    tensors = draw(shape, dtype, layout, device)
-    function, context = contender(backend)
-    clock, rounds = contest.clock(torch.device(device)), ROUNDS[device]
-    source = torch.randn(MAPS[direction] * tensors[0][0].numel() // 2, device=device).to(dtype)
-    target = torch.empty_like(source)
-    row = {"kind": "speed", "backend": backend}
-    with context:
-        routed = clock.prepared(job(function, direction, *tensors))
-        copied = clock.prepared(lambda: target.copy_(source))
-        times = {"us": [], "copy_us": []}
-        for _ in range(rounds):
-            for name, call in (("us", routed.call), ("copy_us", copied.call)):
-                clock.prepare()
-                times[name].append(1e6 * clock.time(call))
-        row |= {name: statistics.median(values) for name, values in times.items()}
-        row["share_of_copy"] = row["copy_us"] / row["us"]
-        if routed.reason:
-            row["not_in_a_graph"] = routed.reason
-        results = routed.results
-        if results is None:
-            results = routed.call()
-        else:
-            for result in results:
-                result.detach().fill_(torch.nan)  # shows what the replay does not write
-            routed.call()
-    if (backend, device) == ("native", "cuda") and hasattr(torch.ops.fastroute_native, "cuda_last_cluster"):
-        row["cluster"] = torch.ops.fastroute_native.cuda_last_cluster()
-    try:
-        row |= accuracy(results, partial(job, plain.cross_connect, direction), tensors)
-    except RuntimeError as error:  # for example out of memory; the time is valid
-        row["error"] = f"not checked: {brief(error)}"
-    yield row
-
-
-def accuracy(results, plain_job: Callable, tensors) -> dict:
-    """Return the largest relative error against float64, and eager's; "error" if `assert_as_good_as_eager` fails."""
-    from fastroute.testing import assert_as_good_as_eager
-
-    exact = plain_job(*([t.detach().double().requires_grad_() for t in group] for group in tensors))()
-    eager = plain_job(*tensors)()
-    row = {"off": relative(results, exact), "eager_off": relative(eager, exact)}
-    try:
-        assert_as_good_as_eager(results, eager, exact)
-    except AssertionError as error:
-        row["error"] = f"wrong: {error}"
-    return row
-
-
-@torch.no_grad()
-def relative(results, exact) -> float:
-    return max(float((a.double() - b).norm() / (b.norm() + 1e-30)) for a, b in zip(results, exact, strict=True))
-
-
-def by_kernel(backend: str, case: tuple, device: str) -> Iterator[dict]:
-    """Measure microseconds by kernel of a forward and backward."""
-    from torch.profiler import ProfilerActivity, profile
-
-    from fastroute.bench import contest
-
-    function, context = contender(backend)
-    call, clock = job(function, "forward+backward", *draw(*case, device)), contest.clock(torch.device(device))
-    on_card = device == "cuda"
-    calls = 5 if on_card else 1
-    with context:
-        call()
-        with profile(activities=[ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU]) as record:
-            for _ in range(calls):
-                clock.prepare()
-                call()
-            clock.prepare()
-    spent = {e: e.device_time_total if on_card else e.self_cpu_time_total for e in record.key_averages()}
-    for event in sorted(spent, key=spent.get, reverse=True)[:8]:
-        row = {"kernel": event.key[:70], "calls": event.count / calls, "us": spent[event] / event.count}
-        yield {"kind": "profile", "backend": backend, **row}
 
 
 def compiled_cases(options) -> list[Measurement]:
@@ -454,35 +318,6 @@ def peers(options) -> list[Measurement]:
         *((f"{name} compiled steps", partial(steps, name, True)) for name in sizes),
         *speed_cases("compile", shapes, FORMATS[2:], options.device),
     ]
-
-
-def step_time(step: Callable, options, calls: int = 10) -> dict:
-    """Measure milliseconds of a step in a loop, and of its replay from a CUDA graph."""
-    from fastroute.bench import contest
-
-    clock = contest.clock(torch.device(options.device))
-    calls = calls if options.device == "cuda" else 1
-
-    def wait():
-        if options.device == "cuda":
-            torch.cuda.synchronize()
-
-    def loop(call):
-        times = []
-        for _ in range(3):
-            wait()
-            start = time.perf_counter()
-            for _ in range(calls):
-                call()
-            wait()
-            times.append((time.perf_counter() - start) / calls)
-        return 1e3 * statistics.median(times)
-
-    for _ in range(3):
-        step()
-    row = {"ms": loop(step)}
-    prepared = clock.prepared(step)
-    return row | ({"not_in_a_graph": prepared.reason} if prepared.reason else {"graph_ms": loop(prepared.call)})
 
 
 def all_cases(options) -> list[Measurement]:

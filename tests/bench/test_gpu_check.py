@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_worker
+from benchmarks import gpu_check, gpu_measure, gpu_worker
 from benchmarks.supervise import BROKEN, Job, Rows, Stage, Supervisor
 from fastroute import bench
 from fastroute.bench import Result
@@ -149,20 +149,20 @@ def test_an_exception_is_a_row():
 
 
 def test_wrong_results_are_rows():
-    tensors = gpu_worker.draw((2, 3, 4, 4), torch.float32, "contiguous", "cpu")
+    tensors = gpu_measure.draw((2, 3, 4, 4), torch.float32, "contiguous", "cpu")
 
     def plain_job(*tensors):
-        return gpu_worker.job(bench.operators.plain.cross_connect, "forward+backward", *tensors)
+        return gpu_measure.job(bench.operators.plain.cross_connect, "forward+backward", *tensors)
 
     right = plain_job(*tensors)()
-    row = gpu_worker.accuracy(right, plain_job, tensors)
+    row = gpu_measure.accuracy(right, plain_job, tensors)
     assert row.keys() == {"off", "eager_off"} and 0 < row["off"] < 1e-5
     wrong = [result.detach().clone() for result in right]
     wrong[3].view(-1)[5] += 1
-    row = gpu_worker.accuracy(wrong, plain_job, tensors)
+    row = gpu_measure.accuracy(wrong, plain_job, tensors)
     assert row["error"].startswith("wrong: result 3 is off by") and row["off"] > 1e-2
     wrong[3].view(-1)[5] = torch.nan
-    assert "error" in gpu_worker.accuracy(wrong, plain_job, tensors)
+    assert "error" in gpu_measure.accuracy(wrong, plain_job, tensors)
 
 
 @pytest.mark.parametrize(
