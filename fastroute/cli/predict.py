@@ -120,7 +120,7 @@ def _rows(
     predictor: "Predictor", names: list[str], top_k: int, gates: bool, batch_size: int, workers: int
 ) -> tuple[list[dict], int]:
     """Return the prediction of each image that can be read, and the number of those that cannot."""
-    from fastroute.data.sources import UnreadableImage
+    from fastroute.data.decode import UnreadableImage
 
     def read(name: str):
         try:

@@ -7,16 +7,11 @@ the memory of an index and of an image is bounded.
 import copy
 import errno
 import io
-import json
 import os
-import re
-import stat
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from heapq import heappop, heappush
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -25,25 +20,13 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from fastroute.data.decode import UnreadableImage, check_size, decode_image, named
+from fastroute.data.folders import LeftOut, images_below, is_folder, warn_of
 from fastroute.data.layout import all_shards, expanded, hidden, shards_of, split_folders
 from fastroute.data.seeding import generator
-from fastroute.data.tar import FILE, FOLDER, Member, NotRegular, members, open_regular, shown
+from fastroute.data.shards import input_keys, shard_images
+from fastroute.data.tar import NotRegular, open_regular, shown
 
-NOT_READ = (".gif", ".avif", ".jxl", ".jp2", ".heic", ".heif", ".jfif", ".jpe", ".pbm", ".pnm", ".tga", ".svg")
-"""Suffixes of images that are not read, which is worth a warning."""
-OTHER_IMAGES = f"images of other names than {', '.join(IMG_EXTENSIONS)}"
-MAX_CLASSES = 1_000_000
-"""Class numbers must be below this: a network has a logit for each class up to the largest number."""
-
-LABEL_KEYS = ("label", "cls", "class", "class_name", "target")
-"""The keys of a `.json` that may hold the class of an image; the first one found counts."""
-MAX_JSON = 2**20
-MAX_CLASS_NAME = 1000
-"""The most bytes of a `.json`, and of a `.cls` or `.txt`."""
 MAX_CLASS_MAP = 2**26
-
-LeftOut = dict[str, list[str]]
-"""Kind → names of the files that are left out."""
 
 
 class _Names:
@@ -109,8 +92,8 @@ class FolderSource(_Source):
         if labelled and not classes:
             raise FileNotFoundError(f"{needed}: Couldn't find any class folder in it")
         folders = [os.path.join(folder, name) for name in classes] if labelled else [str(folder)]
-        found = [_images_below(below, left_out) if os.path.isdir(below) else [] for below in folders]
-        _warn(folder, left_out)
+        found = [images_below(below, left_out) if os.path.isdir(below) else [] for below in folders]
+        warn_of(folder, left_out)
         if empty := [name for name, paths in zip(classes or [""], found, strict=True) if not paths]:
             of = f" for the classes {_some(empty)}" if labelled else ""
             raise FileNotFoundError(f"{needed}: Found no valid file{of}; images are {', '.join(IMG_EXTENSIONS)}")
@@ -126,7 +109,7 @@ class FolderSource(_Source):
     @staticmethod
     def _classes(folder: Path, class_map: Sequence[str] | None, left_out: LeftOut) -> list[str]:
         with os.scandir(folder) as entries:
-            folders = sorted(e.name for e in entries if not hidden(e.name) and _is_folder(e, left_out))
+            folders = sorted(e.name for e in entries if not hidden(e.name) and is_folder(e, left_out))
         if class_map is None:
             return folders
         if wrong := [name for name in class_map if hidden(name) or os.path.basename(name) != name]:
@@ -150,9 +133,9 @@ class TarSource(_Source):
     """Read images in tar files without unpacking these.
 
     There are two layouts. In WebDataset's, an image is `<key>.jpg`. In the same shard, its class is in `<key>.cls`, as
-    a number from 0 to 999,999 or a name; in `<key>.json`, under one of `LABEL_KEYS`; or, for images in no folder, as a
-    name in `<key>.txt`. The other is a packed tree `…/<class>/<name>.jpg`. The headers are read once, by seeking from
-    one to the next, and kept in `index`.
+    a number from 0 to 999,999 or a name; in `<key>.json`, under one of `fastroute.data.shards.LABEL_KEYS`; or, for
+    images in no folder, as a name in `<key>.txt`. The other is a packed tree `…/<class>/<name>.jpg`. The headers are
+    read once, by seeking from one to the next, and kept in `index`.
 
     Args:
         shards: the files.
@@ -182,9 +165,9 @@ class TarSource(_Source):
         class_map: Sequence[str] | None = None,
     ):
         self.shards = [str(path) for path in shards]
-        keys = _input_keys(input_key)
+        keys = input_keys(input_key)
         with ThreadPoolExecutor(min(num_workers, 32)) as threads:  # each opens a file
-            found = list(threads.map(lambda path: _shard_images(path, keys), self.shards))
+            found = list(threads.map(lambda path: shard_images(path, keys), self.shards))
         images = [(shard, *image) for shard, images in enumerate(found) for image in images]
         where = _some(self.shards)
         if not images:
@@ -462,164 +445,6 @@ def _first(classes: list[str], count: int | None, where: Path | str) -> list[str
     return classes[:count]
 
 
-class Labelled(NamedTuple):
-    """An image of a shard.
-
-    name: its bytes.
-    offset, size: of its data, in bytes.
-    label: its class, a number or a name.
-    way: how the shard gives the class, in words.
-    """
-
-    name: bytes
-    offset: int
-    size: int
-    label: int | str
-    way: str
-
-
-BY_NUMBER, BY_NAME, BY_FOLDER = "a number as class", "a name as class", "the name of their folder as class"
-
-
-def _shard_images(path: str, input_keys: Sequence[str] = ()) -> list[Labelled]:
-    cannot = f"{shown(path)} cannot be read as a tar file of images"
-    try:
-        file = open_regular(path)
-    except NotRegular as error:
-        raise ValueError(f"{cannot}: {error}") from None
-    try:
-        found, left_out = _classified(file, input_keys)
-    except ValueError as error:
-        raise ValueError(f"{cannot}: {error}") from error
-    finally:
-        os.close(file)
-    _warn(path, left_out)
-    return found
-
-
-def _classified(file: int, input_keys: Sequence[str]) -> tuple[list[Labelled], LeftOut]:
-    """Return the images of an open shard, and what is left out."""
-    images, labels, left_out = {}, {}, defaultdict(list)
-    for member in members(file):
-        path = PurePosixPath(os.fsdecode(member.name))
-        name, suffix = str(path), path.suffix.lower()
-        key = name[: len(name) - len(suffix)]
-        if any(map(hidden, path.parts)) or (suffix in (".json", ".txt") and member.kind != FILE):
-            continue
-        is_label = suffix in (".cls", ".json", ".txt")
-        if not is_label and (suffix not in IMG_EXTENSIONS or member.kind == FOLDER):
-            if suffix in NOT_READ:
-                left_out[OTHER_IMAGES].append(name)
-            continue
-        if member.kind != FILE:
-            raise ValueError(f"{shown(name)} is a {member.kind}, and must be a plain file")
-        if name in images or (key, suffix) in labels:
-            raise ValueError(f"{shown(name)} is in it twice")
-        if is_label:
-            labels[key, suffix] = member
-        else:
-            images[name] = member
-    if input_keys:
-        images = _of_keys(images, input_keys)
-    found, used, read = [], {}, {}
-    numbered = any(suffix == ".cls" for _, suffix in labels)
-    for name, member in images.items():
-        place, label = _label_of(name, labels, numbered, file, read)
-        if label == "":
-            key = shown(os.path.splitext(name)[0])
-            raise ValueError(f"{shown(name)} has no class: there must be a {key}.cls, or a folder for each class")
-        if place is not None and used.setdefault(place, name) != name:
-            raise ValueError(
-                f"{shown(used[place])} and {shown(name)} have one {shown(''.join(place))} for both, and it can be of "
-                f"one alone: choose one by input_key, such as {_keyed(name)[1]!r}"
-            )
-        way = BY_FOLDER if place is None else BY_NUMBER if isinstance(label, int) else BY_NAME
-        found.append(Labelled(member.name, member.offset, member.size, label, way))
-    if lone := sorted({key for key, suffix in labels if suffix == ".cls"} - {key for key, _ in used}):
-        left_out[".cls without an image"] = [f"{key}.cls" for key in lone]
-    return found, left_out
-
-
-Labels = dict[tuple[str, str], Member]
-"""(name without suffix, suffix) → the member that gives a class."""
-
-
-def _label_of(
-    name: str, labels: Labels, numbered: bool, file: int, read: dict[tuple[str, str], int | str | None]
-) -> tuple[tuple[str, str] | None, int | str]:
-    """Return the place that gives the class of an image, None for its folder, and the class, "" if there is none.
-
-    `a.left.jpg` takes `a.left.cls`, or else WebDataset's `a.cls`. If one image has a `.cls`, all must have one. In a
-    folder, a `.txt` gives no class: there it is often a caption.
-    """
-    folder = PurePosixPath(name).parent.name
-    suffixes = (".cls",) if numbered else (".json",) if folder else (".json", ".txt")
-    for suffix in suffixes:
-        for key in dict.fromkeys((os.path.splitext(name)[0], _keyed(name)[0])):
-            if (place := (key, suffix)) not in labels:
-                continue
-            if place not in read:
-                read[place] = _label_in(file, labels[place], suffix)
-            if read[place] is not None:
-                return place, read[place]
-    return None, "" if numbered else folder
-
-
-def _label_in(file: int, member: Member, suffix: str) -> int | str | None:
-    """Return the class in a `.cls`, a `.txt` or a `.json`; None if a `.json` has none."""
-    name, most = shown(member.name), MAX_JSON if suffix == ".json" else MAX_CLASS_NAME
-    if member.size > most:
-        raise ValueError(f"{name} has {member.size:,} bytes; a {suffix} with a class has at most {most:,}")
-    text = os.pread(file, member.size, member.offset)
-    if suffix != ".json":
-        return _class(text.strip().decode("utf-8", "backslashreplace"), name)
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError(f"{name} is no JSON") from None
-    keys = [key for key in LABEL_KEYS if key in fields] if isinstance(fields, dict) else []
-    return _class(str(fields[keys[0]]), name) if keys else None
-
-
-def _class(text: str, name: str) -> int | str:
-    number = re.fullmatch(r"[+-]?[\d.]+", text, re.ASCII)
-    whole = re.fullmatch(r"\d{1,20}", text, re.ASCII)
-    if not text or len(text) > MAX_CLASS_NAME or not text.isprintable() or (number and not whole):
-        text = text[:50]
-    elif not whole or int(text) < MAX_CLASSES:
-        return int(text) if whole else text
-    raise ValueError(
-        f"{name} says class {shown(text)}; classes are numbered from 0 to {MAX_CLASSES - 1:,}, or have names of one "
-        "line"
-    )
-
-
-def _keyed(name: str) -> tuple[str, str]:
-    """Split a name into WebDataset's key and the rest: "a/0.left.jpg" into "a/0" and "left.jpg"."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, rest = base.partition(".")
-    return f"{folder}{slash}{stem}", rest.lower()
-
-
-def _input_keys(input_key: str | None) -> list[str]:
-    keys = [key.strip().strip(".").lower() for key in (input_key or "").split(";") if key.strip()]
-    if wrong := [key for key in keys if not f".{key}".endswith(IMG_EXTENSIONS)]:
-        raise ValueError(
-            f"input_key is {input_key!r}; {wrong[0]!r} must end as an image does: {', '.join(IMG_EXTENSIONS)}"
-        )
-    return keys
-
-
-def _of_keys(images: dict[str, Member], keys: Sequence[str]) -> dict[str, Member]:
-    """Keep for each WebDataset key the image whose rest comes first in `keys`."""
-    best: dict[str, str] = {}
-    for name in images:
-        key, rest = _keyed(name)
-        if rest in keys and (key not in best or keys.index(rest) < keys.index(_keyed(best[key])[1])):
-            best[key] = name
-    return {name: images[name] for name in images if best.get(_keyed(name)[0]) == name}
-
-
 def _numbers_of(labels: Sequence[int | str], class_map: Sequence[str] | None, where: str) -> tuple[list[str], Tensor]:
     """Return the names of the classes, and the number of each label; −1 for a name that is not in the class map."""
     if isinstance(labels[0], int):
@@ -632,55 +457,8 @@ def _numbers_of(labels: Sequence[int | str], class_map: Sequence[str] | None, wh
     classes = sorted(set(labels)) if class_map is None else list(class_map)
     number = {name: i for i, name in enumerate(classes)}
     if others := sorted(set(labels) - number.keys()):
-        _warn(where, {"classes that the class map does not name": others})
+        warn_of(where, {"classes that the class map does not name": others})
     return classes, torch.tensor([number.get(label, -1) for label in labels])
-
-
-def _images_below(folder: str, left_out: LeftOut) -> list[str]:
-    """Return the paths of all images below a folder, in `ImageFolder`'s order.
-
-    Links are followed, but each folder is read once, under its own name if it has one there: looping links would give
-    it endless names.
-    """
-    found, waiting, seen = [], [(False, folder)], set()
-    while waiting:
-        _, root = heappop(waiting)
-        status = os.stat(root)
-        if (status.st_dev, status.st_ino) in seen:
-            left_out["links to a folder that is read already"].append(root)
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(root) as entries:
-            for entry in entries:
-                name = entry.name.lower()
-                if hidden(entry.name):
-                    continue
-                if _is_folder(entry, left_out):
-                    heappush(waiting, (entry.is_symlink(), entry.path))
-                elif name.endswith(IMG_EXTENSIONS):
-                    found.append((root, entry.name))
-                elif name.endswith(NOT_READ):
-                    left_out[OTHER_IMAGES].append(entry.path)
-    return [os.path.join(*place) for place in sorted(found)]
-
-
-def _is_folder(entry: os.DirEntry, left_out: LeftOut) -> bool:
-    """Return whether an entry is a folder or a link to one; note links to nothing, except those named as images."""
-    if not entry.is_symlink():
-        return entry.is_dir()
-    try:
-        return stat.S_ISDIR(entry.stat().st_mode)
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ELOOP):
-            raise
-        if not entry.name.lower().endswith(IMG_EXTENSIONS):
-            left_out["links to nothing"].append(entry.path)
-        return False
-
-
-def _warn(where: str | Path, left_out: LeftOut) -> None:
-    for what, names in left_out.items():
-        warnings.warn(f"{shown(where)}: {what} are left out, {len(names):,} such as {shown(names[0])}", stacklevel=3)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,11 +1,14 @@
 import io
+import subprocess
 import warnings
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fastroute.data.decode import decode_image
+from fastroute.data.decode import UnreadableImage, decode_image, limit_pixels
+from tests.data.tars import png
 
 RAMP = np.linspace(0, 1, 64)[None].repeat(2, 0)
 """64 levels from 0 to 1."""
@@ -98,3 +101,101 @@ def test_a_palette_with_transparency_does_not_warn(channels, mode):
         warnings.simplefilter("error")
         image = decode_image(saved(palette, "png", transparency=b"\xff\x80"), "x", channels)
     assert image.mode == mode and image.getpixel((0, 0)) == ((200, 100, 50) if channels == 3 else 124)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+BLP = b"BLP2" + bytes([1, 0, 0, 0, 1, 8, 8, 1, 16, 0, 0, 0, 16, 0, 0, 0]) + bytes(20)
+
+
+@pytest.mark.parametrize("content", [EPS, BLP, png(0, "gif"), b"", b"no image"], ids=["eps", "blp", "gif", "", "text"])
+def test_only_formats_of_the_allowed_names_are_decoded(monkeypatch, tmp_path, content):
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("Ghostscript is started"))
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    (tmp_path / "x.jpg").write_bytes(content)
+    with pytest.raises(
+        UnreadableImage, match=r"x.jpg cannot be read as an image: it is not one of JPEG, PNG, .*, WEBP, or is"
+    ):
+        decode_image(tmp_path / "x.jpg", "x.jpg")
+
+
+def test_all_formats_of_the_allowed_names_are_decoded(tmp_path):
+    for suffix in ("jpeg", "png", "ppm", "bmp", "tiff", "webp"):
+        assert decode_image(io.BytesIO(png(9, suffix)), suffix).size == (4, 4)
+    frames = [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(5)]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
+    assert decode_image(tmp_path / "a.webp", "a.webp").getpixel((0, 0)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyError("x"), RecursionError("deep"), ZeroDivisionError("by 0")])
+def test_errors_of_decoders_name_the_image(monkeypatch, error):
+    def convert(*_):
+        raise error
+
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    with pytest.raises(UnreadableImage) as raised:
+        decode_image(io.BytesIO(png(0)), "x.png")
+    assert str(raised.value) == f"x.png cannot be read as an image: {str(error) or 'MemoryError'}"
+
+
+def chunk(kind, data):
+    return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+
+def zeros_png(width, height):
+    """A PNG of black pixels, one bit each."""
+    row = bytes(1 + -(-width // 8))
+    size = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes((1, 0, 0, 0, 0))
+    data = chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(row * height)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + data
+
+
+def test_images_of_too_many_pixels_are_refused_before_they_are_decoded(monkeypatch, tmp_path):
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("it is decoded"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    too_many = "and at most 10,000 are allowed; set the environment variable FASTROUTE_MAX_IMAGE_PIXELS"
+    with (
+        pytest.warns(Image.DecompressionBombWarning),
+        pytest.raises(UnreadableImage, match=rf"x cannot be read as an image: it has 101 × 100 pixels, {too_many}"),
+    ):
+        decode_image(io.BytesIO(zeros_png(101, 100)), "x")
+    with pytest.raises(UnreadableImage, match=rf"x cannot be read as an image: it has too many pixels, {too_many}"):
+        decode_image(io.BytesIO(zeros_png(300, 100)), "x")
+    with (tmp_path / "x.webp").open("wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(UnreadableImage, match=r"x.webp .*: it has 1,000,000,000,000 bytes, and at most 1,128,576 are"):
+        decode_image(tmp_path / "x.webp", "x.webp")
+
+
+def test_the_limit_of_pixels_is_set_by_a_number(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    limit_pixels("123")
+    assert Image.MAX_IMAGE_PIXELS == 123
+    for number in ("many", "0", "-1", "1e9", ""):
+        with pytest.raises(
+            ValueError, match=f"FASTROUTE_MAX_IMAGE_PIXELS is '{number}'; it must be a number of pixels"
+        ):
+            limit_pixels(number)
+
+
+def test_a_jpeg_has_few_scans():
+    buffer = io.BytesIO()
+    Image.new("L", (16, 16)).save(buffer, "jpeg", progressive=True)
+    image = buffer.getvalue()
+    scan = image[image.rindex(b"\xff\xda") : -2]
+    assert decode_image(io.BytesIO(image[:-2] + scan * 50 + image[-2:]), "x").size == (16, 16)
+    with pytest.raises(UnreadableImage, match=r"x cannot be read as an image: it has 20\d scans, and at most 100 are"):
+        decode_image(io.BytesIO(image[:-2] + scan * 200 + image[-2:]), "x")
+    assert decode_image(io.BytesIO(image + scan * 200), "x").size == (16, 16)  # a video may follow the image
+
+
+def test_a_tiff_has_tiles_of_about_its_size():
+    tile = (322, 9024), (323, 9920), (324, 8), (325, 9)
+    tags = ((256, 1), (257, 9921), (258, 8), (259, 5), (262, 1), (277, 1), *tile)
+    data = b"".join(tag.to_bytes(2, "little") + b"\4\0\1\0\0\0" + value.to_bytes(4, "little") for tag, value in tags)
+    tiff = b"II*\0\x20\0\0\0" + bytes(24) + len(tags).to_bytes(2, "little") + data + bytes(4)
+    with pytest.raises(
+        UnreadableImage, match="its tiles have 9,024 × 19,840 pixels, and at most 89,478,485 are allowed"
+    ):
+        decode_image(io.BytesIO(tiff), "x")

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import nn
 
 import fastroute
+from fastroute.data.decode import UnreadableImage
 from fastroute.data.module import ImageDataModule
-from fastroute.data.sources import UnreadableImage
 from fastroute.models import create_model, multipath
 from fastroute.training import RoutingClassifier
 from fastroute.training.evaluation import validation_loader
