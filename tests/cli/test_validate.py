@@ -1,0 +1,97 @@
+"""`fastroute validate`."""
+
+import csv
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from fastroute.cli.trained import default_device
+from tests.cli.commands import run
+
+
+def test_validates_a_checkpoint_and_a_folder_of_them(tmp_path):
+    common = ("-b", 256, "--epochs", 1, "--output", tmp_path, "--experiment", "run")
+    assert run("train", "resnet20_cc2", *common, "--model-ema", "--model-ema-decay", 0.5).exit_code == 0
+    with (tmp_path / "run" / "summary.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    results = {}
+    for file, options in (("ema.csv", ()), ("raw.json", ("--no-use-ema",))):
+        result = run("validate", tmp_path / "run", "--results-file", tmp_path / file, *options)
+        assert result.exit_code == 0 and "best.ckpt" in result.output and "last.ckpt" in result.output, result.output
+        text = (tmp_path / file).read_text()
+        results[file] = json.loads(text) if file.endswith("json") else list(csv.DictReader(text.splitlines()))
+    best, last = results["ema.csv"]
+    assert float(last["loss"]) == pytest.approx(float(row["val_loss"]), rel=1e-5) and int(last["images"]) == 360
+    assert float(last["error"]) == pytest.approx(float(row["val_error"])) and best["model"] == "resnet20_cc2"
+    assert results["raw.json"][1]["loss"] != pytest.approx(float(row["val_loss"]), rel=1e-5)
+    file = tmp_path / "gates.json"
+    result = run("validate", tmp_path / "run" / "last.ckpt", "--gates", "--results-file", file)
+    (counted,) = json.loads(file.read_text())
+    assert "never above 0.5" in result.output and counted["error"] == pytest.approx(float(row["val_error"]))
+    # Routers from one path to two and from two to two; a gate and its counterpart are skewed in opposite ways.
+    assert counted["gates"] == 14 and 0 <= counted["never_above"] == counted["never_below"] <= 7
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "checkpoint is missing; name one, or a network with --model for fresh weights"),
+        (("/nowhere.ckpt",), "checkpoint is /nowhere.ckpt; there is no such file"),
+        (("--model", "resnet20"), "dataset is missing, and the checkpoint does not say which one it was trained on"),
+        (("--model", "resnet20", "--dataset", "digits", "--ten-crop"), "ten_crop is True; it is for imagefolder"),
+        (("--model", "vgg16", "--dataset", "digits", "--img-size", 32, "--gates"), "gates is True, but vgg16 has no"),
+        (("--model", "resnet20", "--dataset", "imagefolder"), "data_dir is None; the dataset 'imagefolder' needs one"),
+        (
+            ("--model", "resnet20", "--dataset", "digits", "--crop-pct", 1.5),
+            "crop_pct is 1.5; it must be above 0 and at most 1",
+        ),
+        (("--model", "resnet20", "--dataset", "digits", "--results-file", "r.txt"), "it must end in .csv or .json"),
+        (
+            ("--model", "resnet20", "--dataset", "digits", "--results-file", "/nowhere/r.csv"),
+            "there is no such folder: make it first",
+        ),
+    ],
+)
+def test_validate_with_wrong_arguments(arguments, message):
+    result = run("validate", *arguments)
+    assert result.exit_code == 2 and message in result.output, result.output
+
+
+def test_validates_fresh_weights_on_images_in_memory():
+    result = run("validate", "--model", "base_cnn", "--dataset", "digits")
+    assert result.exit_code == 0 and "360" in result.output, result.output
+
+
+def test_moves_checkpoints_to_the_gpu_of_the_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert default_device() == torch.device("cuda", 1)
+
+
+def test_refuses_a_folder_without_checkpoints_and_other_data(tmp_path):
+    assert "there is no .ckpt in this folder" in run("validate", tmp_path).output
+    assert (
+        run("train", "resnet20", "-b", 512, "--epochs", 1, "--output", tmp_path, "--experiment", "run").exit_code == 0
+    )
+    for name in ("x", "y"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "0.png")
+    arguments = ("--dataset", "imagefolder", "--data-dir", tmp_path / "images")
+    result = run("validate", tmp_path / "run" / "last.ckpt", *arguments)
+    assert result.exit_code == 2 and "its 2 classes (x, …) are not the 10 of the training (0, …)" in result.output
+    for digit in range(10):
+        (tmp_path / "rgb" / str(digit)).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "rgb" / str(digit) / "0.png")
+    arguments = ("--dataset", "imagefolder", "--data-dir", tmp_path / "rgb")
+    result = run("validate", tmp_path / "run" / "last.ckpt", *arguments)
+    assert (
+        result.exit_code == 2 and "its images have 3 channels, but resnet20 was trained on images of 1" in result.output
+    )
+
+
+def test_validate_names_the_flag_of_a_folder_without_images(tmp_path):
+    (tmp_path / "empty").mkdir()
+    result = run("validate", "--model", "resnet20", "--dataset", "imagefolder", "--data-dir", tmp_path / "empty")
+    assert result.exit_code == 2 and f"error: data_dir is {tmp_path / 'empty'}; " in result.output, result.output
