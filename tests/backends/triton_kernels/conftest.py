@@ -49,7 +49,7 @@ def interpreter(monkeypatch):
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, ReduceOps, TensorHandle
 
     def call_device_function(self, *args, **kwargs):
-        """Replace the functions of triton.language once for a module; Triton does at each call, for most of the time."""
+        """Replace the functions of triton.language once for a module: Triton does at each call, most of the time."""
         if id(self.fn.__globals__) not in REPLACED:
             interpreter._patch_lang(self.fn)
             REPLACED.add(id(self.fn.__globals__))
