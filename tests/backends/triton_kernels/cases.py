@@ -123,17 +123,26 @@ CASES = {  # m, n, (N, C, *S), dtype, layout, hidden, bias
 
 
 def small_tiles(monkeypatch):
-    """Every loop of the kernels that share a sample takes several steps, the last of them partial."""
-    tiles = tables.tiles
-    changes = {"block_c": 4, "block_s": 8, "span": 16, "num_warps": 1}
-    flat = {"block_c": 4, "num_warps": 1}  # and all positions
-    monkeypatch.setattr(
-        tables,
-        "tiles",
-        lambda problem: dataclasses.replace(tiles(problem), **(flat if problem.layout == "flat" else changes)),
-    )
-    monkeypatch.setattr(tables, "PARTIAL_VALUES", 8)
-    monkeypatch.setattr(tables, "WEIGHT_VALUES", 16)
+    """Every loop of the kernels that share a sample takes several steps, the last of them partial.
+
+    Not more than a few: the interpreter takes a millisecond for each.
+    """
+    tiles, gate = tables.tiles, tables.gate
+
+    def block_c(problem):
+        return max(4, tables.triton.next_power_of_2(problem.channels) // 4)
+
+    def small(problem):
+        steps = {} if problem.layout == "flat" else {"block_s": 8, "span": 16}  # flat tiles have all positions
+        return dataclasses.replace(tiles(problem), block_c=block_c(problem), num_warps=1, **steps)
+
+    def small_gate(problem, parts):
+        settings = gate(problem, parts)
+        return settings | {"BC": block_c(problem), "PARTS": min(2, settings["PARTS"])}
+
+    monkeypatch.setattr(tables, "tiles", small)
+    monkeypatch.setattr(tables, "gate", small_gate)
+    monkeypatch.setattr(tables, "PARTIAL_VALUES", 32)
 
 
 def check_operator(function, eager, inputs, kink=False):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,9 @@ from tests.backends.triton_kernels.devices import CUDA, on_card, on_host
 @pytest.fixture(params=[pytest.param("cpu", marks=on_host), pytest.param("cuda", marks=on_card)])
 def device(request):
     return request.param
+
+
+REPLACED = set()  # modules of device functions that call the interpreter's triton.language
 
 
 @contextlib.contextmanager
@@ -41,7 +45,17 @@ def interpreter(monkeypatch):
             yield
         return
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
+    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, ReduceOps, TensorHandle
+
+    def call_device_function(self, *args, **kwargs):
+        """Replace the functions of triton.language once for a module: Triton does at each call, most of the time."""
+        if id(self.fn.__globals__) not in REPLACED:
+            interpreter._patch_lang(self.fn)
+            REPLACED.add(id(self.fn.__globals__))
+        return self.rewrite()(*args, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "__call__", call_device_function)
 
     def pairwise_sum(self, input):
         values = input.handle.data
@@ -56,8 +70,10 @@ def interpreter(monkeypatch):
     def rounding_cast(self, src, dst_type):
         if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
             return cast(self, src, dst_type)
-        bits = torch.from_numpy(src.data.copy()).to(torch.bfloat16).view(torch.uint16).numpy()
-        return TensorHandle(bits.reshape(src.data.shape), tl.bfloat16)
+        bits = np.ascontiguousarray(src.data).view(np.uint32)
+        rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+        rounded = np.where(np.isnan(src.data), np.uint16(0x7FC0), rounded)
+        return TensorHandle(rounded.reshape(src.data.shape), tl.bfloat16)
 
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounding_cast)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
