@@ -21,7 +21,7 @@ test: $(VENV)/.ready
 test-fast: $(VENV)/.ready
 	$(TEST) -m "not long and not thorough and not slow and not gpu and not attack"
 
-# Some minutes more: what `make test` leaves out for time, and CI runs besides.
+# As long again: what `make test` leaves out for time, and CI runs besides (tests/conftest.py has the list).
 test-thorough: $(VENV)/.ready
 	$(TEST) -m "thorough and not gpu"
 

@@ -23,7 +23,9 @@ LONG = tuple(
         "bench/test_suites.py::test_networks_are_checked_and_timed",
         "bench/test_suites.py::test_operators_are_checked_and_timed",
         "cli/test_train.py::test_accepts_args_yaml",
+        "cli/test_cli.py::test_a_missing_package",
         "cli/test_cli.py::test_demo",
+        "cli/test_cli.py::test_help",
         "cli/test_train.py::test_gates_are_clustered",
         "cli/test_train.py::test_overwrites_a_finished_run",
         "cli/test_train.py::test_reads_",
@@ -36,6 +38,7 @@ LONG = tuple(
         "cli/test_validate.py::test_validates",
         "clustering/test_command.py::test_dec_trains",
         "clustering/test_neural_mixture.py::test_reads_a_file_by_the_batch",
+        "clustering/test_neural_mixture.py::test_scikit_learns_own_checks",
         "clustering/test_neural_mixture.py::test_the_number_of_clusters",
         "clustering/test_neural_mixture.py::test_uneven_groups",
         "clustering/test_neural_mixture.py::test_without_scikit_learn",
@@ -53,6 +56,7 @@ LONG = tuple(
         "nn/test_mixture_em.py::test_constant_statistics",
         "nn/test_mixture_em.py::test_running_statistics_are_those_of_all_processes",
         "nn/test_sparse.py::test_other_loads_under_compile",
+        "ops/test_compile_form.py::test_a_fused_graph_computes",
         "ops/test_cross_connect.py::test_compiles",
         "ops/test_cross_connect.py::test_gradcheck",
         "ops/test_cross_connect.py::test_nothing_is_mutated",
@@ -74,8 +78,58 @@ LONG = tuple(
         "training/test_graphs.py",
         "training/test_resume.py",
         "training/test_roll_call.py",
+        "training/test_saved_fields.py::test_names_",
         "training/test_trainer.py",
         "visualize/",
+    )
+)
+
+# Tests that take several seconds of a processor, where `make test` has shorter ones of the same kind.
+THOROUGH = tuple(
+    f"tests/{name}"
+    for name in (
+        "backends/cuda_kernels/test_compilation.py::test_compiles_without_spills",
+        "backends/test_choice.py::test_everything_works_where_nothing_is_compiled",
+        "backends/test_native_cpu.py",
+        "backends/test_native_memory.py::test_no_more_than_256_mib_is_kept",
+        "backends/test_triton_aot.py",
+        "bench/test_gpu_check.py::test_the_full_run_writes_a_result",
+        "cli/test_cli.py::test_demo",
+        "cli/test_cli.py::test_lists_networks_where_torchvision_is_not_installed",
+        "cli/test_train.py::test_trains_a_routed_network_in_a_new_process",
+        "clustering/test_command.py::test_clusters_and_reports_a_flat_folder",
+        "clustering/test_command.py::test_dec_trains",
+        "clustering/test_neural_mixture.py::test_scikit_learns_own_checks[NeuralMixture(max_clusters",
+        "clustering/test_neural_mixture.py::test_scikit_learns_own_checks[NeuralMixture(n_init",
+        "clustering/test_neural_mixture.py::test_the_number_of_clusters",
+        "clustering/test_two_dimensional.py",
+        "data/test_transforms.py::test_rkrc",
+        "inference/test_export.py::test_onnx_runs_with_its_classes_and_preprocessing[True",
+        "inference/test_export.py::test_programs_need_only",
+        "models/test_cifar_resnet.py::test_compiles",
+        "models/test_networks.py::test_compiles",
+        "models/test_networks.py::test_export_keeps",
+        "models/test_networks.py::test_onnx",
+        "models/test_networks.py::test_trains_compiled",
+        "nn/test_gate_norm.py::test_processes_share_statistics",
+        "nn/test_mixture_em.py::test_constant_statistics",
+        "nn/test_mixture_em.py::test_running_statistics_are_those_of_all_processes",
+        "nn/test_sparse.py::test_other_loads_under_compile",
+        "ops/test_compile_form.py::test_a_fused_graph_computes_what_the_operator_does[gate",
+        "ops/test_compile_form.py::test_a_fused_graph_computes_what_the_operator_does[mix",
+        "training/test_checkpoints.py::test_a_checkpoint_of_another_run",
+        "training/test_checkpoints.py::test_leaves_an_intact_checkpoint_if_killed",
+        "training/test_distributed.py::test_reports_a_lost_process",
+        "training/test_distributed.py::test_resumes_within_an_epoch",
+        "training/test_distributed.py::test_validation_counts",
+        "training/test_graphs.py::test_a_recorded_run_matches_the_eager_one",
+        "training/test_resume.py::test_resumes_within_an_epoch_bit_for_bit[accumulated",
+        "training/test_resume.py::test_resumes_within_an_epoch_bit_for_bit[streamed",
+        "training/test_roll_call.py",
+        "training/test_trainer.py::test_a_resumed_run_matches_the_uninterrupted_one",
+        "visualize/test_command.py::test_clusterings[method1",
+        "visualize/test_command.py::test_clusterings[method2",
+        "visualize/test_command.py::test_images_of_the_user_s_own",
     )
 )
 
@@ -95,6 +149,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.startswith(LONG):
             item.add_marker(pytest.mark.long)
+        if item.nodeid.startswith(THOROUGH) and not item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.thorough)
 
 
 @pytest.fixture(autouse=True)
