@@ -56,10 +56,10 @@ OLDEST_TESTS := tests/backends tests/ops tests/nn --ignore=tests/backends/test_n
 test-oldest: oldest-libraries
 	$(TEST_OLDEST) $(OLDEST_TESTS)
 
-# What of it CI can afford: what `make test-fast` has of it, and some kernels in the interpreter.
+# What of it CI can afford: what `make test-fast` has of it, and the kernels in the interpreter.
 test-oldest-fast: oldest-libraries
 	$(TEST_OLDEST) $(OLDEST_TESTS) -m "not long and not thorough and not slow and not gpu and not attack"
-	$(TEST_OLDEST) tests/backends/triton_kernels -m "long and not thorough and not gpu" -k "dense or linear"
+	$(TEST_OLDEST) tests/backends/triton_kernels -m "long and not thorough and not slow and not gpu"
 
 oldest-libraries: $(OLDEST)/.ready
 	mkdir -p $(OLDEST_SOURCES)
