@@ -2,22 +2,18 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
 from fastroute.nn import MixtureEMLoss, RelevanceNorm
 from fastroute.ops import MixtureEM
 
-DENSITIES = ("sigmoid", "softplus", "gaussian")
+DENSITIES = ("sigmoid", "gaussian")
 
 
 def log_density(normalized: Tensor, density: str, gamma: float) -> Tensor:
     """Return log h for normalised scores a*."""
     z = normalized / gamma
-    if density == "sigmoid":
-        return logsigmoid(z)
-    if density == "softplus":
-        return softplus(z.clamp(min=-50)).log()  # below, float32 has no softplus
-    return -(z - 2).square() / 2
+    return logsigmoid(z) if density == "sigmoid" else -(z - 2).square() / 2
 
 
 class DensityEMLoss(nn.Module):

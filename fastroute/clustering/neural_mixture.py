@@ -48,11 +48,11 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         learning_rate: of Adam.
         gamma: γ of Eq. 4.12.
         density: the clusters' distributions h of a normalised score a*: "sigmoid", sigmoid(a* / γ), as in the thesis
-            (Eq. 4.12); "softplus", log(1 + exp(a* / γ)); or "gaussian", exp(-(a* - 2γ)² / 2γ²). Posteriors are the
-            softmax of Eq. 4.18 in each case.
-        exclusive_layers: L, how many of the perceptron's last layers each cluster has for itself, 1 to all: with L = 1
+            (Eq. 4.12), or "gaussian", exp(-(a* / γ - 2)² / 2), which is as accurate. Posteriors are the softmax of
+            Eq. 4.18 and 4.20 with both.
+        exclusive_layers: L, how many of the perceptron's last layers each cluster has for itself, 1 to all. With L = 1
             the clusters share all but the layer of their scores, as in the thesis. Exclusive layers have the widths of
-            `hidden` for each cluster, so time grows with K.
+            `hidden` for each cluster, so time grows with K; two of them were less accurate on the digits.
         emerging: whether `partial_fit` adds a cluster for samples that lie together and fit none, and drops clusters
             that run dry; with a learned prior.
         noise: standard deviation of the Gaussian noise, after standardisation, that makes augmented samples (Eq. 4.23).
