@@ -66,7 +66,7 @@ class SparseRouter(Tempered, nn.Module):
 
     The argument `routing` selects how paths are chosen:
 
-    - "topk": by the scores, as above. Nothing balances the load.
+    - "topk": by the scores, as above. Nothing balances the load, and training may send all samples to the same paths.
     - "cluster": by the clusters that a sample falls under. The scores are normalised over the batch (Eq. 4.11), and the
       paths are those with the highest posteriors of Eq. 4.18 and 4.20, with learned priors. Add the mixture-EM loss of
       the scores (Eq. 4.22) to the task's, `0.01 * GateClusteringLoss()({"router": routing})`: it takes its priors from
@@ -277,7 +277,8 @@ class SparseRouter(Tempered, nn.Module):
             raise ValueError(f"ys have {samples} samples in all; they must have the {divided} that were divided")
         index = _samples_by_path(routing).argsort()
         if samples < batch * k:  # one output of zeros for all samples that were dropped
-            ys, index = [*ys, ys[0].new_zeros(1, *ys[0].shape[1:])], index.clamp(max=samples)
+            one = next(y for y in ys if y.shape[0])[:1]
+            ys, index = [*ys, torch.zeros_like(one)], index.clamp(max=samples)
         # Without dropped samples it is a permutation, as in divide: without sums, so that the backward is
         # deterministic.
         y = _index_select(torch.cat(ys), index)

@@ -405,6 +405,13 @@ def test_capacity_drops_the_least_probable_samples(top_k, gates):
     torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_capacity_keeps_channels_last():
+    torch.manual_seed(0)
+    router = spread(SparseRouter(6, convs(4), 2, capacity_factor=0.5)).to(memory_format=torch.channels_last)
+    y, routing = router(torch.randn(16, 6, 5, 5).to(memory_format=torch.channels_last), return_routing=True)
+    assert routing.dropped.sum() > 0 and y.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_no_capacity_in_evaluation_nor_where_there_is_room():
     torch.manual_seed(0)
     router, x = spread(SparseRouter(6, convs(4), 2, capacity_factor=0.5)), torch.randn(16, 6, 4, 4)
