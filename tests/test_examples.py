@@ -29,6 +29,11 @@ def test_neural_mixture_clusters_a_matrix_better_than_k_means():
     assert accuracies["NeuralMixture"] > accuracies["k-means"]
 
 
+def test_neural_mixture_clusters_rings_by_spectral_features():
+    accuracies = main("cluster_rings")
+    assert accuracies["the points"] < 0.7 and accuracies["spectral features"] > 0.98
+
+
 def test_mixture_em_loop_finds_clusters():
     assert main("mixture_em_loop") > 0.55
 

@@ -92,7 +92,7 @@ def _prepare(
     import torch
 
     from fastroute import training
-    from fastroute.nn import Router
+    from fastroute.nn import Router, SparseRouter
     from fastroute.training.checkpoints import check_not_finished, stopped_early
     from fastroute.training.classifier import check_compile_mode
     from fastroute.training.distributed import broadcast_from_rank_zero, is_main, local_rank_zero_first
@@ -204,7 +204,9 @@ def _prepare(
     )
     if options.cuda_graphs:
         _check_recording(options, device, data, module.model)
-    if options.gate_reg_weight and not any(isinstance(layer, Router) for layer in module.model.modules()):
+    if options.gate_reg_weight and not any(
+        isinstance(layer, Router | SparseRouter) for layer in module.model.modules()
+    ):
         raise ValueError(f"gate_reg_weight is {options.gate_reg_weight}, but {options.model} has no gates")
     if options.initial_checkpoint is not None:
         training.load_weights(module.model, options.initial_checkpoint)

@@ -1,37 +1,23 @@
 """The neural mixture model as a scikit-learn estimator (§4.4)."""
 
-import copy
-import itertools
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from functools import reduce
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin
-from sklearn.cluster import kmeans_plusplus
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, logsigmoid
 
-from fastroute.nn import MixtureEMLoss, RelevanceNorm
+from fastroute.clustering._densities import DENSITIES
+from fastroute.clustering._mixture_model import INFERENCE_BATCH
+from fastroute.clustering._mixture_model import Model as _Model  # by this name in files of early versions
 from fastroute.ops.mixture_em import MAX_CLUSTERS
-
-INFERENCE_BATCH = 4096
-# The priors are a moving average of the posteriors' means, over some 20 batches.
-PRIOR_MOMENTUM = 0.05
-# The seeds of k-means++ are only where EM begins: a few passes teach them to the network.
-SEEDING_EPOCHS = 3
-# Two clusters are one where this share of the training's noise carries more than that share of the smaller one's
-# samples across their border: over a valley between groups it carries 0 to 0.01 of them, through a group 0.02 and more.
-MERGING_NOISE = 0.3
-CROSSING = 0.015
-# Samples to be moved by noise at least, where X is passed over several times for it.
-LEAST_MOVED = 10_000
 
 
 class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
@@ -61,6 +47,14 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         batch_size: samples in an EM step. Batches are of equal size, up to half as large again.
         learning_rate: of Adam.
         gamma: γ of Eq. 4.12.
+        density: the clusters' distributions h of a normalised score a*: "sigmoid", sigmoid(a* / γ), as in the thesis
+            (Eq. 4.12), or "gaussian", exp(-(a* / γ - 2)² / 2), which is as accurate. Posteriors are the softmax of
+            Eq. 4.18 and 4.20 with both.
+        exclusive_layers: L, how many of the perceptron's last layers each cluster has for itself, 1 to all. With L = 1
+            the clusters share all but the layer of their scores, as in the thesis. Exclusive layers have the widths of
+            `hidden` for each cluster, so time grows with K; two of them were less accurate on the digits.
+        emerging: whether `partial_fit` adds a cluster for samples that lie together and fit none, and drops clusters
+            that run dry; with a learned prior.
         noise: standard deviation of the Gaussian noise, after standardisation, that makes augmented samples (Eq. 4.23).
             Borders then keep away from samples. 0 trains on the samples alone.
         standardize: whether each feature is centred and brought to spread 1 before the network, whatever its unit.
@@ -74,7 +68,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         device: where the network lives. Samples go there a batch at a time, so data need not fit.
 
     Attributes:
-        n_clusters_: K.
+        n_clusters_: K, as found by "auto" or `emerging`.
         labels_: (N,), the cluster of each sample of `fit`, or of the last `partial_fit`.
         priors_: (K,), the weight of each cluster.
         loss_: the mean EM loss of the samples of `fit`.
@@ -103,6 +97,9 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         batch_size: int = 128,
         learning_rate: float = 1e-3,
         gamma: float = 5.0,
+        density: str = "sigmoid",
+        exclusive_layers: int = 1,
+        emerging: bool = False,
         noise: float = 0.3,
         standardize: bool = True,
         random_state=None,
@@ -121,12 +118,18 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         self.batch_size = batch_size
         self.learning_rate = learning_rate
         self.gamma = gamma
+        self.density = density
+        self.exclusive_layers = exclusive_layers
+        self.emerging = emerging
         self.noise = noise
         self.standardize = standardize
         self.random_state = random_state
         self.device = device
         self.warm_start = warm_start
         self.verbose = verbose
+
+    def __setstate__(self, state):
+        super().__setstate__({"density": "sigmoid", "exclusive_layers": 1, "emerging": False, **state})  # older files
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -178,6 +181,11 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
 
         The first part sets the standardisation, the seeds and the network; there is one run, whatever n_init. With
         n_clusters="auto", only `fit` merges clusters; they stay merged as it left them. For sample_weight, see `fit`.
+
+        With `emerging`, `n_clusters_` follows the parts. A cluster is added for at least 2 % of a part, and 10 samples,
+        that lie together and are out of the reach of all clusters; one goes after three parts in a row without a sample
+        in its reach. Clusters keep their order, and new ones come last. Groups must lie apart: a new one that overlaps
+        an old one is taken for a part of it.
         """
         first = not hasattr(self, "_model")
         X = self._validate(X, reset=first)
@@ -188,7 +196,11 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             self._model, self.n_iter_ = _Model(self, X, self._frame(X, weights), seed, fresh=False), 0
             if self._init() == "k-means++":
                 self._model.learn_seeds(X, weights)
+        elif self.emerging and self._model.places is not None:
+            self._model.renew(X)
         self._model.train_epoch(X, weights, track=True)
+        if self.emerging:
+            self._model.settle(X)
         self.n_iter_ += 1
         self.loss_ = self._model.loss(X, weights)
         return self._finish(X)
@@ -267,7 +279,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         components = getattr(self, clusters)
         if components > MAX_CLUSTERS:
             raise ValueError(f"{clusters} is {components}; it must be 1 to {MAX_CLUSTERS}")
-        sized = isinstance(self.hidden, Iterable)
+        sized = isinstance(self.hidden, Sized) and isinstance(self.hidden, Iterable)
         if not sized or not all(isinstance(width, numbers.Integral) and width >= 1 for width in self.hidden):
             raise ValueError(f"hidden is {self.hidden!r}; it must be the widths of layers, each at least 1")
         for name in ("learning_rate", "gamma"):
@@ -283,8 +295,17 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             raise ValueError(f"device is {str(self.device)!r}; PyTorch finds no GPU here")
         if self.network is not None and not isinstance(self.network, nn.Module):
             raise ValueError(f"network is {self.network!r}; it must be a torch.nn.Module or None")
+        if self.density not in DENSITIES:
+            raise ValueError(f"density is {self.density!r}; it must be one of {', '.join(map(repr, DENSITIES))}")
+        own, layers = self.exclusive_layers, len(self.hidden) + 1
+        if not isinstance(own, numbers.Integral) or not 1 <= own <= layers:
+            raise ValueError(f"exclusive_layers is {own!r}; it must be 1 to {layers}, the layers of the perceptron")
+        if own > 1 and self.network is not None:
+            raise ValueError(f"exclusive_layers is {own} with a network of your own; it must be 1, or network None")
         if self.init not in ("auto", "random", "k-means++"):
             raise ValueError(f"init is {self.init!r}; it must be 'auto', 'random' or 'k-means++'")
+        if self.emerging and not self._learns_prior:
+            raise ValueError(f"emerging is True with prior {self.prior!r}; it needs prior='learned'")
         if isinstance(self.prior, str):
             if self.prior not in ("even", "learned"):
                 numbers_too = "" if self.n_clusters == "auto" else f", or {components} numbers"
@@ -346,230 +367,3 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         spread = extent * deviation / np.minimum(evenness / typical, 1) ** 2
         scale = np.where(constant, 0, 1 / spread)
         return center.astype(X.dtype), scale.astype(X.dtype)
-
-
-class _Model:
-    """One run: the network, its statistics and priors, and how they are trained."""
-
-    def __init__(self, estimator: NeuralMixture, X: np.ndarray, frame: tuple, seed: int, fresh: bool):
-        self.options, self.device = estimator, torch.device(estimator.device)
-        self.center, self.scale = frame
-        self.generator, self.seed = torch.Generator().manual_seed(seed), seed
-        dtype = torch.float64 if X.dtype == np.float64 else torch.float32
-        auto = estimator.n_clusters == "auto"
-        clusters = min(estimator.max_clusters, len(X)) if auto else estimator.n_clusters
-        self.clusters = torch.arange(clusters)  # which cluster each component is part of
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            if estimator.network is None:
-                network = perceptron(X.shape[1], estimator.hidden, clusters)
-            else:
-                network = copy.deepcopy(estimator.network)
-                for module in network.modules() if fresh else ():
-                    if hasattr(module, "reset_parameters"):
-                        module.reset_parameters()
-        self.network = network.to(self.device, dtype)
-        self.norm = RelevanceNorm(clusters, device=self.device, dtype=dtype)
-        self.criterion = MixtureEMLoss(estimator.gamma)
-        self.learns_prior = estimator._learns_prior
-        self.uses_prior = not isinstance(estimator.prior, str) or self.learns_prior
-        prior = np.full(clusters, 1 / clusters) if isinstance(estimator.prior, str) else np.asarray(estimator.prior)
-        self.prior = torch.as_tensor(prior, dtype=dtype, device=self.device)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=estimator.learning_rate, fused=True)
-
-    def _load(self, X: np.ndarray) -> Tensor:
-        return torch.from_numpy((X - self.center) * self.scale).to(self.device, self.prior.dtype)
-
-    def in_order(self, X: np.ndarray) -> Iterator[Tensor]:
-        for first in range(0, len(X), INFERENCE_BATCH):
-            yield self._load(X[first : first + INFERENCE_BATCH])
-
-    def infer(self, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Posteriors and normalised scores of the clusters, for all samples."""
-        parts = [self.posterior(x) for x in self.in_order(X)]
-        return tuple(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
-
-    def batches(self, X: np.ndarray, weights: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """The samples in random order and batches of equal size, each with their indices.
-
-        With weights, of mean 1, each comes as often as its weight says, give or take one.
-        """
-        order = torch.randperm(len(X), generator=self.generator).numpy()
-        if weights is not None:
-            start = torch.rand((), generator=self.generator, dtype=torch.float64).item()
-            ends = np.cumsum(weights)
-            order = np.searchsorted(ends, (order + start) * ends[-1] / len(X), side="right").clip(max=len(X) - 1)
-        for index in np.array_split(order, max(1, len(X) // self.options.batch_size)):
-            yield index, self._load(X[index])
-
-    def scores(self, x: Tensor) -> Tensor:
-        scores, clusters = self.network(x), len(self.clusters)
-        if scores.shape != (len(x), clusters):
-            name = "max_clusters" if self.options.n_clusters == "auto" else "n_clusters"
-            raise ValueError(f"network gives {tuple(scores.shape)}; it must give (N, {name}) = ({len(x)}, {clusters})")
-        return scores
-
-    def _noisy(self, x: Tensor, share: float = 1.0) -> Tensor:
-        noise = torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
-        return x + share * self.options.noise * noise.to(x.device)
-
-    def _step(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-
-    def fit(self, X: np.ndarray, weights: np.ndarray | None, run: int) -> None:
-        """The estimator's number of EM passes, and the statistics of what has been trained."""
-        verbose = self.options.verbose
-        for epoch in range(1, self.options.epochs + 1):
-            self.train_epoch(X, weights)
-            if verbose > 1:
-                self.calibrate(X, weights)
-                print(f"run {run}, pass {epoch} of {self.options.epochs}: loss {self.loss(X, weights):.4f}")
-        self.calibrate(X, weights)
-        if verbose == 1:
-            print(f"run {run} of {self.options.n_init}: loss {self.loss(X, weights):.4f}")
-
-    def learn_seeds(self, X: np.ndarray, weights: np.ndarray | None = None) -> None:
-        """Teach the network which of K samples, drawn far apart, is the nearest."""
-        draw = np.random.default_rng(self.seed)
-        index = np.sort(draw.choice(len(X), min(len(X), INFERENCE_BATCH), replace=False))
-        some, weight = X[index].reshape(-1, X[0].size), None if weights is None else weights[index]
-        seeds, _ = kmeans_plusplus(some, len(self.clusters), sample_weight=weight, random_state=self.seed % 2**32)
-        seeds = self._load(seeds.reshape(-1, *X.shape[1:])).flatten(1)
-        counts = torch.ones_like(self.prior)
-        for _ in range(SEEDING_EPOCHS):
-            for _, x in self.batches(X, weights):
-                nearest = torch.cdist(x.flatten(1), seeds).argmin(1)
-                counts += torch.bincount(nearest, minlength=len(counts))
-                self._step(cross_entropy(self.scores(x), nearest))
-        if self.learns_prior:
-            self.prior = counts / counts.sum()
-
-    def train_epoch(self, X: np.ndarray, weights: np.ndarray | None = None, track: bool = False) -> None:
-        """EM steps over X (Eq. 4.22). With `track`, the running statistics follow; else `calibrate` sets them later."""
-        self.network.train()
-        self.norm.train()
-        for _, x in self.batches(X, weights):
-            scores = self.scores(x)
-            augmented = self.scores(self._noisy(x)) if self.options.noise else None
-            loss, posterior = self.criterion(scores, augmented, self.prior if self.uses_prior else None)
-            self._step(loss)
-            if self.learns_prior:  # of the previous steps' posteriors (§4.4.2)
-                prior = self.prior.lerp(posterior.mean(0), PRIOR_MOMENTUM)
-                self.prior = prior / prior.sum()
-            if track:
-                self.norm(scores.detach())
-
-    @torch.no_grad()
-    def calibrate(self, X: np.ndarray, weights: np.ndarray | None = None) -> None:
-        """The mean and spread of the trained network's scores over all of X."""
-        self.network.eval()
-        count, mean, square = 0, 0.0, 0.0
-        for first, x in zip(range(0, len(X), INFERENCE_BATCH), self.in_order(X), strict=True):  # Chan's, by the batch
-            scores = self.scores(x)
-            if weights is None:
-                (variance, part), new = torch.var_mean(scores, 0, correction=0), len(x)
-            else:
-                weight = torch.as_tensor(weights[first : first + len(x)]).to(scores)[:, None]
-                new = weight.sum().item()
-                if not new:
-                    continue
-                part = (weight * scores).sum(0) / new
-                variance = (weight * (scores - part).square()).sum(0) / new
-            total = count + new
-            delta = part - mean
-            square = square + variance * new + delta.square() * (count * new / total)
-            mean, count = mean + delta * (new / total), total
-        self.norm.running_mean.copy_(mean)
-        self.norm.running_std.copy_((square / count).sqrt())
-
-    @torch.no_grad()
-    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Posteriors and normalised scores of the clusters."""
-        self.network.eval()
-        normalized = self.norm.eval()(self.scores(x))
-        prior = self.cluster_prior()
-        if len(prior) < len(self.clusters):
-            joint = normalized + self.prior.log()
-            parts = [torch.logsumexp(joint[:, self.clusters == k], 1) for k in range(len(prior))]
-            normalized = torch.stack(parts, 1) - prior.log()
-        return torch.softmax(normalized + (prior.log() if self.uses_prior else 0), 1), normalized
-
-    def cluster_prior(self) -> Tensor:
-        """(K,): the weights of the clusters, of all components that they were merged from."""
-        clusters = self.clusters.to(self.device)
-        return self.prior.new_zeros(int(self.clusters.max()) + 1).index_add(0, clusters.clamp_min(0), self.prior)
-
-    @torch.no_grad()
-    def merge(self, X: np.ndarray) -> None:
-        """Drop components that are empty, and make one cluster of those whose border lies in no valley."""
-        components = len(self.clusters)
-        moved = torch.zeros(components, components, dtype=torch.int64)  # by noise, from a component to another
-        for _ in range(max(1, math.ceil(LEAST_MOVED / len(X)))):
-            for x in self.in_order(X):
-                pairs = [self.posterior(part)[0].argmax(1).cpu() for part in (x, self._noisy(x, MERGING_NOISE))]
-                moved += torch.bincount(pairs[0] * components + pairs[1], minlength=components**2).view_as(moved)
-        self._group(merged(moved.numpy(), CROSSING))
-        # Beside a merged one, which has the sum of its parts' posteriors, a small cluster can lose all its samples.
-        found = torch.cat([self.posterior(x)[0].argmax(1).cpu() for x in self.in_order(X)]).unique()
-        self._group([torch.nonzero(self.clusters == k).flatten() for k in found])
-
-    def _group(self, groups: Sequence[Sequence[int] | Tensor]) -> None:
-        """Make a cluster of each group of components, and drop those in none."""
-        clusters = torch.full_like(self.clusters, -1)
-        for k, group in enumerate(groups):
-            clusters[group] = k
-        self.clusters = clusters
-        self.prior = torch.where((clusters >= 0).to(self.device), self.prior, 0)
-        self.prior = self.prior / self.prior.sum()
-
-    def loss(self, X: np.ndarray, weights: np.ndarray | None = None) -> float:
-        """The mean loss under the running statistics (Eq. 4.22)."""
-        return -float(np.average(self.objective(X), weights=weights))
-
-    @torch.no_grad()
-    def objective(self, X: np.ndarray) -> np.ndarray:
-        """The negative loss of each sample under the running statistics."""
-        self.network.eval()
-        tiny = torch.finfo(self.prior.dtype).tiny
-        log_prior = self.prior.clamp(min=tiny).log() if self.uses_prior else torch.zeros_like(self.prior)
-        found = []
-        for x in self.in_order(X):
-            normalized = self.norm.eval()(self.scores(x))
-            logits = torch.where(self.prior > 0, normalized + log_prior, -torch.inf)
-            log_joint = log_prior + logsigmoid(normalized / self.options.gamma)
-            found.append((torch.softmax(logits, 1) * log_joint).sum(1))
-        return torch.cat(found).cpu().numpy()
-
-
-def merged(moved: np.ndarray, crossing: float) -> list[list[int]]:
-    """Groups of clusters, of which again and again the two with the most exchange are joined.
-
-    Args:
-        moved: (K, K), how many samples of a cluster some noise carries into each; those without samples are left out.
-        crossing: the most exchange of two groups that stay apart: samples that cross over from either side, on average,
-            by those of the smaller one.
-    """
-    groups = [[k] for k in np.flatnonzero(moved.sum(1))]
-    exchange = ((moved + moved.T) / 2)[np.ix_(*[[k for [k] in groups]] * 2)]
-    while len(groups) > 1:
-        sizes = exchange.sum(1)
-        share = exchange / np.maximum(np.minimum(sizes[:, None], sizes), 1)  # all of a cluster may go to one left out
-        np.fill_diagonal(share, 0)
-        i, j = sorted(np.unravel_index(share.argmax(), share.shape))
-        if share[i, j] <= crossing:
-            break
-        exchange[i] += exchange[j]
-        exchange[:, i] += exchange[:, j]
-        exchange = np.delete(np.delete(exchange, j, 0), j, 1)
-        groups[i] += groups.pop(j)
-    return groups
-
-
-def perceptron(features: int, hidden: Sequence[int], clusters: int) -> nn.Sequential:
-    """Dense layers with ReLU between, as in §4.5.1, and one score for each cluster."""
-    layers, widths = [], [features, *hidden]
-    for width, following in itertools.pairwise(widths):
-        layers += [nn.Linear(width, following), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(widths[-1], clusters))

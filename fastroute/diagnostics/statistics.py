@@ -22,6 +22,7 @@ class RouterStatistics:
     gates: (m, n), sums of g_ij.
     entropy: (m,), sums of the entropy of row i, as a share of ln n, the entropy of even gates.
     wins: (m, n), how often g_ij is the largest of row i.
+    load: (m, n), how often g_ij is not 0: the samples that path j computes, if the router is sparse.
     peak, trough: (m, n), the largest and the smallest g_ij.
     """
 
@@ -29,6 +30,7 @@ class RouterStatistics:
     gates: Tensor
     entropy: Tensor
     wins: Tensor
+    load: Tensor
     peak: Tensor
     trough: Tensor
 
@@ -53,15 +55,15 @@ class RouterStatistics:
         wins = F.one_hot(gates.argmax(2), n).sum(0)
         # For no samples, the neutral elements of maximum and minimum.
         peak, trough = (gates.amax(0), gates.amin(0)) if len(gates) else (gates.new_zeros(shape), gates.new_ones(shape))
-        return cls(len(gates), gates.sum(0), entropy.sum(0), wins, peak, trough)
+        return cls(len(gates), gates.sum(0), entropy.sum(0), wins, (gates > 0).sum(0), peak, trough)
 
     def __add__(self, other: "RouterStatistics") -> "RouterStatistics":
-        sums = (getattr(self, name) + getattr(other, name) for name in ("samples", "gates", "entropy", "wins"))
+        sums = (getattr(self, name) + getattr(other, name) for name in ("samples", "gates", "entropy", "wins", "load"))
         return RouterStatistics(*sums, torch.maximum(self.peak, other.peak), torch.minimum(self.trough, other.trough))
 
     def cpu(self) -> "RouterStatistics":
         """Return the statistics in float64 on the CPU."""
-        tensors = (t.double().cpu() for t in (self.gates, self.entropy, self.wins, self.peak, self.trough))
+        tensors = (t.double().cpu() for t in (self.gates, self.entropy, self.wins, self.load, self.peak, self.trough))
         return RouterStatistics(self.samples, *tensors)
 
     @property
@@ -78,6 +80,11 @@ class RouterStatistics:
     def shares_of_maximum(self) -> Tensor:
         """(m, n): the share of samples for which g_ij is the largest gate of path i."""
         return self.wins / self.samples
+
+    @property
+    def shares_of_samples(self) -> Tensor:
+        """(m, n): the share of samples that path j computes: 1 for soft routers, on average k / n for sparse ones."""
+        return self.load / self.samples
 
     @property
     def used_paths(self) -> Tensor:

@@ -61,6 +61,7 @@ from fastroute.models.imagenet_resnet import (
     wrn_18_1_5,
 )
 from fastroute.models.registry import ModelInfo, create_model, list_models, model_info, register_model
+from fastroute.models.sparse_resnet import resnet20_sparse4_top1, resnet20_sparse4_top2
 from fastroute.models.specification import Specification, specification_of
 
 __all__ = [
@@ -98,6 +99,8 @@ __all__ = [
     "resnet20_cp2",
     "resnet20_cp3",
     "resnet20_cp4",
+    "resnet20_sparse4_top1",
+    "resnet20_sparse4_top2",
     "resnet20_x2",
     "resnet20_x3",
     "resnet20_x4",

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from fastroute.nn import Routing
+from fastroute.nn import SparseRouter, SparseRouting
 from fastroute.nn._classifier import Classifies
 
 
@@ -30,15 +30,20 @@ class Network(Classifies, nn.Sequential):
 
     Shape:
         x: (N, in_chans, H, W).
-        output: logits (N, num_classes); with `return_routing=True` also an empty dict: there are no routers.
+        output: logits (N, num_classes); with `return_routing=True` also a dict from the layer name of each
+            `SparseRouter` to its `SparseRouting`; it is empty for a network without any.
     """
 
-    def _body(self, x: Tensor, maps: list[list[Tensor]] | None = None) -> tuple[list[Tensor], dict[str, Routing]]:
-        for layer in list(self.children())[:-1]:
-            x = layer(x)
+    def _body(self, x: Tensor, maps: list[list[Tensor]] | None = None) -> tuple[list[Tensor], dict[str, SparseRouting]]:
+        routing = {}
+        for name, layer in list(self.named_children())[:-1]:
+            if isinstance(layer, SparseRouter):
+                x, routing[name] = layer(x, return_routing=True)
+            else:
+                x = layer(x)
             if maps is not None:
                 maps.append([x])
-        return [x], {}
+        return [x], routing
 
     def _head(self, xs: list[Tensor]) -> list[Tensor]:
         *_, head = self.children()

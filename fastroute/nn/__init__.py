@@ -10,7 +10,7 @@ from fastroute.nn.gate_clustering import GateClusteringLoss
 from fastroute.nn.gate_norm import GateNorm
 from fastroute.nn.mixture_em import ConsistencyLoss, MixtureEMLoss, RelevanceNorm
 from fastroute.nn.router import Router, Routing, set_gate_norm
-from fastroute.nn.sparse import SparseRouter, SparseRouting
+from fastroute.nn.sparse import SparseRouter, SparseRouting, leave_spread_paths
 
 __all__ = [
     "ConsistencyLoss",
@@ -29,5 +29,6 @@ __all__ = [
     "SparseRouter",
     "SparseRouting",
     "exact_convolutions",
+    "leave_spread_paths",
     "set_gate_norm",
 ]

@@ -29,7 +29,8 @@ class GateClusteringLoss(nn.Module):
     and all gating vectors with n outgoing paths. It is 0 if all paths get the same, and log n if one gets everything.
 
     Gates cluster unevenly, so the prior of each cluster is its share of the posteriors in previous steps. Priors are
-    updated in training mode only, over all processes, and are saved with the module.
+    updated in training mode only, over all processes, and are saved with the module. A `SparseRouter` with clustered
+    routing has priors of its own, which are used instead.
 
     Args:
         gamma: γ of Eq. 4.12.
@@ -78,10 +79,12 @@ class GateClusteringLoss(nn.Module):
                 continue
             if self.scope == "router" and scores.dim() == 3:
                 scores = scores.sum(1)
-            prior = None if self.prior_momentum is None else self._prior(name, scores)
+            prior, theirs = None, getattr(router, "prior", None)  # the router updates its own
+            if self.prior_momentum is not None:
+                prior = self._prior(name, scores) if theirs is None else theirs
             loss, posterior = mixture_em_loss(scores, self.gamma, prior)
             losses.append(loss.sum())
-            if prior is not None and self.training:
+            if prior is not None and theirs is None and self.training:
                 self._update_prior(prior, posterior)
         if not losses:
             raise ValueError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastroute.nn._lists import TakesLists
-from fastroute.nn.gate_norm import make_gate_norm
+from fastroute.nn.gate_norm import GateNorm, make_gate_norm
 from fastroute.ops import gate
 from fastroute.ops._library import without_autocast
 from fastroute.ops._paths import MAX_PATHS, path_list
@@ -54,6 +54,11 @@ class Tempered:
             raise ValueError(f"temperature is {value}; it must be positive and finite")
         self._temperature = float(value)
         self._tempered = self._tempered or self._temperature != 1
+
+    def _make_gate_norm(self, gate_norm: str | None, prior: str | None) -> GateNorm | None:
+        """Return the normalisation for this module's gates, or None."""
+        *in_paths, out_paths, _ = self.w2.shape
+        return make_gate_norm(gate_norm, prior, *(in_paths or [None]), out_paths, self.w2.device)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -106,7 +111,7 @@ class Router(TakesLists, Tempered, nn.Module):
         self.b1 = parameter(in_paths, gate_channels) if hidden and gate_bias else None
         self.w2 = parameter(in_paths, out_paths, gate_channels if hidden else channels)
         self.b2 = parameter(in_paths, out_paths) if gate_bias else None
-        self.gate_norm = make_gate_norm(gate_norm, prior, in_paths, out_paths, device)
+        self.gate_norm = self._make_gate_norm(gate_norm, prior)
 
     def reset_parameters(self) -> None:
         """Start the first layer as `nn.Linear` does, and the second near zero: gates within about 0.001 of 1/n."""
@@ -159,7 +164,8 @@ def set_gate_norm(network: nn.Module, gate_norm: str | None, prior: str | None =
 
     Args:
         network: changed in-place.
-        gate_norm, prior: see `CrossConnection`; None removes the normalisation.
+        gate_norm, prior: see `CrossConnection`; None removes the normalisation, or for a clustered `SparseRouter`
+            sets its own.
 
     Raises:
         ValueError: gate_norm or prior is unknown, or the network has no router.
@@ -175,6 +181,5 @@ def set_gate_norm(network: nn.Module, gate_norm: str | None, prior: str | None =
     if not routers and gate_norm is not None:
         raise ValueError(f"gate_norm is {gate_norm!r}; the network has no router to normalise the gates of")
     for router in routers:
-        *in_paths, out_paths, _ = router.w2.shape
-        norm = make_gate_norm(gate_norm, prior, *(in_paths or [None]), out_paths, router.w2.device)
+        norm = router._make_gate_norm(gate_norm, prior)
         router.gate_norm = None if norm is None else norm.train(router.training)

@@ -5,30 +5,44 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastroute.nn.gate_norm import make_gate_norm
+from fastroute.nn._spread import SpreadPaths
+from fastroute.nn.gate_norm import GateNorm
 from fastroute.nn.router import Tempered
 from fastroute.ops import mix
+from fastroute.ops._library import without_autocast
 from fastroute.ops._paths import DTYPES, MAX_PATHS, accumulate_dtype, channels_last, path_list
 
 GATES = ("straight_through", "renormalized", "softmax")
+ROUTINGS = ("topk", "cluster")
 
 
 class SparseRouting(NamedTuple):
     """Decisions of a sparse router for each sample, with n paths of which k run.
 
-    gates: (N, n), the weight of each path in a sample's output; 0 for paths that were not chosen.
-    scores: (N, n), the relevance scores A of every path, before the temperature and softmax.
+    gates: (N, n), the weight of each path in a sample's output; 0 for paths that were not chosen, or had no room.
+    scores: (N, n), the relevance scores A of every path, before the temperature and softmax; normalised if the router
+        has a `gate_norm`.
     chosen: (N, k) int64, the paths chosen for each sample, the best first.
-    load: (n,) int64, the number of samples of each path; they sum to N·k.
+    load: (n,) int64, the number of samples that each path computes; they sum to N·k, less those dropped.
+    kept: (N, k) bool, whether the path chosen had room for the sample; None without a capacity.
+    prior: (n,), the priors of the clusters, by which the gates are posteriors; None unless the routing is "cluster".
     """
 
     gates: Tensor
     scores: Tensor
     chosen: Tensor
     load: Tensor
+    kept: Tensor | None = None
+    prior: Tensor | None = None
+
+    @property
+    def dropped(self) -> Tensor:
+        """(n,) int64, the number of samples that chose each path and found no room."""
+        return torch.bincount(self.chosen.flatten(), minlength=self.load.shape[0]) - self.load
 
 
 class SparseRouter(Tempered, nn.Module):
@@ -48,8 +62,21 @@ class SparseRouter(Tempered, nn.Module):
       scores.
     - "softmax": g = the chosen entries of the softmax over all n paths, with its own gradient. They sum to less than 1.
 
-    For k = n all three are the softmax over all paths. The temperature changes the weights but not the choice. The
-    layer does not balance the load: that takes a loss on the scores, such as a clustering objective (§5.3).
+    For k = n all three are the softmax over all paths. The temperature changes the weights but not the choice.
+
+    The argument `routing` selects how paths are chosen:
+
+    - "topk": by the scores, as above. Nothing balances the load, and training may send all samples to the same paths.
+    - "cluster": by the clusters that a sample falls under. The scores are normalised over the batch (Eq. 4.11), and the
+      paths are those with the highest posteriors of Eq. 4.18 and 4.20, with learned priors. Add the mixture-EM loss of
+      the scores (Eq. 4.22) to the task's, `0.01 * GateClusteringLoss()({"router": routing})`: it takes its priors from
+      the routing. Normalisation starts all paths with even shares; training mode needs batches of 2 samples or more. A
+      path whose prior is 0 gets only samples that no other path could take.
+
+    With a capacity factor c, a path takes at most ⌈c·k·N/n⌉ samples of a batch in training mode, as in V-MoE (Riquelme
+    et al., 2021): first choices go before second ones, and then higher probabilities before lower ones. Samples beyond
+    it are dropped: their gate to the path is 0, and so is the output of a sample that no path has room for. Evaluation
+    drops nothing, so a prediction does not depend on the other samples of its batch.
 
     A path without samples does not run. Its parameters get no gradient in that step, for which
     `DistributedDataParallel` needs `find_unused_parameters=True`. Batch normalisation in a path sees only the path's
@@ -57,7 +84,15 @@ class SparseRouter(Tempered, nn.Module):
     through the first path, to get the shape of the output.
 
     The load of the paths is read on the host: this costs one synchronisation per call on a GPU and a graph break under
-    `torch.compile`, so `fullgraph=True` and `torch.export` do not support this layer.
+    `torch.compile`, so `fullgraph=True` does not support this layer. `torch.export` in evaluation mode computes every
+    path on every sample, with the same result, for up to 8 paths.
+
+    With a process group of W processes, each of them holds n/W consecutive paths, which compute their samples from
+    all processes: two exchanges (all-to-all) carry samples to their paths and back. All results are those of one
+    process with the joint batch, batch normalisation in paths included; a capacity is of each process's own batch. The
+    gradients of paths are averaged over processes, as `DistributedDataParallel` averages all others; call
+    `leave_spread_paths` before wrapping the network in it. A process whose paths get nothing passes an empty batch
+    through its first path.
 
     Args:
         channels: C, the channels of the input.
@@ -68,7 +103,12 @@ class SparseRouter(Tempered, nn.Module):
         bias: whether the gate's layers have biases.
         gates: "straight_through", "renormalized" or "softmax".
         temperature: T > 0, an attribute that may be changed at any time: the weights are the softmax of A / T.
-        gate_norm, prior: as in `CrossConnection`; the paths are then chosen by the posteriors.
+        gate_norm, prior: as in `CrossConnection`; the paths are then chosen by the posteriors. Clustered routing has
+            gate_norm="standardize" by default, and always prior="learned".
+        routing: "topk" or "cluster".
+        capacity_factor: c > 0, an attribute that may be changed at any time; None does not limit the load.
+        process_group: the processes over which the paths are spread, such as `torch.distributed.group.WORLD`, whose
+            number divides n. Each is given all n modules and keeps its own. None: all paths are here.
         device, dtype: of the gate's parameters.
 
     Parameters: w1 (G, C), b1 (G,), w2 (n, G), b2 (n,), as in `CrossConnection`, and those of `paths`.
@@ -101,6 +141,9 @@ class SparseRouter(Tempered, nn.Module):
         temperature: float = 1.0,
         gate_norm: str | None = None,
         prior: str | None = None,
+        routing: str = "topk",
+        capacity_factor: float | None = None,
+        process_group: dist.ProcessGroup | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -125,7 +168,10 @@ class SparseRouter(Tempered, nn.Module):
             raise ValueError(f"gate_channels is {gate_channels}; it must be at least 1, or None for a linear gate")
         if gates not in GATES:
             raise ValueError(f"gates is {gates!r}; it must be one of {', '.join(map(repr, GATES))}")
-        self.channels, self.num_paths, self.top_k, self.gates = channels, n, top_k, gates
+        if routing not in ROUTINGS:
+            raise ValueError(f"routing is {routing!r}; it must be one of {', '.join(map(repr, ROUTINGS))}")
+        self.channels, self.num_paths, self.top_k, self.gates, self.routing = channels, n, top_k, gates, routing
+        self.capacity_factor = capacity_factor
         self.gate_channels = gate_channels or None
         self.temperature = temperature
 
@@ -137,8 +183,29 @@ class SparseRouter(Tempered, nn.Module):
         self.b1 = parameter(gate_channels) if hidden and bias else None
         self.w2 = parameter(n, gate_channels if hidden else channels)
         self.b2 = parameter(n) if bias else None
-        self.gate_norm = make_gate_norm(gate_norm, prior, None, n, device)
+        self.gate_norm = self._make_gate_norm(gate_norm, prior)
+        self.spread = None
+        if process_group is not None:
+            if self.paths is None:
+                raise ValueError(f"process_group is given with paths={n}; give the modules of the paths with it")
+            self.spread = SpreadPaths(process_group, n)
+            self.paths = nn.ModuleDict({str(j): self.paths[j] for j in self.spread.own})
         self.reset_parameters()
+
+    @property
+    def capacity_factor(self) -> float | None:
+        return self._capacity_factor
+
+    @capacity_factor.setter
+    def capacity_factor(self, value: float | None) -> None:
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"capacity_factor is {value}; it must be greater than 0 and finite, or None")
+        self._capacity_factor = value
+
+    def _make_gate_norm(self, gate_norm: str | None, prior: str | None) -> GateNorm | None:
+        if self.routing == "cluster":
+            gate_norm, prior = gate_norm or "standardize", prior or "learned"
+        return super()._make_gate_norm(gate_norm, prior)
 
     def reset_parameters(self) -> None:
         """Initialise the gate as in `CrossConnection`: the first layer as `nn.Linear`, the second near zero."""
@@ -158,9 +225,17 @@ class SparseRouter(Tempered, nn.Module):
                 f"this router was built for paths={self.num_paths} without their modules; "
                 "give it the modules, or call divide and accumulate"
             )
-        parts, routing = self.divide(x)
-        running = [j for j, part in enumerate(parts) if part.shape[0]] or [0]
-        y = self.accumulate([self.paths[j](parts[j]) for j in running], routing)
+        if torch.compiler.is_exporting() and not self.training and self.spread is None:
+            self._check(x)
+            routing = self._route(x)
+            y = self._weighted([path(x) for path in self.paths], routing.gates)
+        elif self.spread is None:
+            parts, routing = self.divide(x)
+            running = [j for j, part in enumerate(parts) if part.shape[0]] or [0]
+            y = self.accumulate([self.paths[j](parts[j]) for j in running], routing)
+        else:
+            samples, load, routing = self._divided(x)
+            y = self.accumulate([self.spread(samples, load, list(self.paths.values()))], routing)
         return (y, routing) if return_routing else y
 
     def divide(self, x: Tensor) -> tuple[list[Tensor], SparseRouting]:
@@ -173,11 +248,17 @@ class SparseRouter(Tempered, nn.Module):
             parts: n tensors (load[j], C, *S), the samples of each path in the order of the batch.
             routing: the decisions of the gate.
         """
+        samples, load, routing = self._divided(x)
+        return list(samples.split(load)), routing
+
+    def _divided(self, x: Tensor) -> tuple[Tensor, list[int], SparseRouting]:
+        """Return the samples of all paths in one tensor, their numbers, and the routing."""
         self._check(x)
         routing = self._route(x)
         copies = x if self.top_k == 1 else torch.cat([x] * self.top_k)
-        parts = _index_select(copies, _samples_by_path(routing.chosen)).split(routing.load.tolist())
-        return list(parts), routing
+        # On the meta device, which has no scores, all samples take the first paths.
+        load = [len(x)] * self.top_k + [0] * (self.num_paths - self.top_k) if x.is_meta else routing.load.tolist()
+        return _index_select(copies, _samples_by_path(routing)[: sum(load)]), load, routing
 
     def accumulate(self, ys: Sequence[Tensor], routing: SparseRouting) -> Tensor:
         """Return the weighted sum (N, …) of the paths' outputs for the samples from `divide`.
@@ -191,17 +272,25 @@ class SparseRouter(Tempered, nn.Module):
         """
         batch, k = routing.chosen.shape
         ys = path_list("ys", ys)
-        samples = sum(y.shape[0] for y in ys)
-        if not ys or samples != batch * k:
-            raise ValueError(f"ys have {samples} samples in all; they must have the {batch * k} that were divided")
-        y = torch.cat(ys)
-        # A permutation, as in divide: without sums, so that the backward is deterministic.
-        y = _index_select(y, _samples_by_path(routing.chosen).argsort())
-        weights = routing.gates.gather(1, routing.chosen).to(accumulate_dtype(y.dtype))
-        shape = y.shape[1:]
+        samples, divided = sum(y.shape[0] for y in ys), batch * k if routing.kept is None else int(routing.load.sum())
+        if not ys or samples != divided:
+            raise ValueError(f"ys have {samples} samples in all; they must have the {divided} that were divided")
+        index = _samples_by_path(routing).argsort()
+        if samples < batch * k:  # one output of zeros for all samples that were dropped
+            one = next(y for y in ys if y.shape[0])[:1]
+            ys, index = [*ys, torch.zeros_like(one)], index.clamp(max=samples)
+        # Without dropped samples it is a permutation, as in divide: without sums, so that the backward is
+        # deterministic.
+        y = _index_select(torch.cat(ys), index)
+        return self._weighted(y.chunk(k), routing.gates.gather(1, routing.chosen))
+
+    def _weighted(self, ys: Sequence[Tensor], weights: Tensor) -> Tensor:
+        """Return Σ_c weights[:, c] ys[c] for tensors (N, …)."""
+        batch, shape = weights.shape[0], ys[0].shape[1:]
         if not 1 <= len(shape) <= 4:  # the operator supports no such layout
-            y = y.reshape(len(y), -1)
-        return mix(y.chunk(k), weights.unsqueeze(-1))[0].reshape(batch, *shape)
+            ys = [y.reshape(batch, -1) for y in ys]
+        weights = weights.to(accumulate_dtype(ys[0].dtype))
+        return mix(ys, weights.unsqueeze(-1))[0].reshape(batch, *shape)
 
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
@@ -215,43 +304,90 @@ class SparseRouter(Tempered, nn.Module):
         dtype = accumulate_dtype(x.dtype)
         w1, b1, w2, b2 = (None if p is None else p.to(dtype) for p in (self.w1, self.b1, self.w2, self.b2))
         hidden = x.mean(tuple(range(2, x.dim())), dtype=dtype) if x.dim() > 2 else x.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):  # keep scores in float32 or float64
+        with without_autocast(x.device.type):  # keep scores in float32 or float64
             if w1 is not None:
                 hidden = F.relu(F.linear(hidden, w1, b1))
             scores = F.linear(hidden, w2, b2)
             if self.gate_norm is not None:
+                prior = self.gate_norm.prior.clone() if self.routing == "cluster" else None  # before this step's
                 logits, scores = self.gate_norm.logits(scores, self.temperature)
             else:
-                logits = scores / self.temperature
+                logits, prior = scores / self.temperature, None
         chosen = (scores if self.gate_norm is None else logits).topk(self.top_k, dim=1).indices
+        soft = logits.softmax(1).gather(1, chosen)
         if self.gates == "softmax":
-            weights = logits.softmax(1).gather(1, chosen)
+            weights = soft
         else:
             weights = logits.gather(1, chosen).softmax(1)
             if self.gates == "straight_through":
-                soft = logits.softmax(1).gather(1, chosen)
                 weights = weights.detach() + (soft - soft.detach())
+        load, kept = F.one_hot(chosen, self.num_paths).sum((0, 1)), None
+        if self.training and self.capacity_factor is not None:
+            capacity = math.ceil(self.capacity_factor * chosen.numel() / self.num_paths)
+            kept, load = self._with_room(chosen, soft.detach(), capacity), load.clamp(max=capacity)
+            weights = weights * kept
         gates = torch.zeros_like(scores).scatter(1, chosen, weights)
-        load = torch.bincount(chosen.flatten(), minlength=self.num_paths)
-        return SparseRouting(gates, scores, chosen, load)
+        return SparseRouting(gates, scores, chosen, load, kept, prior)
+
+    def _with_room(self, chosen: Tensor, probabilities: Tensor, capacity: int) -> Tensor:
+        """Return whether each choice is among the first of its path, up to the capacity: (N, k) bool."""
+        batch, k = chosen.shape
+        best_first = probabilities.t().argsort(dim=1, descending=True, stable=True)
+        first_choices_first = (best_first + batch * torch.arange(k, device=chosen.device).unsqueeze(1)).flatten()
+        by_priority = chosen.t().flatten()[first_choices_first]
+        place = F.one_hot(by_priority, self.num_paths).cumsum(0).gather(1, by_priority.unsqueeze(1)).squeeze(1)
+        kept = torch.empty_like(by_priority, dtype=torch.bool)
+        return kept.scatter(0, first_choices_first, place <= capacity).reshape(k, batch).t()
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
+        if self.spread is not None:  # take the own paths out of those of all processes
+            for name in [name for name in state_dict if name.startswith(f"{prefix}paths.")]:
+                if name.removeprefix(f"{prefix}paths.").partition(".")[0] not in self.paths:
+                    del state_dict[name]
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         paths = "" if self.paths is not None else f"paths={self.num_paths}, "
         bias = "" if self.b2 is not None else ", bias=False"
         temperature = "" if self.temperature == 1 else f", temperature={self.temperature}"
+        routing = "" if self.routing == "topk" else f", routing={self.routing!r}"
+        capacity = "" if self.capacity_factor is None else f", capacity_factor={self.capacity_factor}"
+        spread = "" if self.spread is None else f", {self.spread}"
         return (
             f"{self.channels}, {paths}top_k={self.top_k}, gate_channels={self.gate_channels}{bias}, "
-            f"gates={self.gates!r}{temperature}"
+            f"gates={self.gates!r}{temperature}{routing}{capacity}{spread}"
         )
 
 
-def _samples_by_path(chosen: Tensor) -> Tensor:
+def leave_spread_paths(network: nn.Module) -> nn.Module:
+    """Tell `DistributedDataParallel` to leave out the paths that are spread over processes, and return the network.
+
+    Args:
+        network: the module that is going to be wrapped.
+
+    Example:
+        >>> network = nn.Sequential(SparseRouter(16, [nn.Identity() for _ in range(4)]))
+        >>> network = leave_spread_paths(network)  # DistributedDataParallel(network) comes next
+    """
+    names = [
+        f"{name}.{own}" if name else own
+        for name, router in network.named_modules()
+        if isinstance(router, SparseRouter) and router.spread is not None
+        for own in router.state_dict()
+        if own.startswith("paths.")
+    ]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)
+    return network
+
+
+def _samples_by_path(routing: SparseRouting) -> Tensor:
     """Return the samples of path 0, then of path 1, and so on, as indices into k concatenated copies of the batch.
 
-    Copy c of the batch holds the c-th choice of each sample.
+    Copy c of the batch holds the c-th choice of each sample. Choices that found no room come last.
     """
-    batch, k = chosen.shape
-    order = chosen.flatten().argsort(stable=True)
+    batch, k = routing.chosen.shape
+    paths = routing.chosen if routing.kept is None else routing.chosen.masked_fill(~routing.kept, len(routing.load))
+    order = paths.flatten().argsort(stable=True)
     return order if k == 1 else order % k * batch + order // k
 
 

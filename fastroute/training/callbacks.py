@@ -159,8 +159,9 @@ class RouterDiagnostics(RowTable):
     """Measure each router on the validation images of each epoch, for a CSV file and the loggers.
 
     The file has a row for each gate of each router, from path i to path j: the mean gate, the share of images for which
-    it is the largest of path i (`largest`), its highest value (`peak`), and the mean entropy of path i's gates as a
-    share of ln n. The loggers also get the fraction of dead gates of each router; see `RouterStatistics`.
+    it is the largest of path i (`largest`) and for which it is not 0 (`load`; below 1 in sparse routers), its highest
+    value (`peak`), and the mean entropy of path i's gates as a share of ln n. The loggers also get the fraction of dead
+    gates of each router; see `RouterStatistics`.
 
     Args:
         path: the CSV file.
@@ -187,12 +188,13 @@ class RouterDiagnostics(RowTable):
         for name, router in self.statistics.items():
             scalars[f"router/{name}/dead"] = router.dead_fraction
             scalars[f"router/{name}/entropy"] = router.mean_entropy.mean().item()
-            columns = (router.mean_gates, router.shares_of_maximum, router.peak)
+            columns = (router.mean_gates, router.shares_of_maximum, router.shares_of_samples, router.peak)
             for i, rows in enumerate(zip(*(c.tolist() for c in columns), strict=True), start=1):
                 entropy = router.mean_entropy[i - 1].item()
-                for j, (gate, largest, peak) in enumerate(zip(*rows, strict=True), start=1):
+                for j, (gate, largest, load, peak) in enumerate(zip(*rows, strict=True), start=1):
                     place = {"epoch": trainer.current_epoch + 1, "router": name, "from": i, "to": j}
-                    self.rows.append(place | {"gate": gate, "largest": largest, "peak": peak, "entropy": entropy})
+                    values = {"gate": gate, "largest": largest, "load": load, "peak": peak, "entropy": entropy}
+                    self.rows.append(place | values)
                     scalars |= {f"router/{name}/gate_{i}{j}": gate, f"router/{name}/largest_{i}{j}": largest}
         self.write()
         for logger in trainer.loggers:

@@ -299,6 +299,18 @@ def test_gates_are_clustered_beside_the_task(tmp_path):
     RoutingClassifier.load_from_checkpoint(tmp_path / "run" / "last.ckpt")
 
 
+def test_trains_a_sparse_network_by_its_recipe(tmp_path):
+    recipe = "cifar10_resnet20_sparse4_top1_short"
+    arguments = ("train", "-c", recipe, "--dataset", "digits", "--epochs", 1, "-b", 512, "--output", tmp_path)
+    result = run(*arguments, "--experiment", "run", "--no-amp")
+    assert result.exit_code == 0, result.output
+    with (tmp_path / "run" / "routers.csv").open() as file:
+        loads = [float(row["load"]) for row in csv.DictReader(file)]
+    assert len(loads) == 12 and [sum(loads[i : i + 4]) for i in (0, 4, 8)] == pytest.approx([1, 1, 1])
+    model = fastroute.load(tmp_path / "run" / "best.ckpt").model
+    assert model.stack1.routing == "cluster" and model.specification.kwargs == {"routing": "cluster"}
+
+
 def test_dropout_and_stochastic_depth_are_arguments_of_networks_that_take_them(tmp_path):
     pytest.importorskip("timm")
     common = ("train", "timm:test_resnet", "--multipath", 2, "--epochs", 1, "-b", 1437, "--output", tmp_path)

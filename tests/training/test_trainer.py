@@ -159,8 +159,8 @@ def test_routers_are_described_each_epoch(data, tmp_path):
     expected = router_statistics(module.model, data.val_dataloader())
     for row in rows[14:]:
         router, i, j = expected[row["router"]], int(row["from"]) - 1, int(row["to"]) - 1
-        found = [float(row[name]) for name in ("gate", "largest", "peak", "entropy")]
-        matrices = (router.mean_gates, router.shares_of_maximum, router.peak)
+        found = [float(row[name]) for name in ("gate", "largest", "load", "peak", "entropy")]
+        matrices = (router.mean_gates, router.shares_of_maximum, router.shares_of_samples, router.peak)
         assert found == pytest.approx([m[i, j].item() for m in matrices] + [router.mean_entropy[i].item()], abs=1e-5)
     events = EventAccumulator(str(tmp_path)).Reload()
     tags = set(events.Tags()["scalars"])

@@ -28,6 +28,7 @@ from fastroute.nn import (
     Routing,
     SparseRouter,
     SparseRouting,
+    leave_spread_paths,
 )
 from fastroute.ops import Gates, MixtureEM, Routed, cross_connect, cross_predict, gate, mix, mixture_em_loss
 
@@ -47,6 +48,7 @@ cross_connect(x, x, x, x, 1.0)  # type: ignore[arg-type]
 router = CrossConnection(64, in_paths=2, out_paths=2, gate_channels=None, temperature=0.5)
 assert_type(router.forward([x]), list[Tensor] | tuple[list[Tensor], Routing])
 assert_type(SparseRouter(16, 4).divide(x), tuple[list[Tensor], SparseRouting])
+assert_type(leave_spread_paths(nn.ReLU()), nn.Module)
 assert_type(GateClusteringLoss().forward({"router": Routing(x, x)}), Tensor)
 assert_type(MixtureEMLoss(norm=RelevanceNorm(10)).forward(x), MixtureEM)
 assert_type(ConsistencyLoss().forward(x, x), Tensor)

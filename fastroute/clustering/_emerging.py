@@ -1,0 +1,88 @@
+"""Clusters that emerge in a stream of samples, and those that run dry."""
+
+import torch
+from torch import Tensor
+
+# A sample fits a cluster if its squared distance from the centre is within so many standard deviations above the mean
+# of those of the cluster's samples. In a plane, 0.7 % of a Gaussian's samples are farther away.
+REACH = 4.0
+# Samples that fit no cluster and lie together are a new one from this share of a part, and this number, on.
+LEAST_SHARE, LEAST_NUMBER = 0.02, 10
+# The places of clusters are moving averages over some 10 parts. After so many, only samples that fit a cluster move it.
+PLACE_MOMENTUM, SETTLED = 0.1, 10
+# A cluster has run dry after so many parts in a row without a sample that fits it.
+PATIENCE = 3
+
+
+class Places:
+    """Where the samples of each of K clusters lie: their centres, and mean and variance of the squared distances.
+
+    Attributes:
+        seen: (K,), the number of parts in which a cluster had samples.
+        center: (K, D).
+        mean, variance: (K,), of the squared distances from the centre.
+        missed: (K,), the number of last parts in a row in which no sample fitted a cluster.
+    """
+
+    def __init__(self, clusters: int, features: int, like: Tensor):
+        self.seen, self.missed = torch.zeros(2, clusters, dtype=torch.long)
+        self.center = like.new_zeros(clusters, features)
+        self.mean, self.variance = like.new_zeros(clusters), like.new_zeros(clusters)
+
+    def add(self, k: int) -> None:
+        """Make room for a fresh cluster of number k, at most K."""
+        if k == len(self.seen):
+            for name, value in vars(self).items():
+                setattr(self, name, torch.cat([value, value.new_zeros(1, *value.shape[1:])]))
+        self.seen[k] = self.missed[k] = 0
+
+    def follow(self, x: Tensor, labels: Tensor) -> None:
+        """Move the places towards samples (N, D) and the numbers of their clusters (N,)."""
+        nearest = self._nearest(x)
+        for k in labels.unique().tolist():
+            # A cluster whose group is gone is given samples of others: they must not move it.
+            mine = x[(labels == k) & ((nearest == k) | (self.seen[k] < SETTLED))]
+            if not len(mine):
+                continue
+            self.seen[k] += 1
+            weight = max(1 / self.seen[k].item(), PLACE_MOMENTUM)
+            self.center[k].lerp_(mine.mean(0), weight)
+            distance = (mine - self.center[k]).square().sum(1)
+            self.mean[k].lerp_(distance.mean(), weight)
+            self.variance[k].lerp_((distance - self.mean[k]).square().mean(), weight)
+
+    def _reach(self) -> Tensor:
+        return self.mean + REACH * self.variance.sqrt()
+
+    def _nearest(self, x: Tensor) -> Tensor:
+        """Return the nearest cluster of each sample, by its reach; -1 where none reaches it."""
+        distance = torch.cdist(x, self.center).square() / self._reach()
+        nearest = distance.masked_fill(self.seen == 0, torch.inf).nan_to_num(torch.inf).min(1)
+        return torch.where(nearest.values <= 1, nearest.indices, -1)
+
+    def dry(self, x: Tensor) -> list[int]:
+        """Return the clusters that have run dry with the samples (N, D) of a part, and forget them."""
+        nearest = self._nearest(x)
+        fitted = torch.bincount(nearest[nearest >= 0], minlength=len(self.seen)) > 0
+        self.missed = torch.where(fitted | (self.seen == 0), 0, self.missed + 1)
+        gone = self.missed >= PATIENCE
+        self.seen[gone] = self.missed[gone] = 0
+        return gone.nonzero().flatten().tolist()
+
+    def strangers(self, x: Tensor) -> list[Tensor]:
+        """Return the indices of the samples of each group that fits no cluster, the largest first."""
+        outside = (self._nearest(x) < 0).nonzero().flatten()
+        reach = self._reach()[self.seen > 0].median()  # of the cluster of median size
+        least, groups = max(LEAST_NUMBER, LEAST_SHARE * len(x)), []
+        while len(outside) >= least:
+            # Those within this reach of their own centre, about the sample with the most others within it.
+            distance = torch.cdist(x[outside], x[outside]).square()
+            near = distance <= reach
+            best = near.sum(1).argmax()
+            center = x[outside[near[best]]].mean(0)
+            together = (x[outside] - center).square().sum(1) <= reach
+            if together.sum() < least:
+                break
+            groups.append(outside[together])
+            outside = outside[~together]
+        return groups

@@ -1,0 +1,380 @@
+"""What `NeuralMixture` trains: a network, its statistics and priors (§4.4)."""
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from sklearn.cluster import kmeans_plusplus
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fastroute.clustering._densities import em_loss, log_density
+from fastroute.clustering._emerging import Places
+from fastroute.nn import RelevanceNorm
+from fastroute.ops.mixture_em import MAX_CLUSTERS
+
+if TYPE_CHECKING:
+    from fastroute.clustering.neural_mixture import NeuralMixture
+
+INFERENCE_BATCH = 4096
+# The priors are a moving average of the posteriors' means, over some 20 batches.
+PRIOR_MOMENTUM = 0.05
+# The seeds of k-means++ are only where EM begins: a few passes teach them to the network.
+SEEDING_EPOCHS = 3
+# A part of a stream has fewer batches than the data that seeds are taught on.
+TEACHING = 5
+# Two clusters are one where this share of the training's noise carries more than that share of the smaller one's
+# samples across their border: over a valley between groups it carries 0 to 0.01 of them, through a group 0.02 and more.
+MERGING_NOISE = 0.3
+CROSSING = 0.015
+# Samples to be moved by noise at least, where X is passed over several times for it.
+LEAST_MOVED = 10_000
+
+
+class Model:
+    """One run: the network, its statistics and priors, and how they are trained."""
+
+    def __init__(self, estimator: "NeuralMixture", X: np.ndarray, frame: tuple, seed: int, fresh: bool):
+        self.options, self.device = estimator, torch.device(estimator.device)
+        self.center, self.scale = frame
+        self.generator, self.seed = torch.Generator().manual_seed(seed), seed
+        dtype = torch.float64 if X.dtype == np.float64 else torch.float32
+        auto = estimator.n_clusters == "auto"
+        clusters = min(estimator.max_clusters, len(X)) if auto else estimator.n_clusters
+        self.clusters = torch.arange(clusters)  # which cluster each component is part of
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            if estimator.network is None:
+                network = perceptron(X.shape[1], estimator.hidden, clusters, estimator.exclusive_layers)
+            else:
+                network = copy.deepcopy(estimator.network)
+                for module in network.modules() if fresh else ():
+                    if hasattr(module, "reset_parameters"):
+                        module.reset_parameters()
+        self.network = network.to(self.device, dtype)
+        self.norm = RelevanceNorm(clusters, device=self.device, dtype=dtype)
+        self.criterion = em_loss(estimator.density, estimator.gamma)
+        self.learns_prior = estimator._learns_prior
+        self.uses_prior = not isinstance(estimator.prior, str) or self.learns_prior
+        prior = np.full(clusters, 1 / clusters) if isinstance(estimator.prior, str) else np.asarray(estimator.prior)
+        self.prior = torch.as_tensor(prior, dtype=dtype, device=self.device)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=estimator.learning_rate, fused=True)
+        self.places: Places | None = None  # of the components, where clusters may emerge
+
+    def _load(self, X: np.ndarray) -> Tensor:
+        return torch.from_numpy((X - self.center) * self.scale).to(self.device, self.prior.dtype)
+
+    def in_order(self, X: np.ndarray) -> Iterator[Tensor]:
+        for first in range(0, len(X), INFERENCE_BATCH):
+            yield self._load(X[first : first + INFERENCE_BATCH])
+
+    def infer(self, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Posteriors and normalised scores of the clusters, for all samples."""
+        parts = [self.posterior(x) for x in self.in_order(X)]
+        return tuple(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+
+    def batches(self, X: np.ndarray, weights: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """The samples in random order and batches of equal size, each with their indices.
+
+        With weights, of mean 1, each comes as often as its weight says, give or take one.
+        """
+        order = torch.randperm(len(X), generator=self.generator).numpy()
+        if weights is not None:
+            start = torch.rand((), generator=self.generator, dtype=torch.float64).item()
+            ends = np.cumsum(weights)
+            order = np.searchsorted(ends, (order + start) * ends[-1] / len(X), side="right").clip(max=len(X) - 1)
+        for index in np.array_split(order, max(1, len(X) // self.options.batch_size)):
+            yield index, self._load(X[index])
+
+    def scores(self, x: Tensor) -> Tensor:
+        scores, clusters = self.network(x), len(self.clusters)
+        if scores.shape != (len(x), clusters):
+            name = "max_clusters" if self.options.n_clusters == "auto" else "n_clusters"
+            raise ValueError(f"network gives {tuple(scores.shape)}; it must give (N, {name}) = ({len(x)}, {clusters})")
+        return scores
+
+    def _noisy(self, x: Tensor, share: float = 1.0) -> Tensor:
+        noise = torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
+        return x + share * self.options.noise * noise.to(x.device)
+
+    def _step(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def fit(self, X: np.ndarray, weights: np.ndarray | None, run: int) -> None:
+        """The estimator's number of EM passes, and the statistics of what has been trained."""
+        verbose = self.options.verbose
+        for epoch in range(1, self.options.epochs + 1):
+            self.train_epoch(X, weights)
+            if verbose > 1:
+                self.calibrate(X, weights)
+                print(f"run {run}, pass {epoch} of {self.options.epochs}: loss {self.loss(X, weights):.4f}")
+        self.calibrate(X, weights)
+        if verbose == 1:
+            print(f"run {run} of {self.options.n_init}: loss {self.loss(X, weights):.4f}")
+
+    def learn_seeds(self, X: np.ndarray, weights: np.ndarray | None = None) -> None:
+        """Teach the network which of K samples, drawn far apart, is the nearest."""
+        draw = np.random.default_rng(self.seed)
+        index = np.sort(draw.choice(len(X), min(len(X), INFERENCE_BATCH), replace=False))
+        some, weight = X[index].reshape(-1, X[0].size), None if weights is None else weights[index]
+        seeds, _ = kmeans_plusplus(some, len(self.clusters), sample_weight=weight, random_state=self.seed % 2**32)
+        seeds = self._load(seeds.reshape(-1, *X.shape[1:])).flatten(1)
+        counts = torch.ones_like(self.prior)
+        for _ in range(SEEDING_EPOCHS):
+            for _, x in self.batches(X, weights):
+                nearest = torch.cdist(x.flatten(1), seeds).argmin(1)
+                counts += torch.bincount(nearest, minlength=len(counts))
+                self._step(cross_entropy(self.scores(x), nearest))
+        if self.learns_prior:
+            self.prior = counts / counts.sum()
+
+    def train_epoch(self, X: np.ndarray, weights: np.ndarray | None = None, track: bool = False) -> None:
+        """EM steps over X (Eq. 4.22). With `track`, the running statistics follow; else `calibrate` sets them later."""
+        self.network.train()
+        self.norm.train()
+        for _, x in self.batches(X, weights):
+            scores = self.scores(x)
+            augmented = self.scores(self._noisy(x)) if self.options.noise else None
+            loss, posterior = self.criterion(scores, augmented, self.prior if self.uses_prior else None)
+            self._step(loss)
+            if self.learns_prior:  # of the previous steps' posteriors (§4.4.2)
+                prior = self.prior.lerp(posterior.mean(0), PRIOR_MOMENTUM)
+                self.prior = prior / prior.sum()
+            if track:
+                self.norm(scores.detach())
+
+    @torch.no_grad()
+    def calibrate(self, X: np.ndarray, weights: np.ndarray | None = None) -> None:
+        """The mean and spread of the trained network's scores over all of X."""
+        self.network.eval()
+        count, mean, square = 0, 0.0, 0.0
+        for first, x in zip(range(0, len(X), INFERENCE_BATCH), self.in_order(X), strict=True):  # Chan's, by the batch
+            scores = self.scores(x)
+            if weights is None:
+                (variance, part), new = torch.var_mean(scores, 0, correction=0), len(x)
+            else:
+                weight = torch.as_tensor(weights[first : first + len(x)]).to(scores)[:, None]
+                new = weight.sum().item()
+                if not new:
+                    continue
+                part = (weight * scores).sum(0) / new
+                variance = (weight * (scores - part).square()).sum(0) / new
+            total = count + new
+            delta = part - mean
+            square = square + variance * new + delta.square() * (count * new / total)
+            mean, count = mean + delta * (new / total), total
+        self.norm.running_mean.copy_(mean)
+        self.norm.running_std.copy_((square / count).sqrt())
+
+    @torch.no_grad()
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Posteriors and normalised scores of the clusters."""
+        self.network.eval()
+        normalized = self.norm.eval()(self.scores(x))
+        prior = self.cluster_prior()
+        if len(prior) < len(self.clusters):
+            joint = normalized + self.prior.log()
+            parts = [torch.logsumexp(joint[:, self.clusters == k], 1) for k in range(len(prior))]
+            normalized = torch.stack(parts, 1) - prior.log()
+        return torch.softmax(normalized + (prior.log() if self.uses_prior else 0), 1), normalized
+
+    def cluster_prior(self) -> Tensor:
+        """(K,): the weights of the clusters, of all components that they were merged from."""
+        clusters = self.clusters.to(self.device)
+        return self.prior.new_zeros(int(self.clusters.max()) + 1).index_add(0, clusters.clamp_min(0), self.prior)
+
+    @torch.no_grad()
+    def merge(self, X: np.ndarray) -> None:
+        """Drop components that are empty, and make one cluster of those whose border lies in no valley."""
+        components = len(self.clusters)
+        moved = torch.zeros(components, components, dtype=torch.int64)  # by noise, from a component to another
+        for _ in range(max(1, math.ceil(LEAST_MOVED / len(X)))):
+            for x in self.in_order(X):
+                pairs = [self.posterior(part)[0].argmax(1).cpu() for part in (x, self._noisy(x, MERGING_NOISE))]
+                moved += torch.bincount(pairs[0] * components + pairs[1], minlength=components**2).view_as(moved)
+        self._group(merged(moved.numpy(), CROSSING))
+        # Beside a merged one, which has the sum of its parts' posteriors, a small cluster can lose all its samples.
+        found = torch.cat([self.posterior(x)[0].argmax(1).cpu() for x in self.in_order(X)]).unique()
+        self._group([torch.nonzero(self.clusters == k).flatten() for k in found])
+
+    def _group(self, groups: Sequence[Sequence[int] | Tensor]) -> None:
+        """Make a cluster of each group of components, and drop those in none."""
+        clusters = torch.full_like(self.clusters, -1)
+        for k, group in enumerate(groups):
+            clusters[group] = k
+        self.clusters = clusters
+        self.prior = torch.where((clusters >= 0).to(self.device), self.prior, 0)
+        self.prior = self.prior / self.prior.sum()
+
+    @torch.no_grad()
+    def components(self, x: Tensor) -> Tensor:
+        """The most probable component of each sample: (N,)."""
+        self.network.eval()
+        return (self.norm.eval()(self.scores(x)) + self.prior.log()).argmax(1)
+
+    def renew(self, X: np.ndarray) -> None:
+        """Drop the components that run dry with X, and add one for each group of samples that fit none."""
+        x = self._load(X)
+        where = x.flatten(1).cpu()
+        for k in self.places.dry(where):
+            self._drop_component(k)
+        groups = self.places.strangers(where)[: MAX_CLUSTERS - int((self.clusters >= 0).sum())]
+        if not groups:
+            return
+        labels = self.components(x)
+        for group in groups:
+            labels[group.to(self.device)] = self._add_component(len(group) / len(X))
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=self.options.learning_rate, fused=True)
+        self.network.train()
+        for _ in range(SEEDING_EPOCHS * TEACHING):
+            for index, part in self.batches(X):
+                self._step(cross_entropy(self.scores(part), labels[torch.from_numpy(index).to(self.device)]))
+        self.calibrate(X)
+
+    def _drop_component(self, k: int) -> None:
+        left = [torch.nonzero(self.clusters == j).flatten() for j in range(int(self.clusters.max()) + 1)]
+        left = [members[members != k] for members in left]
+        if left := [members for members in left if len(members)]:
+            self._group(left)
+
+    def _add_component(self, prior: float) -> int:
+        """Return the number of a fresh component, in the place of one that was dropped or behind the others."""
+        free = (self.clusters < 0).nonzero().flatten().tolist()
+        k = free[0] if free else len(self.clusters)
+        draw = torch.Generator().manual_seed(torch.randint(2**31, (), generator=self.generator).item())
+        grow(self.network, k, draw)
+        self.places.add(k)
+        if not free:
+            self.clusters = torch.cat([self.clusters, self.clusters.new_tensor([-1])])
+            self.prior = torch.cat([self.prior, self.prior.new_zeros(1)])
+            norm = RelevanceNorm(k + 1, device=self.device, dtype=self.prior.dtype)
+            norm.num_batches_tracked.copy_(self.norm.num_batches_tracked)
+            self.norm = norm  # `renew` sets the statistics
+        self.clusters[k] = self.clusters.max() + 1
+        self.prior = self.prior * (1 - prior)
+        self.prior[k] = prior
+        return k
+
+    def settle(self, X: np.ndarray) -> None:
+        """Follow the places of the components."""
+        x = self._load(X)
+        if self.places is None:
+            self.places = Places(len(self.clusters), X[0].size, torch.zeros((), dtype=self.prior.dtype))
+        self.places.follow(x.flatten(1).cpu(), self.components(x).cpu())
+
+    def loss(self, X: np.ndarray, weights: np.ndarray | None = None) -> float:
+        """The mean loss under the running statistics (Eq. 4.22)."""
+        return -float(np.average(self.objective(X), weights=weights))
+
+    @torch.no_grad()
+    def objective(self, X: np.ndarray) -> np.ndarray:
+        """The negative loss of each sample under the running statistics."""
+        self.network.eval()
+        tiny = torch.finfo(self.prior.dtype).tiny
+        log_prior = self.prior.clamp(min=tiny).log() if self.uses_prior else torch.zeros_like(self.prior)
+        found = []
+        for x in self.in_order(X):
+            normalized = self.norm.eval()(self.scores(x))
+            logits = torch.where(self.prior > 0, normalized + log_prior, -torch.inf)
+            log_joint = log_prior + log_density(normalized, self.options.density, self.options.gamma)
+            found.append((torch.softmax(logits, 1) * log_joint).sum(1))
+        return torch.cat(found).cpu().numpy()
+
+
+def grow(network: nn.Module, k: int, draw: torch.Generator) -> None:
+    """Draw the weights of output k of a network anew, or add an output if it has k.
+
+    Raises:
+        ValueError: the network does not end in dense layers.
+    """
+    layers = [module for module in network.modules() if isinstance(module, (nn.Linear, ExclusiveLinear))]
+    own = [layer for layer in layers if isinstance(layer, ExclusiveLinear)]
+    last = own or layers[-1:]
+    if not last or len(last[-1].weight) < k:
+        raise ValueError("network does not end in a torch.nn.Linear; with emerging=True it must, to get more outputs")
+    for layer in last:
+        bound = 1 / math.sqrt(layer.weight.shape[-1])
+        for name in ("weight", "bias"):
+            value = getattr(layer, name)
+            if value is None:
+                continue
+            fresh = (2 * torch.rand(value.shape[1:], generator=draw, dtype=torch.float64) - 1) * bound
+            fresh = fresh.to(value).unsqueeze(0)
+            setattr(layer, name, nn.Parameter(torch.cat([value.data[:k], fresh, value.data[k + 1 :]])))
+        if isinstance(layer, nn.Linear):
+            layer.out_features = len(layer.weight)
+
+
+def merged(moved: np.ndarray, crossing: float) -> list[list[int]]:
+    """Groups of clusters, of which again and again the two with the most exchange are joined.
+
+    Args:
+        moved: (K, K), how many samples of a cluster some noise carries into each; those without samples are left out.
+        crossing: the most exchange of two groups that stay apart: samples that cross over from either side, on average,
+            by those of the smaller one.
+    """
+    groups = [[k] for k in np.flatnonzero(moved.sum(1))]
+    exchange = ((moved + moved.T) / 2)[np.ix_(*[[k for [k] in groups]] * 2)]
+    while len(groups) > 1:
+        sizes = exchange.sum(1)
+        share = exchange / np.maximum(np.minimum(sizes[:, None], sizes), 1)  # all of a cluster may go to one left out
+        np.fill_diagonal(share, 0)
+        i, j = sorted(np.unravel_index(share.argmax(), share.shape))
+        if share[i, j] <= crossing:
+            break
+        exchange[i] += exchange[j]
+        exchange[:, i] += exchange[:, j]
+        exchange = np.delete(np.delete(exchange, j, 0), j, 1)
+        groups[i] += groups.pop(j)
+    return groups
+
+
+class ExclusiveLinear(nn.Module):
+    """A dense layer for each of K clusters.
+
+    Shape:
+        x: (N, in_features), or (N, K, in_features).
+        output: (N, K, out_features).
+    """
+
+    def __init__(self, clusters: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(clusters, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(clusters, out_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start as `nn.Linear` does."""
+        bound = 1 / math.sqrt(self.weight.shape[2])
+        for parameter in (self.weight, self.bias):
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.expand(len(self.weight), *x.shape) if x.dim() == 2 else x.transpose(0, 1)
+        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2)).transpose(0, 1)
+
+
+def perceptron(features: int, hidden: Sequence[int], clusters: int, exclusive_layers: int = 1) -> nn.Sequential:
+    """Dense layers with ReLU between, as in §4.5.1, and one score for each cluster.
+
+    Args:
+        features, clusters: of the input and the output.
+        hidden: the widths between.
+        exclusive_layers: how many of the last layers each cluster has for itself.
+    """
+    layers, widths = [], [features, *hidden]
+    shared = len(widths) - exclusive_layers
+    for i, (width, following) in enumerate(itertools.pairwise(widths)):
+        layers += [
+            nn.Linear(width, following) if i < shared else ExclusiveLinear(clusters, width, following),
+            nn.ReLU(),
+        ]
+    if exclusive_layers == 1:
+        return nn.Sequential(*layers, nn.Linear(widths[-1], clusters))
+    return nn.Sequential(*layers, ExclusiveLinear(clusters, widths[-1], 1), nn.Flatten())

@@ -1,0 +1,98 @@
+"""Clusters that come and go in a stream."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import make_blobs
+from torch import nn
+
+from fastroute.clustering import NeuralMixture, cluster_accuracy
+from fastroute.clustering._emerging import PATIENCE, Places
+from fastroute.clustering._mixture_model import ExclusiveLinear, grow
+
+CENTERS = [[0, 0], [8, 0], [0, 8], [8, 8]]
+
+
+def part(groups, seed, size=300):
+    """Return some samples of groups, in the plane."""
+    X, y = make_blobs(size, centers=[CENTERS[k] for k in groups], random_state=seed)
+    return X.astype(np.float32), np.array(groups)[y]
+
+
+def stream(model, groups, parts, seed=0):
+    for i in range(parts):
+        model.partial_fit(part(groups, 100 * seed + i)[0])
+    X, y = part(groups, 100 * seed + 99)
+    return model.n_clusters_, cluster_accuracy(y, model.predict(X))
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # before a cluster goes, it is empty
+@pytest.mark.parametrize("options", [{}, {"exclusive_layers": 2}], ids=str)
+def test_clusters_come_and_go(options):
+    model = NeuralMixture(3, prior="learned", emerging=True, random_state=0, hidden=(64, 64), **options)
+    assert stream(model, [0, 1, 2], 12) >= (3, 0.98)
+    assert model.n_clusters_ == 3, "a stream that stays the same"
+    clusters, accuracy = stream(model, [0, 1, 2, 3], 2, seed=1)
+    assert clusters == 4 and accuracy > 0.98 and len(model.get_feature_names_out()) == 4
+    assert model.priors_.sum() == pytest.approx(1) and model.priors_.min() > 0.1
+    assert model.predict_proba(part([0, 1, 2, 3], 5)[0]).shape == (300, 4)
+    model = pickle.loads(pickle.dumps(model))
+    stream(model, [0, 1, 2, 3], 10, seed=2)
+    clusters, accuracy = stream(model, [1, 2, 3], PATIENCE + 2, seed=3)
+    assert clusters == 3 and accuracy > 0.98
+    clusters, accuracy = stream(model, [0, 1, 2, 3], 2, seed=4)
+    assert clusters == 4 and accuracy > 0.98 and len(model._model.clusters) == 4, "in the place of the one that went"
+
+
+def test_nothing_emerges_unless_asked():
+    model = NeuralMixture(3, prior="learned", random_state=0, hidden=(16,))
+    stream(model, [0, 1, 2], 3)
+    assert stream(model, [0, 1, 2, 3], 2, seed=1)[0] == 3 and model._model.places is None
+
+
+def test_few_or_scattered_samples_are_no_cluster():
+    random = np.random.default_rng(0)
+    x = torch.from_numpy(np.concatenate([random.normal(size=(200, 2)), random.normal(size=(200, 2)) + 12]))
+    places = Places(2, 2, x[0, 0])
+    places.follow(x, torch.arange(400) // 200)
+    group = torch.from_numpy(random.normal(loc=[0, 20], size=(30, 2)))
+    scattered = torch.from_numpy(random.uniform(-1, 1, (60, 2)) * 200) + 500
+    assert places.strangers(x) == []
+    assert places.strangers(torch.cat([x, group[:9]])) == []
+    assert places.strangers(torch.cat([x, scattered])) == []
+    (found,) = places.strangers(torch.cat([x, scattered, group]))
+    assert set(found.tolist()) == set(range(460, 490))
+    both = places.strangers(torch.cat([x, group[:20], group + 50]))
+    assert [len(found) for found in both] == [30, 20]
+
+
+def test_a_cluster_runs_dry_after_several_parts():
+    random = np.random.default_rng(0)
+    x = torch.from_numpy(np.concatenate([random.normal(size=(50, 2)), random.normal(size=(50, 2)) + 12]))
+    places = Places(2, 2, x[0, 0])
+    places.follow(x, torch.arange(100) // 50)
+    for _ in range(PATIENCE - 1):
+        assert places.dry(x[:50]) == []
+    assert places.dry(x) == []
+    for _ in range(PATIENCE - 1):
+        assert places.dry(x[:50]) == []
+    assert places.dry(x[:50]) == [1] and places.dry(x[:50]) == []
+
+
+def test_networks_of_ones_own_get_another_output():
+    draw = torch.Generator().manual_seed(0)
+    network, x = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 3, bias=False)), torch.randn(5, 2)
+    before = network(x)
+    grow(network, 3, draw)
+    after = network(x)
+    assert network[2].out_features == 4
+    torch.testing.assert_close(after[:, :3], before)
+    grow(network, 1, draw)
+    changed = network(x) != after
+    assert changed[:, 1].all() and not changed[:, [0, 2, 3]].any()
+    grow(layer := ExclusiveLinear(3, 2, 4), 3, draw)
+    assert layer(x).shape == (5, 4, 4)
+    with pytest.raises(ValueError, match=r"network does not end in a torch.nn.Linear; with emerging=True it must"):
+        grow(nn.Sequential(nn.Linear(2, 1), nn.Conv1d(1, 3, 1)), 3, draw)

@@ -1,0 +1,92 @@
+"""Paths of a sparse router spread over two processes, against one process with the joint batch."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fastroute.nn import SparseRouter, leave_spread_paths
+from tests.threads import small_networks  # noqa: F401
+
+CASES = {
+    "top-1": {},
+    "clustered": {"top_k": 2, "routing": "cluster"},
+    "channels_last": {"top_k": 2},
+    "all to the paths of one process": {},
+}
+
+
+def network(case, group=None):
+    torch.manual_seed(0)
+    paths = [nn.Sequential(nn.Conv2d(6, 5, 3, padding=1), nn.BatchNorm2d(5)) for _ in range(4)]
+    router = SparseRouter(6, paths, process_group=group, **CASES[case])
+    model, x = nn.Sequential(nn.Conv2d(3, 6, 1), router), images(case)
+    nn.init.normal_(router.w2, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        if case.startswith("all"):
+            router.b2[:2] = 100
+        else:
+            std, mean = torch.std_mean(router.eval()._route(model[0](x)).scores, 0)
+            router.w2 /= std.unsqueeze(1)
+            router.b2.copy_((router.b2 - mean) / std)
+    return model.train()
+
+
+def images(case):
+    x = torch.randn(20, 3, 6, 6, generator=torch.Generator().manual_seed(2))
+    x = x + 2 * torch.randn(20, 3, 1, 1, generator=torch.Generator().manual_seed(3))
+    return x.to(memory_format=torch.channels_last) if case == "channels_last" else x
+
+
+def results_of(model, x, wrapped, samples):
+    """Return results of a training step whose loss is the sum over samples divided by their number, and of the next."""
+    y = wrapped(x)
+    (y.square().sum() / samples).backward()
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    return y.detach(), gradients, state, model.eval()(x).detach()
+
+
+def _one_of_two(rank, place, results):
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    found = {}
+    for case in CASES:
+        model, part = network(case, dist.group.WORLD), slice(0, 12) if case == "top-1" else slice(0, 10)
+        x = images(case)[part] if rank == 0 else images(case)[part.stop :]
+        parallel = nn.parallel.DistributedDataParallel(leave_spread_paths(model))
+        found[case] = *results_of(model, x, parallel, len(images(case)) / 2), repr(model[1].spread)
+        other = network(case, dist.group.WORLD)
+        other.load_state_dict(network(case).state_dict())  # of all paths
+    with pytest.raises(ValueError, match="process_group has 2 processes for 3 paths; their number must divide"):
+        SparseRouter(6, [nn.Identity()] * 3, process_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="process_group is given with paths=4; give the modules of the paths"):
+        SparseRouter(6, 4, process_group=dist.group.WORLD)
+    results[rank] = found
+    dist.destroy_process_group()
+
+
+def test_two_processes_match_one(tmp_path):
+    results = torch.multiprocessing.Manager().dict()
+    torch.multiprocessing.spawn(_one_of_two, (tmp_path / "store", results), nprocs=2)
+    for case in CASES:
+        whole, x = network(case), images(case)
+        load = whole.eval()[1].divide(whole[0](x))[1].load
+        assert (load[2:].sum() == 0) if case.startswith("all") else (load > 0).all()
+        if case.startswith("all"):  # the second process passes an empty batch through its first path
+            whole[1].paths[2][1].num_batches_tracked += 1
+        y, gradients, state, evaluation = results_of(whole.train(), x, whole, len(x))
+        ranks = [results[rank][case] for rank in range(2)]
+        close = {"rtol": 1e-3, "atol": 1e-5}
+        torch.testing.assert_close(torch.cat([rank[0] for rank in ranks]), y, **close)
+        torch.testing.assert_close(torch.cat([rank[3] for rank in ranks]), evaluation, **close)
+        assert all(
+            rank[0].is_contiguous(memory_format=torch.channels_last) == (case == "channels_last") for rank in ranks
+        )
+        for found, wanted in ((1, gradients), (2, state)):
+            torch.testing.assert_close(ranks[0][found] | ranks[1][found], wanted, **close)
+            shared = ranks[0][found].keys() & ranks[1][found].keys()
+            assert not any("paths" in name for name in shared)
+            for name in shared:
+                torch.testing.assert_close(ranks[0][found][name], ranks[1][found][name], **close)
+        assert [rank[4] for rank in ranks] == [f"paths {2 * r} to {2 * r + 1} in process {r} of 2" for r in (0, 1)]
