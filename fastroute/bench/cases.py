@@ -19,8 +19,9 @@ class Case:
 
     suite, labels: as in `Row`.
     build: makes the contest. It also allocates the tensors, so that a case costs nothing before.
-    quick: whether the case is in the default selection, which takes under 5 minutes on 2 cores.
+    quick: whether the case is in the default selection, which takes minutes on 2 cores.
     stated: whether the case is part of the documentation's table of speed.
+    step: whether the case compares a whole step, or a forward pass, with that of plain PyTorch, both also compiled.
     """
 
     suite: str
@@ -28,6 +29,7 @@ class Case:
     build: Callable[[], Contest]
     quick: bool = False
     stated: bool = False
+    step: bool = False
 
     @property
     def id(self) -> str:

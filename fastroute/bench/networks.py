@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Iterator
 from functools import partial
 
@@ -11,9 +12,9 @@ from torch.nn import functional as F
 
 from fastroute.bench.cases import DTYPES, LAYOUTS, Case, compiled
 from fastroute.bench.contest import OURS, Contest
-from fastroute.bench.plain import PlainCrossConnection
+from fastroute.bench.plain import PlainCrossConnection, PlainCrossPrediction2d
 from fastroute.models import create_model, list_models
-from fastroute.nn import CrossConnection
+from fastroute.nn import CrossConnection, CrossPrediction2d
 
 FORWARD, STEP = "forward", "forward+backward+optimiser"
 
@@ -21,15 +22,20 @@ FORWARD, STEP = "forward", "forward+backward+optimiser"
 CIFAR = {
     f"resnet20{suffix}": (paths, (128, 64), 10, 32) for paths, suffix in enumerate(("", "_cc2", "_cc3", "_cc4"), 1)
 }
+CIFAR |= {"base_cnn_cc2": (2, (64,), 10, 32), "resnet20_cp2": (2, (64,), 10, 32)}
 IMAGENET = {"resnet18_cc2": (2, (32,), 1000, 224), "resnet50_cc2": (2, (32,), 100, 224)}
+
+STEPS = ("resnet20_cc2", "resnet20_cc3", "resnet20_cc4", "base_cnn_cc2", "resnet18_cc2", "resnet20_cp2")
+"""Networks whose steps are compared with plain PyTorch's, both eager and compiled, in every dtype and layout."""
+
+PLAIN = {CrossConnection: PlainCrossConnection, CrossPrediction2d: PlainCrossPrediction2d}
 
 
 def without_kernels(model: nn.Module) -> nn.Module:
-    """Return a copy of the network with cross-connections in plain PyTorch."""
+    """Return a copy of the network with its routers in plain PyTorch."""
     model = copy.deepcopy(model)
     for module in model.modules():
-        if type(module) is CrossConnection:
-            module.__class__ = PlainCrossConnection
+        module.__class__ = PLAIN.get(type(module), type(module))
     return model
 
 
@@ -68,12 +74,14 @@ def contest(labels: dict, num_classes: int, img_size: int, compile: bool, device
         return step
 
     model = create()
-    routers = [module for module in model.modules() if isinstance(module, CrossConnection)]
+    routers = [module for module in model.modules() if isinstance(module, tuple(PLAIN))]
     for router in routers:
         nn.init.normal_(router.w2)  # gates that differ between samples, so that the comparison is meaningful
     models = {OURS: model}
     if routers:
-        models |= {"no routing": create(routing=None), "eager": without_kernels(model)}
+        if all(isinstance(router, CrossConnection) for router in routers):  # other networks have none to leave out
+            models["no routing"] = create(routing=None)
+        models["eager"] = without_kernels(model)
     torch._dynamo.reset()
     calls = dict(models)
     if compile:
@@ -113,25 +121,32 @@ def _routing_share(model, images, targets, context) -> float:
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Yield network × direction × dtype × layout × batch size; only cases that are not quick have compiled peers."""
+    """Yield network × direction × dtype × layout × batch size; only cases that are not quick have compiled peers.
+
+    Those of `STEPS` have both layouts of both dtypes at their least batch size.
+    """
     registered = set(list_models())
     for network, (paths, batches, classes, img_size) in {**CIFAR, **IMAGENET}.items():
         if network not in registered:
             continue
         if device.type == "cuda" and network in IMAGENET:
             batches = (256,)
-        for batch in batches:
-            for dtype, layout in (("bfloat16", "channels_last"), ("float32", "contiguous")):
-                for direction in (STEP, FORWARD):
-                    labels = {
-                        "network": network,
-                        "direction": direction,
-                        "dtype": dtype,
-                        "layout": layout,
-                        "batch": batch,
-                        "paths": paths,
-                    }
-                    quick = network in CIFAR and batch == batches[0] and dtype == "bfloat16" and direction == STEP
-                    yield Case(
-                        "networks", labels, partial(contest, labels, classes, img_size, not quick, device), quick
-                    )
+        for batch, dtype, layout, direction in itertools.product(
+            batches, ("bfloat16", "float32"), LAYOUTS, (STEP, FORWARD)
+        ):
+            step = network in STEPS and batch == batches[-1]
+            usual = layout == ("channels_last" if dtype == "bfloat16" else "contiguous")
+            if not (step or usual):
+                continue
+            labels = {
+                "network": network,
+                "direction": direction,
+                "dtype": dtype,
+                "layout": layout,
+                "batch": batch,
+                "paths": paths,
+            }
+            first = network in CIFAR and batch == 128 and dtype == "bfloat16" and direction == STEP
+            default = network == "resnet20_cc2" and step and dtype == "float32" and usual and direction == STEP
+            build = partial(contest, labels, classes, img_size, not first, device)
+            yield Case("networks", labels, build, quick=first or default, step=step)

@@ -65,16 +65,30 @@ def _mib(value: int | None) -> str:
 
 
 def _means(rows: Sequence[Row], peers: Iterable[str], cold: bool = False) -> list[float | None]:
-    columns = ([r for row in rows if (r := row.times_as_fast_as(peer, cold)) is not None] for peer in peers)
+    columns = (_ratios(rows, peer, cold) for peer in peers)
     return [geometric_mean(column) if column else None for column in columns]
+
+
+def _ratios(rows: Sequence[Row], peer: str, cold: bool = False) -> list[float]:
+    return [ratio for row in rows if (ratio := row.times_as_fast_as(peer, cold)) is not None]
+
+
+COMPILED = "compiled × compile"
+
+
+def _compiled_ratio(row: Row) -> float | None:
+    """Return the time of plain PyTorch, compiled, over that of ours, compiled."""
+    both = "compile" in row.ms and "fastroute compiled" in row.ms
+    return row.ms["compile"] / row.ms["fastroute compiled"] if both else None
 
 
 def tables(rows: Iterable[Row]) -> str:
     """Format one table per suite: milliseconds, GB/s, share of the copy's speed, speed-up over each peer, and memory.
 
     "cold" columns are single calls after the others have used the caches, all others consecutive calls; see `Row`.
-    "saved MiB" is the memory that autograd saves for backward, ours and eager's; "peak MiB" the peak allocation on a
-    GPU. The last row has geometric means.
+    "compiled × compile" is the time of plain PyTorch over ours, both compiled. "saved MiB" is the memory that autograd
+    saves for backward, ours and eager's; "peak MiB" the peak allocation on a GPU. The last rows have the geometric mean
+    and the least of each ratio.
     """
     return "\n\n".join(f"{suite}\n\n{_suite_table(rows)}" for suite, rows in by_suite(rows).items())
 
@@ -88,6 +102,8 @@ def _suite_table(rows: list[Row]) -> str:
         columns["share of copy"] = lambda row: _ratio(row.times_as_fast_as("copy"))
     for peer in peers:
         columns[f"× {peer}"] = lambda row, peer=peer: _ratio(row.times_as_fast_as(peer))
+    if any(_compiled_ratio(row) is not None for row in rows):
+        columns[COMPILED] = lambda row: _ratio(_compiled_ratio(row))
     if any(row.cold_ms for row in rows):
         columns["cold ms"] = lambda row: _ms(row.cold_ms.get("fastroute"))
         for peer in peers:
@@ -105,7 +121,11 @@ def _suite_table(rows: list[Row]) -> str:
             zip(["share of copy", *(f"× {peer}" for peer in peers)], _means(rows, ["copy", *peers]), strict=True)
         )
         means |= zip([f"cold × {peer}" for peer in peers], _means(rows, peers, cold=True), strict=True)
-        lines.append(["geometric mean", *[""] * (len(labels) - 1), *(_ratio(means.get(name)) for name in columns)])
+        least = {f"× {peer}": min(_ratios(rows, peer), default=None) for peer in peers}
+        if compiled := [ratio for row in rows if (ratio := _compiled_ratio(row)) is not None]:
+            means[COMPILED], least[COMPILED] = geometric_mean(compiled), min(compiled)
+        for name, values in (("geometric mean", means), ("least", least)):
+            lines.append([name, *[""] * (len(labels) - 1), *(_ratio(values.get(name)) for name in columns)])
     return table([*labels, *columns], lines, words=len(labels))
 
 

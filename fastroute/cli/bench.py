@@ -22,9 +22,13 @@ def bench(
         typer.Option("-k", "--only", help="Only the cases that match a shell pattern; repeatable."),
     ] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="All cases, which take hours. (default: a selection, under 5 minutes)")
+        bool, typer.Option("--full", help="All cases, which take hours. (default: a selection, which takes minutes)")
     ] = False,
     stated: Annotated[bool, typer.Option("--stated", help="The cases of the documentation's table of speed.")] = False,
+    steps: Annotated[
+        bool,
+        typer.Option("--steps", help="Whole steps of networks beside plain PyTorch's, both also compiled, for hours."),
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. (default: cuda if there is a GPU)")] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, max=10**6, help="Timed rounds of each case. (default: by suite)")
@@ -38,8 +42,8 @@ def bench(
 ) -> None:
     """Measure the operators and networks on this machine, against plain PyTorch, torch.compile and a copy.
 
-    Write NAME.json and figures. `--full`, `--stated` and `-k` choose among the cases. The exit status is 1 if a result
-    was wrong.
+    Write NAME.json and figures. `--full`, `--stated`, `--steps` and `-k` choose among the cases. The exit status is 1
+    if a result was wrong.
     """
     if context.invoked_subcommand is not None:
         return
@@ -48,7 +52,7 @@ def bench(
 
     with plain_errors(RuntimeError):
         device = resolve_device(device)
-        cases = select(bench.all_cases(device), only, full, stated)
+        cases = select(bench.all_cases(device), only, full, stated, steps)
     if list_cases:
         typer.echo("\n".join(case.id for case in cases))
         return
@@ -83,7 +87,7 @@ def show(result: ResultFile) -> None:
             typer.echo(f"wrote {path}")
 
 
-def select(cases: list, only: list[str] | None, full: bool, stated: bool) -> list:
+def select(cases: list, only: list[str] | None, full: bool, stated: bool, steps: bool = False) -> list:
     """Select the cases to measure.
 
     Args:
@@ -91,6 +95,7 @@ def select(cases: list, only: list[str] | None, full: bool, stated: bool) -> lis
         only: shell patterns of ids; None selects by the other options alone.
         full: whether to select all instead of the quick ones.
         stated: whether to select those of the documentation's table.
+        steps: whether to select those of whole networks' steps.
 
     Returns:
         the selected cases, in order.
@@ -100,8 +105,8 @@ def select(cases: list, only: list[str] | None, full: bool, stated: bool) -> lis
     """
     if only:
         cases = [case for case in cases if any(fnmatchcase(case.id, pattern) for pattern in only)]
-    if stated:
-        cases = [case for case in cases if case.stated]
+    if stated or steps:
+        cases = [case for case in cases if (stated and case.stated) or (steps and case.step)]
     elif not full and not only:
         cases = [case for case in cases if case.quick]
     if not cases:

@@ -72,7 +72,9 @@ def test_wrong_arguments_end_in_a_sentence(arguments, message):
 
 def test_selections_are_listed():
     quick, stated = (run("--list", "--device", "cpu", *more).output.split() for more in ((), ("--stated",)))
-    assert 4 < len(quick) <= 27 and len(stated) == 48
+    assert 4 < len(quick) <= 28 and len(stated) == 48
+    steps = run("--list", "--device", "cpu", "--steps").output.split()
+    assert len(steps) == 48 and all("resnet" in case or "base_cnn" in case for case in steps)
     assert set(stated) < set(run("--list", "--device", "cpu", "--full").output.split())
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -34,13 +35,24 @@ def test_tables_have_ratios_bandwidth_memory_and_means(make_result):
     rows = make_result().rows
     rows[1].ms["fastroute"] = 4.0
     text = report.tables(rows)
-    header, first, means = (cells(text, start) for start in ("operator", "cross_connect", "geometric mean"))
+    starts = ("operator", "cross_connect", "geometric mean", "least")
+    header, first, means, least = (cells(text, start) for start in starts)
     row = dict(zip(header, first, strict=True))
     assert row["ms"] == "1.000" and row["GB/s"] == "8.0" and row["share of copy"] == "0.50"
     assert row["× eager"] == "6.00" and row["× compile"] == "2.00" and row["saved MiB"] == "1.0"
     assert row["eager's saved MiB"] == "2.0" and row["shape"] == "2x4x8x8"
     assert dict(zip(header, means, strict=True))["× eager"] == "3.00"  # of 6 and 1.5
+    assert dict(zip(header, least, strict=True))["× eager"] == "1.50"
     assert cells(text, "resnet20_cc2")[-3:] == ["30.000", "1.50", "0.2500"]
+
+
+def test_steps_are_compared_compiled_with_compiled(make_result):
+    row = make_result().rows[0]
+    rows = [dataclasses.replace(row, ms=row.ms | {"compile": 3.0, "fastroute compiled": ms}) for ms in (1.5, 6.0)]
+    header, means, least = (cells(report.tables(rows), start) for start in ("operator", "geometric mean", "least"))
+    assert dict(zip(header, means, strict=True))["compiled × compile"] == "1.00"
+    assert dict(zip(header, least, strict=True))["compiled × compile"] == "0.50"
+    assert "compiled × compile" not in report.tables([row])
 
 
 def test_comparison_takes_the_machines_drift_out(make_result):

@@ -82,6 +82,19 @@ def test_networks_are_checked_and_timed(uncompiled):
     assert measured(alone).ms.keys() == {"fastroute"}
 
 
+def test_networks_with_dense_routers_and_cross_predictions_have_plain_peers():
+    """Building a contest is not enough: the first round holds logits and gradients to the plain network's."""
+    for network, size, others in (("base_cnn_cc2", 32, {"no routing"}), ("resnet20_cp2", 8, set())):
+        contest = networks.contest({**LABELS, "network": network, "direction": networks.STEP}, 10, size, False, CPU)
+        assert measured(contest).ms.keys() == {"fastroute", "eager"} | others, network
+
+
+def test_steps_have_every_dtype_and_layout():
+    steps = [case for case in networks.cases(CPU) if case.step]
+    assert {case.labels["network"] for case in steps} == set(networks.STEPS) and len(steps) == 8 * len(networks.STEPS)
+    assert len({(case.labels["dtype"], case.labels["layout"]) for case in steps}) == 4
+
+
 def _other_logits(network):
     with torch.no_grad():
         network.stack1_router.b2[0, 0] += 1
@@ -144,7 +157,7 @@ def test_cases_have_ids_of_their_own_and_a_short_selection():
     cases = all_cases(CPU)
     assert len({case.id for case in cases}) == len(cases)
     quick = [case for case in cases if case.quick]
-    assert {case.suite for case in quick} == set(SUITES) and len(quick) <= 27
+    assert {case.suite for case in quick} == set(SUITES) and len(quick) <= 28
     assert {case.labels["operator"] for case in quick if case.suite == "operators"} == set(OPERATORS)
     assert sum(case.stated for case in cases) == 48
 
