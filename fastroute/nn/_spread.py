@@ -55,9 +55,7 @@ class SpreadPaths:
         for k, path in enumerate(paths):
             if any(row[k] for row in mine):
                 outputs[k] = self._run(path, torch.cat(pieces[k::each]))
-        if (
-            not outputs
-        ):  # for the shape, and since the others' exchanges wait for this process, in the backward pass too
+        if not outputs:  # for the shape; and the other processes' exchanges wait for this one, backward too
             outputs[0] = self._run(paths[0], pieces[0])
         back = {k: y.split([row[k] for row in mine]) for k, y in outputs.items()}
         y = torch.cat([back[k][r] for r in range(self.size) for k in back])
