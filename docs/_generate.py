@@ -141,4 +141,16 @@ def recipes() -> str:
     return "\n".join(lines)
 
 
-PARTS = {part.__name__: part for part in (commands, networks, recipes)}
+def methods() -> str:
+    """Every method of `fastroute cluster`, with its limits."""
+    from fastroute._methods import METHODS
+
+    lines = ["| `--method` | | `--heads`, `--n-init` | `--self-label` |", "|---|---|---|---|"]
+    for name, method in METHODS.items():
+        limit = "" if method.most is None else f"; at most {method.most:,} images"
+        marks = ("yes" if able else "" for able in (method.starts, method.scores))
+        lines.append(f"| `{name}` | {method.about}{limit} | {' | '.join(marks)} |")
+    return "\n".join(lines)
+
+
+PARTS = {part.__name__: part for part in (commands, networks, recipes, methods)}

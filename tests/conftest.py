@@ -35,6 +35,7 @@ LONG = tuple(
         "cli/test_cli.py::test_trains",
         "cli/test_cli.py::test_validates",
         "clustering/test_command.py::test_dec_trains",
+        "clustering/test_command.py::test_every_method",
         "clustering/test_neural_mixture.py::test_reads_a_file_by_the_batch",
         "clustering/test_neural_mixture.py::test_the_number_of_clusters",
         "clustering/test_neural_mixture.py::test_uneven_groups",

@@ -150,6 +150,7 @@ CLUSTER = {
     "batch_norm": FLAG,
     "lr_em": NUMBER,
     "lr_consistency": NUMBER,
+    "self_label": NATURAL,
 }
 REQUIRED = {
     "model": ("num_classes", "in_chans", "img_size"),
