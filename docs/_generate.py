@@ -142,14 +142,13 @@ def recipes() -> str:
 
 
 def methods() -> str:
-    """Every method of `fastroute cluster`, with its limits."""
+    """Every method of `fastroute cluster`, and which options it takes."""
     from fastroute._methods import METHODS
 
     lines = ["| `--method` | | `--heads`, `--n-init` | `--self-label` |", "|---|---|---|---|"]
     for name, method in METHODS.items():
-        limit = "" if method.most is None else f"; at most {method.most:,} images"
         marks = ("yes" if able else "" for able in (method.starts, method.scores))
-        lines.append(f"| `{name}` | {method.about}{limit} | {' | '.join(marks)} |")
+        lines.append(f"| `{name}` | {method.about} | {' | '.join(marks)} |")
     return "\n".join(lines)
 
 

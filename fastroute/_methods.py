@@ -12,14 +12,12 @@ class Method(NamedTuple):
         about: one line for the documentation.
         builder: "module:function" in `fastroute.clustering`, from a `Setting` to a `ClusteringModule`; None for a
             method of scikit-learn, which `fastroute.clustering.run` has.
-        most: the greatest number of images; None is any.
         starts: whether it takes several heads, or several networks at once.
         scores: whether a network gives the clusters' scores, so that they can label the images for a last step.
     """
 
     about: str
     builder: str | None = None
-    most: int | None = None
     starts: bool = False
     scores: bool = False
 
@@ -62,11 +60,6 @@ METHODS = {
     "sparse-ae": Method("the same with a sparse code (Ng 2011)", "autoencoder:build"),
     "denoising-ae": Method("the same from images with black pixels (Vincent et al. 2010)", "autoencoder:build"),
     "vae": Method("the same of a variational autoencoder (Kingma & Welling 2014)", "autoencoder:build"),
-    "jule": Method(
-        "joint unsupervised learning (Yang et al. 2016): clusters of features are merged, and teach the features",
-        "jule:build",
-        most=20_000,
-    ),
     "adc": Method(
         "associative deep clustering (Haeusser et al. 2018): walks from centroids to images and back",
         "adc:build",

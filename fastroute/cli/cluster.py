@@ -160,11 +160,6 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
             check_by_cluster(options.by_cluster, options.data_dir, loaded)
         if (labels < 0).any() and in_plane:
             raise ValueError("two_dimensional is True; it needs images with classes")
-        if known.most is not None and len(images) > known.most:
-            raise ValueError(
-                f"method is {method!r}; it takes at most {known.most:,} images, but there are {len(images):,}: "
-                f"set limit, or choose another method"
-            )
         if len(images) < clusters:
             raise ValueError(f"clusters is {clusters}; it must be at most the number of images, {len(images)}")
         if options.experiment is None and resume is None:

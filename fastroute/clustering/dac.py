@@ -38,12 +38,13 @@ def pair_loss(similar: Tensor, augmented: Tensor, upper: float, lower: float) ->
 class DAC(ClusteringModule):
     """Cluster images by deciding, ever less strictly, which pairs of a batch are of one cluster.
 
-    The label features l are non-negative and of length 1, by exp(a) / ‖exp(a)‖ of the scores a. Their dot products
-    decide the pairs, and those of the augmented images learn them. λ grows in equal steps from 0, at which few pairs
-    count, to the value at which all do, in the last epoch.
+    The label features l are non-negative and of length 1: exp(a) / ‖exp(a)‖ of the scores a. Batch norm and a ReLU
+    spread the scores over a batch, as in the authors' program; without that all pairs are similar at first, and one
+    cluster takes all images. The dot products of l decide the pairs, and those of the augmented images learn them. λ
+    grows in equal steps from 0, at which few pairs count, to the value at which all do, in the last epoch.
 
     Args:
-        network: from images to scores (N, K); their softmax are the posteriors.
+        network: from images to (N, K).
         num_clusters: K.
         epochs: of the whole run.
         augmentation: the transform.
@@ -66,11 +67,12 @@ class DAC(ClusteringModule):
         for name, value in (("epochs", epochs), ("lr", lr)):
             if not value > 0:
                 raise ValueError(f"{name} is {value}; it must be greater than 0")
-        self.network, self.epochs, self.lr = network, epochs, lr
+        self.network, self.norm = network, nn.Sequential(nn.BatchNorm1d(num_clusters), nn.ReLU())
+        self.epochs, self.lr = epochs, lr
         self.augment = augmentation or Augmentation()
 
     def configure_optimizers(self):
-        return torch.optim.RMSprop(self.network.parameters(), lr=self.lr)
+        return torch.optim.RMSprop(self.parameters(), lr=self.lr)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -93,11 +95,11 @@ class DAC(ClusteringModule):
 
     def label_features(self, images: Tensor) -> Tensor:
         """Return label features (N, K), non-negative and of length 1, of images (N, C, H, W)."""
-        return F.normalize(self(images).float())
+        return F.normalize(self(images))
 
     def responses(self, images: Tensor) -> Tensor:
         """Return scores (N, K) of images (N, C, H, W)."""
-        return self.network(images)
+        return self.norm(self.network(images).float())
 
 
 def build(setting: "Setting") -> DAC:

@@ -20,14 +20,14 @@ def self_label_loss(responses: Tensor, augmented: Tensor, threshold: float = THR
     number of confident images in its cluster.
 
     Args:
-        responses: (N, K), before the softmax, of the images; they are held constant.
+        responses: (N, K), before the softmax, of the images; no gradient flows to them.
         augmented: (N, K), of the augmented images.
         threshold: the posterior.
 
     Returns:
         ().
     """
-    certainty, labels = torch.softmax(responses.detach().float(), 1).max(1)
+    certainty, labels = torch.softmax(responses.float(), 1).max(1)
     confident = certainty >= certainty.median().clamp(max=threshold)
     sizes = torch.zeros(responses.shape[1], device=labels.device).index_add_(0, labels, confident.float())
     weights = confident / sizes[labels].clamp(min=1)

@@ -203,7 +203,6 @@ def test_dec_trains_its_autoencoder_first_and_resumes(tmp_path):
         "adc",
         "triplet",
         "gan",
-        "jule",
     ],
 )
 def test_every_method_resumes_and_opens_in_a_report(tmp_path, method, monkeypatch):
