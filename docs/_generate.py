@@ -141,4 +141,15 @@ def recipes() -> str:
     return "\n".join(lines)
 
 
-PARTS = {part.__name__: part for part in (commands, networks, recipes)}
+def methods() -> str:
+    """Every method of `fastroute cluster`, and which options it takes."""
+    from fastroute._methods import METHODS
+
+    lines = ["| `--method` | | `--heads`, `--n-init` | `--self-label` |", "|---|---|---|---|"]
+    for name, method in METHODS.items():
+        marks = ("yes" if able else "" for able in (method.starts, method.scores))
+        lines.append(f"| `{name}` | {method.about} | {' | '.join(marks)} |")
+    return "\n".join(lines)
+
+
+PARTS = {part.__name__: part for part in (commands, networks, recipes, methods)}

@@ -38,6 +38,7 @@ LONG = tuple(
         "cli/test_validate.py::test_validates",
         "clustering/test_command.py::test_dec_trains",
         "clustering/test_emerging.py::test_clusters_come",
+        "clustering/test_command.py::test_every_method",
         "clustering/test_neural_mixture.py::test_reads_a_file_by_the_batch",
         "clustering/test_neural_mixture.py::test_scikit_learns_own_checks",
         "clustering/test_neural_mixture.py::test_the_number_of_clusters",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from fastroute._defaults import GAMMA, LR_CONSISTENCY, LR_EM
+from fastroute._methods import METHODS
 from fastroute.cli.common import (
     COUNT,
     PIXELS,
@@ -52,9 +53,15 @@ class ClusterOptions:
         int | None, typer.Option(max=COUNT, help="Number of images to use, from the first. (default: all)")
     ] = None
     method: Annotated[
-        Literal["two-fold", "em", "consistency", "iic", "dec", "kmeans", "gmm", "spectral"],
-        typer.Option(help="Method of clustering; dec trains its autoencoder in the first half of the epochs."),
+        Literal[tuple(METHODS)],
+        typer.Option(help="Method of clustering; dec, idec and dcn train their autoencoder in half of the epochs."),
     ] = "two-fold"
+    self_label: Annotated[
+        int,
+        typer.Option(
+            min=0, max=COUNT, help="The last of the epochs, in which confident images teach their augmented copies."
+        ),
+    ] = 0
     two_dimensional: Annotated[
         bool,
         typer.Option(
@@ -125,9 +132,20 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
         from fastroute.training.run_folder import new_folder, run_folder
 
         clusters, epochs, method, seed = options.clusters, options.epochs, options.method, options.seed
+        known = METHODS[method]
         for name in ("heads", "n_init"):
-            if getattr(options, name) > 1 and method not in ("two-fold", "em", "consistency"):
+            if getattr(options, name) > 1 and not known.starts:
                 raise ValueError(f"{name} is {getattr(options, name)}; the method {method!r} has only one")
+        if options.self_label and not known.scores:
+            able = ", ".join(name for name, other in METHODS.items() if other.scores)
+            raise ValueError(
+                f"self_label is {options.self_label}; the method {method!r} has no scores to label by: choose one of "
+                f"{able}"
+            )
+        if options.self_label >= epochs:
+            raise ValueError(
+                f"self_label is {options.self_label}; it must be less than epochs, {epochs}, whose last it is"
+            )
         dataset = options.dataset = _dataset(options.dataset, options.data_dir)  # as args.yaml keeps it
         in_plane = options.two_dimensional or options.experiment == "two-dimensional"
         folder, resume = run_location(options, f"{method}-{dataset}", console)
@@ -155,7 +173,7 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
             plane.run(images, labels, clusters, seed, folder, console)
             return
         finished = False  # if True, only assignments.csv may be missing
-        if method in run.CLASSICAL:
+        if known.builder is None:
             posterior = run.fit_classical(method, images, labels, clusters, seed, folder, console)
             module = None
         else:

@@ -215,10 +215,6 @@ def _clustering(
     from fastroute.visualize import Images, Report, clustering_report
 
     run = ClusteringRun.of(saved["hyper_parameters"])
-    if run.method == "dec":
-        raise ValueError(
-            f"checkpoint is {checkpoint}; a report shows networks of Table 4.2, not the autoencoder of dec"
-        )
     summaries = _summaries(checkpoint)
     if runs is not None:
         summaries = {path.parent.name: path for path in sorted(runs.glob("*/summary.csv"))}
@@ -243,13 +239,14 @@ def _clustering(
         torch.ones(1),
     )
     facts = {
-        "network": run.architecture,
+        "network": trained.NETWORK or run.architecture,
         "checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}",
         "images": f"{len(labels):,} of {data_dir.name if data_dir else run.dataset}",
         "clusters": f"{run.clusters}, by {run.method}",
     }
     page = Report(folder, f"Clusters of {run.dataset}", facts, progress)
-    return clustering_report(page, _responses(trained), images, untrained=_responses(untrained), summaries=summaries)
+    earlier = None if hasattr(trained, "centers") else _responses(untrained)  # whose centres are not clusters
+    return clustering_report(page, _responses(trained), images, untrained=earlier, summaries=summaries)
 
 
 def _run_images(checkpoint: Path) -> dict:

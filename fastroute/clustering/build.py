@@ -1,18 +1,19 @@
 """The network of a clustering run, built from what a checkpoint keeps of it."""
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastroute._defaults import GAMMA, LR_CONSISTENCY, LR_EM
+from fastroute._methods import METHODS
 from fastroute.clustering.augment import Augmentation
-from fastroute.clustering.dec import DEC
-from fastroute.clustering.iic import IIC
 from fastroute.clustering.module import ClusteringModule
 from fastroute.clustering.networks import clustering_network
-from fastroute.clustering.two_fold import TwoFoldClustering
+from fastroute.clustering.self_label import SelfLabelling
 
 ARCHITECTURE_OF = {"digits": "mnist", "mnist": "mnist", "stl10": "stl10"}
 """The architecture of Table 4.2 for each dataset; "cifar" for all others."""
@@ -26,7 +27,7 @@ class ClusteringRun:
 
     Attributes:
         dataset: the images, such as "digits".
-        method: "two-fold", "em", "consistency", "iic" or "dec".
+        method: a key of `METHODS`.
         clusters: K.
         heads: clusterings at once, by one network.
         batch_norm: whether batch norm follows each convolution.
@@ -34,7 +35,8 @@ class ClusteringRun:
         n_init: networks at once, each from its own weights.
         img_size: height and width to which images are scaled; None leaves them.
         limit: the number of images; None is all.
-        lr_em, lr_consistency: learning rates of the two losses; IIC takes the second.
+        lr_em, lr_consistency: learning rates of the two losses; IIC takes the second, and other methods their papers'.
+        self_label: the last epochs, which self-label; see `SelfLabelling`.
     """
 
     dataset: str
@@ -48,6 +50,7 @@ class ClusteringRun:
     limit: int | None = None
     lr_em: float = LR_EM
     lr_consistency: float = LR_CONSISTENCY
+    self_label: int = 0
 
     def __post_init__(self):
         if self.architecture is None:
@@ -61,6 +64,44 @@ class ClusteringRun:
             values: the fields by their names; others are ignored.
         """
         return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a method's builder makes its module of; all but the run and the shape count in training alone.
+
+    Attributes:
+        run: network, method and learning rates.
+        shape: (C, H, W) of an image.
+        epochs: of the whole run.
+        gamma: γ of the mixture-EM loss.
+        statistics: of `RelevanceNorm` in training.
+        channels_last: whether the network computes in channels_last.
+        seed: of k-means, and of draws between epochs.
+    """
+
+    run: ClusteringRun
+    shape: torch.Size
+    epochs: int = 1
+    gamma: float = GAMMA
+    statistics: str = "running"
+    channels_last: bool = False
+    seed: int = 0
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """The transform T for the images of the run."""
+        return Augmentation(flip=self.run.dataset not in DIGITS)
+
+    def network(self, outputs: int) -> nn.Module:
+        """Build the run's network of Table 4.2 with a last layer of `outputs` nodes."""
+        run = self.run
+        network = clustering_network(run.architecture, outputs, self.shape[-1], run.batch_norm, run.n_init)
+        return self.laid_out(network)
+
+    def laid_out(self, network: nn.Module) -> nn.Module:
+        """Return a network in the memory format of the run."""
+        return network.to(memory_format=torch.channels_last) if self.channels_last else network
 
 
 def build(
@@ -80,11 +121,11 @@ def build(
     Args:
         run: its network, method and learning rates.
         shape: (C, H, W) of an image.
-        epochs: of the whole run; DEC trains its autoencoder in the first half of them.
+        epochs: of the whole run; autoencoders that are followed by a second part train in the first half of them.
         gamma: γ of the mixture-EM loss.
         statistics: of `RelevanceNorm` in training, "running" or "batch".
         channels_last: whether the network computes in channels_last.
-        seed: of DEC's k-means.
+        seed: of k-means, and of draws between epochs.
 
     Returns:
         the module; its hyperparameters are the fields of `run`.
@@ -92,28 +133,23 @@ def build(
     Raises:
         ValueError: a field is out of range or unknown, or the images are too small for the architecture.
     """
-    if run.method == "dec":
-        features = torch.Size(shape).numel()
-        module = DEC(features, run.clusters, pretrain_epochs=(epochs + 1) // 2, seed=seed)
-    else:
-        outputs, size = run.heads * run.clusters, shape[-1]
-        network = clustering_network(run.architecture, outputs, size, run.batch_norm, run.n_init)
-        if channels_last:
-            network = network.to(memory_format=torch.channels_last)
-        augmentation = Augmentation(flip=run.dataset not in DIGITS)
-        if run.method == "iic":
-            module = IIC(network, run.clusters, augmentation=augmentation, lr=run.lr_consistency)
-        else:
-            module = TwoFoldClustering(
-                network,
-                run.clusters,
-                heads=run.heads * run.n_init,
-                method=run.method,
-                augmentation=augmentation,
-                lr_em=run.lr_em,
-                lr_consistency=run.lr_consistency,
-                gamma=gamma,
-                training_statistics=statistics,
-            )
-    module.save_hyperparameters(asdict(run), logger=False)
-    return module
+    method = METHODS.get(run.method)
+    if method is None or method.builder is None:
+        names = ", ".join(name for name, known in METHODS.items() if known.builder is not None)
+        raise ValueError(f"method is {run.method!r}; it must be one of {names}")
+    module, _, function = method.builder.partition(":")
+    builder = getattr(importlib.import_module(f"fastroute.clustering.{module}"), function)
+    setting = Setting(
+        run=run,
+        shape=torch.Size(shape),
+        epochs=epochs,
+        gamma=gamma,
+        statistics=statistics,
+        channels_last=channels_last,
+        seed=seed,
+    )
+    built = builder(setting)
+    if run.self_label:
+        built.self_labelling = SelfLabelling.after(max(0, epochs - run.self_label), setting.augmentation)
+    built.save_hyperparameters(asdict(run), logger=False)
+    return built

@@ -1,7 +1,8 @@
-"""Deep embedded clustering (DEC; Xie et al. 2016), as a Lightning module."""
+"""Clustering by the code of an autoencoder that clusters reshape: DEC, IDEC and DCN, as Lightning modules."""
 
 import itertools
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from sklearn.cluster import KMeans
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastroute.clustering.module import ClusteringModule
+
+if TYPE_CHECKING:
+    from fastroute.clustering.build import Setting
 
 
 def student_t(z: Tensor, centers: Tensor) -> Tensor:
@@ -49,7 +53,7 @@ def _perceptron(widths: list[int]) -> nn.Sequential:
 
 
 class DEC(ClusteringModule):
-    """Cluster images by the code of an autoencoder, which is pulled to the centres near it.
+    """Deep embedded clustering (Xie et al. 2016): the code of an autoencoder is pulled to the centres near it.
 
     For `pretrain_epochs`, the autoencoder learns to reproduce the pixels, and k-means of the codes at each validation
     gives the clusters. From the last centres, the second part minimises KL(p ‖ q). The target p takes the cluster sizes
@@ -61,7 +65,7 @@ class DEC(ClusteringModule):
         num_clusters: K.
         pretrain_epochs: epochs of the autoencoder alone, at least 1.
         widths: of the encoder's layers, the last being the code's; the decoder has them in reverse.
-        lr: the learning rate of Adam for the autoencoder; the second part has a tenth of it.
+        lr: the learning rate of Adam for the autoencoder; the second part has `SECOND` times it.
         seed: of k-means.
 
     Raises:
@@ -69,6 +73,9 @@ class DEC(ClusteringModule):
     """
 
     EVEN = math.inf  # the kernel has long tails: well-separated clusters have a high entropy too
+    NETWORK = "dense autoencoder"
+    SECOND = 0.1
+    """The learning rate of the second part, as a share of the autoencoder's."""
 
     def __init__(
         self,
@@ -91,7 +98,7 @@ class DEC(ClusteringModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
-        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [self.pretrain_epochs])
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [self.pretrain_epochs], self.SECOND)
         return [optimizer], [schedule]
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
@@ -99,29 +106,108 @@ class DEC(ClusteringModule):
         checkpoint["pretrain_epochs"] = self.pretrain_epochs
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.pretrain_epochs = checkpoint["pretrain_epochs"]  # a longer run only lengthens the second part
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        x = _vectors(batch[0])
+    def step(self, images: Tensor, index: Tensor | None) -> Tensor:
+        x = _vectors(images)
         z = self.encoder(x)
-        if self.current_epoch < self.pretrain_epochs:
-            loss = F.mse_loss(self.decoder(z), x)
-        else:
-            q = student_t(z, self.centers)
-            p = target_distribution(q.detach())
-            loss = F.kl_div(q.log(), p, reduction="batchmean")
-        self.log("loss", loss, on_step=False, on_epoch=True, batch_size=len(x))
-        return loss
+        return F.mse_loss(self.decoder(z), x) if self.pretraining else self.cluster_loss(x, z, index)
+
+    @property
+    def pretraining(self) -> bool:
+        """Whether the epoch is of the first part."""
+        return self.current_epoch < self.pretrain_epochs
+
+    def cluster_loss(self, x: Tensor, z: Tensor, index: Tensor | None) -> Tensor:
+        """Return the loss of the second part.
+
+        Args:
+            x: vectors (N, D).
+            z: their codes.
+            index: (N,), their places among all images.
+        """
+        q = student_t(z, self.centers)
+        return F.kl_div(q.log(), target_distribution(q.detach()), reduction="batchmean")
 
     def on_validation_epoch_start(self) -> None:
-        if self.current_epoch < self.pretrain_epochs:
+        if self.pretraining:
             kmeans = KMeans(self.num_clusters, n_init=5, random_state=self.seed).fit(self._codes().cpu().numpy())
             self.centers.data.copy_(torch.from_numpy(kmeans.cluster_centers_))
 
-    @torch.no_grad()
     def _codes(self) -> Tensor:
-        return torch.cat([self.encoder(_vectors(images)).float() for images, _ in self.trainer.val_dataloaders])
+        return self.over_images(lambda images: self.encoder(_vectors(images)))
+
+    def responses(self, images: Tensor) -> Tensor:
+        """Return −log(1 + ‖z − μ‖²) (N, K) of images (N, C, H, W); its softmax is q."""
+        return -torch.cdist(self.encoder(_vectors(images)), self.centers).square().log1p()
 
     def forward(self, images: Tensor) -> Tensor:
         """Return soft assignments q (N, K) of images (N, C, H, W)."""
         return student_t(self.encoder(_vectors(images)), self.centers)
+
+
+class IDEC(DEC):
+    """Improved DEC (Guo et al. 2017): the second part goes on to reproduce the pixels, beside 0.1 · KL(p ‖ q).
+
+    The targets p are of all images, and are updated at the start of each epoch. Arguments are those of `DEC`; as in the
+    paper, the learning rate stays the same.
+    """
+
+    SECOND = 1.0
+    WEIGHT = 0.1
+    """γ of the paper, the weight of the clustering loss."""
+
+    def on_train_epoch_start(self) -> None:
+        if not self.pretraining:
+            self.kept["targets"] = target_distribution(student_t(self._codes(), self.centers.detach()))
+
+    def cluster_loss(self, x: Tensor, z: Tensor, index: Tensor) -> Tensor:
+        divergence = F.kl_div(student_t(z, self.centers).log(), self.kept["targets"][index], reduction="batchmean")
+        return F.mse_loss(self.decoder(z), x) + self.WEIGHT * divergence
+
+
+class DCN(DEC):
+    """Deep clustering network (Yang et al. 2017): the autoencoder's codes are pulled to their k-means centres.
+
+    The second part minimises ‖x − x̂‖² + λ/2 ‖z − μ_k‖² with the nearest centre μ_k. Each code then moves its centre by
+    1/c_k of their difference, c_k being the number of codes that the centre has had. Arguments are those of `DEC`.
+    """
+
+    WEIGHT = 0.05
+    """λ of the paper."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.centers.requires_grad_(False)  # they move as in k-means
+        self.register_buffer("counts", torch.zeros(self.num_clusters))
+
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        if self.pretraining:
+            codes = self._codes()
+            nearest = torch.cdist(codes, self.centers).argmin(1)
+            self.counts.copy_(torch.bincount(nearest, minlength=self.num_clusters))
+
+    def cluster_loss(self, x: Tensor, z: Tensor, index: Tensor | None) -> Tensor:
+        nearest = torch.cdist(z.detach(), self.centers).argmin(1)
+        distance = (z - self.centers[nearest]).square().sum(1).mean()
+        self._move(z.detach(), nearest)
+        return (self.decoder(z) - x).square().sum(1).mean() + self.WEIGHT / 2 * distance
+
+    def _move(self, z: Tensor, nearest: Tensor) -> None:
+        """Move each centre to the mean of all codes it has had, as the paper's updates by single codes do."""
+        members = F.one_hot(nearest, self.num_clusters).to(z.dtype)
+        found = members.sum(0)
+        self.counts += found
+        self.centers.data += (members.T @ z - found[:, None] * self.centers) / self.counts.clamp(min=1)[:, None]
+
+
+KINDS = {"dec": DEC, "idec": IDEC, "dcn": DCN}
+
+
+def build(setting: "Setting") -> DEC:
+    """Build the module of a run of DEC, IDEC or DCN; the first half of the epochs trains the autoencoder."""
+    run = setting.run
+    pretrain_epochs = (setting.epochs + 1) // 2
+    return KINDS[run.method](setting.shape.numel(), run.clusters, pretrain_epochs=pretrain_epochs, seed=setting.seed)

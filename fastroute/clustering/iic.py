@@ -1,5 +1,7 @@
 """Invariant information clustering (IIC; Ji et al. 2019) in the setting of §4.5.2, as a Lightning module."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +9,9 @@ from fastroute._defaults import LR_CONSISTENCY
 from fastroute.clustering.augment import Augmentation
 from fastroute.clustering.metrics import mutual_information
 from fastroute.clustering.module import ClusteringModule
+
+if TYPE_CHECKING:
+    from fastroute.clustering.build import Setting
 
 
 def iic_loss(p: Tensor, q: Tensor) -> Tensor:
@@ -55,12 +60,87 @@ class IIC(ClusteringModule):
     def configure_optimizers(self):
         return torch.optim.Adam(self.network.parameters(), lr=self.lr)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        x, _ = batch
-        loss = iic_loss(self(x).float(), self(self.augment(x)).float())
-        self.log("loss", loss, on_step=False, on_epoch=True, batch_size=len(x))
-        return loss
+    def step(self, images: Tensor, index: Tensor | None) -> Tensor:
+        return iic_loss(self(images).float(), self(self.augment(images)).float())
 
     def responses(self, images: Tensor) -> Tensor:
         """Return scores (N, K) of images (N, C, H, W)."""
         return self.network(images)
+
+
+class ManyHeadedIIC(ClusteringModule):
+    """IIC in its own setting: each image is augmented five times, and two sets of heads share a network.
+
+    The heads of the main set have K clusters, and those of the auxiliary set `over` times as many. Epochs train the
+    auxiliary and the main set in turn, each by the mean loss of its heads. At each validation, `head` becomes the main
+    one of the lowest loss over all images.
+
+    Args:
+        network: from images to scores (N, heads·(over + 1)·K), those of the main set first.
+        num_clusters: K.
+        heads: of either set; the paper has five.
+        over: clusters of an auxiliary head for each of a main one; the paper has five on MNIST.
+        copies: augmented copies of an image; the paper has five.
+        augmentation: the transform.
+        lr: the learning rate of Adam; the default is the paper's.
+
+    Raises:
+        ValueError: an argument is not positive.
+    """
+
+    HEADS, OVER, COPIES = 5, 5, 5
+
+    def __init__(
+        self,
+        network: nn.Module,
+        num_clusters: int,
+        *,
+        heads: int = HEADS,
+        over: int = OVER,
+        copies: int = COPIES,
+        augmentation: Augmentation | None = None,
+        lr: float = 1e-4,
+    ):
+        super().__init__(num_clusters)
+        for name, value in (("heads", heads), ("over", over), ("copies", copies), ("lr", lr)):
+            if not value > 0:
+                raise ValueError(f"{name} is {value}; it must be greater than 0")
+        self.network, self.heads, self.over, self.copies = network, heads, over, copies
+        self.augment, self.lr = augmentation or Augmentation(), lr
+        self.register_buffer("head", torch.zeros((), dtype=torch.long))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.network.parameters(), lr=self.lr)
+
+    def posteriors(self, images: Tensor, main: bool) -> Tensor:
+        """Return posteriors (N, heads, K) of the main heads, or (N, heads, over·K) of the auxiliary ones."""
+        main_scores, auxiliary = self.network(images).float().tensor_split([self.heads * self.num_clusters], 1)
+        return (main_scores if main else auxiliary).unflatten(1, (self.heads, -1)).softmax(-1)
+
+    def step(self, images: Tensor, index: Tensor | None) -> Tensor:
+        main = self.current_epoch % 2 == 1
+        p = self.posteriors(images, main).repeat(self.copies, 1, 1)
+        q = self.posteriors(torch.cat([self.augment(images) for _ in range(self.copies)]), main)
+        return torch.stack([iic_loss(p[:, head], q[:, head]) for head in range(self.heads)]).mean()
+
+    def on_validation_epoch_start(self) -> None:
+        p, q = (
+            self.over_images(lambda images, t=transform: self.posteriors(t(images), True))
+            for transform in (lambda images: images, self.augment)
+        )
+        losses = [iic_loss(p[:, head], q[:, head]) for head in range(self.heads)]
+        self.head.copy_(torch.stack(losses).argmin())
+
+    def responses(self, images: Tensor) -> Tensor:
+        """Return scores (N, K) of the chosen head."""
+        scores = self.network(images)[:, : self.heads * self.num_clusters]
+        return scores.unflatten(1, (self.heads, self.num_clusters))[:, self.head]
+
+
+def build(setting: "Setting") -> IIC | ManyHeadedIIC:
+    """Build the module of a run of IIC, in the thesis's or in its own setting."""
+    run, augmentation = setting.run, setting.augmentation
+    if run.method == "iic":
+        return IIC(setting.network(run.clusters), run.clusters, augmentation=augmentation, lr=run.lr_consistency)
+    outputs = ManyHeadedIIC.HEADS * (ManyHeadedIIC.OVER + 1) * run.clusters
+    return ManyHeadedIIC(setting.network(outputs), run.clusters, augmentation=augmentation)

@@ -2,18 +2,21 @@
 
 import math
 import warnings
+from collections.abc import Callable
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from fastroute.clustering.metrics import label_metrics
+from fastroute.clustering.self_label import SelfLabelling, self_label_loss
 
 
 class ClusteringModule(pl.LightningModule):
     """A module whose `forward` returns posteriors (N, K): the softmax of its `responses`, by default.
 
-    Batches are images (N, C, H, W), values from 0 to 1, and labels (N,), which are used for metrics alone. Each
+    A method defines `responses` and `step`, which a training step calls. Batches are images (N, C, H, W), values from 0
+    to 1, labels (N,), which are used for metrics alone, and in training the images' places (N,) among all. Each
     validation logs `entropy` (of the posteriors, as a share of log K: 1 is no clustering) and `empty` (the number of
     clusters without a sample), and unless a label is −1, `acc`, `acc_many` (many clusters to a label), `nmi` and `ari`,
     over exactly the images seen. It warns if the clustering has collapsed.
@@ -23,25 +26,75 @@ class ClusteringModule(pl.LightningModule):
 
     Attributes:
         sizes: the number of samples of each cluster at the last validation.
+        self_labelling: the last step of the run; None is none.
+        kept: tensors of a method that a checkpoint holds besides the weights, such as the labels of an epoch, by name.
     """
 
     EVEN = 0.98
     """The entropy above which posteriors count as even."""
+    NETWORK: str | None = None
+    """The network for a report, where it is not the run's architecture."""
 
     def __init__(self, num_clusters: int):
         super().__init__()
         self.num_clusters = num_clusters
         self.sizes, self._seen = [], []
+        self.self_labelling: SelfLabelling | None = None
+        self.kept: dict[str, Tensor] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         """Return posteriors (N, K) of images (N, C, H, W)."""
         return torch.softmax(self.responses(images), -1)
 
+    def step(self, images: Tensor, index: Tensor | None) -> Tensor | None:
+        """Return the loss of a batch; a method that steps its own optimisers returns None.
+
+        Args:
+            images: (N, C, H, W).
+            index: (N,), their places among all images.
+        """
+        raise NotImplementedError
+
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor | None:
+        images, _, *index = batch
+        last = self.self_labelling
+        if last is None or self.current_epoch < last.start:
+            loss = self.step(images, *(index or [None]))
+        else:
+            with torch.no_grad():
+                responses = self.responses(images)
+            loss = self_label_loss(responses, self.responses(last.strong(images)))
+            if not self.automatic_optimization:
+                optimizer = self.optimizers()[-1]
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+        if loss is not None:
+            self.log("loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
+        return loss
+
+    def over_images(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return a function's float32 values for all images in their order, in evaluation mode, without gradients."""
+        training = self.training
+        self.eval()
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            parts = [function(images.to(self.device)).float() for images, *_ in self.trainer.val_dataloaders]
+        self.train(training)
+        return torch.cat(parts)
+
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["epochs"] = self.trainer.max_epochs
+        checkpoint["kept"] = {name: value.cpu() for name, value in self.kept.items()}
+        if self.self_labelling is not None:
+            checkpoint["self_label_start"] = self.self_labelling.start
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, labels = batch
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.kept = {name: value.to(self.device) for name, value in checkpoint.get("kept", {}).items()}
+        if self.self_labelling is not None:  # a longer run only lengthens the last step
+            self.self_labelling.start = checkpoint["self_label_start"]
+
+    def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
+        images, labels, *_ = batch
         self._seen.append((self(images).float().cpu(), labels.cpu()))
 
     def on_validation_epoch_end(self) -> None:

@@ -52,6 +52,28 @@ class SideBySide(nn.Module):
         return torch.cat([network(images) for network in self.networks], 1)
 
 
+def layers_of(architecture: str) -> list[tuple[str, int]]:
+    """Return the layers of an architecture: "C", "M" or "F", and the width, which is 0 for max-pooling.
+
+    Args:
+        architecture: as `clustering_network` takes it.
+
+    Raises:
+        ValueError: it is unknown, or has a convolution or a pool after a dense layer.
+    """
+    layers, dense = [], False
+    for layer in ARCHITECTURES.get(architecture, architecture).split():
+        kind = layer[0]
+        if not re.fullmatch(r"[CF][1-9]\d*|M", layer) or (dense and kind != "F"):
+            names = ", ".join(map(repr, ARCHITECTURES))
+            raise ValueError(
+                f"architecture is {architecture!r}; it must be {names}, or layers such as 'C64 M C128 F32'"
+            )
+        dense = kind == "F"
+        layers.append((kind, int(layer[1:] or 0)))
+    return layers
+
+
 def clustering_network(
     architecture: str, num_clusters: int, img_size: int, batch_norm: bool = True, n_init: int = 1
 ) -> nn.Module:
@@ -76,13 +98,7 @@ def clustering_network(
     if n_init > 1:
         return SideBySide(clustering_network(architecture, num_clusters, img_size, batch_norm) for _ in range(n_init))
     layers, channels, size, features = [Sobel()], 2, img_size, None
-    for layer in ARCHITECTURES.get(architecture, architecture).split():
-        kind, width = layer[0], int(layer[1:] or 0) if re.fullmatch(r"[CF][1-9]\d*|M", layer) else None
-        if width is None or (kind != "F" and features is not None):
-            names = ", ".join(map(repr, ARCHITECTURES))
-            raise ValueError(
-                f"architecture is {architecture!r}; it must be {names}, or layers such as 'C64 M C128 F32'"
-            )
+    for kind, width in layers_of(architecture):
         if kind == "M":
             # Before the ReLU: the result is the same, and the ReLU has a quarter of the values.
             layers.insert(len(layers) - isinstance(layers[-1], nn.ReLU), nn.MaxPool2d(2))

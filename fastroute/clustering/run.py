@@ -39,6 +39,8 @@ CLASSICAL = {
 class Batches(EpochLoader):
     """Batches of images in the memory of the training device: in order, or shuffled, in about equal sizes.
 
+    Shuffled batches also have the images' places (N,), int64.
+
     Args:
         images: (N, C, H, W).
         labels: (N,).
@@ -61,13 +63,14 @@ class Batches(EpochLoader):
     def __len__(self) -> int:
         return super().__len__() if self.seed is None else max(1, self.count // self.batch_size)
 
-    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         order = torch.arange(self.count)
         if self.seed is not None:
             order = torch.randperm(self.count, generator=generator(self.seed, epoch))
         for index in order.tensor_split(len(self))[start:]:
             index = index.to(self.images.device)
-            yield self.images[index], self.labels[index]
+            batch = self.images[index], self.labels[index]
+            yield batch if self.seed is None else (*batch, index)
 
 
 class Table(RowTable):

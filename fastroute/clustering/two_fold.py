@@ -1,6 +1,6 @@
 """Image clustering by two-fold optimisation (Alg. 3), as a Lightning module."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from fastroute.clustering.augment import Augmentation
 from fastroute.clustering.metrics import mutual_information
 from fastroute.clustering.module import ClusteringModule
 from fastroute.nn import ConsistencyLoss, MixtureEMLoss, RelevanceNorm
+
+if TYPE_CHECKING:
+    from fastroute.clustering.build import Setting
 
 
 class TwoFoldClustering(ClusteringModule):
@@ -65,8 +68,8 @@ class TwoFoldClustering(ClusteringModule):
         adam = torch.optim.Adam
         return [adam(self.network.parameters(), lr=lr) for lr in (self.lr_em, self.lr_consistency)]
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        x, _ = batch
+    def step(self, images: Tensor, index: Tensor | None) -> None:
+        x = images
         x_tr = self.augment(x)
         em, consistency = self.optimizers()
 
@@ -107,3 +110,19 @@ class TwoFoldClustering(ClusteringModule):
             clusters, augmented = (F.one_hot(a.argmax(-1), self.num_clusters).float() for a in scores)
             counts += torch.einsum("nhi,nhj->hij", clusters, augmented)
         self.head.copy_(torch.stack([mutual_information(of_head / of_head.sum()) for of_head in counts]).argmax())
+
+
+def build(setting: "Setting") -> TwoFoldClustering:
+    """Build the module of a run of the two-fold optimisation, or of one of its steps."""
+    run = setting.run
+    return TwoFoldClustering(
+        setting.network(run.heads * run.clusters),
+        run.clusters,
+        heads=run.heads * run.n_init,
+        method=run.method,
+        augmentation=setting.augmentation,
+        lr_em=run.lr_em,
+        lr_consistency=run.lr_consistency,
+        gamma=setting.gamma,
+        training_statistics=setting.statistics,
+    )

@@ -150,6 +150,7 @@ CLUSTER = {
     "batch_norm": FLAG,
     "lr_em": NUMBER,
     "lr_consistency": NUMBER,
+    "self_label": NATURAL,
 }
 REQUIRED = {
     "model": ("num_classes", "in_chans", "img_size"),
@@ -222,10 +223,11 @@ def _check_all(checkpoint: dict) -> None:
             check_each(run, fields, "hyper_parameters")
     if run.get("specification") is not None:
         Specification.from_dict(run["specification"])
-    for name in ("state_dict", "current_model_state", "averaging_state"):
+    for name in ("state_dict", "current_model_state", "averaging_state", "kept"):
         _check_weights(checkpoint.get(name, {}), name)
     _check_means(checkpoint.get("epoch_means", []))
     counts = {"epochs": NATURAL.or_none(), "epoch": NATURAL, "global_step": NATURAL, "stopped_early": FLAG}
+    counts |= dict.fromkeys(("pretrain_epochs", "schedule_epochs", "self_label_start"), NATURAL)
     check_each(checkpoint, counts, "")
     check_images(checkpoint.get("ImageDataModule", {}))
     _check_totals(checkpoint.get("train_totals", {}))

@@ -495,14 +495,17 @@ def clustering_report(
         report.figure("confusion", clusters.confusion(labels, found, images.classes), f"Clusters by class: {mains}.")
 
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    report.section(
-        "Filters",
-        "Images made to maximise filters of the first and of the last convolution, without those that stayed flat.",
-    )
-    made = {}
-    for where, (_, layer) in {"first": layers[0], "last": layers[-1]}.items():
-        filters = torch.linspace(0, layer.out_channels - 1, min(16, layer.out_channels)).round().int().tolist()
-        made[f"{where} convolution"] = synthesize_filters(model, layer, [int(f) for f in filters], size, **options)
-    report.figure("filters", clusters.filter_images(made), "Images that maximise filters of the first and last layer.")
+    if layers:
+        report.section(
+            "Filters",
+            "Images made to maximise filters of the first and of the last convolution, without those that stayed flat.",
+        )
+        made = {}
+        for where, (_, layer) in {"first": layers[0], "last": layers[-1]}.items():
+            filters = torch.linspace(0, layer.out_channels - 1, min(16, layer.out_channels)).round().int().tolist()
+            made[f"{where} convolution"] = synthesize_filters(model, layer, [int(f) for f in filters], size, **options)
+        report.figure(
+            "filters", clusters.filter_images(made), "Images that maximise filters of the first and last layer."
+        )
     _report_runs(report, summaries, None)
     return report.write()

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from fastroute.clustering.dec import DEC, student_t, target_distribution
-from fastroute.clustering.iic import IIC, iic_loss
+from fastroute.clustering.iic import IIC, ManyHeadedIIC, iic_loss
+from fastroute.clustering.run import Batches
+from tests.clustering.test_two_fold import digits, trainer_of
 
 
 def test_mutual_information_by_hand():
@@ -23,6 +25,35 @@ def test_extremes_of_mutual_information():
     assert p.grad.isfinite().all()
 
 
+def test_heads_are_trained_in_turn_by_all_copies():
+    torch.manual_seed(0)
+    network, moved = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2 * 4 * 3)), iter((1, 2) * 4)
+    module = ManyHeadedIIC(network, 3, heads=2, over=3, copies=2, augmentation=lambda x: x.roll(next(moved), -1))
+    images, _ = digits(40)
+    p, q = network(images), [network(images.roll(by, -1)) for by in (1, 2)]
+    for epoch, (start, width) in ((0, (6, 9)), (1, (0, 3))):
+        type(module).current_epoch = epoch
+        losses = []
+        for place in (start, start + width):
+            posteriors = [scores[:, place : place + width].softmax(1) for scores in (p, *q)]
+            losses.append(iic_loss(posteriors[0].repeat(2, 1), torch.cat(posteriors[1:])))
+        torch.testing.assert_close(module.step(images, None), sum(losses) / 2)
+    del type(module).current_epoch
+
+
+def test_the_main_head_of_the_lowest_loss_is_chosen():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4 * 2 * 3))
+    module = ManyHeadedIIC(network, 3, heads=4, over=1, copies=1, augmentation=lambda x: x.roll(1, -1), lr=1e-9)
+    images, labels = digits(60)
+    trainer_of(1).fit(module, Batches(images, labels, 30, 0), Batches(images, labels, 40))
+    p, q = (network(x)[:, :12].unflatten(1, (4, 3)) for x in (images, images.roll(1, -1)))
+    losses = [iic_loss(p[:, h].softmax(1), q[:, h].softmax(1)).item() for h in range(4)]
+    best = min(range(4), key=losses.__getitem__)
+    assert module.head == best != 0
+    torch.testing.assert_close(module.responses(images), p[:, best])
+
+
 def test_assignments_and_targets_by_hand():
     q = student_t(torch.tensor([[0.0, 0.0], [3.0, 0.0]]), torch.tensor([[0.0, 1.0], [3.0, 0.0]]))
     # Kernels 1/2 and 1/10; 1/11 and 1.
@@ -37,6 +68,7 @@ def test_assignments_and_targets_by_hand():
     ("make", "message"),
     [
         (lambda: IIC(torch.nn.Linear(2, 3), 3, lr=0), "lr is 0; it must be greater than 0"),
+        (lambda: ManyHeadedIIC(torch.nn.Linear(2, 3), 3, copies=0), "copies is 0; it must be greater than 0"),
         (lambda: DEC(4, 3, pretrain_epochs=1, lr=-1), "lr is -1; it must be greater than 0"),
         (lambda: DEC(4, 3, pretrain_epochs=0), "pretrain_epochs is 0; it must be at least 1"),
     ],

@@ -2,6 +2,7 @@ from dataclasses import asdict
 
 import pytest
 
+from fastroute._methods import METHODS
 from fastroute.clustering.build import ClusteringRun, build
 
 RUN = {"dataset": "digits", "clusters": 3, "heads": 1, "batch_norm": True, "architecture": "C4 F8"}
@@ -9,7 +10,11 @@ RUN = {"dataset": "digits", "clusters": 3, "heads": 1, "batch_norm": True, "arch
 
 @pytest.mark.parametrize(
     "options",
-    [{"method": "two-fold", "heads": 2, "n_init": 2}, {"method": "em"}, {"method": "iic"}, {"method": "dec"}],
+    [
+        {"method": "two-fold", "heads": 2, "n_init": 2},
+        {"method": "iic", "self_label": 1},
+        *({"method": name} for name, method in METHODS.items() if method.builder is not None),
+    ],
     ids=lambda options: options["method"],
 )
 def test_rebuilds_the_network_of_a_checkpoint(options):
@@ -34,5 +39,5 @@ def test_ignores_other_names_and_fills_those_that_older_checkpoints_lack():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="method is 'kmeans'; it must be 'two-fold', 'em' or 'consistency'"):
+    with pytest.raises(ValueError, match="method is 'kmeans'; it must be one of two-fold, em, consistency"):
         build(ClusteringRun(**RUN | {"method": "kmeans"}), (1, 8, 8))

@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from fastroute import visualize
 from fastroute.cli import app
 from fastroute.clustering import run as clustering_run
 from fastroute.clustering.images import CIFAR100_SUPERCLASSES, load_images
 from fastroute.training import checkpoints
+from fastroute.visualize.collect import collect_responses
 
 QUICK = ["cluster", "--limit", "400", "--architecture", "C8 M F16", "--lr-em", "1e-3", "--lr-consistency", "1e-3"]
 
@@ -119,11 +121,15 @@ def test_refuses_to_resume_from_other_runs(tmp_path):
     checkpoint = tmp_path / "run" / "last.ckpt"
     (tmp_path / "junk.ckpt").write_bytes(b"junk")
     torch.save({**torch.load(checkpoint), "hyper_parameters": {"model": "resnet20"}}, tmp_path / "trained.ckpt")
+    torch.save({**torch.load(checkpoint), "kept": {"labels": 3}}, tmp_path / "kept.ckpt")
+    torch.save({**torch.load(checkpoint), "schedule_epochs": "3"}, tmp_path / "schedule.ckpt")
     for arguments, message in (
         (["--epochs", 1, "--resume", checkpoint], "it has completed 1 epoch, so epochs=1 leaves none to train"),
         (["-k", 9, "--resume", checkpoint], "it was trained with clusters=10, but this run has clusters=9"),
         (["--method", "em", "--resume", checkpoint], "it was trained with method='two-fold'"),
         (["--lr-em", 1e-4, "--resume", checkpoint], "it was trained with lr_em=0.001"),
+        (["--resume", tmp_path / "kept.ckpt"], "its kept['labels'] is 3, expected a dense tensor"),
+        (["--resume", tmp_path / "schedule.ckpt"], "its schedule_epochs is '3', expected an int of at least 0"),
         (["--resume", tmp_path / "junk.ckpt"], "it is no checkpoint of a training run"),
         (["--resume", tmp_path / "trained.ckpt"], "it is no checkpoint of `fastroute cluster`"),
     ):
@@ -186,6 +192,64 @@ def test_dec_trains_its_autoencoder_first_and_resumes(tmp_path):
     assert torch.load(tmp_path / "run" / "last.ckpt")["pretrain_epochs"] == 3
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "iic-own",
+        "idec",
+        "dcn",
+        "dac",
+        "deepcluster",
+        "ae",
+        "sparse-ae",
+        "denoising-ae",
+        "vae",
+        "adc",
+        "triplet",
+        "gan",
+    ],
+)
+def test_every_method_resumes_and_opens_in_a_report(tmp_path, method, monkeypatch):
+    """Also within an epoch of what it keeps beside its weights, such as labels."""
+
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if (trainer.current_epoch, batch_idx) == (2, 0):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    common = ["cluster", "--method", method, "--limit", 120, "-b", 40, "-k", 3, "--architecture", "C4 M F8"]
+    common += ["--epochs", 4, "--output", tmp_path]
+    assert run(*common, "--experiment", "whole").exit_code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clustering_run, "Table", type("Table", (Stop, clustering_run.Table), {}))
+        assert run(*common, "--experiment", "stopped").exit_code == 143
+    done = run(*common, "--experiment", "stopped", "--resume", "auto")
+    assert done.exit_code == 0, done.output
+    whole, resumed = (torch.load(tmp_path / name / "last.ckpt") for name in ("whole", "stopped"))
+    for name in ("state_dict", "kept"):
+        torch.testing.assert_close(resumed[name], whole[name], rtol=0, atol=0)
+    opened = {}
+    monkeypatch.setattr(
+        visualize,
+        "clustering_report",
+        lambda page, model, images, **kwargs: opened.update(model=model, images=images) or tmp_path,
+    )
+    done = run("report", tmp_path / "whole" / "last.ckpt")
+    assert done.exit_code == 0, done.output
+    found = collect_responses(opened["model"], opened["images"].batches())[0].argmax(1)
+    assert " ".join(map(str, torch.bincount(found, minlength=3).tolist())) == rows(tmp_path / "whole")[-1]["sizes"]
+
+
+def test_self_labels_in_the_last_epochs(tmp_path):
+    common = (*QUICK, "--self-label", 1, "--output", tmp_path, "--experiment", "run")
+    done = run(*common, "--epochs", 2)
+    assert done.exit_code == 0, done.output
+    assert [row["loss"] != "" for row in rows(tmp_path / "run")] == [False, True]
+    done = run(*common, "--epochs", 3, "--resume", "auto")
+    assert done.exit_code == 0, done.output  # a longer run labels in two epochs
+    assert [row["loss"] != "" for row in rows(tmp_path / "run")] == [False, True, True]
+
+
 def test_images_of_a_folder(tmp_path):
     generator = np.random.default_rng(0)
     for split in ("train", "val"):
@@ -224,6 +288,12 @@ def test_superclasses_of_cifar100():
         (["--heads", "2", "--method", "iic"], "heads is 2; the method 'iic' has only one"),
         (["--n-init", "2", "--method", "kmeans"], "n_init is 2; the method 'kmeans' has only one"),
         (["--resume", "nowhere.ckpt"], "there is no such file"),
+        (["--method", "kmean"], "'kmean' is not one of 'two-fold'"),
+        (
+            ["--method", "vae", "--self-label", "3"],
+            "the method 'vae' has no scores to label by: choose one of two-fold",
+        ),
+        (["--self-label", "3", "--epochs", "3"], "self_label is 3; it must be less than epochs, 3"),
     ],
 )
 def test_bad_input(arguments, message, tmp_path):

@@ -18,8 +18,8 @@ def digits(count=1797):
     return torch.tensor(X[:count] / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(y[:count])
 
 
-def fit(module, images, labels, epochs, **options):
-    trainer = pl.Trainer(
+def trainer_of(epochs, **options):
+    return pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
         logger=False,
@@ -29,6 +29,10 @@ def fit(module, images, labels, epochs, **options):
         num_sanity_val_steps=0,
         **options,
     )
+
+
+def fit(module, images, labels, epochs, **options):
+    trainer = trainer_of(epochs, **options)
     data = TensorDataset(images, labels)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pytorch_lightning")

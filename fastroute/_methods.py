@@ -1,0 +1,76 @@
+"""The methods of `fastroute cluster` by name, in a module that a command's `--help` can import at no cost."""
+
+from typing import NamedTuple
+
+
+class Method(NamedTuple):
+    """A method of clustering images.
+
+    To add one, write a module with a builder in `fastroute/clustering`, and its entry in `METHODS`.
+
+    Attributes:
+        about: one line for the documentation.
+        builder: "module:function" in `fastroute.clustering`, from a `Setting` to a `ClusteringModule`; None for a
+            method of scikit-learn, which `fastroute.clustering.run` has.
+        starts: whether it takes several heads, or several networks at once.
+        scores: whether a network gives the clusters' scores, so that they can label the images for a last step.
+    """
+
+    about: str
+    builder: str | None = None
+    starts: bool = False
+    scores: bool = False
+
+
+METHODS = {
+    "two-fold": Method(
+        "mixture-EM and consistency steps in turn (Algorithm 3); the default",
+        "two_fold:build",
+        starts=True,
+        scores=True,
+    ),
+    "em": Method("the mixture-EM loss alone (Eq. 4.23)", "two_fold:build", starts=True, scores=True),
+    "consistency": Method("the consistency loss alone (Eq. 4.24)", "two_fold:build", starts=True, scores=True),
+    "iic": Method(
+        "invariant information clustering (Ji et al. 2019), in the thesis's setting", "iic:build", scores=True
+    ),
+    "iic-own": Method(
+        "IIC in its own setting: five augmented copies of an image, several heads, and over-clustering ones",
+        "iic:build",
+        scores=True,
+    ),
+    "dec": Method(
+        "deep embedded clustering (Xie et al. 2016): the code of an autoencoder, pulled to the centres near it",
+        "dec:build",
+    ),
+    "idec": Method("improved DEC (Guo et al. 2017), whose autoencoder goes on to reproduce the pixels", "dec:build"),
+    "dcn": Method(
+        "deep clustering network (Yang et al. 2017): DEC's autoencoder beside k-means of its code", "dec:build"
+    ),
+    "dac": Method(
+        "deep adaptive clustering (Chang et al. 2017): ever more pairs of a batch are taken for one cluster or two",
+        "dac:build",
+        scores=True,
+    ),
+    "deepcluster": Method(
+        "DeepCluster (Caron et al. 2018): k-means of the features labels the images for the next epoch",
+        "deep_cluster:build",
+    ),
+    "ae": Method("k-means of the code of an autoencoder on the networks of Table 4.2", "autoencoder:build"),
+    "sparse-ae": Method("the same with a sparse code (Ng 2011)", "autoencoder:build"),
+    "denoising-ae": Method("the same from images with black pixels (Vincent et al. 2010)", "autoencoder:build"),
+    "vae": Method("the same of a variational autoencoder (Kingma & Welling 2014)", "autoencoder:build"),
+    "adc": Method(
+        "associative deep clustering (Haeusser et al. 2018): walks from centroids to images and back",
+        "adc:build",
+        scores=True,
+    ),
+    "triplet": Method(
+        "k-means of an embedding, in which an image is closer to its augmented copy than to another", "triplet:build"
+    ),
+    "gan": Method("k-means of the features of a DCGAN's discriminator (Radford et al. 2016)", "gan:build"),
+    "kmeans": Method("k-means of the pixels, by scikit-learn"),
+    "gmm": Method("a Gaussian mixture of the pixels, by scikit-learn"),
+    "spectral": Method("spectral clustering of the pixels, by scikit-learn"),
+}
+"""Every method by its name for `--method`."""

@@ -1,0 +1,35 @@
+import torch
+from sklearn.metrics import adjusted_rand_score
+
+from fastroute.clustering.centers import FeatureClustering
+from fastroute.clustering.run import Batches
+from tests.clustering.test_two_fold import digits, trainer_of
+
+
+class Pixels(FeatureClustering):
+    """k-means of the pixels: nothing is learnt."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=0.1)
+
+    def features(self, images):
+        return images.flatten(1)
+
+    def step(self, images, index):
+        return torch.zeros((), requires_grad=True)
+
+
+def test_the_nearest_centre_of_k_means_has_the_highest_posterior():
+    module = Pixels(4, 64)
+    images, labels = digits(200)
+    trainer_of(1).fit(module, Batches(images, labels, 100, 0), Batches(images, labels, 64))
+    x = images.flatten(1)
+    distances = (x[:, None] - module.centers).square().sum(-1)
+    nearest = distances.argmin(1)
+    posterior = module(images)
+    assert adjusted_rand_score(posterior.argmax(1), nearest) == 1 and sum(module.sizes) == 200
+    variance = distances.min(1).values.mean() / 64
+    torch.testing.assert_close(module.variance, variance, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(posterior, (-distances / (2 * variance)).softmax(1), rtol=1e-2, atol=1e-4)
+    for k in range(4):
+        torch.testing.assert_close(x[nearest == k].mean(0), module.centers[k], rtol=1e-3, atol=1e-3)

@@ -1,0 +1,53 @@
+import math
+
+import pytest
+import torch
+
+from fastroute.clustering.dac import DAC, pair_loss
+
+
+def test_clear_pairs_alone_count():
+    similar = torch.tensor([[1.0, 0.9, 0.6], [0.9, 1.0, 0.4], [0.6, 0.4, 1.0]])
+    augmented = torch.tensor([[0.8, 0.7, 0.5], [0.7, 0.8, 0.3], [0.5, 0.3, 0.8]])
+    # Above 0.85, of one cluster: the diagonal and (0, 1). At most 0.4, of two: (1, 2). (0, 2) does not count.
+    expected = -(3 * math.log(0.8) + 2 * math.log(0.7) + 2 * math.log(0.7)) / 7
+    assert pair_loss(similar, augmented, 0.85, 0.4).item() == pytest.approx(expected, rel=1e-5)
+    assert pair_loss(similar[:1, 2:], augmented[:1, 2:], 0.85, 0.4) == 0
+    certain = torch.tensor([[0.0, 1.0]], requires_grad=True)
+    pair_loss(torch.tensor([[1.0, 0.0]]), certain, 0.85, 0.4).backward()
+    assert certain.grad.isfinite().all()
+
+
+def test_thresholds_meet_in_the_last_epoch():
+    module = DAC(torch.nn.Linear(2, 3), 3, epochs=11)
+    found = []
+    for epoch in (0, 5, 10, 12):
+        type(module).current_epoch = epoch
+        found.append(module.thresholds())
+    del type(module).current_epoch
+    assert found[0] == (0.95, 0.455) and found[1] == pytest.approx((0.725, 0.4775))
+    assert found[2] == found[3] == pytest.approx((0.5, 0.5))
+
+
+def test_label_features_are_of_length_one_and_the_network_learns_from_augmented_images():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+    module = DAC(network, 3, epochs=1, augmentation=lambda x: x.flip(-1))
+    images = torch.rand(6, 1, 4, 4)
+    scores = network(images)
+    scores = ((scores - scores.mean(0)) / (scores.var(0, correction=0) + 1e-5).sqrt()).relu().exp()
+    torch.testing.assert_close(module.label_features(images), scores / scores.norm(dim=1, keepdim=True))
+    labels, learns = (module.label_features(x) for x in (images, images.flip(-1)))
+    expected = pair_loss((labels @ labels.T).detach(), learns @ learns.T, 0.95, 0.455)
+    assert expected != pair_loss((learns @ learns.T).detach(), learns @ learns.T, 0.95, 0.455)
+    loss = module.step(images, None)
+    torch.testing.assert_close(loss, expected)
+    weights = list(module.parameters())
+    gradients, wanted = (torch.autograd.grad(value, weights) for value in (loss, expected))
+    torch.testing.assert_close(gradients, wanted)
+
+
+@pytest.mark.parametrize(("options", "name"), [({"epochs": 0}, "epochs"), ({"epochs": 1, "lr": 0}, "lr")])
+def test_bad_input(options, name):
+    with pytest.raises(ValueError, match=f"{name} is 0; it must be greater than 0"):
+        DAC(torch.nn.Linear(2, 3), 3, **options)

@@ -1,0 +1,95 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastroute.clustering.dec import DCN, DEC, IDEC, student_t, target_distribution
+from fastroute.clustering.run import Batches
+from tests.clustering.test_two_fold import digits, trainer_of
+
+TINY = {"features": 64, "num_clusters": 3, "pretrain_epochs": 1, "widths": (8, 4)}
+
+
+def vectors(images):
+    x = images.flatten(1)
+    return 8 * x / x.norm(dim=1, keepdim=True)
+
+
+def second_part(kind):
+    """A module in its second part, with centres, and a batch of 32 of 64 images."""
+    torch.manual_seed(0)
+    module = kind(**TINY)
+    module.centers.data.normal_()
+    module.pretrain_epochs = 0
+    images, _ = digits(64)
+    return module, images[32:], torch.arange(32, 64)
+
+
+def test_responses_are_the_logarithms_of_assignments():
+    module, images, _ = second_part(DEC)
+    torch.testing.assert_close(module.responses(images).softmax(1), module(images))
+
+
+@pytest.mark.parametrize("kind", [DEC, IDEC, DCN])
+def test_the_first_part_reproduces_the_pixels(kind):
+    module, images, index = second_part(kind)
+    module.pretrain_epochs = 1
+    x = vectors(images)
+    torch.testing.assert_close(module.step(images, index), (module.decoder(module.encoder(x)) - x).square().mean())
+
+
+def test_idec_adds_the_pixels_to_targets_of_all_images():
+    module, images, index = second_part(IDEC)
+    targets = target_distribution(torch.rand(64, 3))
+    module.kept["targets"] = targets
+    x = vectors(images)
+    z = module.encoder(x)
+    q, p = student_t(z, module.centers), targets[32:]
+    expected = (module.decoder(z) - x).square().mean() + 0.1 * (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(module.step(images, index), expected)
+
+
+def test_idec_updates_its_targets_before_each_epoch_of_the_second_part():
+    torch.manual_seed(0)
+    module, seen = IDEC(**TINY), []
+    images, labels = digits(64)
+    real = module.on_train_epoch_start
+
+    def watch():
+        real()
+        seen.append(module.kept.get("targets"))
+        if module.current_epoch:
+            torch.testing.assert_close(seen[-1], target_distribution(module(images)))
+
+    module.on_train_epoch_start = watch
+    trainer_of(3).fit(module, Batches(images, labels, 16, 0), Batches(images, labels, 40))
+    assert seen[0] is None and not torch.equal(seen[1], seen[2])
+
+
+def test_dcn_pulls_codes_to_their_centres_which_move_to_the_mean():
+    module, images, index = second_part(DCN)
+    module.counts += 5
+    module.centers.data *= 0.1
+    centers, x = module.centers.clone(), vectors(images)
+    z = module.encoder(x)
+    nearest = (z[:, None] - centers).square().sum(-1).argmin(1)
+    expected = F.mse_loss(module.decoder(z), x) * 64 + 0.025 * (z - centers[nearest]).square().sum(1).mean()
+    torch.testing.assert_close(module.step(images, index), expected)
+    counts = torch.full((3,), 5)
+    for code, k in zip(z.detach(), nearest.tolist(), strict=True):  # one code at a time, as in the paper
+        counts[k] += 1
+        centers[k] -= (centers[k] - code) / counts[k]
+    torch.testing.assert_close(module.centers.data, centers)
+    torch.testing.assert_close(module.counts, counts.float())
+    assert len(set(nearest.tolist())) > 1
+
+
+def test_centres_are_those_of_k_means_after_the_first_part():
+    torch.manual_seed(0)
+    module = DCN(**TINY)
+    images, labels = digits(64)
+    trainer_of(1).fit(module, Batches(images, labels, 16, 0), Batches(images, labels, 40))
+    z = module.encoder(vectors(images))
+    nearest = torch.cdist(z, module.centers).argmin(1)
+    for k in range(3):
+        torch.testing.assert_close(z[nearest == k].mean(0), module.centers[k], rtol=1e-4, atol=1e-4)
+    assert module.counts.tolist() == torch.bincount(nearest, minlength=3).tolist()

@@ -1,0 +1,71 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastroute.clustering.augment import Augmentation
+from fastroute.clustering.self_label import SelfLabelling, cut_out, self_label_loss
+
+
+def test_confident_images_teach_by_the_inverse_of_their_clusters_size():
+    posterior = torch.tensor([[0.995, 0.005], [0.99, 0.01], [0.2, 0.8], [0.78, 0.22], [0.55, 0.45]])
+    augmented = torch.randn(5, 2, requires_grad=True)
+    loss = self_label_loss(posterior.log(), augmented, threshold=0.75)
+    each = F.cross_entropy(augmented, torch.tensor([0, 0, 1, 0, 0]), reduction="none")
+    torch.testing.assert_close(loss, (each[[0, 1, 3]].mean() + each[2]) / 2)
+
+
+def test_the_upper_half_is_confident_where_fewer_reach_the_threshold():
+    posterior = torch.tensor([[0.7, 0.3], [0.65, 0.35], [0.6, 0.4], [0.55, 0.45]])
+    augmented = torch.randn(4, 2)
+    each = F.cross_entropy(augmented, torch.zeros(4, dtype=torch.long), reduction="none")
+    torch.testing.assert_close(self_label_loss(posterior.log(), augmented), each[:3].mean())
+
+
+def test_no_gradient_flows_to_the_labels():
+    responses = torch.randn(6, 3, requires_grad=True)
+    loss = self_label_loss(responses, torch.randn(6, 3, requires_grad=True))
+    assert torch.autograd.grad(loss, [responses], allow_unused=True) == (None,)
+
+
+def test_a_square_is_cut_out():
+    torch.manual_seed(0)
+    cut = cut_out(torch.ones(50, 2, 20, 20), 0.3)
+    assert (cut[:, 0] == cut[:, 1]).all()
+    black = (cut[:, 0] == 0).sum((1, 2))
+    assert black.max() == 36 and black.min() >= 9 and black.unique().numel() > 1  # at a corner, a quarter of it
+    assert len({tuple(image.flatten().tolist()) for image in cut}) > 40
+
+
+def test_its_augmentation_is_stronger():
+    last = SelfLabelling.after(7, Augmentation(flip=True))
+    assert last.start == 7 and last.augmentation.flip
+    assert (last.augmentation.degrees, last.augmentation.contrast) == (30, 0.4)
+    images = torch.rand(3, 1, 8, 8)
+    assert last.strong(images).shape == images.shape and not math.isnan(last.strong(images).sum())
+
+
+@pytest.mark.parametrize("method", ["two-fold", "iic"])
+def test_only_the_last_epochs_label(method, monkeypatch):
+    from fastroute.clustering import module as base
+    from fastroute.clustering.build import ClusteringRun, build
+    from tests.clustering.test_two_fold import digits, fit
+
+    run = ClusteringRun(
+        dataset="digits", method=method, clusters=3, heads=1, batch_norm=True, architecture="F8", self_label=1
+    )
+    trained = build(run, (1, 8, 8), epochs=3)
+    calls, loss = [], base.self_label_loss
+    monkeypatch.setattr(base, "self_label_loss", lambda *args: calls.append(trained.current_epoch) or loss(*args))
+    before = {}
+    real = type(trained).on_validation_epoch_end
+
+    def after_each(self):
+        real(self)
+        before[self.current_epoch] = [p.clone() for p in self.network.parameters()]
+
+    monkeypatch.setattr(type(trained), "on_validation_epoch_end", after_each)
+    fit(trained, *digits(128), epochs=3)
+    assert calls == [2]
+    assert any((a != b).any() for a, b in zip(before[1], before[2], strict=True))  # the last step trains
