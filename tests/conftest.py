@@ -117,6 +117,7 @@ THOROUGH = tuple(
         "models/test_networks.py::test_export_keeps",
         "models/test_networks.py::test_onnx",
         "models/test_networks.py::test_trains_compiled",
+        "models/test_sparse_resnet.py::test_compiles",
         "nn/test_gate_norm.py::test_processes_share_statistics",
         "nn/test_mixture_em.py::test_constant_statistics",
         "nn/test_mixture_em.py::test_running_statistics_are_those_of_all_processes",
