@@ -42,6 +42,11 @@ class ClusteringModule(pl.LightningModule):
         self.self_labelling: SelfLabelling | None = None
         self.kept: dict[str, Tensor] = {}
 
+    def _apply(self, fn, *args, **options):
+        # A resumed run loads the checkpoint before it moves the module to the device.
+        self.kept = {name: fn(value) for name, value in self.kept.items()}
+        return super()._apply(fn, *args, **options)
+
     def forward(self, images: Tensor) -> Tensor:
         """Return posteriors (N, K) of images (N, C, H, W)."""
         return torch.softmax(self.responses(images), -1)
