@@ -9,6 +9,7 @@ from fastroute._defaults import LR_CONSISTENCY
 from fastroute.clustering.augment import Augmentation
 from fastroute.clustering.metrics import mutual_information
 from fastroute.clustering.module import ClusteringModule
+from fastroute.ops._library import without_autocast
 
 if TYPE_CHECKING:
     from fastroute.clustering.build import Setting
@@ -25,7 +26,8 @@ def iic_loss(p: Tensor, q: Tensor) -> Tensor:
     Returns:
         (), in nats, from −log K, if both agree on certain clusters of equal size, to 0.
     """
-    joint = p.T @ q / len(p)
+    with without_autocast(p.device.type):  # which would leave the joint distribution with 8 bits
+        joint = p.T @ q / len(p)
     return -mutual_information((joint + joint.T) / 2)
 
 
