@@ -60,15 +60,19 @@ class ClusteringModule(pl.LightningModule):
         """
         raise NotImplementedError
 
+    @property
+    def labels_itself(self) -> bool:
+        """Whether the epoch is of the last step."""
+        return self.self_labelling is not None and self.current_epoch >= self.self_labelling.start
+
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor | None:
         images, _, *index = batch
-        last = self.self_labelling
-        if last is None or self.current_epoch < last.start:
+        if not self.labels_itself:
             loss = self.step(images, *(index or [None]))
         else:
             with torch.no_grad():
                 responses = self.responses(images)
-            loss = self_label_loss(responses, self.responses(last.strong(images)))
+            loss = self_label_loss(responses, self.responses(self.self_labelling.strong(images)))
             if not self.automatic_optimization:
                 optimizer = self.optimizers()[-1]
                 optimizer.zero_grad()
