@@ -135,7 +135,7 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
         known = METHODS[method]
         for name in ("heads", "n_init"):
             if getattr(options, name) > 1 and not known.starts:
-                raise ValueError(f"{name} is {getattr(options, name)}; the method {method!r} has only one")
+                raise ValueError(f"{name} is {getattr(options, name)}; with the method {method!r} it must be 1")
         if options.self_label and not known.scores:
             able = ", ".join(name for name, other in METHODS.items() if other.scores)
             raise ValueError(

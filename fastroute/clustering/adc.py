@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fastroute.clustering.augment import Augmentation
 from fastroute.clustering.module import ClusteringModule
+from fastroute.ops._library import without_autocast
 
 if TYPE_CHECKING:
     from fastroute.clustering.build import Setting
@@ -28,11 +29,13 @@ def association_loss(starts: Tensor, others: Tensor, labels: Tensor, visit_weigh
     Returns:
         ().
     """
-    match = starts @ others.T
-    there, back = match.softmax(1), match.T.softmax(1)
+    with without_autocast(starts.device.type):  # which would leave the probabilities with 8 bits
+        match = starts @ others.T
+        there, back = match.softmax(1), match.T.softmax(1)
+        around = there @ back
     same = (labels[:, None] == labels).to(match.dtype)
     ends = same / same.sum(1, keepdim=True)
-    walker = -(ends * (there @ back + 1e-8).log()).sum(1).mean()
+    walker = -(ends * (around + 1e-8).log()).sum(1).mean()
     visit = -(there.mean(0) + 1e-8).log().mean()
     return walker + visit_weight * visit
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fastroute.clustering.augment import Augmentation
 from fastroute.clustering.module import ClusteringModule
+from fastroute.ops._library import without_autocast
 
 if TYPE_CHECKING:
     from fastroute.clustering.build import Setting
@@ -91,7 +92,8 @@ class DAC(ClusteringModule):
         with torch.no_grad():
             labels = self.label_features(images)
         augmented = self.label_features(self.augment(images))
-        return pair_loss(labels @ labels.T, augmented @ augmented.T, *self.thresholds())
+        with without_autocast(images.device.type):  # in bfloat16, similarities of almost 1 round to 1
+            return pair_loss(labels @ labels.T, augmented @ augmented.T, *self.thresholds())
 
     def label_features(self, images: Tensor) -> Tensor:
         """Return label features (N, K), non-negative and of length 1, of images (N, C, H, W)."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastroute.clustering.module import ClusteringModule
+from fastroute.ops._library import without_autocast
 
 if TYPE_CHECKING:
     from fastroute.clustering.build import Setting
@@ -111,7 +112,7 @@ class DEC(ClusteringModule):
 
     def step(self, images: Tensor, index: Tensor | None) -> Tensor:
         x = _vectors(images)
-        z = self.encoder(x)
+        z = self.encoder(x).float()
         return F.mse_loss(self.decoder(z), x) if self.pretraining else self.cluster_loss(x, z, index)
 
     @property
@@ -200,7 +201,9 @@ class DCN(DEC):
         members = F.one_hot(nearest, self.num_clusters).to(z.dtype)
         found = members.sum(0)
         self.counts += found
-        self.centers.data += (members.T @ z - found[:, None] * self.centers) / self.counts.clamp(min=1)[:, None]
+        with without_autocast(z.device.type):  # keep the small moves of centres with many codes
+            moved = members.T @ z - found[:, None] * self.centers
+        self.centers.data += moved / self.counts.clamp(min=1)[:, None]
 
 
 KINDS = {"dec": DEC, "idec": IDEC, "dcn": DCN}

@@ -115,10 +115,12 @@ def build(setting: "Setting") -> DeepCluster:
         network[-1] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     else:
         network = network[:-1]  # without the ReLU
-    dims = layers_of(run.architecture)[-1][1]
+    widths = [width for _, width in layers_of(run.architecture) if width]
+    if not widths:
+        raise ValueError(f"architecture is {run.architecture!r}; the method 'deepcluster' needs a layer with weights")
     return DeepCluster(
         network,
-        dims,
+        widths[-1],
         run.clusters,
         labels=10 * run.clusters,
         augmentation=setting.augmentation,

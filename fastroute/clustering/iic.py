@@ -9,6 +9,7 @@ from fastroute._defaults import LR_CONSISTENCY
 from fastroute.clustering.augment import Augmentation
 from fastroute.clustering.metrics import mutual_information
 from fastroute.clustering.module import ClusteringModule
+from fastroute.ops._library import without_autocast
 
 if TYPE_CHECKING:
     from fastroute.clustering.build import Setting
@@ -25,7 +26,8 @@ def iic_loss(p: Tensor, q: Tensor) -> Tensor:
     Returns:
         (), in nats, from −log K, if both agree on certain clusters of equal size, to 0.
     """
-    joint = p.T @ q / len(p)
+    with without_autocast(p.device.type):  # which would leave the joint distribution with 8 bits
+        joint = p.T @ q / len(p)
     return -mutual_information((joint + joint.T) / 2)
 
 
@@ -72,8 +74,8 @@ class ManyHeadedIIC(ClusteringModule):
     """IIC in its own setting: each image is augmented five times, and two sets of heads share a network.
 
     The heads of the main set have K clusters, and those of the auxiliary set `over` times as many. Epochs train the
-    auxiliary and the main set in turn, each by the mean loss of its heads. At each validation, `head` becomes the main
-    one of the lowest loss over all images.
+    auxiliary and the main set in turn, each by the mean loss of its heads. At each validation before self-labelling,
+    `head` becomes the main one of the lowest loss over all images.
 
     Args:
         network: from images to scores (N, heads·(over + 1)·K), those of the main set first.
@@ -124,6 +126,8 @@ class ManyHeadedIIC(ClusteringModule):
         return torch.stack([iic_loss(p[:, head], q[:, head]) for head in range(self.heads)]).mean()
 
     def on_validation_epoch_start(self) -> None:
+        if self.labels_itself:  # which teaches the chosen head alone
+            return
         p, q = (
             self.over_images(lambda images, t=transform: self.posteriors(t(images), True))
             for transform in (lambda images: images, self.augment)

@@ -42,6 +42,11 @@ class ClusteringModule(pl.LightningModule):
         self.self_labelling: SelfLabelling | None = None
         self.kept: dict[str, Tensor] = {}
 
+    def _apply(self, fn, *args, **options):
+        # A resumed run loads the checkpoint before it moves the module to the device.
+        self.kept = {name: fn(value) for name, value in self.kept.items()}
+        return super()._apply(fn, *args, **options)
+
     def forward(self, images: Tensor) -> Tensor:
         """Return posteriors (N, K) of images (N, C, H, W)."""
         return torch.softmax(self.responses(images), -1)
@@ -55,15 +60,19 @@ class ClusteringModule(pl.LightningModule):
         """
         raise NotImplementedError
 
+    @property
+    def labels_itself(self) -> bool:
+        """Whether the epoch is of the last step."""
+        return self.self_labelling is not None and self.current_epoch >= self.self_labelling.start
+
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor | None:
         images, _, *index = batch
-        last = self.self_labelling
-        if last is None or self.current_epoch < last.start:
+        if not self.labels_itself:
             loss = self.step(images, *(index or [None]))
         else:
             with torch.no_grad():
                 responses = self.responses(images)
-            loss = self_label_loss(responses, self.responses(last.strong(images)))
+            loss = self_label_loss(responses, self.responses(self.self_labelling.strong(images)))
             if not self.automatic_optimization:
                 optimizer = self.optimizers()[-1]
                 optimizer.zero_grad()

@@ -153,7 +153,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         weights = self._weights(sample_weight, X)
         if going_on:
             model = self._model
-            if self.n_clusters != "auto" and self.n_clusters != len(model.clusters):
+            if self.n_clusters != "auto" and not self.emerging and self.n_clusters != len(model.clusters):
                 raise ValueError(f"n_clusters is {self.n_clusters}; with warm_start it must stay {len(model.clusters)}")
             model.fit(X, weights, 1)
             self.n_iter_ += self.epochs
@@ -221,9 +221,9 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         return self._infer(X)[1]
 
     def score_samples(self, X) -> np.ndarray:
-        """The EM objective of each sample, Σ_j p_j (log π_j + log sigmoid(a*_j / γ)) of Eq. 4.21: (n_samples,).
+        """The EM objective of each sample, Σ_j p_j (log π_j + log h(a*_j)) of Eq. 4.21: (n_samples,).
 
-        `score` is their mean.
+        h is the `density`. `score` is their mean.
         """
         check_is_fitted(self)
         return self._model.objective(self._validate(X, reset=False))

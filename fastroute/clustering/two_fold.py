@@ -23,8 +23,9 @@ class TwoFoldClustering(ClusteringModule):
         network: from images to relevance scores (N, heads·K), as from `clustering_network`.
         num_clusters: K.
         heads: the number of clusterings trained at once, by one network up to its last layer or by networks side by
-            side. At each validation, `head` becomes the one whose clusters share the most information with those of
-            augmented copies: they are even in size, and augmentation changes them least. The choice needs no labels.
+            side. At each validation before self-labelling, `head` becomes the one whose clusters share the most
+            information with those of augmented copies: they are even in size, and augmentation changes them least. The
+            choice needs no labels.
         method: "two-fold" (Alg. 3), or one of its two steps alone: "em" (Eq. 4.23) or "consistency" (Eq. 4.24).
         augmentation: the transform T.
         lr_em, lr_consistency: learning rates of the two Adam optimisers; the defaults are the thesis's.
@@ -100,7 +101,7 @@ class TwoFoldClustering(ClusteringModule):
 
     @torch.no_grad()
     def on_validation_epoch_start(self) -> None:
-        if self.heads == 1:
+        if self.heads == 1 or self.labels_itself:  # which teaches the chosen head alone
             return
         counts = torch.zeros(self.heads, self.num_clusters, self.num_clusters, device=self.device)
         for images, _ in self.trainer.val_dataloaders:

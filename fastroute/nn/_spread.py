@@ -34,6 +34,9 @@ class SpreadPaths:
         each = paths // self.size
         self.own = range(each * self.rank, each * (self.rank + 1))
 
+    def __deepcopy__(self, memo: dict) -> "SpreadPaths":
+        return self  # a copy of the router, such as an average of weights, is spread over the same processes
+
     def __call__(self, samples: Tensor, load: list[int], paths: Sequence[nn.Module]) -> Tensor:
         """Return the outputs for this process's samples, in their order.
 
@@ -43,14 +46,20 @@ class SpreadPaths:
             paths: those of `own`.
         """
         each = len(self.own)
-        counts = torch.tensor(load, device=samples.device)
+        # All processes must exchange rows in one layout, which an empty tensor, or the output of a path, may not have.
+        other = [int(len(samples) > 0 and (samples.is_contiguous() or not channels_last(samples)))]
+        counts = [load[first : first + each] + other for first in range(0, len(load), each)]
+        counts = torch.tensor(counts, device=samples.device)
         theirs = torch.empty_like(counts)
         dist.all_to_all_single(theirs, counts, group=self.group)
-        mine = theirs.reshape(self.size, each).tolist()  # [sender][own path]
+        *mine, others = theirs.t().tolist()
+        mine, last = list(zip(*mine, strict=True)), not any(others)  # [sender][own path]
         sent = [sum(load[first : first + each]) for first in range(0, len(load), each)]
         received = [sum(row) for row in mine]
 
-        pieces = _exchange(samples, sent, received, self.group).split([count for row in mine for count in row])
+        arrived = _exchange(samples, sent, received, self.group, last)
+        # Not `split`, whose views a path could not change in place.
+        pieces = torch.unsafe_split_with_sizes(arrived, [count for row in mine for count in row])
         outputs = {}
         for k, path in enumerate(paths):
             if any(row[k] for row in mine):
@@ -59,7 +68,7 @@ class SpreadPaths:
             outputs[0] = self._run(paths[0], pieces[0])
         back = {k: y.split([row[k] for row in mine]) for k, y in outputs.items()}
         y = torch.cat([back[k][r] for r in range(self.size) for k in back])
-        return _exchange(y, received, sent, self.group)
+        return _exchange(y, received, sent, self.group, last)
 
     def _run(self, path: nn.Module, x: Tensor) -> Tensor:
         """Run a path; its parameters get 1/W of the gradient of the sum of W losses, and x the whole of it."""
@@ -74,9 +83,9 @@ class SpreadPaths:
         return f"paths {self.own.start} to {self.own.stop - 1} in process {self.rank} of {self.size}"
 
 
-def _exchange(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Send `sent[r]` consecutive rows to each process r, and return those received, in x's memory format."""
-    if x.is_contiguous() or not channels_last(x):
+def _exchange(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup, last: bool) -> Tensor:
+    """Send `sent[r]` consecutive rows to each process r, and return those received; with `last`, in channels_last."""
+    if not last or x.dim() < 3:
         return _AllToAll.apply(x.contiguous(), sent, received, group)
     return _AllToAll.apply(x.movedim(1, -1).contiguous(), sent, received, group).movedim(-1, 1)
 

@@ -249,14 +249,15 @@ class SparseRouter(Tempered, nn.Module):
             routing: the decisions of the gate.
         """
         samples, load, routing = self._divided(x)
-        return list(samples.split(load)), routing
+        # Not `split`, whose views a path could not change in place.
+        return list(torch.unsafe_split_with_sizes(samples, load)), routing
 
     def _divided(self, x: Tensor) -> tuple[Tensor, list[int], SparseRouting]:
         """Return the samples of all paths in one tensor, their numbers, and the routing."""
         self._check(x)
         routing = self._route(x)
         copies = x if self.top_k == 1 else torch.cat([x] * self.top_k)
-        # On the meta device, which has no scores, all samples take the first paths.
+        # On the meta device, which has no scores, all samples take the first paths, and none is dropped.
         load = [len(x)] * self.top_k + [0] * (self.num_paths - self.top_k) if x.is_meta else routing.load.tolist()
         return _index_select(copies, _samples_by_path(routing)[: sum(load)]), load, routing
 
@@ -322,7 +323,7 @@ class SparseRouter(Tempered, nn.Module):
             if self.gates == "straight_through":
                 weights = weights.detach() + (soft - soft.detach())
         load, kept = F.one_hot(chosen, self.num_paths).sum((0, 1)), None
-        if self.training and self.capacity_factor is not None:
+        if self.training and self.capacity_factor is not None and not x.is_meta:
             capacity = math.ceil(self.capacity_factor * chosen.numel() / self.num_paths)
             kept, load = self._with_room(chosen, soft.detach(), capacity), load.clamp(max=capacity)
             weights = weights * kept

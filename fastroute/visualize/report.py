@@ -393,6 +393,21 @@ def _report_runs(
         report.figure("accuracy_against_parameters", curves.accuracy_against_parameters(runs), f"{values}.")
 
 
+@torch.no_grad()
+def _convolutions(model: nn.Module, images: Tensor) -> list[nn.Conv2d]:
+    """Return the convolutions that images pass through, in order; an autoencoder's clusters need no decoder."""
+    passed: list[nn.Conv2d] = []
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    hooks = [layer.register_forward_hook(lambda layer, *_: passed.append(layer)) for layer in convolutions]
+    try:
+        with frozen(model):
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return passed
+
+
 def clustering_report(
     report: Report,
     model: nn.Module,
@@ -494,14 +509,14 @@ def clustering_report(
         )
         report.figure("confusion", clusters.confusion(labels, found, images.classes), f"Clusters by class: {mains}.")
 
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    layers = _convolutions(model, images.normalized(images.at(torch.tensor([0]))))
     if layers:
         report.section(
             "Filters",
             "Images made to maximise filters of the first and of the last convolution, without those that stayed flat.",
         )
         made = {}
-        for where, (_, layer) in {"first": layers[0], "last": layers[-1]}.items():
+        for where, layer in {"first": layers[0], "last": layers[-1]}.items():
             filters = torch.linspace(0, layer.out_channels - 1, min(16, layer.out_channels)).round().int().tolist()
             made[f"{where} convolution"] = synthesize_filters(model, layer, [int(f) for f in filters], size, **options)
         report.figure(

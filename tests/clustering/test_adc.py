@@ -46,3 +46,11 @@ def test_the_learning_rate_rises_and_falls():
 def test_bad_input(options, name):
     with pytest.raises(ValueError, match=f"{name} is 0; it must be greater than 0"):
         ADC(nn.Linear(2, 3), 3, **options)
+
+
+def test_autocast_leaves_walks_in_float32():
+    torch.manual_seed(0)
+    arguments = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 0, 1, 2]), 0.3
+    with torch.autocast("cpu", torch.bfloat16):
+        found = association_loss(*arguments)
+    assert torch.equal(found, association_loss(*arguments))

@@ -76,3 +76,11 @@ def test_assignments_and_targets_by_hand():
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_autocast_leaves_the_joint_distribution_in_float32():
+    torch.manual_seed(0)
+    p, q = torch.randn(2, 300, 6).softmax(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = iic_loss(p, q)
+    assert torch.equal(found, iic_loss(p, q))

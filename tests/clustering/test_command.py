@@ -285,8 +285,8 @@ def test_superclasses_of_cifar100():
         (["--limit", "9"], "clusters is 10; it must be at most the number of images, 9"),
         (["--architecture", "resnet"], "architecture is 'resnet'"),
         (["--lr-em", "0"], "lr_em is 0"),
-        (["--heads", "2", "--method", "iic"], "heads is 2; the method 'iic' has only one"),
-        (["--n-init", "2", "--method", "kmeans"], "n_init is 2; the method 'kmeans' has only one"),
+        (["--heads", "2", "--method", "iic"], "heads is 2; with the method 'iic' it must be 1"),
+        (["--n-init", "2", "--method", "kmeans"], "n_init is 2; with the method 'kmeans' it must be 1"),
         (["--resume", "nowhere.ckpt"], "there is no such file"),
         (["--method", "kmean"], "'kmean' is not one of 'two-fold'"),
         (

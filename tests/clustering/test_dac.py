@@ -51,3 +51,14 @@ def test_label_features_are_of_length_one_and_the_network_learns_from_augmented_
 def test_bad_input(options, name):
     with pytest.raises(ValueError, match=f"{name} is 0; it must be greater than 0"):
         DAC(torch.nn.Linear(2, 3), 3, **options)
+
+
+def test_bfloat16_keeps_gradients_finite():
+    """Similarities of almost 1 would round to 1, where the logarithm of the rest has no gradient."""
+    torch.manual_seed(0)
+    module = DAC(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3)), 3, epochs=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = module.step(torch.rand(40, 1, 4, 4), None)
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in module.parameters())

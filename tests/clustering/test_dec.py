@@ -93,3 +93,15 @@ def test_centres_are_those_of_k_means_after_the_first_part():
     for k in range(3):
         torch.testing.assert_close(z[nearest == k].mean(0), module.centers[k], rtol=1e-4, atol=1e-4)
     assert module.counts.tolist() == torch.bincount(nearest, minlength=3).tolist()
+
+
+def test_dcn_moves_centres_in_float32_under_autocast():
+    module, images, index = second_part(DCN)
+    images = images.repeat(10, 1, 1, 1)  # bfloat16 has no odd numbers above 256
+    with torch.autocast("cpu", torch.bfloat16):
+        module.step(images[:301], index).backward()
+        assert module.counts.sum() == 301
+        module.centers.data.fill_(100)
+        module.counts.fill_(99)
+        module._move(torch.full((3, 4), 101.0), torch.arange(3))
+    torch.testing.assert_close(module.centers.data, torch.full((3, 4), 100.01))

@@ -56,3 +56,22 @@ def test_clusters_label_the_images_anew(architecture, dims):
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
     assert heads[2].std() < 0.02 and not torch.equal(heads[1], heads[2])  # drawn anew
     assert not torch.equal(heads[0], heads[1])  # trained between
+
+
+def test_features_are_maps_where_a_pool_comes_last():
+    def module(architecture):
+        run = ClusteringRun(
+            dataset="digits", method="deepcluster", clusters=3, heads=1, batch_norm=True, architecture=architecture
+        )
+        return build(run, (1, 8, 8))
+
+    assert module("C6 M").features(torch.rand(2, 1, 8, 8)).shape == module("C6 M").centers[:2].shape == (2, 6)
+    with pytest.raises(ValueError, match="architecture is 'M'; the method 'deepcluster' needs a layer with weights"):
+        module("M")
+
+
+def test_the_labels_follow_the_module():
+    """A checkpoint is loaded before the trainer moves the module to a GPU, and labels last for several epochs."""
+    module = DeepCluster(nn.Linear(2, 2), 2, 2, labels=2)
+    module.on_load_checkpoint({"kept": {"labels": torch.tensor([0, 1])}})
+    assert module.to("meta").kept["labels"].device.type == "meta"

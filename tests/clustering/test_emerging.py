@@ -96,3 +96,13 @@ def test_networks_of_ones_own_get_another_output():
     assert layer(x).shape == (5, 4, 4)
     with pytest.raises(ValueError, match=r"network does not end in a torch.nn.Linear; with emerging=True it must"):
         grow(nn.Sequential(nn.Linear(2, 1), nn.Conv1d(1, 3, 1)), 3, draw)
+
+
+def test_a_warm_start_goes_on_with_the_clusters_that_emerged():
+    model = NeuralMixture(
+        2, prior="learned", emerging=True, warm_start=True, epochs=1, batch_size=50, random_state=0, hidden=(64, 64)
+    )
+    stream(model, [0, 3], 6)
+    stream(model, [0, 1, 3], 2, seed=1)
+    assert model.n_clusters_ == 3
+    assert model.fit(part([0, 1, 3], 5)[0]).n_clusters_ == 3

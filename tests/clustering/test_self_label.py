@@ -69,3 +69,16 @@ def test_only_the_last_epochs_label(method, monkeypatch):
     fit(trained, *digits(128), epochs=3)
     assert calls == [2]
     assert any((a != b).any() for a, b in zip(before[1], before[2], strict=True))  # the last step trains
+
+
+@pytest.mark.parametrize(("method", "heads"), [("two-fold", 2), ("iic-own", 1)])
+def test_the_head_that_learns_stays_the_chosen_one(method, heads):
+    from fastroute.clustering.build import ClusteringRun, build
+
+    run = ClusteringRun(
+        dataset="digits", method=method, clusters=3, heads=heads, batch_norm=True, architecture="F8", self_label=1
+    )
+    module = build(run, (1, 8, 8), epochs=1)
+    module.head.fill_(1)
+    module.on_validation_epoch_start()  # without a trainer, whose images a choice would need
+    assert module.head == 1

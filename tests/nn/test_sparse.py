@@ -460,3 +460,22 @@ def test_shapes_without_data():
     with torch.device("meta"):
         router = SparseRouter(6, convs(4, stride=2), top_k=2)
         assert router(torch.empty(8, 6, 4, 4)).shape == (8, 5, 2, 2)
+
+
+def test_paths_may_change_their_samples_in_place():
+    torch.manual_seed(0)
+    paths = [nn.Sequential(nn.ReLU(inplace=True), conv) for conv in convs(3)]
+    router = spread(SparseRouter(6, paths, top_k=2))
+    plain = copy.deepcopy(router)
+    for path in plain.paths:
+        path[0].inplace = False
+    x = torch.randn(12, 6, 4, 4, requires_grad=True)
+    y, wanted = router(x), plain(x)
+    torch.testing.assert_close(y, wanted)
+    gradients = (torch.autograd.grad(out.square().sum(), x) for out in (y, wanted))
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_capacity_on_the_meta_device_drops_nothing():
+    router = SparseRouter(6, convs(4), top_k=2, capacity_factor=0.5).to("meta")
+    assert router(torch.empty(4, 6, 3, 3, device="meta")).shape == (4, 5, 3, 3)

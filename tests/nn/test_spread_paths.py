@@ -1,5 +1,7 @@
 """Paths of a sparse router spread over two processes, against one process with the joint batch."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +15,7 @@ CASES = {
     "clustered": {"top_k": 2, "routing": "cluster"},
     "channels_last": {"top_k": 2},
     "all to the paths of one process": {},
+    "all to the paths of one process, channels_last": {},
 }
 
 
@@ -35,7 +38,7 @@ def network(case, group=None):
 def images(case):
     x = torch.randn(20, 3, 6, 6, generator=torch.Generator().manual_seed(2))
     x = x + 2 * torch.randn(20, 3, 1, 1, generator=torch.Generator().manual_seed(3))
-    return x.to(memory_format=torch.channels_last) if case == "channels_last" else x
+    return x.to(memory_format=torch.channels_last) if case.endswith("channels_last") else x
 
 
 def results_of(model, x, wrapped, samples):
@@ -58,6 +61,8 @@ def _one_of_two(rank, place, results):
         found[case] = *results_of(model, x, parallel, len(images(case)) / 2), repr(model[1].spread)
         other = network(case, dist.group.WORLD)
         other.load_state_dict(network(case).state_dict())  # of all paths
+    average = nn.Sequential(nn.Conv2d(3, 6, 1), copy.deepcopy(other[1]))  # as of an average of weights
+    assert average[1].spread is other[1].spread and average[1].w2 is not other[1].w2
     with pytest.raises(ValueError, match="process_group has 2 processes for 3 paths; their number must divide"):
         SparseRouter(6, [nn.Identity()] * 3, process_group=dist.group.WORLD)
     with pytest.raises(ValueError, match="process_group is given with paths=4; give the modules of the paths"):
@@ -81,7 +86,7 @@ def test_two_processes_match_one(tmp_path):
         torch.testing.assert_close(torch.cat([rank[0] for rank in ranks]), y, **close)
         torch.testing.assert_close(torch.cat([rank[3] for rank in ranks]), evaluation, **close)
         assert all(
-            rank[0].is_contiguous(memory_format=torch.channels_last) == (case == "channels_last") for rank in ranks
+            rank[0].is_contiguous(memory_format=torch.channels_last) == case.endswith("channels_last") for rank in ranks
         )
         for found, wanted in ((1, gradients), (2, state)):
             torch.testing.assert_close(ranks[0][found] | ranks[1][found], wanted, **close)

@@ -159,3 +159,12 @@ def test_a_dense_autoencoder_has_no_filters(run, tmp_path):
     found = {path.stem for path in (tmp_path / "run" / "report").glob("*.png")}
     assert found == {"responses", "clusters", "confusion", "learning_curves"}
     assert "dense autoencoder" in (tmp_path / "run" / "report" / "report.html").read_text()
+
+
+def test_filters_of_an_autoencoder_are_those_of_its_encoder(run, tmp_path):
+    options = ("--method", "ae", "--limit", 60, "--clusters", 3, "--epochs", 1, "--architecture", "C4 M F8")
+    done = run("cluster", *options, "--output", tmp_path, "--experiment", "run")
+    assert done.exit_code == 0, done.output
+    done = run("report", tmp_path / "run" / "last.ckpt")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "run" / "report" / "filters.png").exists()
