@@ -98,7 +98,6 @@ THOROUGH = tuple(
         "backends/test_choice.py::test_everything_works_where_nothing_is_compiled",
         "backends/test_native_cpu.py",
         "backends/test_native_memory.py::test_no_more_than_256_mib_is_kept",
-        "backends/test_triton_aot.py",
         "bench/test_gpu_check.py::test_the_full_run_writes_a_result",
         "cli/test_cli.py::test_demo",
         "cli/test_cli.py::test_lists_networks_where_torchvision_is_not_installed",

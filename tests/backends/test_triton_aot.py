@@ -60,16 +60,8 @@ def stage_cases(networks=STAGES) -> dict[str, tuple]:
 
 MIXTURES = [((128, 10), "float32", False), ((128, 4, 4), "bfloat16", True), ((64, 1024), "float32", False)]
 
-# Of samples that one program holds, and of samples that many share.
-SOME_STAGES = ("ResNet20 64×8×8", "ResNet18 64×56×56")
-
-# A tier each, and among them every kernel.
-EVERY_KERNEL = {case: CASES[case] for case in ("ResNet 8 × 8", "three paths", "ImageNet, NCHW")}
-
 SETS = {
     "cases": CASES,
-    "every kernel": EVERY_KERNEL,
-    "some stages": {name: case for name, case in stage_cases().items() if name.startswith(SOME_STAGES)},
     "distinct stages": stage_cases(["ResNet20", "ResNet18"]),
     "stages": stage_cases(),
 }
@@ -201,7 +193,7 @@ def compile_all(architecture: int, cases: dict[str, tuple]) -> list[dict]:
         with torch.device("meta"):
             xs = [torch.empty(shape, dtype=getattr(torch, dtype)).to(memory_format=memory_format) for _ in range(m)]
             gate = [torch.empty(size) for size in ((m, 16, channels), (m, 16), (m, n, 16), (m, n))]
-            for relu in {False, case in AFTER_RELU and cases is CASES}:
+            for relu in {False, case in AFTER_RELU}:
                 outputs, gates, scores, pooled, hidden = cc.cross_connect(xs, *gate, relu)
                 forward = len(reports)
                 cc.cross_connect_backward(outputs, gates, scores, xs, *gate, gates, pooled, hidden, relu, True)
@@ -234,9 +226,9 @@ def compile_all(architecture: int, cases: dict[str, tuple]) -> list[dict]:
         return [report | {"case": str(shape), "m": 2, "n": 2, "itemsize": scores.itemsize} for report in reports]
 
     every = [report for case in cases for report in run(case)]
-    if not EVERY_KERNEL.keys() <= cases.keys():
+    if cases is not CASES:
         return every
-    for mixture in MIXTURES if cases is CASES else MIXTURES[:1]:
+    for mixture in MIXTURES:
         every += run_mixtures(*mixture)
     changes["maxnreg"] = 32
     return [*every, run("three paths")[1]]  # the last one has to spill
@@ -266,10 +258,10 @@ def reports_of(architecture: int, name: str) -> list[dict]:
     return reports
 
 
-def sets(*compiled: tuple[int, str, str | None]) -> dict:
-    """Parameters of a fixture: architecture, set, and the tier of tests that it is left to if not the first."""
+def sets(*compiled: tuple[int, str, str]) -> dict:
+    """Parameters of a fixture: architecture, set, and the tier of tests that it is left to."""
     return {
-        "params": [pytest.param(pair, marks=getattr(pytest.mark, tier) if tier else ()) for *pair, tier in compiled],
+        "params": [pytest.param(pair, marks=getattr(pytest.mark, tier)) for *pair, tier in compiled],
         "ids": lambda pair: f"sm_{pair[0]}, {pair[1]}",
     }
 
@@ -277,7 +269,6 @@ def sets(*compiled: tuple[int, str, str | None]) -> dict:
 @pytest.fixture(
     scope="module",
     **sets(
-        (90, "every kernel", None),
         (80, "cases", "thorough"),
         (90, "cases", "thorough"),
         (100, "cases", "thorough"),
@@ -290,7 +281,6 @@ def reports(request):
 @pytest.fixture(
     scope="module",
     **sets(
-        (90, "some stages", None),
         (90, "distinct stages", "thorough"),
         (80, "stages", "slow"),
         (90, "stages", "slow"),
