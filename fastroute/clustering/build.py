@@ -137,6 +137,9 @@ def build(
     if method is None or method.builder is None:
         names = ", ".join(name for name, known in METHODS.items() if known.builder is not None)
         raise ValueError(f"method is {run.method!r}; it must be one of {names}")
+    for name in ("heads", "n_init"):
+        if getattr(run, name) > 1 and not method.starts:
+            raise ValueError(f"{name} is {getattr(run, name)}; with the method {run.method!r} it must be 1")
     module, _, function = method.builder.partition(":")
     builder = getattr(importlib.import_module(f"fastroute.clustering.{module}"), function)
     setting = Setting(

@@ -41,3 +41,5 @@ def test_ignores_other_names_and_fills_those_that_older_checkpoints_lack():
 def test_bad_input():
     with pytest.raises(ValueError, match="method is 'kmeans'; it must be one of two-fold, em, consistency"):
         build(ClusteringRun(**RUN | {"method": "kmeans"}), (1, 8, 8))
+    with pytest.raises(ValueError, match="heads is 2; with the method 'deepcluster' it must be 1"):
+        build(ClusteringRun(**RUN | {"method": "deepcluster", "heads": 2}), (1, 8, 8))
