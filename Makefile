@@ -17,7 +17,7 @@ TEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n
 test: $(VENV)/.ready
 	$(TEST)
 
-# Two minutes: what neither trains, nor compiles, nor interprets kernels for seconds (tests/conftest.py has the list).
+# Some four minutes: what neither trains, nor compiles, nor interprets kernels for seconds (tests/conftest.py has the list).
 test-fast: $(VENV)/.ready
 	$(TEST) -m "not long and not thorough and not slow and not gpu and not attack"
 
