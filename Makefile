@@ -13,13 +13,14 @@ demo: $(VENV)/.ready
 # compile and train, and takes over tests of another when it has done. What is compiled is kept in build/tests. So is bytecode
 # beside its sources, whatever the environment says: to rewrite all assertions takes ten seconds of every process.
 TEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n auto --dist worksteal
+FAST := "not long and not thorough and not slow and not gpu and not attack"
 
 test: $(VENV)/.ready
 	$(TEST)
 
 # Some four minutes: what neither trains, nor compiles, nor interprets kernels for seconds (tests/conftest.py has the list).
 test-fast: $(VENV)/.ready
-	$(TEST) -m "not long and not thorough and not slow and not gpu and not attack"
+	$(TEST) -m $(FAST)
 
 # As long again: what `make test` leaves out for time, and CI runs besides (tests/conftest.py has the list).
 test-thorough: $(VENV)/.ready
@@ -58,7 +59,7 @@ test-oldest: oldest-libraries
 
 # What of it CI can afford: what `make test-fast` has of it, and the kernels in the interpreter.
 test-oldest-fast: oldest-libraries
-	$(TEST_OLDEST) $(OLDEST_TESTS) -m "not long and not thorough and not slow and not gpu and not attack"
+	$(TEST_OLDEST) $(OLDEST_TESTS) -m $(FAST)
 	$(TEST_OLDEST) tests/backends/triton_kernels -m "long and not thorough and not slow and not gpu"
 
 oldest-libraries: $(OLDEST)/.ready

@@ -58,7 +58,9 @@ METHODS = {
     ),
     "ae": Method("k-means of the code of an autoencoder on the networks of Table 4.2", "autoencoder:build"),
     "sparse-ae": Method("the same with a sparse code (Ng 2011)", "autoencoder:build"),
-    "denoising-ae": Method("the same from images with black pixels (Vincent et al. 2010)", "autoencoder:build"),
+    "denoising-ae": Method(
+        "the same from images with a quarter of their values at 0 (Vincent et al. 2010)", "autoencoder:build"
+    ),
     "vae": Method("the same of a variational autoencoder (Kingma & Welling 2014)", "autoencoder:build"),
     "adc": Method(
         "associative deep clustering (Haeusser et al. 2018): walks from centroids to images and back",
@@ -74,3 +76,18 @@ METHODS = {
     "spectral": Method("spectral clustering of the pixels, by scikit-learn"),
 }
 """Every method by its name for `--method`."""
+
+
+def check_starts(method: str, **counts: int) -> None:
+    """Check how many heads and networks a run has at once.
+
+    Args:
+        method: a key of `METHODS`.
+        counts: `heads` and `n_init`.
+
+    Raises:
+        ValueError: one of them is above 1, and the method has one alone.
+    """
+    for name, count in counts.items():
+        if count > 1 and not METHODS[method].starts:
+            raise ValueError(f"{name} is {count}; with the method {method!r} it must be 1")

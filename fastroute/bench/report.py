@@ -65,15 +65,8 @@ def _mib(value: int | None) -> str:
 
 
 def _means(rows: Sequence[Row], peers: Iterable[str], cold: bool = False) -> list[float | None]:
-    columns = (_ratios(rows, peer, cold) for peer in peers)
+    columns = ([r for row in rows if (r := row.times_as_fast_as(peer, cold)) is not None] for peer in peers)
     return [geometric_mean(column) if column else None for column in columns]
-
-
-def _ratios(rows: Sequence[Row], peer: str, cold: bool = False) -> list[float]:
-    return [ratio for row in rows if (ratio := row.times_as_fast_as(peer, cold)) is not None]
-
-
-COMPILED = "compiled × compile"
 
 
 def _compiled_ratio(row: Row) -> float | None:
@@ -97,17 +90,22 @@ def _suite_table(rows: list[Row]) -> str:
     peers = _peers(rows)
     facts = list(dict.fromkeys(name for row in rows for name in row.facts))
     columns: dict[str, Callable[[Row], str]] = {"ms": lambda row: _ms(row.ms["fastroute"])}
+    ratios: dict[str, Callable[[Row], float | None]] = {}  # the columns that have a mean and a least
+
+    def add_ratio(name: str, of: Callable[[Row], float | None]) -> None:
+        ratios[name], columns[name] = of, lambda row: _ratio(of(row))
+
     if any("copy" in row.ms for row in rows):
         columns["GB/s"] = lambda row: "" if row.gb_per_s is None else f"{row.gb_per_s:.1f}"
-        columns["share of copy"] = lambda row: _ratio(row.times_as_fast_as("copy"))
+        add_ratio("share of copy", lambda row: row.times_as_fast_as("copy"))
     for peer in peers:
-        columns[f"× {peer}"] = lambda row, peer=peer: _ratio(row.times_as_fast_as(peer))
+        add_ratio(f"× {peer}", lambda row, peer=peer: row.times_as_fast_as(peer))
     if any(_compiled_ratio(row) is not None for row in rows):
-        columns[COMPILED] = lambda row: _ratio(_compiled_ratio(row))
+        add_ratio("compiled × compile", _compiled_ratio)
     if any(row.cold_ms for row in rows):
         columns["cold ms"] = lambda row: _ms(row.cold_ms.get("fastroute"))
         for peer in peers:
-            columns[f"cold × {peer}"] = lambda row, peer=peer: _ratio(row.times_as_fast_as(peer, cold=True))
+            add_ratio(f"cold × {peer}", lambda row, peer=peer: row.times_as_fast_as(peer, cold=True))
     for name, memory in (("saved", "saved_bytes"), ("peak", "peak_bytes")):
         if any(any(getattr(row, memory).values()) for row in rows):
             columns[f"{name} MiB"] = lambda row, memory=memory: _mib(getattr(row, memory).get("fastroute"))
@@ -117,15 +115,10 @@ def _suite_table(rows: list[Row]) -> str:
     labels = list(rows[0].labels)
     lines = [[*map(label_text, row.labels.values()), *(column(row) for column in columns.values())] for row in rows]
     if len(rows) > 1:
-        means = dict(
-            zip(["share of copy", *(f"× {peer}" for peer in peers)], _means(rows, ["copy", *peers]), strict=True)
-        )
-        means |= zip([f"cold × {peer}" for peer in peers], _means(rows, peers, cold=True), strict=True)
-        least = {f"× {peer}": min(_ratios(rows, peer), default=None) for peer in peers}
-        if compiled := [ratio for row in rows if (ratio := _compiled_ratio(row)) is not None]:
-            means[COMPILED], least[COMPILED] = geometric_mean(compiled), min(compiled)
-        for name, values in (("geometric mean", means), ("least", least)):
-            lines.append([name, *[""] * (len(labels) - 1), *(_ratio(values.get(name)) for name in columns)])
+        found = {name: [ratio for row in rows if (ratio := of(row)) is not None] for name, of in ratios.items()}
+        for name, summary in (("geometric mean", geometric_mean), ("least", min)):
+            cells = (_ratio(summary(found[column]) if found.get(column) else None) for column in columns)
+            lines.append([name, *[""] * (len(labels) - 1), *cells])
     return table([*labels, *columns], lines, words=len(labels))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from fastroute._defaults import GAMMA, LR_CONSISTENCY, LR_EM
-from fastroute._methods import METHODS
+from fastroute._methods import METHODS, check_starts
 from fastroute.cli.common import (
     COUNT,
     PIXELS,
@@ -86,7 +86,8 @@ class ClusterOptions:
         True
     )
     statistics: Annotated[
-        Literal["running", "batch"], typer.Option(help="Statistics that normalise relevance scores in training.")
+        Literal["running", "batch"],
+        typer.Option(help="Statistics that normalise relevance scores in training, of two-fold, em and consistency."),
     ] = "running"
     epochs: Annotated[int, typer.Option(min=1, max=COUNT, help="Epochs of the whole run.")] = 250
     batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=2, max=COUNT, help="Images in a batch.")] = 128
@@ -94,7 +95,7 @@ class ClusterOptions:
     lr_consistency: Annotated[
         float, typer.Option(parser=real(), help="Learning rate of the consistency loss, and of iic.")
     ] = LR_CONSISTENCY
-    gamma: Annotated[float, typer.Option(parser=real(), help="γ of Eq. 4.12.")] = GAMMA
+    gamma: Annotated[float, typer.Option(parser=real(), help="γ of Eq. 4.12, of two-fold and em.")] = GAMMA
     amp: Annotated[bool, typer.Option("--amp/--no-amp", help="bfloat16 mixed precision.")] = False
     channels_last: Annotated[
         bool, typer.Option("--channels-last/--no-channels-last", help="Compute in channels_last.")
@@ -133,9 +134,7 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
 
         clusters, epochs, method, seed = options.clusters, options.epochs, options.method, options.seed
         known = METHODS[method]
-        for name in ("heads", "n_init"):
-            if getattr(options, name) > 1 and not known.starts:
-                raise ValueError(f"{name} is {getattr(options, name)}; with the method {method!r} it must be 1")
+        check_starts(method, heads=options.heads, n_init=options.n_init)
         if options.self_label and not known.scores:
             able = ", ".join(name for name, other in METHODS.items() if other.scores)
             raise ValueError(

@@ -73,12 +73,12 @@ class Model:
             yield self._load(X[first : first + INFERENCE_BATCH])
 
     def infer(self, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Posteriors and normalised scores of the clusters, for all samples."""
+        """Return posteriors and normalised scores of the clusters, for all samples."""
         parts = [self.posterior(x) for x in self.in_order(X)]
         return tuple(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
 
     def batches(self, X: np.ndarray, weights: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """The samples in random order and batches of equal size, each with their indices.
+        """Yield the samples in random order and batches of equal size, each with their indices.
 
         With weights, of mean 1, each comes as often as its weight says, give or take one.
         """
@@ -107,7 +107,7 @@ class Model:
         self.optimizer.step()
 
     def fit(self, X: np.ndarray, weights: np.ndarray | None, run: int) -> None:
-        """The estimator's number of EM passes, and the statistics of what has been trained."""
+        """Run the estimator's number of EM passes, and set the statistics of what has been trained."""
         verbose = self.options.verbose
         for epoch in range(1, self.options.epochs + 1):
             self.train_epoch(X, weights)
@@ -135,7 +135,7 @@ class Model:
             self.prior = counts / counts.sum()
 
     def train_epoch(self, X: np.ndarray, weights: np.ndarray | None = None, track: bool = False) -> None:
-        """EM steps over X (Eq. 4.22). With `track`, the running statistics follow; else `calibrate` sets them later."""
+        """Step over X (Eq. 4.22). With `track`, the running statistics follow; else `calibrate` sets them later."""
         self.network.train()
         self.norm.train()
         for _, x in self.batches(X, weights):
@@ -151,7 +151,7 @@ class Model:
 
     @torch.no_grad()
     def calibrate(self, X: np.ndarray, weights: np.ndarray | None = None) -> None:
-        """The mean and spread of the trained network's scores over all of X."""
+        """Set the mean and spread of the trained network's scores over all of X."""
         self.network.eval()
         count, mean, square = 0, 0.0, 0.0
         for first, x in zip(range(0, len(X), INFERENCE_BATCH), self.in_order(X), strict=True):  # Chan's, by the batch
@@ -174,7 +174,7 @@ class Model:
 
     @torch.no_grad()
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Posteriors and normalised scores of the clusters."""
+        """Return posteriors and normalised scores of the clusters."""
         self.network.eval()
         normalized = self.norm.eval()(self.scores(x))
         prior = self.cluster_prior()
@@ -185,7 +185,7 @@ class Model:
         return torch.softmax(normalized + (prior.log() if self.uses_prior else 0), 1), normalized
 
     def cluster_prior(self) -> Tensor:
-        """(K,): the weights of the clusters, of all components that they were merged from."""
+        """Return the weights (K,) of the clusters, each with all components that it was merged from."""
         clusters = self.clusters.to(self.device)
         return self.prior.new_zeros(int(self.clusters.max()) + 1).index_add(0, clusters.clamp_min(0), self.prior)
 
@@ -214,7 +214,7 @@ class Model:
 
     @torch.no_grad()
     def components(self, x: Tensor) -> Tensor:
-        """The most probable component of each sample: (N,)."""
+        """Return the most probable component of each sample: (N,)."""
         self.network.eval()
         return (self.norm.eval()(self.scores(x)) + self.prior.log()).argmax(1)
 
@@ -269,12 +269,12 @@ class Model:
         self.places.follow(x.flatten(1).cpu(), self.components(x).cpu())
 
     def loss(self, X: np.ndarray, weights: np.ndarray | None = None) -> float:
-        """The mean loss under the running statistics (Eq. 4.22)."""
+        """Return the mean loss under the running statistics (Eq. 4.22)."""
         return -float(np.average(self.objective(X), weights=weights))
 
     @torch.no_grad()
     def objective(self, X: np.ndarray) -> np.ndarray:
-        """The negative loss of each sample under the running statistics."""
+        """Return the negative loss of each sample under the running statistics."""
         self.network.eval()
         tiny = torch.finfo(self.prior.dtype).tiny
         log_prior = self.prior.clamp(min=tiny).log() if self.uses_prior else torch.zeros_like(self.prior)
@@ -312,7 +312,7 @@ def grow(network: nn.Module, k: int, draw: torch.Generator) -> None:
 
 
 def merged(moved: np.ndarray, crossing: float) -> list[list[int]]:
-    """Groups of clusters, of which again and again the two with the most exchange are joined.
+    """Return groups of clusters: the two with the most exchange are joined, again and again.
 
     Args:
         moved: (K, K), how many samples of a cluster some noise carries into each; those without samples are left out.
@@ -361,7 +361,7 @@ class ExclusiveLinear(nn.Module):
 
 
 def perceptron(features: int, hidden: Sequence[int], clusters: int, exclusive_layers: int = 1) -> nn.Sequential:
-    """Dense layers with ReLU between, as in §4.5.1, and one score for each cluster.
+    """Build dense layers with ReLU between, as in §4.5.1, and one score for each cluster.
 
     Args:
         features, clusters: of the input and the output.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastroute.clustering.augment import Augmentation
-from fastroute.clustering.module import ClusteringModule
+from fastroute.clustering.module import ClusteringModule, check_positive
 from fastroute.ops._library import without_autocast
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class ADC(ClusteringModule):
         ValueError: an argument is out of range.
     """
 
+    SCHEDULE = ("schedule_epochs",)  # a longer run keeps the last rate
     EMBEDDING, CENTROIDS, COPIES = 128, 4, 3
     """Dimensions of the embeddings, centroids of a cluster, and augmented copies of an image."""
 
@@ -73,11 +74,9 @@ class ADC(ClusteringModule):
         lr: float = 2e-4,
     ):
         super().__init__(num_clusters)
-        for name, value in (("epochs", epochs), ("lr", lr)):
-            if not value > 0:
-                raise ValueError(f"{name} is {value}; it must be greater than 0")
+        check_positive(epochs=epochs, lr=lr)
         self.network, self.augment = network, augmentation or Augmentation()
-        self.epochs, self.lr = epochs, lr
+        self.schedule_epochs, self.lr = epochs, lr
         self.dense = nn.Linear(self.EMBEDDING, num_clusters)
         centers = 0.3 * torch.randn(num_clusters, 1, self.EMBEDDING)
         noise = 0.02 * torch.rand(num_clusters, self.CENTROIDS, self.EMBEDDING) - 0.01
@@ -89,15 +88,8 @@ class ADC(ClusteringModule):
 
     def rate(self, epoch: int) -> float:
         """Return the learning rate of an epoch, as a share of `lr`."""
-        return min(1.0, (epoch + 1) / max(1, self.epochs // 20)) * 0.33 ** min(3, 4 * epoch // self.epochs)
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["schedule_epochs"] = self.epochs
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self.epochs = checkpoint["schedule_epochs"]  # a longer run keeps the last rate
+        warm_up, quarter = max(1, self.schedule_epochs // 20), 4 * epoch // self.schedule_epochs
+        return min(1.0, (epoch + 1) / warm_up) * 0.33 ** min(3, quarter)
 
     def step(self, images: Tensor, index: Tensor | None) -> Tensor:
         copies = torch.cat([self.augment(images) for _ in range(self.COPIES)])
@@ -124,6 +116,5 @@ class ADC(ClusteringModule):
 def build(setting: "Setting") -> ADC:
     """Build the module of a run of ADC."""
     run = setting.run
-    epochs = max(1, setting.epochs - run.self_label)
     network = setting.network(ADC.EMBEDDING)
-    return ADC(network, run.clusters, epochs=epochs, augmentation=setting.augmentation)
+    return ADC(network, run.clusters, epochs=setting.method_epochs, augmentation=setting.augmentation)

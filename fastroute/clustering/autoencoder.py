@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastroute.clustering.centers import FeatureClustering
+from fastroute.clustering.module import check_positive
 from fastroute.clustering.networks import layers_of
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class Autoencoder(FeatureClustering):
     All variants minimise the cross-entropy between pixels and their reproductions, summed over the pixels, by Adam:
     - "ae": nothing else.
     - "sparse-ae" (Ng 2011): the code has `SPARSE` sigmoid units; β Σ_j KL(ρ ‖ ρ̂_j) keeps their mean activations at ρ.
-    - "denoising-ae" (Vincent et al. 2010): a quarter of the pixels that the encoder sees are black.
+    - "denoising-ae" (Vincent et al. 2010): a quarter of the values that the encoder sees are 0.
     - "vae" (Kingma & Welling 2014): the code is a sample of N(μ, σ²), and KL(N(μ, σ²) ‖ N(0, 1)) is added; k-means is
       of μ.
 
@@ -139,8 +140,7 @@ class Autoencoder(FeatureClustering):
     ):
         if variant not in get_args(Variant):
             raise ValueError(f"variant is {variant!r}; it must be one of {', '.join(get_args(Variant))}")
-        if not lr > 0:
-            raise ValueError(f"lr is {lr}; it must be greater than 0")
+        check_positive(lr=lr)
         code = code or (self.SPARSE if variant == "sparse-ae" else 10)
         super().__init__(num_clusters, code, seed)
         self.variant, self.lr = variant, lr

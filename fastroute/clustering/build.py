@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastroute._defaults import GAMMA, LR_CONSISTENCY, LR_EM
-from fastroute._methods import METHODS
+from fastroute._methods import METHODS, check_starts
 from fastroute.clustering.augment import Augmentation
 from fastroute.clustering.module import ClusteringModule
 from fastroute.clustering.networks import clustering_network
@@ -89,6 +89,11 @@ class Setting:
     seed: int = 0
 
     @property
+    def method_epochs(self) -> int:
+        """The epochs of the method itself, before those that self-label; at least 1."""
+        return max(1, self.epochs - self.run.self_label)
+
+    @property
     def augmentation(self) -> Augmentation:
         """The transform T for the images of the run."""
         return Augmentation(flip=self.run.dataset not in DIGITS)
@@ -137,9 +142,7 @@ def build(
     if method is None or method.builder is None:
         names = ", ".join(name for name, known in METHODS.items() if known.builder is not None)
         raise ValueError(f"method is {run.method!r}; it must be one of {names}")
-    for name in ("heads", "n_init"):
-        if getattr(run, name) > 1 and not method.starts:
-            raise ValueError(f"{name} is {getattr(run, name)}; with the method {run.method!r} it must be 1")
+    check_starts(run.method, heads=run.heads, n_init=run.n_init)
     module, _, function = method.builder.partition(":")
     builder = getattr(importlib.import_module(f"fastroute.clustering.{module}"), function)
     setting = Setting(

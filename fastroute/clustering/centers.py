@@ -7,6 +7,18 @@ from torch import Tensor
 from fastroute.clustering.module import ClusteringModule
 
 
+def k_means(features: Tensor, clusters: int, seed: int) -> tuple[Tensor, float]:
+    """Return the centres (K, D), on the CPU, and the sum of squared distances of the best of five runs.
+
+    Args:
+        features: (N, D).
+        clusters: K.
+        seed: of the first centres.
+    """
+    found = KMeans(clusters, n_init=5, random_state=seed).fit(features.cpu().numpy())
+    return torch.from_numpy(found.cluster_centers_), found.inertia_
+
+
 class FeatureClustering(ClusteringModule):
     """A module whose clusters are k-means of its features, found anew at each validation.
 
@@ -31,9 +43,9 @@ class FeatureClustering(ClusteringModule):
 
     def on_validation_epoch_start(self) -> None:
         features = self.over_images(self.features)
-        kmeans = KMeans(self.num_clusters, n_init=5, random_state=self.seed).fit(features.cpu().numpy())
-        self.centers.copy_(torch.from_numpy(kmeans.cluster_centers_))
-        self.variance.fill_(max(kmeans.inertia_ / features.numel(), 1e-12))
+        centers, inertia = k_means(features, self.num_clusters, self.seed)
+        self.centers.copy_(centers)
+        self.variance.fill_(max(inertia / features.numel(), 1e-12))
 
     def responses(self, images: Tensor) -> Tensor:
         """Return the Gaussians' log-densities (N, K) of images (N, C, H, W), up to a constant."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastroute.clustering.augment import Augmentation
-from fastroute.clustering.module import ClusteringModule
+from fastroute.clustering.module import ClusteringModule, check_positive
 from fastroute.ops._library import without_autocast
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class DAC(ClusteringModule):
         ValueError: an argument is out of range.
     """
 
+    SCHEDULE = ("schedule_epochs",)  # all pairs count in the epochs that a longer run adds
+
     def __init__(
         self,
         network: nn.Module,
@@ -65,27 +67,17 @@ class DAC(ClusteringModule):
         lr: float = 1e-3,
     ):
         super().__init__(num_clusters)
-        for name, value in (("epochs", epochs), ("lr", lr)):
-            if not value > 0:
-                raise ValueError(f"{name} is {value}; it must be greater than 0")
+        check_positive(epochs=epochs, lr=lr)
         self.network, self.norm = network, nn.Sequential(nn.BatchNorm1d(num_clusters), nn.ReLU())
-        self.epochs, self.lr = epochs, lr
+        self.schedule_epochs, self.lr = epochs, lr
         self.augment = augmentation or Augmentation()
 
     def configure_optimizers(self):
         return torch.optim.RMSprop(self.parameters(), lr=self.lr)
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["schedule_epochs"] = self.epochs
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self.epochs = checkpoint["schedule_epochs"]  # all pairs count in the epochs that a longer run adds
-
     def thresholds(self) -> tuple[float, float]:
         """Return u(λ) and l(λ) of the epoch."""
-        share = min(1.0, self.current_epoch / max(1, self.epochs - 1))
+        share = min(1.0, self.current_epoch / max(1, self.schedule_epochs - 1))
         return tuple(at + by * LAST * share for at, by in (UPPER, LOWER))
 
     def step(self, images: Tensor, index: Tensor | None) -> Tensor:
@@ -107,5 +99,6 @@ class DAC(ClusteringModule):
 def build(setting: "Setting") -> DAC:
     """Build the module of a run of DAC; λ grows until self-labelling begins."""
     run = setting.run
-    epochs = max(1, setting.epochs - run.self_label)
-    return DAC(setting.network(run.clusters), run.clusters, epochs=epochs, augmentation=setting.augmentation)
+    return DAC(
+        setting.network(run.clusters), run.clusters, epochs=setting.method_epochs, augmentation=setting.augmentation
+    )

@@ -5,11 +5,11 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastroute.clustering.module import ClusteringModule
+from fastroute.clustering.centers import k_means
+from fastroute.clustering.module import ClusteringModule, check_positive
 from fastroute.ops._library import without_autocast
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class DEC(ClusteringModule):
 
     EVEN = math.inf  # the kernel has long tails: well-separated clusters have a high entropy too
     NETWORK = "dense autoencoder"
+    SCHEDULE = ("pretrain_epochs",)  # a longer run only lengthens the second part
     SECOND = 0.1
     """The learning rate of the second part, as a share of the autoencoder's."""
 
@@ -91,8 +92,7 @@ class DEC(ClusteringModule):
         super().__init__(num_clusters)
         if pretrain_epochs < 1:
             raise ValueError(f"pretrain_epochs is {pretrain_epochs}; it must be at least 1")
-        if not lr > 0:
-            raise ValueError(f"lr is {lr}; it must be greater than 0")
+        check_positive(lr=lr)
         self.encoder, self.decoder = _perceptron([features, *widths]), _perceptron([*widths[::-1], features])
         self.centers = nn.Parameter(torch.zeros(num_clusters, widths[-1]))
         self.pretrain_epochs, self.lr, self.seed = pretrain_epochs, lr, seed
@@ -101,14 +101,6 @@ class DEC(ClusteringModule):
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [self.pretrain_epochs], self.SECOND)
         return [optimizer], [schedule]
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["pretrain_epochs"] = self.pretrain_epochs
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self.pretrain_epochs = checkpoint["pretrain_epochs"]  # a longer run only lengthens the second part
 
     def step(self, images: Tensor, index: Tensor | None) -> Tensor:
         x = _vectors(images)
@@ -133,8 +125,11 @@ class DEC(ClusteringModule):
 
     def on_validation_epoch_start(self) -> None:
         if self.pretraining:
-            kmeans = KMeans(self.num_clusters, n_init=5, random_state=self.seed).fit(self._codes().cpu().numpy())
-            self.centers.data.copy_(torch.from_numpy(kmeans.cluster_centers_))
+            self.place_centers(self._codes())
+
+    def place_centers(self, codes: Tensor) -> None:
+        """Take the centres from k-means of all codes (N, D)."""
+        self.centers.data.copy_(k_means(codes, self.num_clusters, self.seed)[0])
 
     def _codes(self) -> Tensor:
         return self.over_images(lambda images: self.encoder(_vectors(images)))
@@ -183,12 +178,10 @@ class DCN(DEC):
         self.centers.requires_grad_(False)  # they move as in k-means
         self.register_buffer("counts", torch.zeros(self.num_clusters))
 
-    def on_validation_epoch_start(self) -> None:
-        super().on_validation_epoch_start()
-        if self.pretraining:
-            codes = self._codes()
-            nearest = torch.cdist(codes, self.centers).argmin(1)
-            self.counts.copy_(torch.bincount(nearest, minlength=self.num_clusters))
+    def place_centers(self, codes: Tensor) -> None:
+        super().place_centers(codes)
+        nearest = torch.cdist(codes, self.centers).argmin(1)
+        self.counts.copy_(torch.bincount(nearest, minlength=self.num_clusters))
 
     def cluster_loss(self, x: Tensor, z: Tensor, index: Tensor | None) -> Tensor:
         nearest = torch.cdist(z.detach(), self.centers).argmin(1)

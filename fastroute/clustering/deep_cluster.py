@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fastroute.clustering.augment import Augmentation
 from fastroute.clustering.centers import FeatureClustering
+from fastroute.clustering.module import check_positive
 from fastroute.clustering.networks import layers_of
 from fastroute.data.seeding import derived_seed, generator
 
@@ -73,8 +74,7 @@ class DeepCluster(FeatureClustering):
         seed: int = 0,
     ):
         super().__init__(num_clusters, dims, seed)
-        if not lr > 0:
-            raise ValueError(f"lr is {lr}; it must be greater than 0")
+        check_positive(lr=lr)
         self.network, self.head = network, nn.Linear(dims, labels)
         self.augment, self.lr = augmentation or Augmentation(), lr
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastroute.clustering.centers import FeatureClustering
+from fastroute.clustering.module import check_positive
 
 if TYPE_CHECKING:
     from fastroute.clustering.build import Setting
@@ -16,18 +17,22 @@ LATENT, WIDTH, GRID = 100, 64, 4
 """DCGAN's dimensions of the noise, filters of the first layer, and side of the grid that features are pooled to."""
 
 
-def halvings(height: int, width: int) -> list[tuple[int, int]]:
-    """Return the sizes of the discriminator's maps, from the image's to one with a side of 2 or 3.
+def levels(shape: torch.Size) -> tuple[list[tuple[int, int]], list[int]]:
+    """Return the sizes and widths of the discriminator's maps, from the image's to one with a side of 2 or 3.
+
+    Args:
+        shape: (C, H, W) of an image.
 
     Raises:
         ValueError: a side of the image is below 4.
     """
+    channels, height, width = shape
     sizes = [(height, width)]
     while min(sizes[-1]) >= 4:
         sizes.append((sizes[-1][0] // 2, sizes[-1][1] // 2))
     if len(sizes) == 1:
         raise ValueError(f"img_size is {min(height, width)}; the method 'gan' needs images of at least 4 × 4 pixels")
-    return sizes
+    return sizes, [channels, *(WIDTH << level for level in range(len(sizes) - 1))]
 
 
 class Discriminator(nn.Module):
@@ -39,8 +44,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, shape: torch.Size):
         super().__init__()
-        sizes = halvings(*shape[1:])
-        widths = [shape[0], *(WIDTH << level for level in range(len(sizes) - 1))]
+        sizes, widths = levels(shape)
         self.levels = nn.ModuleList()
         for level, (inputs, width) in enumerate(itertools.pairwise(widths)):
             norm = [nn.BatchNorm2d(width)] if level else []
@@ -72,8 +76,7 @@ def generator(shape: torch.Size) -> nn.Sequential:
     Args:
         shape: (C, H, W) of an image.
     """
-    sizes = halvings(*shape[1:])
-    widths = [shape[0], *(WIDTH << level for level in range(len(sizes) - 1))]
+    sizes, widths = levels(shape)
     layers: list[nn.Module] = [
         nn.Linear(LATENT, widths[-1] * sizes[-1][0] * sizes[-1][1], bias=False),
         nn.Unflatten(1, (widths[-1], *sizes[-1])),
@@ -108,8 +111,7 @@ class GAN(FeatureClustering):
     NETWORK = "DCGAN"
 
     def __init__(self, shape: torch.Size, num_clusters: int, *, lr: float = 2e-4, seed: int = 0):
-        if not lr > 0:
-            raise ValueError(f"lr is {lr}; it must be greater than 0")
+        check_positive(lr=lr)
         discriminator = Discriminator(shape)
         super().__init__(num_clusters, discriminator.dims, seed)
         self.discriminator, self.generator, self.lr = discriminator, generator(shape), lr
@@ -129,17 +131,12 @@ class GAN(FeatureClustering):
     def step(self, images: Tensor, index: Tensor | None) -> None:
         made = self.generator(torch.randn(len(images), LATENT).to(images.device))
         real, false = self.discriminator(images).float(), self.discriminator(made.detach()).float()
+        discriminator, generator = self.optimizers()
         losses = {"discriminator_loss": F.softplus(-real).mean() + F.softplus(false).mean()}
-        self._descend(0, losses["discriminator_loss"])
+        self.descend(discriminator, losses["discriminator_loss"])
         losses["generator_loss"] = F.softplus(-self.discriminator(made).float()).mean()
-        self._descend(1, losses["generator_loss"])
+        self.descend(generator, losses["generator_loss"])
         self.log_dict(losses, on_step=False, on_epoch=True, batch_size=len(images))
-
-    def _descend(self, place: int, loss: Tensor) -> None:
-        optimizer = self.optimizers()[place]
-        optimizer.zero_grad()  # the discriminator's gradients of the generator's loss too
-        self.manual_backward(loss)
-        optimizer.step()
 
 
 def build(setting: "Setting") -> GAN:

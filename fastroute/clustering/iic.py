@@ -1,4 +1,4 @@
-"""Invariant information clustering (IIC; Ji et al. 2019) in the setting of §4.5.2, as a Lightning module."""
+"""Invariant information clustering (IIC; Ji et al. 2019) in the setting of §4.5.2 and in its own."""
 
 from typing import TYPE_CHECKING
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastroute._defaults import LR_CONSISTENCY
 from fastroute.clustering.augment import Augmentation
 from fastroute.clustering.metrics import mutual_information
-from fastroute.clustering.module import ClusteringModule
+from fastroute.clustering.module import ClusteringModule, check_positive
 from fastroute.ops._library import without_autocast
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ class IIC(ClusteringModule):
         lr: float = LR_CONSISTENCY,
     ):
         super().__init__(num_clusters)
-        if not lr > 0:
-            raise ValueError(f"lr is {lr}; it must be greater than 0")
+        check_positive(lr=lr)
         self.network, self.augment, self.lr = network, augmentation or Augmentation(), lr
 
     def configure_optimizers(self):
@@ -104,9 +103,7 @@ class ManyHeadedIIC(ClusteringModule):
         lr: float = 1e-4,
     ):
         super().__init__(num_clusters)
-        for name, value in (("heads", heads), ("over", over), ("copies", copies), ("lr", lr)):
-            if not value > 0:
-                raise ValueError(f"{name} is {value}; it must be greater than 0")
+        check_positive(heads=heads, over=over, copies=copies, lr=lr)
         self.network, self.heads, self.over, self.copies = network, heads, over, copies
         self.augment, self.lr = augmentation or Augmentation(), lr
         self.register_buffer("head", torch.zeros((), dtype=torch.long))

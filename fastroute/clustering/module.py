@@ -12,6 +12,17 @@ from fastroute.clustering.metrics import label_metrics
 from fastroute.clustering.self_label import SelfLabelling, self_label_loss
 
 
+def check_positive(**values: float) -> None:
+    """Check arguments of a method.
+
+    Raises:
+        ValueError: one of the values is not above 0; the message has its name.
+    """
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name} is {value}; it must be greater than 0")
+
+
 class ClusteringModule(pl.LightningModule):
     """A module whose `forward` returns posteriors (N, K): the softmax of its `responses`, by default.
 
@@ -34,6 +45,8 @@ class ClusteringModule(pl.LightningModule):
     """The entropy above which posteriors count as even."""
     NETWORK: str | None = None
     """The network for a report, where it is not the run's architecture."""
+    SCHEDULE: tuple[str, ...] = ()
+    """Attributes that divide the epochs. A resumed run keeps those of its checkpoint: more epochs come at the end."""
 
     def __init__(self, num_clusters: int):
         super().__init__()
@@ -74,13 +87,16 @@ class ClusteringModule(pl.LightningModule):
                 responses = self.responses(images)
             loss = self_label_loss(responses, self.responses(self.self_labelling.strong(images)))
             if not self.automatic_optimization:
-                optimizer = self.optimizers()[-1]
-                optimizer.zero_grad()
-                self.manual_backward(loss)
-                optimizer.step()
+                self.descend(self.optimizers()[-1], loss)
         if loss is not None:
             self.log("loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
         return loss
+
+    def descend(self, optimizer: pl.core.optimizer.LightningOptimizer, loss: Tensor) -> None:
+        """Step an optimiser, where a method steps its own."""
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
 
     def over_images(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Return a function's float32 values for all images in their order, in evaluation mode, without gradients."""
@@ -94,11 +110,14 @@ class ClusteringModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["epochs"] = self.trainer.max_epochs
         checkpoint["kept"] = {name: value.cpu() for name, value in self.kept.items()}
+        checkpoint |= {name: getattr(self, name) for name in self.SCHEDULE}
         if self.self_labelling is not None:
             checkpoint["self_label_start"] = self.self_labelling.start
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.kept = {name: value.to(self.device) for name, value in checkpoint.get("kept", {}).items()}
+        for name in self.SCHEDULE:
+            setattr(self, name, checkpoint[name])
         if self.self_labelling is not None:  # a longer run only lengthens the last step
             self.self_labelling.start = checkpoint["self_label_start"]
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fastroute.clustering.augment import Augmentation
 from fastroute.clustering.centers import FeatureClustering
+from fastroute.clustering.module import check_positive
 
 if TYPE_CHECKING:
     from fastroute.clustering.build import Setting
@@ -55,8 +56,7 @@ class Triplet(FeatureClustering):
         seed: int = 0,
     ):
         super().__init__(num_clusters, dims, seed)
-        if not lr > 0:
-            raise ValueError(f"lr is {lr}; it must be greater than 0")
+        check_positive(lr=lr)
         self.network, self.augment, self.lr = network, augmentation or Augmentation(), lr
 
     def configure_optimizers(self):

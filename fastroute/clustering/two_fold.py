@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from fastroute._defaults import GAMMA, LR_CONSISTENCY, LR_EM
 from fastroute.clustering.augment import Augmentation
 from fastroute.clustering.metrics import mutual_information
-from fastroute.clustering.module import ClusteringModule
+from fastroute.clustering.module import ClusteringModule, check_positive
 from fastroute.nn import ConsistencyLoss, MixtureEMLoss, RelevanceNorm
 
 if TYPE_CHECKING:
@@ -54,9 +54,7 @@ class TwoFoldClustering(ClusteringModule):
             raise ValueError(f"method is {method!r}; it must be 'two-fold', 'em' or 'consistency'")
         if heads < 1:
             raise ValueError(f"heads is {heads}; it must be at least 1")
-        for name, lr in (("lr_em", lr_em), ("lr_consistency", lr_consistency)):
-            if not lr > 0:
-                raise ValueError(f"{name} is {lr}; it must be greater than 0")
+        check_positive(lr_em=lr_em, lr_consistency=lr_consistency)
         self.automatic_optimization = False
         self.network, self.heads, self.method = network, heads, method
         self.augment = augmentation or Augmentation()
@@ -76,20 +74,15 @@ class TwoFoldClustering(ClusteringModule):
 
         if self.method != "consistency":  # EM optimisation: relevance scores, posteriors and clustering loss
             losses, _ = self.em_loss(self.scores(x), self.scores(x_tr))
-            self._step(em, losses.sum())
+            self.descend(em, losses.sum())
             self.log("em_loss", losses.mean(), on_step=False, on_epoch=True, batch_size=len(x))
 
         if self.method != "em":  # consistency optimisation, with the posteriors of the updated network
             with torch.no_grad():
                 p = torch.softmax(self.normalize(self.scores(x), track=self.method == "consistency"), -1)
             losses = self.consistency_loss(p, self.normalize(self.scores(x_tr), track=False))
-            self._step(consistency, losses.sum())
+            self.descend(consistency, losses.sum())
             self.log("consistency_loss", losses.mean(), on_step=False, on_epoch=True, batch_size=len(x))
-
-    def _step(self, optimizer, loss: Tensor) -> None:
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
 
     def scores(self, images: Tensor) -> Tensor:
         """Return relevance scores (N, heads, K) of images (N, C, H, W)."""

@@ -53,7 +53,8 @@ def test_the_generator_learns_to_be_taken_for_real():
     torch.manual_seed(0)
     module = GAN(torch.Size((1, 8, 8)), 3)
     noise, losses = torch.randn(16, LATENT), []
-    module._descend = lambda place, loss: losses.append(loss)
+    module.optimizers = module.configure_optimizers
+    module.descend = lambda optimizer, loss: losses.append(loss)
     module.log_dict = lambda *args, **options: None
     torch.manual_seed(2)
     module.step(torch.rand(16, 1, 8, 8), None)
