@@ -20,8 +20,9 @@ with extra("visualize", "fastroute.visualize"):
         weight_distance,
     )
     from fastroute.visualize.curves import accuracy_against_parameters, learning_curves
+    from fastroute.visualize.page import Images, Report
     from fastroute.visualize.paths import similarity_matrices, weight_histograms
-    from fastroute.visualize.report import Images, Report, clustering_report, routing_report
+    from fastroute.visualize.report import clustering_report, routing_report
     from fastroute.visualize.routing import (
         class_histograms,
         colour_explained,
