@@ -15,6 +15,7 @@ from fastroute.bench.contest import OURS, Contest
 from fastroute.bench.plain import PlainCrossConnection, PlainCrossPrediction2d
 from fastroute.models import create_model, list_models
 from fastroute.nn import CrossConnection, CrossPrediction2d
+from fastroute.ops._compile_form import compile_form
 
 FORWARD, STEP = "forward", "forward+backward+optimiser"
 
@@ -40,7 +41,10 @@ def without_kernels(model: nn.Module) -> nn.Module:
 
 
 def contest(labels: dict, num_classes: int, img_size: int, compile: bool, device: torch.device) -> Contest:
-    """Build a contest of a network against itself without routers, with plain ones and, if `compile`, both compiled."""
+    """Build a contest of a network against itself without routers, with plain ones and, if `compile`, both compiled.
+
+    Ours is compiled twice: in the form that `compile_form("auto")` takes, and in the fused form.
+    """
     training = labels["direction"] == STEP
     batch, memory_format, dtype = labels["batch"], LAYOUTS[labels["layout"]], DTYPES[labels["dtype"]]
     torch.manual_seed(0)
@@ -85,10 +89,13 @@ def contest(labels: dict, num_classes: int, img_size: int, compile: bool, device
     torch._dynamo.reset()
     calls = dict(models)
     if compile:
-        for name, source in (("compile", "eager"), ("fastroute compiled", OURS)):
-            if source in models:
-                models[name] = copy.deepcopy(models[source])
-                calls[name] = compiled(models[name], device)
+        for name, source in (("compile", "eager"), ("fastroute compiled", OURS), ("fastroute fused", OURS)):
+            if source not in models or (name == "fastroute fused" and not routers):
+                continue
+            models[name] = copy.deepcopy(models[source])
+            calls[name] = compiled(models[name], device)
+            if name == "fastroute fused":
+                calls[name] = partial(_call_fused, calls[name])
     contenders = {name: job(models[name], calls[name]) for name in models}
 
     def check():
@@ -106,6 +113,12 @@ def contest(labels: dict, num_classes: int, img_size: int, compile: bool, device
 
     facts = {"routing_share": _routing_share(model, images, targets, autocast())} if training else {}
     return Contest(contenders, check, device, facts=facts)
+
+
+def _call_fused(model, images: Tensor) -> Tensor:
+    """Call a compiled network, whose operators are traced in the fused form."""
+    with compile_form("fused"):
+        return model(images)
 
 
 def _assert_near(what: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:
