@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) fastroute/ops/schemas.inc
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-fast test-thorough attack sanitize test-oldest test-oldest-fast oldest-libraries lint docs ctest clean
+.PHONY: demo test test-fast test-thorough test-costs attack sanitize test-oldest test-oldest-fast oldest-libraries lint docs ctest clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fastroute demo
@@ -18,11 +18,11 @@ FAST := "not long and not thorough and not slow and not gpu and not attack"
 test: $(VENV)/.ready
 	$(TEST)
 
-# Some four minutes: what neither trains, nor compiles, nor interprets kernels for seconds (tests/conftest.py has the list).
+# Some two minutes: tests of less than half a second of a processor, by tests/costs.txt.
 test-fast: $(VENV)/.ready
 	$(TEST) -m $(FAST)
 
-# As long again: what `make test` leaves out for time, and CI runs besides (tests/conftest.py has the list).
+# What `make test` leaves out, which CI runs besides: tests of more than a second.
 test-thorough: $(VENV)/.ready
 	$(TEST) -m "thorough and not gpu"
 
@@ -40,8 +40,7 @@ sanitize: $(VENV)/.ready
 	mkdir -p build/sanitized/sources
 	tar -c --exclude='*.so' --exclude=__pycache__ csrc fastroute tests pyproject.toml setup.py README.md | tar -x -C build/sanitized/sources
 	cd build/sanitized/sources && \
-	  cpu=$$($(abspath $(BIN))/python -c "from fastroute.ops._compiled import cpu_library; print(cpu_library()[3:])") && \
-	  FASTROUTE_SANITIZE=address FASTROUTE_BUILD_CPU=$$cpu FASTROUTE_BUILD_CUDA=0 \
+	  FASTROUTE_SANITIZE=address FASTROUTE_BUILD_CPU=native FASTROUTE_BUILD_CUDA=0 \
 	  $(abspath $(BIN))/python setup.py --quiet build_ext --inplace --build-temp ../objects
 	$(SANITIZED) -m tests.attack.operators 3 200
 	$(SANITIZED) -m tests.attack.private 3 500
@@ -55,12 +54,11 @@ TEST_OLDEST := cd $(OLDEST_SOURCES) && OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE
 OLDEST_TESTS := tests/backends tests/ops tests/nn --ignore=tests/backends/test_native_cpu.py
 
 test-oldest: oldest-libraries
-	$(TEST_OLDEST) $(OLDEST_TESTS)
+	$(TEST_OLDEST) $(OLDEST_TESTS) -m "not slow and not gpu and not attack"
 
-# What of it CI can afford: what `make test-fast` has of it, and the kernels in the interpreter.
+# What CI can afford: what `make test` has of them.
 test-oldest-fast: oldest-libraries
-	$(TEST_OLDEST) $(OLDEST_TESTS) -m $(FAST)
-	$(TEST_OLDEST) tests/backends/triton_kernels -m "long and not thorough and not slow and not gpu"
+	$(TEST_OLDEST) $(OLDEST_TESTS)
 
 oldest-libraries: $(OLDEST)/.ready
 	mkdir -p $(OLDEST_SOURCES)
@@ -68,9 +66,13 @@ oldest-libraries: $(OLDEST)/.ready
 	tar -c --exclude='*.so' --exclude=__pycache__ benchmarks csrc fastroute tests pyproject.toml setup.py README.md LICENSE | \
 	  tar -x -C $(OLDEST_SOURCES)
 	cd $(OLDEST_SOURCES) && \
-	  cpu=$$($(abspath $(OLDEST))/bin/python -c "from fastroute.ops._compiled import cpu_library; print(cpu_library()[3:])") && \
-	  FASTROUTE_OPTIMIZE=0 FASTROUTE_BUILD_CPU=$$cpu FASTROUTE_BUILD_CUDA=0 \
+	  FASTROUTE_OPTIMIZE=0 FASTROUTE_BUILD_CPU=native FASTROUTE_BUILD_CUDA=0 \
 	  $(abspath $(OLDEST))/bin/python setup.py --quiet build_ext --inplace --build-temp ../objects
+
+# Write the CPU seconds of all tests to tests/costs.txt, with nothing kept from earlier runs.
+test-costs: $(VENV)/.ready
+	rm -rf build/tests
+	$(TEST) -m "not slow and not gpu and not attack" --record-costs
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check
@@ -83,7 +85,7 @@ docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 ctest: $(VENV)/.ready
-	cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	cmake --build build/cmake --parallel 2
 	ctest --test-dir build/cmake --output-on-failure
 

@@ -1,9 +1,9 @@
 """Build csrc: one CPU library per instruction set, and a CUDA library if nvcc and a CUDA torch are found.
 
 FASTROUTE_BUILD_CUDA=0 skips the CUDA library, and 1 requires it. FASTROUTE_BUILD_CPU=avx2,avx512 builds only those CPU
-libraries, and FASTROUTE_BUILD_CPU=0 none. FASTROUTE_OPTIMIZE=0 builds the operators and CPU libraries in less time,
-for tests. FASTROUTE_SANITIZE=address or undefined builds them with that sanitizer, which the process must preload.
-MAX_JOBS and TORCH_CUDA_ARCH_LIST are torch's.
+libraries, "native" being this processor's, and FASTROUTE_BUILD_CPU=0 none. FASTROUTE_OPTIMIZE=0 builds the operators
+and CPU libraries in less time, for tests. FASTROUTE_SANITIZE=address or undefined builds them with that sanitizer,
+which the process must preload. MAX_JOBS and TORCH_CUDA_ARCH_LIST are torch's.
 """
 
 import os
@@ -38,6 +38,13 @@ def say(message: str) -> None:
     print(f"fastroute: {message}", file=sys.stderr)
 
 
+def own_instruction_set() -> str:
+    """Return the name of the library that `fastroute.ops._compiled` loads on this processor."""
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    newer = capability == "avx512" and torch.cpu.get_capabilities().get("avx512_bf16")
+    return "avx512_bf16" if newer else capability
+
+
 def cpu_extensions() -> list:
     flags = [f"-O{os.environ.get('FASTROUTE_OPTIMIZE', '3')}", "-g0"]
     sanitizers = []
@@ -60,10 +67,11 @@ def cpu_extensions() -> list:
             "avx512_bf16": [*avx512, "-mavx512bf16"],
         }
     if wish := os.environ.get("FASTROUTE_BUILD_CPU"):
-        names = [] if wish == "0" else wish.split(",")
+        names = [] if wish == "0" else [own_instruction_set() if name == "native" else name for name in wish.split(",")]
         if not set(names) <= instruction_sets.keys():
             sys.exit(
-                f"fastroute: FASTROUTE_BUILD_CPU is {wish!r}; it must be 0, or names from {', '.join(instruction_sets)}"
+                f"fastroute: FASTROUTE_BUILD_CPU is {wish!r}; it must be 0, or names from native, "
+                f"{', '.join(instruction_sets)}"
             )
         instruction_sets = {name: instruction_sets[name] for name in names}
     operators = cpp_extension.CppExtension(

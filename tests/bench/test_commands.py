@@ -83,7 +83,6 @@ def test_stated_cases_are_those_of_the_committed_result():
     assert {row.id for row in committed.rows} == set(run("--list", "--device", "cpu", "--stated").output.split())
 
 
-@pytest.mark.thorough
 def test_pytest_measures_the_same_cases(tmp_path):
     path = tmp_path / "b.json"
     # Other tests run beside this one, so nothing here may depend on how long a call takes.

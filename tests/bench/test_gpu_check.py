@@ -217,7 +217,6 @@ def rows_of(folder, **labels):
     return [row for row in rows if labels.items() <= row.items()]
 
 
-@pytest.mark.thorough
 def test_it_is_rehearsed_on_the_cpu(tmp_path):
     ended = gpu_check_run("--device", "cpu", "--output", tmp_path, "--tests", "tests/ops/test_cases.py")
     assert ended.stdout.startswith("budgets, s: machine 20, checks 105, ")

@@ -76,7 +76,7 @@ LABELS = {"network": "resnet20_cc2", "dtype": "float32", "layout": "contiguous",
 
 def test_networks_are_checked_and_timed(uncompiled):
     row = measured(networks.contest({**LABELS, "direction": networks.STEP}, 10, 8, True, CPU))
-    assert row.ms.keys() == {"fastroute", "no routing", "eager", "compile", "fastroute compiled"}
+    assert row.ms.keys() == {"fastroute", "no routing", "eager", "compile", "fastroute compiled", "fastroute fused"}
     assert 0 < row.facts["routing_share"] < 1 and row.saved_bytes["fastroute"] > 0
     alone = networks.contest({**LABELS, "network": "resnet20", "direction": networks.FORWARD}, 10, 8, False, CPU)
     assert measured(alone).ms.keys() == {"fastroute"}
