@@ -234,7 +234,9 @@ class TrainOptions(NetworkOptions):
     )
     channels_last: Annotated[
         bool | None,
-        option("--channels-last/--no-channels-last", help="Compute in channels_last. (default: on a CPU)", panel=COMPUTE),
+        option(
+            "--channels-last/--no-channels-last", help="Compute in channels_last. (default: on a CPU)", panel=COMPUTE
+        ),
     ] = None
     grad_checkpointing: Annotated[
         bool,
