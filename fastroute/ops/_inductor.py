@@ -30,14 +30,19 @@ def _constrain_layouts(operators: Callable[[], Iterable[Callable]]) -> None:
     from torch._inductor.virtualized import V
     from torch.utils import _pytree as pytree
 
-    def channels_last(argument):
-        is_map = isinstance(argument, ir.TensorBox) and len(argument.get_size()) == 4
-        return ir.ExternKernel.require_channels_last(argument) if is_map else argument
+    def is_map(argument):
+        return isinstance(argument, ir.TensorBox) and len(argument.get_size()) == 4
+
+    def is_channels_last(argument):
+        strides = argument.maybe_get_stride()
+        return strides is not None and strides[1] == 1
 
     def constrain(node, *args, **kwargs):
-        if not V.graph.layout_opt:
+        # The backward has none of the convolutions that decide, but what they saved; all paths need one layout.
+        if not (V.graph.layout_opt or any(map(is_channels_last, filter(is_map, pytree.tree_leaves(args))))):
             return lowering.constrain_to_fx_strides(node, *args, **kwargs)
-        return pytree.tree_map(channels_last, args), kwargs
+        require = ir.ExternKernel.require_channels_last
+        return pytree.tree_map(lambda argument: require(argument) if is_map(argument) else argument, args), kwargs
 
     for operator in operators():
         lowering.make_fallback(operator, constrain, warn=False)

@@ -223,3 +223,24 @@ def test_maps_are_channels_last_where_inductor_computes_convolutions_so():
     maps = {strides for source in sources for strides in re.findall(r"\(2, 6, 8, 8\), (\(\d{3}, [\d, ]+\))", source)}
     assert "fastroute.cross_connect_backward" in "".join(sources)
     assert maps == {"(384, 1, 48, 6)"}  # those of channels_last
+
+
+@pytest.mark.parametrize("first, second", [("contiguous", "channels_last"), ("channels_last", "contiguous")])
+def test_a_backward_takes_paths_that_a_graph_saved_in_two_layouts(first, second):
+    xs, (w1, b1, w2, b2) = (
+        [x.detach() for x in tensors(torch.float32, "contiguous")[0]],
+        tensors(torch.float32, "contiguous")[1],
+    )
+    python, grads = torch.ops.fastroute_python, [torch.randn(4, 8, 6, 5) for _ in range(4)]
+    _, gates, _, pooled, hidden = python.cross_connect(xs, w1, b1, w2, b2, False)
+    mixed = [xs[0].contiguous(memory_format=FORMATS[first]), xs[1].contiguous(memory_format=FORMATS[second])]
+    saved = (w1, b1, w2, b2, gates, pooled, hidden)
+    for call in (
+        lambda xs: python.cross_connect_backward(grads, None, None, xs, *saved, False, True),
+        lambda xs: python.mix_backward(grads, xs, gates, True),
+        lambda xs: (python.gate_backward(gates, None, xs, *saved),),
+    ):
+        torch.testing.assert_close(call(mixed), call(xs))
+    assert {
+        x.is_contiguous(memory_format=FORMATS[first]) for x in python.mix_backward(grads, mixed, gates, True)[0]
+    } == {True}
