@@ -233,8 +233,11 @@ class TrainOptions(NetworkOptions):
         "bfloat16"
     )
     channels_last: Annotated[
-        bool, option("--channels-last/--no-channels-last", help="Compute in channels_last.", panel=COMPUTE)
-    ] = False
+        bool | None,
+        option(
+            "--channels-last/--no-channels-last", help="Compute in channels_last. (default: on a CPU)", panel=COMPUTE
+        ),
+    ] = None
     grad_checkpointing: Annotated[
         bool,
         option(

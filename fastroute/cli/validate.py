@@ -74,8 +74,9 @@ class ValidateOptions:
     amp: Annotated[bool, typer.Option("--amp/--no-amp", help="Mixed precision.")] = False
     amp_dtype: Annotated[Literal["bfloat16", "float16"], typer.Option(help="With --amp: the type.")] = "bfloat16"
     channels_last: Annotated[
-        bool, typer.Option("--channels-last/--no-channels-last", help="Compute in channels_last.")
-    ] = False
+        bool | None,
+        typer.Option("--channels-last/--no-channels-last", help="Compute in channels_last. (default: on a CPU)"),
+    ] = None
     gates: Annotated[bool, typer.Option("--gates", help="Count the skewed gates (Figure 5.1).")] = False
     results_file: Annotated[Path | None, typer.Option(help="File for the results, .csv or .json.")] = None
 
@@ -188,7 +189,8 @@ def _result(path: Path | None, options: ValidateOptions, console: Console) -> di
         raise ValueError(f"gates is True, but {model} has no routers")
     if path is not None:
         load_weights(network, path, averaged=options.use_ema, name="checkpoint")
-    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    channels_last = device.type == "cpu" if options.channels_last is None else options.channels_last
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     network = network.to(device, memory_format=layout)
     routers = {} if options.gates else None
     start = time.perf_counter()

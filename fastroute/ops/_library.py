@@ -9,14 +9,13 @@ because the caches of compiled graphs on disk know an operator by its name alone
 import contextlib
 import re
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastroute.ops import _compile_form, _compiled
+from fastroute.ops import _compile_form, _compiled, _inductor
 
 # The reason why the compiled library is not used, or None.
 NOT_COMPILED = _compiled.load_operators()
@@ -56,12 +55,16 @@ TO_FUSE: dict[Callable, tuple[str, Callable]] = {}
 def define(name: str, prepare: Callable, fake: Callable):
     """Register an operator's checks and fake kernel, and return the operator. The backends add the kernels."""
 
-    def traced(*args):
-        _let_inductor_decompose()
+    def to_fuse(*args):
+        _inductor.add_decompositions(_decompositions)
+        return fake(*prepare(*args))
+
+    def one_node(*args):
+        _inductor.let_maps_be_channels_last(TO_FUSE.keys)
         return fake(*prepare(*args))
 
     for library in (LIBRARY, PYTHON, FUSED):
-        function = traced if library is FUSED else lambda *args: fake(*prepare(*args))
+        function = to_fuse if library is FUSED else one_node
         torch.library.register_fake(f"{library.ns}::{name}", function, lib=library)
     OPERATORS[name] = prepare
     for namespace in (torch.ops.fastroute_python, torch.ops.fastroute):
@@ -70,14 +73,8 @@ def define(name: str, prepare: Callable, fake: Callable):
     return operator
 
 
-@cache
-def _let_inductor_decompose() -> None:
-    """Add the fused operators to Inductor's decompositions; importing it takes seconds, so not before a compilation."""
-    from torch._inductor import decomposition
-
-    table = {getattr(torch.ops.fastroute_fused, name).default: _decomposed(plain) for name, plain in PLAIN.items()}
-    decomposition.decompositions.update(table)
-    decomposition.fast_random_decomps().update(table)  # a copy, which another compilation may have made
+def _decompositions() -> dict[Callable, Callable]:
+    return {getattr(torch.ops.fastroute_fused, name).default: _decomposed(plain) for name, plain in PLAIN.items()}
 
 
 def _decomposed(plain: Callable) -> Callable:

@@ -141,6 +141,12 @@ def align_like(xs: Sequence[Tensor], like: Tensor) -> list[Tensor]:
     return [x if channels_last(x) else _to_channels_last(x) for x in xs]
 
 
+def align_saved(xs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the paths that a forward saved in the first one's sample layout; a compiled graph may mix layouts."""
+    first = align_paths("xs", xs[:1])[0]
+    return [first, *align_like(xs[1:], first)]
+
+
 def _to_channels_last(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 

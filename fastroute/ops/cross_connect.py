@@ -11,6 +11,7 @@ from fastroute.ops._paths import (
     accumulate_dtype,
     align_like,
     align_paths,
+    align_saved,
     check_activation,
     check_gate,
     check_paths,
@@ -106,7 +107,7 @@ def _fake_forward(xs, w1, b1, w2, b2, relu):
 
 
 def _prepare_backward(grad_outputs, grad_gates, grad_scores, xs, *rest):
-    xs = align_paths("xs", xs)
+    xs = align_saved(xs)
     return align_like(grad_outputs, xs[0]), grad_gates, grad_scores, xs, *rest
 
 

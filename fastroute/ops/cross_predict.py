@@ -12,6 +12,7 @@ from fastroute.ops._paths import (
     accumulate_dtype,
     align_like,
     align_paths,
+    align_saved,
     check_activation,
     check_paths,
     check_tensors,
@@ -147,7 +148,7 @@ def _fake_forward(xs, weight, bias, gates, stride, padding, dilation, relu, form
 
 
 def _prepare_backward(grad_outputs, outputs, xs, *rest):
-    xs = align_paths("xs", xs)
+    xs = align_saved(xs)
     like = empty_map(xs[0], grad_outputs[0].shape)
     return align_like(grad_outputs, like), align_like(outputs, like), xs, *rest
 

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from fastroute.ops._library import below_autograd, call, define, implement_autograd
-from fastroute.ops._paths import accumulate_dtype, align_paths, check_gate, check_paths, check_tensors, path_list
+from fastroute.ops._paths import (
+    accumulate_dtype,
+    align_paths,
+    align_saved,
+    check_gate,
+    check_paths,
+    check_tensors,
+    path_list,
+)
 
 
 class Gates(NamedTuple):
@@ -54,7 +62,7 @@ def _fake_forward(xs, w1, b1, w2, b2):
 
 
 def _prepare_backward(grad_gates, grad_scores, xs, *rest):
-    return grad_gates, grad_scores, align_paths("xs", xs), *rest
+    return grad_gates, grad_scores, align_saved(xs), *rest
 
 
 def _fake_backward(grad_gates, grad_scores, xs, w1, b1, w2, b2, gates, pooled, hidden):

@@ -11,6 +11,7 @@ from fastroute.ops._paths import (
     accumulate_dtype,
     align_like,
     align_paths,
+    align_saved,
     check_paths,
     check_tensors,
     check_weight,
@@ -63,7 +64,7 @@ def _fake_forward(xs, gates):
 
 
 def _prepare_backward(grad_outputs, xs, gates, grad_inputs):
-    xs = align_paths("xs", xs)
+    xs = align_saved(xs)
     return align_like(grad_outputs, xs[0]), xs, gates, grad_inputs
 
 

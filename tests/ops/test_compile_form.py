@@ -1,10 +1,15 @@
 """The form of the operators in compiled graphs: one node, or operations that Inductor fuses."""
 
+import re
+
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import run_and_get_code
 
 import fastroute
 from fastroute import ops
@@ -196,3 +201,46 @@ def test_strides_that_a_size_of_one_leaves_free_are_kept():
     for ours, theirs in zip(found, ops.mix([x], gates), strict=True):
         assert ours.stride() == theirs.stride()
         torch.testing.assert_close(ours, theirs)
+
+
+def test_maps_are_channels_last_where_inductor_computes_convolutions_so():
+    torch.manual_seed(0)
+    first, last, router = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1), CrossConnection(6, 2, 2)
+    nn.init.normal_(router.w2)
+
+    def network(x):
+        y, z = router([first(x), first(x).relu()])
+        return last(y) + last(z)
+
+    def gradients(function):
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        return torch.autograd.grad(function(x).square().sum(), [first.weight, router.w1, router.w2])
+
+    with inductor_config.patch(force_disable_caches=True):
+        found, sources = run_and_get_code(gradients, torch.compile(network, fullgraph=True))
+    for ours, theirs in zip(found, gradients(network), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    maps = {strides for source in sources for strides in re.findall(r"\(2, 6, 8, 8\), (\(\d{3}, [\d, ]+\))", source)}
+    assert "fastroute.cross_connect_backward" in "".join(sources)
+    assert maps == {"(384, 1, 48, 6)"}  # those of channels_last
+
+
+@pytest.mark.parametrize("first, second", [("contiguous", "channels_last"), ("channels_last", "contiguous")])
+def test_a_backward_takes_paths_that_a_graph_saved_in_two_layouts(first, second):
+    xs, (w1, b1, w2, b2) = (
+        [x.detach() for x in tensors(torch.float32, "contiguous")[0]],
+        tensors(torch.float32, "contiguous")[1],
+    )
+    python, grads = torch.ops.fastroute_python, [torch.randn(4, 8, 6, 5) for _ in range(4)]
+    _, gates, _, pooled, hidden = python.cross_connect(xs, w1, b1, w2, b2, False)
+    mixed = [xs[0].contiguous(memory_format=FORMATS[first]), xs[1].contiguous(memory_format=FORMATS[second])]
+    saved = (w1, b1, w2, b2, gates, pooled, hidden)
+    for call in (
+        lambda xs: python.cross_connect_backward(grads, None, None, xs, *saved, False, True),
+        lambda xs: python.mix_backward(grads, xs, gates, True),
+        lambda xs: (python.gate_backward(gates, None, xs, *saved),),
+    ):
+        torch.testing.assert_close(call(mixed), call(xs))
+    assert {
+        x.is_contiguous(memory_format=FORMATS[first]) for x in python.mix_backward(grads, mixed, gates, True)[0]
+    } == {True}
