@@ -293,6 +293,7 @@ def peers(options) -> list[Measurement]:
             img_size,
             compile,
             torch.device(options.device),
+            fused=False,
         )
         for name, step in contest.contenders.items():
             if compile != name.endswith(("compile", "compiled")):

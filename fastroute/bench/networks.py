@@ -40,10 +40,16 @@ def without_kernels(model: nn.Module) -> nn.Module:
     return model
 
 
-def contest(labels: dict, num_classes: int, img_size: int, compile: bool, device: torch.device) -> Contest:
+# Contender that is compiled → the one that it is a compiled copy of.
+COMPILED = {"compile": "eager", "fastroute compiled": OURS, "fastroute fused": OURS}
+
+
+def contest(
+    labels: dict, num_classes: int, img_size: int, compile: bool, device: torch.device, fused: bool = True
+) -> Contest:
     """Build a contest of a network against itself without routers, with plain ones and, if `compile`, both compiled.
 
-    Ours is compiled twice: in the form that `compile_form("auto")` takes, and in the fused form.
+    Ours is compiled in the form that `compile_form("auto")` takes and, if `fused`, in the fused form as well.
     """
     training = labels["direction"] == STEP
     batch, memory_format, dtype = labels["batch"], LAYOUTS[labels["layout"]], DTYPES[labels["dtype"]]
@@ -89,8 +95,8 @@ def contest(labels: dict, num_classes: int, img_size: int, compile: bool, device
     torch._dynamo.reset()
     calls = dict(models)
     if compile:
-        for name, source in (("compile", "eager"), ("fastroute compiled", OURS), ("fastroute fused", OURS)):
-            if source not in models or (name == "fastroute fused" and not routers):
+        for name, source in COMPILED.items():
+            if source not in models or (name == "fastroute fused" and not (fused and routers)):
                 continue
             models[name] = copy.deepcopy(models[source])
             calls[name] = compiled(models[name], device)
