@@ -88,7 +88,7 @@ class SkipNet(SkippableResNet):
         if draw:
             return torch.bernoulli(probability.detach())
         gate = (score > 0).to(score.dtype)
-        return gate + probability - probability.detach() if self.training else gate
+        return gate + (probability - probability.detach()) if self.training else gate
 
     def training_loss(self, images: Tensor, targets: Tensor, progress: float) -> tuple[Tensor, Tensor]:
         """Return the loss of a batch, and its logits.

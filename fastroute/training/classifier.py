@@ -281,7 +281,8 @@ class RoutingClassifier(pl.LightningModule):
         """Return the loss of a batch and its auxiliary loss before weighting, and add the batch to the totals."""
         images, labels = self.trainer.datamodule.batch(batch) if isinstance(batch, Draws) else batch
         if self.own_loss:
-            targets = class_shares(labels, self.hparams.num_classes, self.hparams.smoothing)
+            classes = getattr(self.model, "num_classes", None) or self.hparams.num_classes
+            targets = class_shares(labels, classes, self.hparams.smoothing)
             loss, logits = self.model.training_loss(self._prepared(images), targets, self.progress)
             self.train_totals.update(loss, logits, labels)
             return loss, None
