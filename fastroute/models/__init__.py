@@ -5,7 +5,7 @@ import sys
 from fastroute.models._cost import count_macs
 from fastroute.models._timm import register_timm
 from fastroute.models.blockdrop import blockdrop110
-from fastroute.models.capsnet import capsnet
+from fastroute.models.capsules import capsnet
 from fastroute.models.cifar_resnet import (
     resnet20,
     resnet20_cc2,

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from fastroute import models
 from fastroute.models._cost import _cross_predict
 from fastroute.models.blockdrop import BlockDrop
-from fastroute.models.capsnet import CapsNet
+from fastroute.models.capsules import CapsNet
 from fastroute.models.cifar_resnet import blocks_per_stack, cifar_resnet, pre_activation_resnet
 from fastroute.models.cnn import base_cnn_cc, cnn
 from fastroute.models.convnet_aig import ConvNetAIG, GatedBlock

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastroute.models.blockdrop import BlockDrop
-from fastroute.models.capsnet import CapsNet
+from fastroute.models.capsules import CapsNet
 from fastroute.models.skipnet import SkipNet
 from fastroute.training import ImageDataModule, RoutingClassifier, fit
 from fastroute.training.classifier import class_shares

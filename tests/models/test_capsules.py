@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from fastroute.models import create_model
-from fastroute.models.capsnet import CapsNet, ClassCapsules, Decoder, scores_of, squash, unit_range
+from fastroute.models.capsules import CapsNet, ClassCapsules, Decoder, scores_of, squash, unit_range
 from fastroute.models.weights import load_pretrained
 
 
