@@ -169,7 +169,9 @@ def test_skipnet_s_hybrid_loss(images, monkeypatch):
     _, routing = model(images, return_routing=True, draw=True)
     assert torch.equal(gates_of(routing), gates)
     losses = F.cross_entropy(logits, TARGETS, reduction="none")
-    returns = torch.tensor([[0.6 / 3 * (1 - gates[n, i:]).sum() - losses[n] for i in range(3)] for n in range(4)])
+    returns = torch.tensor(
+        [[0.6 / 3 * (1 - gates[n, i:]).sum() - losses.detach()[n] for i in range(3)] for n in range(4)]
+    )
     chances = torch.stack([scores[:, 0, 1].sigmoid() for _, scores in routing.values()], 1)
     chances = torch.where(gates > 0, chances, 1 - chances).log()
     expected = losses.mean() - ((returns - returns.mean(0)) * chances).sum() / 4
