@@ -137,7 +137,8 @@ class CapsNet(Classifies, nn.Module):
                 f"img_size is {img_size}; it must be at least {2 * kernel_size - 1} for two convolutions of "
                 f"{kernel_size}×{kernel_size} without padding: enlarge the images, or lower kernel_size"
             )
-        self.shape, self.reconstruction = (in_chans, img_size, img_size), reconstruction
+        self.shape = in_chans, img_size, img_size
+        self.iterations, self.reconstruction = iterations, reconstruction
         self.stem = nn.Sequential(nn.Conv2d(in_chans, channels, kernel_size), nn.ReLU(inplace=True))
         self.primary = nn.Conv2d(channels, capsules * PRIMARY, kernel_size, stride=2)
         size = (img_size - 2 * kernel_size + 1) // 2 + 1
