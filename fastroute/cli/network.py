@@ -48,6 +48,10 @@ class NetworkOptions:
     model_kwargs: Annotated[
         list[str] | None, _option(metavar="K=V", help="Arguments of the network itself, such as drop_rate=0.1.")
     ] = None
+    block: Annotated[
+        Literal["basic", "split_attention", "selective_kernel"] | None,
+        _option(help="Block of a ResNet for small images: two convolutions, or with timm, adaptive ones."),
+    ] = None
     multipath: Annotated[
         int | None, _option(min=2, max=MAX_PATHS, help="Turn the network into one with this number of parallel paths.")
     ] = None

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from fastroute.training import ImageDataModule, RoutingClassifier
 
 
+NETWORK_ARGUMENTS = {"drop": "drop_rate", "drop_path": "drop_path_rate", "block": "block"}
+"""Flags that some networks take as arguments of these names."""
+
+
 @takes_options(TrainOptions)
 def train(context: typer.Context, options: TrainOptions) -> None:
     """Train a network; write checkpoints, summary.csv, routers.csv, figures of loggers and args.yaml.
@@ -112,7 +116,7 @@ def _prepare(
     model = re.sub(r"[^\w.-]+", "-", options.model or "")
     folder, resume = broadcast_from_rank_zero(run_location(options, f"{model}-{options.dataset}", console))
     unnamed = options.experiment is None and resume is None
-    dropping = _drop(options)
+    flags = _network_arguments(options)
     specification = network.specification(options, resume)
     network.write_flags(specification, options)
     if resume is not None and options.resume == "auto":
@@ -175,7 +179,7 @@ def _prepare(
     check_warmup(options.sched, options.warmup_epochs, options.epochs)
     pl.seed_everything(options.seed, verbose=False)
     module = training.RoutingClassifier(
-        _network(dropping, specification, options, data, options.num_classes, resume, console),
+        _network(flags, specification, options, data, options.num_classes, resume, console),
         options.num_classes or data.num_classes,
         data.in_chans,
         data.img_size,
@@ -217,31 +221,32 @@ def _prepare(
     return data, module, resume, folder
 
 
-def _drop(options: TrainOptions) -> dict[str, str]:
-    """Turn --drop and --drop-path into arguments of the network, as which a checkpoint and args.yaml keep them.
+def _network_arguments(options: TrainOptions) -> dict[str, str]:
+    """Turn flags that are arguments of some networks into those, as which a checkpoint and args.yaml keep them.
 
     Returns:
         "drop is 0.1" and the like, by the name of the argument.
     """
-    dropping = {}
-    for option, name in (("drop", "drop_rate"), ("drop_path", "drop_path_rate")):
-        if (rate := getattr(options, option)) is not None:
-            options.model_kwargs = [*(options.model_kwargs or []), f"{name}={rate}"]
+    given = {}
+    for option, name in NETWORK_ARGUMENTS.items():
+        if (value := getattr(options, option)) is not None:
+            options.model_kwargs = [*(options.model_kwargs or []), f"{name}={value}"]
             setattr(options, option, None)
-            dropping[name] = f"{option} is {rate}"
-    return dropping
+            given[name] = f"{option} is {value}"
+    return given
 
 
-def _network(dropping: dict[str, str], specification: "Specification", *arguments) -> "nn.Module":
-    """Build the network; if it does not take the argument of --drop or --drop-path, name the flag."""
+def _network(flags: dict[str, str], specification: "Specification", *arguments) -> "nn.Module":
+    """Build the network; if it does not take the argument of a flag, name the flag."""
     try:
         return network.network(specification, *arguments)
     except ValueError as error:
-        for name, given in dropping.items():
+        for name, given in flags.items():
             if f"'{name}'" in str(error):
+                others = "resnet20, resnet32, resnet110" if name == "block" else "many of timm's"
                 raise ValueError(
                     f"{given}; {specification} takes no {name}: leave the flag out, or choose a network that takes it, "
-                    "as many of timm's do"
+                    f"as {others} do"
                 ) from error
         raise
 

@@ -4,6 +4,8 @@ import sys
 
 from fastroute.models._cost import count_macs
 from fastroute.models._timm import register_timm
+from fastroute.models.blockdrop import blockdrop110
+from fastroute.models.capsules import capsnet
 from fastroute.models.cifar_resnet import (
     resnet20,
     resnet20_cc2,
@@ -61,6 +63,8 @@ from fastroute.models.imagenet_resnet import (
     wrn_18_1_5,
 )
 from fastroute.models.registry import ModelInfo, create_model, list_models, model_info, register_model
+from fastroute.models.skipnet import skipnet110
+from fastroute.models.skippable_resnet import executed_blocks
 from fastroute.models.sparse_resnet import resnet20_sparse4_top1, resnet20_sparse4_top2
 from fastroute.models.specification import Specification, specification_of
 
@@ -78,11 +82,14 @@ __all__ = [
     "base_cnn_cp4",
     "base_cnn_ensemble",
     "base_cnn_x3",
+    "blockdrop110",
+    "capsnet",
     "convnet_aig110",
     "count_macs",
     "create_model",
     "cross_stitch_base_cnn2",
     "deep_cnn",
+    "executed_blocks",
     "highway",
     "hyper_wrn_40_2",
     "list_models",
@@ -121,6 +128,7 @@ __all__ = [
     "se_base_cnn",
     "se_deep_cnn",
     "se_resnet110",
+    "skipnet110",
     "specification_of",
     "vgg13_cc2",
     "vgg16",

@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from fastroute._extras import extra
 from fastroute.models.conversion import multipath
 from fastroute.models.layers import Network, SqueezeExcite, conv, conv_bn, pool_and_classify
 from fastroute.models.registry import register_model
@@ -43,6 +44,37 @@ class BasicBlock(ResidualBlock):
             *conv_bn(out_channels, out_channels),
         ]
         super().__init__(residual, in_channels, out_channels, stride)
+
+
+class AttentionBlock(ResidualBlock):
+    """A basic block with one of timm's adaptive many-to-one units for its first convolution and ReLU.
+
+    Args:
+        unit: "split_attention", the sum of two convolutions, weighted by channel, each of half of the input (Zhang et
+            al., 2022); or "selective_kernel", the same of two kernels of different size (Li et al., 2019).
+
+    Raises:
+        ModuleNotFoundError: timm is not installed.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, unit: str):
+        with extra("timm", f"block {unit!r}"):
+            from timm.layers import SelectiveKernel, SplitAttn
+        if unit == "split_attention":
+            first = SplitAttn(in_channels, out_channels, stride=stride, norm_layer=nn.BatchNorm2d)
+        else:
+            first = SelectiveKernel(in_channels, out_channels, stride=stride)
+        for module in first.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        super().__init__([first, *conv_bn(out_channels, out_channels)], in_channels, out_channels, stride)
+
+
+BLOCKS: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "basic": BasicBlock,
+    "split_attention": partial(AttentionBlock, unit="split_attention"),
+    "selective_kernel": partial(AttentionBlock, unit="selective_kernel"),
+}
 
 
 class Bottleneck(ResidualBlock):
@@ -118,6 +150,7 @@ def cifar_resnet(
     paths: int = 1,
     routing: str | None = "cc",
     *,
+    block: str = "basic",
     num_classes: int = 10,
     in_chans: int = 3,
     img_size: int = 32,
@@ -133,24 +166,29 @@ def cifar_resnet(
         paths: the number of parallel paths.
         routing: "cc", cross-connections; "cp", cross-predictions; or None, parallel paths that meet only at the stem
             and the logits.
+        block: "basic", or with timm installed, the adaptive blocks "split_attention" and "selective_kernel"; see
+            `AttentionBlock`.
         num_classes, in_chans: as in `create_model`.
         img_size: of the images by which `multipath` finds the channels at its cuts; the network takes any size, since
             it ends in global pooling.
 
     Raises:
-        ValueError: depth is not 6k + 2, paths is less than 1 or more than 8, or routing is unknown.
+        ValueError: depth is not 6k + 2, paths is less than 1 or more than 8, or routing or block is unknown.
+        ModuleNotFoundError: the block needs timm, which is not installed.
     """
     blocks = blocks_per_stack(depth)
     if paths < 1:
         raise ValueError(f"paths is {paths}; it must be at least 1")
     if routing not in ("cc", "cp", None):
         raise ValueError(f"routing is {routing!r}; it must be 'cc', 'cp' or None")
+    if block not in BLOCKS:
+        raise ValueError(f"block is {block!r}; it must be one of {', '.join(map(repr, BLOCKS))}")
 
     def network() -> Network:
         layers, width = OrderedDict(), WIDTHS[0]
         layers["stem"] = nn.Sequential(*conv_bn(in_chans, width), nn.ReLU(inplace=True))
         for i, out_width in enumerate(WIDTHS, start=1):
-            layers[f"stack{i}"] = stack(BasicBlock, width, out_width, blocks, stride=1 if i == 1 else 2)
+            layers[f"stack{i}"] = stack(BLOCKS[block], width, out_width, blocks, stride=1 if i == 1 else 2)
             width = out_width
         layers["head"] = pool_and_classify(width, num_classes)
         return Network(layers)

@@ -35,8 +35,11 @@ class Classifies:
 
     def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, dict[str, Routing]]:
         xs, routing = self._body(x)
-        y = _joined(xs) if self._without == "head" else self._combined(self._head(xs))
+        y = self._output(xs)
         return (y, routing) if return_routing else y
+
+    def _output(self, xs: list[Tensor]) -> Tensor:
+        return _joined(xs) if self._without == "head" else self._combined(self._head(xs))
 
     def _combined(self, ys: list[Tensor]) -> Tensor:
         if self._without == "classifier":
@@ -99,10 +102,14 @@ class Classifies:
             for name in names:
                 layer = nn.Identity()
                 if num_classes:
-                    layer = nn.Linear(width[name], num_classes, device=like.device, dtype=like.dtype)
+                    layer = self._new_classifier(width[name], num_classes, device=like.device, dtype=like.dtype)
                 parent, _, last = name.rpartition(".")
                 setattr(self.get_submodule(parent), last, layer)
             self._without = None if num_classes else ("head" if global_pool == "" else "classifier")
+
+    def _new_classifier(self, in_features: int, out_features: int, **like) -> nn.Module:
+        """Return a fresh classifier of a path."""
+        return nn.Linear(in_features, out_features, **like)
 
     @property
     def num_classes(self) -> int | None:

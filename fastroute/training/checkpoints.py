@@ -168,6 +168,7 @@ def check_resume(path: str | Path, module: pl.LightningModule, epochs: int) -> d
     check_training_state(checkpoint, module, path)
     saved, planned = checkpoint["hyper_parameters"], checkpoint.get("epochs")
     endless = saved["sched"] == "step" or (saved["sched"] == "multistep" and module.hparams.decay_milestones)
+    endless = endless and not module.own_loss  # which may have phases that are shares of the run
     if planned != epochs and not endless:
         raise ValueError(f"resume is {path}; its schedule is of {planned} epochs, but this run has epochs={epochs}")
     return checkpoint

@@ -32,7 +32,12 @@ RoutingLoss = Callable[[dict[str, Routing]], Tensor]
 
 
 class RoutingClassifier(pl.LightningModule):
-    """Train any network from images to logits by cross-entropy; the defaults are the thesis's SGD (§3.4).
+    """Train any network from images to logits; the defaults are the thesis's SGD (§3.4).
+
+    The loss is cross-entropy, or the network's own if it has a method `training_loss(images, targets, progress)` that
+    returns a loss and logits (N, num_classes), as `capsnet` has. `targets` (N, num_classes) are the shares of the
+    classes in each image, mixed and smoothed if the run does so. `progress` is the share of the run that is done, by
+    which a loss may have phases. Validation is by the cross-entropy of logits in any case.
 
     It logs, once an epoch, `train_loss`, `train_error`, `val_loss`, `val_error` and `val_error5`, and `train_aux` with
     an auxiliary loss. Errors are in percent, over exactly the images seen, in any number of processes.
@@ -69,7 +74,8 @@ class RoutingClassifier(pl.LightningModule):
         specification: of the network, as in a checkpoint; `model` is then only its name.
 
     Raises:
-        ValueError: an argument is out of range or unknown, or `model` returns no routing for `aux_loss`.
+        ValueError: an argument is out of range or unknown, or `model` returns no routing for `aux_loss`, or has a loss
+            of its own, to which none can be added.
     """
 
     graph: Callable[[], Graph] = CUDAGraph
@@ -159,6 +165,9 @@ class RoutingClassifier(pl.LightningModule):
             raise ValueError(
                 f"model is {self.hparams.model}; its forward takes no return_routing, which aux_loss needs"
             )
+        self.own_loss = callable(getattr(model, "training_loss", None))
+        if aux_loss is not None and self.own_loss:
+            raise ValueError(f"aux_loss is given, but {self.hparams.model} has a loss of its own: leave aux_loss out")
         self.aux_loss = aux_loss
         self.train_totals, self.val_totals = Totals(), Totals()
         self.recorded: RecordedStep | None = None
@@ -215,10 +224,18 @@ class RoutingClassifier(pl.LightningModule):
             images: cast to the type of the weights, and to the memory format of the network.
             options: of the network, such as `return_routing`.
         """
+        return self.model(self._prepared(images), **options)
+
+    def _prepared(self, images: Tensor) -> Tensor:
         weights = next(self.model.parameters(), images)
         if images.is_floating_point() and weights.is_floating_point():  # the weights may be float64
             images = images.to(weights.dtype)
-        return self.model(images.contiguous(memory_format=self.memory_format), **options)
+        return images.contiguous(memory_format=self.memory_format)
+
+    @property
+    def progress(self) -> float:
+        """The share of the run's optimiser steps that are done."""
+        return self.trainer.global_step / self.trainer.estimated_stepping_batches
 
     def on_train_start(self) -> None:
         if self.hparams.cuda_graphs:
@@ -263,6 +280,12 @@ class RoutingClassifier(pl.LightningModule):
     def _losses(self, batch: tuple[Tensor, Tensor] | Draws) -> tuple[Tensor, Tensor | None]:
         """Return the loss of a batch and its auxiliary loss before weighting, and add the batch to the totals."""
         images, labels = self.trainer.datamodule.batch(batch) if isinstance(batch, Draws) else batch
+        if self.own_loss:
+            classes = getattr(self.model, "num_classes", None) or self.hparams.num_classes
+            targets = class_shares(labels, classes, self.hparams.smoothing)
+            loss, logits = self.model.training_loss(self._prepared(images), targets, self.progress)
+            self.train_totals.update(loss, logits, labels)
+            return loss, None
         if self.aux_loss is None:
             logits = self(images)
         else:
@@ -371,6 +394,20 @@ class RoutingClassifier(pl.LightningModule):
             totals = {}  # rank 0 continues the sum of all processes
         for name, total in totals.items():
             setattr(self.train_totals, name, total.to(self.device))
+
+
+def class_shares(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
+    """Return the shares of the classes in each image, (N, num_classes), whose rows sum to 1.
+
+    Args:
+        labels: (N,), or of mixed images, shares (N, K) of at most num_classes.
+        num_classes: the number of logits.
+        smoothing: label smoothing.
+    """
+    if labels.dim() == 1:
+        labels = F.one_hot(labels, num_classes)
+    labels = F.pad(labels, (0, num_classes - labels.shape[1])).float()
+    return labels * (1 - smoothing) + smoothing / num_classes
 
 
 def takes_routing(model: nn.Module) -> bool:

@@ -195,6 +195,8 @@ def check_recording(
         reason = "batches must be of one size, but on_bad_image 'skip' leaves streamed images out; use 'stop'"
     elif anomaly:
         reason = "anomaly detection looks at every gradient on the host; turn it off"
+    elif model is not None and hasattr(model, "training_loss"):
+        reason = f"{type(model).__name__} has its own loss, which may change during a run; train without cuda_graphs"
     elif model is not None and any(isinstance(layer, SparseRouter) for layer in model.modules()):
         reason = "a SparseRouter reads on the host how many samples each path gets; train without cuda_graphs"
     else:

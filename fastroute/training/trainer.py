@@ -230,7 +230,7 @@ def fit(
     with contextlib.nullcontext() if fast_dev_run else run_folder(output), silence_lightning(), default_device_cpu():
         trainer = pl.Trainer(
             accelerator=accelerator,
-            **_processes(processes, devices),
+            **_processes(processes, devices, find_unused_parameters=module.own_loss),
             precision=precision or PRECISIONS[amp_dtype],
             max_epochs=epochs,
             accumulate_grad_batches=grad_accum_steps,
@@ -272,14 +272,18 @@ def check_amp(amp_dtype: str | None, device_type: str) -> None:
         raise ValueError("amp_dtype is 'float16'; on a CPU it must be 'bfloat16', or leave out --amp")
 
 
-def _processes(count: int, devices: int | Sequence[int] = 1) -> dict:
-    """Return Lightning's arguments for the processes that `torchrun` started, or for this one alone."""
+def _processes(count: int, devices: int | Sequence[int] = 1, find_unused_parameters: bool = False) -> dict:
+    """Return Lightning's arguments for the processes that `torchrun` started, or for this one alone.
+
+    A network's own loss may leave parameters without gradients in a step, which costs a search for them.
+    """
     if count == 1:
         return {"devices": devices}
     here = int(os.environ["LOCAL_WORLD_SIZE"])
     # Buffers are not broadcast at every step: BatchNormSync synchronises batch norm's, and validation, in which
     # processes may have different numbers of images, then needs no communication.
-    strategy = OrderedDDP(broadcast_buffers=False, gradient_as_bucket_view=True)
+    options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+    strategy = OrderedDDP(**options, find_unused_parameters=find_unused_parameters)
     return {"devices": here, "num_nodes": count // here, "strategy": strategy}
 
 

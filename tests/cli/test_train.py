@@ -332,3 +332,29 @@ def test_a_sentence_where_the_network_takes_no_dropout(model, tmp_path):
         result = run("train", model, flag, 0.1, "--output", tmp_path)
         assert f"error: {option} is 0.1; {model} takes no {option}_rate: leave the flag out" in result.output
         assert result.exit_code == 2 and not list(tmp_path.iterdir())
+
+
+def test_block_is_an_argument_of_the_resnets_for_small_images(tmp_path):
+    pytest.importorskip("timm")
+    common = ("train", "resnet20_cc2", "-b", 1437, "--output", tmp_path, "--experiment", "run", "--sched", "step")
+    result = run(*common, "--block", "selective_kernel", "--epochs", 1)
+    assert result.exit_code == 0, result.output
+    model = fastroute.load(tmp_path / "run/last.ckpt").model
+    assert model.specification.kwargs == {"block": "selective_kernel"}
+    arguments = yaml.safe_load((tmp_path / "run/args.yaml").read_text())
+    assert arguments["model_kwargs"] == ["block=selective_kernel"] and arguments["block"] is None
+    result = run(*common, "--block", "basic", "--epochs", 2, "--resume", "auto")
+    assert result.exit_code == 2 and "its network was built with" in result.output, result.output
+
+
+def test_a_sentence_where_the_network_takes_no_block(tmp_path):
+    result = run("train", "wrn_40_2", "--block", "split_attention", "--output", tmp_path)
+    assert "error: block is split_attention; wrn_40_2 takes no block: leave the flag out" in result.output
+    assert result.exit_code == 2 and not list(tmp_path.iterdir())
+    result = run("train", "resnet20", "--block", "resnest")
+    assert result.exit_code == 2 and "'basic', 'split_attention', 'selective_kernel'" in result.output
+
+
+def test_a_sentence_where_images_are_too_small_for_capsules(tmp_path):
+    result = run("train", "capsnet", "--output", tmp_path)
+    assert result.exit_code == 2 and "img_size is 8; it must be at least 17 for two convolutions" in result.output

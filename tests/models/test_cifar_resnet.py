@@ -1,4 +1,5 @@
 import copy
+import sys
 from itertools import pairwise
 
 import pytest
@@ -142,3 +143,48 @@ def test_bfloat16_channels_last_trains():
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         cifar_resnet(*arguments)
+
+
+@pytest.mark.parametrize("block", ["split_attention", "selective_kernel"])
+def test_adaptive_blocks_stand_in_one_path_and_in_several(block):
+    layers = pytest.importorskip("timm.layers")
+    unit = {"split_attention": layers.SplitAttn, "selective_kernel": layers.SelectiveKernel}[block]
+    torch.manual_seed(0)
+    single = cifar_resnet(8, block=block, in_chans=1)
+    assert [(type(s[0].residual[0]), len(s)) for s in (single.stack1, single.stack2, single.stack3)] == [(unit, 1)] * 3
+    logits, x = [], torch.randn(4, 1, 8, 8)
+    for routing in ("cc", "cp", None):
+        model = cifar_resnet(8, 2, routing, block=block, in_chans=1, img_size=8)
+        paths = [path[0].residual[0] for path in model.stack2]
+        assert [type(path) for path in paths] == [unit] * 2
+        first, second = (next(p for p in path.parameters() if p.dim() == 4) for path in paths)
+        assert not torch.equal(first, second)
+        logits.append(model(x))
+        nn.functional.cross_entropy(logits[-1], torch.arange(4)).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(y.shape == (4, 10) for y in logits)
+
+
+def test_the_block_is_part_of_the_specification():
+    pytest.importorskip("timm")
+    model = models.create_model("resnet20_cc2", 7, block="split_attention")
+    assert model.specification.kwargs == {"block": "split_attention"}
+    again = models.Specification.from_dict(model.specification.to_dict()).build()
+    again.load_state_dict(model.state_dict())
+    basic = models.create_model("resnet20_cc2", 7, block="basic")
+    assert basic.state_dict().keys() == models.create_model("resnet20_cc2", 7).state_dict().keys()
+
+
+def test_unknown_blocks_and_a_missing_timm_get_a_sentence(monkeypatch):
+    known = "'basic', 'split_attention', 'selective_kernel'"
+    with pytest.raises(ValueError, match=f"block is 'resnest'; it must be one of {known}"):
+        models.create_model("resnet20", block="resnest")
+    with pytest.raises(ValueError, match=r"its builder does not take these arguments: .*'block'"):
+        models.create_model("wrn_40_2", block="basic")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "timm.layers", None)
+    for block in ("split_attention", "selective_kernel"):
+        message = f"block '{block}' needs the package timm.*, which is not installed: pip install 'fastroute.timm.'"
+        with pytest.raises(ModuleNotFoundError, match=message):
+            models.create_model("resnet20", block=block)
+    models.create_model("resnet20", block="basic")

@@ -7,9 +7,11 @@ from fastroute.models import Specification, create_model, multipath, registry, s
 from fastroute.nn import CrossConnection, MultiPathNetwork, ParallelPaths
 
 SLOW = ("resnet101", "resnet110", "resnet164", "se_resnet110", "convnet_aig110", "wide_resnet50_2", "vgg13_cc2")
-SIZES = dict.fromkeys(("resnet18", "resnet18_cc2", "wrn_18_1_5", "resnet34", "resnet50", "resnext50_2x64d"), 32)
+SIZES = dict.fromkeys(("resnet18", "resnet18_cc2", "wrn_18_1_5", "resnet34", "resnet50", "resnext50_2x64d"), 32) | {
+    "capsnet": 17
+}
 FEW = ["resnet20_cc2", "resnet20_x2", "resnet20_cp2", "resnet20", "base_cnn_cc2", "base_cnn_ensemble", "resnet18"]
-FEW += ["resnet20_sparse4_top2", "convnet_aig110", "hyper_wrn_40_2", "cross_stitch_base_cnn2"]
+FEW += ["resnet20_sparse4_top2", "convnet_aig110", "hyper_wrn_40_2", "cross_stitch_base_cnn2", "capsnet"]
 
 
 def names():

@@ -7,6 +7,8 @@ from torch.nn import functional as F
 
 from fastroute import models
 from fastroute.models._cost import _cross_predict
+from fastroute.models.blockdrop import BlockDrop
+from fastroute.models.capsules import CapsNet
 from fastroute.models.cifar_resnet import blocks_per_stack, cifar_resnet, pre_activation_resnet
 from fastroute.models.cnn import base_cnn_cc, cnn
 from fastroute.models.convnet_aig import ConvNetAIG, GatedBlock
@@ -14,6 +16,8 @@ from fastroute.models.ensemble import Ensemble
 from fastroute.models.highway import HighwayConv
 from fastroute.models.hypernetwork import GeneratedConv2d, HyperWideResNet, KernelGenerator
 from fastroute.models.layers import SqueezeExcite
+from fastroute.models.skipnet import SkipNet
+from fastroute.models.skippable_resnet import SkippableBlock
 from fastroute.models.sparse_resnet import sparse_resnet
 from fastroute.nn import CrossConnection, CrossPrediction2d, CrossPredictionLinear, CrossStitch, Router, SparseRouter
 
@@ -25,6 +29,8 @@ CONTRADICTIONS = {
     "se_base_cnn": ("0.58", "0.56"),  # no one reduction fits both SENets
     "se_deep_cnn": ("2.06", "2.08"),
     "base_cnn_cp3": ("2.23", "2.22"),
+    "capsnet": ("8.2", "11.7"),  # 8.2 for grey images of 28×28
+    "blockdrop110": ("1.7", "1.8"),  # with the policy
     "resnet164": ("2.5", "1.7"),  # 1.7 in the literature
     "resnet20_cp4": ("1.29", "1.28"),
     "resnet32_cc4": ("1.88", "1.87"),  # 1.8747
@@ -38,6 +44,9 @@ SMALL = {
     "carry": lambda: models.create_model("highway", img_size=8),
     "hyper": lambda: HyperWideResNet(10, 1),
     "aig": lambda: ConvNetAIG(8),
+    "blockdrop": lambda: BlockDrop(8),
+    "skipnet": lambda: SkipNet(8),
+    "capsules": lambda: CapsNet(4, 2, 3, img_size=8),
     "ensemble": lambda: Ensemble([cifar_resnet(8), cifar_resnet(8, 2)]),
     "cc": lambda: base_cnn_cc(2, img_size=8),
     "stitch": lambda: base_cnn_cc(2, "stitch", img_size=8),
@@ -47,6 +56,7 @@ SMALL = {
     "sparse": lambda: sparse_resnet(8, 3, 2),
 }
 SIZES = {"imagenet": 32}
+OWN_LOSS = ["blockdrop", "skipnet", "capsules"]
 
 
 def count(model):
@@ -73,6 +83,14 @@ def network(name):
     return model.eval(), torch.randn(3, 3, size, size)
 
 
+def loss_of(model, x):
+    """Return the cross-entropy of three images, or the network's own loss at the end of a run."""
+    labels = torch.arange(3)
+    if hasattr(model, "training_loss"):
+        return model.training_loss(x, F.one_hot(labels, model.num_classes).float(), 0.99)[0]
+    return F.cross_entropy(model(x), labels)
+
+
 @pytest.mark.parametrize("name", [name for name in models.list_models() if models.model_info(name).params])
 def test_parameters_are_those_of_the_thesis(name):
     printed = models.model_info(name).params
@@ -87,6 +105,7 @@ def test_every_row_of_the_tables_is_registered():
     rows = "base_cnn wide_cnn deep_cnn base_cnn_x3 base_cnn_cc2 base_cnn_cc3 base_cnn_cc4 base_cnn_cp2 base_cnn_cp3 "
     rows += "base_cnn_cp4 se_base_cnn se_deep_cnn cross_stitch_base_cnn2 base_cnn_ensemble all_ensemble vgg16 highway "
     rows += "resnet20 resnet110 resnet164 wrn_40_2 se_resnet110 convnet_aig110 hyper_wrn_40_2 resnet20_cp2 "
+    rows += "capsnet blockdrop110 "
     rows += "resnet20_cp3 resnet20_cp4 resnet20_cc2 resnet20_cc3 resnet20_cc4 resnet32_cc2 resnet32_cc3 resnet32_cc4 "
     rows += "resnet18 resnet34 resnet50 resnet101 wrn_18_1_5 wide_resnet50_2 resnext50_2x64d resnet18_cc2 resnet50_cc2"
     assert {name for name in models.list_models() if models.model_info(name).params} == set(rows.split())
@@ -128,7 +147,7 @@ def test_both_call_forms_agree(name):
     with torch.no_grad():
         logits, routing = model(x, return_routing=True)
         assert torch.equal(model(x), logits)
-    routers = [module for module in model.modules() if isinstance(module, (Router, SparseRouter, GatedBlock))]
+    routers = [module for module in model.modules() if isinstance(module, (Router, SparseRouter, SkippableBlock))]
     assert len(routing) == len(routers) and len(logits) == len(x)
     for gates, scores, *_ in routing.values():
         assert gates.shape == scores.shape and gates.shape[0] == len(x)
@@ -138,8 +157,7 @@ def test_both_call_forms_agree(name):
 @pytest.mark.parametrize("name", every(SMALL))
 def test_trains(name):
     model, x = network(name)
-    model.train()
-    F.cross_entropy(model(x), torch.arange(3)).backward()
+    loss_of(model.train(), x).backward()
     for key, parameter in model.named_parameters():
         idle = ".paths." in key and parameter.grad is None  # a path of a sparse router that got no image
         assert idle or parameter.grad.isfinite().all(), key
@@ -152,7 +170,9 @@ def compile_anew():
 
 
 @pytest.mark.usefixtures("compile_anew")
-@pytest.mark.parametrize("name", every(["plain", "hyper", "aig", "ensemble", "cc", "stitch", "cp"], "sparse"))
+@pytest.mark.parametrize(
+    "name", every(["plain", "hyper", "aig", *OWN_LOSS, "ensemble", "cc", "stitch", "cp"], "sparse")
+)
 def test_compiles_whole(name):
     model, x = network(name)
     with torch.no_grad():
@@ -162,10 +182,11 @@ def test_compiles_whole(name):
 
 
 @pytest.mark.usefixtures("compile_anew")
-@pytest.mark.parametrize("name", every(["cc", "aig"], "sparse"))
+@pytest.mark.parametrize("name", every(["cc", "aig", *OWN_LOSS], "sparse"))
 def test_trains_compiled_whole(name):
     model, x = network(name)
-    F.cross_entropy(torch.compile(model.train(), fullgraph=True, backend="aot_eager")(x), torch.arange(3)).backward()
+    model.train().compile(fullgraph=True, backend="aot_eager")
+    loss_of(model, x).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -179,7 +200,7 @@ def test_compiles_with_inductor(name):
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", every(["hyper", "aig", "ensemble", "cc", "stitch", "cp", "sparse"]))
+@pytest.mark.parametrize("name", every(["hyper", "aig", *OWN_LOSS, "ensemble", "cc", "stitch", "cp", "sparse"]))
 def test_exports_with_any_batch(name):
     model, x = network(name)
     exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
@@ -216,7 +237,7 @@ def test_round_trip_through_safetensors(name, tmp_path):
         assert torch.equal(other.eval()(x), model(x))
 
 
-@pytest.mark.parametrize("name", every(["cc", "cp", "sparse"]))
+@pytest.mark.parametrize("name", every(["cc", "cp", "sparse", *OWN_LOSS]))
 def test_onnx_runs_as_eager_does(name, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")

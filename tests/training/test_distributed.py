@@ -50,6 +50,16 @@ def test_two_processes_match_one_with_twice_the_batch(image_folder, tmp_path):
         torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_a_loss_of_its_own_may_leave_layers_without_gradients(image_folder, tmp_path):
+    one = run(folder=image_folder, output=tmp_path / "one", batch_size=8, network="Phased")
+    two = run(*TORCHRUN, folder=image_folder, output=tmp_path / "two", batch_size=4, network="Phased", save_ranks=True)
+    assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
+    first, second = (torch.load(tmp_path / "two" / f"rank{rank}.pt") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for name, value in torch.load(tmp_path / "one" / "last.ckpt")["state_dict"].items():
+        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_resumes_within_an_epoch_bit_for_bit_in_every_process(image_folder, tmp_path, processes):
     """Batch norm, its moving average, and the sums of the epoch stay those of each process."""

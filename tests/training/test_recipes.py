@@ -42,10 +42,18 @@ def test_every_recipe_names_a_known_network():
 
 def test_every_experiment_has_a_short_recipe():
     prefixes = {name.partition("_")[0] for name in recipes()}
-    assert prefixes == {"cifar10", "cifar100", "ilsvrc2012", "ilsvrc100"}
+    assert prefixes == {"cifar10", "cifar100", "ilsvrc2012", "ilsvrc100", "mnist"}
     for prefix in prefixes:
         short = [r for name, r in recipes().items() if name.startswith(prefix) and name.endswith("_short")]
         assert short and all(r.options["sched"] == "onecycle" and r.options["epochs"] <= 30 for r in short)
+
+
+def test_comparators_have_their_recipes():
+    assert recipe("cifar10_capsnet").reported == {"error": 10.6} and recipe("cifar10_capsnet").options["opt"] == "adam"
+    assert recipe("cifar100_blockdrop110").reported == {"error": 26.3}
+    assert recipe("cifar10_skipnet110").options["decay_milestones"] == [150, 250]
+    options = recipe("cifar10_resnet20_cc2_split_attention").options
+    assert options == recipe("cifar10_resnet20_cc2").options | {"block": "split_attention"}
 
 
 def test_suggests_recipes_for_an_unknown_name():
