@@ -121,7 +121,6 @@ def _merged(weights: np.ndarray, labels: np.ndarray, count: int, rivals: int) ->
         weights[b] = weights[:, b] = affinity[b] = affinity[:, b] = weights[a, a] = 0
         affinity[a] = affinity[:, a] = weights[a] / sizes[a] ** 2 + weights[:, a] / sizes**2
         into[into == b] = a
-        touched[a] = True
         touched[b] = False
         scores[b] = -np.inf
         rank(touched.nonzero()[0])
