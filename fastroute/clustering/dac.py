@@ -46,7 +46,7 @@ class DAC(ClusteringModule):
     grows in equal steps from 0, at which few pairs count, to the value at which all do, in the last epoch.
 
     For a validation, batch norm takes the statistics of all images by the weights of then, as the authors' has those of
-    the batch in prediction. By its running means, one validation in eight on the digits lost 2 to 10 % of accuracy.
+    the batch in prediction. RMSProp's decay is theirs, 0.9: by PyTorch's, 0.99, sudden gradients move the weights far.
 
     Args:
         network: from images to (N, K).
