@@ -9,7 +9,6 @@ Without RUNS, it only writes the tables anew. A run with the options and seed of
 import argparse
 import csv
 import json
-import re
 import shlex
 import subprocess
 import sys
@@ -21,11 +20,10 @@ from statistics import mean
 import yaml
 
 from fastroute._methods import METHODS
-from fastroute.bench.report import table
+from fastroute.bench.report import table, with_section
 from fastroute.training.recipes import recipes
 
-RESULT, PAGE = Path("benchmarks/results/cpu_epyc_clustering.json"), Path("docs/clustering-results.md")
-SECTION = re.compile(r"(<!-- clusterings: \S+ -->\n).*?(<!-- end of clusterings -->)", re.DOTALL)
+RESULT, PAGE = Path("benchmarks/results/cpu_xeon_clustering.json"), Path("docs/clustering-results.md")
 OPTIONS = ("method", "self_label", "dataset", "limit", "seed", "epochs", "batch_size", "n_init", "heads", "amp")
 OPTIONS += ("lr_em", "lr_consistency", "clusters", "architecture", "batch_norm")
 """Options of a run that its result depends on."""
@@ -134,18 +132,6 @@ def _line(same: Sequence[dict], reported: dict[str, float]) -> list[str]:
     return [f"`{run['method']}`{more}", str(run["epochs"] or ""), means[0], each, *means[1:], seconds, *own]
 
 
-def rewrite(page: str, runs: Sequence[dict]) -> str:
-    """Return a page with the tables of runs between `<!-- clusterings: RESULT -->` and `<!-- end of clusterings -->`.
-
-    Raises:
-        ValueError: it has no such section.
-    """
-    found, count = SECTION.subn(lambda match: f"{match[1]}\n{tables(runs)}\n\n{match[2]}", page)
-    if count != 1:
-        raise ValueError("page must have one <!-- clusterings: RESULT --> and <!-- end of clusterings -->")
-    return found
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="*", help="folders of runs, each with args.yaml")
@@ -161,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     earlier = json.loads(options.result.read_text()) if options.result.is_file() else []
     try:
         runs = merged(earlier, map(read_run, options.runs))
-        page = rewrite(options.page.read_text(), runs)
+        page = with_section(options.page, "clusterings", options.result, tables(runs))
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from None
     options.result.write_text("[\n" + ",\n".join(f" {json.dumps(run)}" for run in runs) + "\n]\n")

@@ -14,12 +14,14 @@ class Method(NamedTuple):
             method of scikit-learn, which `fastroute.clustering.run` has.
         starts: whether it takes several heads, or several networks at once.
         scores: whether a network gives the clusters' scores, so that they can label the images for a last step.
+        most: the most images that it takes; None is any number.
     """
 
     about: str
     builder: str | None = None
     starts: bool = False
     scores: bool = False
+    most: int | None = None
 
 
 METHODS = {
@@ -62,6 +64,20 @@ METHODS = {
         "the same from images with a quarter of their values at 0 (Vincent et al. 2010)", "autoencoder:build"
     ),
     "vae": Method("the same of a variational autoencoder (Kingma & Welling 2014)", "autoencoder:build"),
+    "swwae": Method(
+        "the same of a stacked what-where autoencoder (Zhao et al. 2016): the decoder knows where each maximum was",
+        "swwae:build",
+    ),
+    "kmeansnet": Method(
+        "k-meansNet (Peng et al. 2018): k-means as a layer, on the code of an autoencoder that learns with it",
+        "kmeans_net:build",
+        scores=True,
+    ),
+    "jule": Method(
+        "joint unsupervised learning (Yang et al. 2016): clusters of a neighbour graph merge, and teach by triplets",
+        "jule:build",
+        most=20_000,
+    ),
     "adc": Method(
         "associative deep clustering (Haeusser et al. 2018): walks from centroids to images and back",
         "adc:build",
@@ -91,3 +107,20 @@ def check_starts(method: str, **counts: int) -> None:
     for name, count in counts.items():
         if count > 1 and not METHODS[method].starts:
             raise ValueError(f"{name} is {count}; with the method {method!r} it must be 1")
+
+
+def check_count(method: str, count: int) -> None:
+    """Check how many images a run has.
+
+    Args:
+        method: a key of `METHODS`.
+        count: of the images.
+
+    Raises:
+        ValueError: the method does not take as many.
+    """
+    most = METHODS[method].most
+    if most is not None and count > most:
+        raise ValueError(
+            f"images are {count:,}; the method {method!r} takes at most {most:,}: choose another, or add --limit {most}"
+        )

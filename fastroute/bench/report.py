@@ -10,8 +10,6 @@ from pathlib import Path
 
 from fastroute.bench.results import Result, Row, label_text
 
-_MARKERS = r"<!-- speed: (?P<result>\S+) -->\n.*?<!-- end of speed -->"
-
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int) -> str:
     """Format a Markdown table with aligned columns.
@@ -230,7 +228,7 @@ def page_result(page: Path) -> Path:
         FileNotFoundError: there is no such page.
         ValueError: it has no section on speed between the marker comments.
     """
-    return page.parent / _section(page)["result"]
+    return page.parent / _section(page, "speed")["result"]
 
 
 def rewrite_page(page: Path, result: Path) -> str:
@@ -242,21 +240,49 @@ def rewrite_page(page: Path, result: Path) -> str:
         FileNotFoundError: there is no such file.
         ValueError: the page has no such section, or the result has no case for it.
     """
-    section = _section(page)
-    name = Path(os.path.relpath(result.resolve(), page.resolve().parent)).as_posix()
+    name = link(page, result)
     body = speed_section(Result.load(result), name)
     plots = (result.with_name(f"{result.stem}_{plot}.svg") for plot in ("share_of_copy", "steps", "memory"))
     images = [f"![{path.stem}]({Path(name).with_name(path.name).as_posix()})" for path in plots if path.is_file()]
-    text = "\n\n".join([body, *images])
-    return section.string[: section.start()] + (
-        f"<!-- speed: {name} -->\n\n{text}\n\n<!-- end of speed -->" + section.string[section.end() :]
+    return with_section(page, "speed", result, "\n\n".join([body, *images]))
+
+
+def link(page: Path, file: Path) -> str:
+    """Return the relative link from a page to a file."""
+    return Path(os.path.relpath(file.resolve(), page.resolve().parent)).as_posix()
+
+
+def with_section(page: Path, topic: str, result: Path, text: str) -> str:
+    """Return the text of a page with other text in its section on a topic.
+
+    The section is between `<!-- TOPIC: RESULT -->` and `<!-- end of TOPIC -->`; RESULT is relative to the page.
+
+    Args:
+        page: the file.
+        topic: of the section.
+        result: the file of which the text is made.
+        text: to put in.
+
+    Raises:
+        FileNotFoundError: there is no such page.
+        ValueError: it does not have one such section.
+    """
+    section = _section(page, topic)
+    return (
+        section.string[: section.start()]
+        + f"<!-- {topic}: {link(page, result)} -->\n\n{text}\n\n<!-- end of {topic} -->"
+        + section.string[section.end() :]
     )
 
 
-def _section(page: Path) -> re.Match:
+def _section(page: Path, topic: str) -> re.Match:
     if not page.is_file():
         raise FileNotFoundError(f"page is {page}; there is no such file")
-    section = re.search(_MARKERS, page.read_text(), re.DOTALL)
-    if section is None:
-        raise ValueError(f"page is {page}; it must have <!-- speed: RESULT --> and <!-- end of speed -->")
-    return section
+    pattern = rf"<!-- {topic}: (?P<result>\S+) -->\n.*?<!-- end of {topic} -->"
+    sections = list(re.finditer(pattern, page.read_text(), re.DOTALL))
+    if len(sections) != 1:
+        raise ValueError(
+            f"page is {page}; it must have <!-- {topic}: RESULT --> and <!-- end of {topic} --> once, "
+            f"but has them {len(sections)} times"
+        )
+    return sections[0]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from fastroute._defaults import GAMMA, LR_CONSISTENCY, LR_EM
-from fastroute._methods import METHODS, check_starts
+from fastroute._methods import METHODS, check_count, check_starts
 from fastroute.cli.common import (
     COUNT,
     PIXELS,
@@ -155,6 +155,7 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
             )
         images, labels = loaded.images, loaded.labels
         console.print(escaped(_description(dataset, options.data_dir, loaded)), soft_wrap=True, highlight=False)
+        check_count(method, len(images))
         if options.by_cluster is not None:
             check_by_cluster(options.by_cluster, options.data_dir, loaded)
         if (labels < 0).any() and in_plane:

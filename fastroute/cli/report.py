@@ -245,7 +245,7 @@ def _clustering(
         "clusters": f"{run.clusters}, by {run.method}",
     }
     page = Report(folder, f"Clusters of {run.dataset}", facts, progress)
-    earlier = None if hasattr(trained, "centers") else _responses(untrained)  # whose centres are not clusters
+    earlier = _responses(untrained) if trained.UNTRAINED_CLUSTERS else None
     return clustering_report(page, _responses(trained), images, untrained=earlier, summaries=summaries)
 
 

@@ -31,6 +31,8 @@ class FeatureClustering(ClusteringModule):
         seed: of k-means.
     """
 
+    UNTRAINED_CLUSTERS = False
+
     def __init__(self, num_clusters: int, dims: int, seed: int = 0):
         super().__init__(num_clusters)
         self.seed = seed

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import update_bn
 
 from fastroute.clustering.augment import Augmentation
 from fastroute.clustering.module import ClusteringModule, check_positive
@@ -44,6 +45,9 @@ class DAC(ClusteringModule):
     cluster takes all images. The dot products of l decide the pairs, and those of the augmented images learn them. λ
     grows in equal steps from 0, at which few pairs count, to the value at which all do, in the last epoch.
 
+    For a validation, batch norm takes the statistics of all images by the weights of then, as the authors' has those of
+    the batch in prediction. RMSProp's decay is theirs, 0.9: by PyTorch's, 0.99, sudden gradients move the weights far.
+
     Args:
         network: from images to (N, K).
         num_clusters: K.
@@ -73,7 +77,7 @@ class DAC(ClusteringModule):
         self.augment = augmentation or Augmentation()
 
     def configure_optimizers(self):
-        return torch.optim.RMSprop(self.parameters(), lr=self.lr)
+        return torch.optim.RMSprop(self.parameters(), lr=self.lr, alpha=0.9)
 
     def thresholds(self) -> tuple[float, float]:
         """Return u(λ) and l(λ) of the epoch."""
@@ -86,6 +90,10 @@ class DAC(ClusteringModule):
         augmented = self.label_features(self.augment(images))
         with without_autocast(images.device.type):  # in bfloat16, similarities of almost 1 round to 1
             return pair_loss(labels @ labels.T, augmented @ augmented.T, *self.thresholds())
+
+    def on_validation_epoch_start(self) -> None:
+        with self.trainer.precision_plugin.forward_context():
+            update_bn(self.trainer.val_dataloaders, self, self.device)
 
     def label_features(self, images: Tensor) -> Tensor:
         """Return label features (N, K), non-negative and of length 1, of images (N, C, H, W)."""

@@ -75,6 +75,7 @@ class DEC(ClusteringModule):
 
     EVEN = math.inf  # the kernel has long tails: well-separated clusters have a high entropy too
     NETWORK = "dense autoencoder"
+    UNTRAINED_CLUSTERS = False
     SCHEDULE = ("pretrain_epochs",)  # a longer run only lengthens the second part
     SECOND = 0.1
     """The learning rate of the second part, as a share of the autoencoder's."""

@@ -72,9 +72,9 @@ class IIC(ClusteringModule):
 class ManyHeadedIIC(ClusteringModule):
     """IIC in its own setting: each image is augmented five times, and two sets of heads share a network.
 
-    The heads of the main set have K clusters, and those of the auxiliary set `over` times as many. Epochs train the
-    auxiliary and the main set in turn, each by the mean loss of its heads. At each validation before self-labelling,
-    `head` becomes the main one of the lowest loss over all images.
+    The heads of the main set have K clusters, and those of the auxiliary set `over` times as many. Steps train the two
+    sets in turn, each by the mean loss of its heads; the paper's turns are epochs, and a short run has few. At each
+    validation before self-labelling, `head` becomes the main one of the lowest loss over all images.
 
     Args:
         network: from images to scores (N, heads·(over + 1)·K), those of the main set first.
@@ -117,7 +117,7 @@ class ManyHeadedIIC(ClusteringModule):
         return (main_scores if main else auxiliary).unflatten(1, (self.heads, -1)).softmax(-1)
 
     def step(self, images: Tensor, index: Tensor | None) -> Tensor:
-        main = self.current_epoch % 2 == 1
+        main = self.global_step % 2 == 0
         p = self.posteriors(images, main).repeat(self.copies, 1, 1)
         q = self.posteriors(torch.cat([self.augment(images) for _ in range(self.copies)]), main)
         return torch.stack([iic_loss(p[:, head], q[:, head]) for head in range(self.heads)]).mean()

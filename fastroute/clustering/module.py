@@ -45,6 +45,8 @@ class ClusteringModule(pl.LightningModule):
     """The entropy above which posteriors count as even."""
     NETWORK: str | None = None
     """The network for a report, where it is not the run's architecture."""
+    UNTRAINED_CLUSTERS = True
+    """Whether an untrained module has clusters; those of centres that training places are none before."""
     SCHEDULE: tuple[str, ...] = ()
     """Attributes that divide the epochs. A resumed run keeps those of its checkpoint: more epochs come at the end."""
 

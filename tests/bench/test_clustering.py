@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from benchmarks import clustering
+from fastroute.bench.report import with_section
 
 PAGE = "# Title\n\n<!-- clusterings: r.json -->\nold\n<!-- end of clusterings -->\n\nmore\n"
 
@@ -71,7 +72,7 @@ def test_unfinished_runs_and_other_pages_are_refused(tmp_path):
     folder, page = write_run(tmp_path / "a", [0.5], method="dec", seed=0), tmp_path / "page.md"
     page.write_text("nothing")
     places = ["--result", str(tmp_path / "r.json"), "--page", str(page)]
-    with pytest.raises(SystemExit, match="page must have one"):
+    with pytest.raises(SystemExit, match="it must have <!-- clusterings: RESULT -->"):
         clustering.main([str(folder), *places])
     (folder / "assignments.csv").unlink()
     with pytest.raises(SystemExit, match=r"assignments\.csv"):
@@ -81,5 +82,5 @@ def test_unfinished_runs_and_other_pages_are_refused(tmp_path):
 
 def test_the_page_is_that_of_the_result():
     runs = json.loads(clustering.RESULT.read_text())
-    page = clustering.PAGE.read_text()
-    assert clustering.rewrite(page, clustering.merged(runs, [])) == page
+    tables = clustering.tables(clustering.merged(runs, []))
+    assert with_section(clustering.PAGE, "clusterings", clustering.RESULT, tables) == clustering.PAGE.read_text()

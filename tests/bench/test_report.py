@@ -82,9 +82,10 @@ def test_speed_section_is_written_between_its_marks(tmp_path, make_result):
     page.write_text(text)
     assert report.page_result(page).samefile(result) and report.rewrite_page(page, result) == text
 
-    page.write_text("nothing marked")
-    with pytest.raises(ValueError, match="it must have <!-- speed: RESULT -->"):
-        report.rewrite_page(page, result)
+    for wrong, times in (("nothing marked", 0), (text * 2, 2)):
+        page.write_text(wrong)
+        with pytest.raises(ValueError, match=f"<!-- speed: RESULT --> .* once, but has them {times} times"):
+            report.rewrite_page(page, result)
     with pytest.raises(ValueError, match=r"no forward\+backward of cross_connect"):
         report.speed_section(Result({}, {}, None, {}), "a.json")
 

@@ -3,7 +3,7 @@ import torch
 from torch.distributions import Bernoulli, Normal, kl_divergence
 from torch.nn import functional as F
 
-from fastroute.clustering.autoencoder import Autoencoder, autoencoder, gaussian_divergence, sparsity
+from fastroute.clustering.autoencoder import Autoencoder, autoencoder, gaussian_divergence, gaussian_loss, sparsity
 
 
 @pytest.mark.parametrize("architecture", ["C4 M C8 F6", "M C3 M", "C4 C4", "F6", "M F6", "mnist"])
@@ -25,6 +25,13 @@ def test_penalties_by_their_distributions():
     expected = kl_divergence(Bernoulli(torch.tensor(0.05)), Bernoulli(active.mean(0))).sum()
     torch.testing.assert_close(sparsity(active, 0.05), expected)
     assert sparsity(torch.zeros(4, 2), 0.05).isfinite()
+
+
+def test_the_likelihood_of_pixels_has_their_own_variance():
+    means, images = torch.randn(2, 5, 1, 3, 3)
+    losses = {scale: -Normal(means, scale).log_prob(images).sum() / 5 for scale in (0.5, 1.0, 1.5, 2.0)}
+    assert gaussian_loss(means, images) < min(losses.values())
+    assert gaussian_loss(images, images).isfinite()
 
 
 @pytest.mark.parametrize("variant", ["ae", "sparse-ae", "denoising-ae", "vae"])
@@ -51,7 +58,12 @@ def test_the_loss_of_each_variant(variant):
         seen = images * (torch.rand(images.shape) >= 0.25) if variant == "denoising-ae" else images
         code = module.encoder(seen)
         torch.testing.assert_close(module.features(images), module.encoder(images))
-    expected = F.binary_cross_entropy(module.decoder(code).sigmoid(), images, reduction="sum") / 20 + penalty
+    made = module.decoder(code)
+    if variant == "vae":
+        scale = (made - images).square().mean().sqrt()
+        expected = -Normal(made, scale).log_prob(images).sum() / 20 + penalty
+    else:
+        expected = F.binary_cross_entropy(made.sigmoid(), images, reduction="sum") / 20 + penalty
     torch.testing.assert_close(loss, expected, rtol=2e-5, atol=0)
 
 

@@ -27,18 +27,29 @@ def test_extremes_of_mutual_information():
 
 def test_heads_are_trained_in_turn_by_all_copies():
     torch.manual_seed(0)
-    network, moved = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2 * 4 * 3)), iter((1, 2) * 4)
+    network, moved = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2 * 4 * 3)), iter((1, 2) * 3)
     module = ManyHeadedIIC(network, 3, heads=2, over=3, copies=2, augmentation=lambda x: x.roll(next(moved), -1))
     images, _ = digits(40)
     p, q = network(images), [network(images.roll(by, -1)) for by in (1, 2)]
-    for epoch, (start, width) in ((0, (6, 9)), (1, (0, 3))):
-        type(module).current_epoch = epoch
+    for step, (start, width) in ((0, (0, 3)), (1, (6, 9)), (2, (0, 3))):
+        type(module).global_step = step
         losses = []
         for place in (start, start + width):
             posteriors = [scores[:, place : place + width].softmax(1) for scores in (p, *q)]
             losses.append(iic_loss(posteriors[0].repeat(2, 1), torch.cat(posteriors[1:])))
         torch.testing.assert_close(module.step(images, None), sum(losses) / 2)
-    del type(module).current_epoch
+    del type(module).global_step
+
+
+def test_an_epoch_trains_the_main_heads():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4 * 2 * 3))
+    module = ManyHeadedIIC(network, 3, heads=4, over=1, copies=1, augmentation=lambda x: x.roll(1, -1), lr=1e-2)
+    before = network[1].weight.clone()
+    images, labels = digits(60)
+    trainer_of(1).fit(module, Batches(images, labels, 30, 0), Batches(images, labels, 40))
+    moved = (network[1].weight != before).any(1).tensor_split([4 * 3])
+    assert all(heads.all() for heads in moved)  # the main ones in the first step, and the auxiliary ones in the second
 
 
 def test_the_main_head_of_the_lowest_loss_is_chosen():

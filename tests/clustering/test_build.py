@@ -2,7 +2,7 @@ from dataclasses import asdict
 
 import pytest
 
-from fastroute._methods import METHODS
+from fastroute._methods import METHODS, check_count
 from fastroute.clustering.build import ClusteringRun, build
 
 RUN = {"dataset": "digits", "clusters": 3, "heads": 1, "batch_norm": True, "architecture": "C4 F8"}
@@ -43,3 +43,10 @@ def test_bad_input():
         build(ClusteringRun(**RUN | {"method": "kmeans"}), (1, 8, 8))
     with pytest.raises(ValueError, match="heads is 2; with the method 'deepcluster' it must be 1"):
         build(ClusteringRun(**RUN | {"method": "deepcluster", "heads": 2}), (1, 8, 8))
+
+
+def test_methods_say_how_many_images_they_take():
+    check_count("jule", 20_000)
+    check_count("dac", 10**6)
+    with pytest.raises(ValueError, match="images are 20,001; the method 'jule' takes at most 20,000: choose another"):
+        check_count("jule", 20_001)

@@ -12,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fastroute import visualize
+from fastroute._methods import METHODS
 from fastroute.cli import app
 from fastroute.clustering import run as clustering_run
 from fastroute.clustering.images import CIFAR100_SUPERCLASSES, load_images
@@ -207,6 +208,9 @@ def test_dec_trains_its_autoencoder_first_and_resumes(tmp_path):
         "adc",
         "triplet",
         "gan",
+        "swwae",
+        "kmeansnet",
+        "jule",
     ],
 )
 def test_every_method_resumes_and_opens_in_a_report(tmp_path, method, monkeypatch):
@@ -238,6 +242,15 @@ def test_every_method_resumes_and_opens_in_a_report(tmp_path, method, monkeypatc
     assert done.exit_code == 0, done.output
     found = collect_responses(opened["model"], opened["images"].batches())[0].argmax(1)
     assert " ".join(map(str, torch.bincount(found, minlength=3).tolist())) == rows(tmp_path / "whole")[-1]["sizes"]
+
+
+def test_jule_refuses_more_images_than_its_graph_takes(tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "jule", METHODS["jule"]._replace(most=100))
+    common = ["cluster", "--method", "jule", "--limit", 120, "--output", tmp_path, "--experiment", "run"]
+    refused = run(*common)
+    assert refused.exit_code == 2 and not (tmp_path / "run").exists()
+    message = "images are 120; the method 'jule' takes at most 100: choose another, or add --limit 100"
+    assert message in " ".join(refused.output.split()), refused.output
 
 
 def test_self_labels_in_the_last_epochs(tmp_path):

@@ -10,7 +10,7 @@ from fastroute.clustering.run import Batches
 from tests.clustering.test_two_fold import digits, trainer_of
 
 
-@pytest.mark.parametrize("method", ["dac", "triplet"])
+@pytest.mark.parametrize("method", ["dac", "triplet", "kmeansnet", "jule"])
 def test_learns_digits(method):
     """Without a spread of the scores, all pairs of dac are similar at first, and one cluster takes all images."""
     pl.seed_everything(0, verbose=False)

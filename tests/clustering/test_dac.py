@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from fastroute.clustering.dac import DAC, pair_loss
+from fastroute.clustering.run import Batches
+from tests.clustering.test_two_fold import digits, trainer_of
 
 
 def test_clear_pairs_alone_count():
@@ -45,6 +47,17 @@ def test_label_features_are_of_length_one_and_the_network_learns_from_augmented_
     weights = list(module.parameters())
     gradients, wanted = (torch.autograd.grad(value, weights) for value in (loss, expected))
     torch.testing.assert_close(gradients, wanted)
+
+
+def test_a_validation_takes_the_statistics_of_all_images():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    module = DAC(network, 3, epochs=2, lr=0.1)
+    images, labels = digits(120)
+    trainer_of(2).fit(module, Batches(images, labels, 40, 0), Batches(images, labels, 60))
+    norm = module.norm[0]
+    torch.testing.assert_close(norm.running_mean, network(images).mean(0))
+    assert norm.momentum == 0.1
 
 
 @pytest.mark.parametrize(("options", "name"), [({"epochs": 0}, "epochs"), ({"epochs": 1, "lr": 0}, "lr")])
