@@ -15,7 +15,14 @@ FILE = Path(__file__).with_name("costs.txt")
 RECORDED = 0.5  # CPU seconds from which a test has an entry
 
 # Imported before the first test, which would pay for them.
-IMPORTED = ("fastroute.cli", "pytorch_lightning", "sklearn.cluster", "torch._inductor.compile_fx", "torchvision", "triton")
+IMPORTED = (
+    "fastroute.cli",
+    "pytorch_lightning",
+    "sklearn.cluster",
+    "torch._inductor.compile_fx",
+    "torchvision",
+    "triton",
+)
 
 
 def read() -> dict[str, float]:

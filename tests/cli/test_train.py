@@ -111,7 +111,7 @@ def test_reads_a_recipe_which_flags_override(tmp_path):
 @pytest.mark.parametrize(
     ("function", "others"),
     [
-        (RoutingClassifier, {"model"}),
+        (RoutingClassifier, {"model", "channels_last"}),  # None is by device
         (ImageDataModule, {"seed"}),
         (fit, {"amp_dtype", "model_ema_decay", "output", "seed"}),  # None turns them off, or names a new folder
         (parameter_groups, set()),
