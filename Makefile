@@ -18,7 +18,7 @@ FAST := "not long and not thorough and not slow and not gpu and not attack"
 test: $(VENV)/.ready
 	$(TEST)
 
-# Some two minutes: tests of less than half a second of a processor, by tests/costs.txt.
+# Some two minutes: tests of less than a fifth of a second of a processor, by tests/costs.txt.
 test-fast: $(VENV)/.ready
 	$(TEST) -m $(FAST)
 

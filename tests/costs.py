@@ -1,7 +1,7 @@
 """Costs of tests, by which they are divided into tiers, and a plugin of pytest that records them.
 
-`costs.txt` has the CPU seconds of each test that takes half a second or more; a test that is not in it is cheap. A
-test's cost is its own time, and its share of the fixtures that it has in common with others.
+`costs.txt` has the CPU seconds of each test that takes a fifth of a second or more; others are cheap. A test's cost is
+its own time, and its share of the fixtures that it has in common with others.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 FILE = Path(__file__).with_name("costs.txt")
-RECORDED = 0.5  # CPU seconds from which a test has an entry
+RECORDED = 0.2  # CPU seconds from which a test has an entry
 
 # Imported before the first test, which would pay for them.
 IMPORTED = (

@@ -16,7 +16,7 @@ def recorded(tmp_path, monkeypatch):
 
 def test_a_test_pays_its_own_time_and_a_share_of_fixtures(recorded):
     network, data = ("a.py", "network"), ("", "data")
-    recorded.own.update({"a.py::first": 1.0, "a.py::second": 0.1, "a.py::now_cheap": 0.2})
+    recorded.own.update({"a.py::first": 1.0, "a.py::second": 0.1, "a.py::now_cheap": 0.1})
     recorded.shared.update({network: 4.0, data: 0.6})
     recorded.users = {"a.py::first": [network, data], "a.py::second": [network], "a.py::now_cheap": []}
     recorded.pytest_sessionfinish(SimpleNamespace(config=object()))
