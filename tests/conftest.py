@@ -9,7 +9,7 @@ from tests import costs
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 # CPU seconds from which a test is left to `make test`, and to `make test-thorough`.
-LONG, THOROUGH = 0.2, 1.0
+LONG, THOROUGH = 0.2, 0.8
 
 
 OWN_NETWORK = """
