@@ -22,7 +22,7 @@ test: $(VENV)/.ready
 test-fast: $(VENV)/.ready
 	$(TEST) -m $(FAST)
 
-# What `make test` leaves out, which CI runs besides: tests of more than a second.
+# What `make test` leaves out, which CI runs besides: tests of 0.8 seconds or more.
 test-thorough: $(VENV)/.ready
 	$(TEST) -m "thorough and not gpu"
 
