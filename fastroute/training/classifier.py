@@ -58,8 +58,7 @@ class RoutingClassifier(pl.LightningModule):
         sched: "step", "multistep", "cosine" or "onecycle"; like warmup_epochs, decay_epochs, decay_milestones,
             decay_rate, min_lr and warmup_lr, see `scheduler`.
         smoothing: label smoothing, at least 0 and below 1.
-        channels_last: whether the network computes in channels_last, which is faster on a CPU in bfloat16 and on tensor
-            cores.
+        channels_last: whether the network computes in channels_last, which is faster on a CPU and on tensor cores.
         grad_checkpointing: whether to recompute activations in the backward pass instead of keeping them; see
             `checkpoint_gradients`.
         compile: whether to compile the network by `torch.compile`.
