@@ -13,14 +13,15 @@ demo: $(VENV)/.ready
 # compile and train, and takes over tests of another when it has done. What is compiled is kept in build/tests. So is bytecode
 # beside its sources, whatever the environment says: to rewrite all assertions takes ten seconds of every process.
 TEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n auto --dist worksteal
-FAST := "not long and not thorough and not slow and not gpu and not attack"
+ALL := not slow and not gpu and not attack
+FAST := not long and not thorough and $(ALL)
 
 test: $(VENV)/.ready
 	$(TEST)
 
 # Some two minutes: tests of less than a fifth of a second of a processor, by tests/costs.txt.
 test-fast: $(VENV)/.ready
-	$(TEST) -m $(FAST)
+	$(TEST) -m "$(FAST)"
 
 # What `make test` leaves out, which CI runs besides: tests of 0.8 seconds or more.
 test-thorough: $(VENV)/.ready
@@ -54,7 +55,7 @@ TEST_OLDEST := cd $(OLDEST_SOURCES) && OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE
 OLDEST_TESTS := tests/backends tests/ops tests/nn --ignore=tests/backends/test_native_cpu.py
 
 test-oldest: oldest-libraries
-	$(TEST_OLDEST) $(OLDEST_TESTS) -m "not slow and not gpu and not attack"
+	$(TEST_OLDEST) $(OLDEST_TESTS) -m "$(ALL)"
 
 # What CI can afford: what `make test` has of them.
 test-oldest-fast: oldest-libraries
@@ -72,7 +73,7 @@ oldest-libraries: $(OLDEST)/.ready
 # Write the CPU seconds of all tests to tests/costs.txt, with nothing kept from earlier runs.
 test-costs: $(VENV)/.ready
 	rm -rf build/tests
-	$(TEST) -m "not slow and not gpu and not attack" --record-costs
+	$(TEST) -m "$(ALL)" --record-costs
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check

@@ -38,13 +38,6 @@ def say(message: str) -> None:
     print(f"fastroute: {message}", file=sys.stderr)
 
 
-def own_instruction_set() -> str:
-    """Return the name of the library that `fastroute.ops._compiled` loads on this processor."""
-    capability = torch.backends.cpu.get_cpu_capability().lower()
-    newer = capability == "avx512" and torch.cpu.get_capabilities().get("avx512_bf16")
-    return "avx512_bf16" if newer else capability
-
-
 def cpu_extensions() -> list:
     flags = [f"-O{os.environ.get('FASTROUTE_OPTIMIZE', '3')}", "-g0"]
     sanitizers = []
@@ -67,7 +60,8 @@ def cpu_extensions() -> list:
             "avx512_bf16": [*avx512, "-mavx512bf16"],
         }
     if wish := os.environ.get("FASTROUTE_BUILD_CPU"):
-        names = [] if wish == "0" else [own_instruction_set() if name == "native" else name for name in wish.split(",")]
+        own = runpy.run_path(str(ROOT / "fastroute/ops/_instruction_set.py"))["own_instruction_set"]()
+        names = [] if wish == "0" else [own if name == "native" else name for name in wish.split(",")]
         if not set(names) <= instruction_sets.keys():
             sys.exit(
                 f"fastroute: FASTROUTE_BUILD_CPU is {wish!r}; it must be 0, or names from native, "

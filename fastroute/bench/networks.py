@@ -40,10 +40,6 @@ def without_kernels(model: nn.Module) -> nn.Module:
     return model
 
 
-# Contender that is compiled → the one that it is a compiled copy of.
-COMPILED = {"compile": "eager", "fastroute compiled": OURS, "fastroute fused": OURS}
-
-
 def contest(
     labels: dict, num_classes: int, img_size: int, compile: bool, device: torch.device, fused: bool = True
 ) -> Contest:
@@ -95,13 +91,13 @@ def contest(
     torch._dynamo.reset()
     calls = dict(models)
     if compile:
-        for name, source in COMPILED.items():
-            if source not in models or (name == "fastroute fused" and not (fused and routers)):
-                continue
-            models[name] = copy.deepcopy(models[source])
-            calls[name] = compiled(models[name], device)
-            if name == "fastroute fused":
-                calls[name] = partial(_call_fused, calls[name])
+        for name, source in (("compile", "eager"), ("fastroute compiled", OURS)):
+            if source in models:
+                models[name] = copy.deepcopy(models[source])
+                calls[name] = compiled(models[name], device)
+        if fused and routers:
+            models["fastroute fused"] = copy.deepcopy(model)
+            calls["fastroute fused"] = partial(_call_fused, compiled(models["fastroute fused"], device))
     contenders = {name: job(models[name], calls[name]) for name in models}
 
     def check():

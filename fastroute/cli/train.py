@@ -13,6 +13,7 @@ from fastroute.cli.common import (
     handle_run_errors,
     numbers,
     plain_errors,
+    resolve_channels_last,
     resolve_dataset,
     resolve_device,
     run_location,
@@ -111,8 +112,7 @@ def _prepare(
     check_amp(options.amp_dtype if options.amp else None, device.type)
     check_loggers(options.log.replace(" ", "").split(",") if options.log else [])
     options.dataset = resolve_dataset(options.dataset, options.data_dir, options.val_split > 0)
-    if options.channels_last is None:
-        options.channels_last = device.type == "cpu"
+    options.channels_last = resolve_channels_last(options.channels_last, device)  # as args.yaml keeps it
     model = re.sub(r"[^\w.-]+", "-", options.model or "")
     folder, resume = broadcast_from_rank_zero(run_location(options, f"{model}-{options.dataset}", console))
     unnamed = options.experiment is None and resume is None

@@ -21,6 +21,7 @@ from fastroute.cli.common import (
     WorkersOption,
     plain_errors,
     real,
+    resolve_channels_last,
     takes_options,
 )
 from fastroute.cli.errors import escaped, standard_output
@@ -189,7 +190,7 @@ def _result(path: Path | None, options: ValidateOptions, console: Console) -> di
         raise ValueError(f"gates is True, but {model} has no routers")
     if path is not None:
         load_weights(network, path, averaged=options.use_ema, name="checkpoint")
-    channels_last = device.type == "cpu" if options.channels_last is None else options.channels_last
+    channels_last = resolve_channels_last(options.channels_last, device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     network = network.to(device, memory_format=layout)
     routers = {} if options.gates else None

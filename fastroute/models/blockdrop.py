@@ -81,9 +81,7 @@ class BlockDrop(SkippableResNet):
             return_routing: whether to return the routing too.
             gates: (N, blocks), 1 for each block to compute and 0 for each to skip; None asks the policy.
         """
-        xs, routing = self._body(x, gates=gates)
-        y = self._output(xs)
-        return (y, routing) if return_routing else y
+        return self._classify(x, return_routing, gates=gates)
 
     def _body(
         self, x: Tensor, maps: list[list[Tensor]] | None = None, gates: Tensor | None = None

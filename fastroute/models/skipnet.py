@@ -66,9 +66,7 @@ class SkipNet(SkippableResNet):
             return_routing: whether to return the routing too.
             draw: whether to draw the gates, which then pass no gradient on.
         """
-        xs, routing = self._body(x, draw=draw)
-        y = self._output(xs)
-        return (y, routing) if return_routing else y
+        return self._classify(x, return_routing, draw=draw)
 
     def _body(
         self, x: Tensor, maps: list[list[Tensor]] | None = None, draw: bool = False

@@ -34,12 +34,13 @@ class Classifies:
         raise NotImplementedError
 
     def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, dict[str, Routing]]:
-        xs, routing = self._body(x)
-        y = self._output(xs)
-        return (y, routing) if return_routing else y
+        return self._classify(x, return_routing)
 
-    def _output(self, xs: list[Tensor]) -> Tensor:
-        return _joined(xs) if self._without == "head" else self._combined(self._head(xs))
+    def _classify(self, x: Tensor, return_routing: bool, **options) -> Tensor | tuple[Tensor, dict[str, Routing]]:
+        """Compute what `forward` returns, with options of the body."""
+        xs, routing = self._body(x, **options)
+        y = _joined(xs) if self._without == "head" else self._combined(self._head(xs))
+        return (y, routing) if return_routing else y
 
     def _combined(self, ys: list[Tensor]) -> Tensor:
         if self._without == "classifier":

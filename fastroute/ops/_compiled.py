@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from fastroute.ops._instruction_set import own_instruction_set
 from fastroute.ops._source_hash import CPU, CUDA, OPERATORS, source_hash
 
 FOLDER = Path(__file__).parents[1] / "backends" / "native"
@@ -24,18 +25,12 @@ INSTRUCTION_SETS = ("default", "avx2", "avx512", "avx512_bf16")
 
 def cpu_library() -> str:
     """Return the name of the CPU library for the instruction set of FASTROUTE_CPU, or the newest that torch reports."""
-    return f"_C_{os.environ.get('FASTROUTE_CPU') or _capability()}"
-
-
-def _capability() -> str:
-    capability = torch.backends.cpu.get_cpu_capability().lower()
-    newer = capability == "avx512" and torch.cpu.get_capabilities().get("avx512_bf16")
-    return "avx512_bf16" if newer else capability
+    return f"_C_{os.environ.get('FASTROUTE_CPU') or own_instruction_set()}"
 
 
 def _reason_against_instruction_set() -> str | None:
     """Return why the instruction set in FASTROUTE_CPU cannot be used, or None."""
-    named, own = os.environ.get("FASTROUTE_CPU"), _capability()
+    named, own = os.environ.get("FASTROUTE_CPU"), own_instruction_set()
     if not named or named == own:
         return None
     served = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(own) + 1] if own in INSTRUCTION_SETS else ()

@@ -1,4 +1,4 @@
-"""What Inductor, `torch.compile`'s compiler, is told of the operators, once it has been imported."""
+"""Rules for the operators in Inductor, the compiler of `torch.compile`."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -7,18 +7,20 @@ from functools import cache
 
 @cache
 def add_decompositions(table: Callable[[], dict[Callable, Callable]]) -> None:
-    """Add operators to those that Inductor decomposes. Importing it takes seconds, so not before a compilation."""
+    """Add operators to those that Inductor decomposes. This imports Inductor, which takes seconds."""
     from torch._inductor import decomposition
 
-    decomposition.decompositions.update(table())
-    decomposition.fast_random_decomps().update(table())  # a copy, which another compilation may have made
+    found = table()
+    decomposition.decompositions.update(found)
+    decomposition.fast_random_decomps().update(found)  # a copy, which another compilation may have made
 
 
 def let_maps_be_channels_last(operators: Callable[[], Iterable[Callable]]) -> None:
-    """Let maps be channels_last where Inductor computes a graph's convolutions so, as it does on a CPU.
+    """Let maps be channels_last where Inductor computes a graph's convolutions in that layout, as it does on a CPU.
 
-    Else an operator, which is one node of the graph, would have its maps in the layout of the eager network, and each
-    router would convert all paths twice, forward and backward. Only once Inductor is imported: others need none of it.
+    By default, Inductor gives an operator its maps in the layout of the eager network. Each router would then convert
+    all paths twice, in the forward and in the backward. Do nothing while Inductor is not imported: importing it takes
+    seconds, and other compilers do not need this.
     """
     if "torch._inductor.lowering" in sys.modules:
         _constrain_layouts(operators)
@@ -38,7 +40,8 @@ def _constrain_layouts(operators: Callable[[], Iterable[Callable]]) -> None:
         return strides is not None and strides[1] == 1
 
     def constrain(node, *args, **kwargs):
-        # The backward has none of the convolutions that decide, but what they saved; all paths need one layout.
+        # layout_opt is False in a backward, which has no forward convolutions. Its forward may have saved paths in
+        # several layouts, and an operator needs all of them in one.
         if not (V.graph.layout_opt or any(map(is_channels_last, filter(is_map, pytree.tree_leaves(args))))):
             return lowering.constrain_to_fx_strides(node, *args, **kwargs)
         require = ir.ExternKernel.require_channels_last

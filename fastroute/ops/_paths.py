@@ -142,7 +142,7 @@ def align_like(xs: Sequence[Tensor], like: Tensor) -> list[Tensor]:
 
 
 def align_saved(xs: Sequence[Tensor]) -> list[Tensor]:
-    """Return the paths that a forward saved in the first one's sample layout; a compiled graph may mix layouts."""
+    """Return the paths that a forward saved, in the sample layout of the first. A compiled graph may mix layouts."""
     first = align_paths("xs", xs[:1])[0]
     return [first, *align_like(xs[1:], first)]
 
