@@ -1,6 +1,6 @@
 // One-read kernels for sm_90 and later: one cluster of blocks per sample. Each block has its share of the sample's paths in
 // shared memory, and sums are exchanged through distributed shared memory. X is read once in the forward; dY and X once in the
-// backward.
+// backward. A cluster takes one sample after another: the next one lands in the place of what has been mixed.
 
 #include "cuda/gate.cuh"
 #include "cuda/kernels.h"
@@ -42,17 +42,36 @@ struct Carve {
   }
 };
 
-// Starts copying the share of every path, each with its own `landing`; wait for them after a barrier.
+// The shares of a block's paths in shared memory, and the samples that land there one after another.
 template <typename T>
-__device__ void hold(const Paths<const T>& paths, int64_t s, const Share& share, uint4* held, uint64_t* landings) {
-  if (threadIdx.x) return;
-  const uint32_t bytes = share.vectors * sizeof(uint4);
+struct Held {
+  const Paths<const T>& paths;
+  Share share;
+  uint4* data;
+  uint64_t* landings;  // one for each path
+  uint32_t phase = 0;
+
+  // By one thread; before the others wait, they need a barrier.
+  __device__ void init() const {
 #pragma unroll 1
-  for (int p = 0; p < paths.count; ++p) {
-    land_begin(landings + p, bytes);
-    if (bytes) copy_bulk(held + p * share.size, paths.sample(p, s) + share.first * kVector<T>, bytes, landings + p);
+    for (int p = 0; p < paths.count; ++p) land_init(landings + p);
   }
-}
+
+  // Starts copying the vectors [begin, end) of every path of a sample. A sample begins with vector 0.
+  __device__ void fetch(int64_t s, int begin, int end) const {
+    if (threadIdx.x) return;
+#pragma unroll 1
+    for (int p = 0; p < paths.count; ++p) {
+      if (begin == 0) land_begin(landings + p, share.vectors * sizeof(uint4));
+      if (begin == end) continue;
+      const T* from = paths.sample(p, s) + (share.first + begin) * kVector<T>;
+      copy_bulk(data + p * share.size + begin, from, (end - begin) * sizeof(uint4), landings + p);
+    }
+  }
+
+  __device__ void wait(int p) const { land_wait(landings + p, phase); }
+  __device__ uint4* path(int p) const { return data + p * share.size; }
+};
 
 // Starts copying floats, or writes zeros if there are none; read them after `copies_wait` and a barrier.
 __device__ void hold(const float* from, int count, float* to) {
@@ -91,40 +110,90 @@ __device__ void rectify_held(const Share& share, uint4* path) {
   }
 }
 
-// to_b = Σ_a weights[a * from_step + b * to_step] held_a on the share (Eq. 3.7, 3.15). finish(to_b, b, element) modifies the
-// vector at that element of the sample before it is stored.
-template <typename T, typename F>
+// to_b = Σ_a weights[a * from_step + b * to_step] held_a on the share (Eq. 3.7, 3.15), and meanwhile starts copying sample
+// `next`, if it is one, in the place of what all threads have read. finish(to_b, b, element, channel) modifies the vector at
+// that element of the sample before it is stored.
+template <int TILE, typename T, typename F>
 __device__ void mix_held(
-    const uint4* held, const Share& share, int from, const float* weights, int from_step, int to_step,
-    const Paths<T>& to, int64_t s, F finish) {
+    const Held<T>& held, const float* weights, int from_step, int to_step, const Paths<T>& to, const Shape& shape, int64_t s,
+    int64_t next, F finish) {
   constexpr int V = kVector<T>;
-  for (int v = threadIdx.x; v < share.vectors; v += kThreads) {
-    const int element = (share.first + v) * V;
-    for (int b = 0; b < to.count; ++b) {
-      float acc[V] = {};
-#pragma unroll 2
-      for (int a = 0; a < from; ++a) {
-        const auto x = load<T, V>(reinterpret_cast<const T*>(held + a * share.size + v));
-        const float weight = weights[a * from_step + b * to_step];
+  constexpr bool kFew = TILE <= 4;  // weights fit into registers
+  const int vectors = held.share.vectors, from = held.paths.count;
+  const auto weight = [&](int a, int b) { return a < from && b < to.count ? weights[a * from_step + b * to_step] : 0.0f; };
+  float few[kFew ? TILE : 1][kFew ? TILE : 1];
+  if constexpr (kFew) {
 #pragma unroll
-        for (int k = 0; k < V; ++k) acc[k] += weight * static_cast<float>(x.v[k]);
-      }
-      finish(acc, b, element);
-      store<float, T, V>(to.sample(b, s) + element, acc);
+    for (int a = 0; a < TILE; ++a) {
+#pragma unroll
+      for (int b = 0; b < TILE; ++b) few[a][b] = weight(a, b);
     }
+  }
+  const bool more = next < shape.samples;
+  int fetched = 0;
+  ChannelWalk<int> channel(shape, (held.share.first + static_cast<int>(threadIdx.x)) * V, kThreads * V);
+  for (int base = 0; base < vectors; base += kThreads, channel.next()) {
+    const int v = base + threadIdx.x;
+    if (v < vectors) {
+      uint4 words[TILE];
+#pragma unroll
+      for (int a = 0; a < TILE; ++a) {
+        if (a < from) words[a] = held.path(a)[v];
+      }
+#pragma unroll
+      for (int b = 0; b < TILE; ++b) {
+        if (b < to.count) {
+          float acc[V] = {};
+#pragma unroll
+          for (int a = 0; a < TILE; ++a) {
+            if (a < from) {
+              const auto x = unpack<T>(words[a]);
+              float w;
+              if constexpr (kFew) {
+                w = few[a][b];
+              } else {
+                w = weight(a, b);
+              }
+#pragma unroll
+              for (int k = 0; k < V; ++k) acc[k] += w * static_cast<float>(x.v[k]);
+            }
+          }
+          const int element = (held.share.first + v) * V;
+          finish(acc, b, element, channel);
+          store<float, T, V>(to.sample(b, s) + element, acc);
+        }
+      }
+    }
+    const int read = base + kThreads;
+    if (more && read - fetched == kSteps * kThreads && read < vectors) {
+      release_to_copies();
+      __syncthreads();
+      held.fetch(next, fetched, read);
+      fetched = read;
+    }
+  }
+  if (more) {
+    release_to_copies();
+    __syncthreads();
+    held.fetch(next, fetched, vectors);
   }
 }
 
 // sums[c] of a path over the held share; zero for channels outside the share.
-template <typename T, int V>
+template <typename T>
 __device__ void pool_held(const T* path, const Share& share, const Shape& shape, float* scratch, float* sums) {
-  const int begin = share.first * kVector<T>, end = begin + share.vectors * kVector<T>;
+  constexpr int V = kVector<T>;
+  const int begin = share.first * V, end = begin + share.vectors * V;
   const int channels = shape.channels, space = shape.space;
   if (shape.channels_last) {
-    column_sums<T, V>(path, begin, end, channels, false, scratch, sums);
+    if (channels % V == 0) {
+      column_sums<T, V>(path, begin, end, channels, false, scratch, sums);
+    } else {
+      column_sums<T, 1>(path, begin, end, channels, false, scratch, sums);
+    }
     return;
   }
-  const int first = begin / space, last = (end + space - 1) / space;
+  const int first = quotient(begin, space), last = quotient(end + space - 1, space);
   for (int c = threadIdx.x; c < channels; c += kThreads) {
     if (c < first || c >= last) sums[c] = 0;
   }
@@ -132,7 +201,7 @@ __device__ void pool_held(const T* path, const Share& share, const Shape& shape,
   while (lanes < 32 && lanes * 4 * V < space) lanes *= 2;
   for (int next = first; next < last; next += kThreads / lanes) {
     const int c = next + threadIdx.x / lanes, row = c * space;
-    const float sum = row_sum<T, V, float>(path, max(row, begin) - begin, min(row + space, end) - begin, false, lanes);
+    const float sum = unaligned_row_sum<T, V, float>(path, max(row, begin) - begin, min(row + space, end) - begin, lanes);
     if (c < last && threadIdx.x % lanes == 0) sums[c] = sum;
   }
 }
@@ -157,20 +226,19 @@ __device__ void copy(const float* from, int count, float* to) {
 
 #endif
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 2)
+template <typename T, int TILE>
+__global__ void __launch_bounds__(kThreads, TILE == 8 ? 1 : 2)
 cluster_forward_kernel(const __grid_constant__ ClusterForward<T> args) {
 #if FASTROUTE_CLUSTERS
   constexpr int V = kVector<T>;
   const Shape& shape = args.shape;
   const auto& gate = args.gate;
-  const int64_t s = blockIdx.x / cluster_size();
   const int m = gate.m, channels = shape.channels, mc = m * channels, mg = m * gate.hidden, mn = m * gate.n;
   const Share share = own_share<T>(shape);
 
   Carve memory{static_cast<char*>(dynamic_shared())};
-  uint4* held = memory.take<uint4>(m * share.size);
-  uint64_t* landings = memory.take<uint64_t>(m);
+  uint4* data = memory.take<uint4>(m * share.size);
+  Held<T> held{args.xs, share, data, memory.take<uint64_t>(m)};
   float* part = memory.take<float>(mc);
   float* pooled = memory.take<float>(mc);
   float* hidden = memory.take<float>(mg);
@@ -178,65 +246,83 @@ cluster_forward_kernel(const __grid_constant__ ClusterForward<T> args) {
   float* gates = memory.take<float>(mn);
   float* scratch = memory.take<float>(shape.channels_last ? kThreads * V : 0);
 
-  hold(args.xs, s, share, held, landings);
+  int64_t s = blockIdx.x / cluster_size();
+  if (threadIdx.x == 0) held.init();
+  held.fetch(s, 0, share.vectors);
   const Gate<float> near = hold(gate, args.holds_gate, memory);
   __syncthreads();
-  if (args.xs.relu) {
+  for (; s < shape.samples; s += args.clusters, held.phase ^= 1) {
+    if (args.xs.relu) {
+#pragma unroll 1
+      for (int i = 0; i < m; ++i) {
+        held.wait(i);
+        rectify_held<T>(share, held.path(i));
+      }
+      __syncthreads();
+    }
 #pragma unroll 1
     for (int i = 0; i < m; ++i) {
-      land_wait(landings + i);
-      rectify_held<T>(share, held + i * share.size);
+      held.wait(i);
+      pool_held(reinterpret_cast<const T*>(held.path(i)), share, shape, scratch, part + i * channels);
     }
+    copies_wait();  // gate parameters, visible after the next barrier
+    cluster_arrive();
+    cluster_wait();
+    for (int r = threadIdx.x; r < mc; r += kThreads) {
+      pooled[r] = cluster_sum(part, r) / static_cast<float>(shape.space);  // Eq. 3.3
+    }
+    cluster_arrive();  // this block has read `part` of the others, which must not change before
     __syncthreads();
-  }
-  const bool vectors = (shape.channels_last ? channels : shape.space) % V == 0;
-  for (int i = 0; i < m; ++i) {
-    land_wait(landings + i);
-    const T* path = reinterpret_cast<const T*>(held + i * share.size);
-    if (vectors) {
-      pool_held<T, V>(path, share, shape, scratch, part + i * channels);
+    if (args.holds_gate) {
+      gate_forward(near, pooled, hidden, scores, gates);
     } else {
-      pool_held<T, 1>(path, share, shape, scratch, part + i * channels);
+      gate_forward(gate, pooled, hidden, scores, gates);
     }
+    if (cluster_rank() == 0) {
+      copy(pooled, mc, args.pooled + s * mc);
+      copy(hidden, mg, args.hidden + s * mg);
+      copy(scores, mn, args.scores + s * mn);
+      copy(gates, mn, args.gates + s * mn);
+    }
+    mix_held<TILE>(held, gates, gate.n, 1, args.outputs, shape, s, s + args.clusters, [](auto&, int, int, auto&) {});
+    cluster_wait();
   }
-  copies_wait();  // gate parameters, visible after the next barrier
-  cluster_arrive();
-  cluster_wait();
-  for (int r = threadIdx.x; r < mc; r += kThreads) {
-    pooled[r] = cluster_sum(part, r) / static_cast<float>(shape.space);  // Eq. 3.3
-  }
-  cluster_arrive();  // this block has read `part` of the others, which must not exit before
-  __syncthreads();
-  if (args.holds_gate) {
-    gate_forward(near, pooled, hidden, scores, gates);
-  } else {
-    gate_forward(gate, pooled, hidden, scores, gates);
-  }
-  if (cluster_rank() == 0) {
-    copy(pooled, mc, args.pooled + s * mc);
-    copy(hidden, mg, args.hidden + s * mg);
-    copy(scores, mn, args.scores + s * mn);
-    copy(gates, mn, args.gates + s * mn);
-  }
-  mix_held(held, share, m, gates, gate.n, 1, args.outputs, s, [](auto&, int, int) {});
-  cluster_wait();
 #endif
 }
+
+// Vectors of X that a thread loads at once.
+template <typename T, int TILE>
+struct Words {
+  static constexpr int kSteps = TILE == 2 ? 4 : 1;
+  uint4 words[kSteps][TILE];
+
+  __device__ void load(const Paths<const T>& xs, int64_t s, const Share& share, int first) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int v = first + step * kThreads;
+#pragma unroll
+      for (int i = 0; i < TILE; ++i) {
+        if (i < xs.count && v < share.vectors) {
+          words[step][i] = reinterpret_cast<const uint4*>(xs.sample(i, s))[share.first + v];
+        }
+      }
+    }
+  }
+};
 
 template <typename T, int TILE>
 __global__ void __launch_bounds__(kThreads, TILE == 8 ? 1 : 2)
 cluster_backward_kernel(const __grid_constant__ ClusterBackward<T> args) {
 #if FASTROUTE_CLUSTERS
-  constexpr int V = kVector<T>, kSteps = 8 / TILE;  // 8 vectors of X in flight per thread
+  constexpr int V = kVector<T>, kAtOnce = Words<T, TILE>::kSteps;
   const Shape& shape = args.shape;
   const auto& gate = args.gate;
-  const int64_t s = blockIdx.x / cluster_size();
   const int m = gate.m, n = gate.n, mn = m * n, mc = m * shape.channels, mg = m * gate.hidden;
   const Share share = own_share<T>(shape);
 
   Carve memory{static_cast<char*>(dynamic_shared())};
-  uint4* held = memory.take<uint4>(n * share.size);
-  uint64_t* landings = memory.take<uint64_t>(n);
+  uint4* data = memory.take<uint4>(n * share.size);
+  Held<T> held{args.grad_outputs, share, data, memory.take<uint64_t>(n)};
   float* scratch = memory.take<float>(kWarps * mn);
   float* part = memory.take<float>(mn);
   float* gates = memory.take<float>(mn);
@@ -248,51 +334,53 @@ cluster_backward_kernel(const __grid_constant__ ClusterBackward<T> args) {
   float* hidden = memory.take<float>(mg);
   float* shares = memory.take<float>(mc);
 
-  const auto of_sample = [&](const float* data) { return data ? data + s * mn : nullptr; };
-  hold(args.grad_outputs, s, share, held, landings);
-  hold(args.gates + s * mn, mn, gates);
-  hold(of_sample(args.grad_gates), mn, grad_gates);
-  hold(of_sample(args.grad_scores), mn, grad_scores);
-  hold(args.hidden + s * mg, mg, hidden);
+  int64_t s = blockIdx.x / cluster_size();
+  if (threadIdx.x == 0) held.init();
+  held.fetch(s, 0, share.vectors);
+  Words<T, TILE> ahead;  // the first vectors of X of the next sample
+  ahead.load(args.xs, s, share, threadIdx.x);
   const Gate<float> near = hold(gate, args.holds_gate, memory);
   __syncthreads();
-  float acc[TILE][TILE] = {};
-  for (int first = threadIdx.x; first < share.vectors; first += kSteps * kThreads) {
-    uint4 words[kSteps][TILE];
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int v = first + step * kThreads;
-#pragma unroll
-      for (int i = 0; i < TILE; ++i) {
-        if (i < m && v < share.vectors) {
-          words[step][i] = reinterpret_cast<const uint4*>(args.xs.sample(i, s))[share.first + v];
-        }
-      }
-    }
+  for (; s < shape.samples; s += args.clusters, held.phase ^= 1) {
+    const int64_t next = s + args.clusters;
+    const auto of_sample = [&](const float* array) { return array ? array + s * mn : nullptr; };
+    hold(args.gates + s * mn, mn, gates);
+    hold(of_sample(args.grad_gates), mn, grad_gates);
+    hold(of_sample(args.grad_scores), mn, grad_scores);
+    hold(args.hidden + s * mg, mg, hidden);
 #pragma unroll 1
-    for (int j = 0; j < n; ++j) land_wait(landings + j);  // after the first loads of X are issued
+    for (int j = 0; j < n; ++j) held.wait(j);
+    float acc[TILE][TILE] = {};
+#pragma unroll 1
+    for (int first = threadIdx.x; first < share.vectors; first += kAtOnce * kThreads) {
+      const Words<T, TILE> now = ahead;
+      ahead.load(args.xs, s, share, first + kAtOnce * kThreads);
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int v = first + step * kThreads;
-      if (v < share.vectors) {
-        Vec<T, V> x[TILE];
+      for (int step = 0; step < kAtOnce; ++step) {
+        const int v = first + step * kThreads;
+        if (v < share.vectors) {
+          Vec<T, V> x[TILE];
 #pragma unroll
-        for (int i = 0; i < TILE; ++i) {
-          if (i < m) {
-            x[i] = unpack<T>(words[step][i]);
-            rectify(x[i], args.xs.relu);
+          for (int i = 0; i < TILE; ++i) {
+            if (i < m) x[i] = unpack<T>(now.words[step][i]);
           }
-        }
-#pragma unroll
-        for (int j = 0; j < TILE; ++j) {
-          if (j < n) {
-            const auto dy = load<T, V>(reinterpret_cast<const T*>(held + j * share.size + v));
+          if (args.xs.relu) {
 #pragma unroll
             for (int i = 0; i < TILE; ++i) {
-              if (i < m) {
+              if (i < m) rectify(x[i], true);
+            }
+          }
 #pragma unroll
-                for (int k = 0; k < V; ++k) {
-                  acc[i][j] += static_cast<float>(x[i].v[k]) * static_cast<float>(dy.v[k]);
+          for (int j = 0; j < TILE; ++j) {
+            if (j < n) {
+              const auto dy = unpack<T>(held.path(j)[v]);
+#pragma unroll
+              for (int i = 0; i < TILE; ++i) {
+                if (i < m) {
+#pragma unroll
+                  for (int k = 0; k < V; ++k) {
+                    acc[i][j] += static_cast<float>(x[i].v[k]) * static_cast<float>(dy.v[k]);
+                  }
                 }
               }
             }
@@ -300,28 +388,29 @@ cluster_backward_kernel(const __grid_constant__ ClusterBackward<T> args) {
         }
       }
     }
+    if (next < shape.samples) ahead.load(args.xs, next, share, threadIdx.x);
+    copies_wait();  // small copies, visible after the next barrier
+    block_sums(acc, m, n, scratch, part);
+    cluster_arrive();
+    cluster_wait();
+    if (const int r = threadIdx.x; r < mn) d_gates[r] = cluster_sum(part, r) + grad_gates[r];  // Eq. 3.10
+    cluster_arrive();  // this block has read `part` of the others, which must not change before
+    __syncthreads();
+    if (args.holds_gate) {
+      gate_backward(near, shape.space, gates, hidden, d_gates, grad_scores, d_scores, d_hidden, shares);
+    } else {
+      gate_backward(gate, shape.space, gates, hidden, d_gates, grad_scores, d_scores, d_hidden, shares);
+    }
+    if (cluster_rank() == 0) {
+      copy(d_scores, mn, args.d_scores + s * mn);
+      copy(d_hidden, mg, args.d_hidden + s * mg);
+    }
+    mix_held<TILE>(held, gates, 1, n, args.grad_xs, shape, s, next, [&](auto& dx, int i, int element, const auto& channel) {
+      add_shares(dx, shares + i * shape.channels, channel);
+      if (args.xs.relu) keep_where_positive(dx, load<T, V>(args.xs.sample(i, s) + element));
+    });
+    cluster_wait();
   }
-  copies_wait();  // small copies, visible after the next barrier
-  block_sums(acc, m, n, scratch, part);
-  cluster_arrive();
-  cluster_wait();
-  if (const int r = threadIdx.x; r < mn) d_gates[r] = cluster_sum(part, r) + grad_gates[r];  // Eq. 3.10
-  cluster_arrive();  // this block has read `part` of the others, which must not exit before
-  __syncthreads();
-  if (args.holds_gate) {
-    gate_backward(near, shape.space, gates, hidden, d_gates, grad_scores, d_scores, d_hidden, shares);
-  } else {
-    gate_backward(gate, shape.space, gates, hidden, d_gates, grad_scores, d_scores, d_hidden, shares);
-  }
-  if (cluster_rank() == 0) {
-    copy(d_scores, mn, args.d_scores + s * mn);
-    copy(d_hidden, mg, args.d_hidden + s * mg);
-  }
-  mix_held(held, share, n, gates, 1, n, args.grad_xs, s, [&](auto& dx, int i, int element) {
-    add_shares(dx, shares + i * shape.channels, shape, element);
-    if (args.xs.relu) keep_where_positive(dx, load<T, V>(args.xs.sample(i, s) + element));
-  });
-  cluster_wait();
 #endif
 }
 
@@ -330,20 +419,26 @@ int64_t gate_bytes(const Gate<float>& gate) {
       float_bytes(gate.m * gate.n * gate.width()) + float_bytes(gate.m * gate.n);
 }
 
-// Launches with the shared memory of a block, including that of the gate if the block holds it.
+// Launches as many clusters as run at once, with the shared memory of a block, including that of the gate if the block holds
+// it.
 template <typename... P, typename Args>
 cudaError_t launch_holding(void (*kernel)(P...), int64_t shared, int cluster, cudaStream_t stream, Args& args) {
+  if (args.shape.samples == 0) return cudaSuccess;
   const int64_t gate = gate_bytes(args.gate);
   args.holds_gate = holds_gate(shared, gate, device());
-  return launch(
-      kernel, args.shape.samples * cluster, kThreads, shared + (args.holds_gate ? gate : 0), cluster, stream, args);
+  if (args.holds_gate) shared += gate;
+  int at_once = 0;
+  const auto error = clusters_at_once(kernel, kThreads, shared, cluster, &at_once);
+  if (error != cudaSuccess) return error;
+  args.clusters = std::clamp<int64_t>(at_once, 1, args.shape.samples);
+  return launch(kernel, args.clusters * cluster, kThreads, shared, cluster, stream, args);
 }
 
 }  // namespace
 
 cudaError_t code_architecture(int* architecture) {
   cudaFuncAttributes attributes;
-  const auto error = cudaFuncGetAttributes(&attributes, cluster_forward_kernel<float>);
+  const auto error = cudaFuncGetAttributes(&attributes, cluster_forward_kernel<float, 2>);
   *architecture = attributes.ptxVersion;
   return error;
 }
@@ -353,7 +448,9 @@ cudaError_t cluster_forward(ClusterForward<T> args, int cluster, cudaStream_t st
   const int m = args.gate.m, n = args.gate.n;
   const int64_t shared = m * share_size<T>(args.shape, cluster) * sizeof(uint4) +
       cluster_forward_extra(args.shape, m, n, args.gate.hidden, kVector<T>);
-  return launch_holding(cluster_forward_kernel<T>, shared, cluster, stream, args);
+  return with_tile(m > n ? m : n, [&](auto tile) {
+    return launch_holding(cluster_forward_kernel<T, tile()>, shared, cluster, stream, args);
+  });
 }
 
 template <typename T>

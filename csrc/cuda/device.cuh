@@ -49,13 +49,17 @@ __device__ inline void cluster_arrive() { cooperative_groups::cluster_group::bar
 __device__ inline void cluster_wait() { cooperative_groups::cluster_group::barrier_wait(); }
 
 // Bulk copies, of a multiple of 16 bytes at 16-byte aligned addresses, by the copy engine of the multiprocessor for one thread.
-// `landing` is a barrier in shared memory that counts their bytes. One thread initialises it with the number of bytes before it
-// copies. After a barrier of the block, `land_wait` blocks a thread until all bytes have arrived and are visible. It is used
-// once.
-__device__ inline void land_begin(uint64_t* landing, uint32_t bytes) {
+// `landing` is a barrier in shared memory that counts their bytes, in one phase after another. One thread initialises it, and
+// names the bytes of a phase before it copies them. Once initialised for all threads, by a barrier of the block, `land_wait`
+// blocks a thread until all bytes of a phase have arrived and are visible. `phase` is 0 or 1, in turns.
+__device__ inline void land_init(uint64_t* landing) {
   const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(landing));
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ inline void land_begin(uint64_t* landing, uint32_t bytes) {
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(landing));
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
 }
 
@@ -67,15 +71,18 @@ __device__ inline void copy_bulk(void* to, const void* from, uint32_t bytes, uin
       : "memory");
 }
 
-__device__ inline void land_wait(uint64_t* landing) {
+__device__ inline void land_wait(uint64_t* landing, uint32_t phase) {
   asm volatile(
       "{\n"
       ".reg .pred landed;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 landed, [%0], 0;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 landed, [%0], %1;\n"
       "@!landed bra again;\n"
-      "}" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(landing)))
+      "}" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(landing))), "r"(phase)
       : "memory");
 }
+
+// Orders this thread's accesses to shared memory before bulk copies that another thread starts after a barrier.
+__device__ inline void release_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Address of `shared` in the block of that rank.
 template <typename A>

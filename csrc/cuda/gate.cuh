@@ -96,29 +96,64 @@ __device__ void gate_backward(
   __syncthreads();
 }
 
-// acc[k] += the share of an input's element `first` + k, its gradient through the gate; `shares` has one value per channel.
+// The channel of an element of a sample, and its place `inside` the run of contiguous elements of that channel. It walks over
+// the elements in equal steps, without a division for each.
+template <typename I>
+struct ChannelWalk {
+  I run, channels, channel, inside, step_channels = 0, step_inside = 0;
+
+  __device__ ChannelWalk(const Shape& shape, I first) : run(shape.run()), channels(shape.channels) {
+    const I row = quotient(first, run);
+    inside = first - row * run;
+    channel = row - quotient(row, channels) * channels;
+  }
+
+  __device__ ChannelWalk(const Shape& shape, I first, I step) : ChannelWalk(shape, first) {
+    const I rows = quotient(step, run);
+    step_inside = step - rows * run;
+    step_channels = rows - quotient(rows, channels) * channels;
+  }
+
+  __device__ void next() {
+    inside += step_inside;
+    channel += step_channels;
+    if (inside >= run) {
+      inside -= run;
+      ++channel;
+    }
+    if (channel >= channels) channel -= channels;
+  }
+};
+
+// acc[k] += the share of an input's element k, counted from `at`: its gradient through the gate. `shares` has one value per
+// channel.
 template <int V, typename A, typename I>
-__device__ void add_shares(A (&acc)[V], const A* shares, const Shape& shape, I first) {
-  const I run = shape.run(), channels = shape.channels, row = quotient(first, run);
-  I channel = row - quotient(row, channels) * channels, inside = first - row * run;
-  if (run % V == 0) {
-    const A share = shares[channel];
+__device__ void add_shares(A (&acc)[V], const A* shares, const ChannelWalk<I>& at) {
+  const I left = at.run - at.inside;
+  if (at.run >= V) {  // of one channel, or of two
+    const A share = shares[at.channel], next = left < V ? shares[at.channel + 1] : share;
 #pragma unroll
-    for (int k = 0; k < V; ++k) acc[k] += share;
-  } else if (run == 1 && channels % V == 0) {
-    const auto share = load<A, V>(shares + channel);
+    for (int k = 0; k < V; ++k) acc[k] += k < left ? share : next;
+  } else if (at.run == 1 && at.channels % V == 0) {
+    const auto share = load<A, V>(shares + at.channel);
 #pragma unroll
     for (int k = 0; k < V; ++k) acc[k] += share.v[k];
   } else {
+    I channel = at.channel, inside = at.inside;
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       acc[k] += shares[channel];
-      if (++inside == run) {
+      if (++inside == at.run) {
         inside = 0;
-        if (++channel == channels) channel = 0;
+        if (++channel == at.channels) channel = 0;
       }
     }
   }
+}
+
+template <int V, typename A, typename I>
+__device__ void add_shares(A (&acc)[V], const A* shares, const Shape& shape, I first) {
+  add_shares(acc, shares, ChannelWalk<I>(shape, first));
 }
 
 }  // namespace fastroute::cuda

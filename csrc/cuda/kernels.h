@@ -128,7 +128,8 @@ struct ClusterForward {
   Shape shape;
   Gate<float> gate;
   float *pooled, *hidden, *scores, *gates;
-  bool holds_gate = false;  // set by the launch
+  bool holds_gate = false;  // set by the launch, as is the number of clusters, which take the samples in turns
+  int64_t clusters = 0;
 };
 
 template <typename T>
@@ -139,7 +140,8 @@ struct ClusterBackward {
   Gate<float> gate;
   const float *grad_gates, *grad_scores, *gates, *hidden;
   float *d_scores, *d_hidden;
-  bool holds_gate = false;  // set by the launch
+  bool holds_gate = false;  // set by the launch, as is the number of clusters, which take the samples in turns
+  int64_t clusters = 0;
 };
 
 template <typename T>

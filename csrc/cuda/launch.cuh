@@ -6,8 +6,10 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
 #include <mutex>
 #include <set>
+#include <tuple>
 #include <utility>
 
 namespace fastroute::cuda {
@@ -31,7 +33,27 @@ inline cudaError_t allow_shared(const void* kernel) {
   return error;
 }
 
-// `cluster` = 0 launches without clusters, `shared` is the dynamic shared memory in bytes.
+// A launch of blocks in clusters, or without clusters if `cluster` is 0. `shared` is the dynamic shared memory in bytes.
+struct Configuration {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attribute = {};
+
+  Configuration(int64_t blocks, int threads, int64_t shared, int cluster, cudaStream_t stream) {
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    if (cluster) {
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = cluster;
+      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+      config.attrs = &attribute;
+      config.numAttrs = 1;
+    }
+  }
+  Configuration(const Configuration&) = delete;  // config points to attribute
+};
+
 template <typename... P, typename... A>
 cudaError_t launch(
     void (*kernel)(P...), int64_t blocks, int threads, int64_t shared, int cluster, cudaStream_t stream, A... args) {
@@ -41,20 +63,29 @@ cudaError_t launch(
     const auto error = allow_shared(reinterpret_cast<const void*>(kernel));
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  if (cluster) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+  const Configuration launched(blocks, threads, shared, cluster, stream);
+  return cudaLaunchKernelEx(&launched.config, kernel, args...);
+}
+
+// Number of clusters that the current device runs at once. Asked once for each kernel and size.
+template <typename... P>
+cudaError_t clusters_at_once(void (*kernel)(P...), int threads, int64_t shared, int cluster, int* count) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const void*, int64_t, int>, int> known;
+  int device;
+  if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const std::tuple key(device, reinterpret_cast<const void*>(kernel), shared, cluster);
+  const std::lock_guard lock(mutex);
+  if (const auto found = known.find(key); found != known.end()) {
+    *count = found->second;
+    return cudaSuccess;
   }
-  return cudaLaunchKernelEx(&config, kernel, args...);
+  const auto allowed = allow_shared(reinterpret_cast<const void*>(kernel));
+  if (allowed != cudaSuccess) return allowed;
+  const Configuration launched(cluster, threads, shared, cluster, nullptr);
+  const auto error = cudaOccupancyMaxActiveClusters(count, kernel, &launched.config);
+  if (error == cudaSuccess) known.emplace(key, *count);
+  return error;
 }
 
 // Calls f(integral_constant) with the smallest tile that holds `paths` paths: 2, 4 or 8, few to limit compile time. Surplus

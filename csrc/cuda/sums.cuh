@@ -33,6 +33,27 @@ __device__ A row_sum(const T* data, I begin, I end, bool relu, int lanes = 32) {
   return sum;
 }
 
+// The same where begin and end are at any element of 16-byte aligned data: whole vectors inside the row, and single elements
+// before and after them.
+template <typename T, int V, typename A>
+__device__ A unaligned_row_sum(const T* data, int begin, int end, int lanes) {
+  const int lane = threadIdx.x % lanes;
+  const int first = min((begin + V - 1) / V * V, end), last = max(first, end / V * V);
+  A sums[V] = {}, sum = 0;
+#pragma unroll 4
+  for (int e = first + lane * V; e < last; e += lanes * V) {
+    const auto x = load<T, V>(data + e);
+#pragma unroll
+    for (int k = 0; k < V; ++k) sums[k] += static_cast<A>(x.v[k]);
+  }
+  for (int e = begin + lane; e < first; e += lanes) sum += static_cast<A>(data[e]);
+  for (int e = last + lane; e < end; e += lanes) sum += static_cast<A>(data[e]);
+#pragma unroll
+  for (int k = 0; k < V; ++k) sum += sums[k];
+  for (int mask = lanes / 2; mask; mask /= 2) sum += shuffle_xor(sum, mask);
+  return sum;
+}
+
 // sums[c] = Σ of the elements c, c + channels, … within [begin, end) of a sample, by one block; `data` points to element
 // `begin`. Channels and begin are multiples of V, scratch holds blockDim.x * V values. Ends with a barrier.
 template <typename T, int V, typename A>
