@@ -77,14 +77,22 @@ def test_passes_of_cross_prediction(kernels, sizes, dtype, layout):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
-    ("form", "bias", "relu"), [("predict", True, True), ("gate", False, True), ("predict", False, False)]
+    ("form", "bias", "relu", "width"),
+    [
+        ("predict", True, True, 5),
+        ("gate", False, True, 5),
+        ("predict", False, False, 5),
+        ("predict", True, True, 1),
+        ("gate", True, False, 1),
+    ],
 )
-def test_cross_predict(kernels, monkeypatch, form, bias, relu, layout):
-    """With convolutions in the paths' format, as on a card."""
+def test_cross_predict(kernels, monkeypatch, form, bias, relu, width, layout):
+    """With convolutions in the paths' format, as on a card. An output of one channel has both formats."""
     generator = torch.Generator().manual_seed(1)
-    weight, offset = torch.randn(2, 3, 5, 4, 3, 3, generator=generator), torch.randn(2, 3, 5, generator=generator)
+    weight = torch.randn(2, 3, width, 4, 3, 3, generator=generator)
+    offset = torch.randn(2, 3, width, generator=generator)
     gates, xs = torch.rand(2, 2, 3, generator=generator), make_paths(2, (2, 4, 4, 3), torch.float32, layout, generator)
-    grad_outputs = make_paths(3, (2, 5, 2, 3), torch.float32, layout, generator)
+    grad_outputs = make_paths(3, (2, width, 2, 3), torch.float32, layout, generator)
     passes = Passes(kernels, chunk_bytes=200)
     monkeypatch.setattr(kernels, "cross_predict", passes.forward, raising=False)
     monkeypatch.setattr(kernels, "cross_predict_backward", passes.backward, raising=False)
