@@ -228,9 +228,8 @@ def tests(options, say) -> None:
     import pytest
 
     marks = "gpu" if options.device == "cuda" else "not gpu and not slow and not thorough and not attack"
-    ignored = [f"--ignore={path}" for path in options.ignore]
     flags = ["-q", "-m", marks, "-p", "no:cacheprovider", "--tb=short", "--continue-on-collection-errors"]
-    pytest.main([*flags, *ignored, *options.files], plugins=[Reporter(options, say)])
+    pytest.main([*flags, *options.files], plugins=[Reporter(options, say)])
 
 
 SANITIZED = [
@@ -357,7 +356,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=[*KINDS, "tests"])
     parser.add_argument("files", nargs="*", help="test files")
-    parser.add_argument("--ignore", action="append", default=[], help="a test file to skip")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--backend", help="triton, native, reference, default, eager or compile")
     parser.add_argument("--tool", default="memcheck", help="tool of compute-sanitizer")

@@ -36,7 +36,7 @@ class Job:
     environment: dict[str, str] = field(default_factory=dict)
     folder: Path | None = None
     case_seconds: float = 30
-    start_seconds: float = 30
+    start_seconds: float = 60  # on a loaded machine, to import torch alone takes 20
     quiet: bool = False
 
 
@@ -116,7 +116,7 @@ class Supervisor:
                     cases = f"{done} of {total} cases were begun" if total else "no case was begun"
                     self.rows.add({**labels, **case, "error": f"the stage's time is over; {cases}"})
                     return
-                begun = done
+                begun, case = done, {}
                 with _Process(job, done, log) as process:
                     for value in process.values(self.left):
                         if "begin" in value:
@@ -137,7 +137,7 @@ class _Process:
     """A worker in its own session, by which all its children can be found."""
 
     def __init__(self, job: Job, skip: int, log):
-        self._job, self._log, self._late = job, log, False
+        self._job, self._log, self._late, self._begun = job, log, False, False
         self._popen = subprocess.Popen(
             [*job.command, "--skip", str(skip)],
             stdin=subprocess.DEVNULL,
@@ -183,7 +183,7 @@ class _Process:
                         self._log.flush()
                         continue
                     if "begin" in value:
-                        limit = time.monotonic() + self._job.case_seconds
+                        limit, self._begun = time.monotonic() + self._job.case_seconds, True
                     yield value
 
     def reason(self, left: Callable[[], float]) -> str | None:
@@ -195,7 +195,11 @@ class _Process:
                     return None if code == 0 else ""
                 how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
                 return f"the process died: {how}; its log ends: {self._last_line()}"
-        return f"killed: it took over {self._job.case_seconds:g} s" if left() else ""
+        if not left():
+            return ""
+        if not self._begun:
+            return f"killed: its start took over {self._job.start_seconds:g} s"
+        return f"killed: it took over {self._job.case_seconds:g} s"
 
     def _last_line(self) -> str:
         lines = Path(self._log.name).read_text(errors="replace").split("\n")

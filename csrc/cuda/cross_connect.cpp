@@ -64,6 +64,7 @@ Forward cross_connect(
   at::Tensor pooled = at::empty({shape.samples, p.m, p.channels}, options);
   at::Tensor hidden = at::empty({shape.samples, p.m, p.hidden}, options);
 
+  last_cluster = 0;  // unless a plan says otherwise: float64 has none
   dispatch(x.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
     const Paths<const T> from = inputs<T>(xs, relu);
@@ -110,6 +111,7 @@ Backward cross_connect_backward(
   at::Tensor d_scores = at::empty_like(gates), d_hidden = at::empty_like(hidden);
   ParameterGradients grads(p);
 
+  last_cluster = 0;  // as in the forward; without dX there is no plan either
   dispatch(x.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
     const Gate<A> gate = gate_of<A>(p);

@@ -4,20 +4,31 @@
 
 #include <torch/library.h>
 
+#include <algorithm>
+
 namespace fastroute::cuda {
 namespace {
 
-// Joined tensors of `parts` paths like x, in its memory format.
-void check_joined(at::TensorList joined, const at::Tensor& x, int64_t parts) {
+// Checks joined tensors of `parts` paths like x, and returns x's sizes and the format of all. Where x has one channel it has
+// both formats, and the joined tensors, with more channels, tell which.
+Shape joined_shape(at::TensorList joined, const at::Tensor& x, int64_t parts) {
   TORCH_CHECK(static_cast<int64_t>(joined.size()) <= kMaxPaths, "up to 8 joined paths are served");
-  const bool channels_last = !sample_is_dense(x, false);
+  const auto all = [&](bool channels_last) {
+    return sample_is_dense(x, channels_last) && std::all_of(joined.begin(), joined.end(), [&](const at::Tensor& t) {
+      return t.size(0) == 0 || sample_is_dense(t, channels_last);
+    });
+  };
   for (const auto& t : joined) {
     TORCH_CHECK(
         t.dim() == x.dim() && t.size(0) == x.size(0) && t.size(1) == parts * x.size(1) &&
-            t.sizes().slice(2) == x.sizes().slice(2) && t.scalar_type() == x.scalar_type() && t.device() == x.device() &&
-            (t.size(0) == 0 || sample_is_dense(t, channels_last)),
-        "joined paths must have the format of the others and ", parts, " times the channels");
+            t.sizes().slice(2) == x.sizes().slice(2) && t.scalar_type() == x.scalar_type() && t.device() == x.device(),
+        "joined paths must have the sizes, type and device of the others and ", parts, " times the channels");
   }
+  Shape shape = shape_of(x);
+  if (shape.samples == 0 || all(false)) return shape;
+  TORCH_CHECK(all(true), "joined paths must have the format of the others");
+  shape.channels_last = true;
+  return shape;
 }
 
 at::Tensor checked(const OptionalTensor& t, at::IntArrayRef shape, const at::Tensor& x) {
@@ -36,10 +47,9 @@ void sum_predictions_op(
     at::TensorList ys) {
   const at::Tensor& y = aligned_path(ys);
   const auto m = static_cast<int64_t>(predictions.size()), n = static_cast<int64_t>(ys.size());
-  check_joined(predictions, y, n);
+  const Shape shape = joined_shape(predictions, y, n);
   const c10::cuda::CUDAGuard guard(y.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  const Shape shape = shape_of(y);
   const at::Tensor gates = checked(gates_, {shape.samples, m, n}, y);
   const at::Tensor offsets = checked(offsets_, {shape.samples, n, shape.channels}, y);
   dispatch(y.scalar_type(), [&]<typename T>() {
@@ -60,10 +70,9 @@ at::Tensor scale_paths_op(
   TORCH_CHECK(static_cast<int64_t>(scaled.size()) == count, "one joined path for each weight is needed");
   if (!masks.empty()) check_aligned(masks, x);
   if (!masked.empty()) check_aligned(masked, x);
-  check_joined(scaled, x, parts);
+  const Shape shape = joined_shape(scaled, x, parts);
   const c10::cuda::CUDAGuard guard(x.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  const Shape shape = shape_of(x);
   const at::Tensor weights = checked(weights_, {shape.samples, parts, count}, x);
   at::Tensor totals = at::empty({sums ? shape.samples : 0, parts, shape.channels}, weights.options());
   dispatch(x.scalar_type(), [&]<typename T>() {
@@ -79,12 +88,11 @@ at::Tensor sum_gradients_op(
     at::TensorList terms, at::TensorList xs, const at::Tensor& gates_, at::TensorList grad_xs) {
   const at::Tensor& x = aligned_path(xs);
   const auto m = static_cast<int64_t>(xs.size()), n = static_cast<int64_t>(terms.size());
-  check_joined(terms, x, m);
+  const Shape shape = joined_shape(terms, x, m);
   if (!grad_xs.empty()) check_aligned(grad_xs, x);
   TORCH_CHECK(grad_xs.empty() || grad_xs.size() == xs.size(), "as many gradients as paths are needed");
   const c10::cuda::CUDAGuard guard(x.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  const Shape shape = shape_of(x);
   const at::Tensor gates = checked(gates_, {shape.samples, m, n}, x);
   at::Tensor products = at::empty({shape.samples, m, n}, gates.options());
   dispatch(x.scalar_type(), [&]<typename T>() {

@@ -94,6 +94,14 @@ def test_a_case_that_hangs_costs_itself_alone(run):
     assert ended == [("case 0", None), ("case 1", "killed: it took over 4 s"), ("case 2", None)]
 
 
+def test_a_start_that_hangs_says_so(run):
+    starts = [sys.executable, "-c", f"import sys, time; time.sleep(1000 * (sys.argv[3] != '0')){WORKER}"]
+    dies = json.dumps([ROW, "os._exit(7)", ROW])
+    ended = run.stage(Job("job", [*starts, dies], start_seconds=3))
+    assert [case for case, _ in ended] == ["case 0", "case 1", None]
+    assert ended[2][1] == "killed: its start took over 3 s"
+
+
 def test_a_stage_is_killed_at_its_budget_with_all_its_children(run, tmp_path):
     alive = tmp_path / "alive"
     child = f"import os, time\nwhile True: open({str(alive)!r}, 'w').write(str(time.time())); time.sleep(0.05)"
@@ -186,6 +194,15 @@ def test_the_quick_plan_is_short_and_one_process_measures_at_a_time():
     assert [len(stage.jobs) for stage in stages if stage.name not in ("machine", "checks")] == [1] * 4
     names = [job.name for stage in stages for job in stage.jobs]
     assert len(set(names)) == len(names) and {"memcheck", "racecheck", "triton-tests-5", "native-tests-3"} <= set(names)
+
+
+@pytest.mark.thorough
+def test_no_test_for_a_card_is_left_out():
+    ignored = [f"--ignore={folder}" for folder in (gpu_check.TRITON_TESTS, gpu_check.NATIVE_TESTS)]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    collected = subprocess.run([*command, *ignored], capture_output=True, text=True, cwd=REPOSITORY).stdout
+    files = {line.partition("::")[0] for line in collected.splitlines() if "::" in line}
+    assert files and files <= set(gpu_check.other_tests())
 
 
 def test_full_begins_with_what_matters():

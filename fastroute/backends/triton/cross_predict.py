@@ -13,6 +13,7 @@ from fastroute.backends.triton._recording import launch
 from fastroute.backends.triton._tiles import batch_strides, extents, load_scalars, part_corner, tile_of, zero_totals
 from fastroute.backends.triton.cross_connect import is_channels_last
 from fastroute.backends.triton.mix import launch_sum_parts
+from fastroute.ops._paths import channels_first
 
 
 @triton.jit
@@ -165,8 +166,11 @@ def sum_gradients_kernel(
             tl.store(partials + row + i * N + j, tl.sum(totals[j], 0))
 
 
-def _launch(x: torch.Tensor, m: int, n: int) -> tuple[tuple[int, int], tuple, dict]:
-    """Return grid, (sizes, blocks, span) and tile of a pass over paths like x, of which it holds m or n at once."""
+def _launch(x: torch.Tensor, joined: list[torch.Tensor], m: int, n: int) -> tuple[tuple[int, int], tuple, dict]:
+    """Return grid, (sizes, blocks, span) and tile of a pass over paths like x, of which it holds m or n at once.
+
+    Where x has one channel it has both memory formats, and the joined tensors, with more channels, tell which.
+    """
     problem = planning.Problem(
         batch=x.shape[0],
         m=m,
@@ -175,7 +179,7 @@ def _launch(x: torch.Tensor, m: int, n: int) -> tuple[tuple[int, int], tuple, di
         space=math.prod(x.shape[2:]),
         gate_channels=0,
         itemsize=x.itemsize,
-        channels_last=is_channels_last(x),
+        channels_last=is_channels_last(x) or not all(map(channels_first, joined)),
         backward=True,  # n tiles of one path after another, m of them
         flat=False,
     )
@@ -194,7 +198,7 @@ def _launch(x: torch.Tensor, m: int, n: int) -> tuple[tuple[int, int], tuple, di
 
 def sum_predictions(predictions, gates, offsets, relu, outputs):
     y, m, n = outputs[0], len(predictions), len(outputs)
-    grid, sizes, tile = _launch(y, m, n)
+    grid, sizes, tile = _launch(y, predictions, m, n)
     if grid[0]:
         with torch.cuda.device_of(y):
             launch(sum_predictions_kernel, grid)(
@@ -212,7 +216,7 @@ def sum_predictions(predictions, gates, offsets, relu, outputs):
 
 def scale_paths(paths, masks, weights, sums, masked, scaled):
     x, parts = paths[0], len(paths)
-    grid, sizes, tile = _launch(x, parts, max(1, len(scaled)))
+    grid, sizes, tile = _launch(x, scaled, parts, max(1, len(scaled)))
     blocks = sizes[1]
     spans = grid[1] // blocks
     shape = (x.shape[0] if sums else 0, parts, x.shape[1])
@@ -243,7 +247,7 @@ def scale_paths(paths, masks, weights, sums, masked, scaled):
 
 def sum_gradients(terms, xs, gates, grad_xs):
     x, m, n = xs[0], len(xs), len(terms)
-    grid, sizes, tile = _launch(x, m, n)
+    grid, sizes, tile = _launch(x, terms, m, n)
     products = torch.empty_like(gates, memory_format=torch.contiguous_format)
     if grid[0] == 0:
         return products

@@ -33,6 +33,34 @@ def test_clusters(kernels, sizes, cluster, dtype, layout, relu):
     assert kernels.namespace.cuda_last_cluster() == cluster
 
 
+def test_the_last_cluster_is_that_of_the_last_call(kernels):
+    """Also where there never is one: in float64, and in a backward without dX."""
+    force(kernels, 2)
+
+    def forward(case):
+        xs, parameters, *_ = case
+        return kernels.cross_connect(xs, *parameters, False)
+
+    single, double = (
+        converted(make_case(*ALIGNED[0], dtype, "contiguous"), kernels.device)
+        for dtype in (torch.float32, torch.float64)
+    )
+
+    def last(case, grad_inputs=None):
+        xs, parameters, grad_outputs, grads = case
+        _, gates, _, pooled, hidden = forward(case)
+        forward(single)
+        if grad_inputs is None:
+            forward(case)
+        else:
+            saved = (*parameters, gates, pooled, hidden)
+            kernels.cross_connect_backward(grad_outputs, *grads, xs, *saved, False, grad_inputs)
+        return kernels.namespace.cuda_last_cluster()
+
+    assert [last(single, what) for what in (None, True, False)] == [2, 2, TWO_PASSES]
+    assert [last(double, what) for what in (None, True, False)] == [TWO_PASSES] * 3
+
+
 @pytest.mark.parametrize("cluster", [TWO_PASSES, 2])
 @pytest.mark.parametrize(("absent_grads", "grad_inputs"), [(True, True), (False, False), (True, False)])
 def test_optional_gradients(kernels, cluster, absent_grads, grad_inputs):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from fastroute import ops, use_backend
 from fastroute.backends._cross_predict import Passes
 from fastroute.backends.reference import kernels as reference
 from tests.backends.cuda_kernels.cases import (
@@ -15,7 +16,7 @@ from tests.backends.cuda_kernels.cases import (
     make_paths,
     poisoned_allocations,
 )
-from tests.ops.cases import moved
+from tests.ops.cases import check_against_eager, eager_cross_predict, moved
 
 
 def joined(parts):
@@ -77,14 +78,22 @@ def test_passes_of_cross_prediction(kernels, sizes, dtype, layout):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
-    ("form", "bias", "relu"), [("predict", True, True), ("gate", False, True), ("predict", False, False)]
+    ("form", "bias", "relu", "width"),
+    [
+        ("predict", True, True, 5),
+        ("gate", False, True, 5),
+        ("predict", False, False, 5),
+        ("predict", True, True, 1),
+        ("gate", True, False, 1),
+    ],
 )
-def test_cross_predict(kernels, monkeypatch, form, bias, relu, layout):
-    """With convolutions in the paths' format, as on a card."""
+def test_cross_predict(kernels, monkeypatch, form, bias, relu, width, layout):
+    """With convolutions in the paths' format, as on a card. An output of one channel has both formats."""
     generator = torch.Generator().manual_seed(1)
-    weight, offset = torch.randn(2, 3, 5, 4, 3, 3, generator=generator), torch.randn(2, 3, 5, generator=generator)
+    weight = torch.randn(2, 3, width, 4, 3, 3, generator=generator)
+    offset = torch.randn(2, 3, width, generator=generator)
     gates, xs = torch.rand(2, 2, 3, generator=generator), make_paths(2, (2, 4, 4, 3), torch.float32, layout, generator)
-    grad_outputs = make_paths(3, (2, 5, 2, 3), torch.float32, layout, generator)
+    grad_outputs = make_paths(3, (2, width, 2, 3), torch.float32, layout, generator)
     passes = Passes(kernels, chunk_bytes=200)
     monkeypatch.setattr(kernels, "cross_predict", passes.forward, raising=False)
     monkeypatch.setattr(kernels, "cross_predict_backward", passes.backward, raising=False)
@@ -93,3 +102,24 @@ def test_cross_predict(kernels, monkeypatch, form, bias, relu, layout):
     outputs = reference.cross_predict(*arguments, True, form) if relu else []
     for grad_inputs in (True, False):
         check(kernels, "cross_predict_backward", (grad_outputs, outputs, *arguments, grad_inputs))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("form", "width"), [("predict", 5), ("predict", 1), ("gate", 1)])
+def test_compiled_layer(card, form, width, layout):
+    """The operator itself, whose convolutions are called by the compiled library."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    xs = make_paths(2, (2, 4, 7, 5), torch.float32, layout, generator)
+    inputs = [draw(2, 3, width, 4, 3, 3), draw(2, 3, width), draw(2, 2, 3), *xs]
+    inputs, incoming = converted([inputs, [draw(2, width, 5, 3) for _ in range(3)]], device=card.device)
+
+    def layer(weight, bias, gates, *xs):
+        with use_backend("native"):
+            return ops.cross_predict(list(xs), weight, bias, gates, activation=None, form=form)
+
+    check_against_eager(layer, eager_cross_predict(None), inputs, incoming)

