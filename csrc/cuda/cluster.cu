@@ -42,34 +42,52 @@ struct Carve {
   }
 };
 
-// The shares of a block's paths in shared memory, and the samples that land there one after another.
+// The shares of a block's paths in shared memory, and the samples that land there one after another, each in pieces.
 template <typename T>
 struct Held {
   const Paths<const T>& paths;
   Share share;
   uint4* data;
-  uint64_t* landings;  // one for each path
+  uint64_t* landings;  // one for each piece, of all paths
+  int piece;  // vectors of a piece, a multiple of the threads
   uint32_t phase = 0;
 
-  // By one thread; before the others wait, they need a barrier.
-  __device__ void init() const {
-#pragma unroll 1
-    for (int p = 0; p < paths.count; ++p) land_init(landings + p);
-  }
-
-  // Starts copying the vectors [begin, end) of every path of a sample. A sample begins with vector 0.
-  __device__ void fetch(int64_t s, int begin, int end) const {
-    if (threadIdx.x) return;
-#pragma unroll 1
-    for (int p = 0; p < paths.count; ++p) {
-      if (begin == 0) land_begin(landings + p, share.vectors * sizeof(uint4));
-      if (begin == end) continue;
-      const T* from = paths.sample(p, s) + (share.first + begin) * kVector<T>;
-      copy_bulk(data + p * share.size + begin, from, (end - begin) * sizeof(uint4), landings + p);
+  __device__ Held(const Paths<const T>& paths, const Share& share, Carve& memory)
+      : paths(paths), share(share), data(memory.take<uint4>(paths.count * share.size)),
+        landings(memory.take<uint64_t>(kPieces)),
+        piece(max((share.size + kPieces * kThreads - 1) / (kPieces * kThreads), 1) * kThreads) {
+    if (threadIdx.x == 0) {
+      for (int k = 0; k < kPieces; ++k) land_init(landings + k);
     }
   }
 
-  __device__ void wait(int p) const { land_wait(landings + p, phase); }
+  // Starts copying piece k of every path of a sample. Before others wait for the first sample, they need a barrier.
+  __device__ void fetch(int64_t s, int k) const {
+    const int begin = k * piece, vectors = min(piece, share.vectors - begin);
+    if (threadIdx.x || vectors <= 0) return;
+    const uint32_t bytes = vectors * sizeof(uint4);
+    land_begin(landings + k, paths.count * bytes);
+#pragma unroll 1
+    for (int p = 0; p < paths.count; ++p) {
+      copy_bulk(path(p) + begin, paths.sample(p, s) + (share.first + begin) * kVector<T>, bytes, landings + k);
+    }
+  }
+
+  __device__ void fetch(int64_t s) const {
+#pragma unroll 1
+    for (int k = 0; k < kPieces; ++k) fetch(s, k);
+  }
+
+  // Waits until the vectors of the pieces up to that of vector v have landed, and returns the number of those vectors.
+  // `landed` of them already have.
+  __device__ int wait(int v, int landed) const {
+    while (landed <= v) {
+      land_wait(landings + quotient(landed, piece), phase);
+      landed = min(landed + piece, share.vectors);
+    }
+    return landed;
+  }
+
   __device__ uint4* path(int p) const { return data + p * share.size; }
 };
 
@@ -102,17 +120,9 @@ __device__ Gate<float> hold(const Gate<float>& gate, bool holds, Carve& memory) 
   return {w1, b1, w2, b2, gate.m, gate.n, gate.channels, gate.hidden};
 }
 
-// max(x, 0) of a held path.
-template <typename T>
-__device__ void rectify_held(const Share& share, uint4* path) {
-  for (int v = threadIdx.x; v < share.vectors; v += kThreads) {
-    rectify(*reinterpret_cast<Vec<T, kVector<T>>*>(path + v), true);
-  }
-}
-
 // to_b = Σ_a weights[a * from_step + b * to_step] held_a on the share (Eq. 3.7, 3.15), and meanwhile starts copying sample
-// `next`, if it is one, in the place of what all threads have read. finish(to_b, b, element, channel) modifies the vector at
-// that element of the sample before it is stored.
+// `next`, if it is one, in the place of what all threads have read. finish(to_b, b, v, channel) modifies the vector v of the
+// share before it is stored.
 template <int TILE, typename T, typename F>
 __device__ void mix_held(
     const Held<T>& held, const float* weights, int from_step, int to_step, const Paths<T>& to, const Shape& shape, int64_t s,
@@ -129,16 +139,19 @@ __device__ void mix_held(
       for (int b = 0; b < TILE; ++b) few[a][b] = weight(a, b);
     }
   }
-  const bool more = next < shape.samples;
-  int fetched = 0;
   ChannelWalk<int> channel(shape, (held.share.first + static_cast<int>(threadIdx.x)) * V, kThreads * V);
-  for (int base = 0; base < vectors; base += kThreads, channel.next()) {
-    const int v = base + threadIdx.x;
-    if (v < vectors) {
+#pragma unroll 1
+  for (int k = 0; k < kPieces; ++k) {
+    const int end = min((k + 1) * held.piece, vectors);
+#pragma unroll 1
+    for (int v = k * held.piece + threadIdx.x; v < end; v += kThreads, channel.next()) {
       uint4 words[TILE];
 #pragma unroll
       for (int a = 0; a < TILE; ++a) {
-        if (a < from) words[a] = held.path(a)[v];
+        if (a < from) {
+          words[a] = held.path(a)[v];
+          if (held.paths.relu) words[a] = rectified<T>(words[a]);
+        }
       }
 #pragma unroll
       for (int b = 0; b < TILE; ++b) {
@@ -155,41 +168,40 @@ __device__ void mix_held(
                 w = weight(a, b);
               }
 #pragma unroll
-              for (int k = 0; k < V; ++k) acc[k] += w * static_cast<float>(x.v[k]);
+              for (int i = 0; i < V; ++i) acc[i] += w * static_cast<float>(x.v[i]);
             }
           }
-          const int element = (held.share.first + v) * V;
-          finish(acc, b, element, channel);
-          store<float, T, V>(to.sample(b, s) + element, acc);
+          finish(acc, b, v, channel);
+          store<float, T, V>(to.sample(b, s) + (held.share.first + v) * V, acc);
         }
       }
     }
-    const int read = base + kThreads;
-    if (more && read - fetched == kSteps * kThreads && read < vectors) {
+    if (next < shape.samples) {
       release_to_copies();
       __syncthreads();
-      held.fetch(next, fetched, read);
-      fetched = read;
+      held.fetch(next, k);
     }
-  }
-  if (more) {
-    release_to_copies();
-    __syncthreads();
-    held.fetch(next, fetched, vectors);
   }
 }
 
-// sums[c] of a path over the held share; zero for channels outside the share.
+// sums[c] of path p over the held share, as it lands; zero for channels outside the share.
 template <typename T>
-__device__ void pool_held(const T* path, const Share& share, const Shape& shape, float* scratch, float* sums) {
+__device__ void pool_held(const Held<T>& held, int p, const Shape& shape, float* scratch, float* sums) {
   constexpr int V = kVector<T>;
-  const int begin = share.first * V, end = begin + share.vectors * V;
+  const T* path = reinterpret_cast<const T*>(held.path(p));
+  const int begin = held.share.first * V, end = begin + held.share.vectors * V;
   const int channels = shape.channels, space = shape.space;
+  const bool relu = held.paths.relu;
+  int landed = 0;
   if (shape.channels_last) {
+    const auto piece = [&](int64_t element) {
+      landed = held.wait(static_cast<int>(element) / V, static_cast<int>(element) / V);
+      return static_cast<int64_t>(landed * V);
+    };
     if (channels % V == 0) {
-      column_sums<T, V>(path, begin, end, channels, false, scratch, sums);
+      column_sums<T, V>(path, begin, end, channels, relu, scratch, sums, piece);
     } else {
-      column_sums<T, 1>(path, begin, end, channels, false, scratch, sums);
+      column_sums<T, 1>(path, begin, end, channels, relu, scratch, sums, piece);
     }
     return;
   }
@@ -201,7 +213,9 @@ __device__ void pool_held(const T* path, const Share& share, const Shape& shape,
   while (lanes < 32 && lanes * 4 * V < space) lanes *= 2;
   for (int next = first; next < last; next += kThreads / lanes) {
     const int c = next + threadIdx.x / lanes, row = c * space;
-    const float sum = unaligned_row_sum<T, V, float>(path, max(row, begin) - begin, min(row + space, end) - begin, lanes);
+    const int from = max(row, begin) - begin, to = min(row + space, end) - begin;
+    if (from < to) landed = held.wait((to - 1) / V, landed);
+    const float sum = unaligned_row_sum<T, float>(path, from, to, relu, lanes);
     if (c < last && threadIdx.x % lanes == 0) sums[c] = sum;
   }
 }
@@ -237,8 +251,7 @@ cluster_forward_kernel(const __grid_constant__ ClusterForward<T> args) {
   const Share share = own_share<T>(shape);
 
   Carve memory{static_cast<char*>(dynamic_shared())};
-  uint4* data = memory.take<uint4>(m * share.size);
-  Held<T> held{args.xs, share, data, memory.take<uint64_t>(m)};
+  Held<T> held(args.xs, share, memory);
   float* part = memory.take<float>(mc);
   float* pooled = memory.take<float>(mc);
   float* hidden = memory.take<float>(mg);
@@ -247,24 +260,12 @@ cluster_forward_kernel(const __grid_constant__ ClusterForward<T> args) {
   float* scratch = memory.take<float>(shape.channels_last ? kThreads * V : 0);
 
   int64_t s = blockIdx.x / cluster_size();
-  if (threadIdx.x == 0) held.init();
-  held.fetch(s, 0, share.vectors);
+  held.fetch(s);
   const Gate<float> near = hold(gate, args.holds_gate, memory);
   __syncthreads();
   for (; s < shape.samples; s += args.clusters, held.phase ^= 1) {
-    if (args.xs.relu) {
 #pragma unroll 1
-      for (int i = 0; i < m; ++i) {
-        held.wait(i);
-        rectify_held<T>(share, held.path(i));
-      }
-      __syncthreads();
-    }
-#pragma unroll 1
-    for (int i = 0; i < m; ++i) {
-      held.wait(i);
-      pool_held(reinterpret_cast<const T*>(held.path(i)), share, shape, scratch, part + i * channels);
-    }
+    for (int i = 0; i < m; ++i) pool_held(held, i, shape, scratch, part + i * channels);
     copies_wait();  // gate parameters, visible after the next barrier
     cluster_arrive();
     cluster_wait();
@@ -288,6 +289,14 @@ cluster_forward_kernel(const __grid_constant__ ClusterForward<T> args) {
     cluster_wait();
   }
 #endif
+}
+
+template <typename T, int V>
+__device__ uint8_t positive_bits(const Vec<T, V>& x) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int k = 0; k < V; ++k) bits |= static_cast<float>(x.v[k]) > 0 ? 1u << k : 0u;
+  return bits;
 }
 
 // Vectors of X that a thread loads at once.
@@ -321,8 +330,9 @@ cluster_backward_kernel(const __grid_constant__ ClusterBackward<T> args) {
   const Share share = own_share<T>(shape);
 
   Carve memory{static_cast<char*>(dynamic_shared())};
-  uint4* data = memory.take<uint4>(n * share.size);
-  Held<T> held{args.grad_outputs, share, data, memory.take<uint64_t>(n)};
+  Held<T> held(args.grad_outputs, share, memory);
+  const bool relu = args.xs.relu;
+  uint8_t* positive = memory.take<uint8_t>(relu ? m * share.size : 0);  // bit k of a vector: x.v[k] > 0
   float* scratch = memory.take<float>(kWarps * mn);
   float* part = memory.take<float>(mn);
   float* gates = memory.take<float>(mn);
@@ -335,8 +345,7 @@ cluster_backward_kernel(const __grid_constant__ ClusterBackward<T> args) {
   float* shares = memory.take<float>(mc);
 
   int64_t s = blockIdx.x / cluster_size();
-  if (threadIdx.x == 0) held.init();
-  held.fetch(s, 0, share.vectors);
+  held.fetch(s);
   Words<T, TILE> ahead;  // the first vectors of X of the next sample
   ahead.load(args.xs, s, share, threadIdx.x);
   const Gate<float> near = hold(gate, args.holds_gate, memory);
@@ -348,13 +357,14 @@ cluster_backward_kernel(const __grid_constant__ ClusterBackward<T> args) {
     hold(of_sample(args.grad_gates), mn, grad_gates);
     hold(of_sample(args.grad_scores), mn, grad_scores);
     hold(args.hidden + s * mg, mg, hidden);
-#pragma unroll 1
-    for (int j = 0; j < n; ++j) held.wait(j);
     float acc[TILE][TILE] = {};
+    int landed = 0;
 #pragma unroll 1
-    for (int first = threadIdx.x; first < share.vectors; first += kAtOnce * kThreads) {
+    for (int base = 0; base < share.vectors; base += kAtOnce * kThreads) {
+      const int first = base + threadIdx.x;
       const Words<T, TILE> now = ahead;
       ahead.load(args.xs, s, share, first + kAtOnce * kThreads);
+      landed = held.wait(min(base + kAtOnce * kThreads, share.vectors) - 1, landed);
 #pragma unroll
       for (int step = 0; step < kAtOnce; ++step) {
         const int v = first + step * kThreads;
@@ -362,12 +372,9 @@ cluster_backward_kernel(const __grid_constant__ ClusterBackward<T> args) {
           Vec<T, V> x[TILE];
 #pragma unroll
           for (int i = 0; i < TILE; ++i) {
-            if (i < m) x[i] = unpack<T>(now.words[step][i]);
-          }
-          if (args.xs.relu) {
-#pragma unroll
-            for (int i = 0; i < TILE; ++i) {
-              if (i < m) rectify(x[i], true);
+            if (i < m) {
+              x[i] = unpack<T>(relu ? rectified<T>(now.words[step][i]) : now.words[step][i]);
+              if (relu) positive[i * share.size + v] = positive_bits(x[i]);
             }
           }
 #pragma unroll
@@ -405,9 +412,13 @@ cluster_backward_kernel(const __grid_constant__ ClusterBackward<T> args) {
       copy(d_scores, mn, args.d_scores + s * mn);
       copy(d_hidden, mg, args.d_hidden + s * mg);
     }
-    mix_held<TILE>(held, gates, 1, n, args.grad_xs, shape, s, next, [&](auto& dx, int i, int element, const auto& channel) {
+    mix_held<TILE>(held, gates, 1, n, args.grad_xs, shape, s, next, [&](auto& dx, int i, int v, const auto& channel) {
       add_shares(dx, shares + i * shape.channels, channel);
-      if (args.xs.relu) keep_where_positive(dx, load<T, V>(args.xs.sample(i, s) + element));
+      if (relu) {
+        const uint32_t bits = positive[i * share.size + v];
+#pragma unroll
+        for (int k = 0; k < V; ++k) dx[k] = bits >> k & 1 ? dx[k] : 0.0f;
+      }
     });
     cluster_wait();
   }
@@ -446,8 +457,8 @@ cudaError_t code_architecture(int* architecture) {
 template <typename T>
 cudaError_t cluster_forward(ClusterForward<T> args, int cluster, cudaStream_t stream) {
   const int m = args.gate.m, n = args.gate.n;
-  const int64_t shared = m * share_size<T>(args.shape, cluster) * sizeof(uint4) +
-      cluster_forward_extra(args.shape, m, n, args.gate.hidden, kVector<T>);
+  const int64_t shared = block_bytes(
+      m, args.shape.elements() * sizeof(T), cluster_forward_extra(args.shape, m, n, args.gate.hidden, kVector<T>), cluster, 0);
   return with_tile(m > n ? m : n, [&](auto tile) {
     return launch_holding(cluster_forward_kernel<T, tile()>, shared, cluster, stream, args);
   });
@@ -456,8 +467,9 @@ cudaError_t cluster_forward(ClusterForward<T> args, int cluster, cudaStream_t st
 template <typename T>
 cudaError_t cluster_backward(ClusterBackward<T> args, int cluster, cudaStream_t stream) {
   const int m = args.gate.m, n = args.gate.n;
-  const int64_t shared = n * share_size<T>(args.shape, cluster) * sizeof(uint4) +
-      cluster_backward_extra(args.shape, m, n, args.gate.hidden);
+  const int64_t shared = block_bytes(
+      n, args.shape.elements() * sizeof(T), cluster_backward_extra(args.shape, m, n, args.gate.hidden), cluster,
+      args.xs.relu ? m : 0);
   return with_tile(m > n ? m : n, [&](auto tile) {
     return launch_holding(cluster_backward_kernel<T, tile()>, shared, cluster, stream, args);
   });

@@ -38,13 +38,13 @@ std::atomic<int64_t> forced_cluster = -1, last_cluster = 0;
 
 // The plan for these sizes, or the cluster size forced by a test. `aligned`: all paths can be accessed in vectors.
 template <typename T>
-int64_t cluster_for(int64_t paths, const Shape& shape, int64_t extra, bool aligned) {
+int64_t cluster_for(int64_t paths, const Shape& shape, int64_t extra, bool aligned, int64_t masks = 0) {
   const int64_t path_bytes = shape.elements() * sizeof(T), forced = forced_cluster;
-  int64_t cluster = aligned ? choose_cluster(paths, path_bytes, extra, shape.samples, device()) : 0;
+  int64_t cluster = aligned ? choose_cluster(paths, path_bytes, extra, shape.samples, device(), masks) : 0;
   if (forced > 0) {
     TORCH_CHECK(
         aligned && device().architecture >= 90 &&
-            block_bytes(paths, path_bytes, extra, forced) <= device().shared_per_block,
+            block_bytes(paths, path_bytes, extra, forced, masks) <= device().shared_per_block,
         "a cluster of ", forced, " blocks cannot hold these paths");
   }
   return last_cluster = forced < 0 ? cluster : forced;
@@ -124,7 +124,7 @@ Backward cross_connect_backward(
       const bool aligned = fits_vectors(from, elements) && fits_vectors(dys, elements) && fits_vectors(to, elements);
       const int64_t extra = cluster_backward_extra(shape, p.m, p.n, p.hidden);
       // Without dX, the two-pass version reads only once.
-      if (grad_inputs && (cluster = cluster_for<T>(p.n, shape, extra, aligned))) {
+      if (grad_inputs && (cluster = cluster_for<T>(p.n, shape, extra, aligned, relu ? p.m : 0))) {
         C10_CUDA_CHECK(cluster_backward<T>(
             {from, dys, to, shape, gate, data<A>(dg), data<A>(da), data<A>(gates), data<A>(hidden), dA, dH},
             static_cast<int>(cluster), stream));

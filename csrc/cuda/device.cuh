@@ -31,6 +31,20 @@ __device__ inline void store_word(void* to, uint4 word) {
                : "memory");
 }
 
+// max(x, 0) of one float32, of two bfloat16 or of two float16; keeps NaN.
+__device__ inline uint32_t positive_f32(uint32_t x) {
+  asm("max.NaN.f32 %0, %0, 0f00000000;" : "+r"(x));
+  return x;
+}
+__device__ inline uint32_t positive_bf16(uint32_t x) {
+  asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(x) : "r"(0));
+  return x;
+}
+__device__ inline uint32_t positive_f16(uint32_t x) {
+  asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(x) : "r"(0));
+  return x;
+}
+
 // Copies 4, 8 or 16 bytes from global to shared memory, bypassing registers; `copies_wait` waits for those of this thread.
 template <int BYTES>
 __device__ void copy_async(void* to, const void* from) {

@@ -36,6 +36,25 @@ __device__ void rectify(Vec<T, V>& x, bool relu) {
   for (int k = 0; k < V; ++k) x.v[k] = relu && static_cast<accumulate_t<T>>(x.v[k]) < 0 ? T(0) : x.v[k];
 }
 
+// The same of 16 bytes, in a quarter or half of the instructions.
+template <typename T>
+__device__ uint4 rectified(uint4 word) {
+  const auto part = [](uint32_t x) {
+    if constexpr (std::is_same_v<T, float>) {
+      return positive_f32(x);
+    } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
+      return positive_bf16(x);
+    } else {
+      return positive_f16(x);
+    }
+  };
+  word.x = part(word.x);
+  word.y = part(word.y);
+  word.z = part(word.z);
+  word.w = part(word.w);
+  return word;
+}
+
 // Zero unless x > 0.
 template <typename A, typename T, int V>
 __device__ void keep_where_positive(A (&values)[V], const Vec<T, V>& x) {

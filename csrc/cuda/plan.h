@@ -16,11 +16,16 @@ struct Device {
 // Properties of the current device.
 const Device& device();
 
+// Pieces in which the next sample lands: the first begins to land while the last is still mixed.
+constexpr int kPieces = 4;
+
 constexpr int64_t kLargestCluster = 8;  // the largest that all devices with clusters can launch
 
-// Shared memory of one block: its share of each held path, in vectors of 16 bytes, and `extra` for sums and gates.
-inline int64_t block_bytes(int64_t paths, int64_t path_bytes, int64_t extra, int64_t cluster) {
-  return paths * ceil_div(path_bytes, 16 * cluster) * 16 + extra;
+// Shared memory of one block: its share of each held path, in vectors of 16 bytes, a byte for each vector of as many paths as
+// have masks, and `extra` for sums and gates.
+inline int64_t block_bytes(int64_t paths, int64_t path_bytes, int64_t extra, int64_t cluster, int64_t masks) {
+  const int64_t vectors = ceil_div(path_bytes, 16 * cluster);
+  return paths * vectors * 16 + ceil_div(masks * vectors, 16) * 16 + extra;
 }
 
 // Blocks per sample for the one-read kernels, or 0 for two passes.
@@ -33,12 +38,13 @@ inline int64_t block_bytes(int64_t paths, int64_t path_bytes, int64_t extra, int
 // cluster, the other moves bytes. It is doubled while there are at most half as many blocks as multiprocessors and a block
 // still has 4 KB of each path, 16 bytes for each of its 256 threads.
 inline int64_t choose_cluster(
-    int64_t paths, int64_t path_bytes, int64_t extra, int64_t samples, const Device& device) {
+    int64_t paths, int64_t path_bytes, int64_t extra, int64_t samples, const Device& device, int64_t masks = 0) {
   if (device.architecture < 90) return 0;
   const int64_t half = device.shared_per_multiprocessor / 2 - 1024;  // the system reserves 1 KB per block
   int64_t cluster = 1;
-  while (cluster < kLargestCluster && block_bytes(paths, path_bytes, extra, cluster) > half) cluster *= 2;
-  if (block_bytes(paths, path_bytes, extra, cluster) > device.shared_per_block) return 0;
+  const auto bytes = [&](int64_t c) { return block_bytes(paths, path_bytes, extra, c, masks); };
+  while (cluster < kLargestCluster && bytes(cluster) > half) cluster *= 2;
+  if (bytes(cluster) > device.shared_per_block) return 0;
   while (cluster < kLargestCluster && 2 * cluster * samples <= device.multiprocessors &&
          path_bytes >= 4096 * 2 * cluster) {
     cluster *= 2;
@@ -51,12 +57,12 @@ inline int64_t choose_cluster(
 inline int64_t float_bytes(int64_t count) { return ceil_div(4 * count, 16) * 16; }
 
 inline int64_t cluster_forward_extra(const Shape& shape, int64_t m, int64_t n, int64_t hidden, int64_t vector) {
-  return float_bytes(2 * m) + 2 * float_bytes(m * shape.channels) + float_bytes(m * hidden) + 2 * float_bytes(m * n) +
+  return float_bytes(2 * kPieces) + 2 * float_bytes(m * shape.channels) + float_bytes(m * hidden) + 2 * float_bytes(m * n) +
       (shape.channels_last ? float_bytes(kThreads * vector) : 0);
 }
 
 inline int64_t cluster_backward_extra(const Shape& shape, int64_t m, int64_t n, int64_t hidden) {
-  return float_bytes(2 * n) + float_bytes(kWarps * m * n) + 6 * float_bytes(m * n) + 2 * float_bytes(m * hidden) +
+  return float_bytes(2 * kPieces) + float_bytes(kWarps * m * n) + 6 * float_bytes(m * n) + 2 * float_bytes(m * hidden) +
       float_bytes(m * shape.channels);
 }
 
@@ -72,10 +78,11 @@ inline int64_t forward_cluster(
 }
 
 inline int64_t backward_cluster(
-    const Shape& shape, int64_t m, int64_t n, int64_t hidden, int64_t element_bytes, const Device& device) {
+    const Shape& shape, int64_t m, int64_t n, int64_t hidden, int64_t element_bytes, const Device& device,
+    bool relu = false) {
   const int64_t path_bytes = shape.elements() * element_bytes;
   if (element_bytes > 4 || path_bytes % 16 != 0) return 0;
-  return choose_cluster(n, path_bytes, cluster_backward_extra(shape, m, n, hidden), shape.samples, device);
+  return choose_cluster(n, path_bytes, cluster_backward_extra(shape, m, n, hidden), shape.samples, device, relu ? m : 0);
 }
 
 // Returns whether a block of the one-read kernels that needs `bytes` also holds a copy of the gates' parameters: if that does

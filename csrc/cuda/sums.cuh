@@ -35,19 +35,29 @@ __device__ A row_sum(const T* data, I begin, I end, bool relu, int lanes = 32) {
 
 // The same where begin and end are at any element of 16-byte aligned data: whole vectors inside the row, and single elements
 // before and after them.
-template <typename T, int V, typename A>
-__device__ A unaligned_row_sum(const T* data, int begin, int end, int lanes) {
+template <typename T, typename A>
+__device__ A unaligned_row_sum(const T* data, int begin, int end, bool relu, int lanes) {
+  constexpr int V = kVector<T>;
   const int lane = threadIdx.x % lanes;
   const int first = min((begin + V - 1) / V * V, end), last = max(first, end / V * V);
   A sums[V] = {}, sum = 0;
 #pragma unroll 4
   for (int e = first + lane * V; e < last; e += lanes * V) {
-    const auto x = load<T, V>(data + e);
+    uint4 word = *reinterpret_cast<const uint4*>(data + e);
+    if (relu) word = rectified<T>(word);
+    const auto x = unpack<T>(word);
 #pragma unroll
     for (int k = 0; k < V; ++k) sums[k] += static_cast<A>(x.v[k]);
   }
-  for (int e = begin + lane; e < first; e += lanes) sum += static_cast<A>(data[e]);
-  for (int e = last + lane; e < end; e += lanes) sum += static_cast<A>(data[e]);
+  const auto add = [&](int from, int to) {
+    for (int e = from + lane; e < to; e += lanes) {
+      auto x = load<T, 1>(data + e);
+      rectify(x, relu);
+      sum += static_cast<A>(x.v[0]);
+    }
+  };
+  add(begin, first);
+  add(last, end);
 #pragma unroll
   for (int k = 0; k < V; ++k) sum += sums[k];
   for (int mask = lanes / 2; mask; mask /= 2) sum += shuffle_xor(sum, mask);
@@ -56,9 +66,10 @@ __device__ A unaligned_row_sum(const T* data, int begin, int end, int lanes) {
 
 // sums[c] = Σ of the elements c, c + channels, … within [begin, end) of a sample, by one block; `data` points to element
 // `begin`. Channels and begin are multiples of V, scratch holds blockDim.x * V values. Ends with a barrier.
-template <typename T, int V, typename A>
+// piece(element) waits until that element, counted from begin, can be read, and returns up to where others can be.
+template <typename T, int V, typename A, typename F>
 __device__ void column_sums(
-    const T* data, int64_t begin, int64_t end, int64_t channels, bool relu, A* scratch, A* sums) {
+    const T* data, int64_t begin, int64_t end, int64_t channels, bool relu, A* scratch, A* sums, F piece) {
   const int thread = threadIdx.x, threads = blockDim.x;
   for (int64_t first = 0; first < channels / V; first += threads) {
     const int width = min(channels / V - first, static_cast<int64_t>(threads));
@@ -68,12 +79,15 @@ __device__ void column_sums(
     if (group < groups) {
       int64_t e = (begin / channels + group) * channels + channel;
       if (e < begin) e += step;
+      for (int64_t readable = 0; readable < end - begin;) {
+        readable = piece(readable);
 #pragma unroll 4
-      for (; e < end; e += step) {
-        auto x = load<T, V>(data + (e - begin));
-        rectify(x, relu);
+        for (; e < begin + readable; e += step) {
+          auto x = load<T, V>(data + (e - begin));
+          rectify(x, relu);
 #pragma unroll
-        for (int k = 0; k < V; ++k) sum[k] += static_cast<A>(x.v[k]);
+          for (int k = 0; k < V; ++k) sum[k] += static_cast<A>(x.v[k]);
+        }
       }
     }
 #pragma unroll
@@ -94,6 +108,12 @@ __device__ void column_sums(
     }
     __syncthreads();
   }
+}
+
+template <typename T, int V, typename A>
+__device__ void column_sums(
+    const T* data, int64_t begin, int64_t end, int64_t channels, bool relu, A* scratch, A* sums) {
+  column_sums<T, V>(data, begin, end, channels, relu, scratch, sums, [=](int64_t) { return end - begin; });
 }
 
 // out[i * n + j] = acc[i][j] summed over the block, for i < m, j < n. Scratch holds one m * n for each warp.

@@ -35,8 +35,9 @@ inline First first_for_two_reads(const at::Tensor& x, int64_t m, int64_t n, int6
   const int64_t bytes = static_cast<int64_t>(x.element_size());
   if (g.channels >= kWide || (backward ? n : m) * g.elements() * bytes <= kHeldByOne) return First::kTriton;
   const cuda::Shape shape{g.batch, g.channels, g.size, g.channels_last || g.size == 1};
-  const auto cluster = backward ? &cuda::backward_cluster : &cuda::forward_cluster;
-  return cluster(shape, m, n, hidden, bytes, kH100) ? First::kNativeClusters : First::kTriton;
+  const int64_t cluster = backward ? cuda::backward_cluster(shape, m, n, hidden, bytes, kH100)
+                                   : cuda::forward_cluster(shape, m, n, hidden, bytes, kH100);
+  return cluster ? First::kNativeClusters : First::kTriton;
 }
 
 }  // namespace fastroute

@@ -149,7 +149,9 @@ def check(kernels, name, args):
             assert got.stride() == near.stride(), (name, i)
         if got.numel():
             error, allowed = (got - right).abs().max(), 2 * (near - right).abs().max()
-            tiny = 64 * torch.finfo(accumulate_dtype(got.dtype)).eps * max(1, right.abs().max())
+            # In float64 the reference is exact by definition, and allows for no rounding of large scores.
+            roundings = 256 if got.dtype is torch.float64 else 64
+            tiny = roundings * torch.finfo(accumulate_dtype(got.dtype)).eps * max(1, right.abs().max())
             assert error <= allowed + tiny, (name, i, error, allowed)
 
 

@@ -371,6 +371,19 @@ inline void store_word(void* to, uint4 word) {
   *static_cast<uint4*>(to) = word;
 }
 
+// max(x, 0) of the 16-bit or 32-bit numbers in x; keeps NaN.
+template <typename T>
+uint32_t positive(uint32_t x) {
+  T values[4 / sizeof(T)];
+  std::memcpy(values, &x, 4);
+  for (T& value : values) value = static_cast<float>(value) < 0 ? T(0) : value;
+  std::memcpy(&x, values, 4);
+  return x;
+}
+inline uint32_t positive_f32(uint32_t x) { return positive<float>(x); }
+inline uint32_t positive_bf16(uint32_t x) { return positive<c10::BFloat16>(x); }
+inline uint32_t positive_f16(uint32_t x) { return positive<c10::Half>(x); }
+
 template <int BYTES>
 void copy_async(void* to, const void* from) {
   emulator::require(
