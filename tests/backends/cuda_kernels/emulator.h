@@ -3,7 +3,7 @@
 //
 // Each thread is a fiber that runs to its next barrier, and each block as far as it can without the others of its
 // cluster, in ascending, descending or shuffled order, so that a missing barrier changes results. Asynchronous copies
-// happen as late as they may, those in bulk when nothing else of the block can go on, or with descending order at once. Dynamic shared memory is NaN before
+// happen as late as they may, those in bulk when nothing else of the block can go on, or with shuffled threads at once. Dynamic shared memory is NaN before
 // a block runs and again when it is gone, and threads that wait for each other, or for a copy, in vain are an error. It
 // shows nothing of speed, nor of the memory ordering of a device.
 
@@ -417,7 +417,7 @@ inline void land_begin(uint64_t* landing, uint32_t bytes) {
   known.bytes = bytes;
 }
 
-// Copies land when they are waited for, or with order 1 at once: an access that is not ordered before them is seen then.
+// Copies land when they are waited for, or with shuffled threads at once: an access that is not ordered before them is seen then.
 inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* landing) {
   auto* block = emulator::now->block;
   emulator::require(
@@ -427,7 +427,7 @@ inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* land
   emulator::require(known.open, "a copy is to land where no phase has begun");
   known.begun += bytes;
   emulator::require(known.begun <= known.bytes, "more bytes are to land than were named");
-  if (emulator::order == 1) {
+  if (emulator::order > 1) {
     std::memcpy(to, from, bytes);
   } else {
     known.copies.emplace_back(to, from, bytes);

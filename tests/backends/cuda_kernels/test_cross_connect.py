@@ -61,6 +61,17 @@ def test_the_last_cluster_is_that_of_the_last_call(kernels):
     assert [last(double, what) for what in (None, True, False)] == [TWO_PASSES] * 3
 
 
+SEVERAL = [(2, 2, (5, 24, 20, 20), 5, True), (3, 5, (5, 24, 20, 20), 5, True)]
+
+
+@grid(sizes=SEVERAL, cluster=(1, 2), dtype=DTYPES[:3], layout=LAYOUTS, relu=(False, True))
+def test_a_cluster_takes_several_samples_in_several_pieces(kernels, sizes, cluster, dtype, layout, relu):
+    force(kernels, cluster)
+    m, n, (samples, *rest), *gate = sizes
+    samples = samples if kernels.device == "cpu" else 600
+    check_cross_connect(kernels, make_case(m, n, (samples, *rest), *gate, dtype, layout), relu=relu)
+
+
 @pytest.mark.parametrize("cluster", [TWO_PASSES, 2])
 @pytest.mark.parametrize(("absent_grads", "grad_inputs"), [(True, True), (False, False), (True, False)])
 def test_optional_gradients(kernels, cluster, absent_grads, grad_inputs):
