@@ -55,18 +55,32 @@ class Plan:
     def machine(self) -> Stage:
         return Stage("machine", 20, [self._job("machine", "machine")])
 
-    def quick(self) -> list[Stage]:
-        """Return the stages of --quick: untimed jobs run in parallel, timed ones alone."""
+    def quick(self, peers: bool = False) -> list[Stage]:
+        """Return the stages of --quick: untimed jobs run in parallel, timed ones alone. With `peers`, also those of it."""
+        checks = [*self._tests(), *self._compilers(), *self._sanitizers()]
         return [
-            Stage("checks", 105, [*self._tests(), *self._compilers(), *self._sanitizers()]),
+            Stage("checks", 105, [*checks, *(self._peers_compilers() if peers else [])]),
             Stage("native", 50, [self._measure("native")]),
             Stage("triton", 58, [self._measure("triton")]),
             Stage("default", 18, [self._measure("default")]),
             Stage("eager", 18, [self._measure("eager")]),
+            *([self._peers()] if peers else []),
         ]
 
     def peers(self) -> list[Stage]:
-        return [Stage("peers", 240, [self._job("peers", "peers", case_seconds=110)])]
+        return [Stage("compile-peers", 110, self._peers_compilers()), self._peers()]
+
+    def _peers(self) -> Stage:
+        return Stage("peers", 130, [self._job("peers", "peers", case_seconds=110)])
+
+    def _peers_compilers(self) -> list[Job]:
+        """Return jobs that put into the compiler's cache what the stage of the peers compiles."""
+        parts = min(4, self.processors)
+        shares = [("--part", k, "--parts", parts) for k in range(parts)]
+        return [
+            self._job(f"compile-peers-{k}", "peers", "--warm", *share, case_seconds=110)
+            for k, share in enumerate(shares)
+        ]
 
     def full(self, minutes: float, *arguments: object) -> list[Stage]:
         return [Stage("full", 60 * minutes, [self._job("full", "full", *arguments, case_seconds=90)])]
@@ -169,8 +183,10 @@ def _steps(rows: list[dict]) -> str:
     for row in _kind(rows, "step"):
         if "ms" in row:
             graph = f"{row['graph_ms']:10.2f}" if "graph_ms" in row else f"  {row['not_in_a_graph'][:60]}"
-            lines.append(f"{row['network']:14}{row['contender']:20}{row['ms']:10.2f}{graph}")
-    return "\n".join([f"{'whole steps, ms':34}{'loop':>10}{'graph':>10}", *lines]) if lines else ""
+            name = f"{row['network']}, {row['batch']}"
+            peak = f"{row['peak_mib']:12.0f}" if "peak_mib" in row else ""
+            lines.append(f"{name:20}{row['contender']:20}{row['ms']:10.2f}{graph}{peak}")
+    return "\n".join([f"{'whole steps, ms':40}{'loop':>10}{'graph':>10}{'peak, MiB':>12}", *lines]) if lines else ""
 
 
 def _errors(rows: list[dict], most: int = 15) -> str:
@@ -219,8 +235,8 @@ def main() -> int:
     options = parser.parse_args()
     tests = options.tests or (["tests/ops/test_gate.py"] if options.device == "cpu" else None)
     plan = Plan(options.device, tests, os.cpu_count() or 1)
-    stages = plan.quick() if options.quick or not (options.peers or options.full) else []
-    stages += plan.peers() if options.peers else []
+    quick = options.quick or not (options.peers or options.full)
+    stages = plan.quick(options.peers) if quick else plan.peers() if options.peers else []
     more = [f"--{name}={value}" for name in ("rounds", "suite") if (value := getattr(options, name)) is not None]
     stages += plan.full(options.minutes, *more) if options.full else []
     if options.stages:

@@ -156,30 +156,37 @@ def by_kernel(backend: str, case: tuple, device: str) -> Iterator[dict]:
         yield {"kind": "profile", "backend": backend, **row}
 
 
-def step_time(step: Callable, options, calls: int = 10) -> dict:
-    """Measure milliseconds of a step in a loop, and of its replay from a CUDA graph."""
+def step_time(step: Callable, device: str) -> dict:
+    """Measure milliseconds of a step in a loop and of its replay from a CUDA graph, and the memory it needs in MiB."""
     from fastroute.bench import contest
 
-    clock = contest.clock(torch.device(options.device))
-    calls = calls if options.device == "cuda" else 1
+    clock, on_card = contest.clock(torch.device(device)), device == "cuda"
 
     def wait():
-        if options.device == "cuda":
+        if on_card:
             torch.cuda.synchronize()
 
+    def seconds(call, calls):
+        wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        wait()
+        return (time.perf_counter() - start) / calls
+
     def loop(call):
-        times = []
-        for _ in range(3):
-            wait()
-            start = time.perf_counter()
-            for _ in range(calls):
-                call()
-            wait()
-            times.append((time.perf_counter() - start) / calls)
-        return 1e3 * statistics.median(times)
+        """Take the median of three loops of 0.3 s, or of two steps."""
+        calls = max(2, min(30, round(0.3 / seconds(call, 2)))) if on_card else 1
+        return 1e3 * statistics.median(seconds(call, calls) for _ in range(3))
 
     for _ in range(3):
         step()
     row = {"ms": loop(step)}
+    if on_card:
+        wait()
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        row["peak_mib"] = (torch.cuda.max_memory_allocated() - held) / 2**20
     prepared = clock.prepared(step)
     return row | ({"not_in_a_graph": prepared.reason} if prepared.reason else {"graph_ms": loop(prepared.call)})

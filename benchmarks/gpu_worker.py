@@ -56,6 +56,16 @@ SHAPES = {
     "cpu": [(2, 3, 4, 4)],
 }
 PEERS = {"cuda": [SHAPES["cuda"][k] for k in (0, 1, 3, 4)], "cpu": SHAPES["cpu"][:1]}
+STEPS = {  # network, batch, classes, image size
+    "cuda": [
+        ("resnet20_cc2", 128, 10, 32),
+        ("resnet20_cc2", 1024, 10, 32),
+        ("resnet18_cc2", 256, 1000, 224),
+        ("resnet50_cc2", 256, 1000, 224),
+    ],
+    "cpu": [("resnet20_cc2", 2, 10, 8)],
+}
+COMPILED = ("compile", "fastroute compiled")  # contenders of `fastroute.bench.networks` that are compiled
 FORMATS = [(torch.bfloat16, "contiguous"), (torch.bfloat16, "channels_last"), (torch.float32, "contiguous")]
 
 
@@ -278,44 +288,51 @@ def peers(options) -> list[Measurement]:
     from fastroute.bench import cases, networks
 
     cases.COMPILE_MODES.clear()  # the default mode: max-autotune takes minutes
-    on_card = options.device == "cuda"
-    sizes = {"resnet20_cc2": (128, 10, 32), "resnet18_cc2": (256, 1000, 224), "resnet50_cc2": (256, 100, 224)}
-    if not on_card:
-        sizes = {"resnet20_cc2": (2, 10, 8)}
     labels = {"direction": networks.STEP, "dtype": "bfloat16", "layout": "channels_last", "paths": PATHS}
 
-    def steps(network, compile):
-        batch, classes, img_size = sizes[network]
-        contest = networks.contest(
-            {**labels, "network": network, "batch": batch},
-            classes,
-            img_size,
-            compile,
-            torch.device(options.device),
-            fused=False,
+    def contest_of(network, batch, classes, img_size, compile):
+        device = torch.device(options.device)
+        return networks.contest(
+            {**labels, "network": network, "batch": batch}, classes, img_size, compile, device, fused=False
         )
+
+    def warm(*sizes):
+        """Fill the compiler's cache."""
+        contest = contest_of(*sizes, True)
+        for name in COMPILED:
+            start = time.monotonic()
+            contest.contenders[name]()
+            yield {"kind": "compile", "backend": name, "seconds": time.monotonic() - start}
+
+    def steps(compile, network, batch, *sizes):
+        row = {"kind": "step", "network": network, "batch": batch}
+        contest = contest_of(network, batch, *sizes, compile)
+        try:
+            contest.check()  # as long as all have taken the same steps
+        except (AssertionError, RuntimeError) as error:
+            if broken(options.device):
+                raise
+            yield {**row, "error": brief(error)}
         for name, step in contest.contenders.items():
-            if compile != name.endswith(("compile", "compiled")):
+            if compile != (name in COMPILED):
                 continue
             try:
-                yield {
-                    "kind": "step",
-                    "network": network,
-                    "contender": name,
-                    "batch": batch,
-                    **step_time(step, options),
-                }
+                yield {**row, "contender": name, **step_time(step, options.device)}
             except RuntimeError as error:  # out of memory, or compilation failed; others may run
                 if broken(options.device):
                     raise
-                yield {"kind": "step", "network": network, "contender": name, "error": brief(error)}
-        contest.check()
+                yield {**row, "contender": name, "error": brief(error)}
 
+    networks_ = STEPS[options.device]
+    if options.warm:
+        share = networks_[options.part :: options.parts]
+        return [(f"{name}, batch {batch}", partial(warm, name, batch, *more)) for name, batch, *more in share]
+    names = [f"{name}, batch {batch}: " for name, batch, *_ in networks_]
     shapes = PEERS[options.device]
     return [
-        *((f"{name} steps", partial(steps, name, False)) for name in sizes),
+        *((f"{name}steps", partial(steps, False, *one)) for name, one in zip(names, networks_, strict=True)),
         *speed_cases("compile", shapes, FORMATS[1:2], options.device),
-        *((f"{name} compiled steps", partial(steps, name, True)) for name in sizes),
+        *((f"{name}compiled steps", partial(steps, True, *one)) for name, one in zip(names, networks_, strict=True)),
         *speed_cases("compile", shapes, FORMATS[2:], options.device),
     ]
 
@@ -358,6 +375,7 @@ def main() -> None:
     parser.add_argument("files", nargs="*", help="test files")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--backend", help="triton, native, reference, default, eager or compile")
+    parser.add_argument("--warm", action="store_true", help="for `peers`: only compile")
     parser.add_argument("--tool", default="memcheck", help="tool of compute-sanitizer")
     parser.add_argument("--part", type=int, default=0, help="index of this share of the cases")
     parser.add_argument("--parts", type=int, default=1, help="number of shares")
