@@ -42,53 +42,46 @@ struct Carve {
   }
 };
 
-// The shares of a block's paths in shared memory, and the samples that land there one after another, each in pieces.
+// The shares of a block's paths in shared memory, and the samples that land there one after another, each path in pieces.
 template <typename T>
 struct Held {
   const Paths<const T>& paths;
   Share share;
   uint4* data;
-  uint64_t* landings;  // one for each piece, of all paths
+  uint64_t* landings;  // of each path, one for each piece
   int piece;  // vectors of a piece, a multiple of the threads
   uint32_t phase = 0;
 
   __device__ Held(const Paths<const T>& paths, const Share& share, Carve& memory)
       : paths(paths), share(share), data(memory.take<uint4>(paths.count * share.size)),
-        landings(memory.take<uint64_t>(kPieces)),
+        landings(memory.take<uint64_t>(paths.count * kPieces)),
         piece(max((share.size + kPieces * kThreads - 1) / (kPieces * kThreads), 1) * kThreads) {
     if (threadIdx.x == 0) {
-      for (int k = 0; k < kPieces; ++k) land_init(landings + k);
+      for (int k = 0; k < paths.count * kPieces; ++k) land_init(landings + k);
     }
-  }
-
-  // Starts copying piece k of every path of a sample. Before others wait for the first sample, they need a barrier.
-  __device__ void fetch(int64_t s, int k) const {
-    const int begin = k * piece, vectors = min(piece, share.vectors - begin);
-    if (threadIdx.x || vectors <= 0) return;
-    const uint32_t bytes = vectors * sizeof(uint4);
-    land_begin(landings + k, paths.count * bytes);
-#pragma unroll 1
-    for (int p = 0; p < paths.count; ++p) {
-      copy_bulk(path(p) + begin, paths.sample(p, s) + (share.first + begin) * kVector<T>, bytes, landings + k);
-    }
-  }
-
-  __device__ void fetch(int64_t s) const {
-#pragma unroll 1
-    for (int k = 0; k < kPieces; ++k) fetch(s, k);
-  }
-
-  // Waits until the vectors of the pieces up to that of vector v have landed, and returns the number of those vectors.
-  // `landed` of them already have.
-  __device__ int wait(int v, int landed) const {
-    while (landed <= v) {
-      land_wait(landings + quotient(landed, piece), phase);
-      landed = min(landed + piece, share.vectors);
-    }
-    return landed;
   }
 
   __device__ uint4* path(int p) const { return data + p * share.size; }
+
+  // Starts copying a piece of a sample's path. Before others wait for the first sample, they need a barrier.
+  __device__ void fetch(int64_t s, int p, int k) const {
+    const int begin = k * piece, vectors = min(piece, share.vectors - begin);
+    if (threadIdx.x || vectors <= 0) return;
+    uint64_t* landing = landings + p * kPieces + k;
+    land_begin(landing, vectors * sizeof(uint4));
+    copy_bulk(
+        path(p) + begin, paths.sample(p, s) + (share.first + begin) * kVector<T>, vectors * sizeof(uint4), landing);
+  }
+
+  // The same of every path.
+  __device__ void fetch(int64_t s, int k) const {
+#pragma unroll 1
+    for (int p = 0; p < paths.count; ++p) fetch(s, p, k);
+  }
+
+  __device__ void wait(int p, int k) const {
+    if (k * piece < share.vectors) land_wait(landings + p * kPieces + k, phase);
+  }
 };
 
 // Starts copying floats, or writes zeros if there are none; read them after `copies_wait` and a barrier.
@@ -184,7 +177,7 @@ __device__ void mix_held(
   }
 }
 
-// sums[c] of path p over the held share, as it lands; zero for channels outside the share.
+// sums[c] of path p over the held share; zero for channels outside the share.
 template <typename T>
 __device__ void pool_held(const Held<T>& held, int p, const Shape& shape, float* scratch, float* sums) {
   constexpr int V = kVector<T>;
@@ -192,16 +185,13 @@ __device__ void pool_held(const Held<T>& held, int p, const Shape& shape, float*
   const int begin = held.share.first * V, end = begin + held.share.vectors * V;
   const int channels = shape.channels, space = shape.space;
   const bool relu = held.paths.relu;
-  int landed = 0;
+#pragma unroll 1
+  for (int k = 0; k < kPieces; ++k) held.wait(p, k);
   if (shape.channels_last) {
-    const auto piece = [&](int64_t element) {
-      landed = held.wait(static_cast<int>(element) / V, static_cast<int>(element) / V);
-      return static_cast<int64_t>(landed * V);
-    };
     if (channels % V == 0) {
-      column_sums<T, V>(path, begin, end, channels, relu, scratch, sums, piece);
+      column_sums<T, V>(path, begin, end, channels, relu, scratch, sums);
     } else {
-      column_sums<T, 1>(path, begin, end, channels, relu, scratch, sums, piece);
+      column_sums<T, 1>(path, begin, end, channels, relu, scratch, sums);
     }
     return;
   }
@@ -213,9 +203,8 @@ __device__ void pool_held(const Held<T>& held, int p, const Shape& shape, float*
   while (lanes < 32 && lanes * 4 * V < space) lanes *= 2;
   for (int next = first; next < last; next += kThreads / lanes) {
     const int c = next + threadIdx.x / lanes, row = c * space;
-    const int from = max(row, begin) - begin, to = min(row + space, end) - begin;
-    if (from < to) landed = held.wait((to - 1) / V, landed);
-    const float sum = unaligned_row_sum<T, float>(path, from, to, relu, lanes);
+    const float sum =
+        unaligned_row_sum<T, float>(path, max(row, begin) - begin, min(row + space, end) - begin, relu, lanes);
     if (c < last && threadIdx.x % lanes == 0) sums[c] = sum;
   }
 }
@@ -260,7 +249,8 @@ cluster_forward_kernel(const __grid_constant__ ClusterForward<T> args) {
   float* scratch = memory.take<float>(shape.channels_last ? kThreads * V : 0);
 
   int64_t s = blockIdx.x / cluster_size();
-  held.fetch(s);
+#pragma unroll 1
+  for (int k = 0; k < m * kPieces; ++k) held.fetch(s, k / kPieces, k % kPieces);  // path after path, as they are pooled
   const Gate<float> near = hold(gate, args.holds_gate, memory);
   __syncthreads();
   for (; s < shape.samples; s += args.clusters, held.phase ^= 1) {
@@ -345,7 +335,8 @@ cluster_backward_kernel(const __grid_constant__ ClusterBackward<T> args) {
   float* shares = memory.take<float>(mc);
 
   int64_t s = blockIdx.x / cluster_size();
-  held.fetch(s);
+#pragma unroll 1
+  for (int k = 0; k < kPieces; ++k) held.fetch(s, k);
   Words<T, TILE> ahead;  // the first vectors of X of the next sample
   ahead.load(args.xs, s, share, threadIdx.x);
   const Gate<float> near = hold(gate, args.holds_gate, memory);
@@ -358,13 +349,16 @@ cluster_backward_kernel(const __grid_constant__ ClusterBackward<T> args) {
     hold(of_sample(args.grad_scores), mn, grad_scores);
     hold(args.hidden + s * mg, mg, hidden);
     float acc[TILE][TILE] = {};
-    int landed = 0;
+    int landed = 0;  // pieces
 #pragma unroll 1
     for (int base = 0; base < share.vectors; base += kAtOnce * kThreads) {
       const int first = base + threadIdx.x;
       const Words<T, TILE> now = ahead;
       ahead.load(args.xs, s, share, first + kAtOnce * kThreads);
-      landed = held.wait(min(base + kAtOnce * kThreads, share.vectors) - 1, landed);
+      for (; landed * held.piece < min(base + kAtOnce * kThreads, share.vectors); ++landed) {
+#pragma unroll 1
+        for (int j = 0; j < n; ++j) held.wait(j, landed);
+      }
 #pragma unroll
       for (int step = 0; step < kAtOnce; ++step) {
         const int v = first + step * kThreads;

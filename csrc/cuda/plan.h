@@ -16,7 +16,7 @@ struct Device {
 // Properties of the current device.
 const Device& device();
 
-// Pieces in which the next sample lands: the first begins to land while the last is still mixed.
+// Pieces in which the next sample lands, the first while the others are still mixed. Eight were up to 4 % slower on an H100.
 constexpr int kPieces = 4;
 
 constexpr int64_t kLargestCluster = 8;  // the largest that all devices with clusters can launch
@@ -57,12 +57,12 @@ inline int64_t choose_cluster(
 inline int64_t float_bytes(int64_t count) { return ceil_div(4 * count, 16) * 16; }
 
 inline int64_t cluster_forward_extra(const Shape& shape, int64_t m, int64_t n, int64_t hidden, int64_t vector) {
-  return float_bytes(2 * kPieces) + 2 * float_bytes(m * shape.channels) + float_bytes(m * hidden) + 2 * float_bytes(m * n) +
+  return float_bytes(2 * kPieces * m) + 2 * float_bytes(m * shape.channels) + float_bytes(m * hidden) + 2 * float_bytes(m * n) +
       (shape.channels_last ? float_bytes(kThreads * vector) : 0);
 }
 
 inline int64_t cluster_backward_extra(const Shape& shape, int64_t m, int64_t n, int64_t hidden) {
-  return float_bytes(2 * kPieces) + float_bytes(kWarps * m * n) + 6 * float_bytes(m * n) + 2 * float_bytes(m * hidden) +
+  return float_bytes(2 * kPieces * n) + float_bytes(kWarps * m * n) + 6 * float_bytes(m * n) + 2 * float_bytes(m * hidden) +
       float_bytes(m * shape.channels);
 }
 

@@ -66,10 +66,9 @@ __device__ A unaligned_row_sum(const T* data, int begin, int end, bool relu, int
 
 // sums[c] = Σ of the elements c, c + channels, … within [begin, end) of a sample, by one block; `data` points to element
 // `begin`. Channels and begin are multiples of V, scratch holds blockDim.x * V values. Ends with a barrier.
-// piece(element) waits until that element, counted from begin, can be read, and returns up to where others can be.
-template <typename T, int V, typename A, typename F>
+template <typename T, int V, typename A>
 __device__ void column_sums(
-    const T* data, int64_t begin, int64_t end, int64_t channels, bool relu, A* scratch, A* sums, F piece) {
+    const T* data, int64_t begin, int64_t end, int64_t channels, bool relu, A* scratch, A* sums) {
   const int thread = threadIdx.x, threads = blockDim.x;
   for (int64_t first = 0; first < channels / V; first += threads) {
     const int width = min(channels / V - first, static_cast<int64_t>(threads));
@@ -79,15 +78,12 @@ __device__ void column_sums(
     if (group < groups) {
       int64_t e = (begin / channels + group) * channels + channel;
       if (e < begin) e += step;
-      for (int64_t readable = 0; readable < end - begin;) {
-        readable = piece(readable);
 #pragma unroll 4
-        for (; e < begin + readable; e += step) {
-          auto x = load<T, V>(data + (e - begin));
-          rectify(x, relu);
+      for (; e < end; e += step) {
+        auto x = load<T, V>(data + (e - begin));
+        rectify(x, relu);
 #pragma unroll
-          for (int k = 0; k < V; ++k) sum[k] += static_cast<A>(x.v[k]);
-        }
+        for (int k = 0; k < V; ++k) sum[k] += static_cast<A>(x.v[k]);
       }
     }
 #pragma unroll
@@ -108,12 +104,6 @@ __device__ void column_sums(
     }
     __syncthreads();
   }
-}
-
-template <typename T, int V, typename A>
-__device__ void column_sums(
-    const T* data, int64_t begin, int64_t end, int64_t channels, bool relu, A* scratch, A* sums) {
-  column_sums<T, V>(data, begin, end, channels, relu, scratch, sums, [=](int64_t) { return end - begin; });
 }
 
 // out[i * n + j] = acc[i][j] summed over the block, for i < m, j < n. Scratch holds one m * n for each warp.

@@ -61,7 +61,7 @@ def test_the_last_cluster_is_that_of_the_last_call(kernels):
     assert [last(double, what) for what in (None, True, False)] == [TWO_PASSES] * 3
 
 
-SEVERAL = [(2, 2, (5, 24, 20, 20), 5, True), (3, 5, (5, 24, 20, 20), 5, True)]
+SEVERAL = [(2, 2, (5, 16, 12, 12), 5, True), (3, 5, (5, 16, 12, 12), 5, True)]
 
 
 @grid(sizes=SEVERAL, cluster=(1, 2), dtype=DTYPES[:3], layout=LAYOUTS, relu=(False, True))
