@@ -242,15 +242,17 @@ def tuning(before: dict, after: dict) -> str:
     return _four_columns([case for case in new.cases if case in old.cases], cell)
 
 
-def write(page: Path, result_path: Path, before_path: Path) -> None:
-    """Write all sections of a page from a result and the one before tuning."""
-    result = load(result_path)
-    sections = {"status": status(result), "device": device(result)}
-    sections["predicted"] = predicted(result, *((ROOT / name).read_text() for name in EXPECTED))
-    sections |= {"host": host(result), "steps": steps(result)}
-    for topic, text in sections.items():
-        page.write_text(report.with_section(page, topic, result_path, text))
-    page.write_text(report.with_section(page, "tuning", before_path, tuning(load(before_path), result)))
+def sections(result: dict, before: dict) -> dict[str, str]:
+    """Return the text of each marked section, from a result and the one before tuning."""
+    expected = [(ROOT / name).read_text() for name in EXPECTED]
+    return {
+        "status": status(result),
+        "device": device(result),
+        "predicted": predicted(result, *expected),
+        "tuning": tuning(before, result),
+        "host": host(result),
+        "steps": steps(result),
+    }
 
 
 def main() -> None:
@@ -275,7 +277,8 @@ def main() -> None:
             save(result_of(rows, **about), options.result)
             print(f"wrote {options.result}")
         if not options.only_result:
-            write(options.page, options.result, options.before)
+            for topic, text in sections(load(options.result), load(options.before)).items():
+                options.page.write_text(report.with_section(options.page, topic, options.result, text))
             print(f"wrote {options.page}")
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from None
