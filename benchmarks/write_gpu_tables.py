@@ -167,7 +167,7 @@ def predicted(result: dict, native: str, triton: str) -> str:
         if guess is None or us is None:
             return ""
         total += 1
-        text = f"{guess:.0f} → {time_text(speeds, case, way, backend)}, {100 * (us / guess - 1):+.0f} %"
+        text = f"{guess:.0f} → {time_text(speeds, case, way, backend)}, {round(100 * (us / guess - 1)):+d} %"
         if abs(us / guess - 1) <= OFF:
             return text
         off.append((backend, us / guess))
