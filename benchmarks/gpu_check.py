@@ -25,12 +25,12 @@ import math
 import os
 import signal
 import sys
-from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works in a checkout without installation
 
+from benchmarks.gpu_rows import Speeds, of_kind, outcomes  # noqa: E402
 from benchmarks.supervise import NO_DEVICE, Job, Rows, Stage, Supervisor, line  # noqa: E402
 
 TRITON_TESTS, NATIVE_TESTS = "tests/backends/triton_kernels", "tests/backends/cuda_kernels"
@@ -130,13 +130,9 @@ def summary(rows: list[dict], clock: list[dict]) -> str:
     )
 
 
-def _kind(rows: list[dict], kind: str) -> list[dict]:
-    return [row for row in rows if row.get("kind") == kind]
-
-
 def _machine(rows: list[dict]) -> str:
     lines = []
-    for row in _kind(rows, "machine"):
+    for row in of_kind(rows, "machine"):
         if "result" in row:
             here = row["result"]
             versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
@@ -145,17 +141,15 @@ def _machine(rows: list[dict]) -> str:
 
 
 def _tests(rows: list[dict]) -> str:
-    outcomes = Counter(row.get("outcome", "failed") for row in _kind(rows, "test"))
-    lines = (
-        [f"tests: {', '.join(f'{count} {outcome}' for outcome, count in sorted(outcomes.items()))}"] if outcomes else []
-    )
-    for row in _kind(rows, "sanitizer"):
+    counts = outcomes(rows)
+    lines = [f"tests: {', '.join(f'{count} {outcome}' for outcome, count in sorted(counts.items()))}"] if counts else []
+    for row in of_kind(rows, "sanitizer"):
         lines.append(f"{row['case']}: {row.get('error') or row['summary']} ({row.get('tests') or 'no tests'})")
     return "\n".join(lines)
 
 
 def _host(rows: list[dict]) -> str:
-    host = {(row["backend"], row["direction"]): row["us"] for row in _kind(rows, "host")}
+    host = {(row["backend"], row["direction"]): row["us"] for row in of_kind(rows, "host")}
     ways = list(dict.fromkeys(way for _, way in host))
     lines = [
         f"{backend:24}" + "".join(f"{host.get((backend, way), math.nan):18.1f}" for way in ways)
@@ -165,22 +159,23 @@ def _host(rows: list[dict]) -> str:
 
 
 def _speed(rows: list[dict]) -> str:
-    """Format microseconds and the share of the copy's speed, by case and backend."""
-    speed = {(row["case"], row["backend"]): row for row in _kind(rows, "speed")}
-    backends = list(dict.fromkeys(backend for _, backend in speed))
+    """Format microseconds and the share of the copy's speed, by case and backend; the copy is the least of its size."""
+    speeds = Speeds(of_kind(rows, "speed"))
     lines = []
-    for case in dict.fromkeys(case for case, _ in speed):
-        found = [speed.get((case, backend)) for backend in backends]
-        copy = min(row["copy_us"] for row in found if row)
-        cells = [f"{row['us']:11.1f} {row['share_of_copy']:5.2f}" if row else " " * 17 for row in found]
-        lines.append(f"{case:52}{copy:8.1f}" + "".join(cells))
-    heading = f"{'device, µs and share of the copy':52}{'copy':>8}" + "".join(f"{name:>17}" for name in backends)
+    for case in speeds.cases:
+        for way in ("forward+backward", "forward"):
+            times = [speeds.us(case, way, backend) for backend in speeds.backends]
+            if any(us is not None for us in times):
+                copy_us = speeds.copy_us(case, way)
+                cells = [" " * 17 if us is None else f"{us:11.1f} {copy_us / us:5.2f}" for us in times]
+                lines.append(f"{f'{case} {way}':52}{copy_us:8.1f}" + "".join(cells))
+    heading = f"{'device, µs and share of the copy':52}{'copy':>8}" + "".join(f"{n:>17}" for n in speeds.backends)
     return "\n".join([heading, *lines]) if lines else ""
 
 
 def _steps(rows: list[dict]) -> str:
     lines = []
-    for row in _kind(rows, "step"):
+    for row in of_kind(rows, "step"):
         if "ms" in row:
             graph = f"{row['graph_ms']:10.2f}" if "graph_ms" in row else f"  {row['not_in_a_graph'][:60]}"
             name = f"{row['network']}, {row['batch']}"
@@ -209,9 +204,9 @@ def save(folder: Path, rows: list[dict], clock: list[dict], arguments: dict) -> 
     errors = [row for row in rows if "error" in row]
     values = {"arguments": arguments, "clock": clock, "rows": len(rows), "errors": errors}
     (folder / "summary.json").write_text(json.dumps(values, indent=1) + "\n")
-    measured = [row["row"] for row in _kind(rows, "row")]
+    measured = [row["row"] for row in of_kind(rows, "row")]
     if measured:
-        result = next(row["result"] for row in _kind(rows, "machine"))
+        result = next(row["result"] for row in of_kind(rows, "machine"))
         result |= {"settings": {**arguments, "failures": [line(row) for row in errors]}, "rows": measured}
         (folder / "full.json").write_text(json.dumps(result, indent=1) + "\n")
 

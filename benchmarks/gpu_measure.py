@@ -8,9 +8,10 @@ from functools import partial
 
 import torch
 
+from benchmarks.gpu_rows import MAPS
+
 PATHS, HIDDEN = 2, 16
 HOST_SHAPE = (1, 16, 4, 4)
-MAPS = {"forward": 2 * PATHS, "forward+backward": 5 * PATHS}  # maps read or written
 ROUNDS = {"cuda": 15, "cpu": 1}
 HOST_CALLS = {"cuda": (9, 40), "cpu": (1, 2)}  # batches, and calls per batch
 

@@ -1,7 +1,7 @@
 """Launch configurations of the kernels, and the choice between their tiers.
 
-All numbers here are derived from bytes, registers and capacities, not measured: no GPU has run these kernels yet. There
-is no autotuning at run time. The tiers of `cross_connect`, for N samples of m paths:
+All numbers here are derived from bytes, registers and capacities; docs/gpu-path.md has the times on an H100. There is
+no autotuning at run time. The tiers of `cross_connect`, for N samples of m paths:
 
 | tier | launches | X is read | used when |
 |---|---|---|---|
