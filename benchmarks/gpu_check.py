@@ -1,7 +1,7 @@
 """Check a machine with an NVIDIA GPU: tests, host time, device time, profile and sanitizer, each with a time limit.
 
     python benchmarks/gpu_check.py                    # --quick, at most 4 1/2 minutes
-    python benchmarks/gpu_check.py --peers            # torch.compile and whole training steps, at most 4 minutes
+    python benchmarks/gpu_check.py --peers            # torch.compile and whole training steps, at most 4½ minutes
     python benchmarks/gpu_check.py --full --minutes 6 # all cases of `fastroute bench`, most important first
 
 Each row is printed and appended to OUTPUT/rows.jsonl at once. The same folder gets logs and, at the end, a summary
@@ -56,7 +56,7 @@ class Plan:
         return Stage("machine", 20, [self._job("machine", "machine")])
 
     def quick(self, peers: bool = False) -> list[Stage]:
-        """Return the stages of --quick: untimed jobs run in parallel, timed ones alone. With `peers`, also those of it."""
+        """Return the stages of --quick, and with `peers` also its: untimed jobs run in parallel, timed ones alone."""
         checks = [*self._tests(), *self._compilers(), *self._sanitizers()]
         return [
             Stage("checks", 105, [*checks, *(self._peers_compilers() if peers else [])]),

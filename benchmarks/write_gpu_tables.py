@@ -8,6 +8,7 @@ they measured the same.
 """
 
 import argparse
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -17,7 +18,8 @@ from benchmarks.gpu_rows import BACKWARD, BOTH, FORWARD, Speeds, load, read, res
 from fastroute.bench import report
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT, PAGE = ROOT / "benchmarks/results/h100.json", ROOT / "docs/gpu-path.md"
+RESULT, VARIANTS = (ROOT / "benchmarks/results" / name for name in ("h100.json", "h100_tuning.json"))
+PAGE = ROOT / "docs/gpu-path.md"
 EXPECTED = ("csrc/cuda/EXPECTED.md", "fastroute/backends/triton/EXPECTED.md")
 NATIVE, TRITON = "native", "triton"
 NAMES = {NATIVE: "native", TRITON: "Triton", "compile": "`torch.compile`", "default": "the default choice"}
@@ -34,8 +36,8 @@ def number(value: float) -> str:
 
 
 def case_text(case: str) -> str:
-    shape, dtype, layout = case.split()
-    return f"{shape.replace('x', '×')} {dtype} {'NCHW' if layout == 'contiguous' else layout}"
+    shape, dtype, layout, *more = case.split()
+    return " ".join([shape.replace("x", "×"), dtype, "NCHW" if layout == "contiguous" else layout, *more])
 
 
 def time_text(speeds: Speeds, case: str, way: str, backend: str) -> str:
@@ -226,30 +228,31 @@ def _reason(row: dict, way: str) -> str:
     return "failed" if "error" in row else "not captured" if way == "graph_ms" and "not_in_a_graph" in row else ""
 
 
-def tuning(before: dict, after: dict) -> str:
-    """Format the device's microseconds before and after tuning, with the least copies of each run."""
-    old, new = Speeds(before["speed"]), Speeds(after["speed"])
+def tuning(variants: dict) -> str:
+    """Format the least microseconds of each build, and the share of the least copy of the case and direction."""
+    rows = variants["rows"]
+    builds, cases = (list(dict.fromkeys(row[name] for row in rows)) for name in ("build", "case"))
 
-    def cell(case, way, backend):
-        shares = [speeds.share(case, way, backend) for speeds in (old, new)]
-        if None in shares:
+    def cell(case, way, build):
+        same = [row for row in rows if (row["case"], row["direction"]) == (case, way)]
+        times = [row["us"] for row in same if row["build"] == build]
+        if not times:
             return ""
-        times = (time_text(speeds, case, way, backend) for speeds in (old, new))
-        return f"{' → '.join(times)} ({' → '.join(f'{share:.2f}' for share in shares)})"
+        return f"{number(min(times))} ({min(row['copy_us'] for row in same) / min(times):.2f})"
 
-    if before["speed"] == after["speed"]:
-        return "The tables above are of the first run; nothing has been tuned since."
-    return _four_columns([case for case in new.cases if case in old.cases], cell)
+    columns = [(way, build) for way in WAYS for build in builds]
+    lines = [[case_text(case), *(cell(case, *column) for column in columns)] for case in cases]
+    return report.table(["case", *(f"{way}: {build}" for way, build in columns)], lines, words=1)
 
 
-def sections(result: dict, before: dict) -> dict[str, str]:
-    """Return the text of each marked section, from a result and the one before tuning."""
+def sections(result: dict, variants: dict) -> dict[str, str]:
+    """Return the text of each marked section, from a result and the times of several builds."""
     expected = [(ROOT / name).read_text() for name in EXPECTED]
     return {
         "status": status(result),
         "device": device(result),
         "predicted": predicted(result, *expected),
-        "tuning": tuning(before, result),
+        "tuning": tuning(variants),
         "host": host(result),
         "steps": steps(result),
     }
@@ -262,9 +265,7 @@ def main() -> None:
     parser.add_argument("--driver", default="", help="version of the driver, as nvidia-smi prints it")
     parser.add_argument("--command", default="python benchmarks/gpu_check.py", help="that was run")
     parser.add_argument("--result", type=Path, default=RESULT, help="the result file that is written and read")
-    parser.add_argument(
-        "--before", type=Path, default=RESULT.with_name("h100_first.json"), help="the result before tuning"
-    )
+    parser.add_argument("--variants", type=Path, default=VARIANTS, help="the times of builds, by gpu_variants.py")
     parser.add_argument("--page", type=Path, default=PAGE, help="the page whose marked sections are written")
     parser.add_argument("--only-result", action="store_true", help="write no page")
     options = parser.parse_args()
@@ -277,7 +278,7 @@ def main() -> None:
             save(result_of(rows, **about), options.result)
             print(f"wrote {options.result}")
         if not options.only_result:
-            for topic, text in sections(load(options.result), load(options.before)).items():
+            for topic, text in sections(load(options.result), json.loads(options.variants.read_text())).items():
                 options.page.write_text(report.with_section(options.page, topic, options.result, text))
             print(f"wrote {options.page}")
     except (FileNotFoundError, ValueError) as error:

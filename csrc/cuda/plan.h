@@ -16,7 +16,7 @@ struct Device {
 // Properties of the current device.
 const Device& device();
 
-// Pieces in which the next sample lands, the first while the others are still mixed. Eight were up to 4 % slower on an H100.
+// Pieces in which the next sample lands, the first while the others are still mixed. Eight were up to 8 % slower on an H100.
 constexpr int kPieces = 4;
 
 constexpr int64_t kLargestCluster = 8;  // the largest that all devices with clusters can launch
@@ -66,8 +66,7 @@ inline int64_t cluster_backward_extra(const Shape& shape, int64_t m, int64_t n, 
       float_bytes(m * shape.channels);
 }
 
-// Blocks per sample with which a one-read kernel supports paths of this shape, or 0 if it does not. It is expected to be the
-// fastest, except for some shapes of 1024 channels and more (EXPECTED.md). Addresses and batch strides of paths must also be
+// Blocks per sample with which a one-read kernel supports paths of this shape, or 0 if it does not. Addresses and batch strides of paths must also be
 // multiples of 16 bytes. Without dX, a two-pass backward reads no more than this one.
 inline int64_t forward_cluster(
     const Shape& shape, int64_t m, int64_t n, int64_t hidden, int64_t element_bytes, const Device& device) {

@@ -1,5 +1,5 @@
-// The fixed preference between the compiled CUDA kernels and Triton on a GPU that supports both. No row has been measured on
-// a GPU yet: each gives the count on which it is based.
+// The fixed preference between the compiled CUDA kernels and Triton on a GPU that supports both. Times are in microseconds, on an
+// H100 (docs/gpu-path.md); what names no time rests on a count.
 
 #pragma once
 
@@ -21,19 +21,21 @@ constexpr First kFirstForCrossPredict = First::kNative;
 //
 // | bytes needed twice | first | why |
 // |---|---|---|
-// | up to 128 KiB | Triton | its resident tier holds them in registers: one read of the paths in both |
-// | a thread-block cluster holds them | native | one read, m + n path bytes, where Triton makes two, 2m + n |
-// | the same, 1024 channels and more | Triton | each block of a cluster reads all of W1, at 40 to 68 % of the copy |
+// | up to 128 KiB | Triton | its resident tier holds them in registers: forward 6.6 to 17.3, native 11.1 to 20.6 |
+// | the same, backward of over 64 KiB and 264 samples | native | registers do not hold both: 161, Triton 209 |
+// | a thread-block cluster holds them | native | one read, m + n path bytes, where Triton makes two: 33 to 174, Triton 53 to 253 |
+// | the same, 1024 channels and more | Triton | each block of a cluster reads all of W1, at 44 to 58 % of the copy |
 // | more | Triton | two reads in both |
 //
 // The capacity of a cluster is counted for an H100 (csrc/cuda/EXPECTED.md); other GPUs with clusters have the same.
 inline First first_for_two_reads(const at::Tensor& x, int64_t m, int64_t n, int64_t hidden, bool backward) {
-  constexpr int64_t kHeldByOne = int64_t{128} << 10, kWide = 1024;
+  constexpr int64_t kHeldByOne = int64_t{128} << 10, kHeldInBackward = int64_t{64} << 10, kWide = 1024;
   constexpr cuda::Device kH100{90, 132, 227 << 10, 228 << 10};
   if (!x.is_cuda() || x.size(0) == 0 || x.scalar_type() == at::kDouble) return First::kTriton;
   const Geometry g(x);
   const int64_t bytes = static_cast<int64_t>(x.element_size());
-  if (g.channels >= kWide || (backward ? n : m) * g.elements() * bytes <= kHeldByOne) return First::kTriton;
+  const int64_t held = backward && g.batch > 2 * kH100.multiprocessors ? kHeldInBackward : kHeldByOne;
+  if (g.channels >= kWide || (backward ? n : m) * g.elements() * bytes <= held) return First::kTriton;
   const cuda::Shape shape{g.batch, g.channels, g.size, g.channels_last || g.size == 1};
   const int64_t cluster = backward ? cuda::backward_cluster(shape, m, n, hidden, bytes, kH100)
                                    : cuda::forward_cluster(shape, m, n, hidden, bytes, kH100);

@@ -1,10 +1,12 @@
 """The result file of a run on a card, and the tables made of it."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import gpu_check, write_gpu_tables
 from benchmarks.gpu_rows import Speeds, load, read, result_of, save
@@ -125,19 +127,33 @@ def test_predictions_are_read_from_their_pages(result):
     assert "(bold): 2 of 3, 2 of native and 0 of Triton" in text
 
 
-def test_before_and_after(result):
-    before = json.loads(json.dumps(result))
-    assert "nothing has been tuned" in write_gpu_tables.tuning(before, result)
-    before["speed"][0]["us"] = 250.0
-    text = write_gpu_tables.tuning(before, result)
-    assert cells(text, "256×64×56×56 bfloat16 NCHW")[1] == "250† → 200† (0.60 → 0.75)"
+def test_builds_are_compared_by_their_least_times():
+    def row(build, us, copy_us, direction="forward"):
+        return {"build": build, "case": f"{CASE} contiguous relu", "direction": direction, "us": us, "copy_us": copy_us}
+
+    rows = [row("old", 250.0, 150.0), row("old", 240.0, 180.0), row("new", 200.0, 160.0), row("new", 300.0, 160.0)]
+    text = write_gpu_tables.tuning({"rows": [*rows, row("new", 400.0, 200.0, "backward")]})
+    assert cells(text, "256×64×56×56 bfloat16 NCHW relu")[1:] == ["240 (0.62)", "200 (0.75)", "", "400 (0.50)"]
+
+
+def test_builds_are_not_timed_without_a_card(tmp_path):
+    def ended(*arguments):
+        command = [sys.executable, REPOSITORY / "benchmarks/gpu_variants.py", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    missing = ended(f"new={tmp_path}")
+    assert missing.returncode == 2 and "there is no _C.so and no _C_cuda.so; build with" in missing.stderr
+    for name in ("_C.so", "_C_cuda.so"):
+        (tmp_path / name).touch()
+    if not torch.cuda.is_available():
+        assert (ended(f"new={tmp_path}").returncode, "no CUDA device" in ended(f"new={tmp_path}").stderr) == (2, True)
 
 
 def test_all_is_written_by_one_command(rows, tmp_path, monkeypatch, capsys):
     lines, page, written = tmp_path / "rows.jsonl", tmp_path / "page.md", tmp_path / "a.json"
     lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
     page.write_text(write_gpu_tables.PAGE.read_text())
-    where = ["--result", str(written), "--before", str(written), "--page", str(page)]
+    where = ["--result", str(written), "--page", str(page)]
     monkeypatch.setattr(sys, "argv", ["write_gpu_tables", str(lines), "--date", "2026-11-27", *where])
     write_gpu_tables.main()
     assert "A Card" in page.read_text() and "<!-- status: a.json -->" in page.read_text()
@@ -158,6 +174,6 @@ def test_all_is_written_by_one_command(rows, tmp_path, monkeypatch, capsys):
 def test_the_page_has_the_tables_of_the_committed_result():
     """If not, run `python -m benchmarks.write_gpu_tables`."""
     page, result = write_gpu_tables.PAGE, write_gpu_tables.RESULT
-    before = load(result.with_name("h100_first.json"))
-    for topic, text in write_gpu_tables.sections(load(result), before).items():
+    variants = json.loads(write_gpu_tables.VARIANTS.read_text())
+    for topic, text in write_gpu_tables.sections(load(result), variants).items():
         assert report.with_section(page, topic, result, text) == page.read_text(), topic

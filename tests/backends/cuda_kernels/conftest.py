@@ -26,7 +26,8 @@ extern "C" int64_t emulator_cluster(bool forward, const int64_t (&sizes)[8], con
   const auto& [samples, channels, space, channels_last, m, n, hidden, bytes] = sizes;
   const Shape shape{samples, channels, space, channels_last != 0};
   const Device chip{device[0], device[1], device[2], device[3]};
-  return forward ? forward_cluster(shape, m, n, hidden, bytes, chip) : backward_cluster(shape, m, n, hidden, bytes, chip);
+  return forward ? forward_cluster(shape, m, n, hidden, bytes, chip)
+                 : backward_cluster(shape, m, n, hidden, bytes, chip);
 }
 extern "C" bool emulator_holds_gate(int64_t bytes, int64_t gate, const int64_t (&device)[4]) {
   return holds_gate(bytes, gate, {device[0], device[1], device[2], device[3]});
