@@ -169,8 +169,11 @@ class Model:
             delta = part - mean
             square = square + variance * new + delta.square() * (count * new / total)
             mean, count = mean + delta * (new / total), total
+        std = (square / count).sqrt()
+        # Rows that are equal may differ by rounding, which must not be normalised to a spread of 1.
+        std = torch.where(std <= 32 * torch.finfo(std.dtype).eps * mean.abs().max(), 0, std)
         self.norm.running_mean.copy_(mean)
-        self.norm.running_std.copy_((square / count).sqrt())
+        self.norm.running_std.copy_(std)
 
     @torch.no_grad()
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
