@@ -73,13 +73,14 @@ def test_compiles_without_spills(source, architecture):
 def check_cluster_loads(ptx):
     """Generic loads are of remote sums alone, paths come in bulk, and a thread asks for its first X before it waits."""
     kernels = [part for part in ptx.split(".entry ")[1:] if "cluster_" in part.partition("(")[0]]
-    assert len(kernels) == 12  # 3 types, forward and 3 tiles of backward
+    assert len(kernels) == 18  # 3 types, 3 tiles of forward and backward
     for kernel in kernels:
         name, _, body = kernel.partition("(")
         assert set(re.findall(r"\bld\.(?!shared|global|param|const|local)(\S+)", body)) <= {"f32", "b32"}, name
         assert "cp.async.bulk" in body, name
         if "cluster_backward" in name:
-            assert len(re.findall(r"ld\.global\S*\.v4", body.partition("mbarrier.try_wait")[0])) == 8, name
+            vectors = 4 if "Li4E" in name else 8  # of X: of four steps with 2 paths, of one with 4 or 8
+            assert len(re.findall(r"ld\.global\S*\.v4", body.partition("mbarrier.try_wait")[0])) >= vectors, name
 
 
 def test_library_loads_without_a_card():
