@@ -20,7 +20,7 @@ C10_HEADERS = ("Exception", "Guard", "Stream")
 # The emulator's own switches, and what csrc/cuda/plan.h says, without an operator of its own.
 ENTRIES = """
 extern "C" void emulator_order(int order) { emulator::order = order; }
-extern "C" int emulator_shared_bytes() { return emulator::blocks.back().shared.size() * sizeof(uint4); }
+extern "C" int emulator_shared_bytes() { return emulator::blocks.back().bytes; }
 namespace fastroute::cuda {
 extern "C" int64_t emulator_cluster(bool forward, const int64_t (&sizes)[8], const int64_t (&device)[4]) {
   const auto& [samples, channels, space, channels_last, m, n, hidden, bytes] = sizes;
