@@ -5,7 +5,8 @@
 Each FOLDER has the _C.so and _C_cuda.so of a build (fastroute/backends/native). The builds take turns, each in a
 process of its own. Forward and backward of `cross_connect`, 2 paths to 2, are timed in CUDA graphs with flushed caches,
 beside a copy of the fewest bytes that must move, and compared with two passes. The file has one row per build, case
-and direction. Without a GPU the exit status is 2.
+and direction, and is written after each process: one that fails, or takes over `SECONDS`, loses only its own rows, and
+the exit status is 1. Without a GPU it is 2.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from benchmarks.gpu_rows import save
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 PATHS, HIDDEN, ROUNDS = 2, 16, 9
+SECONDS = 120
 CASES = [  # shape, dtype, layout, relu
     *(
         (shape, torch.bfloat16, layout, False)
@@ -124,6 +126,16 @@ def one(folder: Path) -> None:
             print(json.dumps(row), flush=True)
 
 
+def rows_of(folder: str) -> tuple[list[str], str | None]:
+    """Return the rows that a process of its own printed for a build, whole lines only, and why some are missing."""
+    try:
+        ended = subprocess.run([sys.executable, __file__, "--one", folder], stdout=subprocess.PIPE, timeout=SECONDS)
+        output, reason = ended.stdout, f"exit status {ended.returncode}" if ended.returncode else None
+    except subprocess.TimeoutExpired as late:
+        output, reason = late.stdout or b"", f"it took over {SECONDS} s"
+    return output.decode().split("\n")[:-1], reason
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("builds", nargs="+", metavar="NAME=FOLDER", help="builds to compare")
@@ -141,20 +153,23 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu_variants: this machine has no CUDA device that torch can use", file=sys.stderr)
         return 2
-    rows = []
+    about = {"processor": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    about["date"] = datetime.date.today().isoformat()
+    rows, failed = [], False
     for turn in range(options.turns):
         for name, folder in builds.items():
-            command = [sys.executable, __file__, "--one", folder]
-            ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            for text in ended.stdout.splitlines():
+            texts, reason = rows_of(folder)
+            for text in texts:
                 rows.append({"build": name, "turn": turn, **json.loads(text)})
                 row = rows[-1]
                 share = row["copy_us"] / row["us"]
                 print(f"{name:12}{row['case']:44}{row['direction']:10}{row['us']:9.1f}{share:6.2f}", flush=True)
-    if options.output:
-        about = {"processor": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
-        save({**about, "date": datetime.date.today().isoformat(), "rows": rows}, options.output)
-    return 0
+            if reason:
+                failed = True
+                print(f"{name}: turn {turn} ended early: {reason}", file=sys.stderr, flush=True)
+            if options.output:
+                save({**about, "rows": rows}, options.output)
+    return int(failed)
 
 
 if __name__ == "__main__":

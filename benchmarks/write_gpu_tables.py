@@ -205,23 +205,29 @@ def host(result: dict) -> str:
 
 def steps(result: dict) -> str:
     """Format milliseconds of whole steps, and the share of the time of plain PyTorch, compiled or not as they are."""
-    found = {(row["network"], row["contender"]): row for row in result["step"]}
+    found = {(row["network"], row["batch"], row.get("contender")): row for row in result["step"]}
     lines = []
-    for network in dict.fromkeys(network for network, _ in found):
+    for network, batch in dict.fromkeys(key[:2] for key in found):
         for contender, name in CONTENDERS.items():
-            row = found.get((network, contender))
+            row = found.get((network, batch, contender))
             if row is None:
                 continue
-            plain = found.get((network, "compile" if "compile" in contender else "eager"), {})
+            plain = found.get((network, batch, "compile" if "compile" in contender else "eager"), {})
             cells = []
             for way in ("ms", "graph_ms"):
                 cells.append(f"{row[way]:.2f}" if way in row else _reason(row, way))
                 cells.append(f"{row[way] / plain[way]:.2f}" if way in row and way in plain else "")
-            batch = f", batch {row['batch']}" if "batch" in row else ""
-            lines.append([f"`{network}`{batch}", name, *cells])
+            lines.append([f"`{network}`, batch {batch}", name, *cells])
     if not lines:
         return "Not measured yet: `python benchmarks/gpu_check.py --peers`."
-    return report.table(["network", "contender", "loop, ms", "of plain", "graph, ms", "of plain"], lines, words=2)
+    table = report.table(["network", "contender", "loop, ms", "of plain", "graph, ms", "of plain"], lines, words=2)
+    unequal = {f"`{row['network']}`, batch {row['batch']}": row["error"] for row in result["step"] if _unequal(row)}
+    return "\n\n".join([table, *(f"Not compared with plain PyTorch: {name}: {why}." for name, why in unequal.items())])
+
+
+def _unequal(row: dict) -> bool:
+    """Return whether the row says that the contenders' results differ, or could not be compared."""
+    return "error" in row and "contender" not in row
 
 
 def _reason(row: dict, way: str) -> str:

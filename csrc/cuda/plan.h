@@ -66,8 +66,8 @@ inline int64_t cluster_backward_extra(const Shape& shape, int64_t m, int64_t n, 
       float_bytes(m * shape.channels);
 }
 
-// Blocks per sample with which a one-read kernel supports paths of this shape, or 0 if it does not. Addresses and batch strides of paths must also be
-// multiples of 16 bytes. Without dX, a two-pass backward reads no more than this one.
+// Blocks per sample with which a one-read kernel supports paths of this shape, or 0 if it does not. Addresses and batch strides
+// of paths must also be multiples of 16 bytes. Without dX, a two-pass backward reads no more than this one.
 inline int64_t forward_cluster(
     const Shape& shape, int64_t m, int64_t n, int64_t hidden, int64_t element_bytes, const Device& device) {
   const int64_t path_bytes = shape.elements() * element_bytes;
@@ -77,8 +77,7 @@ inline int64_t forward_cluster(
 }
 
 inline int64_t backward_cluster(
-    const Shape& shape, int64_t m, int64_t n, int64_t hidden, int64_t element_bytes, const Device& device,
-    bool relu = false) {
+    const Shape& shape, int64_t m, int64_t n, int64_t hidden, int64_t element_bytes, const Device& device, bool relu) {
   const int64_t path_bytes = shape.elements() * element_bytes;
   if (element_bytes > 4 || path_bytes % 16 != 0) return 0;
   return choose_cluster(n, path_bytes, cluster_backward_extra(shape, m, n, hidden), shape.samples, device, relu ? m : 0);

@@ -30,7 +30,7 @@ Forward cross_connect(
   check_paths("xs", xs);
   check_gate(xs, w1, b1, w2, b2);
   const Aligned paths("xs", xs);
-  const First first = first_for_two_reads(paths[0], xs.size(), w2.size(1), w1 ? w1->size(1) : 0, false);
+  const First first = first_for_two_reads(paths[0], xs.size(), w2.size(1), w1 ? w1->size(1) : 0, relu, false);
   return compute(forward_op(), paths[0], first, at::TensorList(paths), w1, b1, w2, b2, relu);
 }
 
@@ -41,7 +41,7 @@ Backward cross_connect_backward(
     bool relu, bool grad_inputs) {
   check_paths("xs", xs);
   const Aligned paths("xs", xs), grads(grad_outputs, paths[0]);
-  const First first = first_for_two_reads(paths[0], xs.size(), w2.size(1), w1 ? w1->size(1) : 0, true);
+  const First first = first_for_two_reads(paths[0], xs.size(), w2.size(1), w1 ? w1->size(1) : 0, relu, true);
   return compute(
       backward_op(), paths[0], first, at::TensorList(grads), grad_gates, grad_scores, at::TensorList(paths), w1,
       b1, w2, b2, gates, pooled, hidden, relu, grad_inputs);

@@ -22,13 +22,13 @@ constexpr First kFirstForCrossPredict = First::kNative;
 // | bytes needed twice | first | why |
 // |---|---|---|
 // | up to 128 KiB | Triton | its resident tier holds them in registers: forward 6.6 to 17.3, native 11.1 to 20.6 |
-// | the same, backward of over 64 KiB and 264 samples | native | registers do not hold both: 161, Triton 209 |
-// | a thread-block cluster holds them | native | one read, m + n path bytes, where Triton makes two: 33 to 174, Triton 53 to 253 |
+// | the same, backward of over 64 KiB and 264 samples | native | registers do not hold both: 163, Triton 209 |
+// | a thread-block cluster holds them | native | one read, m + n path bytes, Triton two; bf16 NCHW forward 33 to 171, Triton 53 to 253 |
 // | the same, 1024 channels and more | Triton | each block of a cluster reads all of W1, at 44 to 58 % of the copy |
 // | more | Triton | two reads in both |
 //
 // The capacity of a cluster is counted for an H100 (csrc/cuda/EXPECTED.md); other GPUs with clusters have the same.
-inline First first_for_two_reads(const at::Tensor& x, int64_t m, int64_t n, int64_t hidden, bool backward) {
+inline First first_for_two_reads(const at::Tensor& x, int64_t m, int64_t n, int64_t hidden, bool relu, bool backward) {
   constexpr int64_t kHeldByOne = int64_t{128} << 10, kHeldInBackward = int64_t{64} << 10, kWide = 1024;
   constexpr cuda::Device kH100{90, 132, 227 << 10, 228 << 10};
   if (!x.is_cuda() || x.size(0) == 0 || x.scalar_type() == at::kDouble) return First::kTriton;
@@ -37,7 +37,7 @@ inline First first_for_two_reads(const at::Tensor& x, int64_t m, int64_t n, int6
   const int64_t held = backward && g.batch > 2 * kH100.multiprocessors ? kHeldInBackward : kHeldByOne;
   if (g.channels >= kWide || (backward ? n : m) * g.elements() * bytes <= held) return First::kTriton;
   const cuda::Shape shape{g.batch, g.channels, g.size, g.channels_last || g.size == 1};
-  const int64_t cluster = backward ? cuda::backward_cluster(shape, m, n, hidden, bytes, kH100)
+  const int64_t cluster = backward ? cuda::backward_cluster(shape, m, n, hidden, bytes, kH100, relu)
                                    : cuda::forward_cluster(shape, m, n, hidden, bytes, kH100);
   return cluster ? First::kNativeClusters : First::kTriton;
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check, write_gpu_tables
+from benchmarks import gpu_check, gpu_variants, write_gpu_tables
 from benchmarks.gpu_rows import Speeds, load, read, result_of, save
 from fastroute.bench import report
 
@@ -116,6 +116,15 @@ def test_tables(result):
     assert "Not measured yet" in write_gpu_tables.steps({"step": []})
 
 
+def test_steps_of_one_network_differ_by_batch(result):
+    larger = [{**row, "batch": 1024, "ms": 2 * row["ms"]} for row in result["step"] if "ms" in row]
+    unequal = {"case": "steps", "network": "resnet20_cc2", "batch": 1024, "error": "they differ"}
+    text = write_gpu_tables.steps({"step": [*result["step"], unequal, *larger]})
+    assert cells(text, "`resnet20_cc2`, batch 128  | fastroute ")[2:] == ["24.00", "0.80", "10.00", "0.50"]
+    assert cells(text, "`resnet20_cc2`, batch 1024 | fastroute ")[2:4] == ["48.00", "0.80"]
+    assert text.endswith("Not compared with plain PyTorch: `resnet20_cc2`, batch 1024: they differ.")
+
+
 def test_predictions_are_read_from_their_pages(result):
     pages = [(REPOSITORY / name).read_text() for name in write_gpu_tables.EXPECTED]
     native, triton = write_gpu_tables.predictions_native(pages[0]), write_gpu_tables.predictions_triton(pages[1])
@@ -147,6 +156,30 @@ def test_builds_are_not_timed_without_a_card(tmp_path):
         (tmp_path / name).touch()
     if not torch.cuda.is_available():
         assert (ended(f"new={tmp_path}").returncode, "no CUDA device" in ended(f"new={tmp_path}").stderr) == (2, True)
+
+
+def test_a_build_that_fails_loses_only_its_rows(tmp_path, monkeypatch, capsys):
+    row = {"case": CASE, "direction": "forward", "us": 2.0, "copy_us": 1.0}
+    for name in ("_C.so", "_C_cuda.so"):
+        (tmp_path / name).touch()
+
+    def run(command, **_):
+        good = len(runs) != 1
+        runs.append(command)
+        return subprocess.CompletedProcess(
+            command, 0 if good else -6, f"{json.dumps(row)}\n{'' if good else '{'}".encode()
+        )
+
+    runs, output = [], tmp_path / "a.json"
+    monkeypatch.setattr(gpu_variants.subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A Card")
+    builds = [f"{name}={tmp_path}" for name in ("old", "new")]
+    monkeypatch.setattr(sys, "argv", ["gpu_variants", *builds, "--output", str(output)])
+    assert gpu_variants.main() == 1
+    kept = json.loads(output.read_text())["rows"]
+    assert [(row["build"], row["turn"]) for row in kept] == [("old", 0), ("new", 0), ("old", 1), ("new", 1)]
+    assert "new: turn 0 ended early: exit status -6" in capsys.readouterr().err
 
 
 def test_all_is_written_by_one_command(rows, tmp_path, monkeypatch, capsys):

@@ -20,14 +20,14 @@ C10_HEADERS = ("Exception", "Guard", "Stream")
 # The emulator's own switches, and what csrc/cuda/plan.h says, without an operator of its own.
 ENTRIES = """
 extern "C" void emulator_order(int order) { emulator::order = order; }
-extern "C" int emulator_shared_bytes() { return emulator::blocks.back().shared.size() * sizeof(uint4); }
+extern "C" int emulator_shared_bytes() { return emulator::blocks.back().bytes; }
 namespace fastroute::cuda {
-extern "C" int64_t emulator_cluster(bool forward, const int64_t (&sizes)[8], const int64_t (&device)[4]) {
-  const auto& [samples, channels, space, channels_last, m, n, hidden, bytes] = sizes;
+extern "C" int64_t emulator_cluster(bool forward, const int64_t (&sizes)[9], const int64_t (&device)[4]) {
+  const auto& [samples, channels, space, channels_last, m, n, hidden, bytes, relu] = sizes;
   const Shape shape{samples, channels, space, channels_last != 0};
   const Device chip{device[0], device[1], device[2], device[3]};
   return forward ? forward_cluster(shape, m, n, hidden, bytes, chip)
-                 : backward_cluster(shape, m, n, hidden, bytes, chip);
+                 : backward_cluster(shape, m, n, hidden, bytes, chip, relu);
 }
 extern "C" bool emulator_holds_gate(int64_t bytes, int64_t gate, const int64_t (&device)[4]) {
   return holds_gate(bytes, gate, {device[0], device[1], device[2], device[3]});

@@ -3,9 +3,10 @@
 //
 // Each thread is a fiber that runs to its next barrier, and each block as far as it can without the others of its
 // cluster, in ascending, descending or shuffled order, so that a missing barrier changes results. Asynchronous copies
-// happen as late as they may, those in bulk when nothing else of the block can go on, or with shuffled threads at once. Dynamic shared memory is NaN before
-// a block runs and again when it is gone, and threads that wait for each other, or for a copy, in vain are an error. It
-// shows nothing of speed, nor of the memory ordering of a device.
+// happen as late as they may, those in bulk when nothing else of the block can go on, or with shuffled threads at once.
+// Dynamic shared memory is NaN before a block runs and again when it is gone. A write past its end is an error, and so are
+// threads that wait for each other, or for a copy, in vain, and a copy to where a thread has read without a fence since. It
+// shows nothing of speed, nor else of the memory ordering of a device.
 
 #pragma once
 #define FASTROUTE_CUDA_DEVICE_CUH
@@ -87,12 +88,13 @@ struct Landing {
 
 struct Block {
   unsigned index, rank;
+  size_t bytes;  // of shared memory, which a guard follows
   std::vector<uint4> shared;
   std::map<const uint64_t*, Landing> landings;
 
   bool has(const void* address, size_t bytes, size_t alignment) const {
     const auto begin = reinterpret_cast<uintptr_t>(shared.data()), at = reinterpret_cast<uintptr_t>(address);
-    return at % alignment == 0 && at >= begin && at + bytes <= begin + shared.size() * sizeof(uint4);
+    return at % alignment == 0 && at >= begin && at + bytes <= begin + this->bytes;
   }
 };
 
@@ -104,13 +106,14 @@ struct Fiber {
   Block* block;
   Landing* landing;  // that this thread waits for
   uint32_t phase;
+  bool released;  // what it has read of shared memory to bulk copies
   int arrived;  // how many of the cluster's barriers this thread has arrived at
   std::vector<std::tuple<void*, const void*, int>> copies;
   jmp_buf here;
   std::unique_ptr<char[]> stack;
 };
 
-inline constexpr size_t kStack = 256 * 1024;
+inline constexpr size_t kStack = 256 * 1024, kGuard = 1024;
 inline int order = 0;  // 0: ascending, 1: descending, 2 and more: shuffled
 inline std::vector<Fiber> pool;
 inline std::span<Fiber> fibers;  // those of the pool that the launch uses
@@ -245,6 +248,10 @@ inline void run_cluster() {
           TORCH_CHECK(!landing.open || !landing.bytes, "a block has gone before what it copies has landed");
         }
         auto& shared = blocks[rank].shared;
+        const auto* bytes = reinterpret_cast<const unsigned char*>(shared.data());
+        TORCH_CHECK(
+            std::all_of(bytes + blocks[rank].bytes, bytes + shared.size() * sizeof(uint4), [](auto b) { return b == 0xff; }),
+            "a block writes past the end of its shared memory");
         std::memset(shared.data(), 0xff, shared.size() * sizeof(uint4));
       }
     }
@@ -267,8 +274,9 @@ inline void launch(const cudaLaunchConfig_t& config, const void* address, std::f
   for (unsigned index = 0; index < config.gridDim.x; index += cluster) {
     blocks.clear();
     for (unsigned rank = 0; rank < cluster; ++rank) {
-      blocks.push_back({index + rank, rank, std::vector<uint4>(config.dynamicSmemBytes / sizeof(uint4))});
-      std::memset(blocks.back().shared.data(), 0xff, config.dynamicSmemBytes);
+      const size_t bytes = config.dynamicSmemBytes, with_guard = (bytes + 15) / 16 * 16 + kGuard;
+      blocks.push_back({index + rank, rank, bytes, std::vector<uint4>(with_guard / sizeof(uint4))});
+      std::memset(blocks.back().shared.data(), 0xff, with_guard);
     }
     for (unsigned f = 0; f < fibers.size(); ++f) {
       Fiber& fiber = fibers[f];
@@ -276,6 +284,7 @@ inline void launch(const cudaLaunchConfig_t& config, const void* address, std::f
       fiber.block = &blocks[f / threads];
       fiber.state = State::kReady;
       fiber.arrived = 0;
+      fiber.released = false;
       fiber.copies.clear();
     }
     try {
@@ -425,6 +434,10 @@ inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* land
       "a copy is empty, misaligned or outside of shared memory");
   auto& known = landing_at(landing);
   emulator::require(known.open, "a copy is to land where no phase has begun");
+  const bool released = std::all_of(emulator::fibers.begin(), emulator::fibers.end(), [&](const emulator::Fiber& fiber) {
+    return fiber.block != block || fiber.released;
+  });
+  emulator::require(!known.phases || released, "a copy begins before all threads have released what has landed");
   known.begun += bytes;
   emulator::require(known.begun <= known.bytes, "more bytes are to land than were named");
   if (emulator::order > 1) {
@@ -438,10 +451,11 @@ inline void land_wait(uint64_t* landing, uint32_t phase) {
   auto& known = landing_at(landing);
   emulator::now->landing = &known;
   emulator::now->phase = phase;
+  emulator::now->released = false;
   if (known.phases % 2 == phase) emulator::pause(emulator::State::kLanding);
 }
 
-inline void release_to_copies() {}
+inline void release_to_copies() { emulator::now->released = true; }
 
 inline int cluster_size() { return emulator::cluster; }
 inline int cluster_rank() { return emulator::now->block->rank; }

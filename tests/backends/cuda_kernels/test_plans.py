@@ -50,14 +50,16 @@ def integers(*values):
 def test_where_one_read_serves(emulated):
     """As choosing between kernels asks it, by sizes alone."""
 
-    def clusters(m, n, samples, channels, space, channels_last=False, hidden=16, bytes=2, device=H100):
-        sizes = integers(samples, channels, space, channels_last, m, n, hidden, bytes)
+    def clusters(m, n, samples, channels, space, channels_last=False, hidden=16, bytes=2, relu=False, device=H100):
+        sizes = integers(samples, channels, space, channels_last, m, n, hidden, bytes, relu)
         return [emulated.entries.emulator_cluster(forward, sizes, integers(*device)) for forward in (True, False)]
 
     assert clusters(2, 2, 256, 64, 56 * 56) == [8, 8]
     assert clusters(2, 2, 256, 64, 56 * 56, bytes=4) == [8, 8]
     assert clusters(2, 3, 256, 64, 56 * 56, bytes=4) == [8, TWO_PASSES]  # the forward holds X, the backward dY
     assert clusters(3, 2, 256, 64, 56 * 56, bytes=4) == [TWO_PASSES, 8]
+    assert clusters(6, 2, 256, 64, 56 * 56, bytes=4) == [TWO_PASSES, 8]
+    assert clusters(6, 2, 256, 64, 56 * 56, bytes=4, relu=True) == [TWO_PASSES, TWO_PASSES]  # and the signs of X
     assert clusters(2, 2, 128, 32, 16 * 16) == [1, 1]
     assert clusters(2, 2, 128, 32, 16 * 16, device=A100) == [TWO_PASSES, TWO_PASSES]
     assert clusters(2, 2, 128, 32, 16 * 16, bytes=8) == [TWO_PASSES, TWO_PASSES]
