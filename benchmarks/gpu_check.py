@@ -75,7 +75,7 @@ class Plan:
 
     def _peers_compilers(self) -> list[Job]:
         """Return jobs that put into the compiler's cache what the stage of the peers compiles."""
-        parts = min(4, self.processors)
+        parts = min(3, self.processors)
         shares = [("--part", k, "--parts", parts) for k in range(parts)]
         return [
             self._job(f"compile-peers-{k}", "peers", "--warm", *share, case_seconds=110)
