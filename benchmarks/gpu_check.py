@@ -1,7 +1,8 @@
 """Check a machine with an NVIDIA GPU: tests, host time, device time, profile and sanitizer, each with a time limit.
 
-    python benchmarks/gpu_check.py                    # --quick, at most 4 1/2 minutes
+    python benchmarks/gpu_check.py                    # --quick, at most 4½ minutes
     python benchmarks/gpu_check.py --peers            # torch.compile and whole training steps, at most 4½ minutes
+    python benchmarks/gpu_check.py --quick --peers    # both, at most 7 minutes: compiles beside the tests
     python benchmarks/gpu_check.py --full --minutes 6 # all cases of `fastroute bench`, most important first
 
 Each row is printed and appended to OUTPUT/rows.jsonl at once. The same folder gets logs and, at the end, a summary
@@ -75,12 +76,7 @@ class Plan:
 
     def _peers_compilers(self) -> list[Job]:
         """Return jobs that put into the compiler's cache what the stage of the peers compiles."""
-        parts = min(3, self.processors)
-        shares = [("--part", k, "--parts", parts) for k in range(parts)]
-        return [
-            self._job(f"compile-peers-{k}", "peers", "--warm", *share, case_seconds=110)
-            for k, share in enumerate(shares)
-        ]
+        return self._shares("compile-peers", 3, "peers", "--warm", case_seconds=110)
 
     def full(self, minutes: float, *arguments: object) -> list[Stage]:
         return [Stage("full", 60 * minutes, [self._job("full", "full", *arguments, case_seconds=90)])]
@@ -92,12 +88,12 @@ class Plan:
             environment["OMP_NUM_THREADS"] = str(threads)
         return Job(name, command, environment, ROOT, **limits)
 
-    def _shares(self, name: str, of_16: int, kind: str, *arguments: object) -> list[Job]:
+    def _shares(self, name: str, of_16: int, kind: str, *arguments: object, case_seconds: float = 40) -> list[Job]:
         """Return jobs that divide the cases among them: `of_16` jobs on 16 processors."""
         parts = max(1, self.processors * of_16 // 16)
         shares = [("--part", k, "--parts", parts) for k in range(parts)]
         return [
-            self._job(f"{name}-{k}", kind, *arguments, *share, threads=1, case_seconds=40, quiet=True)
+            self._job(f"{name}-{k}", kind, *arguments, *share, threads=1, case_seconds=case_seconds, quiet=True)
             for k, share in enumerate(shares)
         ]
 

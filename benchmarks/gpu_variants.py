@@ -7,6 +7,9 @@ process of its own. Forward and backward of `cross_connect`, 2 paths to 2, are t
 beside a copy of the fewest bytes that must move, and compared with two passes. The file has one row per build, case
 and direction, and is written after each process: one that fails, or takes over `SECONDS`, loses only its own rows, and
 the exit status is 1. Without a GPU it is 2.
+
+It does not import fastroute, which would define the operators that the library of a build defines. So it has a clock
+and inputs of its own, beside those of `fastroute.bench` and `gpu_measure.py`.
 """
 
 import argparse
