@@ -81,7 +81,7 @@ def use_backend(name: str) -> Iterator[None]:
 def _set_override(backend: str | None) -> None:
     global _override
     _override = backend
-    _compile_form._backend_named = bool(backend or os.environ.get("FASTROUTE_BACKEND"))
+    _tell_compile_form()
     if not NOT_COMPILED:
         torch.ops.fastroute_native.name_backend(backend or "")
 
@@ -105,6 +105,21 @@ def _choose(override: str | None, device: torch.device, dtype: torch.dtype) -> B
                 )
             return BACKENDS[name]
     raise AssertionError("the reference serves every device and dtype")
+
+
+def native_serves_cpu() -> bool:
+    """Return whether the compiled kernels compute the operators on a CPU."""
+    named = _override or os.environ.get("FASTROUTE_BACKEND") or "native"
+    return named == "native" and native.reason_against(_CPU, torch.float32) is None
+
+
+_CPU = torch.device("cpu")
+
+
+def _tell_compile_form() -> None:
+    """Tell what is traced for `torch.compile`, which cannot ask the environment."""
+    _compile_form._backend_named = bool(_override or os.environ.get("FASTROUTE_BACKEND"))
+    _compile_form._cpu_kernels = native_serves_cpu()
 
 
 # Flags of the backends that can serve a tensor, for the compiled library. With none, it calls the Python operator.
@@ -140,6 +155,6 @@ def _serve(name: str, prepare: Callable) -> Callable:
 for _operator, _prepare in OPERATORS.items():
     KERNELS[_operator] = _serve(_operator, _prepare)
     implement(_operator, KERNELS[_operator], "CompositeExplicitAutograd")
-_compile_form._backend_named = bool(os.environ.get("FASTROUTE_BACKEND"))
+_tell_compile_form()
 if not NOT_COMPILED:
     PYTHON.impl("choose", _serving_flags, "CompositeExplicitAutograd")

@@ -3,13 +3,14 @@
 import contextlib
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastroute.backends import use_backend
 from fastroute.bench.cases import DTYPES, LAYOUTS, Case, compiled
 from fastroute.bench.contest import OURS, Contest
 from fastroute.bench.plain import PlainCrossConnection, PlainCrossPrediction2d
@@ -38,6 +39,16 @@ def without_kernels(model: nn.Module) -> nn.Module:
     for module in model.modules():
         module.__class__ = PLAIN.get(type(module), type(module))
     return model
+
+
+def plainly(call: Callable) -> Callable:
+    """Return the call of a network with the modules of PyTorch alone, also where a kernel takes several of them."""
+
+    def plain_call(images: Tensor) -> Tensor:
+        with use_backend("reference"):
+            return call(images)
+
+    return plain_call
 
 
 def contest(
@@ -89,12 +100,13 @@ def contest(
             models["no routing"] = create(routing=None)
         models["eager"] = without_kernels(model)
     torch._dynamo.reset()
-    calls = dict(models)
+    calls = {name: plainly(network) if name == "eager" else network for name, network in models.items()}
     if compile:
         for name, source in (("compile", "eager"), ("fastroute compiled", OURS)):
             if source in models:
                 models[name] = copy.deepcopy(models[source])
                 calls[name] = compiled(models[name], device)
+                calls[name] = plainly(calls[name]) if source == "eager" else calls[name]
         if fused and routers:
             models["fastroute fused"] = copy.deepcopy(model)
             calls["fastroute fused"] = partial(_call_fused, compiled(models["fastroute fused"], device))

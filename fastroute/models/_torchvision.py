@@ -3,11 +3,44 @@
 from torch import Tensor, nn
 
 from fastroute._extras import extra
-from fastroute.nn import Routing
+from fastroute.nn import FusedSequential, Routing, block_end
 from fastroute.nn._classifier import Classifies
 
 with extra("train", "this network"):
     from torchvision.models import resnet
+
+
+class BasicBlock(resnet.BasicBlock):
+    """torchvision's block, in which each normalisation is computed in one pass with what follows (`block_end`)."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.downsample = _fused(self.downsample)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output of the block."""
+        y = block_end(self.bn1, self.conv1(x), end=self.relu)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return block_end(self.bn2, self.conv2(y), shortcut, self.relu)
+
+
+class Bottleneck(resnet.Bottleneck):
+    """torchvision's bottleneck, in which each normalisation is computed in one pass with what follows (`block_end`)."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.downsample = _fused(self.downsample)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output of the block."""
+        y = block_end(self.bn1, self.conv1(x), end=self.relu)
+        y = block_end(self.bn2, self.conv2(y), end=self.relu)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return block_end(self.bn3, self.conv3(y), shortcut, self.relu)
+
+
+def _fused(downsample: nn.Sequential | None) -> FusedSequential | None:
+    return None if downsample is None else FusedSequential(*downsample)
 
 
 class ResNet(Classifies, resnet.ResNet):
@@ -35,7 +68,7 @@ class ResNet(Classifies, resnet.ResNet):
         img_size: int = 224,
     ):
         self._widen = widen
-        kind = resnet.BasicBlock if block == "basic" else resnet.Bottleneck
+        kind = BasicBlock if block == "basic" else Bottleneck
         super().__init__(kind, layers, num_classes, groups=groups, width_per_group=width_per_group)
         if in_chans != 3:
             self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False)
@@ -47,7 +80,7 @@ class ResNet(Classifies, resnet.ResNet):
         return super()._make_layer(block, int(planes * self._widen), *args, **options)
 
     def _body(self, x: Tensor, maps: list[list[Tensor]] | None = None) -> tuple[list[Tensor], dict[str, Routing]]:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(block_end(self.bn1, self.conv1(x), end=self.relu))
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = layer(x)
             if maps is not None:

@@ -10,7 +10,7 @@ from fastroute._extras import extra
 from fastroute.models.conversion import multipath
 from fastroute.models.layers import Network, SqueezeExcite, conv, conv_bn, pool_and_classify
 from fastroute.models.registry import register_model
-from fastroute.nn import CrossPrediction2d, MultiPathNetwork, ParallelPaths
+from fastroute.nn import CrossPrediction2d, FusedSequential, MultiPathNetwork, ParallelPaths, residual_sum
 
 WIDTHS = (16, 32, 64)
 
@@ -18,7 +18,7 @@ WIDTHS = (16, 32, 64)
 def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     """Return an identity, or a 1×1 projection where the shape changes (option B)."""
     same = in_channels == out_channels and stride == 1
-    return nn.Identity() if same else nn.Sequential(*conv_bn(in_channels, out_channels, 1, stride))
+    return nn.Identity() if same else FusedSequential(*conv_bn(in_channels, out_channels, 1, stride))
 
 
 class ResidualBlock(nn.Module):
@@ -26,12 +26,12 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, residual: list[nn.Module], in_channels: int, out_channels: int, stride: int):
         super().__init__()
-        self.residual = nn.Sequential(*residual)
+        self.residual = FusedSequential(*residual)
         self.shortcut = shortcut(in_channels, out_channels, stride)
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.residual(x) + self.shortcut(x))
+        return residual_sum(self.residual, x, self.shortcut, self.relu)
 
 
 class BasicBlock(ResidualBlock):
@@ -101,8 +101,8 @@ class PreActivationBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, reduction: int | None = None):
         super().__init__()
-        self.activation = nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True))
-        self.residual = nn.Sequential(
+        self.activation = FusedSequential(nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True))
+        self.residual = FusedSequential(
             *conv_bn(in_channels, out_channels, stride=stride),
             nn.ReLU(inplace=True),
             conv(out_channels, out_channels),
@@ -186,7 +186,7 @@ def cifar_resnet(
 
     def network() -> Network:
         layers, width = OrderedDict(), WIDTHS[0]
-        layers["stem"] = nn.Sequential(*conv_bn(in_chans, width), nn.ReLU(inplace=True))
+        layers["stem"] = FusedSequential(*conv_bn(in_chans, width), nn.ReLU(inplace=True))
         for i, out_width in enumerate(WIDTHS, start=1):
             layers[f"stack{i}"] = stack(BLOCKS[block], width, out_width, blocks, stride=1 if i == 1 else 2)
             width = out_width
@@ -222,7 +222,7 @@ def resnet164(*, num_classes: int = 10, in_chans: int = 3, img_size: int = 32) -
         img_size: not used: any size works.
     """
     blocks, width = blocks_per_stack(164, layers_per_block=3), WIDTHS[0]
-    layers = OrderedDict(stem=nn.Sequential(*conv_bn(in_chans, width), nn.ReLU(inplace=True)))
+    layers = OrderedDict(stem=FusedSequential(*conv_bn(in_chans, width), nn.ReLU(inplace=True)))
     for i, out_width in enumerate(WIDTHS, start=1):
         layers[f"stack{i}"] = stack(Bottleneck, width, 4 * out_width, blocks, stride=1 if i == 1 else 2)
         width = 4 * out_width

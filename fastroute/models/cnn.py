@@ -8,7 +8,7 @@ from torch import nn
 from fastroute.models.conversion import multipath
 from fastroute.models.layers import Network, SqueezeExcite, conv_bn
 from fastroute.models.registry import register_model
-from fastroute.nn import CrossPrediction2d, CrossPredictionLinear, MultiPathNetwork, ParallelPaths
+from fastroute.nn import CrossPrediction2d, CrossPredictionLinear, FusedSequential, MultiPathNetwork, ParallelPaths
 
 BASE = ((32, 32), (64, 64), (128, 128))
 WIDE = ((64, 64), (128, 128), (256, 256))
@@ -51,7 +51,9 @@ def cnn(
         for width in widths:
             depth += 1
             excite = [SqueezeExcite(width, reduction)] if reduction else []
-            layers[f"conv{depth}"] = nn.Sequential(*conv_bn(channels, width, bias=True), nn.ReLU(inplace=True), *excite)
+            layers[f"conv{depth}"] = FusedSequential(
+                *conv_bn(channels, width, bias=True), nn.ReLU(inplace=True), *excite
+            )
             channels = width
         if i <= pools:
             layers[f"pool{i}"] = nn.MaxPool2d(2)

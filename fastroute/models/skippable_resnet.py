@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fastroute.models.cifar_resnet import WIDTHS, BasicBlock, blocks_per_stack, stack
 from fastroute.models.layers import conv_bn, pool_and_classify
-from fastroute.nn import Routing
+from fastroute.nn import FusedSequential, Routing
 from fastroute.nn._classifier import Classifies
 
 STACKS = ("stack1", "stack2", "stack3")
@@ -49,7 +49,7 @@ class SkippableResNet(Classifies, nn.Module):
     def __init__(self, depth: int, *, num_classes: int = 10, in_chans: int = 3, img_size: int = 32):
         super().__init__()
         blocks, width = blocks_per_stack(depth), WIDTHS[0]
-        self.stem = nn.Sequential(*conv_bn(in_chans, width), nn.ReLU(inplace=True))
+        self.stem = FusedSequential(*conv_bn(in_chans, width), nn.ReLU(inplace=True))
         for i, out_width in enumerate(WIDTHS, start=1):
             self.add_module(f"stack{i}", stack(self.block, width, out_width, blocks, stride=1 if i == 1 else 2))
             width = out_width

@@ -7,7 +7,7 @@ from torch import nn
 from fastroute.models.cifar_resnet import WIDTHS, BasicBlock, blocks_per_stack, stack
 from fastroute.models.layers import Network, conv_bn, pool_and_classify
 from fastroute.models.registry import register_model
-from fastroute.nn import SparseRouter
+from fastroute.nn import FusedSequential, SparseRouter
 
 
 def sparse_resnet(
@@ -39,7 +39,7 @@ def sparse_resnet(
         ValueError: depth is not 6k + 2, or an argument of the routers is out of range.
     """
     blocks, width = blocks_per_stack(depth), WIDTHS[0]
-    layers = OrderedDict(stem=nn.Sequential(*conv_bn(in_chans, width), nn.ReLU(inplace=True)))
+    layers = OrderedDict(stem=FusedSequential(*conv_bn(in_chans, width), nn.ReLU(inplace=True)))
     for i, out_width in enumerate(WIDTHS, start=1):
         stride = 1 if i == 1 else 2
         layers[f"stack{i}"] = SparseRouter(

@@ -1,6 +1,7 @@
 """Modules: routing layers, containers for parallel paths, and clustering losses."""
 
 from fastroute import backends  # noqa: F401 (registers the kernels)
+from fastroute.nn.block_end import FusedSequential, block_end, residual_sum
 from fastroute.nn.containers import MultiPathNetwork, ParallelPaths
 from fastroute.nn.cross_connection import CrossConnection
 from fastroute.nn.cross_prediction import CrossPrediction2d, CrossPredictionLinear
@@ -18,6 +19,7 @@ __all__ = [
     "CrossPrediction2d",
     "CrossPredictionLinear",
     "CrossStitch",
+    "FusedSequential",
     "GateClusteringLoss",
     "GateNorm",
     "MixtureEMLoss",
@@ -28,7 +30,9 @@ __all__ = [
     "Routing",
     "SparseRouter",
     "SparseRouting",
+    "block_end",
     "exact_convolutions",
     "leave_spread_paths",
+    "residual_sum",
     "set_gate_norm",
 ]

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
+from fastroute.nn.block_end import block_end
 from fastroute.nn.router import Router, Routing
 from fastroute.ops import cross_predict, gate
 from fastroute.ops._paths import check_activation
+
+_RELU = nn.ReLU()
 
 
 class _CrossPrediction(Router):
@@ -70,9 +73,8 @@ class _CrossPrediction(Router):
             outputs = cross_predict(xs, self.weight, self.bias, gates, **convolution, activation=self.activation)
         else:
             outputs = cross_predict(xs, self.weight, self.bias, gates, **convolution, activation=None)
-            outputs = [norm(y) for norm, y in zip(self.norms, outputs, strict=True)]
-            if self.activation:
-                outputs = [torch.relu(y) for y in outputs]
+            end = _RELU if self.activation else None
+            outputs = [block_end(norm, y, end=end) for norm, y in zip(self.norms, outputs, strict=True)]
         return (outputs, routing) if return_routing else outputs
 
     def extra_repr(self) -> str:

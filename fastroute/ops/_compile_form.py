@@ -11,6 +11,7 @@ MEASURED: dict = {}
 
 _form = "auto"
 _backend_named = False
+_cpu_kernels = False  # whether the compiled kernels are those of a CPU; set by the backends
 
 
 class compile_form:
@@ -52,3 +53,8 @@ def fuses(operator: str, x: Tensor) -> bool:
     if _form != "auto":
         return _form == "fused"
     return not _backend_named and MEASURED.get((x.device.type, operator, str(x.dtype))) == "fused"
+
+
+def keeps_cpu_kernels() -> bool:
+    """Return whether compiled graphs keep what has compiled kernels for a CPU alone, in place of PyTorch's layers."""
+    return _cpu_kernels and _form != "fused"

@@ -51,6 +51,29 @@ for _library in (LIBRARY, PYTHON, FUSED) if NOT_COMPILED else (FUSED,):
 # Operator -> its name, and its twin that Inductor decomposes.
 TO_FUSE: dict[Callable, tuple[str, Callable]] = {}
 
+# Operators that are one node in Inductor's graphs.
+NODES: list[Callable] = []
+
+
+def _nodes() -> list[Callable]:
+    return NODES
+
+
+def add_node(name: str, fake: Callable) -> Callable:
+    """Register the fake kernel of an operator that has compiled kernels alone, and return the operator."""
+    operator = getattr(torch.ops.fastroute_native, name).default
+    torch.library.register_fake(f"fastroute_native::{name}", _one_node(fake))
+    NODES.append(operator)
+    return operator
+
+
+def _one_node(fake: Callable) -> Callable:
+    def traced(*args):
+        _inductor.let_maps_be_channels_last(_nodes)
+        return fake(*args)
+
+    return traced
+
 
 def define(name: str, prepare: Callable, fake: Callable):
     """Register an operator's checks and fake kernel, and return the operator. The backends add the kernels."""
@@ -59,10 +82,7 @@ def define(name: str, prepare: Callable, fake: Callable):
         _inductor.add_decompositions(_decompositions)
         return fake(*prepare(*args))
 
-    def one_node(*args):
-        _inductor.let_maps_be_channels_last(TO_FUSE.keys)
-        return fake(*prepare(*args))
-
+    one_node = _one_node(lambda *args: fake(*prepare(*args)))
     for library in (LIBRARY, PYTHON, FUSED):
         function = to_fuse if library is FUSED else one_node
         torch.library.register_fake(f"{library.ns}::{name}", function, lib=library)
@@ -70,6 +90,7 @@ def define(name: str, prepare: Callable, fake: Callable):
     for namespace in (torch.ops.fastroute_python, torch.ops.fastroute):
         operator = getattr(namespace, name).default
         TO_FUSE[operator] = name, getattr(torch.ops.fastroute_fused, name).default
+        NODES.append(operator)
     return operator
 
 

@@ -1,0 +1,113 @@
+// Batch normalisation with the addition and the ReLU behind it: schemas, checks and autograd. It serves the networks' blocks on a
+// CPU and has no other implementation: PyTorch's own layers compute the same (fastroute/nn/block_end.py).
+
+#include "ops/autograd.h"
+
+#include <ATen/ops/native_batch_norm_backward.h>
+#include <ATen/ops/threshold_backward.h>
+#include <torch/library.h>
+
+namespace fastroute {
+namespace {
+
+using Normalized = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using Gradients4 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+template <typename Signature>
+auto find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+const auto& forward_op() {
+  static const auto op = find<Normalized(
+      const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+      const OptionalTensor&, double, bool)>("fastroute_native::batch_norm");
+  return op;
+}
+
+const auto& backward_op() {
+  static const auto op = find<Gradients4(
+      const at::Tensor&, const OptionalTensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&,
+      const at::Tensor&, double, bool, bool)>("fastroute_native::batch_norm_backward");
+  return op;
+}
+
+struct Function : torch::autograd::Function<Function> {
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(
+      AutogradContext* ctx, const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+      const OptionalTensor& bias, const OptionalTensor& mean, const OptionalTensor& variance, double eps, bool relu) {
+    at::AutoDispatchBelowAutograd below;
+    auto [y, batch_mean, batch_variance] = forward_op().call(x, residual, weight, bias, mean, variance, eps, relu);
+    ctx->set_materialize_grads(false);
+    ctx->mark_non_differentiable({batch_mean, batch_variance});
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["batch"] = !mean.has_value();
+    ctx->saved_data["relu"] = relu;
+    ctx->saved_data["residual"] = residual.has_value();
+    ctx->saved_data["bias"] = bias.has_value() ? static_cast<int64_t>(bias->scalar_type()) : int64_t{-1};
+    ctx->save_for_backward(
+        {x, undefined_or(weight), mean.value_or(batch_mean), variance.value_or(batch_variance), relu ? y : at::Tensor()});
+    return {y, batch_mean, batch_variance};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    constexpr size_t kArguments = 8;
+    variable_list results(kArguments);
+    if (!grads[0].defined()) return results;
+    const variable_list saved = ctx->get_saved_variables();
+    const at::Tensor &x = saved[0], &mean = saved[2], &variance = saved[3];
+    const OptionalTensor weight = optional(saved[1]), y = optional(saved[4]);
+    const double eps = ctx->saved_data["eps"].toDouble();
+    const bool batch = ctx->saved_data["batch"].toBool(), added = ctx->saved_data["residual"].toBool();
+    const int64_t bias_type = ctx->saved_data["bias"].toInt();
+    at::Tensor grad_weight, grad_bias;
+    if (at::GradMode::is_enabled()) {  // to be differentiated again: PyTorch's operators
+      const at::Tensor grad = y ? at::threshold_backward(grads[0], *y, 0) : grads[0];
+      std::tie(results[0], grad_weight, grad_bias) = at::native_batch_norm_backward(
+          grad, x, weight, mean, variance, mean, variance.add(eps).rsqrt(), batch, eps, {true, true, true});
+      if (added) results[1] = grad;
+    } else {
+      at::AutoDispatchBelowAutograd below;
+      const Aligned aligned(grads[0], x);
+      const bool written = added && y;
+      at::Tensor grad_residual;
+      std::tie(results[0], grad_residual, grad_weight, grad_bias) =
+          backward_op().call(aligned[0], y, x, weight, mean, variance, eps, batch, written);
+      if (added) results[1] = written ? grad_residual : grads[0];
+    }
+    results[2] = in_type_of(grad_weight, weight);
+    if (bias_type >= 0) results[3] = grad_bias.to(static_cast<at::ScalarType>(bias_type));
+    return results;
+  }
+};
+
+Normalized autograd(
+    const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& mean, const OptionalTensor& variance, double eps, bool relu) {
+  variable_list results = Function::apply(x, residual, weight, bias, mean, variance, eps, relu);
+  return {results[0], results[1], results[2]};
+}
+
+}  // namespace
+}  // namespace fastroute
+
+TORCH_LIBRARY_FRAGMENT(fastroute_native, m) {
+  // y = ReLU((x − mean) / √(variance + eps) · weight + bias + residual), without the ReLU unless `relu`, for maps (N, C, *S) of one
+  // memory format. Without a mean and a variance, takes and returns those of the batch, the variance not corrected.
+  m.def(
+      "batch_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? variance, float eps,"
+      " bool relu) -> (Tensor y, Tensor mean, Tensor variance)",
+      {at::Tag::pt2_compliant_tag});
+  // y is the output if there was a ReLU. `batch`: mean and variance are those of the batch. `residual`: the gradient of the residual
+  // is wanted; without a ReLU it is that of y.
+  m.def(
+      "batch_norm_backward(Tensor grad, Tensor? y, Tensor x, Tensor? weight, Tensor mean, Tensor variance, float eps,"
+      " bool batch, bool residual) -> (Tensor grad_x, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
+      {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(fastroute_native, AutogradCPU, m) {
+  m.impl("batch_norm", &fastroute::autograd);
+}
