@@ -16,12 +16,13 @@ class BasicBlock(resnet.BasicBlock):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.downsample = _fused(self.downsample)
+        self.end = nn.ReLU(inplace=True)  # a router behind the block may take it out
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of the block."""
         y = block_end(self.bn1, self.conv1(x), end=self.relu)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return block_end(self.bn2, self.conv2(y), shortcut, self.relu)
+        return block_end(self.bn2, self.conv2(y), shortcut, self.end)
 
 
 class Bottleneck(resnet.Bottleneck):
@@ -30,13 +31,14 @@ class Bottleneck(resnet.Bottleneck):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.downsample = _fused(self.downsample)
+        self.end = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of the block."""
         y = block_end(self.bn1, self.conv1(x), end=self.relu)
         y = block_end(self.bn2, self.conv2(y), end=self.relu)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return block_end(self.bn3, self.conv3(y), shortcut, self.relu)
+        return block_end(self.bn3, self.conv3(y), shortcut, self.end)
 
 
 def _fused(downsample: nn.Sequential | None) -> FusedSequential | None:

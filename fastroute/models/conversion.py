@@ -18,6 +18,7 @@ from fastroute.models.specification import remember, specification_of
 from fastroute.nn import (
     CrossConnection,
     CrossStitch,
+    FusedSequential,
     MultiPathNetwork,
     ParallelPaths,
     exact_convolutions,
@@ -377,7 +378,7 @@ def _part(
     if chain and len(nodes) == 1:
         return model.get_submodule(nodes[0].target)
     if chain and not any("." in node.target for node in nodes):
-        return nn.Sequential(OrderedDict((node.target, model.get_submodule(node.target)) for node in nodes))
+        return FusedSequential(OrderedDict((node.target, model.get_submodule(node.target)) for node in nodes))
 
     part = fx.Graph()
     x = part.placeholder("x")
