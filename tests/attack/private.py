@@ -41,6 +41,7 @@ def valid(operator: str) -> dict[str, object]:
     """An argument of every name that passes, alone or beside the others of its operator."""
     passes = operator in ("sum_predictions", "scale_paths", "sum_gradients")
     predicts = operator.startswith("cross_predict")
+    per_channel = {"weight": torch.ones(CHANNELS), "bias": torch.zeros(CHANNELS), "mean": torch.zeros(CHANNELS)}
     return {
         "xs": _maps(M),
         "grad_outputs": _maps(N, channels=WIDTH if predicts else CHANNELS),
@@ -84,6 +85,12 @@ def valid(operator: str) -> dict[str, object]:
         "m": M,
         "n": N,
         "relu": passes,
+        "residual": _maps(1)[0] if operator == "batch_norm" else True,
+        "grad": _maps(1)[0],
+        "y": _maps(1)[0],
+        "variance": torch.ones(CHANNELS),
+        "eps": 1e-5,
+        **(per_channel if operator.startswith("batch_norm") else {}),
     }
 
 

@@ -1,9 +1,11 @@
 import dataclasses
+import sys
 
 import pytest
 import torch
 
 from fastroute import ops
+from fastroute.backends import native_serves_cpu
 from fastroute.bench import SUITES, all_cases, networks, operators, overhead, parallel, sparse
 from fastroute.bench.operators import OPERATORS, Problem
 
@@ -80,6 +82,18 @@ def test_networks_are_checked_and_timed(uncompiled):
     assert 0 < row.facts["routing_share"] < 1 and row.saved_bytes["fastroute"] > 0
     alone = networks.contest({**LABELS, "network": "resnet20", "direction": networks.FORWARD}, 10, 8, False, CPU)
     assert measured(alone).ms.keys() == {"fastroute"}
+
+
+@pytest.mark.skipif(not native_serves_cpu(), reason="needs the compiled CPU kernels")
+def test_plain_networks_have_the_layers_of_pytorch_alone(monkeypatch):
+    calls, module = [], sys.modules["fastroute.nn.block_end"]
+    kernel = module._fused
+    monkeypatch.setattr(module, "_fused", lambda *args: calls.append(1) or kernel(*args))
+    contest = networks.contest({**LABELS, "direction": networks.FORWARD}, 10, 32, False, CPU)
+    contest.contenders["eager"]()
+    assert not calls
+    contest.contenders["fastroute"]()
+    assert calls
 
 
 def test_networks_with_dense_routers_and_cross_predictions_have_plain_peers():

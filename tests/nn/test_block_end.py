@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastroute
@@ -371,6 +372,34 @@ def test_compiled_graphs(form, nodes, dynamic):
     torch.testing.assert_close(dict(network.named_buffers()), dict(plain.named_buffers()))
     operator = torch.ops.fastroute_native.batch_norm.default
     assert all(sum(node.target is operator for node in graph.graph.nodes) == nodes for graph in graphs)
+
+
+def test_compiled_by_inductor():
+    """Inductor may give the operator its maps in channels_last, whatever the layout of the eager network."""
+    torch.manual_seed(0)
+    network = FusedSequential(*sequence(), nn.ReLU())
+    plain, x = nn.Sequential(*copy.deepcopy(list(network))), torch.randn(4, 3, 12, 12)
+    compiled, expected = torch.compile(network)(x), plain(x)
+    torch.testing.assert_close(compiled, expected)
+    for y in (compiled, expected):
+        y.square().sum().backward()
+    for ours, theirs in zip(network.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_checkpointing_recomputes_the_same():
+    torch.manual_seed(0)
+    network, x = FusedSequential(*sequence(), nn.ReLU()), torch.randn(4, 3, 12, 12, requires_grad=True)
+    [plain] = torch.autograd.grad(network(x).square().sum(), [x])
+    [again] = torch.autograd.grad(checkpoint(network, x, use_reentrant=False).square().sum(), [x])
+    assert torch.equal(plain, again)
+
+
+def test_synchronised_normalisation_is_left_to_the_modules(calls):
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(FusedSequential(*sequence()))
+    assert isinstance(network, FusedSequential) and isinstance(network[1], nn.SyncBatchNorm)
+    network.eval()(torch.randn(4, 3, 12, 12))
+    assert not calls
 
 
 def test_exported_graphs_have_the_modules():
