@@ -188,6 +188,14 @@ def test_what_a_sanitizer_says_is_understood(output, status, error):
     assert gpu_worker.sanitizer_row(output, status).get("error") == error
 
 
+@pytest.mark.thorough
+def test_sanitizers_meet_clusters_that_take_several_samples():
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *gpu_worker.SANITIZED]
+    collected = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY).stdout.splitlines()
+    refills = [line for line in collected if "::test_a_cluster_refills_its_memory[" in line]
+    assert len(refills) == 4 and all("[card-" in line for line in refills)
+
+
 def test_the_quick_plan_is_short_and_one_process_measures_at_a_time():
     stages = [(plan := gpu_check.Plan("cuda", None, 16)).machine(), *plan.quick()]
     assert sum(stage.seconds for stage in stages) <= 270
