@@ -31,7 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works in a checkout without installation
 
-from benchmarks.gpu_rows import Speeds, of_kind, outcomes  # noqa: E402
+from benchmarks.gpu_rows import HOST_BUDGET, Speeds, of_kind, outcomes  # noqa: E402
 from benchmarks.supervise import NO_DEVICE, Job, Rows, Stage, Supervisor, line  # noqa: E402
 
 TRITON_TESTS, NATIVE_TESTS = "tests/backends/triton_kernels", "tests/backends/cuda_kernels"
@@ -148,7 +148,9 @@ def _host(rows: list[dict]) -> str:
     host = {(row["backend"], row["direction"]): row["us"] for row in of_kind(rows, "host")}
     ways = list(dict.fromkeys(way for _, way in host))
     lines = [
-        f"{backend:24}" + "".join(f"{host.get((backend, way), math.nan):18.1f}" for way in ways)
+        f"{backend:24}"
+        + "".join(f"{host.get((backend, way), math.nan):18.1f}" for way in ways)
+        + (f"   budget {', '.join(str(HOST_BUDGET[backend][way]) for way in ways)}" if backend in HOST_BUDGET else "")
         for backend in dict.fromkeys(backend for backend, _ in host)
     ]
     return "\n".join([f"{'host, µs a call':24}" + "".join(f"{way:>18}" for way in ways), *lines]) if host else ""
