@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import torch
 
 import fastroute
 from fastroute import ops
-from fastroute.backends import BACKENDS, _choice, _cuda
+from fastroute.backends import BACKENDS, _choice, _cuda, native
 from fastroute.backends._choice import Backend
 from fastroute.ops import _compiled, _library
 from tests.ops.conftest import take_python
@@ -164,7 +165,7 @@ def test_the_reference_steps_in_and_says_so_once(monkeypatch, in_python):
 
 
 def mark(built_from="0123456789abcdef", built_for=torch.__version__):
-    return f"code fastroute_build {built_from} torch {built_for}; code".encode()
+    return f"code fastroute_build {built_from} torch {built_for}; code; code".encode()
 
 
 @pytest.mark.parametrize(
@@ -285,6 +286,43 @@ def test_what_the_compiled_library_is_told_of_a_gpu(monkeypatch, capability, abs
     if named:
         monkeypatch.setenv("FASTROUTE_BACKEND", named)
     assert _choice._serving_flags(like) == flags
+
+
+@pytest.mark.parametrize(
+    ("built_for", "capability", "serves"),
+    [
+        ("sm_90", (9, 0), True),
+        ("sm_90", (8, 0), False),
+        ("sm_90", (10, 0), False),  # machine code is of one major version
+        ("sm_80", (8, 9), True),
+        ("sm_89", (8, 6), False),
+        ("sm_80,sm_90,sm_100", (12, 0), False),
+        ("sm_80,sm_90,sm_100,compute_100", (12, 0), True),  # the driver compiles PTX
+        ("sm_100,compute_100", (9, 0), False),
+        ("sm_90a", (9, 0), True),
+        ("sm_100a,compute_100a", (10, 3), False),
+    ],
+)
+def test_kernels_serve_the_cards_that_they_are_compiled_for(monkeypatch, tmp_path, built_for, capability, serves):
+    machine(monkeypatch, 1, capability)
+    (tmp_path / "_C_cuda.so").write_bytes(mark(built_for=f"{torch.__version__} for {built_for}"))
+    monkeypatch.setattr(_compiled, "FOLDER", tmp_path)
+    monkeypatch.setattr(_compiled, "load_cuda", lambda: None)
+    monkeypatch.setattr(_compiled, "cuda_architectures", _compiled.cuda_architectures.__wrapped__)
+    reason = native.reason_against(torch.device("cuda:0"), torch.float32)
+    major, minor = capability
+    assert reason == (
+        None
+        if serves
+        else f"the CUDA kernels are compiled for {built_for.replace(',', ', ')}, and cuda:0 is sm_{major}{minor}; "
+        f"rebuild them with `TORCH_CUDA_ARCH_LIST={major}.{minor} python setup.py build_ext --inplace`"
+    )
+
+
+def test_a_built_library_says_what_it_is_compiled_for():
+    if reason := _compiled.load_cuda():
+        pytest.skip(reason)
+    assert all(re.fullmatch(r"(sm|compute)_\d+[a-z]?", name) for name in _compiled.cuda_architectures())
 
 
 KIB = 1 << 10
