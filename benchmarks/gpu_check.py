@@ -5,9 +5,10 @@
     python benchmarks/gpu_check.py --quick --peers    # both, at most 7 minutes: compiles beside the tests
     python benchmarks/gpu_check.py --full --minutes 6 # all cases of `fastroute bench`, most important first
 
-Each row is printed and appended to OUTPUT/rows.jsonl at once. The same folder gets logs and, at the end, a summary
-(summary.txt, summary.json; with --full also full.json, for `fastroute bench show`). Errors are rows, and a case that
-hangs or kills its process loses only that case. The exit status is 1 if a row is an error, 2 without a GPU.
+Each row is appended to OUTPUT/rows.jsonl at once, and printed; of tests and compilations, which have thousands, only
+errors are. The same folder gets logs and, at the end, a summary (summary.txt, summary.json; with --full also full.json,
+for `fastroute bench show`). Errors are rows, and a case that hangs or kills its process loses only that case. The exit
+status is 1 if a row is an error, 2 without a GPU.
 
 First build the CUDA libraries on that machine; one ninja builds all sources, and MAX_JOBS limits it:
 

@@ -94,5 +94,9 @@ def load_cpu() -> str | None:
 
 
 def load_cuda() -> str | None:
-    """Load the CUDA kernels; return why they cannot be loaded, or None."""
+    """Load the CUDA kernels; return why they cannot be loaded, or None.
+
+    Called at the first question about CUDA tensors, while the other libraries are loaded at import. This one is linked
+    with CUDA's runtime, which a process on a CPU does not need and may not have.
+    """
     return load_operators() or load("_C_cuda", CUDA)

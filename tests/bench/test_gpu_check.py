@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,6 +155,19 @@ def test_an_exception_is_a_row():
     said.clear()
     gpu_worker.serve(cases, 1, lambda **row: said.append(row), "cpu")
     assert said == [{"begin": 1, "of": 2, "case": "does"}, {"case": "does", "us": 2}]
+
+
+def test_a_step_that_fails_is_a_row_and_the_others_are_timed(monkeypatch):
+    def fails():
+        raise ValueError("out of resources")
+
+    contest = SimpleNamespace(contenders={"eager": fails, "fastroute": lambda: None}, check=fails)
+    monkeypatch.setattr(bench.networks, "contest", lambda *_, **__: contest)
+    monkeypatch.setattr(bench.cases, "COMPILE_MODES", {})
+    (_, measure), *_ = gpu_worker.peers(SimpleNamespace(device="cpu", warm=False))
+    differ, failed, timed = measure()
+    assert differ["error"] == failed["error"] == "ValueError: out of resources"
+    assert failed["contender"] == "eager" and timed["contender"] == "fastroute" and timed["ms"] >= 0
 
 
 def test_wrong_results_are_rows():
