@@ -129,13 +129,15 @@ def cuda_extensions() -> list:
     cpp_extension.CUDA_HOME = os.path.dirname(os.path.dirname(nvcc()))
     # CUDA 12.8 added Blackwell. Without a list, torch would build only for the GPUs of this machine.
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX" if toolkit_version() >= (12, 8) else "8.0;9.0+PTX")
+    codes = (re.search(",code=(.+)", flag)[1] for flag in cpp_extension._get_cuda_arch_flags())
+    architectures = f'-DFASTROUTE_ARCHITECTURES="{",".join(codes)}"'
     return [
         cpp_extension.CUDAExtension(
             f"{PACKAGE}._C_cuda",
             sources("cuda", ".cpp") + sources("cuda", ".cu"),
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args={
-                "cxx": ["-O3", "-g0", "-std=c++20", "-Wall", *marks("CUDA")],
+                "cxx": ["-O3", "-g0", "-std=c++20", "-Wall", *marks("CUDA"), architectures],
                 "nvcc": ["-O3", "-std=c++20"],
             },
         )

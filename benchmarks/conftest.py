@@ -25,11 +25,19 @@ def pytest_configure(config):
     config.stash[ROWS] = []
 
 
+def device_of(config: pytest.Config) -> torch.device:
+    return torch.device(config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@pytest.fixture
+def device(request):
+    return device_of(request.config)
+
+
 def pytest_generate_tests(metafunc):
     if "case" not in metafunc.fixturenames:
         return
-    option = metafunc.config.getoption
-    device = torch.device(option("--device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    option, device = metafunc.config.getoption, device_of(metafunc.config)
     suite = metafunc.module.SUITE
     cases = [case for case in measuring.SUITES[suite](device) if case.quick or option("--full")]
     metafunc.parametrize("case", cases, ids=lambda case: case.id)

@@ -5,9 +5,10 @@
     python benchmarks/gpu_check.py --quick --peers    # both, at most 7 minutes: compiles beside the tests
     python benchmarks/gpu_check.py --full --minutes 6 # all cases of `fastroute bench`, most important first
 
-Each row is printed and appended to OUTPUT/rows.jsonl at once. The same folder gets logs and, at the end, a summary
-(summary.txt, summary.json; with --full also full.json, for `fastroute bench show`). Errors are rows, and a case that
-hangs or kills its process loses only that case. The exit status is 1 if a row is an error, 2 without a GPU.
+Each row is appended to OUTPUT/rows.jsonl at once, and printed; of tests and compilations, which have thousands, only
+errors are. The same folder gets logs and, at the end, a summary (summary.txt, summary.json; with --full also full.json,
+for `fastroute bench show`). Errors are rows, and a case that hangs or kills its process loses only that case. The exit
+status is 1 if a row is an error, 2 without a GPU.
 
 First build the CUDA libraries on that machine; one ninja builds all sources, and MAX_JOBS limits it:
 
@@ -31,7 +32,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works in a checkout without installation
 
-from benchmarks.gpu_rows import Speeds, of_kind, outcomes  # noqa: E402
+from benchmarks.gpu_rows import HOST_BUDGET, Speeds, of_kind, outcomes  # noqa: E402
 from benchmarks.supervise import NO_DEVICE, Job, Rows, Stage, Supervisor, line  # noqa: E402
 
 TRITON_TESTS, NATIVE_TESTS = "tests/backends/triton_kernels", "tests/backends/cuda_kernels"
@@ -148,7 +149,9 @@ def _host(rows: list[dict]) -> str:
     host = {(row["backend"], row["direction"]): row["us"] for row in of_kind(rows, "host")}
     ways = list(dict.fromkeys(way for _, way in host))
     lines = [
-        f"{backend:24}" + "".join(f"{host.get((backend, way), math.nan):18.1f}" for way in ways)
+        f"{backend:24}"
+        + "".join(f"{host.get((backend, way), math.nan):18.1f}" for way in ways)
+        + (f"   budget {', '.join(str(HOST_BUDGET[backend][way]) for way in ways)}" if backend in HOST_BUDGET else "")
         for backend in dict.fromkeys(backend for backend, _ in host)
     ]
     return "\n".join([f"{'host, µs a call':24}" + "".join(f"{way:>18}" for way in ways), *lines]) if host else ""

@@ -13,6 +13,8 @@ from pathlib import Path
 FORWARD, BOTH, BACKWARD = "forward", "forward+backward", "backward"
 KINDS = ("sanitizer", "host", "speed", "profile", "step")
 MAPS = {FORWARD: 4, BOTH: 10}  # maps read or written, 2 → 2 paths
+# Microseconds of the host for one call of cross_connect on a GPU: 2 paths to 2, 16 channels, 4 × 4 positions.
+HOST_BUDGET = {"native": {FORWARD: 12, BOTH: 50}, "triton": {FORWARD: 40, BOTH: 130}}
 BACKWARD_MAPS = MAPS[BOTH] - MAPS[FORWARD]
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 DISTURBED = 1.1  # a copy that takes so many times the least one tells of a disturbed measurement

@@ -244,7 +244,7 @@ def tests(options, say) -> None:
 
 SANITIZED = [
     *("tests/backends/cuda_kernels/test_cross_connect.py", "-m", "gpu"),
-    *("-k", "optional_gradients or float32_parameters or extreme_scores"),
+    *("-k", "optional_gradients or float32_parameters or extreme_scores or refills_its_memory"),
 ]
 
 
@@ -309,7 +309,7 @@ def peers(options) -> list[Measurement]:
         contest = contest_of(network, batch, *sizes, compile)
         try:
             contest.check()  # as long as all have taken the same steps
-        except (AssertionError, RuntimeError) as error:
+        except Exception as error:
             if broken(options.device):
                 raise
             yield {**row, "error": brief(error)}
@@ -318,7 +318,7 @@ def peers(options) -> list[Measurement]:
                 continue
             try:
                 yield {**row, "contender": name, **step_time(step, options.device)}
-            except RuntimeError as error:  # out of memory, or compilation failed; others may run
+            except Exception as error:  # out of memory or of shared memory, or compilation failed; others may run
                 if broken(options.device):
                     raise
                 yield {**row, "contender": name, "error": brief(error)}

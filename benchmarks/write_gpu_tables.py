@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks.gpu_rows import BACKWARD, BOTH, FORWARD, Speeds, load, read, result_of, save
+from benchmarks.gpu_rows import BACKWARD, BOTH, FORWARD, HOST_BUDGET, Speeds, load, read, result_of, save
 from fastroute.bench import report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,14 +193,17 @@ def _four_columns(cases: Iterable[str], cell: Callable[[str, str, str], str]) ->
 
 
 def host(result: dict) -> str:
-    """Format the host's microseconds per call."""
+    """Format the host's microseconds per call, and the budget."""
     found = {(row["backend"], row["direction"]): row["us"] for row in result["host"] if "us" in row}
     backends = dict.fromkeys(backend for backend, _ in found)
     lines = []
     for backend in backends:
-        times = [found.get((backend, way)) for way in (FORWARD, BOTH)]
-        lines.append([NAMES.get(backend, backend), *("" if us is None else number(us) for us in times)])
-    return report.table(["", FORWARD, BOTH], lines, words=1)
+        line = [NAMES.get(backend, backend)]
+        for way in (FORWARD, BOTH):
+            us, budget = found.get((backend, way)), HOST_BUDGET.get(backend, {}).get(way)
+            line += ["" if us is None else number(us), "" if budget is None else f"{budget}"]
+        lines.append(line)
+    return report.table(["", FORWARD, "budget", BOTH, "budget"], lines, words=1)
 
 
 def steps(result: dict) -> str:

@@ -111,3 +111,16 @@ TORCH_LIBRARY_IMPL(fastroute, CompositeExplicitAutograd, m) {
 TORCH_LIBRARY_IMPL(fastroute, Autograd, m) {
   m.impl("cross_connect", &fastroute::autograd);
 }
+
+// For tests: whether the compiled kernels are preferred to Triton, on a GPU that has thread-block clusters, by sizes alone.
+TORCH_LIBRARY_FRAGMENT(fastroute_native, m) {
+  m.def(
+      "cuda_prefers_native(int samples, int channels, int space, bool channels_last, int element_bytes, int m, int n,"
+      " int hidden, bool relu, bool backward) -> bool",
+      [](int64_t samples, int64_t channels, int64_t space, bool channels_last, int64_t element_bytes, int64_t m,
+         int64_t n, int64_t hidden, bool relu, bool backward) {
+        const fastroute::cuda::Shape shape{samples, channels, space, channels_last};
+        return fastroute::first_for_two_reads(shape, element_bytes, m, n, hidden, relu, backward) !=
+               fastroute::First::kTriton;
+      });
+}

@@ -28,18 +28,24 @@ constexpr First kFirstForCrossPredict = First::kNative;
 // | more | Triton | two reads in both |
 //
 // The capacity of a cluster is counted for an H100 (csrc/cuda/EXPECTED.md); other GPUs with clusters have the same.
-inline First first_for_two_reads(const at::Tensor& x, int64_t m, int64_t n, int64_t hidden, bool relu, bool backward) {
+inline First first_for_two_reads(
+    const cuda::Shape& shape, int64_t element_bytes, int64_t m, int64_t n, int64_t hidden, bool relu, bool backward) {
   constexpr int64_t kHeldByOne = int64_t{128} << 10, kHeldInBackward = int64_t{64} << 10, kWide = 1024;
   constexpr cuda::Device kH100{90, 132, 227 << 10, 228 << 10};
-  if (!x.is_cuda() || x.size(0) == 0 || x.scalar_type() == at::kDouble) return First::kTriton;
-  const Geometry g(x);
-  const int64_t bytes = static_cast<int64_t>(x.element_size());
-  const int64_t held = backward && g.batch > 2 * kH100.multiprocessors ? kHeldInBackward : kHeldByOne;
-  if (g.channels >= kWide || (backward ? n : m) * g.elements() * bytes <= held) return First::kTriton;
-  const cuda::Shape shape{g.batch, g.channels, g.size, g.channels_last || g.size == 1};
-  const int64_t cluster = backward ? cuda::backward_cluster(shape, m, n, hidden, bytes, kH100, relu)
-                                   : cuda::forward_cluster(shape, m, n, hidden, bytes, kH100);
+  const int64_t held = backward && shape.samples > 2 * kH100.multiprocessors ? kHeldInBackward : kHeldByOne;
+  const int64_t read_twice = (backward ? n : m) * shape.elements() * element_bytes;
+  if (shape.samples == 0 || shape.channels >= kWide || read_twice <= held) return First::kTriton;
+  const int64_t cluster = backward ? cuda::backward_cluster(shape, m, n, hidden, element_bytes, kH100, relu)
+                                   : cuda::forward_cluster(shape, m, n, hidden, element_bytes, kH100);
   return cluster ? First::kNativeClusters : First::kTriton;
+}
+
+// The same for paths like x. Only CUDA has such a choice.
+inline First first_for_two_reads(const at::Tensor& x, int64_t m, int64_t n, int64_t hidden, bool relu, bool backward) {
+  if (!x.is_cuda()) return First::kTriton;
+  const Geometry g(x);
+  const cuda::Shape shape{g.batch, g.channels, g.size, g.channels_last || g.size == 1};
+  return first_for_two_reads(shape, static_cast<int64_t>(x.element_size()), m, n, hidden, relu, backward);
 }
 
 }  // namespace fastroute

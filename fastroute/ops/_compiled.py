@@ -37,14 +37,27 @@ def _reason_against_instruction_set() -> str | None:
     return None if named in served else f"FASTROUTE_CPU is {named!r}; this processor serves {', '.join(served) or own}"
 
 
+def _mark(path: Path) -> tuple[str, str, str]:
+    """Return the mark of csrc/build.h: hash of the sources, torch, CUDA architectures; or empty strings."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start = content.find(b"fastroute_build ")
+        words = content[start : content.find(b";", start)].decode().split() if start >= 0 else []
+    if len(words) not in (4, 6):
+        return "", "", ""
+    return words[1], words[3], words[5] if len(words) == 6 else ""
+
+
+@cache
+def cuda_architectures() -> tuple[str, ...]:
+    """Return what the CUDA library is compiled for, as nvcc names it: sm_90 for machine code, compute_90 for PTX."""
+    return tuple(_mark(FOLDER / "_C_cuda.so")[2].split(","))
+
+
 def reason_against(path: Path, folders: tuple[str, ...]) -> str | None:
     """Return why the library at `path` must not be loaded, or None."""
     if not path.exists():
         return f"the compiled library {path.name} is missing; {REBUILD}"
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        start = content.find(b"fastroute_build ")
-        mark = content[start : content.find(b";", start)].decode() if start >= 0 else ""
-    _, built_from, _, built_for = mark.split() if len(mark.split()) == 4 else ("", "", "", "")
+    built_from, built_for, _ = _mark(path)
     if not built_for:
         return f"the compiled library {path.name} is not one of fastroute's; {REBUILD}"
     if built_for != torch.__version__:
@@ -81,5 +94,9 @@ def load_cpu() -> str | None:
 
 
 def load_cuda() -> str | None:
-    """Load the CUDA kernels; return why they cannot be loaded, or None."""
+    """Load the CUDA kernels; return why they cannot be loaded, or None.
+
+    Called at the first question about CUDA tensors, while the other libraries are loaded at import. This one is linked
+    with CUDA's runtime, which a process on a CPU does not need and may not have.
+    """
     return load_operators() or load("_C_cuda", CUDA)

@@ -132,7 +132,8 @@ define("cross_connect_backward", _prepare_backward, _fake_backward)
 class _CrossConnect(torch.autograd.Function):
     @staticmethod
     def forward(ctx, operators, relu, w1, b1, w2, b2, *xs):
-        outputs, gates, scores, pooled, hidden = below_autograd(operators[0], xs[0], list(xs), w1, b1, w2, b2, relu)
+        given = xs[0] if xs else w2  # without paths the operator says so
+        outputs, gates, scores, pooled, hidden = below_autograd(operators[0], given, list(xs), w1, b1, w2, b2, relu)
         ctx.relu, ctx.backward_operator = relu, operators[1]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(pooled, hidden)

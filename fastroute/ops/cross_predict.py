@@ -169,7 +169,8 @@ define("cross_predict_backward", _prepare_backward, _fake_backward)
 class _CrossPredict(torch.autograd.Function):
     @staticmethod
     def forward(ctx, operators, weight, bias, gates, geometry, relu, form, *xs):
-        outputs = below_autograd(operators[0], xs[0], list(xs), weight, bias, gates, *geometry, relu, form)
+        given = xs[0] if xs else gates  # without paths the operator says so
+        outputs = below_autograd(operators[0], given, list(xs), weight, bias, gates, *geometry, relu, form)
         ctx.backward_operator = operators[1]
         ctx.set_materialize_grads(False)
         ctx.geometry, ctx.m = geometry, len(xs)

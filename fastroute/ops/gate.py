@@ -79,7 +79,8 @@ define("gate_backward", _prepare_backward, _fake_backward)
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, operators, w1, b1, w2, b2, *xs):
-        gates, scores, pooled, hidden = below_autograd(operators[0], xs[0], list(xs), w1, b1, w2, b2)
+        given = xs[0] if xs else w2  # without paths the operator says so
+        gates, scores, pooled, hidden = below_autograd(operators[0], given, list(xs), w1, b1, w2, b2)
         ctx.backward_operator = operators[1]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(pooled, hidden)

@@ -1,13 +1,15 @@
 import os
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastroute
 from fastroute import ops
-from fastroute.backends import BACKENDS, _choice, _cuda
+from fastroute.backends import BACKENDS, _choice, _cuda, native
 from fastroute.backends._choice import Backend
 from fastroute.ops import _compiled, _library
 from tests.ops.conftest import take_python
@@ -163,7 +165,7 @@ def test_the_reference_steps_in_and_says_so_once(monkeypatch, in_python):
 
 
 def mark(built_from="0123456789abcdef", built_for=torch.__version__):
-    return f"code fastroute_build {built_from} torch {built_for}; code".encode()
+    return f"code fastroute_build {built_from} torch {built_for}; code; code".encode()
 
 
 @pytest.mark.parametrize(
@@ -255,6 +257,119 @@ def test_what_a_gpu_lacks_is_a_reason(settings, device, reason, monkeypatch):
     machine(monkeypatch, **settings)
     found = _cuda.reason_against_device(torch.device(device), (8, 0))
     assert found is None if reason is None else reason in found
+
+
+NATIVE, TRITON, CLUSTERS = _choice._NATIVE, _choice._TRITON, _choice._CLUSTERS
+
+
+@pytest.mark.parametrize(
+    ("capability", "absent", "named", "flags"),
+    [
+        ((9, 0), (), None, NATIVE | TRITON | CLUSTERS),
+        ((10, 0), (), None, NATIVE | TRITON | CLUSTERS),
+        ((8, 9), (), None, NATIVE | TRITON),  # no clusters: Triton is first at any size
+        ((9, 0), ("native",), None, TRITON | CLUSTERS),
+        ((9, 0), ("triton",), None, NATIVE | CLUSTERS),
+        ((9, 0), ("triton", "native"), None, CLUSTERS),  # neither: the compiled library asks Python, for the reference
+        ((9, 0), (), "native", NATIVE | CLUSTERS),
+        ((9, 0), (), "triton", TRITON | CLUSTERS),
+        ((9, 0), (), "reference", CLUSTERS),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:fastroute computes")
+def test_what_the_compiled_library_is_told_of_a_gpu(monkeypatch, capability, absent, named, flags):
+    machine(monkeypatch, 1, capability)
+    for name in ("native", "triton"):
+        reason = "it rains" if name in absent else None
+        monkeypatch.setitem(BACKENDS, name, Backend(name, lambda device, dtype, reason=reason: reason, lambda: None))
+    like = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float32)
+    if named:
+        monkeypatch.setenv("FASTROUTE_BACKEND", named)
+    assert _choice._serving_flags(like) == flags
+
+
+@pytest.mark.parametrize(
+    ("built_for", "capability", "serves"),
+    [
+        ("sm_90", (9, 0), True),
+        ("sm_90", (8, 0), False),
+        ("sm_90", (10, 0), False),  # machine code is of one major version
+        ("sm_80", (8, 9), True),
+        ("sm_89", (8, 6), False),
+        ("sm_80,sm_90,sm_100", (12, 0), False),
+        ("sm_80,sm_90,sm_100,compute_100", (12, 0), True),  # the driver compiles PTX
+        ("sm_100,compute_100", (9, 0), False),
+        ("sm_90a", (9, 0), True),
+        ("sm_100a,compute_100a", (10, 3), False),
+    ],
+)
+def test_kernels_serve_the_cards_that_they_are_compiled_for(monkeypatch, tmp_path, built_for, capability, serves):
+    machine(monkeypatch, 1, capability)
+    (tmp_path / "_C_cuda.so").write_bytes(mark(built_for=f"{torch.__version__} for {built_for}"))
+    monkeypatch.setattr(_compiled, "FOLDER", tmp_path)
+    monkeypatch.setattr(_compiled, "load_cuda", lambda: None)
+    monkeypatch.setattr(_compiled, "cuda_architectures", _compiled.cuda_architectures.__wrapped__)
+    reason = native.reason_against(torch.device("cuda:0"), torch.float32)
+    major, minor = capability
+    assert reason == (
+        None
+        if serves
+        else f"the CUDA kernels are compiled for {built_for.replace(',', ', ')}, and cuda:0 is sm_{major}{minor}; "
+        f"rebuild them with `TORCH_CUDA_ARCH_LIST={major}.{minor} python setup.py build_ext --inplace`"
+    )
+
+
+def test_a_built_library_says_what_it_is_compiled_for():
+    if reason := _compiled.load_cuda():
+        pytest.skip(reason)
+    assert all(re.fullmatch(r"(sm|compute)_\d+[a-z]?", name) for name in _compiled.cuda_architectures())
+
+
+KIB = 1 << 10
+
+
+@pytest.mark.parametrize(
+    ("native", "case"),
+    [
+        # What is needed twice fits in registers: 128 KiB of X, or of dY in the backward.
+        (False, {"path": 64 * KIB}),
+        (True, {"path": 64 * KIB + 16}),
+        (False, {"path": 128 * KIB, "m": 1}),
+        (True, {"path": 128 * KIB + 16, "m": 1}),
+        (False, {"path": 64 * KIB, "n": 3}),
+        (True, {"path": 64 * KIB, "n": 3, "backward": True}),
+        (False, {"path": 64 * KIB, "m": 3, "backward": True}),
+        # The backward of more than 264 samples: 64 KiB.
+        (False, {"path": 64 * KIB, "samples": 264, "backward": True}),
+        (True, {"path": 64 * KIB, "samples": 265, "backward": True}),
+        (False, {"path": 32 * KIB, "samples": 265, "backward": True}),
+        (True, {"path": 32 * KIB + 16, "samples": 265, "backward": True}),
+        (False, {"path": 64 * KIB, "samples": 265}),
+        # A cluster holds them: eight blocks of 227 KB, less sums and gates.
+        (True, {"path": 64 * 56 * 56 * 4, "samples": 256}),
+        (True, {"path": 64 * 56 * 56 * 4, "samples": 256, "backward": True}),
+        (False, {"path": 64 * 56 * 56 * 4, "samples": 256, "m": 3}),
+        (True, {"path": 64 * 56 * 56 * 4, "samples": 256, "m": 3, "backward": True}),
+        (True, {"path": 64 * 56 * 56 * 4, "samples": 256, "m": 6, "backward": True}),
+        (False, {"path": 64 * 56 * 56 * 4, "samples": 256, "m": 6, "backward": True, "relu": True}),
+        (False, {"path": 64 * 56 * 56 * 4, "samples": 256, "n": 3, "backward": True}),
+        (False, {"path": 64 * KIB + 8, "channels": 2}),  # no whole number of 16-byte vectors
+        (False, {"path": 64 * KIB + 16, "element_bytes": 8}),
+        # Each block of a cluster reads all of W1.
+        (True, {"path": 1016 * 98 * 2, "channels": 1016, "element_bytes": 2, "samples": 256}),
+        (False, {"path": 1024 * 98 * 2, "channels": 1024, "element_bytes": 2, "samples": 256}),
+        (False, {"path": 64 * KIB + 16, "samples": 0}),
+    ],
+    ids=str,
+)
+def test_which_of_native_and_triton_is_first(native, case):
+    """At the edges of each row of the table in csrc/ops/problem_sizes.h; `path` is the bytes of one path's sample."""
+    if _library.NOT_COMPILED:
+        pytest.skip(_library.NOT_COMPILED)
+    case = {"samples": 128, "channels": 4, "element_bytes": 4, "m": 2, "n": 2, "relu": False, "backward": False} | case
+    space = case.pop("path") // (case["channels"] * case["element_bytes"])
+    prefers = torch.ops.fastroute_native.cuda_prefers_native
+    assert prefers(**case, space=space, channels_last=False, hidden=16) is native
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

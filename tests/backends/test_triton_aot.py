@@ -41,7 +41,7 @@ STAGES = {
 }
 
 
-def stage_cases(networks=STAGES) -> dict[str, tuple]:
+def stage_cases() -> dict[str, tuple]:
     return {
         f"{network} {channels}×{side}×{side} {dtype} {'channels_last' if last else 'NCHW'}": (
             None,
@@ -51,7 +51,7 @@ def stage_cases(networks=STAGES) -> dict[str, tuple]:
             dtype,
             last,
         )
-        for network in networks
+        for network in STAGES
         for channels, side in STAGES[network][1]
         for dtype in ("bfloat16", "float32")
         for last in (False, True)
@@ -60,11 +60,7 @@ def stage_cases(networks=STAGES) -> dict[str, tuple]:
 
 MIXTURES = [((128, 10), "float32", False), ((128, 4, 4), "bfloat16", True), ((64, 1024), "float32", False)]
 
-SETS = {
-    "cases": CASES,
-    "distinct stages": stage_cases(["ResNet20", "ResNet18"]),
-    "stages": stage_cases(),
-}
+SETS = {"cases": CASES, "stages": stage_cases()}
 
 # Those that are compiled again after a ReLU: every kernel is in one of them.
 AFTER_RELU = {"ResNet 32 × 32", "ResNet 8 × 8", "ImageNet, NCHW"}
@@ -83,12 +79,15 @@ ACCESSES = {
     "scale_paths_kernel": lambda m, n: {"tile": (2 * n, n + m * n)},
     "sum_gradients_kernel": lambda m, n: {"tile": (m + m * n, m)},
 }
-# Kernel -> barriers before paths are stored, 2 paths to 2. A sum over warps has two, as has a change of layout.
+# Kernel and layout -> barriers before paths are stored, 2 paths to 2. A sum over warps has two, as has a change of
+# layout.
 MOST_BARRIERS = {
-    "cross_connect_resident_fwd_kernel": 19,
-    "cross_connect_resident_bwd_kernel": 11,
-    "mix_fwd_kernel": 0,
-    "cross_connect_inputs_bwd_kernel": 0,
+    "cross_connect_resident_fwd_kernel": {"first": 13, "last": 19},
+    "cross_connect_resident_bwd_kernel": {"first": 11, "last": 11},
+    "cross_connect_fused_fwd_kernel": {"flat": 40, "last": 24},
+    "cross_connect_fused_bwd_kernel": {"first": 13, "flat": 13, "last": 13},
+    "cross_connect_inputs_bwd_kernel": {"first": 0, "flat": 0, "last": 0},
+    "mix_fwd_kernel": {None: 0},
 }
 OTHERS = {
     "cross_connect_weights_bwd_kernel",
@@ -100,10 +99,15 @@ OTHERS = {
 }
 
 
-# Bytes per thread that Triton 3.6 keeps on the stack for sm_90, and 3.8 does not: their assemblers differ.
+# Bytes per thread that Triton 3.6 keeps on the stack where all registers are in use, and 3.8 does not: their assemblers
+# differ. By architecture, case and kernel; the float32 stage of ResNet20 is the first case under another name.
 SPILLED_BY_OLDER = {
-    ("ResNet 32 × 32", "cross_connect_resident_fwd_kernel"): 16,
-    ("eight paths", "cross_connect_gate_bwd_kernel"): 24,
+    (80, "ResNet 32 × 32", "cross_connect_resident_fwd_kernel"): 16,
+    (90, "ResNet 32 × 32", "cross_connect_resident_fwd_kernel"): 16,
+    (90, "ResNet20 16×32×32 float32 NCHW", "cross_connect_resident_fwd_kernel"): 16,
+    (90, "ResNet20 16×32×32 bfloat16 channels_last", "cross_connect_resident_fwd_kernel"): 16,
+    (80, "eight paths", "cross_connect_gate_bwd_kernel"): 40,
+    (90, "eight paths", "cross_connect_gate_bwd_kernel"): 24,
 }
 
 
@@ -281,9 +285,8 @@ def reports(request):
 @pytest.fixture(
     scope="module",
     **sets(
-        (90, "distinct stages", "thorough"),
         (80, "stages", "slow"),
-        (90, "stages", "slow"),
+        (90, "stages", "thorough"),
         (100, "stages", "slow"),
     ),
 )
@@ -296,7 +299,8 @@ def test_every_kernel_is_compiled(reports):
 
 
 def check_resources(report):
-    spilled = SPILLED_BY_OLDER.get((report["case"], report["kernel"]), 0) if report["older_triton"] else 0
+    launch = report["architecture"], report["case"], report["kernel"]
+    spilled = SPILLED_BY_OLDER.get(launch, 0) if report["older_triton"] else 0
     assert report["STACK"] <= spilled and report["LOCAL"] == 0, report
     assert report["REG"] * 32 * report["num_warps"] <= 65536, report
     if report["m"] == report["n"] == 2:
@@ -382,9 +386,8 @@ def test_stages(stages):
 def test_barriers(stages):
     """Programs wait for each other where they sum up, and in the two kernels that only weigh and add, nowhere."""
     for report in stages:
-        most = MOST_BARRIERS.get(report["kernel"])
-        if most is not None:
-            assert report["barriers_before_paths"] <= most, report
+        if most := MOST_BARRIERS.get(report["kernel"]):
+            assert report["barriers_before_paths"] <= most[report.get("LAYOUT")], report
 
 
 if __name__ == "__main__":

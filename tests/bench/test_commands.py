@@ -115,3 +115,11 @@ def test_a_call_over_its_budget_fails():
     for ours, eager in ((12.1, 73), (12.1, 10), (24.1, 146)):
         with pytest.raises(AssertionError, match=r"native, forward: .* µs, and .* are allowed"):
             check("native", FORWARD, ours, eager)
+
+
+def test_on_a_card_a_slow_plain_pytorch_allows_no_more():
+    for backend, budget in (("native", 12), ("triton", 40)):
+        check(backend, FORWARD, ours=budget, eager=259, device="cuda")
+        with pytest.raises(AssertionError, match=f"{backend}, forward: .* µs, and {budget}.0 are allowed"):
+            check(backend, FORWARD, ours=budget + 0.1, eager=259, device="cuda")
+    check("reference", FORWARD, ours=600, eager=146, device="cuda")

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,6 +157,19 @@ def test_an_exception_is_a_row():
     assert said == [{"begin": 1, "of": 2, "case": "does"}, {"case": "does", "us": 2}]
 
 
+def test_a_step_that_fails_is_a_row_and_the_others_are_timed(monkeypatch):
+    def fails():
+        raise ValueError("out of resources")
+
+    contest = SimpleNamespace(contenders={"eager": fails, "fastroute": lambda: None}, check=fails)
+    monkeypatch.setattr(bench.networks, "contest", lambda *_, **__: contest)
+    monkeypatch.setattr(bench.cases, "COMPILE_MODES", {})
+    (_, measure), *_ = gpu_worker.peers(SimpleNamespace(device="cpu", warm=False))
+    differ, failed, timed = measure()
+    assert differ["error"] == failed["error"] == "ValueError: out of resources"
+    assert failed["contender"] == "eager" and timed["contender"] == "fastroute" and timed["ms"] >= 0
+
+
 def test_wrong_results_are_rows():
     tensors = gpu_measure.draw((2, 3, 4, 4), torch.float32, "contiguous", "cpu")
 
@@ -186,6 +200,14 @@ def test_wrong_results_are_rows():
 )
 def test_what_a_sanitizer_says_is_understood(output, status, error):
     assert gpu_worker.sanitizer_row(output, status).get("error") == error
+
+
+@pytest.mark.thorough
+def test_sanitizers_meet_clusters_that_take_several_samples():
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *gpu_worker.SANITIZED]
+    collected = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY).stdout.splitlines()
+    refills = [line for line in collected if "::test_a_cluster_refills_its_memory[" in line]
+    assert len(refills) == 4 and all("[card-" in line for line in refills)
 
 
 def test_the_quick_plan_is_short_and_one_process_measures_at_a_time():

@@ -97,7 +97,7 @@ def test_shares_are_of_the_least_copy(rows):
     assert line.split()[-3:] == ["150.0", "200.0", "0.75"]
 
 
-def test_tables(result):
+def test_tables(rows, result):
     text = write_gpu_tables.status(result)
     assert text.startswith(
         "A Card (sm_90): torch 2.11, Triton 3.6.0, CUDA 13.0, driver 580, Python 3.12, commit 0123abc"
@@ -107,7 +107,9 @@ def test_tables(result):
     text = write_gpu_tables.device(result)
     assert cells(text, "256×64×56×56 bfloat16 NCHW")[1:] == ["150", "200† (0.75)", "", "210", "300† (0.70)", ""]
     assert cells(text.split("\n\n")[1], "256×64×56×56 bfloat16 channels_last")[1:] == ["forward", "600", "190", "3.16"]
-    assert cells(write_gpu_tables.host(result), "native") == ["native", "38.2", ""]
+    assert cells(write_gpu_tables.host(result), "native") == ["native", "38.2", "12", "", "50"]
+    host = next(line for line in gpu_check.summary(rows, []).splitlines() if line.startswith("native "))
+    assert host.split()[1:] == ["38.2", "budget", "12"]
     text = write_gpu_tables.steps(result)
     assert cells(text, "`resnet20_cc2`, batch 128 | fastroute ")[2:] == ["24.00", "0.80", "10.00", "0.50"]
     assert cells(text, "`resnet20_cc2`, batch 128 | fastroute, compiled")[2:] == ["12.00", "0.80", "8.00", ""]

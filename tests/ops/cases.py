@@ -63,7 +63,7 @@ def differentiate(function, inputs, incoming=None):
     outputs = function(*leaves)
     if incoming is None:
         generator = torch.Generator().manual_seed(2)
-        incoming = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype) for out in outputs]
+        incoming = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out) for out in outputs]
     present = [leaf for leaf in leaves if leaf is not None]
     gradients = torch.autograd.grad(
         outputs,

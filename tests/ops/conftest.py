@@ -29,6 +29,22 @@ def take_python(monkeypatch):
 
 
 @pytest.fixture
+def refused(monkeypatch):
+    """A function that has the compiled way and Python's refuse a call, with one type of error and one message."""
+
+    def check(error, message, function, *args, **options):
+        with pytest.raises(error, match=message) as compiled:
+            function(*args, **options)
+        take_python(monkeypatch)
+        with pytest.raises(error, match=message) as python:
+            function(*args, **options)
+        assert python.type is compiled.type
+        assert str(python.value) == str(compiled.value)
+
+    return check
+
+
+@pytest.fixture
 def native_library():
     if reason := BACKENDS["native"].reason_against(torch.device("cpu"), torch.float32):
         pytest.skip(reason)

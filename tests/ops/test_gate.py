@@ -59,9 +59,13 @@ def test_absent_incoming_gradients(backend, used):
         torch.testing.assert_close(actual, expected)
 
 
-def test_bad_input():
-    w1, b1, w2, b2 = parameters(2, 2, 5)
-    with pytest.raises(ValueError, match=r"w1 has shape \(2, 16, 5\); it must have shape \(2, 16, 4\)"):
-        ops.gate(paths(2, (3, 4, 2, 2)), w1, b1, w2, b2)
-    with pytest.raises(TypeError, match="xs is a Tensor"):
-        ops.gate(torch.zeros(3, 5, 2, 2), w1, b1, w2, b2)
+@pytest.mark.parametrize(
+    ("error", "message", "xs"),
+    [
+        (ValueError, "xs has 0 paths; it must have 1 to 8", []),
+        (ValueError, r"w1 has shape \(2, 16, 5\); it must have shape \(2, 16, 4\)", [torch.zeros(3, 4, 2, 2)] * 2),
+        (TypeError, "xs is a Tensor", torch.zeros(3, 5, 2, 2)),
+    ],
+)
+def test_bad_input(refused, error, message, xs):
+    refused(error, message, ops.gate, xs, *parameters(2, 2, 5))

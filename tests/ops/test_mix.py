@@ -59,6 +59,10 @@ def test_gradcheck_and_opcheck(backend, size):
         (TypeError, "gates has dtype torch.float64", (2, 2), torch.float64),
     ],
 )
-def test_bad_input(error, message, size, dtype):
-    with pytest.raises(error, match=message):
-        ops.mix(paths(2, (4, 3, 2, 2)), torch.zeros(size, dtype=dtype))
+def test_bad_input(refused, error, message, size, dtype):
+    refused(error, message, ops.mix, paths(2, (4, 3, 2, 2)), torch.zeros(size, dtype=dtype))
+
+
+def test_no_paths_and_no_list(refused):
+    refused(ValueError, "xs has 0 paths", ops.mix, [], torch.zeros(2, 2))
+    refused(TypeError, "xs is a Tensor", ops.mix, torch.zeros(4, 3), torch.zeros(2, 2))

@@ -1,5 +1,7 @@
 """Compiled kernels from csrc: C++ for the CPU, CUDA for the GPU. `fastroute.ops._compiled` loads them."""
 
+import re
+
 import torch
 
 from fastroute.backends._cuda import reason_against_device
@@ -13,5 +15,29 @@ def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu":
         return _compiled.load_cpu()
     if device.type == "cuda":
-        return _compiled.load_cuda() or reason_against_device(device, MINIMUM_CAPABILITY)
+        return (
+            _compiled.load_cuda()
+            or reason_against_device(device, MINIMUM_CAPABILITY)
+            or _reason_against_architectures(device, _compiled.cuda_architectures())
+        )
     return f"there are no compiled kernels for {device.type}"
+
+
+def _reason_against_architectures(device: torch.device, architectures: tuple[str, ...]) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if any(_runs(architecture, capability) for architecture in architectures):
+        return None
+    major, minor = capability
+    return (
+        f"the CUDA kernels are compiled for {', '.join(architectures)}, and {device} is sm_{major}{minor}; rebuild "
+        f"them with `TORCH_CUDA_ARCH_LIST={major}.{minor} python setup.py build_ext --inplace`"
+    )
+
+
+def _runs(architecture: str, capability: tuple[int, int]) -> bool:
+    """Return whether a device runs such code: that of its major version up to its minor one, and any older PTX."""
+    kind, major, minor, own = re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", architecture).groups()
+    of = int(major), int(minor)
+    if own:  # with features of this one version
+        return of == capability
+    return of <= capability and (kind == "compute" or of[0] == capability[0])

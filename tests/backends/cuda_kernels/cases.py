@@ -52,7 +52,7 @@ ODD = [
 def cuda_sources(compiler: str) -> list[object]:
     """What a library compiled from csrc/cuda depends on."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    files = sorted([*CSRC.glob("*.h"), *(CSRC / "cuda").iterdir()])
+    files = sorted([*CSRC.glob("*.h"), *(path for path in (CSRC / "cuda").iterdir() if path.suffix != ".md")])
     return [*files, str(CSRC), str(TORCH), torch.__version__, version]
 
 

@@ -52,8 +52,9 @@ def compile_emulated(folder: Path) -> None:
     subprocess.run(["g++", *flags, unity, "-o", folder / "emulated.so", *libraries], check=True, timeout=1800)
 
 
-@pytest.fixture(scope="session")
-def emulated():
+@functools.cache
+def load_emulated():
+    """The emulated kernels, whose operators a process can define once."""
     if shutil.which("g++") is None:
         pytest.skip("the emulator needs g++")
     if reason := native.reason_against(torch.device("cpu"), torch.float32):
@@ -74,7 +75,7 @@ def emulated():
     entries = ctypes.CDLL(str(library))
     entries.emulator_cluster.restype, entries.emulator_holds_gate.restype = ctypes.c_int64, ctypes.c_bool
     entries.emulator_holds_gate.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
-    yield SimpleNamespace(
+    return SimpleNamespace(
         **operators,
         namespace=namespace,
         device="cpu",
@@ -83,6 +84,11 @@ def emulated():
         entries=entries,
         keep=schemas,
     )
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    return load_emulated()
 
 
 @pytest.fixture(scope="session")

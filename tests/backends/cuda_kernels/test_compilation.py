@@ -64,6 +64,8 @@ def test_compiles_without_spills(source, architecture):
         assert registers <= 255 and shared <= 48 * 1024, name
     if source == "cluster.cu" and architecture >= 90:
         check_cluster_loads(ptx)
+    if (source, architecture) == ("cluster.cu", 90) and "release 13.0" in nvcc_version():
+        check_page(reports)
     for name, body in re.findall(r"\.entry (\w*weighted_sums_kernel\w*)\((.*?)\n}", ptx, re.DOTALL):
         if "Li1E" not in name.partition("weighted_sums_kernel")[2][:24]:  # one element at a time
             assert set(re.findall(r"st\.global\.(v4)?", body)) == {"v4"}, name
@@ -81,6 +83,26 @@ def check_cluster_loads(ptx):
         if "cluster_backward" in name:
             vectors = 4 if "Li4E" in name else 8  # of X: of four steps with 2 paths, of one with 4 or 8
             assert len(re.findall(r"ld\.global\S*\.v4", body.partition("mbarrier.try_wait")[0])) >= vectors, name
+
+
+def nvcc_version():
+    return subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def check_page(reports):
+    """csrc/cuda/EXPECTED.md has the registers and spills of today, and no more blocks than they allow."""
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in (CSRC / "cuda/EXPECTED.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
+    today = {cells[0]: [int(cell.split()[-1]) for cell in cells[1:]] for cells in rows[2:4]}
+    kernels = ("forward_kernelIfLi2E", "forward_kernelIN3c108BFloat16ELi2E")
+    kernels += tuple(name.replace("forward", "backward") for name in kernels)
+    found = [next(report for report in reports if f"cluster_{kernel}" in report[0]) for kernel in kernels]
+    assert today == {"registers": [report[1] for report in found], "spills, bytes": [report[3] for report in found]}
+    predicted = rows[next(k for k, cells in enumerate(rows) if cells[0] == "paths") + 2 :]
+    assert max(int(cells[4]) for cells in predicted) == 65536 // (256 * max(today["registers"]))
 
 
 def test_library_loads_without_a_card():

@@ -14,6 +14,7 @@ from tests.backends.cuda_kernels.cases import (
     converted,
     force,
     grid,
+    label,
     make_case,
     tensors,
 )
@@ -66,10 +67,21 @@ SEVERAL = [(2, 2, (5, 16, 12, 12), 5, True), (3, 5, (5, 16, 12, 12), 5, True)]
 
 @grid(sizes=SEVERAL, cluster=(1, 2), dtype=DTYPES[:3], layout=LAYOUTS, relu=(False, True))
 def test_a_cluster_takes_several_samples_in_several_pieces(kernels, sizes, cluster, dtype, layout, relu):
+    check_several(kernels, sizes, cluster, dtype, layout, relu)
+
+
+def check_several(kernels, sizes, cluster, dtype, layout, relu):
     force(kernels, cluster)
     m, n, (samples, *rest), *gate = sizes
     samples = samples if kernels.device == "cpu" else 600
     check_cross_connect(kernels, make_case(m, n, (samples, *rest), *gate, dtype, layout), relu=relu)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=label)
+def test_a_cluster_refills_its_memory(kernels, dtype, relu):
+    """The same, in as few cases as compute-sanitizer can watch on a card (benchmarks/gpu_worker.py)."""
+    check_several(kernels, SEVERAL[0], 2, dtype, "contiguous", relu)
 
 
 @pytest.mark.parametrize("cluster", [TWO_PASSES, 2])
