@@ -423,6 +423,7 @@ void choose(const F& f, bool value, Rest... rest) {
 
 int64_t check_maps(const at::Tensor& x, at::TensorList others) {
   aligned_path(x);
+  TORCH_CHECK(x.is_cpu() && x.size(1) > 0, "maps must be on the CPU and have channels");
   for (const at::Tensor& other : others) {
     if (other.defined()) check_aligned(other, x);
   }
@@ -480,6 +481,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
     const at::Tensor& grad, const OptionalTensor& y_, const at::Tensor& x, const OptionalTensor& weight_,
     const at::Tensor& mean_, const at::Tensor& variance_, double eps, bool batch, bool residual) {
   const at::Tensor y = y_.value_or(at::Tensor());
+  TORCH_CHECK(grad.defined(), "the gradient is missing");
   const int64_t channels = check_maps(x, {grad, y});
   const auto type = accumulate_type(x.scalar_type());
   const at::Tensor weight = parameter(weight_, type, {channels}, x), mean = parameter(mean_, type, {channels}, x);

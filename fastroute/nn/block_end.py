@@ -136,12 +136,15 @@ def _serves(norm: nn.Module, x: Tensor, shortcut: Tensor | None, end: nn.Module 
         return False
     if end is not None and (type(end) not in (nn.ReLU, nn.Identity) or _is_observed(end)):
         return False
-    if x.dim() != 4 or x.dtype not in DTYPES or x.shape[1] != norm.num_features or x.numel() <= x.shape[1]:
+    if x.layout != torch.strided or x.dim() != 4 or x.dtype not in DTYPES:
+        return False
+    if x.shape[1] != norm.num_features or x.numel() <= x.shape[1]:
         return False
     parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     dtypes = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
-    if not all(p is None or (p.device == x.device and p.dtype in dtypes) for p in parameters):
-        return False
+    for p in parameters:
+        if p is not None and not (type(p) in (Tensor, nn.Parameter) and p.device == x.device and p.dtype in dtypes):
+            return False
     if (norm.running_mean is None) != (norm.running_var is None):
         return False
     if shortcut is not None and not (
