@@ -32,7 +32,13 @@ struct Lines {
   bool last;
   int64_t fold, width, lines, pixels, blocks;
 
-  explicit Lines(const at::Tensor& x) : g(x), last(g.channels_last || g.size == 1) {
+  // `maps` are of one shape and layout. Samples that follow one another in channels_last are one sample.
+  explicit Lines(at::TensorList maps) : g(maps[0]), last(g.channels_last || g.size == 1) {
+    const auto follows = [&](const at::Tensor& x) { return !x.defined() || x.stride(0) == g.elements(); };
+    if (last && g.batch > 1 && std::all_of(maps.begin(), maps.end(), follows)) {
+      g.size *= g.batch;
+      g.batch = 1;
+    }
     fold = last ? std::clamp<int64_t>(kWidth<T> / g.channels, 1, g.size) : 1;
     width = last ? fold * g.channels : kWidth<T>;
     lines = last ? 1 : g.channels;
@@ -317,7 +323,7 @@ void sum_gradients(
           const T *g = dy + s * grad.stride(0) + offset, *in = from + s * x.stride(0) + offset;
           const T* sign = kRelu ? mask + s * y.stride(0) + offset : nullptr;
           const auto add = [&](int64_t e, int64_t c, int64_t tail, std::array<P, 2>& to) {
-            const P d = masked<kRelu, T>(load(g + e, tail), sign + e, tail), p = load(in + e, tail);
+            const P d = masked<kRelu, T>(load(g + e, tail), kRelu ? sign + e : nullptr, tail), p = load(in + e, tail);
             const P m = load_parameters<T>(center.data() + c, tail);
             for (int h = 0; h < P::kParts; ++h) {
               to[0].part[h] = to[0].part[h] + d.part[h];
@@ -385,7 +391,7 @@ void apply_gradients(
 #pragma GCC unroll 4
                 for (int v = 0; v < V; ++v) {
                   const int64_t e = r * width + c + v * P::kSize;
-                  P p = masked<kRelu, T>(load(g + e, tail), sign + e, tail);
+                  P p = masked<kRelu, T>(load(g + e, tail), kRelu ? sign + e : nullptr, tail);
                   if constexpr (kResidual) store(p, to_residual + e, tail);
                   if constexpr (kBatch) {
                     const P q = load(in + e, tail);
@@ -423,7 +429,10 @@ void choose(const F& f, bool value, Rest... rest) {
 
 int64_t check_maps(const at::Tensor& x, at::TensorList others) {
   aligned_path(x);
-  TORCH_CHECK(x.is_cpu() && x.size(1) > 0, "maps must be on the CPU and have channels");
+  const auto sizes = x.sizes().slice(1);
+  TORCH_CHECK(
+      x.is_cpu() && std::find(sizes.begin(), sizes.end(), 0) == sizes.end(),
+      "maps must be on the CPU, and only the batch may be empty");
   for (const at::Tensor& other : others) {
     if (other.defined()) check_aligned(other, x);
   }
@@ -447,7 +456,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm(
   }
   dispatch(x.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
-    const Lines<T> lines(x);
+    const Lines<T> lines({x, residual});
     std::vector<double> means(channels), variances(channels);
     if (batch) {
       moments(x, lines, means.data(), variances.data());
@@ -491,7 +500,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
   at::Tensor grad_weight = at::empty({channels}, x.options().dtype(type)), grad_bias = at::empty_like(grad_weight);
   dispatch(x.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
-    const Lines<T> lines(x);
+    const Lines<T> lines({x, grad, y});
     const double count = static_cast<double>(lines.g.batch * lines.g.size);
     std::vector<double> of_grad(channels), of_product(channels);
     choose(

@@ -1,5 +1,5 @@
 // Batch normalisation with the addition and the ReLU behind it: schemas, checks and autograd. It serves the networks' blocks on a
-// CPU and has no other implementation: PyTorch's own layers compute the same (fastroute/nn/block_end.py).
+// CPU and has no other implementation: PyTorch's own layers compute the same (fastroute/nn/blocks.py).
 
 #include "ops/autograd.h"
 
@@ -35,25 +35,28 @@ const auto& backward_op() {
 struct Function : torch::autograd::Function<Function> {
   static constexpr bool is_traceable = true;
 
+  // Returns y alone, which has a derivative; the moments of the batch are passed out by `moments`.
   static variable_list forward(
       AutogradContext* ctx, const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
-      const OptionalTensor& bias, const OptionalTensor& mean, const OptionalTensor& variance, double eps, bool relu) {
+      const OptionalTensor& bias, const OptionalTensor& mean, const OptionalTensor& variance, double eps, bool relu,
+      Normalized* result) {
     at::AutoDispatchBelowAutograd below;
-    auto [y, batch_mean, batch_variance] = forward_op().call(x, residual, weight, bias, mean, variance, eps, relu);
+    *result = forward_op().call(x, residual, weight, bias, mean, variance, eps, relu);
+    const auto& [y, batch_mean, batch_variance] = *result;
     ctx->set_materialize_grads(false);
-    ctx->mark_non_differentiable({batch_mean, batch_variance});
     ctx->saved_data["eps"] = eps;
     ctx->saved_data["batch"] = !mean.has_value();
-    ctx->saved_data["relu"] = relu;
     ctx->saved_data["residual"] = residual.has_value();
     ctx->saved_data["bias"] = bias.has_value() ? static_cast<int64_t>(bias->scalar_type()) : int64_t{-1};
+    // Running statistics may be updated before the backward.
     ctx->save_for_backward(
-        {x, undefined_or(weight), mean.value_or(batch_mean), variance.value_or(batch_variance), relu ? y : at::Tensor()});
-    return {y, batch_mean, batch_variance};
+        {x, undefined_or(weight), mean ? mean->clone() : batch_mean, variance ? variance->clone() : batch_variance,
+         relu ? y : at::Tensor()});
+    return {y};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    constexpr size_t kArguments = 8;
+    constexpr size_t kArguments = 9;
     variable_list results(kArguments);
     if (!grads[0].defined()) return results;
     const variable_list saved = ctx->get_saved_variables();
@@ -63,10 +66,13 @@ struct Function : torch::autograd::Function<Function> {
     const bool batch = ctx->saved_data["batch"].toBool(), added = ctx->saved_data["residual"].toBool();
     const int64_t bias_type = ctx->saved_data["bias"].toInt();
     at::Tensor grad_weight, grad_bias;
-    if (at::GradMode::is_enabled()) {  // to be differentiated again: PyTorch's operators
+    if (at::GradMode::is_enabled() || grads[0]._fw_grad(0).defined()) {  // to be differentiated again: PyTorch's operators
+      const auto type = accumulate_type(x.scalar_type());
       const at::Tensor grad = y ? at::threshold_backward(grads[0], *y, 0) : grads[0];
+      const OptionalTensor w = weight ? OptionalTensor(weight->to(type)) : weight;
+      const at::Tensor m = mean.to(type), v = variance.to(type);
       std::tie(results[0], grad_weight, grad_bias) = at::native_batch_norm_backward(
-          grad, x, weight, mean, variance, mean, variance.add(eps).rsqrt(), batch, eps, {true, true, true});
+          grad, x, w, m, v, m, v.add(eps).rsqrt(), batch, eps, {true, true, true});
       if (added) results[1] = grad;
     } else {
       at::AutoDispatchBelowAutograd below;
@@ -86,8 +92,9 @@ struct Function : torch::autograd::Function<Function> {
 Normalized autograd(
     const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& mean, const OptionalTensor& variance, double eps, bool relu) {
-  variable_list results = Function::apply(x, residual, weight, bias, mean, variance, eps, relu);
-  return {results[0], results[1], results[2]};
+  Normalized result;
+  std::get<0>(result) = Function::apply(x, residual, weight, bias, mean, variance, eps, relu, &result)[0];
+  return result;
 }
 
 }  // namespace

@@ -116,14 +116,14 @@ def contest(
         if "eager" not in models:
             return
         # Rounding errors grow through the layers: two correct bfloat16 gradients differed by 0.18 of their norm, so
-        # gradients are compared in float32 only.
+        # gradients are compared in float32 only; those of resnet18_cc2 in plain PyTorch, compiled and not, by 0.014.
         half = dtype != torch.float32
         logits = {name: contenders[name]().detach().float() for name in models if name != "no routing"}
         for name in logits.keys() - {"eager"}:
             _assert_near(f"{name}: logits", logits[name], logits["eager"], 5e-2 if half else 1e-3)
             if training and not half:
                 ours, theirs = (torch.cat([p.grad.flatten() for p in models[n].parameters()]) for n in (name, "eager"))
-                _assert_near(f"{name}: gradients", ours, theirs, 1e-2)
+                _assert_near(f"{name}: gradients", ours, theirs, 3e-2)
 
     facts = {"routing_share": _routing_share(model, images, targets, autocast())} if training else {}
     return Contest(contenders, check, device, facts=facts)

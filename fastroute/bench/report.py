@@ -221,30 +221,77 @@ def _least(rows: Sequence[Row], cold: bool = False) -> str:
     return f"{compiled:.2f} times as fast as `torch.compile` and {eager:.1f} times as fast as eager"
 
 
-def page_result(page: Path) -> Path:
-    """Return the path of the result file from which a page's section on speed is generated.
+def steps_section(result: Result, name: str) -> str:
+    """Return the documentation's section on whole steps beside plain PyTorch's, both also compiled.
+
+    Args:
+        result: a result with the cases of `--steps`.
+        name: link to the result file.
+
+    Raises:
+        ValueError: the result has no such case.
+    """
+    groups: dict[tuple, dict[str, Row]] = {}
+    for row in result.rows:
+        if _compiled_ratio(row) is not None:
+            labels = row.labels
+            key = f"`{labels['network']}`, {labels['batch']}", f"{labels['dtype']}, {labels['layout']}"
+            groups.setdefault(key, {})["forward" if labels["direction"] == "forward" else "step"] = row
+    if not groups:
+        raise ValueError("the result has no step of a network, compiled: measure with --steps")
+    lines, ratios = [], {}
+    for key, rows in groups.items():
+        line = [*key]
+        for direction in ("step", "forward"):
+            row = rows.get(direction)
+            eager, compiled = (None, None) if row is None else (row.times_as_fast_as("eager"), _compiled_ratio(row))
+            line += [_ms(row and row.ms["fastroute compiled"]), _ratio(eager), _ratio(compiled)]
+            for column, ratio in ((f"eager, {direction}", eager), (f"compiled, {direction}", compiled)):
+                if ratio is not None:
+                    ratios.setdefault(column, []).append(ratio)
+        lines.append(line)
+    header = ["network, batch", "dtype, layout"]
+    header += [column for d in ("step", "forward") for column in (f"{d}: ms", "× eager", "× compiled")]
+    summary = "\n".join(
+        f"- {column}: {geometric_mean(found):.2f}, the least {min(found):.2f}"
+        for column, found in sorted(ratios.items())
+    )
+    versions = f"{result.machine['processor']} ({result.machine['capability']}, torch {result.versions['torch']})"
+    return (
+        f"On {result.machine['threads']} threads of {versions}, [all rows]({name}). The milliseconds are those of our\n"
+        "network, compiled. × eager is the time of plain PyTorch over ours, both eager; × compiled is the same, both\n"
+        f"compiled.\n\n{table(header, lines, words=2)}\n\nGeometric means:\n\n{summary}"
+    )
+
+
+SECTIONS = {"speed": speed_section, "steps": steps_section}
+"""Topic → the function that writes the section on it from a result and the link to its file."""
+
+
+def page_result(page: Path, topic: str = "speed") -> Path:
+    """Return the path of the result file from which a page's section on a topic of `SECTIONS` is generated.
 
     Raises:
         FileNotFoundError: there is no such page.
-        ValueError: it has no section on speed between the marker comments.
+        ValueError: it has no section on the topic between the marker comments.
     """
-    return page.parent / _section(page, "speed")["result"]
+    return page.parent / _section(page, topic)["result"]
 
 
-def rewrite_page(page: Path, result: Path) -> str:
-    """Return the text of a page with its section on speed regenerated from a result file.
+def rewrite_page(page: Path, result: Path, topic: str = "speed") -> str:
+    """Return the text of a page with its section on a topic of `SECTIONS` regenerated from a result file.
 
-    The section is between `<!-- speed: RESULT -->` and `<!-- end of speed -->`; RESULT is relative to the page.
+    The section is between `<!-- TOPIC: RESULT -->` and `<!-- end of TOPIC -->`; RESULT is relative to the page.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the page has no such section, or the result has no case for it.
     """
     name = link(page, result)
-    body = speed_section(Result.load(result), name)
+    body = SECTIONS[topic](Result.load(result), name)
     plots = (result.with_name(f"{result.stem}_{plot}.svg") for plot in ("share_of_copy", "steps", "memory"))
     images = [f"![{path.stem}]({Path(name).with_name(path.name).as_posix()})" for path in plots if path.is_file()]
-    return with_section(page, "speed", result, "\n\n".join([body, *images]))
+    return with_section(page, topic, result, "\n\n".join([body, *images]))
 
 
 def link(page: Path, file: Path) -> str:

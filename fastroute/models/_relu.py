@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fastroute.models._tracing import computing_modes, trace
+from fastroute.nn.blocks import SEQUENTIAL
 
 RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 
@@ -59,7 +60,7 @@ def _without_relu(module: nn.Module) -> nn.Module | None:
         return None
     if type(module) is nn.ReLU:
         return nn.Identity()
-    if type(module).forward is nn.Sequential.forward:
+    if type(module).forward in SEQUENTIAL:
         return _without_relu_of(module, list(module._modules)[-1]) if module._modules else None
     graph = _forward_graph(module)
     if graph is None:

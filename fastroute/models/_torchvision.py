@@ -11,7 +11,7 @@ with extra("train", "this network"):
 
 
 class BasicBlock(resnet.BasicBlock):
-    """torchvision's block, in which each normalisation is computed in one pass with what follows (`block_end`)."""
+    """torchvision's block; each normalisation is computed in one kernel with what follows (`block_end`)."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -26,7 +26,7 @@ class BasicBlock(resnet.BasicBlock):
 
 
 class Bottleneck(resnet.Bottleneck):
-    """torchvision's bottleneck, in which each normalisation is computed in one pass with what follows (`block_end`)."""
+    """torchvision's bottleneck; each normalisation is computed in one kernel with what follows (`block_end`)."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)

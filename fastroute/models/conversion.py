@@ -24,6 +24,7 @@ from fastroute.nn import (
     exact_convolutions,
     set_gate_norm,
 )
+from fastroute.nn.blocks import SEQUENTIAL
 from fastroute.ops._paths import MAX_PATHS
 
 INPUT = "input"
@@ -300,7 +301,7 @@ def _changes_of_resolution(model: nn.Module, input_size: Sequence[int]) -> list[
     """Return the last module at each resolution but the images' own behind which the network can be cut."""
     plain = {""}  # the network itself, and each nn.Sequential in a plain one
     for name, module in model.named_modules():
-        if type(module).forward is nn.Sequential.forward and name.rpartition(".")[0] in plain:
+        if type(module).forward in SEQUENTIAL and name.rpartition(".")[0] in plain:
             plain.add(name)
     graph, results = trace(model, plain)
     shapes, crossing = _shapes(model, graph, input_size), _crossing(graph)

@@ -1,7 +1,7 @@
 """Modules: routing layers, containers for parallel paths, and clustering losses."""
 
 from fastroute import backends  # noqa: F401 (registers the kernels)
-from fastroute.nn.block_end import FusedSequential, block_end, residual_sum
+from fastroute.nn.blocks import FusedSequential, block_end, residual_sum
 from fastroute.nn.containers import MultiPathNetwork, ParallelPaths
 from fastroute.nn.cross_connection import CrossConnection
 from fastroute.nn.cross_prediction import CrossPrediction2d, CrossPredictionLinear

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from fastroute.nn.block_end import block_end
+from fastroute.nn.blocks import block_end
 from fastroute.nn.router import Router, Routing
 from fastroute.ops import cross_predict, gate
 from fastroute.ops._paths import check_activation

@@ -1,7 +1,9 @@
 """The form of the operators in graphs that `torch.compile` traces."""
 
+import sys
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 FORMS = ("auto", "fused", "operator")
@@ -20,7 +22,8 @@ class compile_form:
     "operator": one node each, computed by the library's kernels. "fused": plain operations, forward and hand-derived
     backward (Eq. 3.10 to 3.15), which Inductor fuses with the layers around; other compilers keep the node. "auto", the
     default: what was measured to be faster for the device, the operator and the dtype. A named backend, as by
-    `use_backend`, asks for "operator" where the form is "auto". A compiled function is compiled anew at its next call
+    `use_backend`, asks for "operator" where the form is "auto". "fused" also leaves what `fastroute.nn.block_end` takes
+    together to the compiler. A compiled function is compiled anew at its next call
     after a change. `cross_predict`, whose time is that of its convolutions, is always one node, and `torch.export`
     always keeps the operators.
 
@@ -57,4 +60,11 @@ def fuses(operator: str, x: Tensor) -> bool:
 
 def keeps_cpu_kernels() -> bool:
     """Return whether compiled graphs keep what has compiled kernels for a CPU alone, in place of PyTorch's layers."""
-    return _cpu_kernels and _form != "fused"
+    return _cpu_kernels and _form != "fused" and not _is_freezing()
+
+
+@torch.compiler.assume_constant_result
+def _is_freezing() -> bool:
+    """Return whether Inductor folds weights, such as those of a normalisation into its convolution's."""
+    config = sys.modules.get("torch._inductor.config")
+    return bool(config and config.freezing)

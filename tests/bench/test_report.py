@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fastroute.bench import Result, report
+from fastroute.bench import Result, Row, report
 from fastroute.bench.plots import draw
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
@@ -102,8 +102,36 @@ def test_cold_calls_are_shown_beside_those_in_a_row(make_result):
     assert "6.0 times as fast as eager,\ncold 1.50 times as fast as `torch.compile` and 4.0 times as" in text
 
 
-def test_the_documentation_agrees_with_its_result():
-    assert report.rewrite_page(PAGE, report.page_result(PAGE)) == PAGE.read_text()
+def test_steps_section():
+    def row(direction, network="resnet20_cc2", **ms):
+        labels = {"network": network, "dtype": "float32", "layout": "contiguous", "batch": 64, "direction": direction}
+        return Row("networks", labels, ms)
+
+    machine = {"threads": 2, "processor": "A Processor", "capability": "AVX2"}
+    result = Result(machine, {"torch": "2.11"}, None, {})
+    with pytest.raises(ValueError, match="no step of a network"):
+        report.steps_section(result, "a.json")
+    step = {"fastroute": 10.0, "eager": 12.0, "compile": 9.0, "fastroute compiled": 6.0}
+    result.rows += [row("forward+backward+optimiser", **step), row("forward", **{**step, "compile": 12.0})]
+    result.rows += [row("forward", "base_cnn_cc2", **{**step, "eager": 5.0}), row("forward", "resnet20", fastroute=1.0)]
+    text = report.steps_section(result, "a.json")
+    assert "On 2 threads of A Processor (AVX2, torch 2.11), [all rows](a.json)." in text
+    assert cells(text, "`resnet20_cc2`, 64")[1:] == [
+        "float32, contiguous",
+        "6.000",
+        "1.20",
+        "1.50",
+        "6.000",
+        "1.20",
+        "2.00",
+    ]
+    assert cells(text, "`base_cnn_cc2`, 64")[2:] == ["", "", "", "6.000", "0.50", "1.50"]
+    assert "- compiled, forward: 1.73, the least 1.50\n" in text and "- eager, forward: 0.77, the least 0.50\n" in text
+
+
+@pytest.mark.parametrize("topic", report.SECTIONS)
+def test_the_documentation_agrees_with_its_result(topic):
+    assert report.rewrite_page(PAGE, report.page_result(PAGE, topic), topic) == PAGE.read_text()
 
 
 def test_figures_are_drawn_where_there_are_figures(tmp_path, make_result):

@@ -1,5 +1,4 @@
 import dataclasses
-import sys
 
 import pytest
 import torch
@@ -8,6 +7,7 @@ from fastroute import ops
 from fastroute.backends import native_serves_cpu
 from fastroute.bench import SUITES, all_cases, networks, operators, overhead, parallel, sparse
 from fastroute.bench.operators import OPERATORS, Problem
+from fastroute.nn import blocks
 
 CPU = torch.device("cpu")
 BACKEND = operators._serving(CPU, torch.float32)[0]
@@ -86,10 +86,10 @@ def test_networks_are_checked_and_timed(uncompiled):
 
 @pytest.mark.skipif(not native_serves_cpu(), reason="needs the compiled CPU kernels")
 def test_plain_networks_have_the_layers_of_pytorch_alone(monkeypatch):
-    calls, module = [], sys.modules["fastroute.nn.block_end"]
-    kernel = module._fused
-    monkeypatch.setattr(module, "_fused", lambda *args: calls.append(1) or kernel(*args))
-    contest = networks.contest({**LABELS, "direction": networks.FORWARD}, 10, 32, False, CPU)
+    calls, kernel = [], blocks._fused
+    monkeypatch.setattr(blocks, "_fused", lambda *args: calls.append(1) or kernel(*args))
+    labels = {**LABELS, "direction": networks.FORWARD, "layout": "channels_last"}
+    contest = networks.contest(labels, 10, 32, False, CPU)
     calls.clear()  # a network is built with two images
     contest.contenders["eager"]()
     assert not calls
@@ -116,7 +116,7 @@ def _other_logits(network):
 
 
 def _other_gradients(network):
-    network.stack1_router.w1.register_hook(lambda grad: 2 * grad)
+    network.stack1_router.w1.register_hook(lambda grad: 9 * grad)
 
 
 @pytest.mark.parametrize("wrong, what", [(_other_logits, "logits"), (_other_gradients, "gradients")])

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastroute.backends import BACKENDS
 from fastroute.data.loaders import Draws
-from fastroute.nn import GateClusteringLoss, SparseRouter
+from fastroute.nn import GateClusteringLoss, SparseRouter, blocks
 from fastroute.training import ImageDataModule, RoutingClassifier, fit
 from fastroute.training import classifier as classifiers
 from fastroute.training.capturable import CAPTURABLE
@@ -26,6 +26,8 @@ CLOCKS = {"seconds", "images_per_s", "data_wait"}
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=on_card)])
 def accelerator(request, monkeypatch):
     Recorder.made.clear()
+    # The recorder is a dispatch mode, under which blocks end in PyTorch's layers, as on a GPU; so do those of eager runs.
+    monkeypatch.setattr(blocks, "native_serves_cpu", lambda: False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     return request.param
 

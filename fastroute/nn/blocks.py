@@ -1,6 +1,7 @@
-"""The end of a convolution's block in one pass: batch normalisation, the addition of a shortcut, and a ReLU."""
+"""The end of a convolution's block in one kernel: batch normalisation, the addition of a shortcut, and a ReLU."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,16 @@ from fastroute.ops._compile_form import keeps_cpu_kernels
 from fastroute.ops._library import under_transform
 from fastroute.ops._paths import DTYPES
 
-# Bytes of a channel of one sample from which the kernel is faster than PyTorch's layers in the contiguous format. In
-# channels_last it always is (docs/benchmarks.md).
+# Bytes of a channel of one sample from which the kernel is faster in training than PyTorch's layers in the contiguous
+# format. In channels_last it always is (docs/benchmarks.md).
 LEAST_CHANNEL_BYTES = 1024
 
 
+FORWARD = nn.BatchNorm2d.forward
+
+
 class FusedSequential(nn.Sequential):
-    """A sequence of layers that computes each batch normalisation in one pass with the ReLU behind it.
+    """A sequence of layers that computes each batch normalisation in one kernel with the ReLU behind it.
 
     Outputs, gradients, running statistics and names in the state dict are those of `torch.nn.Sequential`. `block_end`
     says which layers are fused.
@@ -34,6 +38,10 @@ class FusedSequential(nn.Sequential):
         return _in_order(self, x) if _may_fuse(x) else super().forward(x)
 
 
+SEQUENTIAL = (nn.Sequential.forward, FusedSequential.forward)
+"""Forwards that compute a module's children one after the other."""
+
+
 def residual_sum(residual: nn.Sequential, x: Tensor, shortcut: nn.Module, end: nn.Module) -> Tensor:
     """Return end(residual(x) + shortcut(x)), computed as by `block_end` where the residual ends in a normalisation.
 
@@ -46,8 +54,8 @@ def residual_sum(residual: nn.Sequential, x: Tensor, shortcut: nn.Module, end: n
     Returns:
         (N, C', H', W').
     """
-    if _may_fuse(x) and not _is_observed(residual):
-        return _in_order(residual, x, shortcut(x), end)
+    if _may_fuse(x) and type(residual).forward in SEQUENTIAL and not _is_observed(residual):
+        return _in_order(residual, x, lambda: shortcut(x), end)
     return end(residual(x) + shortcut(x))
 
 
@@ -56,8 +64,9 @@ def block_end(norm: nn.Module, x: Tensor, shortcut: Tensor | None = None, end: n
 
     On a CPU, one kernel reads x for the statistics, and once more for all the rest; the backward reads the maps twice
     as well. It takes `torch.nn.BatchNorm2d`, a shortcut of x's shape and layout, and `torch.nn.ReLU`. x is in
-    channels_last, or contiguous with 1 KiB or more of each channel in a sample. In a graph of `torch.compile` it is one
-    node, unless `fastroute.compile_form("fused")` leaves the layers to the compiler. Everything else is computed by the
+    channels_last, or in training contiguous with 1 KiB or more of each channel in a sample. In a graph of
+    `torch.compile` it is one node in training, and in evaluation for half-precision maps, unless
+    `fastroute.compile_form("fused")` leaves the layers to the compiler. Everything else is computed by the
     modules themselves, one after the other: other devices and modules, modules with hooks, graphs that are traced or
     exported, torch.func's transforms, and whatever runs under another backend than the compiled kernels.
 
@@ -77,8 +86,13 @@ def block_end(norm: nn.Module, x: Tensor, shortcut: Tensor | None = None, end: n
     return y if end is None else end(y)
 
 
-def _in_order(layers: Iterable[nn.Module], x: Tensor, shortcut: Tensor | None = None, end: nn.Module | None = None):
-    """Return end(the layers' output + shortcut), or without these the layers' output."""
+def _in_order(
+    layers: Iterable[nn.Module],
+    x: Tensor,
+    shortcut: Callable[[], Tensor] | None = None,
+    end: nn.Module | None = None,
+) -> Tensor:
+    """Return end(the layers' output + shortcut()), or without these the layers' output."""
     remaining = list(layers)
     while remaining:
         layer = remaining.pop(0)
@@ -87,9 +101,13 @@ def _in_order(layers: Iterable[nn.Module], x: Tensor, shortcut: Tensor | None = 
         elif remaining:
             relu = remaining.pop(0) if type(remaining[0]) is nn.ReLU else None
             x = block_end(layer, x, None, relu)
+        elif shortcut is None:
+            return block_end(layer, x)
+        elif _may_fuse(x):
+            return block_end(layer, x, shortcut(), end)
         else:
-            return block_end(layer, x, shortcut, end)
-    return x if shortcut is None else end(x + shortcut)
+            x = layer(x)
+    return x if shortcut is None else end(x + shortcut())
 
 
 def _fused(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None, relu: bool) -> Tensor:
@@ -109,9 +127,21 @@ def _update(norm: nn.BatchNorm2d, count: int, mean: Tensor, variance: Tensor) ->
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:
             momentum = 1 / float(norm.num_batches_tracked)
-    if norm.running_mean is not None:
+    if norm.running_mean is None:
+        return
+    with _same_versions(norm.running_mean, norm.running_var):
         norm.running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
         norm.running_var.mul_(1 - momentum).add_(variance, alpha=momentum * count / (count - 1))
+
+
+def _same_versions(*tensors: Tensor):
+    """Return a context in which tensors change and keep their versions, as PyTorch's kernel changes the statistics.
+
+    Its backward holds them, though it does not read them, and would refuse to run after a call for other images.
+    """
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return torch.autograd._unsafe_preserve_version_counter(tensors)
 
 
 def _may_fuse(x: Tensor) -> bool:
@@ -127,11 +157,12 @@ def _may_fuse(x: Tensor) -> bool:
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and not _has_any_global_hook()
+        and nn.BatchNorm2d.forward is FORWARD
     )
 
 
 def _serves(norm: nn.Module, x: Tensor, shortcut: Tensor | None, end: nn.Module | None) -> bool:
-    """Return whether the kernel computes what these modules compute, and faster."""
+    """Return whether the kernel computes what these modules compute, and is faster."""
     if type(norm) is not nn.BatchNorm2d or _is_observed(norm):
         return False
     if end is not None and (type(end) not in (nn.ReLU, nn.Identity) or _is_observed(end)):
@@ -141,10 +172,12 @@ def _serves(norm: nn.Module, x: Tensor, shortcut: Tensor | None, end: nn.Module 
     if x.shape[1] != norm.num_features or x.numel() <= x.shape[1]:
         return False
     parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    dtypes = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
-    for p in parameters:
-        if p is not None and not (type(p) in (Tensor, nn.Parameter) and p.device == x.device and p.dtype in dtypes):
-            return False
+    given = [p for p in parameters if p is not None]
+    if not all(type(p) in (Tensor, nn.Parameter) and p.device == x.device for p in given):
+        return False
+    dtypes = {p.dtype for p in given}  # PyTorch refuses others
+    if dtypes not in ([set(), {x.dtype}] if x.dtype == torch.float64 else [set(), {x.dtype}, {torch.float32}]):
+        return False
     if (norm.running_mean is None) != (norm.running_var is None):
         return False
     if shortcut is not None and not (
@@ -155,17 +188,25 @@ def _serves(norm: nn.Module, x: Tensor, shortcut: Tensor | None, end: nn.Module 
         and shortcut.stride() == x.stride()
     ):
         return False
-    if x.is_contiguous(memory_format=torch.channels_last) or torch.compiler.is_compiling():
-        return True  # Inductor computes convolutions in channels_last
-    return x.is_contiguous() and x.shape[2] * x.shape[3] * x.itemsize >= LEAST_CHANNEL_BYTES
+    return _is_faster(norm, x)
+
+
+def _is_faster(norm: nn.BatchNorm2d, x: Tensor) -> bool:
+    """Return whether the kernel was measured to be faster than what computes the modules."""
+    if torch.compiler.is_compiling():  # Inductor normalises float32 in place in evaluation, which is as fast
+        return norm.training or x.dtype in (torch.bfloat16, torch.float16)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return True
+    return norm.training and x.is_contiguous() and x.shape[2] * x.shape[3] * x.itemsize >= LEAST_CHANNEL_BYTES
 
 
 def _is_observed(module: nn.Module) -> bool:
-    """Return whether a hook, or a forward set on the instance, may read or change the module's result."""
+    """Return whether a hook, a forward of the instance or a compiled call may read or change the module's result."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
     )

@@ -2,25 +2,24 @@
 
 import copy
 import itertools
-import sys
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad as fw
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper as wrap
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastroute
 from fastroute.backends import native_serves_cpu, use_backend
-from fastroute.nn import FusedSequential, block_end, residual_sum
+from fastroute.nn import FusedSequential, block_end, blocks, residual_sum
 from fastroute.testing import assert_as_good_as_eager
-
-MODULE = sys.modules["fastroute.nn.block_end"]
 
 pytestmark = pytest.mark.skipif(not native_serves_cpu(), reason="needs the compiled CPU kernels")
 
 # Channels that are fewer, as many as, and more than the elements of a register and of the columns summed together, and
-# pixels that fill no block, one block and several.
+# pixels that fill no block, one block and several; and samples of few pixels, which are joined.
 SHAPES = [
     (8, 16, 32, 32),
     (3, 5, 7, 9),
@@ -35,9 +34,9 @@ FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 
 
 @pytest.fixture(autouse=True)
-def every_size(monkeypatch):
-    """Use the kernel for small maps too, and fill what it leaves out with NaN."""
-    monkeypatch.setattr(MODULE, "LEAST_CHANNEL_BYTES", 0)
+def wherever_it_can(monkeypatch):
+    """Use the kernel also where it is slower, and fill what it leaves out with NaN."""
+    monkeypatch.setattr(blocks, "_is_faster", lambda norm, x: True)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -47,8 +46,8 @@ def every_size(monkeypatch):
 def calls(monkeypatch):
     """Count the calls of the kernel."""
     counted = []
-    kernel = MODULE._fused
-    monkeypatch.setattr(MODULE, "_fused", lambda *args: counted.append(args) or kernel(*args))
+    kernel = blocks._fused
+    monkeypatch.setattr(blocks, "_fused", lambda *args: counted.append(args) or kernel(*args))
     return counted
 
 
@@ -169,7 +168,7 @@ def test_samples_may_have_any_stride_between_them():
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-def test_non_finite_numbers_are_those_of_pytorch(layout):
+def test_numbers_are_non_finite_where_those_of_pytorch_are(layout):
     x = torch.randn(4, 16, 12, 12)
     x[0, 3, 1, 1], x[1, 5, 2, 2] = float("nan"), float("inf")
     x = x.contiguous(memory_format=FORMATS[layout])
@@ -189,8 +188,6 @@ def test_second_derivatives(training, end):
     torch.manual_seed(1)
     norm = norm_of(3).double().train(training)
     x, shortcut = torch.randn(2, 3, 4, 4).double(), torch.randn(2, 3, 4, 4).double()
-    if not training:
-        x += 0.1
 
     def function(x, shortcut, weight, bias):
         moments = (None, None) if training else (norm.running_mean, norm.running_var)
@@ -199,6 +196,54 @@ def test_second_derivatives(training, end):
     inputs = [t.detach().requires_grad_() for t in (x, shortcut, norm.weight, norm.bias)]
     torch.autograd.gradcheck(function, inputs)
     torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("of_maps", [True, False], ids=["parameters of the maps", "float32 parameters"])
+def test_second_derivatives_in_half_precision(dtype, of_maps):
+    found = []
+    for function in (block_end, modules):
+        torch.manual_seed(0)
+        norm = norm_of(16).to(dtype if of_maps else torch.float32)
+        x = torch.randn(4, 16, 6, 6).to(dtype).requires_grad_()
+        y = function(norm, x, None, nn.ReLU())
+        [grad] = torch.autograd.grad((y * torch.randn_like(y)).sum(), [x], create_graph=True)
+        found.append(torch.autograd.grad(grad.float().square().sum(), [x])[0])
+    torch.testing.assert_close(*found, rtol=0.1, atol=0.1)
+
+
+def test_a_tangent_of_the_gradient():
+    norm, x = norm_of(16).eval(), X.detach().requires_grad_()
+    found = []
+    for function in (block_end, modules):
+        y = function(norm, x, None, nn.ReLU())
+        with fw.dual_level():
+            [grad] = torch.autograd.grad(y, [x], fw.make_dual(torch.ones_like(y), torch.ones_like(y)))
+            found.append(fw.unpack_dual(grad).tangent)
+    torch.testing.assert_close(*found)
+
+
+def test_a_norm_that_is_called_several_times_before_the_backward(monkeypatch):
+    """As for images of two sizes, of which only one is served, or for evaluation and training."""
+    monkeypatch.undo()
+
+    def gradients(function):
+        torch.manual_seed(0)
+        norm, w = norm_of(16), torch.randn(16, 1, 1, requires_grad=True)
+        small, large = torch.randn(2, 16, 4, 4), torch.randn(2, 16, 24, 24)
+        weights = {x: torch.randn_like(x) for x in (small, large)}
+        loss = sum((weights[x] * function(norm, w * x, None, nn.ReLU())).sum() for x in (small, large, small, large))
+        return torch.autograd.grad(loss, [w, *norm.parameters()])
+
+    for ours, expected in zip(gradients(block_end), gradients(modules), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
+
+    norm, x = norm_of(16), X.detach().requires_grad_()
+    weights, scale = torch.randn_like(X), norm.weight / (norm.running_var + norm.eps).sqrt()
+    y = block_end(norm.eval(), x)
+    block_end(norm.train(), X)
+    [grad] = torch.autograd.grad((weights * y).sum(), [x])
+    torch.testing.assert_close(grad, weights * scale.detach().view(-1, 1, 1))
 
 
 def test_gradients_that_are_not_wanted():
@@ -241,7 +286,6 @@ def hooked(module):
         (norm_of(16), X, X.contiguous(), nn.ReLU()),
         (nn.GroupNorm(4, 16), X, X, nn.ReLU()),
         (norm_of(16).to("meta"), X.to("meta"), None, nn.ReLU()),
-        (norm_of(16), X[:, :, ::2], None, nn.ReLU()),
         (norm_of(16).eval(), X[:0], None, nn.ReLU()),
     ],
     ids=[
@@ -255,7 +299,6 @@ def hooked(module):
         "a shortcut of another layout",
         "another norm",
         "another device",
-        "another layout",
         "no samples",
     ],
 )
@@ -266,14 +309,44 @@ def test_everything_else_is_left_to_the_modules(norm, x, shortcut, end, calls):
         torch.testing.assert_close(ours, expected)
 
 
-def test_small_contiguous_maps_are_left_to_the_modules(monkeypatch, calls):
+@pytest.mark.parametrize(
+    ("size", "layout", "dtype", "training", "served"),
+    [
+        (16, "contiguous", torch.float32, True, True),
+        (16, "contiguous", torch.float32, False, False),
+        (14, "contiguous", torch.float32, True, False),
+        (16, "contiguous", torch.bfloat16, True, False),
+        (23, "contiguous", torch.bfloat16, True, True),
+        (4, "channels_last", torch.float32, True, True),
+        (4, "channels_last", torch.bfloat16, False, True),
+    ],
+)
+def test_where_it_is_faster(size, layout, dtype, training, served, monkeypatch):
     monkeypatch.undo()
-    calls.clear()
-    monkeypatch.setattr(MODULE, "_fused", lambda *args: calls.append(args) or args[1])
-    block_end(norm_of(16), torch.randn(2, 16, 14, 14))
-    assert not calls
-    block_end(norm_of(16), torch.randn(2, 16, 16, 16))
-    assert calls
+    served_with = []
+    monkeypatch.setattr(blocks, "_fused", lambda *args: served_with.append(args) or args[1])
+    x = torch.randn(2, 16, size, size).to(dtype).contiguous(memory_format=FORMATS[layout])
+    block_end(norm_of(16).train(training), x)
+    assert bool(served_with) == served
+
+
+@pytest.mark.parametrize(
+    ("dtype", "training", "nodes"),
+    [(torch.float32, True, 1), (torch.float32, False, 0), (torch.bfloat16, False, 1), (torch.float64, False, 0)],
+)
+def test_where_it_is_faster_in_a_compiled_graph(dtype, training, nodes, monkeypatch):
+    monkeypatch.undo()
+    graphs = []
+
+    def compiler(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    norm, x = norm_of(16).train(training), torch.randn(2, 16, 4, 4).to(dtype)
+    norm = norm.double() if dtype == torch.float64 else norm
+    torch.compile(lambda x: block_end(norm, x), backend=compiler, fullgraph=True)(x)
+    operator = torch.ops.fastroute_native.batch_norm.default
+    assert sum(node.target is operator for node in graphs[0].graph.nodes) == nodes
 
 
 def test_other_backends_transforms_modes_and_traces_are_left_to_the_modules(calls):
@@ -309,6 +382,9 @@ def test_float64_maps_of_float32_parameters_are_refused_by_the_modules():
 
 
 def test_private_calls_are_checked():
+    with pytest.raises(RuntimeError, match="only the batch may be empty"):
+        empty = torch.zeros(0).as_strided((2, 3, 0, 4), (0, 0, 4, 1))
+        torch.ops.fastroute_native.batch_norm(empty, None, None, None, None, None, 1e-5, True)
     call = torch.ops.fastroute_native.batch_norm
     ones = torch.ones(16)
     with pytest.raises(RuntimeError, match="together"):
@@ -352,6 +428,45 @@ def test_a_residual_block(observed, calls):
     assert (len(seen), len(calls)) == ((1, 0) if observed else (0, 2))
 
 
+class Scaled(nn.Sequential):
+    def forward(self, x):
+        return 0.1 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "residual",
+    [
+        Scaled(*sequence()),
+        nn.Sequential(nn.ReLU(inplace=True), *sequence()),
+        nn.Sequential(nn.Dropout(0.5), *sequence()),
+        nn.Sequential(*sequence(), nn.ReLU()),
+        nn.Conv2d(3, 16, 1),
+        wrap(nn.Sequential(*sequence())),
+    ],
+    ids=["another forward", "in-place", "random", "a ReLU at the end", "no sequence", "checkpointed"],
+)
+def test_residuals_of_any_kind(residual):
+    shortcut = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(3, 16, 1))
+    found = []
+    for function in (residual_sum, lambda residual, x, shortcut, end: end(residual(x) + shortcut(x))):
+        torch.manual_seed(0)
+        layers, x = copy.deepcopy(residual), torch.randn(4, 3, 12, 12, requires_grad=True)
+        y = function(layers, x.clone(), shortcut, nn.ReLU())
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *layers.parameters()])])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-2)
+
+
+def test_compiled_autograd():
+    network, x = FusedSequential(*sequence(), nn.ReLU()), torch.randn(4, 3, 12, 12)
+    loss = network(x).square().sum()
+    expected = torch.autograd.grad(loss, list(network.parameters()), retain_graph=True)
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda loss: loss.backward(), backend="eager")(loss)
+    for parameter, grad in zip(network.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
+
+
 @pytest.mark.parametrize(("form", "nodes"), [("auto", 2), ("fused", 0)])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_graphs(form, nodes, dynamic):
@@ -386,6 +501,15 @@ def test_compiled_by_inductor():
         y.backward(incoming)
     for ours, theirs in zip(network.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_inductor_folds_are_left_to_it(calls):
+    network, x = FusedSequential(*sequence(), nn.ReLU()).eval(), torch.randn(4, 3, 12, 12)
+    expected = network(x)
+    calls.clear()
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        torch.testing.assert_close(torch.compile(network)(x), expected, rtol=1e-4, atol=1e-4)
+    assert not calls
 
 
 def test_checkpointing_recomputes_the_same():
