@@ -470,8 +470,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm(
     for (int64_t c = 0; c < channels; ++c) {
       const double gain = weight.defined() ? static_cast<double>(data<A>(weight)[c]) : 1;
       center[c] = static_cast<A>(means[c]);
-      scale[c] = static_cast<A>(gain / std::sqrt(variances[c] + eps));
-      shift[c] = bias.defined() ? data<A>(bias)[c] : A(0);
+      const double factor = gain / std::sqrt(variances[c] + eps);
+      scale[c] = static_cast<A>(factor);
+      // With what rounding takes off the mean.
+      const double rest = (static_cast<double>(center[c]) - means[c]) * factor;
+      shift[c] = static_cast<A>((bias.defined() ? static_cast<double>(data<A>(bias)[c]) : 0) + rest);
     }
     choose(
         [&](auto rectifies, auto adds) {

@@ -26,7 +26,7 @@ CLOCKS = {"seconds", "images_per_s", "data_wait"}
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=on_card)])
 def accelerator(request, monkeypatch):
     Recorder.made.clear()
-    # The recorder is a dispatch mode, under which blocks end in PyTorch's layers, as on a GPU; so do those of eager runs.
+    # Under the recorder, a dispatch mode, blocks end in PyTorch's layers, as on a GPU; so do those of eager runs.
     monkeypatch.setattr(blocks, "native_serves_cpu", lambda: False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     return request.param
