@@ -3,7 +3,6 @@
 import sys
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 FORMS = ("auto", "fused", "operator")
@@ -63,8 +62,11 @@ def keeps_cpu_kernels() -> bool:
     return _cpu_kernels and _form != "fused" and not _is_freezing()
 
 
-@torch.compiler.assume_constant_result
 def _is_freezing() -> bool:
     """Return whether Inductor folds weights, such as those of a normalisation into its convolution's."""
     config = sys.modules.get("torch._inductor.config")
     return bool(config and config.freezing)
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler.
+_is_freezing._dynamo_marked_constant = True

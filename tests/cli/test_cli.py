@@ -157,6 +157,12 @@ def test_help_needs_no_torch_and_says_what_commands_do():
     assert "fastroute.mix" in python(code).stdout
 
 
+def test_import_does_not_import_compilers():
+    """They take seconds, and Triton must be told to interpret before it is imported."""
+    code = "import sys, fastroute; print({'torch._dynamo', 'torch._inductor', 'triton', 'sympy'} & set(sys.modules))"
+    assert python(code).stdout.strip() == "set()"
+
+
 def test_import_needs_torch_alone():
     unwanted = {"pytorch_lightning", "torchvision", "torchmetrics", "sklearn", "typer", "rich", "yaml", "PIL"}
     unwanted |= {"timm", "onnx", "safetensors"}
