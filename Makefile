@@ -57,8 +57,8 @@ OLDEST_TESTS := tests/backends tests/ops tests/nn --ignore=tests/backends/test_n
 test-oldest: oldest-libraries
 	$(TEST_OLDEST) $(OLDEST_TESTS) -m "$(ALL)"
 
-# What CI can afford: what `make test` has of them.
-# What the oldest Triton's compiler makes of one set of kernels is a part of it: its assembler is another one.
+# What CI can afford: what `make test` has of them, and one set of kernels compiled by the oldest Triton, whose assembler
+# is another one.
 test-oldest-fast: oldest-libraries
 	$(TEST_OLDEST) $(OLDEST_TESTS)
 	$(TEST_OLDEST) -n 0 tests/backends/test_triton_aot.py -m thorough -k "sm_90 and cases"

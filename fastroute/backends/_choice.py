@@ -86,6 +86,11 @@ def _set_override(backend: str | None) -> None:
         torch.ops.fastroute_native.name_backend(backend or "")
 
 
+def _named() -> str | None:
+    """Return the backend that the user names, by `use_backend` or the environment; None for none."""
+    return _override or os.environ.get("FASTROUTE_BACKEND")
+
+
 @cache
 def _choose(override: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
     if override:
@@ -107,18 +112,17 @@ def _choose(override: str | None, device: torch.device, dtype: torch.dtype) -> B
     raise AssertionError("the reference serves every device and dtype")
 
 
+_CPU = torch.device("cpu")
+
+
 def native_serves_cpu() -> bool:
     """Return whether the compiled kernels compute the operators on a CPU."""
-    named = _override or os.environ.get("FASTROUTE_BACKEND") or "native"
-    return named == "native" and native.reason_against(_CPU, torch.float32) is None
-
-
-_CPU = torch.device("cpu")
+    return (_named() or "native") == "native" and native.reason_against(_CPU, torch.float32) is None
 
 
 def _tell_compile_form() -> None:
     """Tell what is traced for `torch.compile`, which cannot ask the environment."""
-    _compile_form._backend_named = bool(_override or os.environ.get("FASTROUTE_BACKEND"))
+    _compile_form._backend_named = bool(_named())
     _compile_form._cpu_kernels = native_serves_cpu()
 
 
@@ -129,7 +133,7 @@ _NATIVE, _TRITON, _CLUSTERS = 1, 2, 4
 def _serving_flags(like: Tensor) -> int:
     """Return the flags of the backends that support a tensor; the compiled library chooses among them by size."""
     device, dtype = like.device, like.dtype
-    override = _override or os.environ.get("FASTROUTE_BACKEND")
+    override = _named()
     chosen = _choose(override, device, dtype).name
     if device.type != "cuda":
         return {"native": _NATIVE, "triton": _TRITON}.get(chosen, 0)
@@ -142,7 +146,7 @@ def _serve(name: str, prepare: Callable) -> Callable:
     def kernel(*args):
         args = prepare(*args)
         x = next((arg[0] for arg in args if isinstance(arg, list)), args[0])
-        backend = _choose(_override or os.environ.get("FASTROUTE_BACKEND"), x.device, x.dtype)
+        backend = _choose(_named(), x.device, x.dtype)
         function = getattr(backend.kernels(), name)
         with without_autocast(x.device.type):
             if backend.name == "triton" and not NOT_COMPILED and torch.ops.fastroute_native.recording_is_offered():

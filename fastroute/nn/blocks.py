@@ -14,10 +14,10 @@ from fastroute.ops._library import under_transform
 from fastroute.ops._paths import DTYPES
 
 # Bytes of a channel of one sample from which the kernel is faster in training than PyTorch's layers in the contiguous
-# format. In channels_last it always is (docs/benchmarks.md).
+# format. In channels_last it has no such bound.
 LEAST_CHANNEL_BYTES = 1024
 
-
+# A patched forward of the class is called.
 FORWARD = nn.BatchNorm2d.forward
 
 
@@ -48,7 +48,7 @@ def residual_sum(residual: nn.Sequential, x: Tensor, shortcut: nn.Module, end: n
     Args:
         residual: the layers of the residual.
         x: (N, C, H, W).
-        shortcut: gives the shape of the residual.
+        shortcut: called with x after the residual's layers; returns the shape of the residual.
         end: an activation.
 
     Returns:
@@ -192,7 +192,7 @@ def _serves(norm: nn.Module, x: Tensor, shortcut: Tensor | None, end: nn.Module 
 
 
 def _is_faster(norm: nn.BatchNorm2d, x: Tensor) -> bool:
-    """Return whether the kernel was measured to be faster than what computes the modules."""
+    """Return whether the kernel is faster than the modules, as steps of networks were measured to be."""
     if torch.compiler.is_compiling():  # Inductor normalises float32 in place in evaluation, which is as fast
         return norm.training or x.dtype in (torch.bfloat16, torch.float16)
     if x.is_contiguous(memory_format=torch.channels_last):

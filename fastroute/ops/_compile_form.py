@@ -21,10 +21,10 @@ class compile_form:
     "operator": one node each, computed by the library's kernels. "fused": plain operations, forward and hand-derived
     backward (Eq. 3.10 to 3.15), which Inductor fuses with the layers around; other compilers keep the node. "auto", the
     default: what was measured to be faster for the device, the operator and the dtype. A named backend, as by
-    `use_backend`, asks for "operator" where the form is "auto". "fused" also leaves what `fastroute.nn.block_end` takes
-    together to the compiler. A compiled function is compiled anew at its next call
-    after a change. `cross_predict`, whose time is that of its convolutions, is always one node, and `torch.export`
-    always keeps the operators.
+    `use_backend`, asks for "operator" where the form is "auto". "fused" also leaves to the compiler the layers
+    that `fastroute.nn.block_end` takes together. A compiled function is compiled anew at its next call after a change.
+    `cross_predict`, whose time is that of its convolutions, is always one node, and `torch.export` always keeps the
+    operators.
 
     Example:
         >>> with fastroute.compile_form("fused"):
