@@ -133,9 +133,27 @@ def test_a_change_of_form_is_compiled_anew():
     assert len(compiler.graphs) == 2
 
 
-def test_a_named_backend_keeps_the_operator_unless_the_form_is_named(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_cpu_fuses_cross_connect_in_float32_without_gradients(dtype, recorded):
+    router, xs, compiler = CrossConnection(8, 2, 2).eval(), [torch.randn(2, 8, 4, 4, dtype=dtype)] * 2, Compiler()
+    with torch.set_grad_enabled(recorded):
+        torch.compile(router, backend=compiler, fullgraph=True)(xs)
+    assert ("fastroute.cross_connect" in compiler.operators()) == (recorded or dtype == torch.bfloat16)
+
+
+def test_a_function_that_fuses_without_gradients_is_compiled_anew_with_them():
+    router, xs, compiler = CrossConnection(8, 2, 2).eval(), [torch.randn(2, 8, 4, 4)] * 2, Compiler()
+    compiled = torch.compile(router, backend=compiler, fullgraph=True)
+    for recorded in (False, True, False):
+        with torch.set_grad_enabled(recorded):
+            compiled(xs)
+    assert "fastroute.cross_connect" in compiler.operators()
+    assert len(compiler.graphs) == 2
+
+
+def test_a_named_backend_keeps_the_operator_unless_the_form_is_named():
     xs, router = [torch.randn(2, 8, 4, 4)] * 2, CrossConnection(8, 2, 2).eval()
-    monkeypatch.setattr(ops._compile_form, "MEASURED", {("cpu", "cross_connect", "torch.float32"): "fused"})
     for named, operators in ((None, set()), ("reference", {"fastroute.cross_connect"})):
         compiler = Compiler()
         torch._dynamo.reset()
