@@ -12,6 +12,7 @@ from benchmarks.gpu_rows import HOST_BUDGET
 from fastroute import bench as measuring
 from fastroute.bench.operators import FORWARD, FORWARD_BACKWARD
 from fastroute.ops import _library
+from tests.backends.cuda_kernels.emulation import reason_against_compiling
 
 SUITE = "overhead"
 
@@ -35,18 +36,20 @@ def test_overhead(case, race, request, device):
         check(case.labels["backend"], case.labels["direction"], ours, eager, device.type)
 
 
-def test_overhead_of_triton(request):
-    """Time the real launches on a stub driver, whose kernels never run."""
-    if importlib.util.find_spec("triton") is None:
+@pytest.mark.parametrize("backend", ["triton", "native"])
+def test_overhead_on_a_stub(backend, request):
+    """Time the real calls of a GPU backend with launches that run nothing."""
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    if _library.NOT_COMPILED:
-        pytest.skip(_library.NOT_COMPILED)
-    command = [sys.executable, "-m", "benchmarks.stub_driver"]
+    reason = reason_against_compiling() if backend == "native" else None
+    if reason := _library.NOT_COMPILED or reason:
+        pytest.skip(reason)
+    command = [sys.executable, "-m", "benchmarks.stub_driver", backend]
     root = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     print("".join(f"\n{direction}: {times}" for direction, times in found.items()))
     for direction, times in found.items():
         if not request.config.getoption("--no-budget"):
-            check("triton", direction, times[measuring.OURS], times["eager"])
+            check(backend, direction, times[measuring.OURS], times["eager"])

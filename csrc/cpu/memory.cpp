@@ -47,44 +47,85 @@ void* map_fresh(size_t size) {
   return reinterpret_cast<void*>(data);
 }
 
+// Keeps freed blocks: kKeptBytes of them, or what makes up, with the blocks in use, kSpare times the most bytes that were in use
+// lately. So a training step finds all its blocks among those of the step before, as maps of some sizes are in use while
+// others are not; and what is used no longer is given up, if slowly.
 class Pool {
  public:
   Block take(size_t size) {
+    std::vector<Block> evicted;
+    Block taken{nullptr, size};
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       for (auto block = free_.end(); block != free_.begin();) {  // the block freed last is most likely in cache
         if ((--block)->size != size) continue;
-        const Block taken = *block;
+        taken = *block;
         free_.erase(block);
         kept_ -= size;
-        return taken;
+        break;
       }
+      used_ += size;
+      if (++taken_ == kWindow) {
+        taken_ = 0;
+        most_before_ = std::exchange(most_, 0);
+      }
+      most_ = std::max(most_, used_);
+      evicted = evict();
     }
-    return {map_fresh(size), size};
+    unmap(evicted);
+    if (!taken.data) taken.data = map_fresh(size);
+    if (!taken.data) {  // the system has no memory: let go of what is kept
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        evicted = std::exchange(free_, {});
+        kept_ = 0;
+      }
+      unmap(evicted);
+      taken.data = map_fresh(size);
+    }
+    if (!taken.data) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      used_ -= size;
+    }
+    return taken;
   }
 
   void give(Block block) {
-    if (block.size > kKeptBytes) {
-      munmap(block.data, block.size);
-      return;
-    }
-    std::vector<Block> oldest;
+    std::vector<Block> evicted;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       free_.push_back(block);
       kept_ += block.size;
-      auto last = free_.begin();
-      for (; kept_ > kKeptBytes; ++last) kept_ -= last->size;
-      oldest.assign(free_.begin(), last);
-      free_.erase(free_.begin(), last);
+      used_ -= block.size;
+      evicted = evict();
     }
-    for (const Block& old : oldest) munmap(old.data, old.size);
+    unmap(evicted);
   }
 
  private:
+  // Takes out the blocks that were freed first, until what is kept is within its limit.
+  std::vector<Block> evict() {
+    const auto most = static_cast<size_t>(kSpare * static_cast<double>(std::max(most_, most_before_)));
+    const size_t limit = std::max(kKeptBytes, most - std::min(most, used_));
+    auto last = free_.begin();
+    for (; kept_ > limit; ++last) kept_ -= last->size;
+    std::vector<Block> evicted(free_.begin(), last);
+    free_.erase(free_.begin(), last);
+    return evicted;
+  }
+
+  static void unmap(const std::vector<Block>& blocks) {
+    for (const Block& block : blocks) munmap(block.data, block.size);
+  }
+
+  static constexpr double kSpare = 1.25;
+  static constexpr int64_t kWindow = 4096;  // "lately" is one to two times as many blocks, more than any step takes
+
   std::mutex mutex_;
   std::vector<Block> free_;  // in order of release
-  size_t kept_ = 0;
+  size_t kept_ = 0, used_ = 0;
+  size_t most_ = 0, most_before_ = 0;  // the most in use in this window, and in the one before
+  int64_t taken_ = 0;  // in this window
 };
 
 Pool& pool() {

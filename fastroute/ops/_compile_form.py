@@ -9,9 +9,11 @@ from torch import Tensor
 FORMS = ("auto", "fused", "operator")
 
 # (device type, operator, dtype, whether gradients are enabled) → the form that was measured to be faster in whole networks;
-# else "operator". Networks of docs/benchmarks.md, two layouts each, time of the operator form over that of the fused one:
-# 1.02 to 1.07 for those of 32×32 images, 1.00 for resnet18_cc2. The maps' last ReLU and their routing become one kernel.
-MEASURED: dict = {("cpu", "cross_connect", "torch.float32", False): "fused"}
+# else "operator". Networks of docs/benchmarks.md in two layouts, time of the operator form over that of the fused one:
+# 1.02 to 1.07 for cross-connection on 32×32 images, 1.00 for resnet18_cc2; 1.04 to 1.06 for cross-prediction with its gate.
+MEASURED: dict = {
+    ("cpu", operator, "torch.float32", False): "fused" for operator in ("cross_connect", "cross_predict", "gate")
+}
 
 _form = "auto"
 _backend_named = False
@@ -23,12 +25,12 @@ class compile_form:
 
     "operator": one node each, computed by the library's kernels. "fused": plain operations, forward and hand-derived
     backward (Eq. 3.10 to 3.15), which Inductor fuses with the layers around; other compilers keep the node. "auto", the
-    default: what was measured to be faster for the device, the operator, the dtype, and with or without gradients: the
-    fused form of `cross_connect` in float32 on a CPU without gradients, else the operator. A named backend, as by
+    default: what was measured to be faster: the fused form for `cross_connect`, `cross_predict` and `gate` in float32 on a
+    CPU where gradients are disabled, else the operator. A named backend, as by
     `use_backend`, asks for "operator" where the form is "auto". "fused" also leaves to the compiler the layers
     that `fastroute.nn.block_end` takes together. A compiled function is compiled anew at its next call after a change.
-    `cross_predict`, whose time is that of its convolutions, is always one node, and `torch.export` always keeps the
-    operators.
+    Where gradients are enabled, `cross_predict`, whose time is that of its convolutions, is always one node, and
+    `torch.export` always keeps the operators.
 
     Example:
         >>> with fastroute.compile_form("fused"):
@@ -54,7 +56,7 @@ class compile_form:
 
 def fuses(operator: str, x: Tensor) -> bool:
     """Return whether a compiled graph fuses the operator for tensors like x."""
-    if operator == "cross_predict":
+    if operator == "cross_predict" and torch.is_grad_enabled():
         return False
     if _form != "auto":
         return _form == "fused"

@@ -13,7 +13,7 @@ from torch._inductor.utils import run_and_get_code
 
 import fastroute
 from fastroute import ops
-from fastroute.nn import CrossConnection
+from fastroute.nn import CrossConnection, CrossPrediction2d
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -107,7 +107,23 @@ def tolerance(theirs):
     return {"rtol": 0, "atol": scale * (1e-5 if theirs.dtype == torch.float32 else 1e-2)}
 
 
-def test_cross_prediction_stays_an_operator():
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_cross_prediction_is_fused_where_there_are_no_gradients(dtype, layout):
+    compiler = Compiler()
+    with fastroute.compile_form("fused"), torch.no_grad():
+        compiled = torch.compile(cross_predict, backend=compiler, fullgraph=True, dynamic=True)
+        for batch in (7, 9):
+            xs, parameters = tensors(dtype, layout, batch)
+            parameters = [p.to(dtype) for p in parameters]
+            found, wanted = compiled(xs, *parameters), cross_predict(xs, *parameters)
+            for ours, theirs in zip(found, wanted, strict=True):
+                assert ours.dtype == theirs.dtype and ours.stride() == theirs.stride()
+                torch.testing.assert_close(ours, theirs, **tolerance(theirs))
+    assert not compiler.operators()
+
+
+def test_cross_prediction_stays_an_operator_with_gradients():
     compiler = Compiler()
     with fastroute.compile_form("fused"):
         results(torch.compile(cross_predict, backend=compiler, fullgraph=True), *tensors(torch.float32, "contiguous"))
@@ -133,13 +149,14 @@ def test_a_change_of_form_is_compiled_anew():
     assert len(compiler.graphs) == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("recorded", [False, True])
-def test_a_cpu_fuses_cross_connect_in_float32_without_gradients(dtype, recorded):
-    router, xs, compiler = CrossConnection(8, 2, 2).eval(), [torch.randn(2, 8, 4, 4, dtype=dtype)] * 2, Compiler()
+@pytest.mark.parametrize("router", [CrossConnection(8, 2, 2), CrossPrediction2d(8, 8, 2, 2, 3)], ids=["cc", "cp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("recorded", [False, True], ids=["without gradients", "with gradients"])
+def test_a_cpu_fuses_routers_in_float32_without_gradients(router, dtype, recorded):
+    compiler, xs = Compiler(), [torch.randn(2, 8, 4, 4, dtype=dtype)] * 2
     with torch.set_grad_enabled(recorded):
-        torch.compile(router, backend=compiler, fullgraph=True)(xs)
-    assert ("fastroute.cross_connect" in compiler.operators()) == (recorded or dtype == torch.bfloat16)
+        torch.compile(router.to(dtype).eval(), backend=compiler, fullgraph=True)(xs)
+    assert bool(compiler.operators()) == (recorded or dtype == torch.bfloat16)
 
 
 def test_a_function_that_fuses_without_gradients_is_compiled_anew_with_them():

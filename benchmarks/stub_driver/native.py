@@ -1,0 +1,42 @@
+"""The compiled CUDA kernels on a CPU, for CPU tensors, where a launch is counted and runs nothing.
+
+`environment()` is for a separate process, which then calls `install()`. What it measures is the host's part of a call but
+for CUDA's runtime, whose launches take about 2 µs each.
+"""
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+
+from tests.artefacts import artefact
+from tests.backends.cuda_kernels.emulation import compile_for_cpu, emulated_sources
+
+LIBRARY = "FASTROUTE_STUB_LIBRARY"
+
+
+def _compile(folder: Path) -> None:
+    compile_for_cpu(folder / "host.so", ("-O2", "-DNDEBUG"), cpu_tensors=True)
+
+
+def environment() -> dict[str, str]:
+    """Compile the library, or find it as compiled before, and return the environment of a process that uses it.
+
+    Raises:
+        subprocess.SubprocessError: the compiler fails.
+    """
+    library = artefact("host_of_cuda", [Path(__file__), *emulated_sources()], _compile) / "host.so"
+    variables = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "FASTROUTE_BACKEND")}
+    # No library serves this name, so the CPU's own kernels are not loaded.
+    return variables | {"FASTROUTE_CPU": "stub", LIBRARY: str(library)}
+
+
+def install() -> ctypes.CDLL:
+    """Make the CUDA kernels serve CPU tensors, without running; return the library, with `emulator_launches()`."""
+    library = os.environ[LIBRARY]
+    torch.ops.load_library(library)
+    entries = ctypes.CDLL(library)
+    entries.emulator_idle.argtypes, entries.emulator_launches.restype = (ctypes.c_bool,), ctypes.c_int64
+    entries.emulator_idle(True)
+    return entries
