@@ -8,6 +8,7 @@ import ctypes
 import os
 import subprocess
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -27,6 +28,11 @@ class Launch(ctypes.Structure):
     )
 
 
+def without_choices(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables without those that select a backend or Triton's interpreter."""
+    return {key: value for key, value in environment.items() if key not in ("TRITON_INTERPRET", "FASTROUTE_BACKEND")}
+
+
 def environment(folder: Path) -> dict[str, str]:
     """Build the stub in `folder`, and return the environment of a process that uses it.
 
@@ -37,11 +43,8 @@ def environment(folder: Path) -> dict[str, str]:
     compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
     flags = ["-O2", "-w", "-shared", "-fPIC", f"-Wl,-soname,{LIBRARY}"]
     subprocess.run([compiler, *flags, HERE / "libcuda.c", "-o", folder / LIBRARY], check=True)
-    variables = {
-        key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "FASTROUTE_BACKEND")
-    }
     paths = [str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return variables | {
+    return without_choices(os.environ) | {
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("LD_LIBRARY_PATH")))),
         "TRITON_LIBCUDA_PATH": str(folder),
         "PYTHONPATH": os.pathsep.join(paths),

@@ -2,8 +2,9 @@
 
     python -m benchmarks.stub_driver [triton|native] [rounds]
 
-The minimum over rounds, each of 100 consecutive calls. `fastroute` is the public operator, `kernel` the launches without
-checks and autograd, for Triton from Python, and `eager` plain PyTorch, whose time includes its computation on the CPU.
+The minimum over rounds, each of 100 consecutive calls. `fastroute` is the public operator, `kernel` the launches
+without checks and autograd, for Triton from Python, and `eager` plain PyTorch, whose time includes its computation on
+the CPU.
 `launches` are those of one call of the native kernels, which take no time here.
 """
 

@@ -1,7 +1,7 @@
 """The compiled CUDA kernels on a CPU, for CPU tensors, where a launch is counted and runs nothing.
 
-`environment()` is for a separate process, which then calls `install()`. What it measures is the host's part of a call but
-for CUDA's runtime, whose launches take about 2 µs each.
+`environment()` is for a separate process, which then calls `install()`. What it measures is the host's part of a call,
+but for the time of CUDA's runtime.
 """
 
 import ctypes
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import stub_driver
 from tests.artefacts import artefact
 from tests.backends.cuda_kernels.emulation import compile_for_cpu, emulated_sources
 
@@ -27,9 +28,8 @@ def environment() -> dict[str, str]:
         subprocess.SubprocessError: the compiler fails.
     """
     library = artefact("host_of_cuda", [Path(__file__), *emulated_sources()], _compile) / "host.so"
-    variables = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "FASTROUTE_BACKEND")}
     # No library serves this name, so the CPU's own kernels are not loaded.
-    return variables | {"FASTROUTE_CPU": "stub", LIBRARY: str(library)}
+    return stub_driver.without_choices(os.environ) | {"FASTROUTE_CPU": "stub", LIBRARY: str(library)}
 
 
 def install() -> ctypes.CDLL:

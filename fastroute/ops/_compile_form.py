@@ -8,9 +8,9 @@ from torch import Tensor
 
 FORMS = ("auto", "fused", "operator")
 
-# (device type, operator, dtype, whether gradients are enabled) → the form that was measured to be faster in whole networks;
-# else "operator". Networks of docs/benchmarks.md in two layouts, time of the operator form over that of the fused one:
-# 1.02 to 1.07 for cross-connection on 32×32 images, 1.00 for resnet18_cc2; 1.04 to 1.06 for cross-prediction with its gate.
+# (device type, operator, dtype, whether gradients are enabled) → the form that was measured to be faster in whole
+# networks; else "operator". In those of docs/benchmarks.md, in two layouts, the operator form took 1.02 to 1.07 times
+# as long for cross-connection on 32×32 images, 1.00 in resnet18_cc2, and 1.04 to 1.06 for cross-prediction and gate.
 MEASURED: dict = {
     ("cpu", operator, "torch.float32", False): "fused" for operator in ("cross_connect", "cross_predict", "gate")
 }
@@ -25,10 +25,10 @@ class compile_form:
 
     "operator": one node each, computed by the library's kernels. "fused": plain operations, forward and hand-derived
     backward (Eq. 3.10 to 3.15), which Inductor fuses with the layers around; other compilers keep the node. "auto", the
-    default: what was measured to be faster: the fused form for `cross_connect`, `cross_predict` and `gate` in float32 on a
-    CPU where gradients are disabled, else the operator. A named backend, as by
-    `use_backend`, asks for "operator" where the form is "auto". "fused" also leaves to the compiler the layers
-    that `fastroute.nn.block_end` takes together. A compiled function is compiled anew at its next call after a change.
+    default: what was measured to be faster: the fused form for `cross_connect`, `cross_predict` and `gate` in float32
+    on a CPU where gradients are disabled, else the operator. A named backend, as by `use_backend`, asks for "operator"
+    where the form is "auto". "fused" also leaves to the compiler the layers that `fastroute.nn.block_end` takes
+    together. A compiled function is compiled anew at its next call after a change.
     Where gradients are enabled, `cross_predict`, whose time is that of its convolutions, is always one node, and
     `torch.export` always keeps the operators.
 

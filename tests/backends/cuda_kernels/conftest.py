@@ -12,6 +12,7 @@ from tests.artefacts import artefact
 from tests.backends.cuda_kernels.cases import OPERATORS, PASSES, PLAN
 from tests.backends.cuda_kernels.emulation import CHECKED, compile_for_cpu, emulated_sources, reason_against_compiling
 
+
 def compile_checked(folder):
     compile_for_cpu(folder / "emulated.so", CHECKED)
 

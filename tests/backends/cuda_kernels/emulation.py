@@ -37,7 +37,7 @@ FOR_CPU_TENSORS = """
 #define TORCH_LIBRARY_IMPL(space, key, m) _TORCH_LIBRARY_IMPL(space, CPU, m, C10_UID)
 """
 
-# Kernels that tests run: misaligned accesses and those past an array's end trap, in operators of a namespace of their own.
+# Kernels that tests run, in a namespace of their own: misaligned accesses and those past an array's end trap.
 CHECKED = ("-O1", "-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error")
 CHECKED += ("-Dfastroute_native=fastroute_emulated",)
 
