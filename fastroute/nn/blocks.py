@@ -13,9 +13,9 @@ from fastroute.ops._compile_form import keeps_cpu_kernels
 from fastroute.ops._library import under_transform
 from fastroute.ops._paths import DTYPES
 
-# Bytes of a channel of one sample from which the kernel is faster in training than PyTorch's layers in the contiguous
-# format. In channels_last it has no such bound.
-LEAST_CHANNEL_BYTES = 1024
+# Bytes of a channel of one sample from which the kernel is faster than PyTorch's layers in the contiguous format. In
+# channels_last it has no such bound.
+LEAST_CHANNEL_BYTES = 128
 
 # A patched forward of the class is called.
 FORWARD = nn.BatchNorm2d.forward
@@ -197,7 +197,7 @@ def _is_faster(norm: nn.BatchNorm2d, x: Tensor) -> bool:
         return norm.training or x.dtype in (torch.bfloat16, torch.float16)
     if x.is_contiguous(memory_format=torch.channels_last):
         return True
-    return norm.training and x.is_contiguous() and x.shape[2] * x.shape[3] * x.itemsize >= LEAST_CHANNEL_BYTES
+    return x.is_contiguous() and x.shape[2] * x.shape[3] * x.itemsize >= LEAST_CHANNEL_BYTES
 
 
 def _is_observed(module: nn.Module) -> bool:

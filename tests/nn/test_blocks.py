@@ -312,11 +312,11 @@ def test_everything_else_is_left_to_the_modules(norm, x, shortcut, end, calls):
 @pytest.mark.parametrize(
     ("size", "layout", "dtype", "training", "served"),
     [
-        (16, "contiguous", torch.float32, True, True),
-        (16, "contiguous", torch.float32, False, False),
-        (14, "contiguous", torch.float32, True, False),
-        (16, "contiguous", torch.bfloat16, True, False),
-        (23, "contiguous", torch.bfloat16, True, True),
+        (6, "contiguous", torch.float32, True, True),
+        (6, "contiguous", torch.float32, False, True),
+        (5, "contiguous", torch.float32, True, False),
+        (7, "contiguous", torch.bfloat16, False, False),
+        (8, "contiguous", torch.bfloat16, True, True),
         (4, "channels_last", torch.float32, True, True),
         (4, "channels_last", torch.bfloat16, False, True),
     ],
