@@ -39,10 +39,9 @@ def test_overhead(case, race, request, device):
 @pytest.mark.parametrize("backend", ["triton", "native"])
 def test_overhead_on_a_stub(backend, request):
     """Time the real calls of a GPU backend with launches that run nothing."""
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    reason = reason_against_compiling() if backend == "native" else None
-    if reason := _library.NOT_COMPILED or reason:
+    no_triton = None if importlib.util.find_spec("triton") else "Triton is not installed"
+    missing = {"triton": no_triton, "native": reason_against_compiling()}[backend]
+    if reason := _library.NOT_COMPILED or missing:
         pytest.skip(reason)
     command = [sys.executable, "-m", "benchmarks.stub_driver", backend]
     root = Path(__file__).parents[1]

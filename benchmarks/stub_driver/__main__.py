@@ -4,8 +4,7 @@
 
 The minimum over rounds, each of 100 consecutive calls. `fastroute` is the public operator, `kernel` the launches
 without checks and autograd, for Triton from Python, and `eager` plain PyTorch, whose time includes its computation on
-the CPU.
-`launches` are those of one call of the native kernels, which take no time here.
+the CPU. `launches` is the number of native kernels that one call launches; a launch takes no time here.
 """
 
 import argparse

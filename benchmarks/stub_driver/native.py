@@ -1,7 +1,7 @@
-"""The compiled CUDA kernels on a CPU, for CPU tensors, where a launch is counted and runs nothing.
+"""The compiled CUDA kernels for CPU tensors: a launch is counted, and nothing runs.
 
-`environment()` is for a separate process, which then calls `install()`. What it measures is the host's part of a call,
-but for the time of CUDA's runtime.
+`environment()` is for a separate process, which then calls `install()`. The time of a call there is that of the host
+without CUDA's runtime and driver.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ def environment() -> dict[str, str]:
         subprocess.SubprocessError: the compiler fails.
     """
     library = artefact("host_of_cuda", [Path(__file__), *emulated_sources()], _compile) / "host.so"
-    # No library serves this name, so the CPU's own kernels are not loaded.
+    # No instruction set has this name, so the kernels of the CPU are not loaded.
     return stub_driver.without_choices(os.environ) | {"FASTROUTE_CPU": "stub", LIBRARY: str(library)}
 
 

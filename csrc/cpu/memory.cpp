@@ -47,9 +47,9 @@ void* map_fresh(size_t size) {
   return reinterpret_cast<void*>(data);
 }
 
-// Keeps freed blocks: kKeptBytes of them, or what makes up, with the blocks in use, kSpare times the most bytes that were in use
-// lately. So a training step finds all its blocks among those of the step before, as maps of some sizes are in use while
-// others are not; and what is used no longer is given up, if slowly.
+// Keeps freed blocks for the next block of the same size, and unmaps the oldest beyond a limit. The limit is kKeptBytes, or more
+// while kept and used bytes together are at most kSpare times the most that was used lately: a training step then finds all
+// blocks of the step before. The spare is needed because maps of different sizes are in use at different times of a step.
 class Pool {
  public:
   Block take(size_t size) {

@@ -9,8 +9,8 @@
 namespace fastroute {
 
 // Same as x.new_empty_strided. Freed blocks of 128 KiB and more are kept for the next tensor of the same size: the system takes
-// longer to map and clear fresh memory than routing takes to fill it, and glibc returns freed memory to the system. Up to
-// kKeptBytes are kept, or as much as makes up, with what is in use, 1.25 times the most that was in use lately.
+// longer to map and clear fresh memory than routing takes to fill it, and glibc returns freed memory to the system. At
+// most kKeptBytes are kept, or more while kept and used bytes together are at most 1.25 times the most that was used lately.
 at::Tensor allocate(const at::Tensor& x, at::IntArrayRef sizes, at::IntArrayRef strides);
 
 // Same as empty_paths, from the same pool.

@@ -28,9 +28,8 @@ class compile_form:
     default: what was measured to be faster: the fused form for `cross_connect`, `cross_predict` and `gate` in float32
     on a CPU where gradients are disabled, else the operator. A named backend, as by `use_backend`, asks for "operator"
     where the form is "auto". "fused" also leaves to the compiler the layers that `fastroute.nn.block_end` takes
-    together. A compiled function is compiled anew at its next call after a change.
-    Where gradients are enabled, `cross_predict`, whose time is that of its convolutions, is always one node, and
-    `torch.export` always keeps the operators.
+    together. Where gradients are enabled, `cross_predict`, whose time is that of its convolutions, is always one node.
+    `torch.export` always keeps the operators. A compiled function is compiled anew at its next call after a change.
 
     Example:
         >>> with fastroute.compile_form("fused"):
