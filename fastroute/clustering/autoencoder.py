@@ -123,7 +123,8 @@ class Autoencoder(FeatureClustering):
     - "denoising-ae" (Vincent et al. 2010): a quarter of the values that the encoder sees are 0.
     - "vae" (Kingma & Welling 2014): the code is a sample of N(μ, σ²), and KL(N(μ, σ²) ‖ N(0, 1)) is added; k-means is
       of μ. The pixels are Gaussian, as the paper has it for real values: by the cross-entropy of grey ones, which is
-      never near 0, the code of the digits told nothing for the first 20 epochs.
+      never near 0, the code of the digits told nothing for the first 20 epochs. The divergence may warm up (Sønderby et
+      al. 2016): in full from the beginning, it silenced the code for good in some runs.
 
     Args:
         architecture: as `clustering_network` takes it; the code follows its layers.
@@ -133,12 +134,14 @@ class Autoencoder(FeatureClustering):
         code: dimensions of the code; None is 10, and `SPARSE` of "sparse-ae".
         batch_norm: whether batch norm follows each convolution.
         lr: the learning rate of Adam.
+        warm_up: the epochs in which the weight of the divergence of "vae" grows from 0 to 1, in equal steps; 0 is none.
         seed: of k-means.
 
     Raises:
-        ValueError: the variant or architecture is unknown, or `lr` is not positive.
+        ValueError: the variant or architecture is unknown, `lr` is not positive, or `warm_up` is negative.
     """
 
+    SCHEDULE = ("warm_up",)
     SPARSE, RHO, BETA = 128, 0.05, 3.0
     NOISE = 0.25
 
@@ -152,14 +155,17 @@ class Autoencoder(FeatureClustering):
         code: int | None = None,
         batch_norm: bool = True,
         lr: float = 1e-3,
+        warm_up: int = 0,
         seed: int = 0,
     ):
         if variant not in get_args(Variant):
             raise ValueError(f"variant is {variant!r}; it must be one of {', '.join(get_args(Variant))}")
         check_positive(lr=lr)
+        if warm_up < 0:
+            raise ValueError(f"warm_up is {warm_up}; it must be at least 0")
         code = code or (self.SPARSE if variant == "sparse-ae" else 10)
         super().__init__(num_clusters, code, seed)
-        self.variant, self.lr = variant, lr
+        self.variant, self.lr, self.warm_up = variant, lr, warm_up
         outputs = 2 * code if variant == "vae" else code
         self.encoder, self.decoder = autoencoder(architecture, shape, code, outputs, batch_norm)
         if variant == "vae":  # as in the paper: the divergence is small at first, and does not silence the layer before
@@ -168,6 +174,10 @@ class Autoencoder(FeatureClustering):
 
     def configure_optimizers(self):
         return torch.optim.Adam([*self.encoder.parameters(), *self.decoder.parameters()], lr=self.lr)
+
+    def divergence_weight(self) -> float:
+        """Return the weight of the divergence of "vae" in the epoch."""
+        return min(1.0, self.current_epoch / self.warm_up) if self.warm_up else 1.0
 
     def features(self, images: Tensor) -> Tensor:
         """Return the codes (N, D) of images (N, C, H, W)."""
@@ -183,7 +193,8 @@ class Autoencoder(FeatureClustering):
         if self.variant == "vae":
             mean, log_variance = self.encoder(seen).float().chunk(2, 1)
             noise = torch.randn(mean.shape).to(mean.device)
-            code, penalty = mean + noise * (log_variance / 2).exp(), gaussian_divergence(mean, log_variance)
+            code = mean + noise * (log_variance / 2).exp()
+            penalty = self.divergence_weight() * gaussian_divergence(mean, log_variance)
         else:
             code = self.features(seen)
         if self.variant == "sparse-ae":
@@ -204,6 +215,7 @@ def build(setting: "Setting") -> Autoencoder:
         run.clusters,
         variant=run.method,
         batch_norm=run.batch_norm,
+        warm_up=setting.epochs // 3,
         seed=setting.seed,
     )
     return setting.laid_out(module)

@@ -14,39 +14,50 @@ from fastroute.ops._library import without_autocast
 if TYPE_CHECKING:
     from fastroute.clustering.build import Setting
 
-UPPER, LOWER, LAST = (0.95, -1.0), (0.455, 0.1), 0.45
-"""The thresholds u(λ) = 0.95 − λ and l(λ) = 0.455 + 0.1 λ of the paper, and the λ at which they meet."""
+FIRST, LAST = 0.9, 0.5
+"""The thresholds with which a run begins and, after all epochs, ends."""
 
 
-def pair_loss(similar: Tensor, augmented: Tensor, upper: float, lower: float) -> Tensor:
-    """Return the cross-entropy of the pairs that are clearly of one cluster, or clearly of two (DAC's Eq. 6).
+def pair_loss(similar: Tensor, augmented: Tensor, threshold: float) -> Tensor:
+    """Return the mean squared error of similarities, where pairs above a threshold are to have 1, and others 0.
 
     Args:
-        similar: cosine similarities (N, N) of images, which tell the pairs: those above `upper` are of one cluster,
-            those of at most `lower` of two, and the others do not count. They are held constant.
+        similar: cosine similarities (N, N) of images, which tell the pairs. They are held constant.
         augmented: those of the augmented images, from 0 to 1.
-        upper, lower: u(λ) and l(λ).
+        threshold: above it, a pair is of one cluster.
 
     Returns:
-        (), the mean over the pairs that count.
+        ().
     """
-    same = similar > upper
-    counts = same | (similar <= lower)
-    g = augmented.clamp(1e-6, 1 - 1e-6)
-    loss = torch.where(same, -g.log(), -(1 - g).log())
-    return (loss * counts).sum() / counts.sum().clamp(min=1)
+    return F.mse_loss(augmented, (similar > threshold).to(augmented.dtype))
+
+
+def label_layers(num_clusters: int) -> nn.Sequential:
+    """Return the layers from scores (N, K) to label features before their normalisation, both (N, K).
+
+    Batch norm and a ReLU spread the scores over a batch: without them all pairs are similar at first, and one cluster
+    takes all images. Two dense layers follow, each the identity at first, with batch norm and a ReLU of their own.
+    """
+    layers: list[nn.Module] = [nn.BatchNorm1d(num_clusters), nn.ReLU()]
+    for _ in range(2):
+        dense = nn.Linear(num_clusters, num_clusters)
+        nn.init.eye_(dense.weight)
+        nn.init.zeros_(dense.bias)
+        layers += [dense, nn.BatchNorm1d(num_clusters), nn.ReLU()]
+    return nn.Sequential(*layers)
 
 
 class DAC(ClusteringModule):
     """Cluster images by deciding, ever less strictly, which pairs of a batch are of one cluster.
 
-    The label features l are non-negative and of length 1: exp(a) / ‖exp(a)‖ of the scores a. Batch norm and a ReLU
-    spread the scores over a batch, as in the authors' program; without that all pairs are similar at first, and one
-    cluster takes all images. The dot products of l decide the pairs, and those of the augmented images learn them. λ
-    grows in equal steps from 0, at which few pairs count, to the value at which all do, in the last epoch.
+    The label features l are non-negative and of length 1: exp(a) / ‖exp(a)‖ of the scores a after `label_layers`. The
+    dot products of l tell the pairs, and those of the augmented images learn them.
 
-    For a validation, batch norm takes the statistics of all images by the weights of then, as the authors' has those of
-    the batch in prediction. RMSProp's decay is theirs, 0.9: by PyTorch's, 0.99, sudden gradients move the weights far.
+    It follows the program of the authors for MNIST. Its one threshold falls in equal steps from 0.9 to 0.5, and
+    all pairs count, by squared error; the paper has cross-entropy, and two thresholds with pairs between them that do
+    not count. RMSProp's decay is the program's, 0.9: by PyTorch's, 0.99, sudden gradients move the weights far. For a
+    validation, batch norm takes the statistics of all images by the weights of then, where the program has those of the
+    batch.
 
     Args:
         network: from images to (N, K).
@@ -59,7 +70,7 @@ class DAC(ClusteringModule):
         ValueError: an argument is out of range.
     """
 
-    SCHEDULE = ("schedule_epochs",)  # all pairs count in the epochs that a longer run adds
+    SCHEDULE = ("schedule_epochs",)  # the threshold stays at the last in the epochs that a longer run adds
 
     def __init__(
         self,
@@ -72,24 +83,23 @@ class DAC(ClusteringModule):
     ):
         super().__init__(num_clusters)
         check_positive(epochs=epochs, lr=lr)
-        self.network, self.norm = network, nn.Sequential(nn.BatchNorm1d(num_clusters), nn.ReLU())
+        self.network, self.norm = network, label_layers(num_clusters)
         self.schedule_epochs, self.lr = epochs, lr
         self.augment = augmentation or Augmentation()
 
     def configure_optimizers(self):
         return torch.optim.RMSprop(self.parameters(), lr=self.lr, alpha=0.9)
 
-    def thresholds(self) -> tuple[float, float]:
-        """Return u(λ) and l(λ) of the epoch."""
-        share = min(1.0, self.current_epoch / max(1, self.schedule_epochs - 1))
-        return tuple(at + by * LAST * share for at, by in (UPPER, LOWER))
+    def threshold(self) -> float:
+        """Return the threshold of the epoch."""
+        return FIRST + (LAST - FIRST) * min(1.0, self.current_epoch / self.schedule_epochs)
 
     def step(self, images: Tensor, index: Tensor | None) -> Tensor:
         with torch.no_grad():
             labels = self.label_features(images)
         augmented = self.label_features(self.augment(images))
-        with without_autocast(images.device.type):  # in bfloat16, similarities of almost 1 round to 1
-            return pair_loss(labels @ labels.T, augmented @ augmented.T, *self.thresholds())
+        with without_autocast(images.device.type):  # in bfloat16, a similarity has two or three digits
+            return pair_loss(labels @ labels.T, augmented @ augmented.T, self.threshold())
 
     def on_validation_epoch_start(self) -> None:
         with self.trainer.precision_plugin.forward_context():
@@ -101,11 +111,13 @@ class DAC(ClusteringModule):
 
     def responses(self, images: Tensor) -> Tensor:
         """Return scores (N, K) of images (N, C, H, W)."""
-        return self.norm(self.network(images).float())
+        scores = self.network(images).float()
+        with without_autocast(images.device.type):
+            return self.norm(scores)
 
 
 def build(setting: "Setting") -> DAC:
-    """Build the module of a run of DAC; λ grows until self-labelling begins."""
+    """Build the module of a run of DAC; the threshold falls until self-labelling begins."""
     run = setting.run
     return DAC(
         setting.network(run.clusters), run.clusters, epochs=setting.method_epochs, augmentation=setting.augmentation

@@ -62,7 +62,7 @@ class IIC(ClusteringModule):
         return torch.optim.Adam(self.network.parameters(), lr=self.lr)
 
     def step(self, images: Tensor, index: Tensor | None) -> Tensor:
-        return iic_loss(self(images).float(), self(self.augment(images)).float())
+        return iic_loss(self(images), self(self.augment(images)))
 
     def responses(self, images: Tensor) -> Tensor:
         """Return scores (N, K) of images (N, C, H, W)."""

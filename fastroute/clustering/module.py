@@ -64,7 +64,7 @@ class ClusteringModule(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return posteriors (N, K) of images (N, C, H, W)."""
-        return torch.softmax(self.responses(images), -1)
+        return torch.softmax(self.responses(images).float(), -1)  # scores of autocast are in bfloat16
 
     def step(self, images: Tensor, index: Tensor | None) -> Tensor | None:
         """Return the loss of a batch; a method that steps its own optimisers returns None.

@@ -4,6 +4,7 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 from torch.nn import functional as F
 
 from fastroute.clustering.autoencoder import Autoencoder, autoencoder, gaussian_divergence, gaussian_loss, sparsity
+from fastroute.clustering.build import ClusteringRun, build
 
 
 @pytest.mark.parametrize("architecture", ["C4 M C8 F6", "M C3 M", "C4 C4", "F6", "M F6", "mnist"])
@@ -67,11 +68,33 @@ def test_the_loss_of_each_variant(variant):
     torch.testing.assert_close(loss, expected, rtol=2e-5, atol=0)
 
 
+def test_the_divergence_warms_up():
+    """In equal steps from none; all else of the loss stays."""
+    module = Autoencoder("C4 F6", torch.Size((1, 8, 8)), 3, variant="vae", warm_up=4)
+    images, losses = torch.rand(20, 1, 8, 8), []
+    for epoch in (0, 1, 2, 4, 9):
+        type(module).current_epoch = epoch
+        torch.manual_seed(0)
+        losses.append(module.step(images, None))
+    del type(module).current_epoch
+    weighted = torch.stack(losses) - losses[0]
+    divergence = gaussian_divergence(*module.encoder(images).split(10, 1))
+    torch.testing.assert_close(weighted, divergence * torch.tensor([0, 0.25, 0.5, 1, 1]), rtol=1e-3, atol=1e-5)
+    assert (
+        build(
+            ClusteringRun(dataset="digits", method="vae", clusters=3, heads=1, batch_norm=True), (1, 8, 8), epochs=60
+        ).warm_up
+        == 20
+    )
+
+
 def test_bad_input():
     shape = torch.Size((1, 8, 8))
     with pytest.raises(ValueError, match="variant is 'pca'; it must be one of ae, sparse-ae, denoising-ae, vae"):
         Autoencoder("C4", shape, 3, variant="pca")
     with pytest.raises(ValueError, match="lr is 0; it must be greater than 0"):
         Autoencoder("C4", shape, 3, lr=0)
+    with pytest.raises(ValueError, match="warm_up is -1; it must be at least 0"):
+        Autoencoder("C4", shape, 3, warm_up=-1)
     with pytest.raises(ValueError, match="img_size is 8; it is too small for the pools of 'M M M M'"):
         Autoencoder("M M M M", shape, 3)

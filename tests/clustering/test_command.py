@@ -1,4 +1,5 @@
 import csv
+import math
 import os
 import shlex
 import signal
@@ -15,6 +16,7 @@ from fastroute import visualize
 from fastroute._methods import METHODS
 from fastroute.cli import app
 from fastroute.clustering import run as clustering_run
+from fastroute.clustering.build import ClusteringRun, build
 from fastroute.clustering.images import CIFAR100_SUPERCLASSES, load_images
 from fastroute.training import checkpoints
 from fastroute.visualize.collect import collect_responses
@@ -242,6 +244,19 @@ def test_every_method_resumes_and_opens_in_a_report(tmp_path, method, monkeypatc
     assert done.exit_code == 0, done.output
     found = collect_responses(opened["model"], opened["images"].batches())[0].argmax(1)
     assert " ".join(map(str, torch.bincount(found, minlength=3).tolist())) == rows(tmp_path / "whole")[-1]["sizes"]
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.builder is not None])
+def test_every_method_trains_in_mixed_precision(tmp_path, method):
+    """Posteriors, pairs and distances are compared in float32."""
+    common = ["cluster", "--method", method, "--limit", 120, "-b", 40, "-k", 3, "--architecture", "C4 M F8"]
+    done = run(*common, "--amp", "--epochs", 2, "--output", tmp_path, "--experiment", "run")
+    assert done.exit_code == 0, done.output
+    assert all(math.isfinite(float(row["loss"])) for row in rows(tmp_path / "run") if row.get("loss"))
+    hyperparameters = torch.load(tmp_path / "run" / "last.ckpt")["hyper_parameters"]
+    module = build(ClusteringRun.of(hyperparameters), (1, 8, 8)).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(torch.rand(4, 1, 8, 8)).dtype == torch.float32
 
 
 def test_jule_refuses_more_images_than_its_graph_takes(tmp_path, monkeypatch):
