@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from fastroute._processors import processors
 from fastroute.cli.common import COUNT, PIXELS, WORKERS, plain_errors, real, resolve_device
 from fastroute.cli.errors import escaped, exit_with_error
 from fastroute.cli.trained import OwnModelOption
@@ -68,7 +69,7 @@ def predict(
         if gates and not predictor.routed:
             raise ValueError("gates is True, but the network has no routers")
         predictor.transform.check()
-        rows, unread = _rows(predictor, names, top_k, gates, batch_size, workers or os.cpu_count() or 1)
+        rows, unread = _rows(predictor, names, top_k, gates, batch_size, workers or processors())
     if rows:
         with plain_errors(), _opened(output) as file:
             _WRITERS[format](rows, file)

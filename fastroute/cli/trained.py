@@ -1,6 +1,5 @@
 """Load the network of a checkpoint of `fastroute train`, and its validation images."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastroute._defaults import CROP_PCT
+from fastroute._processors import processors
 from fastroute.cli.images import choose_images
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def load_trained(
         batch_size=batch_size,
         img_size=img_size,
         crop_pct=crop_pct,
-        num_workers=workers or os.cpu_count() or 1,
+        num_workers=workers or processors(),
         first_classes=data.get("first_classes"),
         mean=data.get("mean"),
         std=data.get("std"),

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastroute._defaults import CROP_PCT
+from fastroute._processors import processors
 from fastroute.cli.common import (
     COUNT,
     PIXELS,
@@ -164,7 +164,7 @@ def _result(path: Path | None, options: ValidateOptions, console: Console) -> di
             img_size=img_size,
             crop_pct=options.crop_pct or data.get("crop_pct", CROP_PCT),
             ten_crop=options.ten_crop,
-            num_workers=options.workers or os.cpu_count() or 1,
+            num_workers=options.workers or processors(),
             first_classes=options.first_classes or data.get("first_classes"),
             on_bad_image=options.on_bad_image,
             mean=own.get("mean"),

@@ -11,6 +11,7 @@ from torch import distributed as dist
 from torchvision.transforms import v2
 
 from fastroute._defaults import CROP_PCT
+from fastroute._processors import processors
 from fastroute.data.augment import channel_statistics, erase
 from fastroute.data.in_memory import DATASETS, ImageSet, Options
 from fastroute.data.layout import TORCHVISION, choose
@@ -182,7 +183,7 @@ class ImageDataModule(pl.LightningDataModule):
             policy(aa)
         self.dataset, self.data_dir = dataset, None if data_dir is None else Path(data_dir)
         self.batch_size, self.img_size, self.seed = batch_size, img_size, seed
-        self.num_workers = num_workers or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        self.num_workers = num_workers or max(1, processors() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         if in_memory is None:
             in_memory = dataset != "webdataset" and (dataset != "imagefolder" or (img_size or 32) <= IN_MEMORY_SIZE)
         if in_memory != (dataset != "webdataset") and dataset != "imagefolder":
