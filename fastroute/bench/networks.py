@@ -14,8 +14,9 @@ from fastroute.backends import use_backend
 from fastroute.bench.cases import DTYPES, LAYOUTS, Case, compiled
 from fastroute.bench.contest import OURS, Contest
 from fastroute.bench.plain import PlainCrossConnection, PlainCrossPrediction2d
+from fastroute.bench.sparse import spread
 from fastroute.models import create_model, list_models
-from fastroute.nn import CrossConnection, CrossPrediction2d
+from fastroute.nn import CrossConnection, CrossPrediction2d, SparseRouter
 from fastroute.ops._compile_form import compile_form
 
 FORWARD, STEP = "forward", "forward+backward+optimiser"
@@ -29,6 +30,11 @@ IMAGENET = {"resnet18_cc2": (2, (32,), 1000, 224), "resnet50_cc2": (2, (32,), 10
 
 STEPS = ("resnet20_cc2", "resnet20_cc3", "resnet20_cc4", "base_cnn_cc2", "resnet18_cc2", "resnet20_cp2")
 """Networks whose steps are compared with plain PyTorch's, both eager and compiled, in every dtype and layout."""
+
+SPARSE = ("resnet20_sparse4_top1", "resnet20_sparse4_top2")
+CIFAR |= dict.fromkeys(SPARSE, (4, (64,), 10, 32))
+DENSE = ("resnet20", "resnet20_cc2", "resnet20_cc4")
+"""Networks that a sparse one is compared with: of one path, of two, and of as many as it has."""
 
 PLAIN = {CrossConnection: PlainCrossConnection, CrossPrediction2d: PlainCrossPrediction2d}
 
@@ -56,6 +62,8 @@ def contest(
 ) -> Contest:
     """Build a contest of a network against itself without routers, with plain ones and, if `compile`, both compiled.
 
+    A sparse network, whose images are spread over its paths, is compared with those of `DENSE` instead.
+
     Ours is compiled in the form that `compile_form("auto")` takes and, if `fused`, in the fused form as well.
     """
     training = labels["direction"] == STEP
@@ -64,8 +72,8 @@ def contest(
     images = torch.randn(batch, 3, img_size, img_size, device=device).contiguous(memory_format=memory_format)
     targets = torch.randint(num_classes, (batch,), device=device)
 
-    def create(**options):
-        model = create_model(labels["network"], num_classes, img_size=img_size, **options)
+    def create(name: str = labels["network"], **options):
+        model = create_model(name, num_classes, img_size=img_size, **options)
         return model.to(device, memory_format=memory_format).train(training)
 
     def autocast():
@@ -99,6 +107,9 @@ def contest(
         if all(isinstance(router, CrossConnection) for router in routers):  # other networks have none to leave out
             models["no routing"] = create(routing=None)
         models["eager"] = without_kernels(model)
+    loads = spread_over_paths(model, images)
+    if loads:
+        models |= {name: create(name) for name in DENSE}
     torch._dynamo.reset()
     calls = {name: plainly(network) if name == "eager" else network for name, network in models.items()}
     if compile:
@@ -125,8 +136,32 @@ def contest(
                 ours, theirs = (torch.cat([p.grad.flatten() for p in models[n].parameters()]) for n in (name, "eager"))
                 _assert_near(f"{name}: gradients", ours, theirs, 3e-2)
 
-    facts = {"routing_share": _routing_share(model, images, targets, autocast())} if training else {}
+    facts = {"loads": loads} if loads else {}
+    if training and not loads:
+        facts["routing_share"] = _routing_share(model, images, targets, autocast())
     return Contest(contenders, check, device, facts=facts)
+
+
+@torch.no_grad()
+def spread_over_paths(model: nn.Module, images: Tensor) -> list[list[int]]:
+    """Let the images take all paths of each sparse router, one router after another, as an untrained one does not.
+
+    Returns:
+        the number of images of each path, for each router.
+    """
+    loads = []
+
+    def pre_hook(router, args):
+        spread(router, args[0])
+        loads.append(router.divide(args[0])[1].load.tolist())
+
+    routers = [module for module in model.modules() if isinstance(module, SparseRouter)]
+    hooks = [router.register_forward_pre_hook(pre_hook) for router in routers]
+    if routers:
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    return loads
 
 
 def _call_fused(model, images: Tensor) -> Tensor:
@@ -176,5 +211,6 @@ def cases(device: torch.device) -> Iterator[Case]:
             first = network in CIFAR and batch == 128 and dtype == "bfloat16" and direction == STEP
             default = network == "resnet20_cc2" and step and dtype == "float32" and usual and direction == STEP
             # On a CPU the fused form has lost in every step that was measured, and takes a minute more to compile.
-            build = partial(contest, labels, classes, img_size, not first, device, fused=device.type == "cuda")
+            compile = not first and network not in SPARSE  # a sparse network breaks the graph
+            build = partial(contest, labels, classes, img_size, compile, device, fused=device.type == "cuda")
             yield Case("networks", labels, build, quick=first or default, step=step)

@@ -1,5 +1,6 @@
 """Figures of a result: share of the copy's speed by size, step time by number of paths, and memory."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def draw(result: Result, folder: Path, stem: str) -> list[Path]:
     steps = [
         row
         for row in suites.get("networks", [])
-        if "optimiser" in row.labels["direction"] and row.labels["network"].startswith("resnet20")
+        if "optimiser" in row.labels["direction"] and re.fullmatch(r"resnet20(_cc\d)?", row.labels["network"])
     ]
     memory = [row for row in operators if any(row.peak_bytes.values()) or any(row.saved_bytes.values())]
     figures = {"share_of_copy": (_share_of_copy, operators), "steps": (_steps, steps), "memory": (_memory, memory)}

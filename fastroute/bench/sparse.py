@@ -34,6 +34,13 @@ def dense(router: SparseRouter, x: Tensor) -> Tensor:
     return sum(g[:, None, None, None] * path(x) for g, path in zip(gates.unbind(1), router.paths, strict=True))
 
 
+@torch.no_grad()
+def spread(router: SparseRouter, x: Tensor) -> None:
+    """Give a router scores that differ between samples and prefer no path on average over the input x (N, C, *S)."""
+    nn.init.normal_(router.w2)
+    router.b2 -= router.divide(x)[1].scores.mean(0)
+
+
 def contest(labels: dict, device: torch.device) -> Contest:
     """Build a contest of a sparse layer against one path, masks, and a dense sum."""
     shape, trained = labels["shape"], labels["direction"] == FORWARD_BACKWARD
@@ -41,11 +48,8 @@ def contest(labels: dict, device: torch.device) -> Contest:
     x = draw(shape, torch.float32, labels["layout"], device)
     paths = [nn.Sequential(*(BasicBlock(shape[1], shape[1], 1) for _ in range(BLOCKS))) for _ in range(PATHS)]
     router = SparseRouter(shape[1], paths).to(device).to(memory_format=LAYOUTS[labels["layout"]]).eval()
-    # Scores that differ between samples and prefer no path on average.
-    nn.init.normal_(router.w2)
-    with torch.no_grad():
-        router.b2 -= router.divide(x)[1].scores.mean(0)
-        load = router.divide(x)[1].load.tolist()
+    spread(router, x)
+    load = router.divide(x)[1].load.tolist()
     x.requires_grad_(trained)
 
     def job(function):

@@ -104,6 +104,15 @@ def test_networks_with_dense_routers_and_cross_predictions_have_plain_peers():
         assert measured(contest).ms.keys() == {"fastroute", "eager"} | others, network
 
 
+@pytest.mark.parametrize("direction", [networks.FORWARD, networks.STEP])
+def test_sparse_networks_are_timed_with_their_images_on_all_paths(direction):
+    labels = {**LABELS, "network": "resnet20_sparse4_top2", "direction": direction, "batch": 32}
+    row = measured(networks.contest(labels, 10, 16, False, CPU))
+    assert row.ms.keys() == {"fastroute", "resnet20", "resnet20_cc2", "resnet20_cc4"}
+    assert len(row.facts["loads"]) == 3
+    assert all(sum(load) == 64 and len(load) == 4 and min(load) > 0 for load in row.facts["loads"])
+
+
 def test_steps_have_every_dtype_and_layout():
     steps = [case for case in networks.cases(CPU) if case.step]
     assert {case.labels["network"] for case in steps} == set(networks.STEPS) and len(steps) == 8 * len(networks.STEPS)
