@@ -22,7 +22,8 @@ class Prediction:
     Attributes:
         probabilities: (N, K), float32, on the CPU; each row sums to 1.
         classes: the K names.
-        gates: router name → (N, m, n), the weight of each incoming path in each outgoing one; None unless requested.
+        gates: router name → (N, m, n), the weight of each incoming path in each outgoing one, or (N, n) of a
+            `SparseRouter`; None unless requested.
 
     Example:
         >>> prediction = Prediction(torch.tensor([[0.2, 0.8]]), ["ant", "bee"])

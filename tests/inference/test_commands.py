@@ -2,14 +2,20 @@ import csv
 import io
 import json
 import re
+from collections import OrderedDict
 
 import pytest
 import torch
 import yaml
+from torch import nn
 from typer.testing import CliRunner
 
 from fastroute.cli import app
-from fastroute.models import create_model
+from fastroute.data import ImageDataModule
+from fastroute.models import create_model, register_model, registry
+from fastroute.models.layers import Network, pool_and_classify
+from fastroute.nn import SparseRouter
+from tests.inference.conftest import trained
 
 
 def run(*arguments, **options):
@@ -42,6 +48,34 @@ def test_predicts_csv_with_gates_of_patterns_and_lists(checkpoint, images, tmp_p
     for row, before in zip(again, rows[::-1], strict=True):
         assert (row["path"], row["class_1"]) == (before["path"], before["class_1"])
         assert float(row["probability_1"]) == pytest.approx(float(before["probability_1"]), abs=2e-6)
+
+
+def tiny_sparse(*, num_classes=10, in_chans=3, img_size=32):
+    paths = [nn.Sequential(nn.Conv2d(4, 6, 3, 1, 1), nn.ReLU()) for _ in range(4)]
+    stem = nn.Sequential(nn.Conv2d(in_chans, 4, 3, 2, 1), nn.ReLU())
+    return Network(OrderedDict(stem=stem, stack1=SparseRouter(4, paths), head=pool_and_classify(6, num_classes)))
+
+
+@pytest.fixture(scope="module")
+def sparse_checkpoint(images, tmp_path_factory):
+    register_model(tiny_sparse)
+    data = ImageDataModule("imagefolder", images, batch_size=12, img_size=8, num_workers=1)
+    yield trained(create_model("tiny_sparse", 3, img_size=8), data, tmp_path_factory.mktemp("sparse"))
+    del registry._MODELS["tiny_sparse"]
+
+
+@pytest.mark.parametrize("format", ["table", "csv", "json"])
+def test_predicts_with_the_gates_of_sparse_routers(sparse_checkpoint, images, format):
+    """They have one row of gates, without an index of the incoming path."""
+    result = run("predict", sparse_checkpoint, images / "val" / "ant", "--gates", "--format", format)
+    assert result.exit_code == 0, result.output
+    if format == "table":
+        assert re.search(r"stack1 +┃", result.stdout)
+    elif format == "csv":
+        row = next(csv.DictReader(io.StringIO(result.stdout)))
+        assert sorted(float(row[f"stack1_g1{j}"]) for j in range(1, 5)) == [0, 0, 0, 1]
+    else:
+        assert sorted(json.loads(result.stdout)[0]["gates"]["stack1"][0]) == [0, 0, 0, 1]
 
 
 def test_unreadable_images_are_named_counted_and_left_out(checkpoint, images, tmp_path):
