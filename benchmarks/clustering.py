@@ -19,11 +19,12 @@ from statistics import mean
 
 import yaml
 
+from fastroute._defaults import LR_CONSISTENCY, LR_EM
 from fastroute._methods import METHODS
 from fastroute.bench.report import table, with_section
 from fastroute.training.recipes import recipes
 
-RESULT, PAGE = Path("benchmarks/results/cpu_xeon_clustering.json"), Path("docs/clustering-results.md")
+RESULT, PAGE = Path("benchmarks/results/cpu_epyc_clustering.json"), Path("docs/clustering-results.md")
 OPTIONS = ("method", "self_label", "dataset", "limit", "seed", "epochs", "batch_size", "n_init", "heads", "amp")
 OPTIONS += ("lr_em", "lr_consistency", "clusters", "architecture", "batch_norm")
 """Options of a run that its result depends on."""
@@ -125,6 +126,8 @@ def _line(same: Sequence[dict], reported: dict[str, float]) -> list[str]:
     more = f" `--n-init {run['n_init']}`" if run.get("n_init", 1) > 1 else ""
     more += f" `--self-label {run['self_label']}`" if run.get("self_label") else ""
     more += f" `--architecture {run['architecture']!r}`" if run.get("architecture") else ""
+    for name, usual in (("lr_em", LR_EM), ("lr_consistency", LR_CONSISTENCY)):
+        more += f" `--{name.replace('_', '-')} {run[name]:g}`" if run.get(name, usual) != usual else ""
     means = [f"{100 * mean(run[name] for run in same):.1f}" for name in ("acc", "nmi", "ari")]
     each = ", ".join(f"{100 * run['acc']:.1f}" for run in same)
     seconds = f"{mean(run['seconds'] for run in same):,.0f}"
