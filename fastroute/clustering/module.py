@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastroute.clustering.metrics import label_metrics
-from fastroute.clustering.self_label import SelfLabelling, self_label_loss
+from fastroute.clustering.self_label import SelfLabelling, restart, self_label_loss
 
 
 def check_positive(**values: float) -> None:
@@ -79,6 +79,10 @@ class ClusteringModule(pl.LightningModule):
     def labels_itself(self) -> bool:
         """Whether the epoch is of the last step."""
         return self.self_labelling is not None and self.current_epoch >= self.self_labelling.start
+
+    def on_train_epoch_start(self) -> None:
+        if self.self_labelling is not None and self.current_epoch == self.self_labelling.start:
+            restart(self.trainer.optimizers[-1])
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor | None:
         images, _, *index = batch

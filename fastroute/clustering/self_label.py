@@ -10,14 +10,17 @@ from fastroute.clustering.augment import Augmentation
 
 THRESHOLD = 0.99
 """SCAN's posterior from which an image is confident."""
+LEARNING_RATE = 1e-4
+"""SCAN's, of Adam."""
 
 
 def self_label_loss(responses: Tensor, augmented: Tensor, threshold: float = THRESHOLD) -> Tensor:
     """Return the cross-entropy of augmented images to the clusters of the confident ones, balanced over the clusters.
 
-    An image is confident if its posterior reaches the threshold, or is among the upper half of the batch: normalised
-    scores (Eq. 4.11) reach SCAN's threshold only after some training. As in SCAN, an image counts by the inverse of the
-    number of confident images in its cluster.
+    An image is confident if its posterior reaches the threshold, or is in the upper half of its cluster in the batch:
+    normalised scores (Eq. 4.11) reach SCAN's threshold only after some training, and by the upper half of the whole
+    batch, clusters of less certain images had none to teach them, and became empty. As in SCAN, an image counts by the
+    inverse of the number of confident images in its cluster.
 
     Args:
         responses: (N, K), before the softmax, of the images; no gradient flows to them.
@@ -28,7 +31,12 @@ def self_label_loss(responses: Tensor, augmented: Tensor, threshold: float = THR
         ().
     """
     certainty, labels = torch.softmax(responses.float(), 1).max(1)
-    confident = certainty >= certainty.median().clamp(max=threshold)
+    order = certainty.argsort(descending=True)
+    members = F.one_hot(labels[order], responses.shape[1])
+    rank = (members.cumsum(0) * members).sum(1)  # 1 for the most certain image of a cluster
+    upper = torch.empty_like(order, dtype=torch.bool)
+    upper[order] = 2 * rank <= members.sum(0)[labels[order]] + 1
+    confident = upper | (certainty >= threshold)
     sizes = torch.zeros(responses.shape[1], device=labels.device).index_add_(0, labels, confident.float())
     weights = confident / sizes[labels].clamp(min=1)
     return (weights * F.cross_entropy(augmented.float(), labels, reduction="none")).sum() / weights.sum()
@@ -48,6 +56,17 @@ def cut_out(images: Tensor, share: float) -> Tensor:
         for size, center in zip((height, width), centers, strict=True)
     )
     return images.masked_fill((down[:, :, None] & right[:, None, :])[:, None], 0)
+
+
+def restart(optimizer: torch.optim.Optimizer) -> None:
+    """Begin the last step with an optimiser that knows nothing of the method's gradients, at most at SCAN's rate.
+
+    With the method's moments, the first steps of Adam emptied three of ten clusters of the digits.
+    """
+    optimizer.state.clear()
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.RMSprop):  # others have rates of another scale
+        for group in optimizer.param_groups:
+            group["lr"] = min(group["lr"], LEARNING_RATE)
 
 
 @dataclass

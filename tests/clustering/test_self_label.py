@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from fastroute.clustering.augment import Augmentation
-from fastroute.clustering.self_label import SelfLabelling, cut_out, self_label_loss
+from fastroute.clustering.self_label import SelfLabelling, cut_out, restart, self_label_loss
 
 
 def test_confident_images_teach_by_the_inverse_of_their_clusters_size():
@@ -20,7 +20,29 @@ def test_the_upper_half_is_confident_where_fewer_reach_the_threshold():
     posterior = torch.tensor([[0.7, 0.3], [0.65, 0.35], [0.6, 0.4], [0.55, 0.45]])
     augmented = torch.randn(4, 2)
     each = F.cross_entropy(augmented, torch.zeros(4, dtype=torch.long), reduction="none")
-    torch.testing.assert_close(self_label_loss(posterior.log(), augmented), each[:3].mean())
+    torch.testing.assert_close(self_label_loss(posterior.log(), augmented), each[:2].mean())
+
+
+def test_each_cluster_teaches_by_its_own_upper_half():
+    """Also one whose images are all less certain than those of another."""
+    posterior = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.85, 0.15], [0.7, 0.3], [0.45, 0.55], [0.4, 0.6]])
+    augmented = torch.randn(6, 2)
+    each = F.cross_entropy(augmented, torch.tensor([0, 0, 0, 0, 1, 1]), reduction="none")
+    expected = (each[[0, 2]].mean() + each[5]) / 2
+    torch.testing.assert_close(self_label_loss(posterior.log(), augmented), expected)
+
+
+@pytest.mark.parametrize(("kind", "rate"), [("Adam", 1e-4), ("RMSprop", 1e-4), ("Adadelta", 0.5)])
+def test_the_optimiser_forgets_the_gradients_of_the_method(kind, rate):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = getattr(torch.optim, kind)([weight], lr=0.5)
+    weight.grad = torch.full((3,), 1e-6)
+    optimizer.step()
+    restart(optimizer)
+    assert not optimizer.state and optimizer.param_groups[0]["lr"] == rate
+    low = torch.optim.Adam([weight], lr=1e-5)
+    restart(low)
+    assert low.param_groups[0]["lr"] == 1e-5
 
 
 def test_no_gradient_flows_to_the_labels():
@@ -56,7 +78,8 @@ def test_only_the_last_epochs_label(method, monkeypatch):
         dataset="digits", method=method, clusters=3, heads=1, batch_norm=True, architecture="F8", self_label=1
     )
     trained = build(run, (1, 8, 8), epochs=3)
-    calls, loss = [], base.self_label_loss
+    calls, loss, restarts = [], base.self_label_loss, []
+    monkeypatch.setattr(base, "restart", lambda optimizer: restarts.append(trained.current_epoch))
     monkeypatch.setattr(base, "self_label_loss", lambda *args: calls.append(trained.current_epoch) or loss(*args))
     before = {}
     real = type(trained).on_validation_epoch_end
@@ -67,7 +90,7 @@ def test_only_the_last_epochs_label(method, monkeypatch):
 
     monkeypatch.setattr(type(trained), "on_validation_epoch_end", after_each)
     fit(trained, *digits(128), epochs=3)
-    assert calls == [2]
+    assert calls == restarts == [2]
     assert any((a != b).any() for a, b in zip(before[1], before[2], strict=True))  # the last step trains
 
 
