@@ -84,9 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     joins = commands.add_parser("join", help="write the joined images")
     joins.add_argument("folder", type=Path)
     joins.add_argument("--mnist", type=Path, required=True, help="folder with MNIST/raw")
-    joins.add_argument(
-        "--cifar10", type=Path, required=True, help="CIFAR-10, by torchvision or in folders"
-    )
+    joins.add_argument("--cifar10", type=Path, required=True, help="CIFAR-10, by torchvision or in folders")
     reads = commands.add_parser("gates", help="read the gates of a network trained on them")
     reads.add_argument("file", type=Path, help="of `fastroute predict --gates --format csv`")
     options = parser.parse_args(arguments)
