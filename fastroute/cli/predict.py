@@ -148,7 +148,7 @@ def _row(name: str, prediction: "Prediction", top_k: int) -> dict:
     row = {"path": name, "top": prediction.top(top_k)[0]}
     if prediction.gates is not None:
         # A sparse router, whose gates are (1, n), has one row of gates, as a router with one incoming path.
-        row["gates"] = {router: gates.view(-1, gates.shape[-1]).tolist() for router, gates in prediction.gates.items()}
+        row["gates"] = {router: gates.flatten(end_dim=-2).tolist() for router, gates in prediction.gates.items()}
     return row
 
 

@@ -131,6 +131,9 @@ def check_resume(path: Path, module: ClusteringModule, epochs: int) -> dict:
         ValueError: it is damaged, of another run, or has completed all epochs.
     """
     checkpoint = read_resumable(path, "cluster", dict(module.hparams), epochs)
+    for name in module.SCHEDULE:
+        if name not in checkpoint:
+            raise ValueError(f"resume is {path}; its {name} is missing, so a run cannot be resumed from it: start anew")
     check_training_state(checkpoint, module, path)
     return checkpoint
 

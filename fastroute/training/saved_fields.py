@@ -227,7 +227,7 @@ def _check_all(checkpoint: dict) -> None:
         _check_weights(checkpoint.get(name, {}), name)
     _check_means(checkpoint.get("epoch_means", []))
     counts = {"epochs": NATURAL.or_none(), "epoch": NATURAL, "global_step": NATURAL, "stopped_early": FLAG}
-    counts |= dict.fromkeys(("pretrain_epochs", "schedule_epochs", "self_label_start"), NATURAL)
+    counts |= dict.fromkeys(("pretrain_epochs", "schedule_epochs", "warm_up", "self_label_start"), NATURAL)
     check_each(checkpoint, counts, "")
     check_images(checkpoint.get("ImageDataModule", {}))
     _check_totals(checkpoint.get("train_totals", {}))

@@ -269,6 +269,18 @@ def test_a_method_has_its_own_batch_size(tmp_path, method, expected):
         assert torch.load(tmp_path / f"run{size}" / "last.ckpt")["global_step"] == max(1, 120 // size)
 
 
+def test_a_checkpoint_without_its_schedule_is_refused(tmp_path):
+    common = ["cluster", "--method", "vae", "--limit", 120, "-k", 3, "--architecture", "C4 M F8"]
+    common += ["--output", tmp_path, "--experiment", "run"]
+    assert run(*common, "--epochs", 1).exit_code == 0
+    last = tmp_path / "run" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=False)
+    for change, message in (({}, "warm_up is missing"), ({"warm_up": "2"}, "warm_up is")):
+        torch.save({key: value for key, value in checkpoint.items() if key != "warm_up"} | change, last)
+        refused = run(*common, "--epochs", 2, "--resume", last)
+        assert refused.exit_code == 2 and message in " ".join(refused.output.split()), refused.output
+
+
 def test_jule_refuses_more_images_than_its_graph_takes(tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "jule", METHODS["jule"]._replace(most=100))
     common = ["cluster", "--method", "jule", "--limit", 120, "--output", tmp_path, "--experiment", "run"]
