@@ -135,6 +135,13 @@ def test_response_map_has_every_cluster():
     assert {"0", "1", "2"} <= set(words(visualize.response_map({"trained": scores})).split())
 
 
+@pytest.mark.parametrize("scores", [torch.randn(30, 1), torch.ones(30, 3)], ids=["one cluster", "equal responses"])
+def test_response_map_without_two_components(scores):
+    figure = visualize.response_map({"trained": scores})
+    places = figure.axes[0].collections[0].get_offsets()
+    assert places.shape == (30, 2) and np.isfinite(places).all() and "0" in words(figure)
+
+
 def test_paths():
     figure = visualize.weight_histograms({"conv": [torch.randn(50), torch.randn(50) + 9]})
     assert "σ" in words(figure) and "path 2" in words(figure)
