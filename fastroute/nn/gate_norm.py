@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 
-from fastroute.nn.mixture_em import RelevanceNorm, _inverse, _std_mean
+from fastroute.nn.mixture_em import RelevanceNorm, _inverse, _std_mean, recomputing
 
 GATE_NORMS = (None, "center", "standardize")
 PRIORS = (None, "learned")
@@ -20,6 +20,10 @@ class GateNorm(RelevanceNorm):
     (Eq. 4.18): g_ij = π_ij e^(a*_ij / T) / Σ_k π_ik e^(a*_ik / T). Training mode normalises by the statistics of the
     batch, those of all processes together where `torch.distributed` runs, and the gradient goes through them.
     Evaluation normalises by the running statistics, which `fold` moves into the gate's last layer.
+
+    Activation checkpointing computes a batch again in the backward pass: with the priors of the first time, and without
+    updating anything. `torch.utils.checkpoint` has to do so before the router's next batch; the trainer's
+    `checkpoint_gradients` need not.
 
     Args:
         kind: "center": a* = a − μ; "standardize": a* = (a − μ) / σ (Eq. 4.11). A score with σ = 0 becomes 0.
@@ -48,6 +52,7 @@ class GateNorm(RelevanceNorm):
         self.kind = kind
         even = torch.full_like(self.running_mean, 1 / out_paths) if prior == "learned" else None
         self.register_buffer("prior", even)
+        self.earlier_prior = even  # that of the last batch, before its update
 
     def reset_running_stats(self) -> None:
         """Forget all batches, and make the priors even."""
@@ -62,8 +67,9 @@ class GateNorm(RelevanceNorm):
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if self.training:
             mean, std = self._batch(scores)
-            self.num_batches_tracked += 1
-            self._move((self.running_mean, mean), (self.running_std, std))
+            if not recomputing():
+                self.num_batches_tracked += 1
+                self._move((self.running_mean, mean), (self.running_std, std))
             scale = _inverse(std)
         else:
             mean, scale = self._running(scores.dtype)
@@ -82,7 +88,7 @@ class GateNorm(RelevanceNorm):
         logits = normalized / temperature
         if self.prior is not None:
             logits = logits + self._log_prior(logits.dtype)
-            if self.training:
+            if self.training and not recomputing():
                 self._learn_prior(logits.detach().softmax(-1))
         return logits, normalized
 
@@ -107,8 +113,12 @@ class GateNorm(RelevanceNorm):
         """Return the normalised scores for the logits of a folded layer and the temperature T."""
         return (logits if self.prior is None else logits - self._log_prior(logits.dtype)) * temperature
 
+    def current_prior(self) -> Tensor | None:
+        """Return the prior of the batch that is being computed: the earlier one where the batch is computed again."""
+        return self.earlier_prior if recomputing() and self.training else self.prior
+
     def _log_prior(self, dtype: torch.dtype) -> Tensor:
-        return self.prior.to(dtype).clamp(min=torch.finfo(torch.float32).tiny).log()
+        return self.current_prior().to(dtype).clamp(min=torch.finfo(torch.float32).tiny).log()
 
     def _batch(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """μ and σ of the batch, those of all processes together where there are several."""
@@ -128,6 +138,8 @@ class GateNorm(RelevanceNorm):
         return center + shift, torch.where(variance > 0, variance, 1).sqrt() * (variance > 0)
 
     def _learn_prior(self, posterior: Tensor) -> None:
+        if not torch.compiler.is_compiling():  # compiled graphs recompute without this module
+            self.earlier_prior = self.prior.clone()
         total, count = posterior.sum(0), posterior.new_tensor(float(len(posterior)))
         if _several_processes():
             for value in (total, count):

@@ -25,6 +25,8 @@ class RelevanceNorm(nn.Module):
     samples would vanish against it: posteriors become even, and the loss goes to log 2, or 2 log 2 with augmented
     samples.
 
+    Activation checkpointing computes a batch again in the backward pass, which does not update the statistics again.
+
     Args:
         num_clusters: K, 1 to 1024.
         momentum: weight of a new batch in the running statistics, above 0 and up to 1; None for a cumulative average.
@@ -94,7 +96,7 @@ class RelevanceNorm(nn.Module):
         if scores.shape[0] < 2 and not shared:
             raise ValueError(f"scores have {scores.shape[0]} samples; in training mode there must be at least 2")
         std, mean = _std_mean(scores)
-        if track:
+        if track and not recomputing():
             self._track(scores.detach(), mean.detach(), std.detach(), shared)
         normalized = (scores - mean) * _inverse(std)
         if self.training_statistics == "batch":
@@ -126,6 +128,11 @@ class RelevanceNorm(nn.Module):
         gates = "" if self.num_gates is None else f", num_gates={self.num_gates}"
         batch = "" if self.training_statistics == "running" else ", training_statistics='batch'"
         return f"{self.num_clusters}, momentum={self.momentum}{gates}{batch}"
+
+
+def recomputing() -> bool:
+    """Return whether this forward pass runs in a backward pass: activation checkpointing computes a batch again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _std_mean(scores: Tensor) -> tuple[Tensor, Tensor]:

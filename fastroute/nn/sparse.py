@@ -310,7 +310,9 @@ class SparseRouter(Tempered, nn.Module):
                 hidden = F.relu(F.linear(hidden, w1, b1))
             scores = F.linear(hidden, w2, b2)
             if self.gate_norm is not None:
-                prior = self.gate_norm.prior.clone() if self.routing == "cluster" else None  # before this step's
+                prior = (
+                    self.gate_norm.current_prior().clone() if self.routing == "cluster" else None
+                )  # before this step's
                 logits, scores = self.gate_norm.logits(scores, self.temperature)
             else:
                 logits, prior = scores / self.temperature, None

@@ -6,10 +6,11 @@ import types
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from fastroute.nn.gate_norm import GateNorm
 from fastroute.training.optim import ROUTERS, layers
 
 
@@ -18,7 +19,8 @@ def checkpoint_gradients(network: nn.Module) -> None:
 
     timm's networks do it by their own `set_grad_checkpointing`. In others, a block is a layer that contains layers (see
     `layers`), such as a residual block, or the parallel paths between two routers. Routers keep their activations, so
-    gates and scores are returned as without checkpointing. Gradients are the same, and batch norm counts a batch once.
+    gates and scores are returned as without checkpointing. Gradients are the same, and batch norm and `gate_norm` count a
+    batch once.
 
     Args:
         network: changed in place.
@@ -48,12 +50,20 @@ def _forward(block: nn.Module, *args, **options):
 
 
 def _contexts(block: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    return contextlib.nullcontext(), _statistics_kept(block)
+    priors = {m: m.prior.clone() for m in block.modules() if isinstance(m, GateNorm) and m.prior is not None}
+    return contextlib.nullcontext(), _statistics_kept(block, priors)
 
 
 @contextlib.contextmanager
-def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Make batch norm normalise by the batch, as in the first pass, without updating its statistics again."""
+def _statistics_kept(block: nn.Module, priors: dict[GateNorm, Tensor]) -> Iterator[None]:
+    """Make batch norm normalise by the batch, as in the first pass, without updating its statistics again.
+
+    Args:
+        block: recomputed.
+        priors: those of the first pass.
+    """
+    for norm, prior in priors.items():
+        norm.earlier_prior = prior
     norms = [(m, m.momentum, m.num_batches_tracked) for m in block.modules() if isinstance(m, _BatchNorm)]
     for norm, _, _ in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None

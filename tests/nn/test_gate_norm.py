@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from fastroute.models import create_model
 from fastroute.nn import CrossConnection, CrossPrediction2d, GateClusteringLoss, SparseRouter, set_gate_norm
+from fastroute.training.recomputation import checkpoint_gradients
 from tests.threads import small_networks  # noqa: F401
 
 NORMS = [(kind, prior) for kind in ("center", "standardize") for prior in (None, "learned")]
@@ -232,3 +234,47 @@ def test_processes_share_statistics_and_gradients(tmp_path):
         torch.testing.assert_close(
             results[rank][1:], [layer.w2.grad, *layer.gate_norm.state_dict().values()], rtol=1e-3, atol=1e-4
         )
+
+
+class Routed(torch.nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.router = make()
+        torch.nn.init.normal_(self.router.w2)
+
+    def forward(self, x):
+        if isinstance(self.router, SparseRouter):
+            return self.router(x)
+        left, right = self.router([x])
+        return left + 2 * right.tanh()
+
+
+def routers_of_one_path():
+    return [
+        *(lambda k=k, p=p: CrossConnection(4, 1, 2, gate_norm=k, prior=p) for k, p in NORMS),
+        lambda: SparseRouter(4, [torch.nn.Conv2d(4, 4, 1) for _ in range(3)], 2, routing="cluster"),
+    ]
+
+
+@pytest.mark.parametrize("recompute", ["reentrant", "non-reentrant", "trainer"])
+@pytest.mark.parametrize("make", routers_of_one_path())
+def test_checkpointing_has_the_same_gradients_and_counts_a_batch_once(make, recompute):
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(*(Routed(make) for _ in range(2))).double()
+    other, batches = copy.deepcopy(plain), torch.randn(3, 2, 16, 4, 3, 3, dtype=torch.float64).cumsum(0)
+    if recompute == "trainer":
+        checkpoint_gradients(other)
+    for both in batches:  # of two forward passes before a backward, only the trainer's checkpoints know the priors
+        both = both if recompute == "trainer" else both[:1]
+        results = []
+        for network in (plain, other):
+            xs, blocks = both.clone().requires_grad_(), list(network)
+            if network is other and recompute != "trainer":
+                reentrant = recompute == "reentrant"
+                blocks = [lambda x, block=block: checkpoint(block, x, use_reentrant=reentrant) for block in network]
+            ys = [blocks[1](blocks[0](x)) for x in xs]
+            network.zero_grad()
+            sum(y.square().sum() for y in ys).backward()
+            results.append([xs.grad, *(p.grad for p in network.parameters()), *network.buffers()])
+        for expected, found in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected)

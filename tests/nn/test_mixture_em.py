@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fastroute import ops
 from fastroute.nn import ConsistencyLoss, MixtureEMLoss, RelevanceNorm
@@ -142,6 +143,17 @@ def test_consistency_is_the_divergence_with_p_constant():
     assert ConsistencyLoss()(certain, 100 * certain).item() == pytest.approx(0)
     assert ConsistencyLoss()(torch.rand(5, 2, 4).softmax(-1), torch.rand(5, 2, 4)).shape == (2,)
     assert ConsistencyLoss()(torch.rand(0, 4), torch.rand(0, 4)) == 0
+
+
+@pytest.mark.parametrize("statistics", ["running", "batch"])
+def test_checkpointing_counts_a_batch_once(statistics):
+    plain, other = (RelevanceNorm(3, training_statistics=statistics, dtype=torch.float64) for _ in range(2))
+    for x in torch.randn(3, 16, 3, dtype=torch.float64).cumsum(0):
+        xs = [x.clone().requires_grad_() for _ in range(2)]
+        plain(xs[0]).tanh().square().sum().backward()
+        checkpoint(lambda x: other(x).tanh(), xs[1], use_reentrant=False).square().sum().backward()
+        torch.testing.assert_close(xs[1].grad, xs[0].grad)
+    assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), other.buffers(), strict=True))
 
 
 def test_constant_scores():
