@@ -19,8 +19,8 @@ def checkpoint_gradients(network: nn.Module) -> None:
 
     timm's networks do it by their own `set_grad_checkpointing`. In others, a block is a layer that contains layers (see
     `layers`), such as a residual block, or the parallel paths between two routers. Routers keep their activations, so
-    gates and scores are returned as without checkpointing. Gradients are the same, and batch norm and `gate_norm` count a
-    batch once.
+    gates and scores are returned as without checkpointing. Gradients are the same, and batch norm and `gate_norm` count
+    a batch once.
 
     Args:
         network: changed in place.

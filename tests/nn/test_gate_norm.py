@@ -1,6 +1,7 @@
 """Gates as posteriors of normalised scores."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -270,8 +271,7 @@ def test_checkpointing_has_the_same_gradients_and_counts_a_batch_once(make, reco
         for network in (plain, other):
             xs, blocks = both.clone().requires_grad_(), list(network)
             if network is other and recompute != "trainer":
-                reentrant = recompute == "reentrant"
-                blocks = [lambda x, block=block: checkpoint(block, x, use_reentrant=reentrant) for block in network]
+                blocks = [partial(checkpoint, block, use_reentrant=recompute == "reentrant") for block in network]
             ys = [blocks[1](blocks[0](x)) for x in xs]
             network.zero_grad()
             sum(y.square().sum() for y in ys).backward()

@@ -112,7 +112,8 @@ def _second_order(ctx, grad_xs, grad_weight, grad_bias, grad_gates):
     present = [t for t in leaves[: 3 + ctx.n + ctx.m] if t is not None]
     second = iter(torch.autograd.grad(objective, present, allow_unused=True))
     d = [None if t is None else next(second) for t in leaves[: 3 + ctx.n + ctx.m]]
-    return d[3 : 3 + ctx.n], [None] * len(outputs), d[3 + ctx.n :], *d[:3], None, None, None, None
+    geometry = [None if values else [] for values in ctx.geometry]  # PyTorch takes an empty list for one of tensors
+    return d[3 : 3 + ctx.n], [None] * len(outputs), d[3 + ctx.n :], *d[:3], *geometry, None
 
 
 differentiate("cross_predict_backward", _second_order, _setup)

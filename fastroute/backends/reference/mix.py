@@ -23,8 +23,8 @@ def inner_products(xs: list[Tensor], grad_outputs: list[Tensor], gates: Tensor) 
 
 
 def dense_like(value: Tensor, x: Tensor) -> Tensor:
-    """Return value in x's dtype and, except under a transform, with the strides of every backend's outputs."""
-    if under_transform():
+    """Return value in x's dtype and, unless it is to be differentiated, with the strides of every backend's outputs."""
+    if under_transform() or (value.requires_grad and torch.is_grad_enabled()):
         return value.to(x.dtype)
     out, value = empty_path(x), value.to(x.dtype)
     # Out of place, as Inductor has to have decompositions.
