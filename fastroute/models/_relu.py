@@ -1,15 +1,13 @@
 """Take the ReLU in which a block of a network ends out of the block, for the router behind it to apply."""
 
 import copy
-import random
-import sys
 from collections.abc import Sequence
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from fastroute.models._tracing import computing_modes, trace
+from fastroute.models._tracing import CONSTANT, trace
 from fastroute.nn.blocks import SEQUENTIAL
 
 RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
@@ -99,31 +97,17 @@ def _without_relu_of(module: nn.Module, name: str) -> nn.Module | None:
 
 
 def _forward_graph(module: nn.Module) -> fx.Graph | None:
-    """Return the graph of a module's forward, or None if the graph may compute something else.
+    """Return the graph of a module's forward, or None if the graph may compute something else; see `trace`.
 
-    That is if torch.fx cannot trace the forward, or the forward changes the module, draws random numbers outside of
-    tensors, or sets gradients or autocast.
+    None too if the forward makes tensors, which would have to become buffers of the module.
     """
     traced = _shallow_copy(module)
     traced._buffers = {name: None if value is None else value.clone() for name, value in module._buffers.items()}
-    before = repr(vars(traced)), _random_states()
-    graphs = []
-    for enabled in (True, False):  # a forward may set a mode to what it is outside as well
-        try:
-            with computing_modes(enabled):
-                graph, _ = trace(traced, {""})
-        except ValueError:
-            return None
-        if len({node.meta["modes"] for node in graph.nodes}) > 1:
-            return None
-        graphs.append(str(graph))
-    return graph if graphs[0] == graphs[1] and (repr(vars(traced)), _random_states()) == before else None
-
-
-def _random_states() -> tuple:
-    """Return the states of the random generators: a graph would fix what a forward draws outside of tensors."""
-    numpy = sys.modules.get("numpy")
-    return random.getstate(), torch.get_rng_state().tolist(), numpy and repr(numpy.random.get_state(legacy=False))
+    try:
+        graph, _ = trace(traced, {""})
+    except ValueError:
+        return None
+    return None if any(name.startswith(CONSTANT) for name in vars(traced)) else graph
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:

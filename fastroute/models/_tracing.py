@@ -1,7 +1,10 @@
 """Trace networks by torch.fx."""
 
 import contextlib
+import random
+import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 import torch
 from torch import fx, nn
@@ -43,26 +46,89 @@ def trace(model: nn.Module, expand: set[str]) -> tuple[fx.Graph, dict[str, list[
     """Return the graph of the network, and the node that each module returned, None unless it is one tensor.
 
     Functional dropout becomes a module in `model`, since its `training` would be fixed by tracing.
+
+    Raises:
+        ValueError: torch.fx cannot trace the forward, or the graph would compute something else: the forward depends on
+            the mode, sets gradients or autocast, changes the modules of `expand`, or draws random numbers outside of
+            tensors.
     """
-    graphs = []
+    traces = []
     with modes_kept(model):
-        for mode in (True, False):
-            tracer = _Tracer(expand)
-            try:
-                graph = tracer.trace(model.train(mode))
-            except Exception as error:  # a forward may do anything with a proxy
-                raise ValueError(
-                    f"model is a {type(model).__name__}, which torch.fx cannot trace: {type(error).__name__}: {error}"
-                ) from error
-            _use_dropout_modules(model, graph, mode)
-            graphs.append(graph)
-    if str(graphs[0]) != str(graphs[1]):
-        raise ValueError(f"model is a {type(model).__name__}, whose forward in training is another than in evaluation")
+        # A forward may set gradients and autocast to what they are outside, so they are on once, and off once.
+        for training, computing in ((True, True), (False, False)):
+            before = _state(model, expand)
+            with computing_modes(computing):
+                graph, _ = _traced(model, expand, training)
+            if any(node.meta["modes"] != (computing,) * 3 for node in graph.nodes):
+                _refuse(model, "whose forward sets gradients or autocast")
+            for name, value in _state(model, expand).items():
+                if value != before.get(name):
+                    _refuse(model, f"whose forward {'draws' if name == RANDOM else 'changes'} {name}")
+            traces.append((str(graph), _take_constants(model)))
+        if traces[0] != traces[1]:
+            _refuse(model, "whose forward in training is another than in evaluation")
+        graph, tracer = _traced(model, expand, training=False)
     results = {
         name: [result.node if isinstance(result, fx.Proxy) else None for result in results]
         for name, results in tracer.results.items()
     }
     return graph, results
+
+
+RANDOM = "random numbers outside of tensors"
+
+
+def _refuse(model: nn.Module, reason: str) -> NoReturn:
+    raise ValueError(
+        f"model is a {type(model).__name__}, {reason}, which a graph cannot keep; "
+        "move that part of the forward into a module of its own, behind or between the modules to cut at"
+    )
+
+
+def _traced(model: nn.Module, expand: set[str], training: bool) -> tuple[fx.Graph, _Tracer]:
+    tracer = _Tracer(expand)
+    try:
+        graph = tracer.trace(model.train(training))
+    except Exception as error:  # a forward may do anything with a proxy
+        raise ValueError(
+            f"model is a {type(model).__name__}, which torch.fx cannot trace: {type(error).__name__}: {error}"
+        ) from error
+    _use_dropout_modules(model, graph, training)
+    return graph, tracer
+
+
+def _state(model: nn.Module, names: set[str]) -> dict[str, str | list]:
+    """Return what a forward of the named modules may change: their attributes, their buffers, random generators."""
+    state = {}
+    for name in names:
+        module = model.get_submodule(name)
+        prefix = f"{name}." if name else ""
+        attributes = {key: value for key, value in vars(module).items() if not key.startswith(CONSTANT)}
+        for own in ("_parameters", "_buffers", "_modules", "training"):
+            attributes.pop(own, None)
+        state |= {f"{prefix}{key}": repr(value) for key, value in attributes.items()}
+        state |= {f"{prefix}{key}": _values(value) for key, value in module._buffers.items() if value is not None}
+    return state | {RANDOM: random_states()}
+
+
+def _values(tensor: torch.Tensor) -> tuple:
+    return tensor.dtype, tensor.shape, tensor.tolist() if not tensor.is_meta else None
+
+
+CONSTANT = "_tensor_constant"
+"""The beginning of the names by which torch.fx keeps tensors that a forward makes."""
+
+
+def _take_constants(model: nn.Module) -> dict[str, tuple]:
+    """Remove the constants that tracing has put into the network, and return their values."""
+    names = [name for name in vars(model) if name.startswith(CONSTANT)]
+    return {name: _values(vars(model).pop(name)) for name in names}
+
+
+def random_states() -> list:
+    """Return the states of the random generators: a graph would fix what a forward draws outside of tensors."""
+    numpy = sys.modules.get("numpy")
+    return [random.getstate(), torch.get_rng_state().tolist(), numpy and repr(numpy.random.get_state(legacy=False))]
 
 
 def _use_dropout_modules(model: nn.Module, graph: fx.Graph, mode: bool) -> None:

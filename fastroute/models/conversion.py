@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 
@@ -15,6 +15,7 @@ from fastroute.models._relu import take_relu
 from fastroute.models._tracing import trace
 from fastroute.models.sources import without_auxiliary_heads
 from fastroute.models.specification import remember, specification_of
+from fastroute.models.weights import SCALE
 from fastroute.nn import (
     CrossConnection,
     CrossStitch,
@@ -62,9 +63,10 @@ def multipath(
             the modules around the cuts; all other modules may do anything.
         paths: the number of parallel paths, 2 to 8.
         route_after: names of modules, as in `model.named_modules()`, such that the rest of the network needs only their
-            output; "input" stands for the images. Tokens (N, L, C) of a transformer are routed by their channels C.
-            "auto" cuts at every change of resolution, behind the last module at each resolution but the images' own; it
-            looks only into modules of type `nn.Sequential`.
+            output; "input" stands for the images. Tokens (N, L, C) of a transformer are routed by their channels C, and
+            so are maps (N, H, W, C), as Swin has them: the channels are the axis whose size does not depend on that of
+            the images. "auto" cuts at every change of resolution, behind the last module at each resolution but the
+            images' own; it looks only into modules of type `nn.Sequential`.
         routing: "cc", cross-connections; "stitch", cross-stitch units; a function from (channels, in_paths,
             out_paths) to a module from and to lists of tensors, such as `partial(CrossConnection, gate_channels=8)`;
             or None, paths that meet only at the first cut and the logits.
@@ -72,11 +74,14 @@ def multipath(
             same weights with rows and columns in a random order, which equals another draw of the initialiser. "copy"
             is for pretrained networks: every path has the weights of `model`, with `noise` on all but the first path's.
             A one-to-many router with even gates gives each path 1/n of its input, so "cc" then multiplies that input by
-            n, and the new network at first computes the same as `model`.
+            n, and the new network at first computes the same as `model`, unless gate_norm="standardize" spreads the
+            gates. The state dict has this factor. Both leave parameters that are frozen (`requires_grad` is False) as
+            they are.
         noise: for init="copy", the standard deviation of the noise on each weight of a convolution or dense layer,
             relative to that of the weights.
-        input_size: (channels, height, width) of the images by which the channels at each cut are found. The default is
-            that of timm's `pretrained_cfg`, or else 224 × 224 with the channels of the first convolution.
+        input_size: (channels, height, width) of the images by which the channels at each cut are found, or (channels,
+            length) of sequences. The default is that of timm's `pretrained_cfg`, or else 224 × 224 with the channels of
+            the first convolution.
         gate_norm, prior: how the routers normalise their gates; see `nn.CrossConnection`.
 
     Where a part ends in a ReLU that can be told apart, the cross-connection behind it applies the ReLU
@@ -91,7 +96,9 @@ def multipath(
         TypeError: model is not a module.
         ValueError: an argument is out of its range; a name is unknown, or named twice; a module is called more than
             once or never, or does not return one tensor (N, C), (N, C, H, W) or (N, L, C); more than its output reaches
-            the rest of the network; or torch.fx cannot trace the network.
+            the rest of the network; torch.fx cannot trace the network; or the forward of the modules around the cuts
+            does what a graph cannot keep, such as another computation in training, a part without gradients or
+            autocast, changes of a buffer, or a random choice in Python.
 
     Example:
         >>> model = multipath(torchvision.models.resnet18(), 2, ["maxpool", "layer1", "layer2", "layer3", "layer4"])
@@ -129,6 +136,7 @@ def multipath(
                 "routing takes a tensor (N, C), (N, C, H, W), or (N, L, C) of L tokens"
             )
 
+    axes = _channel_axes(model, graph, input_size, cuts.values(), shapes)
     output = graph.output_node().args[0]
     if not isinstance(output, fx.Node) or shapes[output] is None:
         raise ValueError(f"model is a {type(model).__name__} that returns {output}; it must return one tensor")
@@ -137,24 +145,24 @@ def multipath(
     copies = [model, *(_reseeded(model, init, noise) for _ in range(paths - 1))]
     device = next((parameter.device for parameter in model.parameters()), None)
     layers, origins, start = OrderedDict(), {}, graph.find_nodes(op="placeholder")[0]
-    width, own, tokens_before = 1, False, False
+    width, own, last_before = 1, False, False
     for name, end in cuts.items():
         part = "stem" if width == 1 else name
-        tokens = tokens_before, routing is not None and len(shapes[end]) == 3
+        last = last_before, routing is not None and axes[end] != 1
         router = None
         if routing is not None:
             make = routing if callable(routing) else ROUTERS[routing]
-            router = make(shapes[end][2 if len(shapes[end]) == 3 else 1], width, paths).to(device)
+            router = make(shapes[end][axes[end]], width, paths).to(device)
             if isinstance(router, CrossConnection) and router.activation is None:
                 router.activation = "relu" if take_relu(copies, graph, start, end) else None
         if end is not start or scale > 1:
-            parts, origin = _parts(copies[:width], graph, start, end, scale, own, tokens)
+            parts, origin = _parts(copies[:width], graph, start, end, scale, own, last)
             origins[_add(layers, part, parts)] = origin
         if router is not None:
             _add(layers, f"{name}_router", router)
-        start, width, scale, tokens_before = end, paths, 1, tokens[1]
+        start, width, scale, last_before = end, paths, 1, last[1]
         own = routing is None and end is first and first.meta["overwritten"]
-    parts, origin = _parts(copies, graph, start, output, own=own, tokens=(tokens_before, False))
+    parts, origin = _parts(copies, graph, start, output, own=own, last=(last_before, False))
     origins[_add(layers, "head", parts)] = origin
     network = MultiPathNetwork(layers)
     network.origins = origins
@@ -276,15 +284,55 @@ def _shapes(
 
     Computing two black images is faster than fake tensors, which import torch's compiler.
     """
-    like = next(model.parameters(), torch.empty(0))
     try:
         with torch.no_grad(), modes_kept(model):
-            x = torch.zeros(2, *input_size, dtype=like.dtype, device=like.device)
-            _Shapes(fx.GraphModule(model.eval(), graph), watched).run(x)
+            _Shapes(fx.GraphModule(model.eval(), graph), watched).run(_like(model).new_zeros(2, *input_size))
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"input_size is {tuple(input_size)}; model cannot take such images: {reason}") from error
     return {node: node.meta["shape"] for node in graph.nodes}
+
+
+def _like(model: nn.Module) -> torch.Tensor:
+    """Return a tensor of the network's device and dtype."""
+    return next(model.parameters(), torch.empty(0))
+
+
+def _channel_axes(
+    model: nn.Module,
+    graph: fx.Graph,
+    input_size: Sequence[int],
+    nodes: Iterable[fx.Node],
+    shapes: Mapping[fx.Node, tuple[int, ...] | None],
+) -> dict[fx.Node, int]:
+    """Return the axis of the channels of each node's value: 1, or the last one of tokens and of maps (N, H, W, C).
+
+    In doubt, larger images tell the axis that keeps its size. A network may refuse them; then three axes are those of
+    tokens, and of four axes two that are equal for square images are those of the image.
+
+    Args:
+        shapes: of the nodes' values for images of `input_size`.
+    """
+    axes, doubtful = {}, []
+    for node in nodes:
+        shape = shapes[node]
+        axes[node] = len(shape) - 1 if len(shape) == 3 else 1
+        if (len(shape) == 3 and len(input_size) == 2) or (len(shape) == 4 and shape[1] == shape[2]):
+            doubtful.append(node)
+    if not doubtful:
+        return axes
+    for node in graph.nodes:
+        node.meta.pop("shape", None)
+    with contextlib.suppress(ValueError):
+        _shapes(model, graph, [input_size[0], *(size + 32 for size in input_size[1:])])
+    for node in doubtful:
+        shape, larger = shapes[node], node.meta.get("shape") or ()
+        kept = [axis for axis in (1, len(shape) - 1) if axis < len(larger) and larger[axis] == shape[axis]]
+        if len(kept) == 1:
+            [axes[node]] = kept
+        elif len(shape) == 4 and shape[2] != shape[3]:
+            axes[node] = 3
+    return axes
 
 
 def _input_size(model: nn.Module) -> tuple[int, ...]:
@@ -305,6 +353,8 @@ def _changes_of_resolution(model: nn.Module, input_size: Sequence[int]) -> list[
             plain.add(name)
     graph, results = trace(model, plain)
     shapes, crossing = _shapes(model, graph, input_size), _crossing(graph)
+    candidates = [node for nodes in results.values() for node in nodes if node and len(shapes[node] or ()) in (3, 4)]
+    axes = _channel_axes(model, graph, input_size, candidates, shapes)
     last, others = {}, {}
     for name, nodes in results.items():  # an nn.Sequential comes after what is in it, and its name is the shorter
         node = nodes[0]
@@ -312,7 +362,10 @@ def _changes_of_resolution(model: nn.Module, input_size: Sequence[int]) -> list[
             continue
         if len(shapes[node]) == 3:
             others.setdefault(shapes[node], []).append(name)
-        elif (resolution := shapes[node][2:]) not in (tuple(input_size[1:]), (1, 1)):
+        elif (resolution := shapes[node][1:3] if axes[node] == 3 else shapes[node][2:]) not in (
+            tuple(input_size[1:]),
+            (1, 1),
+        ):
             last[resolution] = name
     if len(last) < 2 and others:  # of a transformer, whose tokens keep their number
         raise ValueError(
@@ -360,14 +413,15 @@ def _part(
     end: fx.Node,
     scale: int = 1,
     own: bool = False,
-    tokens: tuple[bool, bool] = (False, False),
+    last: tuple[bool, bool] = (False, False),
 ) -> nn.Module:
     """Return the computation from one node to another, with the modules of `model`.
 
     Args:
         scale: factor of the result.
         own: whether to copy the input, which the part may overwrite.
-        tokens: whether the input and the output are tokens (N, L, C), which routers take and return as (N, C, L).
+        last: whether the channels of the input and of the output come last, as in tokens (N, L, C); routers take and
+            return (N, C, L).
     """
     order = list(graph.nodes)
     nodes = [node for node in order[order.index(start) + 1 : order.index(end) + 1] if node.op != "get_attr"]
@@ -375,7 +429,7 @@ def _part(
         node.op == "call_module" and node.args == (before,) and not node.kwargs
         for before, node in zip([start, *nodes], nodes, strict=False)
     )
-    chain = chain and scale == 1 and not own and not any(tokens)
+    chain = chain and scale == 1 and not own and not any(last)
     if chain and len(nodes) == 1:
         return model.get_submodule(nodes[0].target)
     if chain and not any("." in node.target for node in nodes):
@@ -383,8 +437,8 @@ def _part(
 
     part = fx.Graph()
     x = part.placeholder("x")
-    if tokens[0]:
-        x = part.call_method("transpose", (x, 1, 2))
+    if last[0]:
+        x = part.call_method("movedim", (x, 1, -1))
     values = {start: part.call_method("clone", (x,)) if own else x}
 
     def value(node: fx.Node) -> fx.Node:
@@ -395,10 +449,15 @@ def _part(
     for node in nodes:
         values[node] = part.node_copy(node, value)
     result = values[end]
-    if tokens[1]:
-        result = part.call_method("transpose", (result, 1, 2))
-    part.output(part.call_function(torch.mul, (result, scale)) if scale > 1 else result)
-    return fx.GraphModule(model, part)
+    if last[1]:
+        result = part.call_method("movedim", (result, -1, 1))
+    if scale == 1:
+        part.output(result)
+        return fx.GraphModule(model, part)
+    root = copy.copy(model)  # without the factor in the other parts of `model`
+    root._buffers = model._buffers | {SCALE: torch.tensor(float(scale), device=_like(model).device)}
+    part.output(part.call_function(torch.mul, (result, part.get_attr(SCALE))))
+    return fx.GraphModule(root, part)
 
 
 def _compute_out_of_place(model: nn.Module, node: fx.Node) -> None:
@@ -412,6 +471,8 @@ def _reseeded(model: nn.Module, init: str, noise: float) -> nn.Module:
     """Return a copy of the network with the rows and columns of its weights permuted, or with noise on them."""
     model = copy.deepcopy(model)
     for parameter in model.parameters():
+        if not parameter.requires_grad:  # such as fixed filters, or the encoding of positions
+            continue
         if init == "copy":
             if noise and parameter.dim() > 1 and parameter.numel() > 1:
                 parameter.add_(torch.randn_like(parameter) * (noise * parameter.std()))

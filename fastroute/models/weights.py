@@ -15,6 +15,9 @@ from fastroute.nn.router import without_temperatures
 AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
 """Prefixes of the heads that torchvision's Inception and GoogLeNet use only in training."""
 
+SCALE = "path_scale"
+"""The buffer of a network made by `multipath(init="copy")` that is the factor of the first router's input."""
+
 SHOWN = 3
 
 
@@ -188,7 +191,7 @@ def path_names(model: nn.Module) -> dict[str, str] | None:
             names += [f"{part}.{name}" for name in _tensors(layer)]
         elif not isinstance(layer, Router):
             return None
-    return {name: _original(origins, name) for name in names}
+    return {name: _original(origins, name) for name in names if not name.endswith(f".{SCALE}")}
 
 
 def _original(origins: Mapping[str, str], name: str) -> str:
