@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastroute.diagnostics.statistics import RouterStatistics, add_routing
 from fastroute.models._modes import modes_kept
+from fastroute.nn import forward_with_routing
 
 
 def across_processes(totals: dict[str, RouterStatistics]) -> dict[str, RouterStatistics]:
@@ -41,7 +42,7 @@ def router_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
     """Compute the statistics of each router over all images of the batches, in evaluation mode.
 
     Args:
-        model: a network whose forward takes `return_routing`; its modes are restored.
+        model: a network with routers; its modes are restored.
         batches: (images, labels); the labels are not used.
 
     Returns:
@@ -51,7 +52,7 @@ def router_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
     with modes_kept(model):
         model.eval()
         for images, _ in batches:
-            add_routing(totals, model(images, return_routing=True)[1])
+            add_routing(totals, forward_with_routing(model, images)[1])
     return {name: total.cpu() for name, total in totals.items()}
 
 

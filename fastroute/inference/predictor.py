@@ -158,8 +158,10 @@ class Predictor:
     def _compute(self, inputs: list[Tensor], gates: bool) -> tuple[Tensor, dict]:
         if len({tuple(x.shape) for x in inputs}) > 1:
             raise ValueError("images has tensors of several shapes; they must have one")
+        from fastroute.nn import forward_with_routing
+
         x = torch.stack(inputs).to(self.device)
-        return self.model(x, return_routing=True) if gates else (self.model(x), {})
+        return forward_with_routing(self.model, x) if gates else (self.model(x), {})
 
     def __repr__(self) -> str:
         network = self.specification or type(self.model).__name__

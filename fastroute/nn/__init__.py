@@ -10,6 +10,7 @@ from fastroute.nn.exact_convolutions import exact_convolutions
 from fastroute.nn.gate_clustering import GateClusteringLoss
 from fastroute.nn.gate_norm import GateNorm
 from fastroute.nn.mixture_em import ConsistencyLoss, MixtureEMLoss, RelevanceNorm
+from fastroute.nn.routed import forward_with_routing
 from fastroute.nn.router import Router, Routing, set_gate_norm
 from fastroute.nn.sparse import SparseRouter, SparseRouting, leave_spread_paths
 
@@ -32,6 +33,7 @@ __all__ = [
     "SparseRouting",
     "block_end",
     "exact_convolutions",
+    "forward_with_routing",
     "leave_spread_paths",
     "residual_sum",
     "set_gate_norm",

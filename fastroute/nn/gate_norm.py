@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
 
+from fastroute.nn._spread import SpreadPaths
 from fastroute.nn.mixture_em import RelevanceNorm, _inverse, _std_mean, recomputing
 
 GATE_NORMS = (None, "center", "standardize")
@@ -18,7 +18,8 @@ class GateNorm(RelevanceNorm):
 
     A gate is then the posterior of a cluster given the sample, with the density e^(a*) (Eq. 4.20) and the prior π_j
     (Eq. 4.18): g_ij = π_ij e^(a*_ij / T) / Σ_k π_ik e^(a*_ik / T). Training mode normalises by the statistics of the
-    batch, those of all processes together where `torch.distributed` runs, and the gradient goes through them.
+    batch, those of all processes together where `torch.distributed` runs (of a router with a process group, those of
+    the group), and the gradient goes through them.
     Evaluation normalises by the running statistics, which `fold` moves into the gate's last layer.
 
     Activation checkpointing computes a batch again in the backward pass: with the priors of the first time, and without
@@ -53,6 +54,7 @@ class GateNorm(RelevanceNorm):
         even = torch.full_like(self.running_mean, 1 / out_paths) if prior == "learned" else None
         self.register_buffer("prior", even)
         self.earlier_prior = even  # that of the last batch, before its update
+        self.spread: SpreadPaths | None = None
 
     def reset_running_stats(self) -> None:
         """Forget all batches, and make the priors even."""
@@ -122,7 +124,7 @@ class GateNorm(RelevanceNorm):
 
     def _batch(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """μ and σ of the batch, those of all processes together where there are several."""
-        if not _several_processes():
+        if not self._several_processes():
             if len(scores) < 2:
                 raise ValueError(
                     f"scores have {len(scores)} samples; in training mode gate_norm={self.kind!r} needs at least 2"
@@ -132,7 +134,8 @@ class GateNorm(RelevanceNorm):
         # Sums about the running mean, which all processes have in common: squares about 0 may lose the spread.
         center = self.running_mean.to(scores.dtype)
         distance = scores - center
-        sums = all_reduce(torch.stack([torch.ones_like(distance), distance, distance.square()]).sum(1))
+        sums = torch.stack([torch.ones_like(distance), distance, distance.square()]).sum(1)
+        sums = _AllReduce.apply(sums, self._group)
         shift, square = sums[1] / sums[0], sums[2] / sums[0]
         variance = (square - shift.square()).clamp(min=0)
         return center + shift, torch.where(variance > 0, variance, 1).sqrt() * (variance > 0)
@@ -141,9 +144,9 @@ class GateNorm(RelevanceNorm):
         if not torch.compiler.is_compiling():  # compiled graphs recompute without this module
             self.earlier_prior = self.prior.clone()
         total, count = posterior.sum(0), posterior.new_tensor(float(len(posterior)))
-        if _several_processes():
+        if self._several_processes():
             for value in (total, count):
-                dist.all_reduce(value)
+                dist.all_reduce(value, group=self._group)
         self._move((self.prior, total / count))
 
     @torch.no_grad()
@@ -153,13 +156,31 @@ class GateNorm(RelevanceNorm):
         for running, value in pairs:
             running.lerp_(torch.where(value.isfinite(), value.to(running.dtype), running), weight.to(running.dtype))
 
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        return None if self.spread is None else self.spread.group
+
+    def _several_processes(self) -> bool:
+        return dist.is_available() and dist.is_initialized() and dist.get_world_size(self._group) > 1
+
     def extra_repr(self) -> str:
         prior = "" if self.prior is None else ", prior='learned'"
         return f"{self.kind!r}, {tuple(self.running_mean.shape)}, momentum={self.momentum}{prior}"
 
 
-def _several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+class _AllReduce(torch.autograd.Function):
+    """Sum over processes, each of which has its own loss; the gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return _AllReduce.apply(gradient.contiguous(), ctx.group), None
 
 
 def make_gate_norm(

@@ -91,8 +91,8 @@ class SparseRouter(Tempered, nn.Module):
     all processes: two exchanges (all-to-all) carry samples to their paths and back. All results are those of one
     process with the joint batch, batch normalisation in paths included; a capacity is of each process's own batch. The
     gradients of paths are averaged over processes, as `DistributedDataParallel` averages all others; call
-    `leave_spread_paths` before wrapping the network in it. A process whose paths get nothing passes an empty batch
-    through its first path.
+    `leave_spread_paths` before wrapping the network in it, over the same processes. A process whose paths get nothing
+    passes an empty batch through its first path.
 
     Args:
         channels: C, the channels of the input.
@@ -183,13 +183,13 @@ class SparseRouter(Tempered, nn.Module):
         self.b1 = parameter(gate_channels) if hidden and bias else None
         self.w2 = parameter(n, gate_channels if hidden else channels)
         self.b2 = parameter(n) if bias else None
-        self.gate_norm = self._make_gate_norm(gate_norm, prior)
         self.spread = None
         if process_group is not None:
             if self.paths is None:
                 raise ValueError(f"process_group is given with paths={n}; give the modules of the paths with it")
             self.spread = SpreadPaths(process_group, n)
             self.paths = nn.ModuleDict({str(j): self.paths[j] for j in self.spread.own})
+        self.gate_norm = self._make_gate_norm(gate_norm, prior)
         self.reset_parameters()
 
     @property
@@ -205,7 +205,10 @@ class SparseRouter(Tempered, nn.Module):
     def _make_gate_norm(self, gate_norm: str | None, prior: str | None) -> GateNorm | None:
         if self.routing == "cluster":
             gate_norm, prior = gate_norm or "standardize", prior or "learned"
-        return super()._make_gate_norm(gate_norm, prior)
+        norm = super()._make_gate_norm(gate_norm, prior)
+        if norm is not None:
+            norm.spread = self.spread
+        return norm
 
     def reset_parameters(self) -> None:
         """Initialise the gate as in `CrossConnection`: the first layer as `nn.Linear`, the second near zero."""
@@ -289,7 +292,7 @@ class SparseRouter(Tempered, nn.Module):
         """Return Σ_c weights[:, c] ys[c] for tensors (N, …)."""
         batch, shape = weights.shape[0], ys[0].shape[1:]
         if not 1 <= len(shape) <= 4:  # the operator supports no such layout
-            ys = [y.reshape(batch, -1) for y in ys]
+            ys = [y.reshape(batch, math.prod(shape)) for y in ys]
         weights = weights.to(accumulate_dtype(ys[0].dtype))
         return mix(ys, weights.unsqueeze(-1))[0].reshape(batch, *shape)
 
@@ -362,23 +365,34 @@ class SparseRouter(Tempered, nn.Module):
         )
 
 
-def leave_spread_paths(network: nn.Module) -> nn.Module:
+def leave_spread_paths(network: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
     """Tell `DistributedDataParallel` to leave out the paths that are spread over processes, and return the network.
 
     Args:
         network: the module that is going to be wrapped.
+        process_group: that of `DistributedDataParallel`; None is all processes.
+
+    Raises:
+        ValueError: paths are spread over fewer processes than those of `process_group`: nothing would average the
+            gradients of their copies.
 
     Example:
         >>> network = nn.Sequential(SparseRouter(16, [nn.Identity() for _ in range(4)]))
         >>> network = leave_spread_paths(network)  # DistributedDataParallel(network) comes next
     """
-    names = [
-        f"{name}.{own}" if name else own
-        for name, router in network.named_modules()
-        if isinstance(router, SparseRouter) and router.spread is not None
-        for own in router.state_dict()
-        if own.startswith("paths.")
-    ]
+    names = []
+    for name, router in network.named_modules():
+        if not isinstance(router, SparseRouter) or router.spread is None:
+            continue
+        processes = dist.get_world_size(process_group)
+        if router.spread.size != processes:
+            raise ValueError(
+                f"network has paths spread over {router.spread.size} of {processes} processes, whose other copies "
+                "nothing would average; spread them over all, or give the group of DistributedDataParallel as "
+                "process_group"
+            )
+        prefix = f"{name}." if name else ""
+        names += [f"{prefix}{own}" for own in router.state_dict() if own.startswith("paths.")]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)
     return network
 

@@ -1,7 +1,6 @@
 """Image classification as a Lightning module."""
 
 import contextlib
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from fastroute.data.decode import UnreadableImage
 from fastroute.data.loaders import Draws
 from fastroute.models.specification import Specification, specification_of
 from fastroute.nn import Routing, exact_convolutions
+from fastroute.nn.routed import takes_routing
 from fastroute.training.capturable import CAPTURABLE
 from fastroute.training.distributed import gather_to_rank_zero
 from fastroute.training.graphs import COMPILE_MODES, CUDAGraph, Graph, RecordedStep, check_recording
@@ -407,11 +407,6 @@ def class_shares(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Te
         labels = F.one_hot(labels, num_classes)
     labels = F.pad(labels, (0, num_classes - labels.shape[1])).float()
     return labels * (1 - smoothing) + smoothing / num_classes
-
-
-def takes_routing(model: nn.Module) -> bool:
-    """Return whether the network's forward takes `return_routing`."""
-    return "return_routing" in inspect.signature(model.forward).parameters
 
 
 def check_compile_mode(compile: bool, compile_mode: str | None) -> None:

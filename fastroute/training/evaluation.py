@@ -19,6 +19,7 @@ from fastroute.data.module import STREAMED, channels_of, imagenet_statistics
 from fastroute.data.sources import Reading, val_source
 from fastroute.data.transforms import eval_transform, resize_size
 from fastroute.diagnostics.routing import RouterStatistics, across_processes, add_routing
+from fastroute.nn import forward_with_routing
 from fastroute.training.metrics import Totals
 
 
@@ -42,8 +43,7 @@ def evaluate(
         device: the device of the model and of the images.
         amp_dtype: the autocast type; None computes in the network's own.
         memory_format: of the images.
-        routers: filled with the statistics of each router by name, over all crops; the model must take
-            `return_routing`.
+        routers: filled with the statistics of each router by name, over all crops.
 
     Returns:
         "loss"; "error" (top-1) and "error5" (top-5), in percent; "images", their number; and "skipped", the number of
@@ -62,7 +62,7 @@ def evaluate(
         images = images.contiguous(memory_format=memory_format)
         if routers is None:
             return model(images)
-        scores, routing = model(images, return_routing=True)
+        scores, routing = forward_with_routing(model, images)
         add_routing(routers, routing)
         return scores
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from fastroute.nn import GateNorm
 from fastroute.training.callbacks import EpochProgress, EpochSummary, Patience, RouterDiagnostics, StepLog
 from fastroute.training.checkpoints import LAST, check_resume
 from fastroute.training.classifier import RoutingClassifier
@@ -165,6 +166,9 @@ def fit(
     validated = is_overridden("val_dataloader", data) if modular else val_data is not None
     if not validated and eval_metric == "top5":
         raise ValueError("eval_metric is 'top5'; without images to validate on it must be 'top1' or 'loss'")
+    normalised = any(isinstance(layer, GateNorm) for layer in module.model.modules())
+    if normalised and getattr(data, "batch_size", None) == 1 and world_size() == 1:
+        raise ValueError("batch_size is 1; routers that normalise gates over the batch need at least 2")
     if clip_grad is not None and clip_grad <= 0:
         raise ValueError(f"clip_grad is {clip_grad}; it must be above 0")
     if model_ema_decay is not None and not 0 <= model_ema_decay < 1:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastroute.diagnostics.statistics import RouterStatistics
 from fastroute.models._modes import modes_kept
-from fastroute.nn import CrossConnection, ParallelPaths, Routing
+from fastroute.nn import CrossConnection, ParallelPaths, Routing, forward_with_routing
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 DIVERGED = "the network has diverged, so there is nothing to show: take a checkpoint from before"
@@ -130,7 +130,7 @@ def collect_routing(model: nn.Module, batches: Batches) -> RoutingData:
     """Collect gates, labels, predictions and mean colours in one pass over the images.
 
     Args:
-        model: `model(images, return_routing=True)` → (logits, {router: Routing}).
+        model: from images to logits, with routers; see `nn.forward_with_routing`.
         batches: images (N, C, H, W), on the model's device, and labels (N,).
 
     Returns:
@@ -149,7 +149,7 @@ def collect_routing(model: nn.Module, batches: Batches) -> RoutingData:
     gates, labels, colours, predictions = {}, [], [], []
     with frozen(model):
         for images, targets in batches:
-            logits, routing = model(images, return_routing=True)
+            logits, routing = forward_with_routing(model, images)
             if not routing:
                 raise ValueError(NO_ROUTERS)
             for name, value in routing.items():
@@ -197,24 +197,26 @@ def collect_flows(model: nn.Module, images: Tensor) -> list[list[Layer]]:
         return (means / means.sum(1, keepdim=True).clamp(min=1e-12)).cpu()
 
     with frozen(model), contextlib.ExitStack() as hooks:
-        names = model(images[:1], return_routing=True)[1]
+        names = forward_with_routing(model, images[:1])[1]
         if not names:
             raise ValueError(NO_ROUTERS)
+        modules = dict(model.named_modules())
         for name in names:
 
             def keep(module, args, output, name=name):
                 xs = args[0]
                 if isinstance(module, CrossConnection) and module.activation == "relu":
                     xs = [x.relu() for x in xs]  # the paths' own, which the router takes for them
-                strengths[name] = relative(xs), relative(output[0])
+                strengths.setdefault(name, (relative(xs), relative(output[0])))
 
-            hooks.callback(model.get_submodule(name).register_forward_hook(keep).remove)
-        routing = model(images, return_routing=True)[1]
+            if name in modules:  # not a second call of a router
+                hooks.callback(modules[name].register_forward_hook(keep).remove)
+        routing = forward_with_routing(model, images)[1]
     flows = []
     for s in range(len(images)):
         layers = []
         for name, value in routing.items():
-            before, after = (None if side is None else side[s] for side in strengths[name])
+            before, after = (None if side is None else side[s] for side in strengths.get(name, (None, None)))
             layers.append(Layer(name, matrix(value.gates)[s].float().cpu(), before, after))
         flows.append(layers)
     return flows

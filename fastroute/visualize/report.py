@@ -50,7 +50,7 @@ def routing_report(
 
     Args:
         report: an empty report.
-        model: `model(images, return_routing=True)` → (logits, {router: Routing}).
+        model: from images to logits, with routers; see `nn.forward_with_routing`.
         images: the images.
         chosen: images (k, C, H, W), values from 0 to 1, and their names, for the routing flow; by default twelve of
             `images`.

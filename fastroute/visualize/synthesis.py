@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from fastroute.nn import forward_with_routing
 from fastroute.visualize.collect import Gate, frozen, matrix
 
 # The square root of the covariance of natural images' colours (Olah et al., 2017), its longest column scaled to 1.
@@ -94,7 +95,7 @@ def synthesize_gates(model: nn.Module, gates: Sequence[Gate], size: Sequence[int
     """Synthesise an image for each gate that maximises its score before the softmax (§3.5.2).
 
     Args:
-        model: `model(images, return_routing=True)` → (logits, {router: Routing}).
+        model: from images to logits, with routers; see `nn.forward_with_routing`.
         gates: the gates.
         size, mean, std, options: as in `synthesize`.
 
@@ -103,7 +104,7 @@ def synthesize_gates(model: nn.Module, gates: Sequence[Gate], size: Sequence[int
     """
 
     def scores(images: Tensor) -> Tensor:
-        routing = model(images, return_routing=True)[1]
+        routing = forward_with_routing(model, images)[1]
         return torch.stack([matrix(routing[gate.router].scores)[k, gate.i, gate.j] for k, gate in enumerate(gates)])
 
     with frozen(model):

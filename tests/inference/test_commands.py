@@ -2,11 +2,13 @@ import csv
 import io
 import json
 import re
+import sys
 from collections import OrderedDict
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
@@ -146,6 +148,62 @@ def test_own_network_from_training_to_prediction(own, images, tmp_path):
         assert result.exit_code == 0, result.output
     result = run("predict", checkpoint, images / "val", "--model", own, "--gates", "--format", "csv")
     assert result.exit_code == 0 and "0_router_g12" in result.stdout, result.output
+
+
+ROUTED_NETWORK = """
+from torch import nn
+from fastroute.nn import CrossConnection
+
+class Routed(nn.Module):
+    def __init__(self, num_classes, in_chans):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(in_chans, 4, 3), nn.Linear(4, num_classes)
+        self.split, self.cross = CrossConnection(4, 1, 2), CrossConnection(4, 2, 2)
+
+    def forward(self, x):
+        xs = self.cross(self.cross(self.split([self.stem(x).relu()])))
+        return self.head((xs[0] + xs[1]).mean((2, 3)))
+
+class Plain(Routed):
+    def forward(self, x):
+        return self.head(self.stem(x).relu().mean((2, 3)))
+
+    def __init__(self, num_classes, in_chans):
+        super().__init__(num_classes, in_chans)
+        del self.split, self.cross
+
+def routed(num_classes=10, in_chans=3):
+    return Routed(num_classes, in_chans)
+
+def plain(num_classes=10, in_chans=3):
+    return Plain(num_classes, in_chans)
+"""
+
+
+def test_routers_in_an_own_network(tmp_path, monkeypatch):
+    (tmp_path / "routed_nets.py").write_text(ROUTED_NETWORK)
+    images = tmp_path / "images"
+    for i, pixels in enumerate(torch.randint(256, (48, 8, 8, 3), dtype=torch.uint8)):
+        place = images / ("train", "val")[i % 2] / "ab"[i // 24]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(place / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    for name in ("routed", "plain"):
+        own = ("--model", f"routed_nets:{name}")
+        train = ("train", own[1], "--data-dir", images, "--dataset", "imagefolder", "--img-size", 8, "-b", 12, "-j", 1)
+        result = run(*train, "--epochs", 1, "--output", tmp_path, "--experiment", name)
+        assert result.exit_code == 0, result.output
+        checkpoint = tmp_path / name / "last.ckpt"
+        commands = [("paths", checkpoint), ("report", checkpoint, "--output", "report.html")]
+        commands += [("validate", checkpoint, "--gates"), ("predict", checkpoint, images / "val", "--gates")]
+        for command in commands:
+            result = run(*command, *own)
+            assert (result.exit_code == 0) == (name == "routed"), result.output
+            if name == "routed":
+                assert command[0] in ("report", "validate") or "cross_2" in result.output, result.output
+            else:
+                assert result.exit_code == 2 and "no routers" in result.output, result.output
+    sys.modules.pop("routed_nets")
 
 
 def test_a_resumed_run_has_the_network_of_its_checkpoint(own, images, tmp_path):

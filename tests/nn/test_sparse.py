@@ -152,6 +152,11 @@ def test_no_samples(top_k):
     assert all(path[1].running_mean.isfinite().all() for path in router.paths)
 
 
+def test_no_samples_to_paths_with_one_number_for_each():
+    number = [nn.Sequential(nn.Flatten(), nn.Linear(6, 1), nn.Flatten(0)) for _ in range(2)]
+    assert SparseRouter(6, number)(torch.randn(0, 6, 1, 1)).shape == (0,)
+
+
 def test_one_sample_is_enough_for_batch_normalisation_over_space():
     assert only(2)(torch.randn(1, 6, 4, 4)).isfinite().all()
 

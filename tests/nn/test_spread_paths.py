@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastroute.nn import SparseRouter, leave_spread_paths
+from fastroute.nn import SparseRouter, leave_spread_paths, set_gate_norm
 from tests.threads import small_networks  # noqa: F401
 
 CASES = {
@@ -67,8 +67,25 @@ def _one_of_two(rank, place, results):
         SparseRouter(6, [nn.Identity()] * 3, process_group=dist.group.WORLD)
     with pytest.raises(ValueError, match="process_group is given with paths=4; give the modules of the paths"):
         SparseRouter(6, 4, process_group=dist.group.WORLD)
+    _paths_in_one_process(rank)
     results[rank] = found
     dist.destroy_process_group()
+
+
+def _paths_in_one_process(rank):
+    """Check a router of a group without the other process, which does not wait for it."""
+    groups = [dist.new_group([r]) for r in range(2)]
+    if rank == 0:
+        model, alone, x = network("clustered", groups[0]), network("clustered", groups[0]), images("clustered")
+        alone[1].spread = alone[1].gate_norm.spread = None
+        alone[1].paths = nn.ModuleList(alone[1].paths.values())
+        set_gate_norm(model, None)
+        torch.testing.assert_close(model(x), alone(x))
+        torch.testing.assert_close(model[1].gate_norm.prior, alone[1].gate_norm.prior)
+    message = "network has paths spread over 1 of 2 processes"
+    with pytest.raises(ValueError, match=message):
+        leave_spread_paths(network("clustered", groups[rank]))
+    leave_spread_paths(network("clustered", groups[rank]), groups[rank])
 
 
 def test_two_processes_match_one(tmp_path):

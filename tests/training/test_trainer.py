@@ -333,6 +333,11 @@ def test_wrong_arguments(data, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             run(classifier(), data, tmp_path / "run", **options)
+    normalised = RoutingClassifier("resnet20_cc2", model_kwargs={"gate_norm": "center"})
+    with pytest.raises(
+        ValueError, match="batch_size is 1; routers that normalise gates over the batch need at least 2"
+    ):
+        run(normalised, ImageDataModule("digits", batch_size=1), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

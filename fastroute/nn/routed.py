@@ -1,0 +1,60 @@
+"""The routing of any network that contains routers."""
+
+import contextlib
+import inspect
+import itertools
+
+from torch import Tensor, nn
+
+from fastroute.nn.router import Router, Routing
+from fastroute.nn.sparse import SparseRouter, SparseRouting
+
+
+def takes_routing(network: nn.Module) -> bool:
+    """Return whether the network's forward takes `return_routing`."""
+    return "return_routing" in inspect.signature(network.forward).parameters
+
+
+def forward_with_routing(network: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Routing | SparseRouting]]:
+    """Return what a network computes, and the routing of each of its routers.
+
+    Networks of this package return it with `return_routing=True`. In any other network, each `Router` and
+    `SparseRouter` is asked for it. Gradients flow through both.
+
+    Args:
+        network: called as `network(x)`, or `network(x, return_routing=True)` if its forward takes that. Hooks are put
+            on its routers meanwhile; they do not reach routers within a compiled or scripted network.
+        x: the input.
+
+    Returns:
+        output: of the network.
+        routing: router name → its routing, in the order of computation. A router that is called again has another name
+            for each later call, with "_2", "_3" and so on.
+
+    Example:
+        >>> network = MyNetwork()  # with self.router = CrossConnection(64, 2, 2)
+        >>> logits, routing = forward_with_routing(network, torch.randn(8, 3, 32, 32))
+        >>> routing["router"].gates.shape
+        torch.Size([8, 2, 2])
+    """
+    if takes_routing(network):
+        return network(x, return_routing=True)
+    found: dict[str, Routing | SparseRouting] = {}
+    with contextlib.ExitStack() as hooks:
+        for name, router in network.named_modules():
+            if isinstance(router, Router | SparseRouter):
+                asked = []  # whether the network itself asks, for each call that is running
+
+                def ask(module, args, options, asked=asked):
+                    asked.append(options.get("return_routing", len(args) > 1 and args[1]))
+                    return args[:1], options | {"return_routing": True}
+
+                def take(module, args, result, name=name, asked=asked):
+                    output, routing = result
+                    names = itertools.chain([name], (f"{name}_{call}" for call in itertools.count(2)))
+                    found[next(free for free in names if free not in found)] = routing
+                    return result if asked.pop() else output
+
+                hooks.callback(router.register_forward_pre_hook(ask, with_kwargs=True).remove)
+                hooks.callback(router.register_forward_hook(take).remove)
+        return network(x), found

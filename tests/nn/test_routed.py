@@ -1,0 +1,57 @@
+"""The routing of networks whose forward does not return it."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastroute.models import create_model
+from fastroute.nn import CrossConnection, SparseRouter, forward_with_routing
+
+
+class Own(nn.Module):
+    """Routers called once, twice, and for the network's own use."""
+
+    def __init__(self):
+        super().__init__()
+        self.split = CrossConnection(3, 1, 2)
+        self.cross = CrossConnection(3, 2, 2, activation="relu")
+        self.sparse = SparseRouter(3, [nn.Conv2d(3, 3, 1) for _ in range(2)])
+        self.asked = []
+
+    def forward(self, x):
+        xs = self.cross(xs=self.cross(self.split([x])))
+        y, routing = self.sparse(xs[0] + xs[1], return_routing=True)
+        self.asked.append(routing)
+        return y.mean((2, 3))
+
+
+def test_asks_each_router_of_any_network():
+    torch.manual_seed(0)
+    network, x = Own(), torch.randn(4, 3, 5, 5)
+    plain = network(x)
+    output, routing = forward_with_routing(network, x)
+    assert torch.equal(output, plain) and torch.equal(network(x), plain)
+    assert list(routing) == ["split", "cross", "cross_2", "sparse"]
+    assert routing["sparse"] is network.asked[1]
+    xs, split = network.split([x], return_routing=True)
+    xs, first = network.cross(xs, return_routing=True)
+    _, second = network.cross(xs, return_routing=True)
+    for name, expected in (("split", split), ("cross", first), ("cross_2", second)):
+        assert torch.equal(routing[name].gates, expected.gates) and torch.equal(routing[name].scores, expected.scores)
+    routing["cross_2"].scores[..., 0].sum().backward()
+    assert network.split.w2.grad is not None
+    assert not any(router._forward_hooks or router._forward_pre_hooks for router in network.modules())
+
+
+def test_takes_the_routing_that_a_network_returns():
+    network, x = create_model("resnet20_cc2").eval(), torch.randn(2, 3, 8, 8)
+    output, routing = forward_with_routing(network, x)
+    expected, other = network(x, return_routing=True)
+    assert torch.equal(output, expected) and list(routing) == list(other)
+
+
+def test_leaves_no_hooks_behind_an_error():
+    network = Own()
+    with pytest.raises(ValueError, match="channels=3"):
+        forward_with_routing(network, torch.randn(2, 4, 5, 5))
+    assert not any(router._forward_hooks or router._forward_pre_hooks for router in network.modules())
