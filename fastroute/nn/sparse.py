@@ -84,8 +84,8 @@ class SparseRouter(Tempered, nn.Module):
     through the first path, to get the shape of the output.
 
     The load of the paths is read on the host: this costs one synchronisation per call on a GPU and a graph break under
-    `torch.compile`, so `fullgraph=True` does not support this layer. `torch.export` in evaluation mode computes every
-    path on every sample, with the same result, for up to 8 paths.
+    `torch.compile`, so `fullgraph=True` does not support this layer. `torch.export` and `torch.jit.trace` in
+    evaluation mode compute every path on every sample, with the same result, for up to 8 paths.
 
     With a process group of W processes, each of them holds n/W consecutive paths, which compute their samples from
     all processes: two exchanges (all-to-all) carry samples to their paths and back. All results are those of one
@@ -228,7 +228,8 @@ class SparseRouter(Tempered, nn.Module):
                 f"this router was built for paths={self.num_paths} without their modules; "
                 "give it the modules, or call divide and accumulate"
             )
-        if torch.compiler.is_exporting() and not self.training and self.spread is None:
+        traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        if traced and not self.training and self.spread is None:
             self._check(x)
             routing = self._route(x)
             y = self._weighted([path(x) for path in self.paths], routing.gates)

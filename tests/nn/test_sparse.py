@@ -447,6 +447,8 @@ def test_exports_in_evaluation_mode(options):
     exported = torch.export.export(router, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     x = torch.randn(9, 6, 4, 4)
     torch.testing.assert_close(exported.module()(x), router(x))
+    traced = torch.jit.trace(router, x[:2])
+    torch.testing.assert_close(traced(x), router(x))
 
 
 def test_the_normalisation_of_clustered_routing_is_its_own():
