@@ -67,21 +67,18 @@ def _one_of_two(rank, place, results):
         SparseRouter(6, [nn.Identity()] * 3, process_group=dist.group.WORLD)
     with pytest.raises(ValueError, match="process_group is given with paths=4; give the modules of the paths"):
         SparseRouter(6, 4, process_group=dist.group.WORLD)
-    _paths_in_one_process(rank)
+    _paths_in_one_process(rank, found)
     results[rank] = found
     dist.destroy_process_group()
 
 
-def _paths_in_one_process(rank):
+def _paths_in_one_process(rank, found):
     """Check a router of a group without the other process, which does not wait for it."""
     groups = [dist.new_group([r]) for r in range(2)]
     if rank == 0:
-        model, alone, x = network("clustered", groups[0]), network("clustered", groups[0]), images("clustered")
-        alone[1].spread = alone[1].gate_norm.spread = None
-        alone[1].paths = nn.ModuleList(alone[1].paths.values())
-        set_gate_norm(model, None)
-        torch.testing.assert_close(model(x), alone(x))
-        torch.testing.assert_close(model[1].gate_norm.prior, alone[1].gate_norm.prior)
+        model = network("clustered", groups[0])
+        set_gate_norm(model, None)  # which keeps the group
+        found["alone"] = model(images("clustered")).detach(), model[1].gate_norm.prior
     message = "network has paths spread over 1 of 2 processes"
     with pytest.raises(ValueError, match=message):
         leave_spread_paths(network("clustered", groups[rank]))
@@ -91,6 +88,8 @@ def _paths_in_one_process(rank):
 def test_two_processes_match_one(tmp_path):
     results = torch.multiprocessing.Manager().dict()
     torch.multiprocessing.spawn(_one_of_two, (tmp_path / "store", results), nprocs=2)
+    alone = network("clustered")
+    torch.testing.assert_close(results[0]["alone"], (alone(images("clustered")).detach(), alone[1].gate_norm.prior))
     for case in CASES:
         whole, x = network(case), images(case)
         load = whole.eval()[1].divide(whole[0](x))[1].load
