@@ -32,10 +32,10 @@ def forward_with_routing(network: nn.Module, x: Tensor) -> tuple[Tensor, dict[st
             for each later call, with "_2", "_3" and so on.
 
     Example:
-        >>> network = MyNetwork()  # with self.router = CrossConnection(64, 2, 2)
-        >>> logits, routing = forward_with_routing(network, torch.randn(8, 3, 32, 32))
-        >>> routing["router"].gates.shape
-        torch.Size([8, 2, 2])
+        >>> network = nn.Sequential(nn.Conv2d(3, 16, 3), SparseRouter(16, [nn.Identity() for _ in range(4)]))
+        >>> output, routing = forward_with_routing(network, torch.randn(8, 3, 32, 32))
+        >>> routing["1"].gates.shape
+        torch.Size([8, 4])
     """
     if takes_routing(network):
         return network(x, return_routing=True)
