@@ -114,6 +114,12 @@ def write_report(
     saved = read_checkpoint(checkpoint, "checkpoint")
     run = saved["hyper_parameters"]
     if "architecture" in run:
+        network_options = {"dataset": dataset, "images": pictures, "before": before, "classes": classes, "model": model}
+        for name, value in network_options.items():
+            if value:
+                raise ValueError(
+                    f"{name} is given, but {checkpoint} is a clustering, which has no use for it: leave it out"
+                )
         return _clustering(checkpoint, saved, folder, data_dir, runs, limit, batch_size, progress)
     given = load_trained(
         checkpoint, saved, dataset=dataset, data_dir=data_dir, batch_size=batch_size, workers=workers, model=model
@@ -213,14 +219,24 @@ def _clustering(
     from fastroute.clustering.run import Batches
     from fastroute.training.checkpoints import load_network_weights
     from fastroute.visualize import Images, Report, clustering_report
+    from fastroute.visualize.curves import read_summary
 
     run = ClusteringRun.of(saved["hyper_parameters"])
     summaries = _summaries(checkpoint)
     if runs is not None:
-        summaries = {path.parent.name: path for path in sorted(runs.glob("*/summary.csv"))}
+        summaries = {}
+        for path in sorted(runs.glob("*/summary.csv")):
+            try:
+                read_summary(path)
+            except ValueError as error:  # such as of k-means without labels, which has no curve
+                standard_output().print(escaped(f"left out: {error}"), soft_wrap=True, highlight=False)
+            else:
+                summaries[path.parent.name] = path
         if not summaries:
-            raise FileNotFoundError(f"runs is {runs}; there are no folders with summary.csv in it")
+            raise FileNotFoundError(f"runs is {runs}; there are no folders with learning curves in summary.csv in it")
     kept = _run_images(checkpoint)
+    if data_dir is not None and run.dataset == "digits":
+        raise ValueError(f"data_dir is {data_dir}; the clustering is of scikit-learn's digits: leave it out")
     data_dir, limit = data_dir or kept["data_dir"], limit or kept["limit"]
     loaded = load_images(run.dataset, data_dir, limit, run.img_size, on_bad_image=kept["on_bad_image"])
     pixels, labels = loaded.images, loaded.labels

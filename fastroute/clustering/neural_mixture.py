@@ -145,10 +145,12 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
                 often as of 1. None is 1 for all.
 
         Raises:
-            ValueError: X has NaN, infinity or fewer samples than clusters, or a parameter is out of its range.
+            ValueError: X has NaN, infinity or fewer samples than clusters, a parameter is out of its range, or no run
+                ends with a finite loss.
         """
         going_on = self.warm_start and hasattr(self, "_model")
         X = self._validate(X, reset=not going_on)
+        self._check_samples(X)
         self._check_parameters(len(X))
         weights = self._weights(sample_weight, X)
         if going_on:
@@ -168,8 +170,12 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
                 model.learn_seeds(X, weights)
             model.fit(X, weights, run + 1)
             loss = model.loss(X, weights)
-            if best is None or loss < best[0]:
+            if math.isfinite(loss) and (best is None or loss < best[0]):
                 best = loss, model
+        if best is None:
+            raise ValueError(
+                f"training diverged: the loss of every run is {loss}; lower learning_rate, or scale the features"
+            )
         self.loss_, self._model = best
         self.n_iter_ = self.epochs
         if self.n_clusters == "auto":
@@ -186,23 +192,31 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         that lie together and are out of the reach of all clusters; one goes after three parts in a row without a sample
         in its reach. Clusters keep their order, and new ones come last. Groups must lie apart: a new one that overlaps
         an old one is taken for a part of it.
+
+        Raises:
+            ValueError: as `fit` does; a part has one sample, which has no spread; or training has diverged.
         """
         first = not hasattr(self, "_model")
         X = self._validate(X, reset=first)
+        self._check_samples(X)
         weights = self._weights(sample_weight, X)
         if first:
             self._check_parameters(len(X))
             seed = check_random_state(self.random_state).randint(2**31 - 1)
-            self._model, self.n_iter_ = _Model(self, X, self._frame(X, weights), seed, fresh=False), 0
+            model, passes = _Model(self, X, self._frame(X, weights), seed, fresh=False), 0
             if self._init() == "k-means++":
-                self._model.learn_seeds(X, weights)
-        elif self.emerging and self._model.places is not None:
-            self._model.renew(X)
-        self._model.train_epoch(X, weights, track=True)
+                model.learn_seeds(X, weights)
+        else:
+            model, passes = self._model, self.n_iter_
+            if self.emerging and model.places is not None:
+                model.renew(X)
+        model.train_epoch(X, weights, track=True)
         if self.emerging:
-            self._model.settle(X)
-        self.n_iter_ += 1
-        self.loss_ = self._model.loss(X, weights)
+            model.settle(X)
+        loss = model.loss(X, weights)
+        if not math.isfinite(loss):
+            raise ValueError(f"training diverged: the loss is {loss}; lower learning_rate, or scale the features")
+        self._model, self.n_iter_, self.loss_ = model, passes + 1, loss
         return self._finish(X)
 
     def predict(self, X) -> np.ndarray:
@@ -237,6 +251,11 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
     @property
     def _n_features_out(self) -> int:
         return self.n_clusters_
+
+    @staticmethod
+    def _check_samples(X: np.ndarray) -> None:
+        if len(X) < 2:
+            raise ValueError(f"X has {len(X)} sample; there must be at least 2, since scores are normalised over them")
 
     def _infer(self, X) -> tuple[np.ndarray, np.ndarray]:
         check_is_fitted(self)

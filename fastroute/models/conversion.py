@@ -74,9 +74,9 @@ def multipath(
             same weights with rows and columns in a random order, which equals another draw of the initialiser. "copy"
             is for pretrained networks: every path has the weights of `model`, with `noise` on all but the first path's.
             A one-to-many router with even gates gives each path 1/n of its input, so "cc" then multiplies that input by
-            n, and the new network at first computes the same as `model`, unless gate_norm="standardize" spreads the
-            gates. The state dict has this factor. Both leave parameters that are frozen (`requires_grad` is False) as
-            they are.
+            n, and without noise the new network at first computes the same as `model`, unless gate_norm="standardize"
+            spreads the gates. The state dict has this factor. Both leave parameters that are frozen (`requires_grad` is
+            False) as they are.
         noise: for init="copy", the standard deviation of the noise on each weight of a convolution or dense layer,
             relative to that of the weights.
         input_size: (channels, height, width) of the images by which the channels at each cut are found, or (channels,

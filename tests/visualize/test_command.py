@@ -141,11 +141,20 @@ def test_clusterings(run, tmp_path, method):
     assert f"Images in each cluster: {', '.join(sizes.split())}." in text  # the network is the one that was trained
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "summary.csv").write_text((tmp_path / "run" / "summary.csv").read_text())
+    (tmp_path / "unlabelled").mkdir()
+    (tmp_path / "unlabelled" / "summary.csv").write_text("seconds,sizes\n0.1,3 4\n")  # as of k-means
     done = run("report", tmp_path / "run" / "last.ckpt", "--limit", 300, "--runs", tmp_path)
+    assert "left out: summary is" in done.output and "unlabelled" in done.output
     text = (tmp_path / "run" / "report" / "report.html").read_text()
     assert done.exit_code == 0 and "Learning curves of other, run." in text
     done = run("report", tmp_path / "run" / "last.ckpt", "--runs", "nowhere")
-    assert done.exit_code == 2 and "runs is nowhere; there are no folders with summary.csv in it" in done.output
+    assert (
+        done.exit_code == 2
+        and "runs is nowhere; there are no folders with learning curves in summary.csv in it" in done.output
+    )
+    for option, value in (("--data-dir", tmp_path), ("--images", tmp_path), ("--before", "x.ckpt"), ("--classes", "2")):
+        done = run("report", tmp_path / "run" / "last.ckpt", option, value)
+        assert done.exit_code == 2 and "leave it out" in done.output, done.output
     done = run("report", tmp_path / "run" / "last.ckpt", "--limit", 5)
     assert done.exit_code == 2 and "there are 5 images; a report shows 10 for each cluster" in done.output
 
