@@ -194,7 +194,7 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
             if resume is not None:
                 done = epochs_done(resume) if options.resume == "auto" else 0
                 finished = done >= epochs
-                checkpoint = run.check_resume(resume, module, max(epochs, done + 1))
+                checkpoint = run.check_resume(resume, module, max(epochs, done + 1), images)
                 if finished:
                     module.load_state_dict(checkpoint["state_dict"])
                     console.print(f"all {epochs} epochs are done: {escaped(resume)}", soft_wrap=True)

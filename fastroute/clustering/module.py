@@ -56,6 +56,7 @@ class ClusteringModule(pl.LightningModule):
         self.sizes, self._seen = [], []
         self.self_labelling: SelfLabelling | None = None
         self.kept: dict[str, Tensor] = {}
+        self.images: str | None = None  # the checksum of those of the run
 
     def _apply(self, fn, *args, **options):
         # A resumed run loads the checkpoint before it moves the module to the device.
@@ -114,7 +115,7 @@ class ClusteringModule(pl.LightningModule):
         return torch.cat(parts)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["epochs"] = self.trainer.max_epochs
+        checkpoint["epochs"], checkpoint["images"] = self.trainer.max_epochs, self.images
         checkpoint["kept"] = {name: value.cpu() for name, value in self.kept.items()}
         checkpoint |= {name: getattr(self, name) for name in self.SCHEDULE}
         if self.self_labelling is not None:

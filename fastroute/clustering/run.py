@@ -1,6 +1,7 @@
 """Clustering of images in memory: training with checkpoints and a table, or a classical method."""
 
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -115,25 +116,36 @@ def posteriors(module: ClusteringModule, images: Tensor) -> Tensor:
     return torch.cat([module(part.to(module.device)).float().cpu() for part in images.split(1000)])
 
 
-def check_resume(path: Path, module: ClusteringModule, epochs: int) -> dict:
+def checksum(images: Tensor) -> str:
+    """Return the shape of images and the CRC-32 of their values."""
+    return f"{tuple(images.shape)} {zlib.crc32(images.cpu().contiguous().numpy()):08x}"
+
+
+def check_resume(path: Path, module: ClusteringModule, epochs: int, images: Tensor) -> dict:
     """Read a checkpoint, and check that a run of the module can be resumed from it; see `fit`.
 
     Args:
         path: the file.
         module: with the hyperparameters of the run.
         epochs: of the whole run.
+        images: of the run.
 
     Returns:
         the checkpoint.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, of another run, or has completed all epochs.
+        ValueError: it is damaged, of another run or of other images, or has completed all epochs.
     """
     checkpoint = read_resumable(path, "cluster", dict(module.hparams), epochs)
     for name in module.SCHEDULE:
         if name not in checkpoint:
             raise ValueError(f"resume is {path}; its {name} is missing, so a run cannot be resumed from it: start anew")
+    if checkpoint.get("images") not in (None, checksum(images)):  # files of early versions have none
+        raise ValueError(
+            f"resume is {path}; its run has other images than these {len(images):,}: give its data_dir and limit, with "
+            "the files that were there, or start anew"
+        )
     check_training_state(checkpoint, module, path)
     return checkpoint
 
@@ -172,13 +184,14 @@ def fit(
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it is damaged, of another run, or has completed all epochs.
+        ValueError: it is damaged, of another run or of other images, or has completed all epochs.
         FolderInUse: another run writes into `output`.
         FloatingPointError: weights are NaN or infinite; earlier checkpoints are intact.
         OSError: a file cannot be written; the previous checkpoint is intact.
         Terminated: SIGTERM or Ctrl-C was received, and `last.ckpt` is written.
     """
-    checkpoints = AtomicCheckpointIO(resume, None if resume is None else check_resume(resume, module, epochs))
+    checkpoints = AtomicCheckpointIO(resume, None if resume is None else check_resume(resume, module, epochs, images))
+    module.images = checksum(images)
     table = Table(output / "summary.csv", console)
     with run_folder(output), silence_lightning():
         trainer = pl.Trainer(

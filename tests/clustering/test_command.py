@@ -126,11 +126,13 @@ def test_refuses_to_resume_from_other_runs(tmp_path):
     torch.save({**torch.load(checkpoint), "hyper_parameters": {"model": "resnet20"}}, tmp_path / "trained.ckpt")
     torch.save({**torch.load(checkpoint), "kept": {"labels": 3}}, tmp_path / "kept.ckpt")
     torch.save({**torch.load(checkpoint), "schedule_epochs": "3"}, tmp_path / "schedule.ckpt")
+    torch.save({**torch.load(checkpoint), "images": "(400, 1, 8, 8) 00000000"}, tmp_path / "other.ckpt")
     for arguments, message in (
         (["--epochs", 1, "--resume", checkpoint], "it has completed 1 epoch, so epochs=1 leaves none to train"),
         (["-k", 9, "--resume", checkpoint], "it was trained with clusters=10, but this run has clusters=9"),
         (["--method", "em", "--resume", checkpoint], "it was trained with method='two-fold'"),
         (["--lr-em", 1e-4, "--resume", checkpoint], "it was trained with lr_em=0.001"),
+        (["--resume", tmp_path / "other.ckpt"], "its run has other images than these 400"),
         (["--resume", tmp_path / "kept.ckpt"], "its kept['labels'] is 3, expected a dense tensor"),
         (["--resume", tmp_path / "schedule.ckpt"], "its schedule_epochs is '3', expected an int of at least 0"),
         (["--resume", tmp_path / "junk.ckpt"], "it is no checkpoint of a training run"),
