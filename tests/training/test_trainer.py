@@ -13,6 +13,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, TensorDataset
 
+from fastroute.models import create_model
 from fastroute.training import ImageDataModule, RoutingClassifier, fit, router_statistics
 from fastroute.training.callbacks import Patience
 from fastroute.training.checkpoints import check_not_finished
@@ -333,7 +334,7 @@ def test_wrong_arguments(data, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             run(classifier(), data, tmp_path / "run", **options)
-    normalised = RoutingClassifier("resnet20_cc2", model_kwargs={"gate_norm": "center"})
+    normalised = RoutingClassifier(create_model("resnet20_cc2", gate_norm="center"), num_classes=10)
     with pytest.raises(
         ValueError, match="batch_size is 1; routers that normalise gates over the batch need at least 2"
     ):
