@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 from fastroute.models import create_model
 from fastroute.nn import CrossConnection, CrossPrediction2d, GateClusteringLoss, SparseRouter, set_gate_norm
-from fastroute.training.recomputation import checkpoint_gradients
 from tests.threads import small_networks  # noqa: F401
 
 NORMS = [(kind, prior) for kind in ("center", "standardize") for prior in (None, "learned")]
@@ -264,6 +263,9 @@ def test_checkpointing_has_the_same_gradients_and_counts_a_batch_once(make, reco
     plain = torch.nn.Sequential(*(Routed(make) for _ in range(2))).double()
     other, batches = copy.deepcopy(plain), torch.randn(3, 2, 16, 4, 3, 3, dtype=torch.float64).cumsum(0)
     if recompute == "trainer":
+        pytest.importorskip("pytorch_lightning")
+        from fastroute.training.recomputation import checkpoint_gradients
+
         checkpoint_gradients(other)
     for both in batches:  # of two forward passes before a backward, only the trainer's checkpoints know the priors
         both = both if recompute == "trainer" else both[:1]
