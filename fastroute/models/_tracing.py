@@ -13,6 +13,11 @@ from torch.nn import functional as F
 from fastroute.models._modes import modes_kept
 
 AUTOCAST = ("cpu", "cuda")
+IN_MODULES = ("_parameters", "_buffers", "_modules", "training")
+RANDOM = "random numbers outside of tensors"
+
+CONSTANT = "_tensor_constant"
+"""The beginning of the names by which torch.fx keeps tensors that a forward makes."""
 
 
 class _Tracer(fx.Tracer):
@@ -53,6 +58,7 @@ def trace(model: nn.Module, expand: set[str]) -> tuple[fx.Graph, dict[str, list[
             tensors.
     """
     traces = []
+    _take_constants(model)  # those of an earlier trace
     with modes_kept(model):
         # A forward may set gradients and autocast to what they are outside, so they are on once, and off once.
         for training, computing in ((True, True), (False, False)):
@@ -73,9 +79,6 @@ def trace(model: nn.Module, expand: set[str]) -> tuple[fx.Graph, dict[str, list[
         for name, results in tracer.results.items()
     }
     return graph, results
-
-
-RANDOM = "random numbers outside of tensors"
 
 
 def _refuse(model: nn.Module, reason: str) -> NoReturn:
@@ -103,20 +106,14 @@ def _state(model: nn.Module, names: set[str]) -> dict[str, str | list]:
     for name in names:
         module = model.get_submodule(name)
         prefix = f"{name}." if name else ""
-        attributes = {key: value for key, value in vars(module).items() if not key.startswith(CONSTANT)}
-        for own in ("_parameters", "_buffers", "_modules", "training"):
-            attributes.pop(own, None)
-        state |= {f"{prefix}{key}": repr(value) for key, value in attributes.items()}
+        attributes = {key: repr(value) for key, value in vars(module).items() if key not in IN_MODULES}
+        state |= {f"{prefix}{key}": text for key, text in attributes.items() if not key.startswith(CONSTANT)}
         state |= {f"{prefix}{key}": _values(value) for key, value in module._buffers.items() if value is not None}
-    return state | {RANDOM: random_states()}
+    return state | {RANDOM: _random_states()}
 
 
 def _values(tensor: torch.Tensor) -> tuple:
     return tensor.dtype, tensor.shape, tensor.tolist() if not tensor.is_meta else None
-
-
-CONSTANT = "_tensor_constant"
-"""The beginning of the names by which torch.fx keeps tensors that a forward makes."""
 
 
 def _take_constants(model: nn.Module) -> dict[str, tuple]:
@@ -125,7 +122,7 @@ def _take_constants(model: nn.Module) -> dict[str, tuple]:
     return {name: _values(vars(model).pop(name)) for name in names}
 
 
-def random_states() -> list:
+def _random_states() -> list:
     """Return the states of the random generators: a graph would fix what a forward draws outside of tensors."""
     numpy = sys.modules.get("numpy")
     return [random.getstate(), torch.get_rng_state().tolist(), numpy and repr(numpy.random.get_state(legacy=False))]

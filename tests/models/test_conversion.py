@@ -1,6 +1,5 @@
 import copy
 import pickle
-import random
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -107,6 +106,25 @@ def test_fresh_paths_have_the_weights_in_another_order():
     assert torch.equal(model.stem[0][0].weight, network.stem[0].weight)
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+def test_the_factor_of_copies_is_in_the_state_dict():
+    copies, fresh = (toy_paths(Toy(), 2, CUTS, init=init) for init in ("copy", "fresh"))
+    assert copies.state_dict()["stem.0.path_scale"] == 2
+    with pytest.raises(RuntimeError, match=r"Unexpected.*stem\.0\.path_scale"):
+        fresh.load_state_dict(copies.state_dict())
+    with pytest.raises(RuntimeError, match=r"Missing.*stem\.0\.path_scale"):
+        copies.load_state_dict(fresh.state_dict())
+
+
+@pytest.mark.parametrize("init", ["fresh", "copy"])
+def test_frozen_parameters_stay_as_they_are(init):
+    network = Toy()
+    network.wide.weight.requires_grad_(False)
+    model = toy_paths(network, 2, CUTS, init=init)
+    assert torch.equal(model.stage2[1].wide.weight, network.wide.weight)
+    assert not torch.equal(model.dense[1].dense.weight, network.dense.weight)
+    assert not model.stage2[1].wide.weight.requires_grad
 
 
 def test_computes_what_its_routers_and_parts_compute():
@@ -317,155 +335,6 @@ class Tokens(Twice):
 
     def forward(self, x):
         return self.fc(self.flat(self.pair(x)[0]).mean(2))
-
-
-def does(what):
-    """Return a network whose forward does something that a graph would lose."""
-
-    class Doing(Twice):
-        def __init__(self):
-            super().__init__()
-            self.count, self.keep = 0, nn.Identity()
-            self.register_buffer("calls", torch.zeros(()))
-
-        def forward(self, x):
-            return what(self, self.conv(x))
-
-    return Doing
-
-
-def frozen(network, x):
-    with torch.no_grad():
-        x = 2 * network.keep(x)
-    return network.fc(x.mean((2, 3)))
-
-
-def in_full_precision(network, x):
-    with torch.autocast("cpu", enabled=False):
-        return network.fc(x.mean((2, 3)))
-
-
-def with_gradients(network, x):
-    with torch.enable_grad():
-        return network.fc(x.mean((2, 3)))
-
-
-def dropping(network, x):
-    return network.fc((network.keep(x) if random.random() < 0.5 else x).mean((2, 3)))
-
-
-def counting(network, x):
-    network.count += 1
-    return network.fc(x.mean((2, 3)))
-
-
-def adding(network, x):
-    network.calls.add_(1)
-    return network.fc(x.mean((2, 3)))
-
-
-@pytest.mark.parametrize(
-    "forward, reason",
-    [
-        (frozen, "sets gradients or autocast"),
-        (in_full_precision, "sets gradients or autocast"),
-        (with_gradients, "sets gradients or autocast"),
-        (dropping, "draws random numbers outside of tensors"),
-        (counting, "changes count"),
-        (adding, "changes calls"),
-    ],
-)
-def test_refuses_what_a_graph_would_lose(forward, reason):
-    for seed in range(4):
-        random.seed(seed)
-        with pytest.raises(ValueError, match=f"whose forward {reason}, .* into a module of its own"):
-            multipath(does(forward)(), 2, ["conv"], input_size=SIZE)
-
-
-def test_what_is_in_a_module_of_its_own_stays_as_it_is():
-    class Whole(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.part, self.last = does(frozen)(), nn.Linear(2, 2)
-
-        def forward(self, x):
-            return self.last(self.part(x))
-
-    network, x = Whole(), torch.randn(2, *SIZE)
-    model = multipath(network, 2, ["part"], input_size=SIZE, init="copy", noise=0)
-    model(x).sum().backward()
-    assert model.stem[0].part.conv.weight.grad is None and model.stem[0].part.fc.weight.grad is not None
-
-
-def test_keeps_tensors_that_a_forward_makes():
-    ramp = does(lambda network, x: network.fc((network.keep(x) + torch.arange(3.0).view(3, 1, 1)).mean((2, 3))))
-    network, x = ramp(), torch.randn(2, *SIZE)
-    model = multipath(network, 2, ["conv"], input_size=SIZE, init="copy", noise=0)
-    model.conv_router.w2.data.zero_()
-    torch.testing.assert_close(model(x), network(x))
-
-
-def test_the_factor_of_copies_is_in_the_state_dict():
-    copies, fresh = (toy_paths(Toy(), 2, CUTS, init=init) for init in ("copy", "fresh"))
-    assert copies.state_dict()["stem.0.path_scale"] == 2
-    with pytest.raises(RuntimeError, match=r"Unexpected.*stem\.0\.path_scale"):
-        fresh.load_state_dict(copies.state_dict())
-    with pytest.raises(RuntimeError, match=r"Missing.*stem\.0\.path_scale"):
-        copies.load_state_dict(fresh.state_dict())
-
-
-@pytest.mark.parametrize("init", ["fresh", "copy"])
-def test_frozen_parameters_stay_as_they_are(init):
-    network = Toy()
-    network.wide.weight.requires_grad_(False)
-    model = toy_paths(network, 2, CUTS, init=init)
-    assert torch.equal(model.stage2[1].wide.weight, network.wide.weight)
-    assert not torch.equal(model.dense[1].dense.weight, network.dense.weight)
-    assert not model.stage2[1].wide.weight.requires_grad
-
-
-class ChannelsAtTheEnd(nn.Module):
-    """Maps (N, H, W, C) of changing resolution, with as many channels as rows in the middle; images of any size."""
-
-    def __init__(self):
-        super().__init__()
-        self.patch = nn.Conv2d(3, 6, 2, 2)
-        self.first, self.second, self.fc = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(4, 5)
-
-    def forward(self, x):
-        x = self.first(self.patch(x).permute(0, 2, 3, 1)).relu()
-        x = self.second(x[:, ::2, ::2])
-        return self.fc(x.mean((1, 2)))
-
-
-@pytest.mark.parametrize("cuts", ["auto", ["first", "second"]])
-def test_maps_whose_channels_come_last(cuts):
-    network, x = ChannelsAtTheEnd().eval(), torch.randn(3, 3, 16, 16)
-    model = multipath(network, 2, cuts, input_size=(3, 16, 16), init="copy", noise=0)
-    assert [router.w1.shape[-1] for router in routers(model).values()] == [8, 4]
-    for router in routers(model).values():
-        router.w2.data.zero_()
-    torch.testing.assert_close(model(x), network(x))
-    model(torch.randn(3, 3, 24, 20))  # of another size
-
-
-def test_swin_which_takes_one_size_of_images():
-    timm = pytest.importorskip("timm")
-    network = timm.create_model(
-        "swin_tiny_patch4_window7_224", img_size=56, embed_dim=24, depths=(2, 2), num_heads=(2, 4), num_classes=5
-    )
-    model = multipath(network, 2, "auto", input_size=(3, 56, 56))
-    assert [router.w1.shape[-1] for router in routers(model).values()] == [24, 48]
-
-
-def test_sequences():
-    network = nn.Sequential(
-        *(nn.Conv1d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv1d(8, 16, 3, stride=2, padding=1), nn.ReLU()),
-        *(nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(16, 4)),
-    )
-    model = multipath(network, 2, ["1", "3"], input_size=(2, 20))
-    assert [router.w1.shape[-1] for router in routers(model).values()] == [8, 16]
-    assert model(torch.randn(3, 2, 40)).shape == (3, 4)
 
 
 @pytest.mark.parametrize(
