@@ -145,8 +145,8 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
                 often as of 1. None is 1 for all.
 
         Raises:
-            ValueError: X has NaN, infinity or fewer samples than clusters, a parameter is out of its range, or no run
-                ends with a finite loss.
+            ValueError: X has NaN, infinity or fewer samples than clusters, a parameter is out of its range, or
+                training diverges: no run ends with a finite loss.
         """
         going_on = self.warm_start and hasattr(self, "_model")
         X = self._validate(X, reset=not going_on)
@@ -160,6 +160,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             model.fit(X, weights, 1)
             self.n_iter_ += self.epochs
             self.loss_ = model.loss(X, weights)
+            self._check_loss(self.loss_)
             return self._finish(X)
         random = check_random_state(self.random_state)
         frame, best = self._frame(X, weights), None
@@ -170,12 +171,9 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
                 model.learn_seeds(X, weights)
             model.fit(X, weights, run + 1)
             loss = model.loss(X, weights)
-            if math.isfinite(loss) and (best is None or loss < best[0]):
+            if best is None or loss < best[0] or math.isnan(best[0]):
                 best = loss, model
-        if best is None:
-            raise ValueError(
-                f"training diverged: the loss of every run is {loss}; lower learning_rate, or scale the features"
-            )
+        self._check_loss(best[0])
         self.loss_, self._model = best
         self.n_iter_ = self.epochs
         if self.n_clusters == "auto":
@@ -214,8 +212,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         if self.emerging:
             model.settle(X)
         loss = model.loss(X, weights)
-        if not math.isfinite(loss):
-            raise ValueError(f"training diverged: the loss is {loss}; lower learning_rate, or scale the features")
+        self._check_loss(loss)
         self._model, self.n_iter_, self.loss_ = model, passes + 1, loss
         return self._finish(X)
 
@@ -256,6 +253,11 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
     def _check_samples(X: np.ndarray) -> None:
         if len(X) < 2:
             raise ValueError(f"X has {len(X)} sample; there must be at least 2, since scores are normalised over them")
+
+    @staticmethod
+    def _check_loss(loss: float) -> None:
+        if not math.isfinite(loss):
+            raise ValueError(f"training diverged: the loss is {loss}; lower learning_rate, or scale the features")
 
     def _infer(self, X) -> tuple[np.ndarray, np.ndarray]:
         check_is_fitted(self)

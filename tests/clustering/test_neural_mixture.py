@@ -247,31 +247,6 @@ def test_the_run_of_the_lowest_loss_is_kept():
     assert best.loss_ == pytest.approx(min(losses)) and len(set(losses)) == 3
 
 
-def test_a_run_that_diverges_is_not_kept():
-    X = blobs()[0]
-    broken = nn.Sequential(nn.Linear(X.shape[1], 8), nn.ReLU(), nn.Linear(8, 3))
-    nn.init.constant_(broken[2].weight, float("nan"))
-    kept = NeuralMixture(3, network=broken, epochs=3, n_init=3, random_state=0).fit(X)  # later runs draw new weights
-    assert np.isfinite(kept.loss_) and len(np.unique(kept.labels_)) == 3
-    for fit in ("fit", "partial_fit"):
-        with pytest.raises(ValueError, match=r"training diverged: .* lower learning_rate"):
-            getattr(NeuralMixture(3, network=broken, epochs=1, n_init=1, random_state=0), fit)(X)
-
-
-@pytest.mark.parametrize("options", [{}, {"prior": "learned"}, {"prior": "learned", "emerging": True}])
-def test_a_part_that_is_refused_changes_nothing(options):
-    X = blobs()[0]
-    model = NeuralMixture(3, random_state=0, **options).partial_fit(X)
-    before = model.predict_proba(X)
-    with pytest.raises(ValueError, match="X has 1 sample; there must be at least 2"):
-        model.partial_fit(X[:1])
-    assert np.array_equal(model.predict_proba(X), before)
-    model = NeuralMixture(3, network=nn.Linear(X.shape[1], 5), random_state=0)
-    with pytest.raises(ValueError, match="network gives"):
-        model.partial_fit(X)
-    model.set_params(network=None).partial_fit(X)
-
-
 def test_same_seed_same_clusters_and_the_global_generator_is_left_alone():
     X, _ = blobs()
     torch.manual_seed(0)
