@@ -156,10 +156,10 @@ class Predictor:
 
     @torch.no_grad()
     def _compute(self, inputs: list[Tensor], gates: bool) -> tuple[Tensor, dict]:
-        if len({tuple(x.shape) for x in inputs}) > 1:
-            raise ValueError("images has tensors of several shapes; they must have one")
         from fastroute.nn import forward_with_routing
 
+        if len({tuple(x.shape) for x in inputs}) > 1:
+            raise ValueError("images has tensors of several shapes; they must have one")
         x = torch.stack(inputs).to(self.device)
         return forward_with_routing(self.model, x) if gates else (self.model(x), {})
 

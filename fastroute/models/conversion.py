@@ -362,10 +362,9 @@ def _changes_of_resolution(model: nn.Module, input_size: Sequence[int]) -> list[
             continue
         if len(shapes[node]) == 3:
             others.setdefault(shapes[node], []).append(name)
-        elif (resolution := shapes[node][1:3] if axes[node] == 3 else shapes[node][2:]) not in (
-            tuple(input_size[1:]),
-            (1, 1),
-        ):
+            continue
+        resolution = shapes[node][1:3] if axes[node] == 3 else shapes[node][2:]
+        if resolution not in (tuple(input_size[1:]), (1, 1)):
             last[resolution] = name
     if len(last) < 2 and others:  # of a transformer, whose tokens keep their number
         raise ValueError(

@@ -19,8 +19,8 @@ class GateNorm(RelevanceNorm):
     A gate is then the posterior of a cluster given the sample, with the density e^(a*) (Eq. 4.20) and the prior π_j
     (Eq. 4.18): g_ij = π_ij e^(a*_ij / T) / Σ_k π_ik e^(a*_ik / T). Training mode normalises by the statistics of the
     batch, those of all processes together where `torch.distributed` runs (of a router with a process group, those of
-    the group), and the gradient goes through them.
-    Evaluation normalises by the running statistics, which `fold` moves into the gate's last layer.
+    the group), and the gradient goes through them. Evaluation normalises by the running statistics, which `fold` moves
+    into the gate's last layer.
 
     Activation checkpointing computes a batch again in the backward pass: with the priors of the first time, and without
     updating anything. `torch.utils.checkpoint` has to do so before the router's next batch; the trainer's
@@ -159,9 +159,6 @@ class GateNorm(RelevanceNorm):
     @property
     def _group(self) -> dist.ProcessGroup | None:
         return None if self.spread is None else self.spread.group
-
-    def _several_processes(self) -> bool:
-        return dist.is_available() and dist.is_initialized() and dist.get_world_size(self._group) > 1
 
     def extra_repr(self) -> str:
         prior = "" if self.prior is None else ", prior='learned'"

@@ -92,7 +92,7 @@ class RelevanceNorm(nn.Module):
         if not self.training:
             mean, scale = self._running(dtype)
             return (scores - mean) * scale
-        shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        shared = self._several_processes()
         if scores.shape[0] < 2 and not shared:
             raise ValueError(f"scores have {scores.shape[0]} samples; in training mode there must be at least 2")
         std, mean = _std_mean(scores)
@@ -103,6 +103,12 @@ class RelevanceNorm(nn.Module):
             return normalized
         running_mean, scale = self._running(dtype)
         return torch.addcmul((mean.detach() - running_mean) * scale, normalized, std.detach() * scale)
+
+    _group: dist.ProcessGroup | None = None
+    """The processes that share statistics; None is all."""
+
+    def _several_processes(self) -> bool:
+        return dist.is_available() and dist.is_initialized() and dist.get_world_size(self._group) > 1
 
     def _running(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the running μ and 1/σ."""

@@ -313,13 +313,13 @@ class SparseRouter(Tempered, nn.Module):
             if w1 is not None:
                 hidden = F.relu(F.linear(hidden, w1, b1))
             scores = F.linear(hidden, w2, b2)
+            prior = None
+            if self.routing == "cluster":
+                prior = self.gate_norm.current_prior().clone()  # before this step's
             if self.gate_norm is not None:
-                prior = (
-                    self.gate_norm.current_prior().clone() if self.routing == "cluster" else None
-                )  # before this step's
                 logits, scores = self.gate_norm.logits(scores, self.temperature)
             else:
-                logits, prior = scores / self.temperature, None
+                logits = scores / self.temperature
         chosen = (scores if self.gate_norm is None else logits).topk(self.top_k, dim=1).indices
         soft = logits.softmax(1).gather(1, chosen)
         if self.gates == "softmax":
