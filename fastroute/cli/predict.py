@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 
 def predict(
-    checkpoint: Annotated[Path, typer.Argument(help="Of `fastroute train`, or a .safetensors of `fastroute export`.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Of `fastroute train` or `cluster`, or a .safetensors of `fastroute export`.")
+    ],
     paths: Annotated[
         list[str], typer.Argument(metavar="PATH...", help="Images, folders of images, patterns, or - for a list.")
     ],
@@ -53,7 +55,7 @@ def predict(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, or cuda. (default: a GPU if there is one)")] = None,
 ) -> None:
-    """Predict the classes of images, with their probabilities.
+    """Predict the classes of images, or their clusters, with the probabilities.
 
     Folders are searched recursively; "-" reads paths from standard input, one a line. Images that cannot be read are
     reported and left out; the exit status is 1 if none can be read.

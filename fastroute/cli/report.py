@@ -108,12 +108,12 @@ def write_report(
         ValueError: an argument is wrong, or there is nothing to show of the checkpoint.
     """
     from fastroute.models.specification import specification_in
-    from fastroute.training.checkpoints import read_checkpoint
+    from fastroute.training.checkpoints import is_of, read_checkpoint
     from fastroute.visualize import Images, Report, routing_report
 
     saved = read_checkpoint(checkpoint, "checkpoint")
     run = saved["hyper_parameters"]
-    if "architecture" in run:
+    if is_of("cluster", saved):
         network_options = {"dataset": dataset, "images": pictures, "before": before, "classes": classes, "model": model}
         for name, value in network_options.items():
             if value:

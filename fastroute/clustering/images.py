@@ -54,12 +54,13 @@ def load_images(
     download: bool = False,
     on_bad_image: str = "stop",
 ) -> Loaded:
-    """Load the first images of a data set; see `fastroute.data.in_memory`.
+    """Load images of a data set; see `fastroute.data.in_memory`.
 
     "digits" and "stl10" have all images with labels, and torchvision's other sets their training images. An
     "imagefolder" has its `train/`, or else the folder itself. Its subfolders are classes, unless there is only one or
     images lie beside them; then it has all images below it, without classes. A "webdataset" has its training shards, or
-    else all of them. CIFAR-100's labels are its 20 superclasses.
+    else all of them. CIFAR-100's labels are its 20 superclasses. A limit takes the first images, but of a folder, whose
+    files are sorted by their classes, images at equal distances.
 
     Args:
         dataset: such as "digits" or "imagefolder".
@@ -86,7 +87,9 @@ def load_images(
     if dataset in STREAMED:
         source = _folder(data_dir) if dataset == "imagefolder" else _shards(data_dir, options.num_workers)
         if limit is not None:
-            source = source.subset(torch.arange(min(limit, len(source))))
+            count = min(limit, len(source))
+            places = torch.arange(count)
+            source = source.subset(places * len(source) // count if dataset == "imagefolder" else places)
         (images, labels), kept, _ = decode(source, options)
         of_files = dataset == "imagefolder"
         paths = [source.open(index) if of_files else source.name(index) for index in kept.tolist()]

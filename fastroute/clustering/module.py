@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastroute.clustering.metrics import label_metrics
 from fastroute.clustering.self_label import SelfLabelling, restart, self_label_loss
@@ -57,6 +57,7 @@ class ClusteringModule(pl.LightningModule):
         self.self_labelling: SelfLabelling | None = None
         self.kept: dict[str, Tensor] = {}
         self.images: str | None = None  # the checksum of those of the run
+        self.shape: list[int] | None = None  # (C, H, W) of one
 
     def _apply(self, fn, *args, **options):
         # A resumed run loads the checkpoint before it moves the module to the device.
@@ -115,7 +116,7 @@ class ClusteringModule(pl.LightningModule):
         return torch.cat(parts)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["epochs"], checkpoint["images"] = self.trainer.max_epochs, self.images
+        checkpoint |= {"epochs": self.trainer.max_epochs, "images": self.images, "shape": self.shape}
         checkpoint["kept"] = {name: value.cpu() for name, value in self.kept.items()}
         checkpoint |= {name: getattr(self, name) for name in self.SCHEDULE}
         if self.self_labelling is not None:
@@ -152,3 +153,22 @@ class ClusteringModule(pl.LightningModule):
                 f"entropy is {metrics['entropy']:.0%} of that of even ones",
                 stacklevel=1,
             )
+
+
+class LogPosteriors(nn.Module):
+    """A clustering as a classifier: its outputs, the logarithms of the posteriors, have them as their softmax.
+
+    Args:
+        module: the clustering.
+
+    Shape:
+        images: (N, C, H, W), values from 0 to 1.
+        output: (N, K).
+    """
+
+    def __init__(self, module: ClusteringModule):
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.module(images).clamp_min(torch.finfo(torch.float32).tiny).log()

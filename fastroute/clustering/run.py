@@ -191,7 +191,7 @@ def fit(
         Terminated: SIGTERM or Ctrl-C was received, and `last.ckpt` is written.
     """
     checkpoints = AtomicCheckpointIO(resume, None if resume is None else check_resume(resume, module, epochs, images))
-    module.images = checksum(images)
+    module.images, module.shape = checksum(images), list(images.shape[1:])
     table = Table(output / "summary.csv", console)
     with run_folder(output), silence_lightning():
         trainer = pl.Trainer(

@@ -181,8 +181,11 @@ def load(
 ) -> Predictor:
     """Load a trained network, ready to predict.
 
+    The classes of a clustering are its clusters, named by their numbers in assignments.csv. Its images need no options.
+
     Args:
-        checkpoint: a file of `fit` or `fastroute train`, or a `.safetensors` of `fastroute export`.
+        checkpoint: a file of `fit`, `fastroute train` or `fastroute cluster`, or a `.safetensors` of `fastroute
+            export`.
         model: the network, or "package.module:function" to import and call. It is needed only for networks that such a
             function builds, or whose construction the checkpoint does not know; a checkpoint alone never imports code.
         ema: whether to take the moving average of the weights if the run kept one.
@@ -197,20 +200,23 @@ def load(
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a checkpoint, is damaged or of another network, or does not say how its network is
-            built.
+            built; or an option is given that a clustering has no use for.
 
     Example:
         >>> predictor = fastroute.load("runs/flowers/best.ckpt")
         >>> predictor(["rose.jpg", "tulip.png"]).top(2)
         [[('rose', 0.98), ('peony', 0.01)], [('tulip', 0.95), ('crocus', 0.03)]]
     """
-    from fastroute.training.checkpoints import check_command, read_checkpoint  # needs the extra "train"
+    from fastroute.training.checkpoints import check_command, is_of, read_checkpoint  # needs the extra "train"
 
     path, where = Path(checkpoint), f"checkpoint is {checkpoint}"
     target = _device(device)
     if path.suffix == ".safetensors":
         return _load_exported(path, where, model, target)
     saved = read_checkpoint(path, "checkpoint")
+    if is_of("cluster", saved):
+        own = {"model": model, "mean": mean, "std": std, "img_size": img_size, "crop_pct": crop_pct}
+        return _load_clustering(saved, path, where, own, target)
     check_command(saved, "train", path, "checkpoint")
     run, data = saved["hyper_parameters"], saved.get("ImageDataModule", {})
     network = model if isinstance(model, nn.Module) else network_of(run, where, model)
@@ -279,6 +285,28 @@ def predictor_of(
             count = network(x).shape[1]
     names += [str(i) for i in range(len(names), count)]
     return Predictor(network, names, transform, device, specification)
+
+
+def _load_clustering(saved: dict, path: Path, where: str, own: dict[str, Any], device: torch.device) -> Predictor:
+    """Load the network of `fastroute cluster`, which takes values from 0 to 1."""
+    from fastroute.clustering.build import ClusteringRun, build
+    from fastroute.clustering.module import LogPosteriors
+    from fastroute.training.checkpoints import load_network_weights
+
+    for name, value in own.items():
+        if value is not None:
+            raise ValueError(f"{name} is given, but {where} is a clustering, which has its own: leave it out")
+    shape = saved.get("shape")
+    if not (isinstance(shape, list) and len(shape) == 3 and all(type(size) is int and size > 0 for size in shape)):
+        raise ValueError(
+            f"{where}; it does not say of which shape its images are, as files of early versions do not: resume the "
+            "run with more epochs, or cluster anew"
+        )
+    module = build(ClusteringRun.of(saved["hyper_parameters"]), shape)
+    load_network_weights(module, saved, path)
+    transform = Preprocessing(shape[1], shape[0], mean=torch.zeros(1), std=torch.tensor([255.0]))
+    names = [str(k) for k in range(module.num_clusters)]
+    return Predictor(LogPosteriors(module).to(device).eval(), names, transform, device)
 
 
 def _load_exported(path: Path, where: str, model: str | nn.Module | None, device: torch.device) -> Predictor:

@@ -94,6 +94,11 @@ def _advice(path: str | Path) -> str:
     return f"use {there[0]} instead" if there else "copy it again from its source, or use another file"
 
 
+def is_of(command: str, checkpoint: dict) -> bool:
+    """Return whether `fastroute train` or `fastroute cluster` wrote a checkpoint; see `check_command`."""
+    return _OPTION_OF[command] in checkpoint["hyper_parameters"]
+
+
 def check_command(checkpoint: dict, command: str, path: str | Path, name: str) -> None:
     """Check which command wrote a checkpoint.
 
@@ -106,7 +111,7 @@ def check_command(checkpoint: dict, command: str, path: str | Path, name: str) -
     Raises:
         ValueError: another command wrote it.
     """
-    if _OPTION_OF[command] not in checkpoint["hyper_parameters"]:
+    if not is_of(command, checkpoint):
         raise ValueError(f"{name} is {path}; it is no checkpoint of `fastroute {command}`")
 
 

@@ -313,6 +313,9 @@ def test_images_of_a_folder(tmp_path):
     images, labels, classes, paths, files = load_images("imagefolder", tmp_path / "data", img_size=8)
     assert classes == ["dark", "light"] and files and paths[4].endswith("train/light/0.png")
     assert images.shape == (8, 3, 8, 8) and labels.tolist() == [0] * 4 + [1] * 4
+    some = load_images("imagefolder", tmp_path / "data", limit=4, img_size=8)  # of both classes
+    assert torch.equal(some.images, images[::2]) and some.labels.tolist() == [0, 0, 1, 1] and some.paths == paths[::2]
+    assert torch.equal(load_images("imagefolder", tmp_path / "data", limit=9, img_size=8).images, images)
     arguments = ["--dataset", "imagefolder", "--data-dir", tmp_path / "data", "--img-size", 8, "-k", 2, "-b", 8]
     done = run("cluster", *arguments, "--method", "kmeans", "--output", tmp_path, "--experiment", "kmeans")
     assert done.exit_code == 0 and rows(tmp_path / "kmeans")[0]["acc"] == "1.0", done.output
