@@ -36,20 +36,21 @@ class Places:
                 setattr(self, name, torch.cat([value, value.new_zeros(1, *value.shape[1:])]))
         self.seen[k] = self.missed[k] = 0
 
-    def follow(self, x: Tensor, labels: Tensor) -> None:
-        """Move the places towards samples (N, D) and the numbers of their clusters (N,)."""
-        nearest = self._nearest(x)
+    def follow(self, x: Tensor, labels: Tensor, weight: Tensor) -> None:
+        """Move the places towards samples (N, D) with the numbers of their clusters (N,) and weights (N,)."""
+        nearest, weight = self._nearest(x), weight.to(x.dtype)
         for k in labels.unique().tolist():
             # A cluster whose group is gone is given samples of others: they must not move it.
-            mine = x[(labels == k) & ((nearest == k) | (self.seen[k] < SETTLED))]
-            if not len(mine):
+            chosen = (labels == k) & ((nearest == k) | (self.seen[k] < SETTLED))
+            if not chosen.any():
                 continue
+            mine, share = x[chosen], weight[chosen] / weight[chosen].sum()
             self.seen[k] += 1
-            weight = max(1 / self.seen[k].item(), PLACE_MOMENTUM)
-            self.center[k].lerp_(mine.mean(0), weight)
+            rate = max(1 / self.seen[k].item(), PLACE_MOMENTUM)
+            self.center[k].lerp_(share @ mine, rate)
             distance = (mine - self.center[k]).square().sum(1)
-            self.mean[k].lerp_(distance.mean(), weight)
-            self.variance[k].lerp_((distance - self.mean[k]).square().mean(), weight)
+            self.mean[k].lerp_(share @ distance, rate)
+            self.variance[k].lerp_(share @ (distance - self.mean[k]).square(), rate)
 
     def _reach(self) -> Tensor:
         return self.mean + REACH * self.variance.sqrt()
@@ -69,19 +70,24 @@ class Places:
         self.seen[gone] = self.missed[gone] = 0
         return gone.nonzero().flatten().tolist()
 
-    def strangers(self, x: Tensor) -> list[Tensor]:
-        """Return the indices of the samples of each group that fits no cluster, the largest first."""
-        outside = (self._nearest(x) < 0).nonzero().flatten()
+    def strangers(self, x: Tensor, weight: Tensor) -> list[Tensor]:
+        """Return the indices of the samples of each group that fits no cluster, the largest first.
+
+        Args:
+            x: (N, D).
+            weight: (N,), as how many samples each counts.
+        """
+        outside, weight = (self._nearest(x) < 0).nonzero().flatten(), weight.to(x.dtype)
         reach = self._reach()[self.seen > 0].median()  # of the cluster of median size
-        least, groups = max(LEAST_NUMBER, LEAST_SHARE * len(x)), []
-        while len(outside) >= least:
+        least, groups = max(LEAST_NUMBER, LEAST_SHARE * weight.sum().item()), []
+        while weight[outside].sum() >= least:
             # Those within this reach of their own centre, about the sample with the most others within it.
             distance = torch.cdist(x[outside], x[outside]).square()
-            near = distance <= reach
-            best = near.sum(1).argmax()
-            center = x[outside[near[best]]].mean(0)
+            near = (distance <= reach).to(x.dtype) * weight[outside]
+            best = near[near.sum(1).argmax()]
+            center = best @ x[outside] / best.sum()
             together = (x[outside] - center).square().sum(1) <= reach
-            if together.sum() < least:
+            if weight[outside[together]].sum() < least:
                 break
             groups.append(outside[together])
             outside = outside[~together]

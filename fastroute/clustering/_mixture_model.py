@@ -1,9 +1,11 @@
 """What `NeuralMixture` trains: a network, its statistics and priors (§4.4)."""
 
+import contextlib
 import copy
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,7 +41,7 @@ class Model:
     """One run: the network, its statistics and priors, and how they are trained."""
 
     def __init__(self, estimator: "NeuralMixture", X: np.ndarray, frame: tuple, seed: int, fresh: bool):
-        self.options, self.device = estimator, torch.device(estimator.device)
+        self.device, self.shape = torch.device(estimator.device), X.shape[1:]
         self.center, self.scale = frame
         self.generator, self.seed = torch.Generator().manual_seed(seed), seed
         dtype = torch.float64 if X.dtype == np.float64 else torch.float32
@@ -57,13 +59,37 @@ class Model:
                         module.reset_parameters()
         self.network = network.to(self.device, dtype)
         self.norm = RelevanceNorm(clusters, device=self.device, dtype=dtype)
-        self.criterion = em_loss(estimator.density, estimator.gamma)
         self.learns_prior = estimator._learns_prior
         self.uses_prior = not isinstance(estimator.prior, str) or self.learns_prior
         prior = np.full(clusters, 1 / clusters) if isinstance(estimator.prior, str) else np.asarray(estimator.prior)
         self.prior = torch.as_tensor(prior, dtype=dtype, device=self.device)
+        if not any(parameter.requires_grad for parameter in self.network.parameters()):
+            raise ValueError("network has no parameter that requires gradients; it must have one to train")
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=estimator.learning_rate, fused=True)
+        self.take_options(estimator)
         self.places: Places | None = None  # of the components, where clusters may emerge
+
+    def take_options(self, estimator: "NeuralMixture") -> None:
+        """Train by an estimator's options from now on; what has been trained keeps them if the estimator's change."""
+        self.options = SimpleNamespace(**estimator.get_params(deep=False))
+        self.options.network = None  # which is the estimator's own
+        self.criterion = em_loss(estimator.density, estimator.gamma)
+        for group in self.optimizer.param_groups:
+            group["lr"] = estimator.learning_rate
+
+    @contextlib.contextmanager
+    def _training(self) -> Iterator[None]:
+        """Set the network to training mode, with gradients, and with draws of its own, such as dropout's.
+
+        They come from the run's seed, and PyTorch's generators go on as if there had been none.
+        """
+        draw = torch.Generator()
+        draw.set_state(self.generator.get_state())  # a copy: it draws nothing from the order of the samples
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            torch.manual_seed(torch.randint(2**31, (), generator=draw).item())
+            self.network.train()
+            yield
 
     def _load(self, X: np.ndarray) -> Tensor:
         return torch.from_numpy((X - self.center) * self.scale).to(self.device, self.prior.dtype)
@@ -92,6 +118,8 @@ class Model:
 
     def scores(self, x: Tensor) -> Tensor:
         scores, clusters = self.network(x), len(self.clusters)
+        if not isinstance(scores, Tensor):
+            raise ValueError(f"network returns a {type(scores).__name__}; it must return scores, a tensor (N, K)")
         if scores.shape != (len(x), clusters):
             name = "max_clusters" if self.options.n_clusters == "auto" else "n_clusters"
             raise ValueError(f"network gives {tuple(scores.shape)}; it must give (N, {name}) = ({len(x)}, {clusters})")
@@ -126,28 +154,29 @@ class Model:
         seeds, _ = kmeans_plusplus(some, len(self.clusters), sample_weight=weight, random_state=self.seed % 2**32)
         seeds = self._load(seeds.reshape(-1, *X.shape[1:])).flatten(1)
         counts = torch.ones_like(self.prior)
-        for _ in range(SEEDING_EPOCHS):
-            for _, x in self.batches(X, weights):
-                nearest = torch.cdist(x.flatten(1), seeds).argmin(1)
-                counts += torch.bincount(nearest, minlength=len(counts))
-                self._step(cross_entropy(self.scores(x), nearest))
+        with self._training():
+            for _ in range(SEEDING_EPOCHS):
+                for _, x in self.batches(X, weights):
+                    nearest = torch.cdist(x.flatten(1), seeds).argmin(1)
+                    counts += torch.bincount(nearest, minlength=len(counts))
+                    self._step(cross_entropy(self.scores(x), nearest))
         if self.learns_prior:
             self.prior = counts / counts.sum()
 
     def train_epoch(self, X: np.ndarray, weights: np.ndarray | None = None, track: bool = False) -> None:
         """Step over X (Eq. 4.22). With `track`, the running statistics follow; else `calibrate` sets them later."""
-        self.network.train()
         self.norm.train()
-        for _, x in self.batches(X, weights):
-            scores = self.scores(x)
-            augmented = self.scores(self._noisy(x)) if self.options.noise else None
-            loss, posterior = self.criterion(scores, augmented, self.prior if self.uses_prior else None)
-            self._step(loss)
-            if self.learns_prior:  # of the previous steps' posteriors (§4.4.2)
-                prior = self.prior.lerp(posterior.mean(0), PRIOR_MOMENTUM)
-                self.prior = prior / prior.sum()
-            if track:
-                self.norm(scores.detach())
+        with self._training():
+            for _, x in self.batches(X, weights):
+                scores = self.scores(x)
+                augmented = self.scores(self._noisy(x)) if self.options.noise else None
+                loss, posterior = self.criterion(scores, augmented, self.prior if self.uses_prior else None)
+                self._step(loss)
+                if self.learns_prior:  # of the previous steps' posteriors (§4.4.2)
+                    prior = self.prior.lerp(posterior.detach().mean(0), PRIOR_MOMENTUM)
+                    self.prior = prior / prior.sum()
+                if track:
+                    self.norm(scores.detach())
 
     @torch.no_grad()
     def calibrate(self, X: np.ndarray, weights: np.ndarray | None = None) -> None:
@@ -221,24 +250,26 @@ class Model:
         self.network.eval()
         return (self.norm.eval()(self.scores(x)) + self.prior.log()).argmax(1)
 
-    def renew(self, X: np.ndarray) -> None:
+    def renew(self, X: np.ndarray, weights: np.ndarray | None = None) -> None:
         """Drop the components that run dry with X, and add one for each group of samples that fit none."""
+        X, weights = _of_weight(X, weights)
         x = self._load(X)
-        where = x.flatten(1).cpu()
+        where, weight = x.flatten(1).cpu(), torch.ones(len(X)) if weights is None else torch.from_numpy(weights)
         for k in self.places.dry(where):
             self._drop_component(k)
-        groups = self.places.strangers(where)[: MAX_CLUSTERS - int((self.clusters >= 0).sum())]
+        groups = self.places.strangers(where, weight)[: MAX_CLUSTERS - int((self.clusters >= 0).sum())]
         if not groups:
             return
         labels = self.components(x)
         for group in groups:
-            labels[group.to(self.device)] = self._add_component(len(group) / len(X))
+            share = weight[group].sum() / weight.sum()
+            labels[group.to(self.device)] = self._add_component(share.item())
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=self.options.learning_rate, fused=True)
-        self.network.train()
-        for _ in range(SEEDING_EPOCHS * TEACHING):
-            for index, part in self.batches(X):
-                self._step(cross_entropy(self.scores(part), labels[torch.from_numpy(index).to(self.device)]))
-        self.calibrate(X)
+        with self._training():
+            for _ in range(SEEDING_EPOCHS * TEACHING):
+                for index, part in self.batches(X, weights):
+                    self._step(cross_entropy(self.scores(part), labels[torch.from_numpy(index).to(self.device)]))
+        self.calibrate(X, weights)
 
     def _drop_component(self, k: int) -> None:
         left = [torch.nonzero(self.clusters == j).flatten() for j in range(int(self.clusters.max()) + 1)]
@@ -264,12 +295,14 @@ class Model:
         self.prior[k] = prior
         return k
 
-    def settle(self, X: np.ndarray) -> None:
+    def settle(self, X: np.ndarray, weights: np.ndarray | None = None) -> None:
         """Follow the places of the components."""
+        X, weights = _of_weight(X, weights)
         x = self._load(X)
         if self.places is None:
             self.places = Places(len(self.clusters), X[0].size, torch.zeros((), dtype=self.prior.dtype))
-        self.places.follow(x.flatten(1).cpu(), self.components(x).cpu())
+        weight = torch.ones(len(X)) if weights is None else torch.from_numpy(weights)
+        self.places.follow(x.flatten(1).cpu(), self.components(x).cpu(), weight)
 
     def loss(self, X: np.ndarray, weights: np.ndarray | None = None) -> float:
         """Return the mean loss under the running statistics (Eq. 4.22)."""
@@ -288,6 +321,11 @@ class Model:
             log_joint = log_prior + log_density(normalized, self.options.density, self.options.gamma)
             found.append((torch.softmax(logits, 1) * log_joint).sum(1))
         return torch.cat(found).cpu().numpy()
+
+
+def _of_weight(X: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the samples that count, and their weights."""
+    return (X, None) if weights is None else (X[weights > 0], weights[weights > 0])
 
 
 def grow(network: nn.Module, k: int, draw: torch.Generator) -> None:

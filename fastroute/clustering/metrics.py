@@ -21,8 +21,12 @@ def label_metrics(labels: Sequence, clusters: Sequence) -> dict[str, float]:
     Returns:
         "acc", see `cluster_accuracy`; "acc_many", see `many_to_one_accuracy`; "nmi" and "ari". Empty if a label is
         −1, which is none.
+
+    Raises:
+        ValueError: the two differ in length, are empty, or have more than one dimension.
     """
-    if len(labels) and min(labels) < 0:
+    labels, clusters = np.asarray(labels), np.asarray(clusters)
+    if labels.dtype.kind in "if" and (labels < 0).any():
         return {}
     return {
         "acc": cluster_accuracy(labels, clusters),
@@ -43,7 +47,7 @@ def cluster_accuracy(labels: Sequence, clusters: Sequence) -> float:
         the accuracy, from 0 to 1.
 
     Raises:
-        ValueError: the two differ in length, or are empty.
+        ValueError: the two differ in length, are empty, or have more than one dimension.
     """
     counts = _counts(labels, clusters)
     return float(counts[linear_sum_assignment(counts, maximize=True)].sum() / len(labels))
@@ -62,7 +66,7 @@ def many_to_one_accuracy(labels: Sequence, clusters: Sequence) -> float:
         the accuracy, from 0 to 1.
 
     Raises:
-        ValueError: the two differ in length, or are empty.
+        ValueError: the two differ in length, are empty, or have more than one dimension.
     """
     return float(_counts(labels, clusters).max(0).sum() / len(labels))
 
@@ -78,7 +82,11 @@ def mutual_information(joint: Tensor) -> Tensor:
 
 
 def _counts(labels: Sequence, clusters: Sequence) -> np.ndarray:
+    labels, clusters = np.asarray(labels), np.asarray(clusters)
+    for name, value in (("labels", labels), ("clusters", clusters)):
+        if value.ndim != 1:
+            raise ValueError(f"{name} has the shape {value.shape}; it must have one number or name a sample: (N,)")
     check_consistent_length(labels, clusters)
     if len(labels) == 0:
         raise ValueError("labels are empty; there must be at least one sample")
-    return contingency_matrix(np.asarray(labels), np.asarray(clusters))
+    return contingency_matrix(labels, clusters)

@@ -20,6 +20,10 @@ from fastroute.clustering._mixture_model import Model as _Model  # by this name 
 from fastroute.ops.mixture_em import MAX_CLUSTERS
 
 
+def _is_integer(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
     """Cluster samples by a network that models the clusters' distributions, trained by mixture EM (§4.4, Eq. 4.22).
 
@@ -137,6 +141,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         tags.non_deterministic = False
         return tags
 
+    @torch.inference_mode(False)
     def fit(self, X, y=None, sample_weight=None):
         """Train on X; y is ignored.
 
@@ -157,6 +162,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             model = self._model
             if self.n_clusters != "auto" and not self.emerging and self.n_clusters != len(model.clusters):
                 raise ValueError(f"n_clusters is {self.n_clusters}; with warm_start it must stay {len(model.clusters)}")
+            model.take_options(self)
             model.fit(X, weights, 1)
             self.n_iter_ += self.epochs
             self.loss_ = model.loss(X, weights)
@@ -180,6 +186,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             self._model.merge(X)
         return self._finish(X)
 
+    @torch.inference_mode(False)
     def partial_fit(self, X, y=None, sample_weight=None):
         """One pass of EM steps over X, which may be one of many parts of the data; y is ignored.
 
@@ -206,11 +213,12 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
                 model.learn_seeds(X, weights)
         else:
             model, passes = self._model, self.n_iter_
+            model.take_options(self)
             if self.emerging and model.places is not None:
-                model.renew(X)
+                model.renew(X, weights)
         model.train_epoch(X, weights, track=True)
         if self.emerging:
-            model.settle(X)
+            model.settle(X, weights)
         loss = model.loss(X, weights)
         self._check_loss(loss)
         self._model, self.n_iter_, self.loss_ = model, passes + 1, loss
@@ -281,7 +289,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
     def _validate(self, X, reset: bool) -> np.ndarray:
         if isinstance(X, Tensor):
             X = (X if X.dtype in (torch.float32, torch.float64) else X.float()).detach().cpu().numpy()
-        return validate_data(
+        X = validate_data(
             self,
             X,
             reset=reset,
@@ -289,19 +297,25 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             allow_nd=self.network is not None,
             ensure_min_samples=2 if reset else 1,
         )
+        shape = (
+            X.shape[1:] if reset else getattr(self._model, "shape", X.shape[1:])
+        )  # files of early versions have none
+        if X.shape[1:] != shape:
+            raise ValueError(f"X has samples of the shape {X.shape[1:]}; fit had {shape}")
+        return X
 
     def _check_parameters(self, n_samples: int) -> None:
         clusters = "max_clusters" if self.n_clusters == "auto" else "n_clusters"
         for name, least in ((clusters, 1), ("n_init", 1), ("epochs", 0), ("batch_size", 2)):
             value = getattr(self, name)
-            if not isinstance(value, numbers.Integral) or value < least:
+            if not _is_integer(value) or value < least:
                 also = " or 'auto'" if name == "n_clusters" else ""
                 raise ValueError(f"{name} is {value!r}; it must be an integer from {least} on{also}")
         components = getattr(self, clusters)
         if components > MAX_CLUSTERS:
             raise ValueError(f"{clusters} is {components}; it must be 1 to {MAX_CLUSTERS}")
         sized = isinstance(self.hidden, Sized) and isinstance(self.hidden, Iterable)
-        if not sized or not all(isinstance(width, numbers.Integral) and width >= 1 for width in self.hidden):
+        if not sized or not all(_is_integer(width) and width >= 1 for width in self.hidden):
             raise ValueError(f"hidden is {self.hidden!r}; it must be the widths of layers, each at least 1")
         for name in ("learning_rate", "gamma"):
             value = getattr(self, name)
@@ -312,14 +326,20 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         if self.n_clusters == "auto" and (self.noise == 0 or not isinstance(self.prior, str)):
             name, needed = ("noise", "greater than 0") if self.noise == 0 else ("prior", "'even' or 'learned'")
             raise ValueError(f"{name} is {getattr(self, name)!r}; with n_clusters='auto' it must be {needed}")
-        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
+        try:
+            kind = torch.device(self.device).type
+        except (RuntimeError, TypeError):
+            kind = None
+        if kind in (None, "meta"):
+            raise ValueError(f"device is {str(self.device)!r}; it must be one of PyTorch's, such as 'cpu' or 'cuda'")
+        if kind == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device is {str(self.device)!r}; PyTorch finds no GPU here")
         if self.network is not None and not isinstance(self.network, nn.Module):
             raise ValueError(f"network is {self.network!r}; it must be a torch.nn.Module or None")
         if self.density not in DENSITIES:
             raise ValueError(f"density is {self.density!r}; it must be one of {', '.join(map(repr, DENSITIES))}")
         own, layers = self.exclusive_layers, len(self.hidden) + 1
-        if not isinstance(own, numbers.Integral) or not 1 <= own <= layers:
+        if not _is_integer(own) or not 1 <= own <= layers:
             raise ValueError(f"exclusive_layers is {own!r}; it must be 1 to {layers}, the layers of the perceptron")
         if own > 1 and self.network is not None:
             raise ValueError(f"exclusive_layers is {own} with a network of your own; it must be 1, or network None")
@@ -356,6 +376,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         if sample_weight is None:
             return None
         weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        weights = weights / weights.max()  # the sum of larger ones may overflow
         return weights / weights.mean()
 
     def _frame(self, X: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -56,23 +56,55 @@ def test_few_or_scattered_samples_are_no_cluster():
     random = np.random.default_rng(0)
     x = torch.from_numpy(np.concatenate([random.normal(size=(200, 2)), random.normal(size=(200, 2)) + 12]))
     places = Places(2, 2, x[0, 0])
-    places.follow(x, torch.arange(400) // 200)
+    places.follow(x, torch.arange(400) // 200, torch.ones(400))
     group = torch.from_numpy(random.normal(loc=[0, 20], size=(30, 2)))
     scattered = torch.from_numpy(random.uniform(-1, 1, (60, 2)) * 200) + 500
-    assert places.strangers(x) == []
-    assert places.strangers(torch.cat([x, group[:9]])) == []
-    assert places.strangers(torch.cat([x, scattered])) == []
-    (found,) = places.strangers(torch.cat([x, scattered, group]))
+
+    def strangers(*parts):
+        return places.strangers(torch.cat(parts), torch.ones(sum(map(len, parts))))
+
+    assert strangers(x) == []
+    assert strangers(x, group[:9]) == []
+    assert strangers(x, scattered) == []
+    (found,) = strangers(x, scattered, group)
     assert set(found.tolist()) == set(range(460, 490))
-    both = places.strangers(torch.cat([x, group[:20], group + 50]))
+    both = strangers(x, group[:20], group + 50)
     assert [len(found) for found in both] == [30, 20]
+
+
+def test_a_weight_is_that_of_repeated_samples():
+    random = np.random.default_rng(0)
+    x = torch.from_numpy(np.concatenate([random.normal(size=(200, 2)), random.normal(size=(200, 2)) + 12]))
+    labels, weight = torch.arange(400) // 200, torch.from_numpy(random.integers(1, 4, 400))
+    places, repeated = (Places(2, 2, x[0, 0]) for _ in range(2))
+    places.follow(x, labels, weight)
+    repeated.follow(x.repeat_interleave(weight, 0), labels.repeat_interleave(weight), torch.ones(int(weight.sum())))
+    for name, value in vars(repeated).items():
+        torch.testing.assert_close(getattr(places, name), value, rtol=1e-9, atol=0)
+    group = torch.from_numpy(random.normal(loc=[0, 20], size=(5, 2)))
+    many = torch.cat([x, group])
+    assert places.strangers(many, torch.ones(405)) == []
+    (found,) = places.strangers(many, torch.cat([torch.ones(400), torch.full((5,), 3.0)]))
+    assert found.tolist() == list(range(400, 405))
+
+
+def test_samples_of_weight_zero_are_no_cluster():
+    options = {"prior": "learned", "emerging": True, "random_state": 0, "hidden": (64, 64)}
+    counted, left_out = NeuralMixture(3, **options), NeuralMixture(3, **options)
+    for model in (counted, left_out):
+        stream(model, [0, 1, 2], 6)
+    for i in range(2):
+        X, y = part([0, 1, 2, 3], 200 + i)
+        counted.partial_fit(X, sample_weight=np.ones(len(X)))
+        left_out.partial_fit(X, sample_weight=(y != 3).astype(float))
+    assert (counted.n_clusters_, left_out.n_clusters_) == (4, 3)
 
 
 def test_a_cluster_runs_dry_after_several_parts():
     random = np.random.default_rng(0)
     x = torch.from_numpy(np.concatenate([random.normal(size=(50, 2)), random.normal(size=(50, 2)) + 12]))
     places = Places(2, 2, x[0, 0])
-    places.follow(x, torch.arange(100) // 50)
+    places.follow(x, torch.arange(100) // 50, torch.ones(100))
     for _ in range(PATIENCE - 1):
         assert places.dry(x[:50]) == []
     assert places.dry(x) == []

@@ -4,7 +4,7 @@ from sklearn.metrics import mutual_info_score
 from torch.nn.functional import one_hot
 
 from fastroute.clustering import cluster_accuracy
-from fastroute.clustering.metrics import many_to_one_accuracy, mutual_information
+from fastroute.clustering.metrics import label_metrics, many_to_one_accuracy, mutual_information
 
 
 def test_the_best_matching_counts():
@@ -25,12 +25,22 @@ def test_many_clusters_to_a_label():
 
 def test_accepts_names_as_labels():
     assert cluster_accuracy(["ant", "bee", "bee"], [1, 0, 0]) == 1
+    assert label_metrics(["ant", "bee", "bee"], [1, 0, 0]) == {"acc": 1, "acc_many": 1, "nmi": 1, "ari": 1}
+    assert label_metrics([0, -1, 1], [1, 0, 0]) == {}
 
 
 @pytest.mark.parametrize(("labels", "clusters"), [([0, 1], [0]), ([], [])])
 def test_bad_input(labels, clusters):
     with pytest.raises(ValueError, match=r"inconsistent|empty"):
         cluster_accuracy(labels, clusters)
+
+
+@pytest.mark.parametrize("metric", [cluster_accuracy, many_to_one_accuracy, label_metrics])
+def test_labels_of_two_dimensions_are_refused(metric):
+    with pytest.raises(ValueError, match=r"labels has the shape \(2, 1\); it must have one number or name a sample"):
+        metric([[0], [1]], [0, 1])
+    with pytest.raises(ValueError, match=r"clusters has the shape \(1, 2\)"):
+        metric([0, 1], [[0, 1]])
 
 
 def test_mutual_information_matches_scikit_learn():

@@ -1,7 +1,10 @@
-"""Fits of `NeuralMixture` that diverge, and parts that it refuses."""
+"""Fits of `NeuralMixture` that diverge, and what it refuses."""
+
+import copy
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from fastroute.clustering import NeuralMixture
@@ -36,3 +39,87 @@ def test_a_part_that_is_refused_changes_nothing(options):
     with pytest.raises(ValueError, match="network gives"):
         model.partial_fit(X)
     model.set_params(network=None).partial_fit(X)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_clusters": True}, "n_clusters is True; it must be an integer"),
+        ({"n_init": True}, "n_init is True"),
+        ({"hidden": (True,)}, "hidden is"),
+        ({"exclusive_layers": True}, "exclusive_layers is True"),
+        ({"device": "gpu"}, "device is 'gpu'; it must be one of PyTorch's"),
+        ({"device": "meta"}, "device is 'meta'; it must be one of PyTorch's"),
+        ({"device": None}, "device is 'None'; it must be one of PyTorch's"),
+        ({"network": nn.Identity()}, "network has no parameter that requires gradients"),
+        ({"network": nn.Linear(2, 3).requires_grad_(False)}, "network has no parameter that requires gradients"),
+        ({"network": nn.LSTM(2, 3)}, "network returns a tuple; it must return scores"),
+    ],
+)
+def test_bad_parameters(options, message):
+    with pytest.raises(ValueError, match=message):
+        NeuralMixture(**{"n_clusters": 3, "epochs": 1, "random_state": 0} | options).fit(blobs()[0])
+
+
+def test_samples_of_another_shape_are_refused():
+    images = np.random.default_rng(0).random((20, 1, 4, 4), np.float32)
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4, 2))
+    model = NeuralMixture(2, network=network, epochs=1, n_init=1, random_state=0).fit(images)
+    for call in (model.predict, model.partial_fit):
+        with pytest.raises(ValueError, match=r"X has samples of the shape \(1, 8, 8\); fit had \(1, 4, 4\)"):
+            call(np.zeros((5, 1, 8, 8), np.float32))
+
+
+def test_weights_may_be_huge():
+    X = blobs()[0]
+    options = {"n_clusters": 3, "epochs": 1, "n_init": 1, "random_state": 0}
+    expected = NeuralMixture(**options).fit(X, sample_weight=np.ones(len(X)))
+    found = NeuralMixture(**options).fit(X, sample_weight=np.full(len(X), 1e308))
+    assert found.loss_ == expected.loss_
+
+
+def dropout_network(features):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(features, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3))
+
+
+@pytest.mark.parametrize("init", ["random", "k-means++"])
+def test_a_network_with_dropout_is_repeatable_and_leaves_the_global_generator(init):
+    X = blobs()[0]
+    model = NeuralMixture(3, network=dropout_network(X.shape[1]), init=init, epochs=2, n_init=1, random_state=0)
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        expected = torch.rand(3)
+        torch.manual_seed(seed)
+        found.append(copy.deepcopy(model).fit(X).predict_proba(X))
+        assert torch.equal(torch.rand(3), expected)
+    assert np.array_equal(*found)
+    without = NeuralMixture(
+        3, network=dropout_network(X.shape[1]).eval(), init=init, epochs=2, n_init=1, random_state=0
+    )
+    assert np.array_equal(without.fit(X).predict_proba(X), found[0]), "dropout is at work in training"
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_fits_where_gradients_are_off(context):
+    X = blobs()[0]
+    options = {"n_clusters": 3, "epochs": 2, "n_init": 1, "prior": "learned", "random_state": 0}
+    expected = NeuralMixture(**options).fit(X).predict_proba(X)
+    with context():
+        found = NeuralMixture(**options).fit(X).predict_proba(X)
+    assert np.array_equal(found, expected)
+
+
+def test_options_changed_after_a_fit_count_in_the_next_training():
+    X = blobs()[0]
+    options = {"n_clusters": 3, "epochs": 1, "n_init": 1, "random_state": 0}
+    model = NeuralMixture(**options, warm_start=True).fit(X)
+    scores = model.score_samples(X)
+    model.set_params(gamma=2.0, density="gaussian", learning_rate=1e-9, noise=0.0)
+    assert np.array_equal(model.score_samples(X), scores), "what was fitted"
+    before = [p.clone() for p in model.network_.parameters()]
+    model.fit(X)
+    for old, new in zip(before, model.network_.parameters(), strict=True):
+        torch.testing.assert_close(new, old, rtol=0, atol=1e-6)
+    assert not np.allclose(model.score_samples(X), scores)
