@@ -58,11 +58,12 @@ def run_all(options: str, folder: Path, methods: Sequence[str], seeds: Sequence[
     return found
 
 
-def read_run(folder: Path) -> dict:
+def read_run(folder: Path, images_of: str | None = None) -> dict:
     """Return the options of a finished run, its number of images, last metrics and seconds.
 
     Args:
         folder: of the run.
+        images_of: the name of the data set that a run on an image folder had; None calls it "imagefolder".
 
     Raises:
         FileNotFoundError: it lacks args.yaml, summary.csv or assignments.csv: it is not finished.
@@ -76,6 +77,8 @@ def read_run(folder: Path) -> dict:
     if "acc" not in rows[-1]:
         raise ValueError(f"runs has {folder}; its images have no labels to compare with")
     known = METHODS[options["method"]]
+    if options["dataset"] == "imagefolder" and images_of is not None:
+        options["dataset"] = images_of
     kept = {name: options[name] for name in OPTIONS if name in options}
     if known.builder is None:
         kept |= {"epochs": None}
@@ -144,12 +147,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/compare"), help="where these runs are")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of these runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of these runs")
+    parser.add_argument("--images-of", metavar="NAME", help="the data set whose images the folders of the runs have")
     options = parser.parse_args(arguments)
     if options.run is not None:
         options.runs += run_all(options.run, options.folder, options.methods, options.seeds)
     earlier = json.loads(options.result.read_text()) if options.result.is_file() else []
     try:
-        runs = merged(earlier, map(read_run, options.runs))
+        runs = merged(earlier, (read_run(run, options.images_of) for run in options.runs))
         page = with_section(options.page, "clusterings", options.result, tables(runs))
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from None

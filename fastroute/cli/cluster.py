@@ -16,6 +16,7 @@ from fastroute.cli.common import (
     config_option,
     handle_run_errors,
     plain_errors,
+    read_options,
     real,
     resolve_dataset,
     run_location,
@@ -47,10 +48,12 @@ class ClusterOptions:
     ] = "stop"
     download: Annotated[bool, typer.Option("--download", help="Download torchvision's sets.")] = False
     img_size: Annotated[
-        int | None, typer.Option(min=1, max=PIXELS, help="Scale images to this size. (default: do not)")
+        int | None,
+        typer.Option(min=1, max=PIXELS, help="Scale images to this size. (default: 32 of files; else none)"),
     ] = None
     limit: Annotated[
-        int | None, typer.Option(max=COUNT, help="Number of images to use, from the first. (default: all)")
+        int | None,
+        typer.Option(max=COUNT, help="Images to use: the first, or spread over a folder. (default: all)"),
     ] = None
     method: Annotated[
         Literal[tuple(METHODS)],
@@ -132,7 +135,7 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
         from fastroute.clustering.assignments import check_by_cluster, link_by_cluster, write_assignments
         from fastroute.clustering.build import ClusteringRun, build
         from fastroute.clustering.images import load_images
-        from fastroute.training.checkpoints import check_not_finished, epochs_done
+        from fastroute.training.checkpoints import LAST, PREVIOUS, check_not_finished, epochs_done
         from fastroute.training.run_folder import new_folder, run_folder
 
         clusters, epochs, method, seed = options.clusters, options.epochs, options.method, options.seed
@@ -152,6 +155,15 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
         options.batch_size = options.batch_size or known.batch_size
         in_plane = options.two_dimensional or options.experiment == "two-dimensional"
         folder, resume = run_location(options, f"{method}-{dataset}", console)
+        if known.builder is None and not in_plane and options.resume is not None:
+            if resume is not None:
+                raise ValueError(
+                    f"resume is {options.resume}; the method {method!r} is done in one step and resumes no checkpoint: "
+                    "leave it out, or give the method of the run"
+                )
+            if _is_done(folder, options):
+                console.print(f"the run is done: {escaped(folder.resolve())}", soft_wrap=True)
+                return
         check_images(dataset, options.img_size)
         with console.status("reading the images"):
             loaded = load_images(
@@ -164,6 +176,8 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
             check_by_cluster(options.by_cluster, options.data_dir, loaded)
         if (labels < 0).any() and in_plane:
             raise ValueError("two_dimensional is True; it needs images with classes")
+        if len(images) < 2:
+            raise ValueError(f"there is {len(images)} image; a clustering needs at least 2: see data_dir and limit")
         if len(images) < clusters:
             raise ValueError(f"clusters is {clusters}; it must be at most the number of images, {len(images)}")
         if options.experiment is None and resume is None:
@@ -180,6 +194,8 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
         if known.builder is None:
             posterior = run.fit_classical(method, images, labels, clusters, seed, folder, console)
             module = None
+            for name in (LAST, PREVIOUS):  # of a run that this one overwrites
+                (folder / name).unlink(missing_ok=True)
         else:
             pl.seed_everything(seed, verbose=False)
             module = build(
@@ -222,6 +238,24 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
             link_by_cluster(options.by_cluster, loaded.paths, posterior)
             console.print(f"links by cluster: {escaped(options.by_cluster.resolve())}", soft_wrap=True)
     console.print(f"assignments.csv, summary.csv, args.yaml: {escaped(folder.resolve())}", soft_wrap=True)
+
+
+def _is_done(folder: Path, options: ClusterOptions) -> bool:
+    """Return whether a folder has the finished run of a method without a network.
+
+    Raises:
+        ValueError: it has a finished run with other options.
+    """
+    if not (folder / "assignments.csv").is_file() or not (folder / "args.yaml").is_file():
+        return False
+    kept = read_options(folder / "args.yaml")
+    for name in ("dataset", "method", "clusters", "seed", "limit", "img_size"):
+        if name in kept and kept[name] != getattr(options, name):
+            raise ValueError(
+                f"{name} is {getattr(options, name)!r}; the finished run in {folder} has {kept[name]!r}: choose "
+                "another experiment, or overwrite that run with --overwrite"
+            )
+    return True
 
 
 def _dataset(dataset: str | None, data_dir: Path | None) -> str:

@@ -29,10 +29,14 @@ from fastroute.training.trainer import silence_lightning
 HARD = "kmeans", "spectral"
 """Classical methods without posteriors."""
 CLASSICAL = {
-    "kmeans": lambda clusters, seed: KMeans(clusters, n_init=10, random_state=seed),
-    "gmm": lambda clusters, seed: GaussianMixture(clusters, reg_covar=1e-3, random_state=seed),
-    "spectral": lambda clusters, seed: SpectralClustering(
-        clusters, affinity="nearest_neighbors", assign_labels="cluster_qr", random_state=seed
+    "kmeans": lambda images, clusters, seed: KMeans(clusters, n_init=10, random_state=seed),
+    "gmm": lambda images, clusters, seed: GaussianMixture(clusters, reg_covar=1e-3, random_state=seed),
+    "spectral": lambda images, clusters, seed: SpectralClustering(
+        clusters,
+        affinity="nearest_neighbors",
+        n_neighbors=min(10, images),  # an image is among its own
+        assign_labels="cluster_qr",
+        random_state=seed,
     ),
 }
 
@@ -236,11 +240,14 @@ def fit_classical(
         posteriors (N, K), one-hot for methods without posteriors.
 
     Raises:
+        ValueError: there are too few images for the clusters.
         FolderInUse: another run writes into `output`.
         OSError: the file cannot be written.
     """
     start, pixels = time.perf_counter(), images.flatten(1).numpy()
-    model = CLASSICAL[method](clusters, seed)
+    if method == "spectral" and clusters >= len(images):
+        raise ValueError(f"clusters is {clusters}; of {len(images)} images, the method 'spectral' finds fewer")
+    model = CLASSICAL[method](len(images), clusters, seed)
     found = model.fit_predict(pixels)
     row = {
         **label_metrics(labels, found),

@@ -47,6 +47,9 @@ def test_tables_are_means_of_the_runs_beside_the_thesis(tmp_path, capsys):
     assert len(json.loads(result.read_text())) == 4 and "50.0, 70.0" in page.read_text()
     clustering.main(places)
     assert "50.0, 70.0" in page.read_text()
+    folder = str(write_run(tmp_path / "f", [0.3], method="dec", seed=0, dataset="imagefolder"))
+    clustering.main([folder, "--images-of", "cifar10", *places])
+    assert "**cifar10**, 4 images:" in page.read_text() and "30.1 | 25.7 |" in page.read_text()
 
 
 def test_runs_what_is_missing(tmp_path, monkeypatch):
