@@ -2,6 +2,8 @@
 
 import importlib
 import sys
+import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from fastroute._extras import extra
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": "Train a network; write checkpoints, summary.csv, routers.csv, figures of loggers and args.yaml.",
     "validate": "Measure single-crop or 10-crop errors of checkpoints.",
-    "predict": "Predict the classes of images, with their probabilities.",
+    "predict": "Predict the classes of images, or their clusters, with the probabilities.",
     "export": "Write a network into a file, with its classes and preprocessing, "
     "and check it against the network itself.",
     "paths": "Estimate how many paths each router of a network needs, from its gates over the validation images.",
@@ -82,8 +84,17 @@ def _load(name: str) -> "click.Command":
 Commands.loaded_by(_load, COMMANDS)
 
 
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """Print a warning of this package as a line for its user, without the place in the code."""
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+        print(f"warning: {message}", file=file or sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
+
+
 def main() -> None:
     """Run the command line."""
+    warnings.showwarning = _show_warning
     if sys.argv[1:2] != ["bench"]:  # by default, it measures what a user's own program sees
         memory.keep_freed_memory()
     app(prog_name="fastroute")

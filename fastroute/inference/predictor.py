@@ -199,6 +199,7 @@ def load(
 
     Raises:
         FileNotFoundError: there is no such file.
+        TypeError: model is neither a module nor a string.
         ValueError: the file is not a checkpoint, is damaged or of another network, or does not say how its network is
             built; or an option is given that a clustering has no use for.
 
@@ -209,6 +210,11 @@ def load(
     """
     from fastroute.training.checkpoints import check_command, is_of, read_checkpoint  # needs the extra "train"
 
+    if not isinstance(model, nn.Module | str | None):
+        raise TypeError(
+            f"model is {getattr(model, '__name__', model)!r}; it must be a torch.nn.Module, or "
+            "'package.module:function' to import and call"
+        )
     path, where = Path(checkpoint), f"checkpoint is {checkpoint}"
     target = _device(device)
     if path.suffix == ".safetensors":

@@ -108,6 +108,8 @@ def multipath(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be a module")
+    if any(isinstance(module, MultiPathNetwork) for module in model.modules()):
+        raise ValueError(f"model is a {type(model).__name__} with parallel paths; it must be a network of one path")
     if not 2 <= paths <= MAX_PATHS:
         raise ValueError(f"paths is {paths}; it must be 2 to {MAX_PATHS}")
     if routing is not None and not callable(routing) and routing not in ROUTERS:

@@ -175,7 +175,10 @@ def check_resume(path: str | Path, module: pl.LightningModule, epochs: int) -> d
     endless = saved["sched"] == "step" or (saved["sched"] == "multistep" and module.hparams.decay_milestones)
     endless = endless and not module.own_loss  # which may have phases that are shares of the run
     if planned != epochs and not endless:
-        raise ValueError(f"resume is {path}; its schedule is of {planned} epochs, but this run has epochs={epochs}")
+        raise ValueError(
+            f"resume is {path}; its schedule is of {_epochs(planned)}, but this run has epochs={epochs}: keep the "
+            "number, or start a run from its weights with initial_checkpoint"
+        )
     return checkpoint
 
 

@@ -227,6 +227,16 @@ def test_reports_external_errors_in_one_line_and_tracebacks_with_debug(error, se
         assert result.exit_code == 1 and "Traceback" in result.output and sentence.split(":")[0] in result.output
 
 
+def test_warnings_of_the_package_are_lines_for_its_user(tmp_path):
+    options = ["--limit", "24", "-k", "24", "--epochs", "1", "--method", "iic", "--architecture", "C4 F8"]
+    command = [sys.executable, "-m", "fastroute", "cluster", *options, "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert any(line.startswith("warning: the clustering has collapsed: ") for line in lines), done.stderr
+    assert "module.py" not in done.stderr and "warnings.warn" not in done.stderr
+
+
 def test_reports_ctrl_c_by_its_status_and_a_bug_by_its_traceback(monkeypatch):
     def fail(error):
         monkeypatch.setattr("fastroute.cli.recipes.fnmatchcase", lambda *_: (_ for _ in ()).throw(error))

@@ -201,6 +201,9 @@ def test_errors_in_predicting_are_one_sentence(predictor, checkpoint, images, tm
             fastroute.load(checkpoint, device="cuda")
     with pytest.raises(ValueError, match=r"model is .a\.b:c., but checkpoint is .* of 'tiny_cc2'; leave model out"):
         fastroute.load(checkpoint, model="a.b:c")
+    for model, name in ((torch.relu, "relu"), (Own, "Own"), (3, 3)):
+        with pytest.raises(TypeError, match=rf"model is {name!r}; it must be a torch\.nn\.Module, or 'package"):
+            fastroute.load(checkpoint, model=model)
 
 
 def test_without_statistics_images_are_refused_and_tensors_taken(checkpoint, tmp_path, images):

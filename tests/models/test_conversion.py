@@ -374,6 +374,13 @@ def test_a_model_must_be_a_module():
         multipath(lambda x: x, 2, ["stem"])
 
 
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.nn.Sequential])
+def test_a_model_must_have_one_path(wrap):
+    model = wrap(fastroute.models.create_model("resnet20_cc2", num_classes=3))
+    with pytest.raises(ValueError, match="with parallel paths; it must be a network of one path"):
+        multipath(model, 2)
+
+
 TIMM = ["resnet10t", "mobilenetv3_small_050"]
 TIMM_SLOW = [
     "resnet18",

@@ -74,7 +74,7 @@ def test_the_loss_gets_shares_of_the_classes_and_of_the_run(tmp_path):
 
 def test_a_longer_run_would_have_other_phases(tmp_path):
     train(Recorded, tmp_path, epochs=1, num_classes=4, sched="step")
-    with pytest.raises(ValueError, match="its schedule is of 1 epochs, but this run has epochs=2"):
+    with pytest.raises(ValueError, match="its schedule is of 1 epoch, but this run has epochs=2"):
         train(Recorded, tmp_path, epochs=2, num_classes=4, sched="step", resume=tmp_path / "last.ckpt")
 
 
