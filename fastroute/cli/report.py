@@ -50,6 +50,8 @@ def report(
     --images takes several files, separated by spaces.
     """
     with plain_errors():
+        if more := [path for path in more_images or [] if path.suffix == ".ckpt"]:
+            raise ValueError(f"checkpoint is {checkpoint}, and {more[0]} follows; a report is of one: run it for each")
         path = write_report(
             checkpoint,
             output or checkpoint.parent / "report",

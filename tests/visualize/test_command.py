@@ -21,6 +21,11 @@ class Links(HTMLParser):
             self.pictures.append(attributes.get("aria-label"))
 
 
+def test_a_report_is_of_one_checkpoint(run):
+    done = run("report", "a/best.ckpt", "b/best.ckpt")
+    assert done.exit_code == 2 and "b/best.ckpt follows; a report is of one: run it for each" in done.output
+
+
 def test_the_page_is_whole_in_itself(page):
     text = page.read_text()
     found = Links(text)
