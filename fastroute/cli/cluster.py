@@ -207,6 +207,9 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
                 channels_last=options.channels_last,
                 seed=seed,
             )
+            if options.architecture is not None and module.NETWORK is not None:
+                said = f"architecture is not used: the method {method!r} has a network of its own, {module.NETWORK}"
+                console.print(escaped(said), soft_wrap=True, highlight=False)
             if resume is not None:
                 done = epochs_done(resume) if options.resume == "auto" else 0
                 finished = done >= epochs

@@ -357,6 +357,14 @@ def test_too_few_images(tmp_path, arguments, message):
     assert done.exit_code == 2 and message in " ".join(done.output.split())
 
 
+@pytest.mark.parametrize(("method", "told"), [("dec", True), ("gan", True), ("dac", False)])
+def test_says_that_an_architecture_is_not_used(tmp_path, method, told):
+    options = ["--limit", 40, "-b", 20, "-k", 2, "--epochs", 1, "--architecture", "C4 F8", "--method", method]
+    done = run("cluster", *options, "--output", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert (f"architecture is not used: the method '{method}' has a network of its own" in done.output) == told
+
+
 def test_spectral_clustering_of_few_images(tmp_path):
     done = run("cluster", "--limit", 8, "-k", 2, "--method", "spectral", "--output", tmp_path, "--experiment", "run")
     assert done.exit_code == 0 and len(assignments(tmp_path / "run")) == 8, done.output
