@@ -76,7 +76,8 @@ class Prediction:
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{row[0][0]} {row[0][1]:.3f}" for row in self[:3].top(1))
-        return f"Prediction({len(self)} images of {len(self.classes)} classes: {shown}{', …' * (len(self) > 3)})"
+        images = f"{len(self)} image{'s' * (len(self) != 1)}"
+        return f"Prediction({images} of {len(self.classes)} classes: {shown}{', …' * (len(self) > 3)})"
 
 
 @dataclass(frozen=True, eq=False)
