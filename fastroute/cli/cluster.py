@@ -161,7 +161,9 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
                     f"resume is {options.resume}; the method {method!r} is done in one step and resumes no checkpoint: "
                     "leave it out, or give the method of the run"
                 )
-            if _is_done(folder, options):
+            if not options.overwrite and _is_done(folder, options):
+                if options.by_cluster is not None:
+                    raise ValueError("by_cluster is given, but the run is done: run it again with --overwrite")
                 console.print(f"the run is done: {escaped(folder.resolve())}", soft_wrap=True)
                 return
         check_images(dataset, options.img_size)
@@ -185,6 +187,11 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
         context.with_resource(run_folder(folder))
         if resume is None and not options.overwrite:
             check_not_finished(folder, "--overwrite")
+            if known.builder is None and any((folder / name).is_file() for name in (LAST, PREVIOUS)):
+                raise FileExistsError(
+                    f"output is {folder}; it has the checkpoint of an unfinished run: choose another folder, or "
+                    "overwrite it with --overwrite"
+                )
         if in_plane:
             from fastroute.clustering import two_dimensional as plane
 
@@ -252,10 +259,13 @@ def _is_done(folder: Path, options: ClusterOptions) -> bool:
     if not (folder / "assignments.csv").is_file() or not (folder / "args.yaml").is_file():
         return False
     kept = read_options(folder / "args.yaml")
-    for name in ("dataset", "method", "clusters", "seed", "limit", "img_size"):
-        if name in kept and kept[name] != getattr(options, name):
+    if kept.get("data_dir") is not None:
+        kept["data_dir"] = Path(str(kept["data_dir"])).resolve()
+    given = vars(options) | {"data_dir": None if options.data_dir is None else options.data_dir.resolve()}
+    for name in ("dataset", "data_dir", "method", "clusters", "seed", "limit", "img_size"):
+        if name in kept and kept[name] != given[name]:
             raise ValueError(
-                f"{name} is {getattr(options, name)!r}; the finished run in {folder} has {kept[name]!r}: choose "
+                f"{name} is {given[name]}; the finished run in {folder} has {kept[name]}: choose "
                 "another experiment, or overwrite that run with --overwrite"
             )
     return True
@@ -274,4 +284,5 @@ def _description(dataset: str, data_dir: Path | None, loaded: "Loaded") -> str:
     count, channels, size, _ = loaded.images.shape
     where = f" in {data_dir}" if data_dir is not None else ""
     classes = f"{len(loaded.classes):,} classes, not used" if loaded.classes else "no classes"
-    return f"{dataset}{where}: {count:,} images, {size}×{size}, {'grey' if channels == 1 else 'colour'}, {classes}"
+    images = f"{count:,} image{'s' * (count != 1)}"
+    return f"{dataset}{where}: {images}, {size}×{size}, {'grey' if channels == 1 else 'colour'}, {classes}"

@@ -79,15 +79,19 @@ class Places:
         """
         outside, weight = (self._nearest(x) < 0).nonzero().flatten(), weight.to(x.dtype)
         reach = self._reach()[self.seen > 0].median()  # of the cluster of median size
-        least, groups = max(LEAST_NUMBER, LEAST_SHARE * weight.sum().item()), []
-        while weight[outside].sum() >= least:
+        groups: list[Tensor] = []
+
+        def enough(samples: Tensor) -> bool:  # a single one has no spread, whatever its weight
+            return len(samples) >= LEAST_NUMBER and bool(weight[samples].sum() >= LEAST_SHARE * weight.sum())
+
+        while enough(outside):
             # Those within this reach of their own centre, about the sample with the most others within it.
             distance = torch.cdist(x[outside], x[outside]).square()
             near = (distance <= reach).to(x.dtype) * weight[outside]
             best = near[near.sum(1).argmax()]
             center = best @ x[outside] / best.sum()
             together = (x[outside] - center).square().sum(1) <= reach
-            if weight[outside[together]].sum() < least:
+            if not enough(outside[together]):
                 break
             groups.append(outside[together])
             outside = outside[~together]

@@ -37,11 +37,15 @@ CROSSING = 0.015
 LEAST_MOVED = 10_000
 
 
+# Those that count after the network has been built.
+OPTIONS = "n_clusters", "n_init", "epochs", "batch_size", "learning_rate", "gamma", "density", "noise", "verbose"
+
+
 class Model:
     """One run: the network, its statistics and priors, and how they are trained."""
 
     def __init__(self, estimator: "NeuralMixture", X: np.ndarray, frame: tuple, seed: int, fresh: bool):
-        self.device, self.shape = torch.device(estimator.device), X.shape[1:]
+        self.device = torch.device(estimator.device)
         self.center, self.scale = frame
         self.generator, self.seed = torch.Generator().manual_seed(seed), seed
         dtype = torch.float64 if X.dtype == np.float64 else torch.float32
@@ -71,8 +75,7 @@ class Model:
 
     def take_options(self, estimator: "NeuralMixture") -> None:
         """Train by an estimator's options from now on; what has been trained keeps them if the estimator's change."""
-        self.options = SimpleNamespace(**estimator.get_params(deep=False))
-        self.options.network = None  # which is the estimator's own
+        self.options = SimpleNamespace(**{name: getattr(estimator, name) for name in OPTIONS})
         self.criterion = em_loss(estimator.density, estimator.gamma)
         for group in self.optimizer.param_groups:
             group["lr"] = estimator.learning_rate
@@ -85,9 +88,12 @@ class Model:
         """
         draw = torch.Generator()
         draw.set_state(self.generator.get_state())  # a copy: it draws nothing from the order of the samples
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.enable_grad():
-            torch.manual_seed(torch.randint(2**31, (), generator=draw).item())
+        seed, on_gpu = torch.randint(2**31, (), generator=draw).item(), self.device.type == "cuda"
+        with torch.random.fork_rng([self.device] if on_gpu else []), torch.enable_grad():
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU too
+            if on_gpu:
+                with torch.cuda.device(self.device):
+                    torch.cuda.manual_seed(seed)
             self.network.train()
             yield
 

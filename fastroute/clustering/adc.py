@@ -1,5 +1,6 @@
 """Associative deep clustering (ADC; Haeusser et al. 2018), as a Lightning module."""
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,7 @@ class ADC(ClusteringModule):
     """
 
     SCHEDULE = ("schedule_epochs",)  # a longer run keeps the last rate
+    EVEN = math.inf  # none are: the scores order the clusters long before the dense layer has grown
     EMBEDDING, CENTROIDS, COPIES = 128, 4, 3
     """Dimensions of the embeddings, centroids of a cluster, and augmented copies of an image."""
 
@@ -92,6 +94,10 @@ class ADC(ClusteringModule):
     def first_epochs(self) -> int:
         """The number of epochs before the clusters; 0 in a run of one."""
         return min(max(1, self.schedule_epochs // 10), self.schedule_epochs - 1)
+
+    @property
+    def has_clusters(self) -> bool:
+        return self.current_epoch >= self.first_epochs
 
     def configure_optimizers(self):
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, betas=(0.8, 0.9))

@@ -25,7 +25,7 @@ def label_metrics(labels: Sequence, clusters: Sequence) -> dict[str, float]:
     Raises:
         ValueError: the two differ in length, are empty, or have more than one dimension.
     """
-    labels, clusters = np.asarray(labels), np.asarray(clusters)
+    labels, clusters = _checked(labels, clusters)
     if labels.dtype.kind in "if" and (labels < 0).any():
         return {}
     return {
@@ -82,6 +82,10 @@ def mutual_information(joint: Tensor) -> Tensor:
 
 
 def _counts(labels: Sequence, clusters: Sequence) -> np.ndarray:
+    return contingency_matrix(*_checked(labels, clusters))
+
+
+def _checked(labels: Sequence, clusters: Sequence) -> tuple[np.ndarray, np.ndarray]:
     labels, clusters = np.asarray(labels), np.asarray(clusters)
     for name, value in (("labels", labels), ("clusters", clusters)):
         if value.ndim != 1:
@@ -89,4 +93,4 @@ def _counts(labels: Sequence, clusters: Sequence) -> np.ndarray:
     check_consistent_length(labels, clusters)
     if len(labels) == 0:
         raise ValueError("labels are empty; there must be at least one sample")
-    return contingency_matrix(labels, clusters)
+    return labels, clusters

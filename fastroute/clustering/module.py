@@ -82,6 +82,11 @@ class ClusteringModule(pl.LightningModule):
         """Whether the epoch is of the last step."""
         return self.self_labelling is not None and self.current_epoch >= self.self_labelling.start
 
+    @property
+    def has_clusters(self) -> bool:
+        """Whether the epoch trains clusters, or what comes before them."""
+        return True
+
     def on_train_epoch_start(self) -> None:
         if self.self_labelling is not None and self.current_epoch == self.self_labelling.start:
             restart(self.trainer.optimizers[-1])
@@ -147,7 +152,7 @@ class ClusteringModule(pl.LightningModule):
             "empty": float(empty),
         }
         self.log_dict(metrics)
-        if empty >= self.num_clusters / 2 or metrics["entropy"] > self.EVEN:
+        if self.has_clusters and (empty >= self.num_clusters / 2 or metrics["entropy"] > self.EVEN):
             warnings.warn(
                 f"the clustering has collapsed: {empty} of {self.num_clusters} clusters are empty, and the posteriors' "
                 f"entropy is {metrics['entropy']:.0%} of that of even ones",
@@ -165,6 +170,8 @@ class LogPosteriors(nn.Module):
         images: (N, C, H, W), values from 0 to 1.
         output: (N, K).
     """
+
+    IS_CLUSTERING = True
 
     def __init__(self, module: ClusteringModule):
         super().__init__()

@@ -193,10 +193,10 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         The first part sets the standardisation, the seeds and the network; there is one run, whatever n_init. With
         n_clusters="auto", only `fit` merges clusters; they stay merged as it left them. For sample_weight, see `fit`.
 
-        With `emerging`, `n_clusters_` follows the parts. A cluster is added for at least 2 % of a part, and 10 samples,
-        that lie together and are out of the reach of all clusters; one goes after three parts in a row without a sample
-        in its reach. Clusters keep their order, and new ones come last. Groups must lie apart: a new one that overlaps
-        an old one is taken for a part of it.
+        With `emerging`, `n_clusters_` follows the parts. A cluster is added for at least 10 samples, with 2 % of a
+        part's weight, that lie together and are out of the reach of all clusters; one goes after three parts in a row
+        without a sample in its reach. Clusters keep their order, and new ones come last. Groups must lie apart: a new
+        one that overlaps an old one is taken for a part of it.
 
         Raises:
             ValueError: as `fit` does; a part has one sample, which has no spread; or training has diverged.
@@ -212,6 +212,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             if self._init() == "k-means++":
                 model.learn_seeds(X, weights)
         else:
+            self._check_parameters()
             model, passes = self._model, self.n_iter_
             model.take_options(self)
             if self.emerging and model.places is not None:
@@ -282,7 +283,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
                 f"{empty} of {self.n_clusters_} clusters are empty: there may be fewer groups in the data, or training "
                 "has not found them (another learning_rate, more epochs or a greater n_init may)",
                 ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=4,  # the caller of `fit`, beyond its decorator
             )
         return self
 
@@ -297,14 +298,13 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             allow_nd=self.network is not None,
             ensure_min_samples=2 if reset else 1,
         )
-        shape = (
-            X.shape[1:] if reset else getattr(self._model, "shape", X.shape[1:])
-        )  # files of early versions have none
-        if X.shape[1:] != shape:
-            raise ValueError(f"X has samples of the shape {X.shape[1:]}; fit had {shape}")
+        standardized = () if reset else np.shape(self._model.center)  # without, a network may take any size
+        if standardized and X.shape[1:] != standardized:
+            raise ValueError(f"X has samples of the shape {X.shape[1:]}; fit had {standardized}")
         return X
 
-    def _check_parameters(self, n_samples: int) -> None:
+    def _check_parameters(self, n_samples: int | None = None) -> None:
+        """Check the options, and whether there are enough samples to begin with."""
         clusters = "max_clusters" if self.n_clusters == "auto" else "n_clusters"
         for name, least in ((clusters, 1), ("n_init", 1), ("epochs", 0), ("batch_size", 2)):
             value = getattr(self, name)
@@ -334,6 +334,11 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             raise ValueError(f"device is {str(self.device)!r}; it must be one of PyTorch's, such as 'cpu' or 'cuda'")
         if kind == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device is {str(self.device)!r}; PyTorch finds no GPU here")
+        if kind not in ("cpu", "cuda"):
+            try:
+                torch.empty(0, device=self.device)
+            except Exception as error:  # of a kind for each device
+                raise ValueError(f"device is {str(self.device)!r}; PyTorch cannot use it here") from error
         if self.network is not None and not isinstance(self.network, nn.Module):
             raise ValueError(f"network is {self.network!r}; it must be a torch.nn.Module or None")
         if self.density not in DENSITIES:
@@ -359,7 +364,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
                     f"it must be {components} numbers, one for each cluster, from 0 on with sum 1"
                 )
         # The perceptron of "auto" has no more outputs than there are samples; another network has those that it has.
-        if n_samples < components and (self.n_clusters != "auto" or self.network is not None):
+        if n_samples is not None and n_samples < components and (self.n_clusters != "auto" or self.network is not None):
             raise ValueError(f"n_samples={n_samples} should be >= {clusters}={components}")
 
     def _init(self) -> str:

@@ -302,7 +302,7 @@ def _load_clustering(saved: dict, path: Path, where: str, own: dict[str, Any], d
 
     for name, value in own.items():
         if value is not None:
-            raise ValueError(f"{name} is given, but {where} is a clustering, which has its own: leave it out")
+            raise ValueError(f"{name} is given, but {path} is a clustering, which has its own: leave it out")
     shape = saved.get("shape")
     if not (isinstance(shape, list) and len(shape) == 3 and all(type(size) is int and size > 0 for size in shape)):
         raise ValueError(
@@ -311,6 +311,9 @@ def _load_clustering(saved: dict, path: Path, where: str, own: dict[str, Any], d
         )
     module = build(ClusteringRun.of(saved["hyper_parameters"]), shape)
     load_network_weights(module, saved, path)
+    centers = getattr(module, "centers", None)
+    if centers is not None and not centers.any():
+        raise ValueError(f"{where}; its run has stopped before it placed the clusters: resume it")
     transform = Preprocessing(shape[1], shape[0], mean=torch.zeros(1), std=torch.tensor([255.0]))
     names = [str(k) for k in range(module.num_clusters)]
     return Predictor(LogPosteriors(module).to(device).eval(), names, transform, device)

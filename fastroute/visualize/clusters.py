@@ -30,8 +30,9 @@ def response_map(responses: Mapping[str, Tensor], seed: int = 0, names: Sequence
     figure, panels = grid(len(responses), 2, 3.1)
     for axes, (title, values) in zip(panels, responses.items(), strict=True):
         perplexity = min(30, (len(values) - 1) / 3)
-        # One cluster has one component, and equal responses have none.
-        init = "pca" if values.shape[1] > 1 and (values != values[0]).any() else "random"
+        # One cluster has one component, and responses that are equal but for rounding have none.
+        spread = (values.double() - values[0]).abs().max()
+        init = "pca" if values.shape[1] > 1 and spread > 1e-5 * values.abs().max() else "random"
         places = TSNE(perplexity=perplexity, init=init, random_state=seed).fit_transform(values.numpy())
         clusters = values.argmax(1).numpy()
         for cluster in np.unique(clusters):

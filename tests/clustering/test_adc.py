@@ -73,6 +73,24 @@ def test_the_epochs_before_the_clusters(epochs, first):
     assert ADC(nn.Linear(2, 3), 3, epochs=epochs).first_epochs == first
 
 
+def test_even_scores_are_no_collapse(monkeypatch, recwarn):
+    torch.manual_seed(0)
+    _, module = module_at(2, monkeypatch)
+    monkeypatch.setattr(module, "log_dict", lambda metrics: None)
+    images, labels = torch.rand(40, 1, 4, 4), torch.zeros(40, dtype=torch.long)
+    with torch.no_grad():
+        module.dense.weight.mul_(1e-3)
+        module.dense.bias.zero_()
+        module.dense.bias[1] = module.responses(images).diff(dim=1).neg().median()  # half of the images in each
+    for epoch, bias, warns in ((0, 1.0, False), (2, 0.0, False), (2, 1.0, True)):
+        monkeypatch.setattr(ADC, "current_epoch", epoch)
+        module.dense.bias.data[0] = bias
+        recwarn.clear()
+        module.validation_step((images, labels), 0)
+        module.on_validation_epoch_end()
+        assert any("collapsed" in str(warning.message) for warning in recwarn) == warns
+
+
 def test_the_learning_rate_rises_and_falls():
     rate = ADC(nn.Linear(2, 3), 3, epochs=20).rate
     assert [rate(epoch) for epoch in (0, 1, 3, 9)] == [0.25, 0.5, 1, 1]

@@ -326,6 +326,10 @@ def test_images_of_a_folder(tmp_path):
 def test_a_method_without_a_network_resumes_by_itself(tmp_path):
     common = ["cluster", "--limit", 30, "-k", 3, "--architecture", "C4 F8", "--output", tmp_path, "--experiment", "run"]
     assert run(*common, "--epochs", 1, "-b", 10).exit_code == 0
+    saved = torch.load(tmp_path / "run" / "last.ckpt")
+    torch.save(saved | {"epochs": 9}, tmp_path / "run" / "last.ckpt")  # as of a run that has stopped
+    refused = run(*common, "--method", "kmeans")
+    assert refused.exit_code == 2 and "it has the checkpoint of an unfinished run" in refused.output
     refused = run(*common, "--method", "kmeans", "--resume", "auto")
     assert refused.exit_code == 2 and "the method 'kmeans' is done in one step" in refused.output
     refused = run(*common, "--method", "kmeans", "--resume", tmp_path / "run" / "last.ckpt")
@@ -339,6 +343,12 @@ def test_a_method_without_a_network_resumes_by_itself(tmp_path):
     assert (tmp_path / "run" / "summary.csv").read_text() == before
     refused = run(*common, "--method", "kmeans", "--resume", "auto", "-k", 4)
     assert refused.exit_code == 2 and "clusters is 4; the finished run in" in refused.output
+    refused = run(*common, "--method", "kmeans", "--resume", "auto", "--dataset", "digits", "--data-dir", tmp_path)
+    assert refused.exit_code == 2, refused.output
+    refused = run(*common, "--method", "kmeans", "--resume", "auto", "--by-cluster", tmp_path / "links")
+    assert refused.exit_code == 2 and "by_cluster is given, but the run is done" in refused.output
+    done = run(*common, "--method", "kmeans", "--resume", "auto", "--overwrite", "--seed", 1)
+    assert done.exit_code == 0 and "acc" in done.output
     (tmp_path / "run" / "assignments.csv").unlink()
     done = run(*common, "--method", "kmeans", "--resume", "auto", "--overwrite")
     assert done.exit_code == 0 and "acc" in done.output

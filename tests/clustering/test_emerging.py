@@ -81,11 +81,13 @@ def test_a_weight_is_that_of_repeated_samples():
     repeated.follow(x.repeat_interleave(weight, 0), labels.repeat_interleave(weight), torch.ones(int(weight.sum())))
     for name, value in vars(repeated).items():
         torch.testing.assert_close(getattr(places, name), value, rtol=1e-9, atol=0)
-    group = torch.from_numpy(random.normal(loc=[0, 20], size=(5, 2)))
+    group = torch.from_numpy(random.normal(loc=[0, 20], size=(12, 2)))
     many = torch.cat([x, group])
-    assert places.strangers(many, torch.ones(405)) == []
-    (found,) = places.strangers(many, torch.cat([torch.ones(400), torch.full((5,), 3.0)]))
-    assert found.tolist() == list(range(400, 405))
+    assert places.strangers(many, torch.cat([torch.ones(400), torch.full((12,), 0.1)])) == []
+    (found,) = places.strangers(many, torch.ones(412))
+    assert found.tolist() == list(range(400, 412))
+    one = torch.cat([x, group[:1]])
+    assert places.strangers(one, torch.cat([torch.ones(400), torch.full((1,), 40.0)])) == [], "no group"
 
 
 def test_samples_of_weight_zero_are_no_cluster():

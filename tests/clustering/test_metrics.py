@@ -32,6 +32,8 @@ def test_accepts_names_as_labels():
 @pytest.mark.parametrize(("labels", "clusters"), [([0, 1], [0]), ([], [])])
 def test_bad_input(labels, clusters):
     with pytest.raises(ValueError, match=r"inconsistent|empty"):
+        label_metrics([-1] * len(labels), clusters)
+    with pytest.raises(ValueError, match=r"inconsistent|empty"):
         cluster_accuracy(labels, clusters)
 
 

@@ -5,9 +5,10 @@ import copy
 import numpy as np
 import pytest
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from torch import nn
 
-from fastroute.clustering import NeuralMixture
+from fastroute.clustering import NeuralMixture, cluster_accuracy
 from tests.clustering.test_neural_mixture import blobs
 
 
@@ -51,6 +52,7 @@ def test_a_part_that_is_refused_changes_nothing(options):
         ({"device": "gpu"}, "device is 'gpu'; it must be one of PyTorch's"),
         ({"device": "meta"}, "device is 'meta'; it must be one of PyTorch's"),
         ({"device": None}, "device is 'None'; it must be one of PyTorch's"),
+        ({"device": "hpu"}, "device is 'hpu'; PyTorch cannot use it here"),
         ({"network": nn.Identity()}, "network has no parameter that requires gradients"),
         ({"network": nn.Linear(2, 3).requires_grad_(False)}, "network has no parameter that requires gradients"),
         ({"network": nn.LSTM(2, 3)}, "network returns a tuple; it must return scores"),
@@ -123,3 +125,52 @@ def test_options_changed_after_a_fit_count_in_the_next_training():
     for old, new in zip(before, model.network_.parameters(), strict=True):
         torch.testing.assert_close(new, old, rtol=0, atol=1e-6)
     assert not np.allclose(model.score_samples(X), scores)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"gamma": 0.0}, {"learning_rate": -0.1}, {"density": "foo"}, {"batch_size": 0}, {"learning_rate": "a"}]
+)
+def test_a_part_with_bad_options_changes_nothing(changed):
+    X = blobs()[0]
+    model = NeuralMixture(3, random_state=0, epochs=1, n_init=1).fit(X)
+    expected = model.score(X)
+    [name] = changed
+    with pytest.raises(ValueError, match=f"{name} is"):
+        model.set_params(**changed).partial_fit(X)
+    assert model.score(X) == expected
+
+
+class Mixture(NeuralMixture):
+    """With fewer parameters than its base."""
+
+    def __init__(self, n_clusters=3, random_state=None):
+        super().__init__(n_clusters, random_state=random_state, epochs=2, n_init=1)
+
+
+def test_subclasses_with_parameters_of_their_own():
+    X, y = blobs()
+    assert cluster_accuracy(y, Mixture(random_state=0).fit(X).partial_fit(X).predict(X)) > 0.9
+
+
+def test_networks_for_images_of_any_size_without_standardisation():
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    images = np.random.default_rng(0).random((30, 1, 8, 8), np.float32)
+    model = NeuralMixture(2, network=network, standardize=False, epochs=1, n_init=1, random_state=0).fit(images)
+    assert model.predict(np.zeros((5, 1, 12, 12), np.float32)).shape == (5,)
+
+
+def test_warnings_are_at_the_call_of_the_user():
+    X = np.repeat(np.eye(2), 20, 0)
+    for name in ("fit", "partial_fit"):
+        with pytest.warns(ConvergenceWarning) as found:
+            getattr(NeuralMixture(6, epochs=1, n_init=1, random_state=0), name)(X)
+        assert found[0].filename == __file__
+
+
+def test_the_draws_of_a_gpu_stay(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    model = NeuralMixture(3, epochs=1, n_init=1, random_state=0).fit(blobs()[0])
+    seeded.clear()
+    model.partial_fit(blobs()[0])
+    assert not seeded

@@ -49,8 +49,10 @@ def test_predicts_the_clusters_of_images(clustered):
 def test_refuses_what_a_clustering_has_no_use_for(clustered):
     checkpoint, _ = clustered
     for name, value in {"model": "resnet20", "img_size": 16, "crop_pct": 0.9, "mean": [0.0], "std": [1.0]}.items():
-        with pytest.raises(ValueError, match=f"{name} is given, but checkpoint is .* is a clustering, .*leave it out"):
+        with pytest.raises(ValueError, match=f"{name} is given, but .*last.ckpt is a clustering, .*leave it out"):
             fastroute.load(checkpoint, **{name: value})
+    refused = run("export", checkpoint, "--to", "safetensors")
+    assert refused.exit_code == 2 and "predictor is of a clustering, which cannot be exported" in refused.output
     refused = run("predict", checkpoint, checkpoint.parent.parent / "photos", "--gates")
     assert refused.exit_code == 2 and "the network has no routers" in refused.output
     saved = torch.load(checkpoint)
@@ -60,4 +62,14 @@ def test_refuses_what_a_clustering_has_no_use_for(clustered):
             fastroute.load(checkpoint)
     torch.save({name: value for name, value in saved.items() if name != "shape"}, checkpoint)
     with pytest.raises(ValueError, match="resume the run"):
+        fastroute.load(checkpoint)
+
+
+@pytest.mark.parametrize("clustered", ["dec", "ae"], indirect=True)
+def test_refuses_a_run_that_has_no_clusters_yet(clustered):
+    checkpoint, _ = clustered
+    saved = torch.load(checkpoint)
+    saved["state_dict"]["centers"].zero_()
+    torch.save(saved, checkpoint)
+    with pytest.raises(ValueError, match="its run has stopped before it placed the clusters: resume it"):
         fastroute.load(checkpoint)

@@ -135,10 +135,17 @@ def test_response_map_has_every_cluster():
     assert {"0", "1", "2"} <= set(words(visualize.response_map({"trained": scores})).split())
 
 
-@pytest.mark.parametrize("scores", [torch.randn(30, 1), torch.ones(30, 3)], ids=["one cluster", "equal responses"])
+ROUNDED = -5e5 + 0.03125 * torch.randint(2, (30, 3), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [torch.randn(30, 1), torch.ones(30, 3), ROUNDED],
+    ids=["one cluster", "equal responses", "equal but for rounding"],
+)
 def test_response_map_without_two_components(scores):
     figure = visualize.response_map({"trained": scores})
-    places = figure.axes[0].collections[0].get_offsets()
+    places = np.concatenate([cluster.get_offsets() for cluster in figure.axes[0].collections])
     assert places.shape == (30, 2) and np.isfinite(places).all() and "0" in words(figure)
 
 
