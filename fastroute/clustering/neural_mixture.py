@@ -337,7 +337,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         if kind not in ("cpu", "cuda"):
             try:
                 torch.empty(0, device=self.device)
-            except Exception as error:  # of a kind for each device
+            except (RuntimeError, ImportError, AssertionError) as error:  # not built, no module of it, no device
                 raise ValueError(f"device is {str(self.device)!r}; PyTorch cannot use it here") from error
         if self.network is not None and not isinstance(self.network, nn.Module):
             raise ValueError(f"network is {self.network!r}; it must be a torch.nn.Module or None")

@@ -5,14 +5,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 import fastroute
-from fastroute.cli import app
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+from tests.cli.commands import run
 
 
 @pytest.fixture(params=["two-fold", "dec", "kmeansnet", "ae"])
