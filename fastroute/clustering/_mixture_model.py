@@ -39,6 +39,8 @@ LEAST_MOVED = 10_000
 
 # Those that count after the network has been built.
 OPTIONS = "n_clusters", "n_init", "epochs", "batch_size", "learning_rate", "gamma", "density", "noise", "verbose"
+# Those that what is trained was built with.
+BUILT_WITH = "network", "hidden", "exclusive_layers", "prior", "standardize", "device"
 
 
 class Model:
@@ -71,6 +73,7 @@ class Model:
             raise ValueError("network has no parameter that requires gradients; it must have one to train")
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=estimator.learning_rate, fused=True)
         self.take_options(estimator)
+        self.built_with = {name: getattr(estimator, name) for name in BUILT_WITH}
         self.places: Places | None = None  # of the components, where clusters may emerge
 
     def take_options(self, estimator: "NeuralMixture") -> None:
@@ -79,6 +82,20 @@ class Model:
         self.criterion = em_loss(estimator.density, estimator.gamma)
         for group in self.optimizer.param_groups:
             group["lr"] = estimator.learning_rate
+
+    def check_unchanged(self, estimator: "NeuralMixture") -> None:
+        """Check that an estimator's options are those that this was built with.
+
+        Raises:
+            ValueError: one of them has changed.
+        """
+        clusters = len(self.clusters)
+        if estimator.n_clusters not in ("auto", clusters) and not estimator.emerging:
+            raise ValueError(f"n_clusters is {estimator.n_clusters}; what is trained further must keep {clusters}")
+        for name, old in getattr(self, "built_with", {}).items():  # absent from older files
+            new = getattr(estimator, name)
+            if not _are_same(new, old):
+                raise ValueError(f"{name} is {new!r}; what is trained further must keep {old!r}, or fit anew")
 
     @contextlib.contextmanager
     def _training(self) -> Iterator[None]:
@@ -327,6 +344,14 @@ class Model:
             log_joint = log_prior + log_density(normalized, self.options.density, self.options.gamma)
             found.append((torch.softmax(logits, 1) * log_joint).sum(1))
         return torch.cat(found).cpu().numpy()
+
+
+def _are_same(new: object, old: object) -> bool:
+    """Whether two options are equal: networks if they are one object, devices by name, numbers in any sequence."""
+    if isinstance(new, nn.Module) or isinstance(old, nn.Module):
+        return new is old
+    new, old = (str(option) if isinstance(option, torch.device) else option for option in (new, old))
+    return np.array_equal(np.asarray(new), np.asarray(old))
 
 
 def _of_weight(X: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:

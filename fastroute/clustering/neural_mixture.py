@@ -66,7 +66,8 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             features, the spread is q² where q < 1: a feature that has nearly always one value, unlike the others, stays
             small.
         warm_start: whether `fit` goes on from the network of the last one, for `epochs` more in one run, and leaves
-            standardisation and merged clusters as they are.
+            standardisation and merged clusters as they are. As with `partial_fit`, network, hidden, exclusive_layers,
+            prior, standardize, device and the number of clusters must then be those of the first fit.
         verbose: 1 prints a line for each run, 2 for each pass over the data, too.
         random_state: int, RandomState or None: weights, order and seeds.
         device: where the network lives. Samples go there a batch at a time, so data need not fit.
@@ -160,8 +161,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         weights = self._weights(sample_weight, X)
         if going_on:
             model = self._model
-            if self.n_clusters != "auto" and not self.emerging and self.n_clusters != len(model.clusters):
-                raise ValueError(f"n_clusters is {self.n_clusters}; with warm_start it must stay {len(model.clusters)}")
+            model.check_unchanged(self)
             model.take_options(self)
             model.fit(X, weights, 1)
             self.n_iter_ += self.epochs
@@ -214,6 +214,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         else:
             self._check_parameters()
             model, passes = self._model, self.n_iter_
+            model.check_unchanged(self)
             model.take_options(self)
             if self.emerging and model.places is not None:
                 model.renew(X, weights)

@@ -128,6 +128,35 @@ def test_options_changed_after_a_fit_count_in_the_next_training():
 
 
 @pytest.mark.parametrize(
+    "changed",
+    [
+        {"n_clusters": 4},
+        {"network": torch.nn.Linear(2, 3)},
+        {"hidden": (16,)},
+        {"exclusive_layers": 2},
+        {"prior": "learned"},
+        {"prior": [0.2, 0.3, 0.5]},
+        {"standardize": False},
+        {"device": torch.device("cpu", 0)},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_what_a_network_was_built_with_cannot_change(changed):
+    X = blobs()[0]
+    model = NeuralMixture(3, hidden=(8,), random_state=0, epochs=1, n_init=1, warm_start=True).fit(X)
+    expected = model.score(X)
+    [name] = changed
+    model.set_params(**changed)
+    for train in (model.fit, model.partial_fit):
+        with pytest.raises(ValueError, match=f"{name} is .* must keep"):
+            train(X)
+    assert model.score(X) == expected
+    same = {"n_clusters": 3, "network": None, "hidden": [8], "exclusive_layers": 1, "prior": "even"}
+    model.set_params(**same, standardize=True, device=torch.device("cpu")).fit(X).partial_fit(X)
+    assert model.n_iter_ == 3
+
+
+@pytest.mark.parametrize(
     "changed", [{"gamma": 0.0}, {"learning_rate": -0.1}, {"density": "foo"}, {"batch_size": 0}, {"learning_rate": "a"}]
 )
 def test_a_part_with_bad_options_changes_nothing(changed):
