@@ -74,13 +74,8 @@ class Pool {
     }
     unmap(evicted);
     if (!taken.data) taken.data = map_fresh(size);
-    if (!taken.data) {  // the system has no memory: let go of what is kept
-      {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        evicted = std::exchange(free_, {});
-        kept_ = 0;
-      }
-      unmap(evicted);
+    if (!taken.data) {  // the system has no memory
+      release();
       taken.data = map_fresh(size);
     }
     if (!taken.data) {
@@ -112,6 +107,17 @@ class Pool {
     std::vector<Block> evicted(free_.begin(), last);
     free_.erase(free_.begin(), last);
     return evicted;
+  }
+
+  // Unmaps all kept blocks.
+  void release() {
+    std::vector<Block> blocks;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      blocks = std::exchange(free_, {});
+      kept_ = 0;
+    }
+    unmap(blocks);
   }
 
   static void unmap(const std::vector<Block>& blocks) {

@@ -13,20 +13,15 @@ namespace {
 using Normalized = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using Gradients4 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-template <typename Signature>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 const auto& forward_op() {
-  static const auto op = find<Normalized(
+  static const auto op = find_operator<Normalized(
       const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
       const OptionalTensor&, double, bool)>("fastroute_native::batch_norm");
   return op;
 }
 
 const auto& backward_op() {
-  static const auto op = find<Gradients4(
+  static const auto op = find_operator<Gradients4(
       const at::Tensor&, const OptionalTensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&,
       const at::Tensor&, double, bool, bool)>("fastroute_native::batch_norm_backward");
   return op;

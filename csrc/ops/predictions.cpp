@@ -11,10 +11,10 @@
 // so that the m·n predictions need not be saved in the forward. A joined tensor holds several paths concatenated along its
 // channels. fastroute/backends/_cross_predict.py does the same with Triton's passes.
 
+#include "ops/route.h"
 #include "paths.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/convolution.h>
@@ -30,17 +30,13 @@ namespace {
 
 using Tensors = std::vector<at::Tensor>;
 
-template <typename Signature>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 // outputs_j = ReLU(Σ_i g_ij U_ij + offsets_j). predictions[i] joins U_ij over j.
 void sum_predictions(
     at::TensorList predictions, const at::Tensor& gates, const OptionalTensor& offsets, bool relu,
     at::TensorList outputs) {
-  static const auto op = find<void(at::TensorList, const at::Tensor&, const OptionalTensor&, bool, at::TensorList)>(
-      "fastroute_native::sum_predictions");
+  static const auto op =
+      find_operator<void(at::TensorList, const at::Tensor&, const OptionalTensor&, bool, at::TensorList)>(
+          "fastroute_native::sum_predictions");
   op.call(predictions, gates, offsets, relu, outputs);
 }
 
@@ -49,9 +45,9 @@ void sum_predictions(
 at::Tensor scale_paths(
     at::TensorList paths, at::TensorList masks, const at::Tensor& weights, bool sums, at::TensorList masked,
     at::TensorList scaled) {
-  static const auto op =
-      find<at::Tensor(at::TensorList, at::TensorList, const at::Tensor&, bool, at::TensorList, at::TensorList)>(
-          "fastroute_native::scale_paths");
+  static const auto op = find_operator<at::Tensor(
+      at::TensorList, at::TensorList, const at::Tensor&, bool, at::TensorList, at::TensorList)>(
+      "fastroute_native::scale_paths");
   return op.call(paths, masks, weights, sums, masked, scaled);
 }
 
@@ -59,7 +55,7 @@ at::Tensor scale_paths(
 // memory format of the convolutions, grad_xs that of the paths.
 at::Tensor sum_gradients(
     at::TensorList terms, at::TensorList xs, const at::Tensor& gates, at::TensorList grad_xs) {
-  static const auto op = find<at::Tensor(at::TensorList, at::TensorList, const at::Tensor&, at::TensorList)>(
+  static const auto op = find_operator<at::Tensor(at::TensorList, at::TensorList, const at::Tensor&, at::TensorList)>(
       "fastroute_native::sum_gradients");
   return op.call(terms, xs, gates, grad_xs);
 }
@@ -191,7 +187,7 @@ class Layer {
   bool paths_last() const { return paths_last_; }
 
   at::Tensor empty(const at::Tensor& x, at::IntArrayRef shape, at::IntArrayRef strides) const {
-    static const auto kept = find<at::Tensor(const at::Tensor&, at::IntArrayRef, at::IntArrayRef)>(
+    static const auto kept = find_operator<at::Tensor(const at::Tensor&, at::IntArrayRef, at::IntArrayRef)>(
         "fastroute_native::new_empty_strided");
     return cpu_ ? kept.call(x, shape, strides) : at::empty_strided(shape, strides, x.options());
   }

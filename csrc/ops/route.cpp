@@ -43,9 +43,7 @@ int type_index(at::ScalarType type) {
 }
 
 int64_t ask(const at::Tensor& x) {
-  static const auto choose = c10::Dispatcher::singleton()
-                                 .findSchemaOrThrow("fastroute_python::choose", "")
-                                 .typed<int64_t(const at::Tensor&)>();
+  static const auto choose = find_operator<int64_t(const at::Tensor&)>("fastroute_python::choose");
   return choose.call(x);
 }
 

@@ -14,6 +14,12 @@
 
 namespace fastroute {
 
+// Returns an operator by its name with its namespace, such as "fastroute_native::mix".
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find_operator(const std::string& name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "").typed<Signature>();
+}
+
 // An operator in each of its namespaces: public, compiled, and Python.
 template <typename Signature>
 struct Operator {
@@ -21,13 +27,9 @@ struct Operator {
   c10::TypedOperatorHandle<Signature> public_, native, python;
 
   explicit Operator(const std::string& operator_name)
-      : name(operator_name), public_(find("fastroute::")), native(find("fastroute_native::")),
-        python(find("fastroute_python::")) {}
-
- private:
-  auto find(const char* space) const {
-    return c10::Dispatcher::singleton().findSchemaOrThrow((space + name).c_str(), "").template typed<Signature>();
-  }
+      : name(operator_name), public_(find_operator<Signature>("fastroute::" + name)),
+        native(find_operator<Signature>("fastroute_native::" + name)),
+        python(find_operator<Signature>("fastroute_python::" + name)) {}
 };
 
 enum class Way { kNative, kTriton, kPython };
