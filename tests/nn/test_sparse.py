@@ -84,10 +84,12 @@ def test_each_path_sees_its_samples_alone():
 
 
 @pytest.mark.parametrize("gates, top_k", [("renormalized", 2), ("softmax", 1), ("softmax", 2), ("straight_through", 3)])
-def test_gradients(gates, top_k):
+@pytest.mark.parametrize("capacity", [None, 0.6])
+def test_gradients(gates, top_k, capacity):
     torch.manual_seed(0)
     paths = [nn.Conv2d(2, 2, 1, dtype=torch.float64) for _ in range(3)]
-    router = spread(SparseRouter(2, paths, top_k, 3, gates=gates, temperature=0.7, dtype=torch.float64))
+    options = {"gates": gates, "temperature": 0.7, "capacity_factor": capacity, "dtype": torch.float64}
+    router = spread(SparseRouter(2, paths, top_k, 3, **options))
     nn.init.normal_(router.b2)  # no ties, even where every hidden unit is 0: a difference must not change the choice
     names, parameters = zip(*router.named_parameters(), strict=True)
     x = torch.randn(5, 2, 1, 2, dtype=torch.float64, requires_grad=True)
@@ -97,7 +99,25 @@ def test_gradients(gates, top_k):
         y, routing = torch.func.functional_call(router, state, (x, True))
         return y, routing.gates, routing.scores
 
-    assert torch.autograd.gradcheck(function, (x, *parameters))
+    if (
+        capacity is None or gates != "straight_through"
+    ):  # whose values do not depend on the gate, if samples are dropped
+        assert torch.autograd.gradcheck(function, (x, *parameters))
+    dropped = router(x, return_routing=True)[1].dropped.sum()
+    assert (dropped > 0) == (capacity is not None)
+    if gates == "softmax":
+        assert torch.autograd.gradgradcheck(lambda x: router(x), (x,))
+
+
+@pytest.mark.parametrize("capacity", [None, 0.5])
+def test_gradients_of_maps_keep_channels_last(capacity):
+    torch.manual_seed(0)
+    router = spread(SparseRouter(6, [nn.Identity() for _ in range(4)], 2, gates="softmax", capacity_factor=capacity))
+    x = torch.randn(16, 6, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
+    y, routing = router(x, return_routing=True)
+    assert (routing.dropped.sum() > 0) == (capacity is not None)
+    y.backward(torch.ones_like(y))
+    assert x.grad.is_contiguous(memory_format=torch.channels_last) and not x.grad.is_contiguous()
 
 
 def test_straight_through_weighs_by_one_and_learns_as_softmax():
