@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING
 
 from fastroute._version import __version__
 
-__all__ = ["__version__", "backends", "compile_form", "load", "models", "multipath", "nn", "ops", "use_backend"]
+__all__ = [
+    "__version__",
+    "backends",
+    "compile_form",
+    "create_model",
+    "list_models",
+    "load",
+    "models",
+    "multipath",
+    "nn",
+    "ops",
+    "use_backend",
+]
 
 
 def _is_command() -> bool:
@@ -22,11 +34,13 @@ if TYPE_CHECKING or not _is_command():  # importing the package registers the op
     from fastroute import backends, models, nn, ops
     from fastroute.backends import use_backend
     from fastroute.inference import load
-    from fastroute.models import multipath
+    from fastroute.models import create_model, list_models, multipath
     from fastroute.ops._compile_form import compile_form
 else:
     _HOMES = {
         "compile_form": "ops._compile_form",
+        "create_model": "models",
+        "list_models": "models",
         "load": "inference",
         "use_backend": "backends",
         "multipath": "models",
