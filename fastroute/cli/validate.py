@@ -105,7 +105,7 @@ def validate(context: typer.Context, options: ValidateOptions) -> None:
     for column in ("top-1 error %", "top-5 error %", "images", "skipped", "images/s"):
         table.add_column(column, justify="right")
     counts = Table("checkpoint", "network")
-    for column in ("gates", "never above 0.5", "never below 0.5"):
+    for column in ("gates", "never above 1/n", "never below 1/n"):
         counts.add_column(column, justify="right")
     for r in results:
         numbers = (f"{r['error']:.2f}", f"{r['error5']:.2f}", f"{r['images']:,}", f"{r['skipped']:,}")

@@ -64,8 +64,8 @@ def skewed_gates(routers: Mapping[str, RouterStatistics]) -> dict[str, int]:
 
     Returns:
         "gates": the number of gates of all routers with more than one outgoing path. "never_above": those that exceed
-        0.5 for no sample. "never_below": those that fall below 0.5 for no sample. With two outgoing paths, the two
-        kinds come in pairs.
+        1/n for no sample, with n outgoing paths. "never_below": those that fall below it for no sample. With two
+        outgoing paths, the two kinds come in pairs.
     """
     several = [router for router in routers.values() if router.peak.shape[1] > 1]
     return {

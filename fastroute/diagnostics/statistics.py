@@ -102,13 +102,15 @@ class RouterStatistics:
 
     @property
     def never_above(self) -> Tensor:
-        """(m, n): whether a gate exceeds 0.5 for no sample (Figure 5.1); False if n = 1."""
-        return (self.peak <= 0.5) & (self.peak.shape[1] > 1)
+        """(m, n): whether a gate exceeds its even share, 1/n, for no sample (Figure 5.1); False if n = 1."""
+        n = self.peak.shape[1]
+        return (self.peak <= 1 / n) & (n > 1)
 
     @property
     def never_below(self) -> Tensor:
-        """(m, n): whether a gate falls below 0.5 for no sample (Figure 5.1); False if n = 1."""
-        return (self.trough >= 0.5) & (self.peak.shape[1] > 1)
+        """(m, n): whether a gate falls below its even share, 1/n, for no sample (Figure 5.1); False if n = 1."""
+        n = self.trough.shape[1]
+        return (self.trough >= 1 / n) & (n > 1)
 
     @property
     def dead_fraction(self) -> float:

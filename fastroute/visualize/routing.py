@@ -279,8 +279,9 @@ def gate_remarks(statistics: RouterStatistics) -> list[list[str]]:
     """
     dead, preferred = (statistics.peak < DEAD).tolist(), statistics.mean_gates.argmax(1).tolist()
     remarks = [["dead" if gate else "" for gate in row] for row in dead]
-    for row, j, never_below in zip(remarks, preferred, statistics.never_below.tolist(), strict=True):
-        if never_below[j] and not (len(row) == 2 and "dead" in row):  # "dead" says it, too
+    takes_half = ((statistics.trough >= 0.5) & (statistics.trough.shape[1] > 1)).tolist()
+    for row, j, always in zip(remarks, preferred, takes_half, strict=True):
+        if always[j] and not (len(row) == 2 and "dead" in row):  # "dead" says it, too
             row[j] = "skewed"
     return remarks
 

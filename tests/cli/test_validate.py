@@ -29,7 +29,7 @@ def test_validates_a_checkpoint_and_a_folder_of_them(tmp_path):
     file = tmp_path / "gates.json"
     result = run("validate", tmp_path / "run" / "last.ckpt", "--gates", "--results-file", file)
     (counted,) = json.loads(file.read_text())
-    assert "never above 0.5" in result.output and counted["error"] == pytest.approx(float(row["val_error"]))
+    assert "never above 1/n" in result.output and counted["error"] == pytest.approx(float(row["val_error"]))
     # Routers from one path to two and from two to two; a gate and its counterpart are skewed in opposite ways.
     assert counted["gates"] == 14 and 0 <= counted["never_above"] == counted["never_below"] <= 7
 

@@ -69,6 +69,9 @@ def test_skewed_gates_are_counted():
     for sample in first.split(1):
         add_routing(parts, {"a": Routing(sample, sample)})
     assert skewed_gates(parts) == skewed_gates(routers)
+    four = torch.tensor([[[0.1, 0.2, 0.3, 0.4]], [[0.2, 0.25, 0.2, 0.35]]])  # even shares of 0.25
+    four = {"four": RouterStatistics.of(Routing(four, four))}
+    assert skewed_gates(four) == {"gates": 4, "never_above": 2, "never_below": 1}
     assert skewed_gates({}) == {"gates": 0, "never_above": 0, "never_below": 0}
 
 
