@@ -250,11 +250,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm(
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
-    const at::Tensor& grad, const OptionalTensor& y_, const at::Tensor& x, const OptionalTensor& weight_,
+    const at::Tensor& grad_, const OptionalTensor& y_, const at::Tensor& x, const OptionalTensor& weight_,
     const at::Tensor& mean_, const at::Tensor& variance_, double eps, bool batch, bool residual) {
   const at::Tensor y = y_.value_or(at::Tensor());
-  TORCH_CHECK(grad.defined(), "the gradient is missing");
-  const int64_t channels = check_maps(x, {grad, y});
+  TORCH_CHECK(grad_.defined(), "the gradient is missing");
+  const int64_t channels = check_maps(x, {y});
+  const Aligned aligned(grad_, x);
+  const at::Tensor& grad = aligned[0];
+  check_aligned(grad, x);
   const auto type = accumulate_type(x.scalar_type());
   const at::Tensor weight = parameter(weight_, type, {channels}, x), mean = parameter(mean_, type, {channels}, x);
   const at::Tensor variance = parameter(variance_, type, {channels}, x);

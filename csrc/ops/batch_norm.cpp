@@ -71,11 +71,10 @@ struct Function : torch::autograd::Function<Function> {
       if (added) results[1] = grad;
     } else {
       at::AutoDispatchBelowAutograd below;
-      const Aligned aligned(grads[0], x);
       const bool written = added && y;
       at::Tensor grad_residual;
       std::tie(results[0], grad_residual, grad_weight, grad_bias) =
-          backward_op().call(aligned[0], y, x, weight, mean, variance, eps, batch, written);
+          backward_op().call(grads[0], y, x, weight, mean, variance, eps, batch, written);
       if (added) results[1] = written ? grad_residual : grads[0];
     }
     results[2] = in_type_of(grad_weight, weight);

@@ -69,11 +69,12 @@ struct Function : torch::autograd::Function<Function> {
     const at::Tensor& w2 = saved[2];
     auto [shares, grad_w1, grad_b1, grad_w2, grad_b2] = call_backward(
         backward_op(), optional(grads[0]), optional(grads[1]), xs, w1, b1, w2, b2, saved[4], saved[5], saved[6]);
-    // Expanded, not copied: it is broadcast over space when it is added to the other gradients of X.
-    std::vector<int64_t> sizes = shares.sizes().vec();
+    // Expanded, not copied: it is broadcast over space when it is added to the other gradients of X. Sizes are symbolic, for a
+    // compiled graph that takes any batch.
+    std::vector<c10::SymInt> sizes = shares.sym_sizes().vec();
     sizes.resize(xs[0].dim() + 1, 1);
     variable_list results;
-    const at::Tensor per_path = shares.to(xs[0].scalar_type()).reshape(sizes);
+    const at::Tensor per_path = shares.to(xs[0].scalar_type()).reshape_symint(sizes);
     for (size_t i = 0; i < xs.size(); ++i) results.push_back(per_path.select(1, static_cast<int64_t>(i)).expand_as(xs[i]));
     results.push_back(in_type_of(grad_w1, w1));
     results.push_back(in_type_of(grad_b1, b1));
