@@ -126,11 +126,8 @@ def specification(options: NetworkOptions, resume: Path | None) -> "Specificatio
                     f"resume is {resume}; its network is built by {saved.name}, and your own code is imported only if "
                     f"you name it: fastroute train {saved.name} --resume …"
                 )
-            if (
-                options.model in (None, saved.text)
-                and not _cut(options)
-                and options.gate_norm in (None, saved.gate_norm)
-            ):
+            gates = options.gate_norm in (None, saved.gate_norm) and options.gate_prior in (None, saved.prior)
+            if options.model in (None, saved.text) and not _cut(options) and gates:
                 return saved
     if options.model is None:
         raise ValueError("model is missing; name a network, or a recipe with --config")

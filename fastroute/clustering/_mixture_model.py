@@ -43,6 +43,9 @@ OPTIONS = "n_clusters", "n_init", "epochs", "batch_size", "learning_rate", "gamm
 BUILT_WITH = "network", "hidden", "exclusive_layers", "prior", "standardize", "device"
 
 
+NOT_DENSE = "network does not end in a torch.nn.Linear; with emerging=True it must, to get more outputs"
+
+
 class Model:
     """One run: the network, its statistics and priors, and how they are trained."""
 
@@ -96,6 +99,23 @@ class Model:
             new = getattr(estimator, name)
             if not _are_same(new, old):
                 raise ValueError(f"{name} is {new!r}; what is trained further must keep {old!r}, or fit anew")
+
+    @torch.no_grad()
+    def check_can_grow(self, X: np.ndarray) -> None:
+        """Check that the scores of a network of the user's are the output of the layer that `grow` adds a row to.
+
+        Raises:
+            ValueError: they are not.
+        """
+        layers, outputs = [module for module in self.network.modules() if isinstance(module, nn.Linear)], []
+        hooks = [layer.register_forward_hook(lambda layer, x, y: outputs.append(y)) for layer in layers[-1:]]
+        try:
+            scores = self.network.eval()(self._load(X[:2]))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not any(scores is output for output in outputs):
+            raise ValueError(NOT_DENSE)
 
     @contextlib.contextmanager
     def _training(self) -> Iterator[None]:
@@ -369,7 +389,7 @@ def grow(network: nn.Module, k: int, draw: torch.Generator) -> None:
     own = [layer for layer in layers if isinstance(layer, ExclusiveLinear)]
     last = own or layers[-1:]
     if not last or len(last[-1].weight) < k:
-        raise ValueError("network does not end in a torch.nn.Linear; with emerging=True it must, to get more outputs")
+        raise ValueError(NOT_DENSE)
     for layer in last:
         bound = 1 / math.sqrt(layer.weight.shape[-1])
         for name in ("weight", "bias"):

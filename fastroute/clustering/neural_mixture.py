@@ -216,8 +216,10 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             model, passes = self._model, self.n_iter_
             model.check_unchanged(self)
             model.take_options(self)
-            if self.emerging and model.places is not None:
-                model.renew(X, weights)
+        if self.emerging and self.network is not None:
+            model.check_can_grow(X)
+        if self.emerging and not first and model.places is not None:
+            model.renew(X, weights)
         model.train_epoch(X, weights, track=True)
         if self.emerging:
             model.settle(X, weights)

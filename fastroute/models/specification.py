@@ -215,17 +215,18 @@ class Specification:
         )
         weights = None if pretrained_path is None else read_weights(pretrained_path)
         where = f"pretrained_path is {pretrained_path}"
-        if weights is not None and (spec.paths == 1 or fits(network, weights)):
-            load_pretrained(network, weights, where, say=say)
-            weights = None
         if spec.paths > 1:
-            network = spec._cut(network)
-            if weights is not None:
+            if weights is not None and fits(network, weights):
                 load_pretrained(network, weights, where, say=say)
-        if spec.gate_norm is not None or spec.prior is not None:
-            set_gate_norm(network, spec.gate_norm, spec.prior)
-            kept = network.specification
-            remember(network, None if kept is None else replace(kept, gate_norm=spec.gate_norm, prior=spec.prior))
+                weights = None
+            network = spec._cut(network)
+        with_statistics = any("gate_norm." in name for name in weights or ())
+        if with_statistics:
+            spec._normalise_gates(network)
+        if weights is not None:
+            load_pretrained(network, weights, where, say=say)
+        if not with_statistics:  # those of fresh gates
+            spec._normalise_gates(network)
         return network
 
     def _default_classes(self, network: nn.Module) -> int | None:
@@ -245,6 +246,12 @@ class Specification:
             size = self.in_chans, self.img_size, self.img_size
         route_after = self.route_after if self.route_after == "auto" else list(self.route_after)
         return multipath(network, self.paths, route_after, self.routing, init=self.init, input_size=size)
+
+    def _normalise_gates(self, network: nn.Module) -> None:
+        if self.gate_norm is not None or self.prior is not None:
+            set_gate_norm(network, self.gate_norm, self.prior)
+            kept = network.specification
+            remember(network, None if kept is None else replace(kept, gate_norm=self.gate_norm, prior=self.prior))
 
     def _check_kwargs(self) -> None:
         for name in self.kwargs:

@@ -111,7 +111,7 @@ def _some(names: list[str]) -> str:
 
 def fits(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
     """Return whether weights have all of a network's tensors by name, of any shape."""
-    return {*_tensors(model)} - {*_counters(model)} <= weights.keys()
+    return {*_tensors(model)} - {*_dispensable(model)} <= weights.keys()
 
 
 @torch.no_grad()
@@ -146,20 +146,25 @@ def load_pretrained(
     seeded = not fits(model, weights) and (names := path_names(model)) is not None
     names = names if seeded else {name: name for name in wanted}
     chosen = {name: weights[source] for name, source in names.items() if source in weights}
-    if missing := [name for name in names if name not in chosen and name not in _counters(model)]:
+    if missing := [name for name in names if name not in chosen and name not in _dispensable(model)]:
         own = {name: wanted[name] for name in names}
         sources = set(names.values())
         used = chosen | {name: value for name, value in weights.items() if name not in sources}
         reason = differences(own, used) if len(missing) < len(own) else f"it has none of the {len(own)} tensors"
         raise ValueError(f"{where}; its weights are of another network: {reason}")
     extra = weights.keys() - set(names.values()) - _removed(model, seeded)
-    if extra := sorted(name for name in extra if not name.startswith(AUXILIARY)):
+    extra = sorted(name for name in extra if not name.startswith(AUXILIARY))
+    if extra and all(name.rpartition(".")[2] == SCALE for name in extra):
+        raise ValueError(f"{where}; its paths were started with init='copy': build the network with init='copy' too")
+    if extra:
         raise ValueError(f"{where}; its weights are of another network: {len(extra)} unexpected ({_some(extra)})")
     chosen, adapted = _adapted_channels(wanted, chosen)
     left_out = _other_classes(model, wanted, chosen)
     chosen = {name: value for name, value in chosen.items() if name not in left_out}
     if reason := differences({name: wanted[name] for name in chosen}, chosen):
         raise ValueError(f"{where}; its weights are of another network: {reason}")
+    for name in _scales(model) if not seeded else ():
+        wanted[name].fill_(1)  # of a network without it
     for name, value in chosen.items():
         wanted[name].copy_(value)
         if seeded and noise and _path(name) > 0 and value.dim() > 1 and value.numel() > 1:
@@ -217,9 +222,13 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
-def _counters(model: nn.Module) -> list[str]:
-    """Return the names of the batch counters, which files of early PyTorch lack."""
-    return [name for name in _tensors(model) if name.endswith("num_batches_tracked")]
+def _dispensable(model: nn.Module) -> list[str]:
+    """Return the tensors that a file may lack: batch counters, as of early PyTorch, and the scales of started paths."""
+    return [name for name in _tensors(model) if name.endswith("num_batches_tracked")] + _scales(model)
+
+
+def _scales(model: nn.Module) -> list[str]:
+    return [name for name in _tensors(model) if name.rpartition(".")[2] == SCALE]
 
 
 def _without_dot(name: str) -> str:

@@ -108,8 +108,9 @@ class GateClusteringLoss(nn.Module):
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             for total in (sums, count):
                 dist.all_reduce(total)
-        # Without samples the prior stays as it is; a branch would synchronise.
-        prior.lerp_(torch.where(count > 0, sums / count.clamp(min=1), prior), self.prior_momentum)
+        # Without samples, or with NaN, the prior stays as it is; a branch would synchronise.
+        counts = (count > 0) & sums.isfinite().all(-1, keepdim=True)
+        prior.lerp_(torch.where(counts, sums / count.clamp(min=1), prior), self.prior_momentum)
 
     def get_extra_state(self) -> dict[str, Tensor]:
         return dict(self.priors)

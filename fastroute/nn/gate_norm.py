@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastroute.nn._spread import SpreadPaths
-from fastroute.nn.mixture_em import RelevanceNorm, _inverse, _std_mean, recomputing
+from fastroute.nn.mixture_em import RelevanceNorm, _inverse, _std_mean, _std_mean_of_processes, recomputing
 
 GATE_NORMS = (None, "center", "standardize")
 PRIORS = (None, "learned")
@@ -24,13 +24,14 @@ class GateNorm(RelevanceNorm):
 
     Activation checkpointing computes a batch again in the backward pass: with the priors of the first time, and without
     updating anything. `torch.utils.checkpoint` has to do so before the router's next batch; the trainer's
-    `checkpoint_gradients` need not.
+    `checkpoint_gradients` need not. Compile the checkpoint with the router: in a checkpoint outside of its graph, a
+    compiled router does not know that it computes a batch again, so it counts it twice, and takes the later priors.
 
     Args:
         kind: "center": a* = a − μ; "standardize": a* = (a − μ) / σ (Eq. 4.11). A score with σ = 0 becomes 0.
         in_paths, out_paths: m and n; in_paths is None for scores (N, n).
         prior: "learned": π is the running mean of the gates of earlier steps. None: even priors.
-        momentum: the weight of a batch in the running statistics and priors.
+        momentum: the weight of a batch in the running statistics and priors; None for a cumulative average.
 
     Shape:
         scores: (N, m, n), or (N, n).
@@ -46,9 +47,12 @@ class GateNorm(RelevanceNorm):
         in_paths: int | None,
         out_paths: int,
         prior: Literal["learned"] | None = None,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         device: torch.device | str | None = None,
     ):
+        for name, value, known in (("kind", kind, GATE_NORMS[1:]), ("prior", prior, PRIORS)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, known))}")
         super().__init__(out_paths, momentum, num_gates=in_paths, device=device, dtype=torch.float32)
         self.kind = kind
         even = torch.full_like(self.running_mean, 1 / out_paths) if prior == "learned" else None
@@ -70,8 +74,7 @@ class GateNorm(RelevanceNorm):
         if self.training:
             mean, std = self._batch(scores)
             if not recomputing():
-                self.num_batches_tracked += 1
-                self._move((self.running_mean, mean), (self.running_std, std))
+                self._count(mean, std)
             scale = _inverse(std)
         else:
             mean, scale = self._running(scores.dtype)
@@ -89,7 +92,7 @@ class GateNorm(RelevanceNorm):
         normalized = self(scores)
         logits = normalized / temperature
         if self.prior is not None:
-            logits = logits + self._log_prior(logits.dtype)
+            logits = logits + self._log_prior(logits.dtype, temperature)
             if self.training and not recomputing():
                 self._learn_prior(logits.detach().softmax(-1))
         return logits, normalized
@@ -109,18 +112,23 @@ class GateNorm(RelevanceNorm):
         mean, scale = self._running(dtype)
         scale = scale / temperature if self.kind == "standardize" else torch.full_like(scale, 1 / temperature)
         b2 = (-mean if b2 is None else b2.to(dtype) - mean) * scale
-        return w2.to(dtype) * scale.unsqueeze(-1), b2 if self.prior is None else b2 + self._log_prior(dtype)
+        return w2.to(dtype) * scale.unsqueeze(-1), b2 if self.prior is None else b2 + self._log_prior(
+            dtype, temperature
+        )
 
     def unfold(self, logits: Tensor, temperature: float) -> Tensor:
         """Return the normalised scores for the logits of a folded layer and the temperature T."""
-        return (logits if self.prior is None else logits - self._log_prior(logits.dtype)) * temperature
+        return (logits if self.prior is None else logits - self._log_prior(logits.dtype, temperature)) * temperature
 
     def current_prior(self) -> Tensor | None:
         """Return the prior of the batch that is being computed: the earlier one where the batch is computed again."""
         return self.earlier_prior if recomputing() and self.training else self.prior
 
-    def _log_prior(self, dtype: torch.dtype) -> Tensor:
-        return self.current_prior().to(dtype).clamp(min=torch.finfo(torch.float32).tiny).log()
+    def _log_prior(self, dtype: torch.dtype, temperature: float) -> Tensor:
+        """log π, finite so that `unfold` can subtract it; for π = 0 as low as a temperature T < 1 raises the scores."""
+        prior, tiny = self.current_prior().to(dtype), torch.finfo(torch.float32).tiny
+        log = prior.clamp(min=tiny).log()
+        return torch.where(prior > tiny, log, log * torch.full_like(log, 1 / temperature).clamp(min=1))
 
     def _batch(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """μ and σ of the batch, those of all processes together where there are several."""
@@ -131,30 +139,16 @@ class GateNorm(RelevanceNorm):
                 )
             std, mean = _std_mean(scores)
             return mean, std
-        # Sums about the running mean, which all processes have in common: squares about 0 may lose the spread.
-        center = self.running_mean.to(scores.dtype)
-        distance = scores - center
-        sums = torch.stack([torch.ones_like(distance), distance, distance.square()]).sum(1)
-        sums = _AllReduce.apply(sums, self._group)
-        shift, square = sums[1] / sums[0], sums[2] / sums[0]
-        variance = (square - shift.square()).clamp(min=0)
-        return center + shift, torch.where(variance > 0, variance, 1).sqrt() * (variance > 0)
+        std, mean = _std_mean_of_processes(scores, self._group)
+        return mean, std
 
     def _learn_prior(self, posterior: Tensor) -> None:
         if not torch.compiler.is_compiling():  # compiled graphs recompute without this module
             self.earlier_prior = self.prior.clone()
-        total, count = posterior.sum(0), posterior.new_tensor(float(len(posterior)))
+        sums = torch.cat([posterior.sum(0).flatten(), posterior.new_tensor([float(len(posterior))])])
         if self._several_processes():
-            for value in (total, count):
-                dist.all_reduce(value, group=self._group)
-        self._move((self.prior, total / count))
-
-    @torch.no_grad()
-    def _move(self, *pairs: tuple[Tensor, Tensor]) -> None:
-        """Move running values towards those of a batch, where these are finite; the first batches count alike."""
-        weight = (1 / self.num_batches_tracked).clamp(min=self.momentum).float()
-        for running, value in pairs:
-            running.lerp_(torch.where(value.isfinite(), value.to(running.dtype), running), weight.to(running.dtype))
+            dist.all_reduce(sums, group=self._group)
+        self._move((self.prior, (sums[:-1] / sums[-1]).reshape(self.prior.shape)))
 
     @property
     def _group(self) -> dist.ProcessGroup | None:
@@ -165,19 +159,11 @@ class GateNorm(RelevanceNorm):
         return f"{self.kind!r}, {tuple(self.running_mean.shape)}, momentum={self.momentum}{prior}"
 
 
-class _AllReduce(torch.autograd.Function):
-    """Sum over processes, each of which has its own loss; the gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        x = x.clone()
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return _AllReduce.apply(gradient.contiguous(), ctx.group), None
+def check_gate_norm(gate_norm: str | None, prior: str | None) -> None:
+    """Raise ValueError if gate_norm or prior is unknown."""
+    for name, value, known in (("gate_norm", gate_norm, GATE_NORMS), ("prior", prior, PRIORS)):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, known))}")
 
 
 def make_gate_norm(
@@ -188,9 +174,7 @@ def make_gate_norm(
     Raises:
         ValueError: gate_norm or prior is unknown, or there is a prior without gate_norm.
     """
-    for name, value, known in (("gate_norm", gate_norm, GATE_NORMS), ("prior", prior, PRIORS)):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, known))}")
+    check_gate_norm(gate_norm, prior)
     if gate_norm is None:
         if prior is not None:
             raise ValueError(f"prior is {prior!r} without gate_norm; give gate_norm='center' or 'standardize' with it")

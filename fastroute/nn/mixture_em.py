@@ -15,8 +15,8 @@ class RelevanceNorm(nn.Module):
     """Normalise the relevance scores of each cluster: a*_j = (a_j − μ_j) / σ_j (Eq. 4.11).
 
     In training mode each batch updates running μ and σ, over all processes if `torch.distributed` is initialised. The
-    first batches have equal weight, so that nothing of the initial values remains. In evaluation mode the running
-    statistics are fixed. A column with σ = 0 becomes 0.
+    first batches have equal weight, so that nothing of the initial values remains. A batch with NaN or infinity is left
+    out. In evaluation mode the running statistics are fixed. A column with σ = 0 becomes 0.
 
     With running statistics, training and evaluation compute the same function of the scores, but the gradient still
     flows through the batch statistics (as in batch renormalisation, Ioffe 2017). If μ and σ were constants, the
@@ -114,21 +114,27 @@ class RelevanceNorm(nn.Module):
         """Return the running μ and 1/σ."""
         return self.running_mean.to(dtype), _inverse(self.running_std.to(dtype))
 
-    @torch.no_grad()
     def _track(self, scores: Tensor, mean: Tensor, std: Tensor, shared: bool) -> None:
         if shared:
-            # Sums about the running mean, which all processes share: squares about 0 may lose the spread to rounding.
-            distance = scores - self.running_mean
-            sums = torch.stack([torch.ones_like(distance), distance, distance.square()]).sum(1)
-            dist.all_reduce(sums)
-            shift, square = sums[1] / sums[0], sums[2] / sums[0]
-            mean, std = self.running_mean + shift, (square - shift.square()).clamp(min=0).sqrt()
-        self.num_batches_tracked += 1
-        weight = 1 / self.num_batches_tracked
+            with torch.no_grad():
+                std, mean = _std_mean_of_processes(scores, self._group)
+        self._count(mean, std)
+
+    @torch.no_grad()
+    def _count(self, mean: Tensor, std: Tensor) -> None:
+        """Move the running statistics towards those of a batch, unless one of these is not finite."""
+        self.num_batches_tracked += mean.isfinite().all() & std.isfinite().all()
+        self._move((self.running_mean, mean), (self.running_std, std))
+
+    @torch.no_grad()
+    def _move(self, *pairs: tuple[Tensor, Tensor]) -> None:
+        """Move running values towards those of a batch, if all of these are finite; the first batches count alike."""
+        weight = 1 / self.num_batches_tracked.clamp(min=1)
         if self.momentum is not None:
             weight = weight.clamp(min=self.momentum)
-        for running, value in ((self.running_mean, mean), (self.running_std, std)):
-            running.lerp_(value.to(running.dtype), weight.to(running.dtype))
+        finite = torch.stack([value.isfinite().all() for _, value in pairs]).all()
+        for running, value in pairs:
+            running.lerp_(torch.where(finite, value.to(running.dtype), running), weight.to(running.dtype))
 
     def extra_repr(self) -> str:
         gates = "" if self.num_gates is None else f", num_gates={self.num_gates}"
@@ -149,6 +155,41 @@ def _std_mean(scores: Tensor) -> tuple[Tensor, Tensor]:
     unit = torch.ldexp(torch.ones_like(scores[0]), exponent - 1)
     std, mean = torch.std_mean(scores / unit, dim=0, correction=0)
     return std * unit, mean * unit
+
+
+def _std_mean_of_processes(scores: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Return σ and μ of each column over the samples of all processes; the gradient goes through both.
+
+    Sums are in float64 and about the mean: squares about another number, such as 0, may lose the spread to rounding.
+    """
+    exact = scores.double()
+    with torch.no_grad():
+        sums = torch.cat([exact.sum(0).flatten(), exact.new_tensor([float(len(exact))])])
+        dist.all_reduce(sums, group=group)
+        count = sums[-1]
+        center = (sums[:-1] / count).reshape(exact.shape[1:])
+    distance = exact - center
+    shift, square = AllReduce.apply(torch.stack([distance, distance.square()]).sum(1), group) / count
+    mean, variance = center + shift, square - shift.square()
+    # Scores that are constant differ from their mean by its rounding.
+    varies = variance > (1e3 * torch.finfo(exact.dtype).eps * mean).square()
+    std = torch.where(varies, variance, 1).sqrt() * varies
+    return std.to(scores.dtype), mean.to(scores.dtype)
+
+
+class AllReduce(torch.autograd.Function):
+    """Sum over processes, each of which has its own loss; the gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return AllReduce.apply(gradient.contiguous(), ctx.group), None
 
 
 def _inverse(std: Tensor) -> Tensor:

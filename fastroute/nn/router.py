@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastroute.nn._lists import TakesLists
-from fastroute.nn.gate_norm import GateNorm, make_gate_norm
+from fastroute.nn.gate_norm import GateNorm, check_gate_norm, make_gate_norm
 from fastroute.ops import gate
 from fastroute.ops._library import without_autocast
 from fastroute.ops._paths import MAX_PATHS, path_list
@@ -40,6 +40,10 @@ class Tempered:
     `temperature` is a plain number, neither parameter nor buffer: assign to it between steps to anneal. The first
     change recompiles a compiled module; later changes do not. The state dict has the temperature, as a tensor of one
     number, once it has differed from 1; loading a state dict without it, as in older files, does not change it.
+
+    A copy of the network that averages its weights, such as `torch.optim.swa_utils.AveragedModel`, has temperatures of
+    its own: change them with the network's. timm's `ModelEma` needs state dicts of equal length: set another
+    temperature than 1 before it copies the network. The trainer's `MovingAverage` follows the network by itself.
     """
 
     _temperature, _tempered = 1.0, False
@@ -177,9 +181,11 @@ def set_gate_norm(network: nn.Module, gate_norm: str | None, prior: str | None =
         >>> router.gate_norm
         GateNorm('standardize', (2, 2), momentum=0.1)
     """
+    check_gate_norm(gate_norm, prior)
     routers = [module for module in network.modules() if isinstance(module, Tempered)]
-    if not routers and gate_norm is not None:
-        raise ValueError(f"gate_norm is {gate_norm!r}; the network has no router to normalise the gates of")
+    for name, value in (("gate_norm", gate_norm), ("prior", prior)):
+        if not routers and value is not None:
+            raise ValueError(f"{name} is {value!r}; the network has no router to normalise the gates of")
     for router in routers:
         norm = router._make_gate_norm(gate_norm, prior)
         router.gate_norm = None if norm is None else norm.train(router.training)

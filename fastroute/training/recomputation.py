@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from fastroute.nn import SparseRouter
 from fastroute.nn.gate_norm import GateNorm
 from fastroute.training.optim import ROUTERS, layers
 
@@ -18,9 +19,9 @@ def checkpoint_gradients(network: nn.Module) -> None:
     """Make a network keep only the inputs of its blocks, and recompute the activations in them in the backward pass.
 
     timm's networks do it by their own `set_grad_checkpointing`. In others, a block is a layer that contains layers (see
-    `layers`), such as a residual block, or the parallel paths between two routers. Routers keep their activations, so
-    gates and scores are returned as without checkpointing. Gradients are the same, and batch norm and `gate_norm` count
-    a batch once.
+    `layers`), such as a residual block, the parallel paths between two routers, or a path of a `SparseRouter`. Routers
+    keep their activations, so gates and scores are returned as without checkpointing. Gradients are the same, and batch
+    norm and `gate_norm` count a batch once.
 
     Args:
         network: changed in place.
@@ -34,11 +35,16 @@ def checkpoint_gradients(network: nn.Module) -> None:
             own(True)
             return
     blocks = [module for layer in layers(network) for module in layer]
+    blocks += [path for router in blocks if isinstance(router, SparseRouter) for path in _paths(router)]
     blocks = [module for module in blocks if any(module.children()) and not isinstance(module, ROUTERS)]
     if not blocks:
         raise ValueError(f"grad_checkpointing is True, but {type(network).__name__} has no blocks of layers")
     for block in blocks:
         block.forward = types.MethodType(_forward, block)  # a method, so that a copy gets its own
+
+
+def _paths(router: SparseRouter) -> list[nn.Module]:
+    return [] if router.paths is None else list(router.paths.children())
 
 
 def _forward(block: nn.Module, *args, **options):

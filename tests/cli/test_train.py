@@ -347,6 +347,18 @@ def test_block_is_an_argument_of_the_resnets_for_small_images(tmp_path):
     assert result.exit_code == 2 and "its network was built with" in result.output, result.output
 
 
+def test_a_resumed_run_cannot_change_its_gates(tmp_path):
+    common = ("train", "resnet20_cc2", "-b", 1437, "--output", tmp_path, "--experiment", "run", "--sched", "step")
+    result = run(*common, "--gate-norm", "center", "--epochs", 1)
+    assert result.exit_code == 0, result.output
+    refusals = {(): "prior is 'learned' without gate_norm", ("--gate-norm", "center"): "prior=None, not 'learned'"}
+    for norm, refusal in refusals.items():
+        result = run(*common, *norm, "--gate-prior", "learned", "--epochs", 2, "--resume", "auto")
+        assert result.exit_code == 2 and refusal in result.output, result.output
+    result = run("train", "resnet20", "--gate-prior", "learned", "--output", tmp_path)
+    assert result.exit_code == 2 and "prior is 'learned'; the network has no router" in result.output, result.output
+
+
 def test_a_sentence_where_the_network_takes_no_block(tmp_path):
     result = run("train", "wrn_40_2", "--block", "split_attention", "--output", tmp_path)
     assert "error: block is split_attention; wrn_40_2 takes no block: leave the flag out" in result.output

@@ -132,6 +132,20 @@ def test_networks_of_ones_own_get_another_output():
         grow(nn.Sequential(nn.Linear(2, 1), nn.Conv1d(1, 3, 1)), 3, draw)
 
 
+@pytest.mark.parametrize("last", [nn.BatchNorm1d(2), nn.LayerNorm(2), nn.Softplus()])
+def test_networks_that_cannot_grow_are_refused_at_once(last):
+    X = torch.randn(100, 2).numpy()
+    network = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 2), last)
+    model = NeuralMixture(2, network=network, prior="learned", emerging=True, random_state=0)
+    with pytest.raises(ValueError, match=r"network does not end in a torch.nn.Linear; with emerging=True it must"):
+        model.partial_fit(X)
+    model.set_params(emerging=False).partial_fit(X)
+    expected = model.predict_proba(X)
+    with pytest.raises(ValueError, match=r"network does not end in a torch.nn.Linear; with emerging=True it must"):
+        model.set_params(emerging=True).partial_fit(X)
+    assert (model.predict_proba(X) == expected).all()
+
+
 def test_a_warm_start_goes_on_with_the_clusters_that_emerged():
     model = NeuralMixture(
         2, prior="learned", emerging=True, warm_start=True, epochs=1, batch_size=50, random_state=0, hidden=(64, 64)

@@ -91,6 +91,8 @@ def test_own_functions_are_imported_only_if_the_user_names_them(own):
         ("timm:resnet18", {"no_such": 1}, "does not take these arguments: .*no_such"),
         ("resnet20", {"pretrained": True}, "there are no weights of resnet20 to download"),
         ("resnet20", {"weights": ["x"]}, "model_kwargs has 'weights'"),
+        ("resnet20", {"prior": "learned"}, "prior is 'learned'; the network has no router to normalise the gates of"),
+        ("resnet20", {"gate_norm": "x"}, "gate_norm is 'x'; it must be one of None, 'center', 'standardize'"),
         ("resnet20", {"pretrained_path": "none.pth"}, "pretrained_path is none.pth; there is no such file"),
         ("timm:resnet18", {"pretrained": True, "pretrained_path": "x"}, "give one of them"),
     ],

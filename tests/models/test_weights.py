@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from fastroute.models import create_model, multipath
+from fastroute.models.specification import Specification
 from fastroute.models.weights import load_pretrained, read_weights
 
 
@@ -71,6 +72,36 @@ def test_a_classifier_is_not_missed_by_a_network_without_one(name, of, tmp_path)
     weights = whole.state_dict() | {"other.weight": torch.zeros(3)}
     with pytest.raises(ValueError, match=r"1 unexpected \(other.weight\)"):
         load_pretrained(features, weights, "pretrained_path is whole.pth")
+
+
+@pytest.mark.parametrize("prior", [None, "learned"])
+def test_weights_of_normalised_gates_come_with_their_statistics(prior, tmp_path):
+    options = {"gate_norm": "standardize", "prior": prior}
+    network = create_model("resnet20_cc2", 7, **options)
+    network(torch.randn(4, 3, 16, 16))  # moves the statistics
+    path, x = saved(network.eval(), tmp_path / "w.pth"), torch.randn(2, 3, 16, 16)
+    assert torch.equal(create_model("resnet20_cc2", 7, pretrained_path=path, **options).eval()(x), network(x))
+    plain = saved(create_model("resnet20_cc2", 7), tmp_path / "plain.pth")
+    fresh = create_model("resnet20_cc2", 7, pretrained_path=plain, **options)
+    assert fresh.stack1_router.gate_norm.num_batches_tracked == 0
+    with pytest.raises(ValueError, match=r"unexpected \(stack1_router\.gate_norm\."):
+        create_model("resnet20_cc2", 7, pretrained_path=path)
+
+
+@pytest.mark.parametrize("init", ["fresh", "copy"])
+def test_weights_of_parallel_paths_start_paths_of_either_kind(init, tmp_path):
+    pytest.importorskip("torchvision")
+
+    def build(init, path=None):
+        given = Specification("torchvision", "resnet18", 7, img_size=32, paths=2, init=init)
+        return given.build(pretrained_path=path).eval()
+
+    network, x = build(init), torch.randn(2, 3, 32, 32)
+    path = saved(network, tmp_path / "w.pth")
+    assert torch.equal(build("copy", path)(x), network(x))
+    if init == "copy":
+        with pytest.raises(ValueError, match="its paths were started with init='copy': build the network with"):
+            build("fresh", path)
 
 
 def test_weights_fit_images_of_other_channels():

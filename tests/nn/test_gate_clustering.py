@@ -165,3 +165,14 @@ def test_sparse_routers():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         GateClusteringLoss(**arguments)
+
+
+def test_a_batch_with_nan_leaves_the_priors():
+    loss, scores = GateClusteringLoss(), torch.randn(16, 2, 3)
+    loss({"a": Routing(scores.softmax(-1), scores)})
+    before, spoiled = loss.get_extra_state()["a"].clone(), scores.clone()
+    spoiled[0, 0] = float("nan")
+    loss({"a": Routing(spoiled.softmax(-1), spoiled)})
+    after = loss.get_extra_state()["a"]
+    assert after[0].equal(before[0]) and not after[1].equal(before[1])
+    assert loss({"a": Routing(scores.softmax(-1), scores)}).isfinite()

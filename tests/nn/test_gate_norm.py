@@ -9,7 +9,14 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from fastroute.models import create_model
-from fastroute.nn import CrossConnection, CrossPrediction2d, GateClusteringLoss, SparseRouter, set_gate_norm
+from fastroute.nn import (
+    CrossConnection,
+    CrossPrediction2d,
+    GateClusteringLoss,
+    GateNorm,
+    SparseRouter,
+    set_gate_norm,
+)
 from tests.threads import small_networks  # noqa: F401
 
 NORMS = [(kind, prior) for kind in ("center", "standardize") for prior in (None, "learned")]
@@ -189,6 +196,44 @@ def test_constant_scores_zero_priors_and_nan():
     assert all(value.isfinite().all() for value in layer.gate_norm.state_dict().values())
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_batch_that_is_not_finite_does_not_count(bad, momentum):
+    norm, other = (GateNorm("standardize", 2, 3, "learned", momentum) for _ in range(2))
+    torch.manual_seed(0)
+    for k, scores in enumerate(torch.randn(3, 64, 2, 3) * 0.01 + 5):
+        if k < 2:
+            norm.logits(torch.full_like(scores, bad).index_fill(1, torch.tensor([0]), 5.0), 1.0)
+        for each in (norm, other):
+            each.logits(scores, 1.0)
+    assert all(value.equal(other.state_dict()[name]) for name, value in norm.state_dict().items())
+    assert norm.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("temperature", [0.01, 1.0, 10.0])
+def test_a_prior_of_zero_closes_a_path_at_any_temperature(temperature, training):
+    layer, xs = router("standardize", "learned", temperature=temperature).train(training), inputs()
+    layer.gate_norm.prior.copy_(torch.tensor([[0.0, 0.5, 0.5], [0.2, 0.0, 0.8]]))
+    _, routing = layer(xs, return_routing=True)
+    assert routing.gates[:, 0, 0].max() < 1e-20 and routing.gates[:, 1, 1].max() < 1e-20
+    _, expected = router("standardize", None, temperature=temperature).train(training)(xs, return_routing=True)
+    torch.testing.assert_close(routing.scores, expected.scores, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"kind": "standardise"}, "kind is 'standardise'; it must be one of 'center', 'standardize'"),
+        ({"kind": None}, "kind is None; it must be one of 'center', 'standardize'"),
+        ({"prior": "lerned"}, "prior is 'lerned'; it must be one of None, 'learned'"),
+    ],
+)
+def test_bad_arguments_of_the_norm(options, message):
+    with pytest.raises(ValueError, match=message):
+        GateNorm(**{"kind": "center", "in_paths": 2, "out_paths": 3} | options)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -219,7 +264,22 @@ def _one_of_two(rank, place, results):
     sum(y.square().sum() for y in ys).backward()
     dist.all_reduce(layer.w2.grad)
     results[rank] = [routing.gates.detach(), layer.w2.grad, *layer.gate_norm.state_dict().values()]
+    results[2 + rank] = [_first_batch(scores, part) for scores in far_from_zero()]
     dist.destroy_process_group()
+
+
+def far_from_zero():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(16, 2, 3, generator=generator)
+    return [scores * deviation + mean for mean, deviation in ((10, 0.01), (1000, 1.0), (0.3, 0.0))]
+
+
+def _first_batch(scores, part):
+    """Return the normalised scores of some of the samples, and the gradient to them."""
+    scores = scores[part].clone().requires_grad_()
+    normalized = GateNorm("standardize", 2, 3)(scores)
+    (gradient,) = torch.autograd.grad(normalized.pow(3).sum(), scores)
+    return normalized.detach(), gradient
 
 
 def test_processes_share_statistics_and_gradients(tmp_path):
@@ -234,6 +294,10 @@ def test_processes_share_statistics_and_gradients(tmp_path):
         torch.testing.assert_close(
             results[rank][1:], [layer.w2.grad, *layer.gate_norm.state_dict().values()], rtol=1e-3, atol=1e-4
         )
+    for k, scores in enumerate(far_from_zero()):
+        expected = _first_batch(scores.double(), slice(None))
+        for found, wanted in zip(zip(results[2][k], results[3][k], strict=True), expected, strict=True):
+            torch.testing.assert_close(torch.cat(found).double(), wanted, rtol=1e-3, atol=1e-3)
 
 
 class Routed(torch.nn.Module):
