@@ -50,9 +50,8 @@ class GateNorm(RelevanceNorm):
         momentum: float | None = 0.1,
         device: torch.device | str | None = None,
     ):
-        for name, value, known in (("kind", kind, GATE_NORMS[1:]), ("prior", prior, PRIORS)):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, known))}")
+        _check("kind", kind, GATE_NORMS[1:])
+        _check("prior", prior, PRIORS)
         super().__init__(out_paths, momentum, num_gates=in_paths, device=device, dtype=torch.float32)
         self.kind = kind
         even = torch.full_like(self.running_mean, 1 / out_paths) if prior == "learned" else None
@@ -112,9 +111,9 @@ class GateNorm(RelevanceNorm):
         mean, scale = self._running(dtype)
         scale = scale / temperature if self.kind == "standardize" else torch.full_like(scale, 1 / temperature)
         b2 = (-mean if b2 is None else b2.to(dtype) - mean) * scale
-        return w2.to(dtype) * scale.unsqueeze(-1), b2 if self.prior is None else b2 + self._log_prior(
-            dtype, temperature
-        )
+        if self.prior is not None:
+            b2 = b2 + self._log_prior(dtype, temperature)
+        return w2.to(dtype) * scale.unsqueeze(-1), b2
 
     def unfold(self, logits: Tensor, temperature: float) -> Tensor:
         """Return the normalised scores for the logits of a folded layer and the temperature T."""
@@ -161,9 +160,13 @@ class GateNorm(RelevanceNorm):
 
 def check_gate_norm(gate_norm: str | None, prior: str | None) -> None:
     """Raise ValueError if gate_norm or prior is unknown."""
-    for name, value, known in (("gate_norm", gate_norm, GATE_NORMS), ("prior", prior, PRIORS)):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, known))}")
+    _check("gate_norm", gate_norm, GATE_NORMS)
+    _check("prior", prior, PRIORS)
+
+
+def _check(name: str, value: str | None, known: tuple[str | None, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, known))}")
 
 
 def make_gate_norm(
