@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastroute.nn.mixture_em import recomputing
 from fastroute.nn.router import Routing
 from fastroute.nn.sparse import SparseRouting
 from fastroute.ops import mixture_em_loss
@@ -30,7 +31,8 @@ class GateClusteringLoss(nn.Module):
 
     Gates cluster unevenly, so the prior of each cluster is its share of the posteriors in previous steps. Priors are
     updated in training mode only, over all processes, and are saved with the module. A `SparseRouter` with clustered
-    routing has priors of its own, which are used instead.
+    routing has priors of its own, which are used instead. Activation checkpointing, which computes a batch again, has
+    the priors of the first time and does not update them again, if it does so before the next batch.
 
     Args:
         gamma: γ of Eq. 4.12.
@@ -70,6 +72,7 @@ class GateClusteringLoss(nn.Module):
             raise ValueError(f"scope is {scope!r}; it must be 'local', 'router' or 'network'")
         self.gamma, self.prior_momentum, self.scope = gamma, prior_momentum, scope
         self.priors: dict[str, Tensor] = {}
+        self.earlier_priors: dict[str, Tensor] = {}  # of the last batch, before its update
 
     def forward(self, routing: Mapping[str, Routing | SparseRouting]) -> Tensor:
         losses = []
@@ -84,8 +87,8 @@ class GateClusteringLoss(nn.Module):
                 prior = self._prior(name, scores) if theirs is None else theirs
             loss, posterior = mixture_em_loss(scores, self.gamma, prior)
             losses.append(loss.sum())
-            if prior is not None and theirs is None and self.training:
-                self._update_prior(prior, posterior)
+            if prior is not None and theirs is None and self.training and not recomputing():
+                self._update_prior(name, prior, posterior)
         if not losses:
             raise ValueError(
                 f"routing has {len(routing)} routers; it must have at least one with two outgoing paths or more"
@@ -96,14 +99,19 @@ class GateClusteringLoss(nn.Module):
 
     def _prior(self, name: str, scores: Tensor) -> Tensor:
         shape, dtype = scores.shape[1:], torch.promote_types(scores.dtype, torch.float32)
-        prior = self.priors.get(name)
+        priors = self.earlier_priors if self.training and recomputing() else self.priors
+        prior = priors.get(name)
         if prior is None or prior.shape != shape:
             prior = scores.new_full(shape, 1 / shape[-1], dtype=dtype)
-        self.priors[name] = prior = prior.to(scores.device, dtype)
+        prior = prior.to(scores.device, dtype)
+        if self.training and not recomputing():  # in evaluation it may be a tensor of inference mode
+            self.priors[name] = prior
         return prior
 
     @torch.no_grad()
-    def _update_prior(self, prior: Tensor, posterior: Tensor) -> None:
+    def _update_prior(self, name: str, prior: Tensor, posterior: Tensor) -> None:
+        if not torch.compiler.is_compiling():  # compiled graphs recompute without this module
+            self.earlier_priors[name] = prior.clone()
         sums, count = posterior.sum(0), posterior.new_ones(posterior.shape[:1]).sum()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             for total in (sums, count):
@@ -127,7 +135,8 @@ def _balance(routing: Mapping[str, Routing | SparseRouting]) -> list[Tensor]:
     loads: dict[int, list[Tensor]] = {}
     for router in routing.values():
         gates = router.gates
-        loads.setdefault(gates.shape[-1], []).extend((gates.sum(0) / max(len(gates), 1)).reshape(-1, gates.shape[-1]))
+        mean = gates.sum(0) / torch.sym_max(gates.shape[0], 1)
+        loads.setdefault(gates.shape[-1], []).extend(mean.reshape(-1, gates.shape[-1]))
     means = {n: torch.stack(rows).mean(0) for n, rows in loads.items() if n > 1}
     # The clamp keeps gradients finite for paths that get nothing, as in sparse routers.
     return [(mean * (n * mean).clamp(min=torch.finfo(mean.dtype).tiny).log()).sum() for n, mean in means.items()]

@@ -7,7 +7,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastroute.nn._spread import SpreadPaths
-from fastroute.nn.mixture_em import RelevanceNorm, _inverse, _std_mean, _std_mean_of_processes, recomputing
+from fastroute.nn.mixture_em import (
+    RelevanceNorm,
+    _inverse,
+    _std_mean,
+    _std_mean_of_processes,
+    break_checkpoints,
+    recomputing,
+)
 
 GATE_NORMS = (None, "center", "standardize")
 PRIORS = (None, "learned")
@@ -26,6 +33,7 @@ class GateNorm(RelevanceNorm):
     updating anything. `torch.utils.checkpoint` has to do so before the router's next batch; the trainer's
     `checkpoint_gradients` need not. Compile the checkpoint with the router: in a checkpoint outside of its graph, a
     compiled router does not know that it computes a batch again, so it counts it twice, and takes the later priors.
+    With learned priors the graph breaks at the checkpoint, so fullgraph=True raises there.
 
     Args:
         kind: "center": a* = a − μ; "standardize": a* = (a − μ) / σ (Eq. 4.11). A score with σ = 0 becomes 0.
@@ -132,9 +140,9 @@ class GateNorm(RelevanceNorm):
     def _batch(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """μ and σ of the batch, those of all processes together where there are several."""
         if not self._several_processes():
-            if len(scores) < 2:
+            if scores.shape[0] < 2:
                 raise ValueError(
-                    f"scores have {len(scores)} samples; in training mode gate_norm={self.kind!r} needs at least 2"
+                    f"scores have {scores.shape[0]} samples; in training mode gate_norm={self.kind!r} needs at least 2"
                 )
             std, mean = _std_mean(scores)
             return mean, std
@@ -142,9 +150,12 @@ class GateNorm(RelevanceNorm):
         return mean, std
 
     def _learn_prior(self, posterior: Tensor) -> None:
-        if not torch.compiler.is_compiling():  # compiled graphs recompute without this module
+        break_checkpoints(self, "prior")
+        # Compiled graphs recompute without this module, and functional calls would leave their tensors in it.
+        wrapped = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(self.prior)
+        if not wrapped:
             self.earlier_prior = self.prior.clone()
-        sums = torch.cat([posterior.sum(0).flatten(), posterior.new_tensor([float(len(posterior))])])
+        sums = torch.cat([posterior.sum(0).flatten(), posterior.new_ones(posterior.shape[:1]).sum(0, keepdim=True)])
         if self._several_processes():
             dist.all_reduce(sums, group=self._group)
         self._move((self.prior, (sums[:-1] / sums[-1]).reshape(self.prior.shape)))

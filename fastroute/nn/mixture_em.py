@@ -118,12 +118,14 @@ class RelevanceNorm(nn.Module):
         if shared:
             with torch.no_grad():
                 std, mean = _std_mean_of_processes(scores, self._group)
+        if self.training_statistics == "running":
+            break_checkpoints(self, "running_mean")
         self._count(mean, std)
 
     @torch.no_grad()
     def _count(self, mean: Tensor, std: Tensor) -> None:
         """Move the running statistics towards those of a batch, unless one of these is not finite."""
-        self.num_batches_tracked += mean.isfinite().all() & std.isfinite().all()
+        self.num_batches_tracked.add_(mean.isfinite().all() & std.isfinite().all())
         self._move((self.running_mean, mean), (self.running_std, std))
 
     @torch.no_grad()
@@ -147,6 +149,15 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def break_checkpoints(module: nn.Module, buffer: str) -> None:
+    """Keep Dynamo from tracing an activation checkpoint around a forward that reads and updates a buffer.
+
+    The graph would compute the forward again with the updated buffer. Assignments are what Dynamo does not trace there.
+    """
+    if torch.compiler.is_compiling():
+        setattr(module, buffer, getattr(module, buffer))
+
+
 def _std_mean(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Return σ and μ of each column, scaled by a power of two meanwhile, so that no square over- or underflows."""
     if scores.shape[0] == 0:
@@ -164,7 +175,7 @@ def _std_mean_of_processes(scores: Tensor, group: dist.ProcessGroup | None) -> t
     """
     exact = scores.double()
     with torch.no_grad():
-        sums = torch.cat([exact.sum(0).flatten(), exact.new_tensor([float(len(exact))])])
+        sums = torch.cat([exact.sum(0).flatten(), exact.new_ones(exact.shape[:1]).sum(0, keepdim=True)])
         dist.all_reduce(sums, group=group)
         count = sums[-1]
         center = (sums[:-1] / count).reshape(exact.shape[1:])
@@ -267,4 +278,4 @@ class ConsistencyLoss(nn.Module):
                 f"it must have the shape of posterior, {tuple(posterior.shape)}"
             )
         p = posterior.detach()
-        return (torch.xlogy(p, p) - p * log_softmax(normalized_aug, dim=-1)).sum((0, -1)) / max(len(p), 1)
+        return (torch.xlogy(p, p) - p * log_softmax(normalized_aug, dim=-1)).sum((0, -1)) / torch.sym_max(p.shape[0], 1)

@@ -176,3 +176,42 @@ def test_a_batch_with_nan_leaves_the_priors():
     after = loss.get_extra_state()["a"]
     assert after[0].equal(before[0]) and not after[1].equal(before[1])
     assert loss({"a": Routing(scores.softmax(-1), scores)}).isfinite()
+
+
+def test_evaluation_in_inference_mode_keeps_nothing():
+    loss, scores = GateClusteringLoss().eval(), torch.randn(16, 2, 3)
+    with torch.inference_mode():
+        loss({"a": Routing(scores.softmax(-1), scores)})
+    assert not loss.priors
+    loss.train()({"a": Routing(scores.softmax(-1), scores)})
+    assert loss.priors["a"].shape == (2, 3)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_has_the_same_gradients_and_counts_a_batch_once(reentrant):
+    torch.manual_seed(0)
+    losses = [GateClusteringLoss(prior_momentum=0.5) for _ in range(2)]
+    for scores in torch.randn(3, 16, 2, 3, dtype=torch.float64):
+        gradients = []
+        for k, loss in enumerate(losses):
+            x = scores.clone().requires_grad_()
+            call = lambda x, loss=loss: loss({"a": Routing(x.softmax(-1), x)})  # noqa: E731
+            (checkpoint(call, x, use_reentrant=reentrant) if k else call(x)).backward()
+            gradients.append(x.grad)
+        assert torch.equal(*gradients) and torch.equal(*(loss.priors["a"] for loss in losses))
+
+
+def test_exports_with_batches_of_any_size():
+    class Balanced(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loss = GateClusteringLoss(prior_momentum=None, scope="network")
+
+        def forward(self, gates, scores):
+            return self.loss({"a": Routing(gates, scores)})
+
+    module, batch = Balanced().eval(), {0: torch.export.Dim("batch", min=2)}
+    given = [torch.randn(n, 2, 3) for n in (4, 7)]
+    exported = torch.export.export(module, (given[0].softmax(-1), given[0]), dynamic_shapes=(batch, batch))
+    inputs = given[1].softmax(-1), given[1]
+    torch.testing.assert_close(exported.module()(*inputs), module(*inputs))

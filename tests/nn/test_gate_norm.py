@@ -159,6 +159,57 @@ def test_whole_graphs(training):
     torch.testing.assert_close(layer.gate_norm.state_dict(), eager.gate_norm.state_dict())
 
 
+@pytest.mark.parametrize(("prior", "fullgraph"), [(None, True), (None, False), ("learned", False)])
+def test_a_checkpoint_in_a_graph_counts_a_batch_once(prior, fullgraph):
+    layer, xs = router("standardize", prior), inputs()
+    eager = copy.deepcopy(layer)
+
+    def loss(layer, xs):
+        return sum(y.square().sum() for y in checkpoint(lambda *xs: layer(list(xs)), *xs, use_reentrant=False))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=fullgraph)
+    for _ in range(2):
+        found, expected = (torch.autograd.grad(each, xs) for each in (compiled(layer, xs), loss(eager, xs)))
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(layer.gate_norm.state_dict(), eager.gate_norm.state_dict())
+    assert layer.gate_norm.num_batches_tracked == 2
+
+
+def test_no_graph_computes_a_checkpoint_again_with_learned_priors():
+    layer = router("standardize", "learned")
+    compiled = torch.compile(
+        lambda *xs: checkpoint(lambda *xs: layer(list(xs)), *xs, use_reentrant=False), backend="eager", fullgraph=True
+    )
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="side effect"):
+        compiled(*inputs())
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_in_training_with_batches_of_any_size(strict):
+    class Routers(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router = router("standardize", "learned")
+
+        def forward(self, *xs):
+            return self.router(list(xs))
+
+    module, xs = Routers().train(), [x.detach() for x in inputs()]
+    eager, batch = copy.deepcopy(module), {0: torch.export.Dim("batch", min=2)}
+    exported = torch.export.export(module, tuple(xs), dynamic_shapes=((batch, batch),), strict=strict).module()
+    fewer = [x[:7] for x in xs]
+    torch.testing.assert_close(exported(*fewer), eager(*fewer))
+
+
+def test_functional_calls_leave_nothing_behind():
+    layers = [router("standardize", "learned") for _ in range(3)]
+    parameters, buffers = torch.func.stack_module_state(layers)
+    xs = [x.detach() for x in inputs()]
+    torch.vmap(lambda *state: torch.func.functional_call(layers[0], state, (xs,)))(parameters, buffers)
+    torch.testing.assert_close(copy.deepcopy(layers[0])(xs), layers[1](xs))
+
+
 def test_state_is_saved_and_needed():
     layer, other, plain = router("center", "learned"), router("center", "learned"), router(None, None)
     layer(inputs())
