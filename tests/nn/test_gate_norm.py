@@ -277,7 +277,7 @@ def test_a_prior_of_zero_closes_a_path_at_any_temperature(temperature, training)
     [
         ({"kind": "standardise"}, "kind is 'standardise'; it must be one of 'center', 'standardize'"),
         ({"kind": None}, "kind is None; it must be one of 'center', 'standardize'"),
-        ({"prior": "lerned"}, "prior is 'lerned'; it must be one of None, 'learned'"),
+        ({"prior": "learnt"}, "prior is 'learnt'; it must be one of None, 'learned'"),
     ],
 )
 def test_bad_arguments_of_the_norm(options, message):
