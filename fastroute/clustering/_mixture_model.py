@@ -39,9 +39,8 @@ LEAST_MOVED = 10_000
 
 # Those that count after the network has been built.
 OPTIONS = "n_clusters", "n_init", "epochs", "batch_size", "learning_rate", "gamma", "density", "noise", "verbose"
-# Those that what is trained was built with.
+# Those that the trained network was built with.
 BUILT_WITH = "network", "hidden", "exclusive_layers", "prior", "standardize", "device"
-
 
 NOT_DENSE = "network does not end in a torch.nn.Linear; with emerging=True it must, to get more outputs"
 
@@ -367,7 +366,7 @@ class Model:
 
 
 def _are_same(new: object, old: object) -> bool:
-    """Whether two options are equal: networks if they are one object, devices by name, numbers in any sequence."""
+    """Return whether options are equal: networks if they are one object, devices by name, numbers in any sequence."""
     if isinstance(new, nn.Module) or isinstance(old, nn.Module):
         return new is old
     new, old = (str(option) if isinstance(option, torch.device) else option for option in (new, old))

@@ -216,7 +216,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             model, passes = self._model, self.n_iter_
             model.check_unchanged(self)
             model.take_options(self)
-        if self.emerging and self.network is not None:
+        if self.emerging and self.network is not None and model.places is None:  # before the first part
             model.check_can_grow(X)
         if self.emerging and not first and model.places is not None:
             model.renew(X, weights)

@@ -225,7 +225,7 @@ class Specification:
             spec._normalise_gates(network)
         if weights is not None:
             load_pretrained(network, weights, where, say=say)
-        if not with_statistics:  # those of fresh gates
+        if not with_statistics:  # the gates start with fresh ones
             spec._normalise_gates(network)
         return network
 

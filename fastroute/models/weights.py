@@ -164,7 +164,7 @@ def load_pretrained(
     if reason := differences({name: wanted[name] for name in chosen}, chosen):
         raise ValueError(f"{where}; its weights are of another network: {reason}")
     for name in _scales(model) if not seeded else ():
-        wanted[name].fill_(1)  # of a network without it
+        wanted[name].fill_(1)  # what a network without this factor computes
     for name, value in chosen.items():
         wanted[name].copy_(value)
         if seeded and noise and _path(name) > 0 and value.dim() > 1 and value.numel() > 1:
@@ -228,6 +228,7 @@ def _dispensable(model: nn.Module) -> list[str]:
 
 
 def _scales(model: nn.Module) -> list[str]:
+    """Return the names of the factors of the first routers' inputs; see `SCALE`."""
     return [name for name in _tensors(model) if name.rpartition(".")[2] == SCALE]
 
 

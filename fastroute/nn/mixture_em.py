@@ -114,10 +114,10 @@ class RelevanceNorm(nn.Module):
         """Return the running μ and 1/σ."""
         return self.running_mean.to(dtype), _inverse(self.running_std.to(dtype))
 
+    @torch.no_grad()
     def _track(self, scores: Tensor, mean: Tensor, std: Tensor, shared: bool) -> None:
         if shared:
-            with torch.no_grad():
-                std, mean = _std_mean_of_processes(scores, self._group)
+            std, mean = _std_mean_of_processes(scores, self._group)
         if self.training_statistics == "running":
             break_checkpoints(self, "running_mean")
         self._count(mean, std)

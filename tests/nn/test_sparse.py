@@ -99,9 +99,8 @@ def test_gradients(gates, top_k, capacity):
         y, routing = torch.func.functional_call(router, state, (x, True))
         return y, routing.gates, routing.scores
 
-    if (
-        capacity is None or gates != "straight_through"
-    ):  # whose values do not depend on the gate, if samples are dropped
+    # With dropped samples, the straight-through gradient is not that of the values.
+    if capacity is None or gates != "straight_through":
         assert torch.autograd.gradcheck(function, (x, *parameters))
     dropped = router(x, return_routing=True)[1].dropped.sum()
     assert (dropped > 0) == (capacity is not None)
