@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from math import inf
 
 from torch import Tensor, nn
 
@@ -151,6 +152,7 @@ def cifar_resnet(
     routing: str | None = "cc",
     *,
     block: str = "basic",
+    widen: float = 1.0,
     num_classes: int = 10,
     in_chans: int = 3,
     img_size: int = 32,
@@ -168,12 +170,15 @@ def cifar_resnet(
             and the logits.
         block: "basic", or with timm installed, the adaptive blocks "split_attention" and "selective_kernel"; see
             `AttentionBlock`.
+        widen: the factor of the stem's and the stacks' widths, which are rounded; 1.42 doubles the parameters, as two
+            parallel paths do.
         num_classes, in_chans: as in `create_model`.
         img_size: of the images by which `multipath` finds the channels at its cuts; the network takes any size, since
             it ends in global pooling.
 
     Raises:
-        ValueError: depth is not 6k + 2, paths is less than 1 or more than 8, or routing or block is unknown.
+        ValueError: depth is not 6k + 2, paths is less than 1 or more than 8, routing or block is unknown, or widen is
+            less than 1/16 or not finite.
         ModuleNotFoundError: the block needs timm, which is not installed.
     """
     blocks = blocks_per_stack(depth)
@@ -183,11 +188,14 @@ def cifar_resnet(
         raise ValueError(f"routing is {routing!r}; it must be 'cc', 'cp' or None")
     if block not in BLOCKS:
         raise ValueError(f"block is {block!r}; it must be one of {', '.join(map(repr, BLOCKS))}")
+    if not WIDTHS[0] * widen >= 1 or widen == inf:
+        raise ValueError(f"widen is {widen}; it must be finite and at least 1/{WIDTHS[0]}, one channel")
+    widths = [round(widen * width) for width in WIDTHS]
 
     def network() -> Network:
-        layers, width = OrderedDict(), WIDTHS[0]
+        layers, width = OrderedDict(), widths[0]
         layers["stem"] = FusedSequential(*conv_bn(in_chans, width), nn.ReLU(inplace=True))
-        for i, out_width in enumerate(WIDTHS, start=1):
+        for i, out_width in enumerate(widths, start=1):
             layers[f"stack{i}"] = stack(BLOCKS[block], width, out_width, blocks, stride=1 if i == 1 else 2)
             width = out_width
         layers["head"] = pool_and_classify(width, num_classes)
@@ -204,8 +212,8 @@ def cifar_resnet(
             in_channels, out_channels, 3, in_paths, paths, padding=1, bias=False, norm_layer=nn.BatchNorm2d
         )
 
-    networks, layers = [network() for _ in range(paths)], OrderedDict(stem=predict(in_chans, WIDTHS[0], 1))
-    for name, width in (("stack1", None), ("stack2", WIDTHS[0]), ("stack3", WIDTHS[1]), ("head", None)):
+    networks, layers = [network() for _ in range(paths)], OrderedDict(stem=predict(in_chans, widths[0], 1))
+    for name, width in (("stack1", None), ("stack2", widths[0]), ("stack3", widths[1]), ("head", None)):
         if width:
             layers[f"{name}_router"] = predict(width, width, paths)
         layers[name] = ParallelPaths(network.get_submodule(name) for network in networks)

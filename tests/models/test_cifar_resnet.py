@@ -145,6 +145,25 @@ def test_wrong_arguments(arguments, message):
         cifar_resnet(*arguments)
 
 
+@pytest.mark.parametrize("widen", [0, -1.0, 1 / 17, float("nan"), float("inf")])
+def test_a_factor_of_widths_without_channels_or_bound_is_refused(widen):
+    with pytest.raises(ValueError, match=r"widen is .*; it must be finite and at least 1/16"):
+        cifar_resnet(8, widen=widen)
+
+
+def test_widening_multiplies_all_widths_and_is_part_of_the_specification():
+    def describe(name, widen):
+        model = models.create_model(name, widen=widen)
+        assert model.specification.kwargs == {"widen": widen} and model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+        widths = {m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
+        return widths, sum(p.numel() for p in model.parameters())
+
+    assert describe("resnet20", 1.42) == ({23, 45, 91}, 547_403)  # ResNet20-2-CC has 548,674
+    assert describe("resnet20_x2", 0.5) == ({8, 16, 32}, 137_340)
+    assert describe("resnet20_cc2", 0.5) == ({8, 16, 32}, 139_610)
+    assert describe("resnet20_cp2", 0.5) == ({8, 16, 32}, 150_254)
+
+
 @pytest.mark.parametrize("block", ["split_attention", "selective_kernel"])
 def test_adaptive_blocks_stand_in_one_path_and_in_several(block):
     layers = pytest.importorskip("timm.layers")
