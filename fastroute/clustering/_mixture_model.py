@@ -93,11 +93,13 @@ class Model:
         """
         clusters = len(self.clusters)
         if estimator.n_clusters not in ("auto", clusters) and not estimator.emerging:
-            raise ValueError(f"n_clusters is {estimator.n_clusters}; what is trained further must keep {clusters}")
+            raise ValueError(
+                f"n_clusters is {estimator.n_clusters}; to train further, set it back to {clusters}, or fit anew"
+            )
         for name, old in getattr(self, "built_with", {}).items():  # absent from older files
             new = getattr(estimator, name)
             if not _are_same(new, old):
-                raise ValueError(f"{name} is {new!r}; what is trained further must keep {old!r}, or fit anew")
+                raise ValueError(f"{name} is {new!r}; to train further, set it back to {old!r}, or fit anew")
 
     @torch.no_grad()
     def check_can_grow(self, X: np.ndarray) -> None:

@@ -148,7 +148,7 @@ def test_fits_go_on_and_say_so(capsys):
     model.set_params(epochs=8, verbose=1).fit(X)
     assert model.n_iter_ == 10 and model.loss_ < before and cluster_accuracy(y, model.labels_) > 0.98
     assert capsys.readouterr().out == f"run 1 of 1: loss {model.loss_:.4f}\n"
-    with pytest.raises(ValueError, match="n_clusters is 4; what is trained further must keep 3"):
+    with pytest.raises(ValueError, match="n_clusters is 4; to train further, set it back to 3"):
         model.set_params(n_clusters=4).fit(X)
     assert model.set_params(n_clusters=3, warm_start=False).fit(X).n_iter_ == 8
     assert model.partial_fit(X).n_iter_ == 9

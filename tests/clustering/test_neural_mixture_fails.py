@@ -148,7 +148,7 @@ def test_what_a_network_was_built_with_cannot_change(changed):
     [name] = changed
     model.set_params(**changed)
     for train in (model.fit, model.partial_fit):
-        with pytest.raises(ValueError, match=f"{name} is .* must keep"):
+        with pytest.raises(ValueError, match=f"{name} is .* set it back to"):
             train(X)
     assert model.score(X) == expected
     same = {"n_clusters": 3, "network": None, "hidden": [8], "exclusive_layers": 1, "prior": "even"}
