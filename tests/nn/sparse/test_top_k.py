@@ -1,43 +1,11 @@
 import copy
-import math
 
 import pytest
 import torch
 from torch import nn
 
-from fastroute.nn import GateClusteringLoss, SparseRouter, SparseRouting, set_gate_norm
-from fastroute.ops import mixture_em_loss
-
-GATES = ["straight_through", "renormalized", "softmax"]
-
-
-def convs(n, channels=6, out=5, **options):
-    return [nn.Conv2d(channels, out, 3, padding=1, **options) for _ in range(n)]
-
-
-def spread(router):
-    """Return a gate whose scores differ enough between samples to use every path."""
-    nn.init.normal_(router.w2, std=3.0)
-    if router.b2 is not None:
-        nn.init.normal_(router.b2, std=0.1)
-    return router
-
-
-def dense(router, x):
-    """Compute every path on every sample, weighted by the gates of the definition."""
-    hidden = x.flatten(2).mean(-1)
-    if router.w1 is not None:
-        hidden = torch.relu(hidden @ router.w1.T + (0 if router.b1 is None else router.b1))
-    scores = hidden @ router.w2.T + (0 if router.b2 is None else router.b2)
-    top = scores >= scores.sort(descending=True).values[:, router.top_k - 1, None]
-    gates = (scores / router.temperature).softmax(1) * top
-    if router.gates != "softmax":
-        gates = gates / gates.sum(1, keepdim=True)
-    return weighted(gates, router, x), gates
-
-
-def weighted(gates, router, x):
-    return sum(g[:, None, None, None] * path(x) for g, path in zip(gates.unbind(1), router.paths, strict=True))
+from fastroute.nn import SparseRouter, SparseRouting
+from tests.nn.sparse.routers import GATES, convs, dense, spread
 
 
 @pytest.mark.parametrize("gates", GATES)
@@ -324,164 +292,6 @@ def test_wrong_outputs_of_paths():
         router.accumulate(torch.cat(parts), routing)
 
 
-def clustered(top_k=1, n=4, **options):
-    torch.manual_seed(0)
-    return spread(SparseRouter(6, convs(n), top_k, routing="cluster", **options))
-
-
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_clustered_routing_chooses_by_posteriors(top_k):
-    router, x = clustered(top_k), 2 * torch.randn(64, 6, 4, 4) + 1
-    router.gate_norm.prior.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
-    prior = router.gate_norm.prior.clone()
-    hidden = torch.relu(x.mean((2, 3)) @ router.w1.T + router.b1) @ router.w2.T + router.b2
-    normalized = (hidden - hidden.mean(0)) / hidden.std(0, correction=0)
-    posterior = (normalized + prior.log()).softmax(1)
-    _, routing = router(x, return_routing=True)
-    torch.testing.assert_close(routing.scores, normalized, rtol=1e-3, atol=1e-4)
-    assert torch.equal(routing.chosen, posterior.topk(top_k).indices)
-    assert torch.equal(routing.prior, prior)
-    torch.testing.assert_close(router.gate_norm.prior, posterior.mean(0), rtol=1e-3, atol=1e-4)
-
-
-def test_the_clustering_loss_takes_the_routers_priors():
-    router, x = clustered(), torch.randn(64, 6, 4, 4)
-    router.gate_norm.prior.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
-    _, routing = router(x, return_routing=True)
-    criterion = GateClusteringLoss()
-    loss = criterion({"router": routing})
-    expected, _ = mixture_em_loss(routing.scores, 5.0, torch.tensor([0.1, 0.2, 0.3, 0.4]))
-    torch.testing.assert_close(loss, expected)
-    assert not criterion.priors
-    even, _ = mixture_em_loss(routing.scores)
-    torch.testing.assert_close(GateClusteringLoss(prior_momentum=None)({"router": routing}), even)
-    loss.backward()
-    assert router.w1.grad.abs().max() > 0
-
-
-def test_clustered_paths_start_with_even_shares():
-    torch.manual_seed(0)
-    x = torch.randn(512, 6, 4, 4) + 3  # far from the scores' zero
-    even, uneven = (SparseRouter(6, 4, routing=routing).divide(x)[1].load for routing in ("cluster", "topk"))
-    assert even.min() > 64 and uneven.max() > 256
-
-
-def test_a_path_with_a_prior_of_zero_gets_no_sample():
-    router, x = clustered(2), torch.randn(64, 6, 4, 4)
-    router.gate_norm.prior.copy_(torch.tensor([0.5, 0.0, 0.25, 0.25]))
-    y, routing = router(x, return_routing=True)
-    assert routing.load[1] == 0 and y.isfinite().all()
-    assert GateClusteringLoss()({"router": routing}).isfinite()
-
-
-def test_constant_scores_are_a_choice_by_priors():
-    router, x = clustered(), torch.randn(16, 6, 4, 4)
-    nn.init.zeros_(router.w2)
-    router.gate_norm.prior.copy_(torch.tensor([0.1, 0.2, 0.4, 0.3]))
-    y, routing = router(x, return_routing=True)
-    assert routing.load.tolist() == [0, 0, 16, 0] and not routing.scores.any()
-    (y.sum() + GateClusteringLoss()({"router": routing})).backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in router.parameters())
-
-
-def test_a_batch_of_one_needs_running_statistics():
-    router = clustered()
-    with pytest.raises(ValueError, match="scores have 1 samples; in training mode gate_norm='standardize' needs at"):
-        router(torch.randn(1, 6, 4, 4))
-    assert router.eval()(torch.randn(1, 6, 4, 4)).isfinite().all()
-
-
-@pytest.mark.parametrize("options", [{}, {"routing": "cluster"}])
-def test_nan_spoils_its_own_sample_and_no_statistics(options):
-    torch.manual_seed(0)
-    router, x = spread(SparseRouter(6, convs(4), 2, **options)), torch.randn(16, 6, 4, 4)
-    router(x)
-    x[3] = torch.nan
-    y, routing = router.eval()(x, return_routing=True)
-    assert not y[3].isfinite().any() and y[torch.arange(16) != 3].isfinite().all() and routing.load.sum() == 32
-    router.train()(x)
-    assert all(value.isfinite().all() for value in router.state_dict().values())
-
-
-@pytest.mark.parametrize("gates", GATES)
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_capacity_drops_the_least_probable_samples(top_k, gates):
-    torch.manual_seed(0)
-    router = spread(SparseRouter(6, convs(4), top_k, gates=gates, capacity_factor=0.6))
-    x = torch.randn(40, 6, 4, 4)
-    y, routing = router(x, return_routing=True)
-    capacity = math.ceil(0.6 * top_k * 40 / 4)
-    left, kept = [capacity] * 4, torch.zeros(40, top_k, dtype=torch.bool)
-    probabilities = routing.scores.softmax(1).gather(1, routing.chosen)
-    for c in range(top_k):
-        for s in probabilities[:, c].argsort(descending=True).tolist():
-            kept[s, c] = left[routing.chosen[s, c]] > 0
-            left[routing.chosen[s, c]] -= int(kept[s, c])
-    assert torch.equal(routing.kept, kept) and 0 < kept.sum() < 40 * top_k
-    assert torch.equal(routing.load, torch.bincount(routing.chosen[kept], minlength=4))
-    assert torch.equal(routing.dropped, torch.bincount(routing.chosen[~kept], minlength=4))
-    assert torch.equal(routing.gates.gather(1, routing.chosen) > 0, kept)
-    expected = weighted(routing.gates, router, x)
-    torch.testing.assert_close(y, expected)
-    options = {"retain_graph": True, "materialize_grads": True}
-    parameters = [*router.parameters()]
-    actual, wanted = (torch.autograd.grad(z.square().sum(), parameters, **options) for z in (y, expected))
-    torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
-
-
-def test_capacity_keeps_channels_last():
-    torch.manual_seed(0)
-    router = spread(SparseRouter(6, convs(4), 2, capacity_factor=0.5)).to(memory_format=torch.channels_last)
-    y, routing = router(torch.randn(16, 6, 5, 5).to(memory_format=torch.channels_last), return_routing=True)
-    assert routing.dropped.sum() > 0 and y.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_no_capacity_in_evaluation_nor_where_there_is_room():
-    torch.manual_seed(0)
-    router, x = spread(SparseRouter(6, convs(4), 2, capacity_factor=0.5)), torch.randn(16, 6, 4, 4)
-    y, routing = router.eval()(x, return_routing=True)
-    assert routing.kept is None and routing.dropped.tolist() == [0] * 4
-    router.train().capacity_factor = 4
-    roomy, routing = router(x, return_routing=True)
-    assert routing.kept.all() and torch.equal(roomy, y)
-    assert router(x[:0]).shape == (0, 5, 4, 4)
-
-
-def test_clustered_routing_under_compile_with_a_capacity():
-    router = clustered(2, capacity_factor=0.7)
-    eager, x = copy.deepcopy(router), torch.randn(32, 6, 4, 4)
-    compiled = torch.compile(router, backend="aot_eager")
-    for _ in range(2):
-        torch.testing.assert_close(compiled(x), eager(x))
-    torch.testing.assert_close(router.state_dict(), eager.state_dict())
-
-
-@pytest.mark.parametrize("options", [{}, {"routing": "cluster"}])
-def test_exports_in_evaluation_mode(options):
-    torch.manual_seed(0)
-    router = spread(SparseRouter(6, [nn.Sequential(*convs(1), nn.BatchNorm2d(5)) for _ in range(3)], 2, **options))
-    router(torch.randn(16, 6, 4, 4))
-    router.eval()
-    x = torch.randn(4, 6, 4, 4)
-    exported = torch.export.export(router, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    x = torch.randn(9, 6, 4, 4)
-    torch.testing.assert_close(exported.module()(x), router(x))
-    traced = torch.jit.trace(router, x[:2])
-    torch.testing.assert_close(traced(x), router(x))
-
-
-def test_the_normalisation_of_clustered_routing_is_its_own():
-    router = clustered()
-    set_gate_norm(router, None)
-    assert (router.gate_norm.kind, router.gate_norm.prior is not None) == ("standardize", True)
-    set_gate_norm(router, "center")
-    assert (router.gate_norm.kind, router.gate_norm.prior is not None) == ("center", True)
-    other = clustered()
-    other.load_state_dict(router.state_dict())
-    with pytest.raises(RuntimeError, match=r"gate_norm\.running_mean"):
-        other.load_state_dict(SparseRouter(6, convs(4)).state_dict())
-
-
 def test_shapes_without_data():
     with torch.device("meta"):
         router = SparseRouter(6, convs(4, stride=2), top_k=2)
@@ -500,8 +310,3 @@ def test_paths_may_change_their_samples_in_place():
     torch.testing.assert_close(y, wanted)
     gradients = (torch.autograd.grad(out.square().sum(), x) for out in (y, wanted))
     torch.testing.assert_close(*gradients)
-
-
-def test_a_capacity_on_the_meta_device_drops_nothing():
-    router = SparseRouter(6, convs(4), top_k=2, capacity_factor=0.5).to("meta")
-    assert router(torch.empty(4, 6, 3, 3, device="meta")).shape == (4, 5, 3, 3)
