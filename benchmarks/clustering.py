@@ -7,8 +7,6 @@ Without RUNS, it only writes the tables anew. A run with the options and seed of
 """
 
 import argparse
-import csv
-import json
 import shlex
 import subprocess
 import sys
@@ -17,8 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from statistics import mean
 
-import yaml
-
+from benchmarks.saved_runs import read_folder, read_result, replaced, write_result
 from fastroute._defaults import LR_CONSISTENCY, LR_EM
 from fastroute._methods import METHODS
 from fastroute.bench.report import table, with_section
@@ -69,9 +66,7 @@ def read_run(folder: Path, images_of: str | None = None) -> dict:
         FileNotFoundError: it lacks args.yaml, summary.csv or assignments.csv: it is not finished.
         ValueError: the images had no labels.
     """
-    options = yaml.safe_load((folder / "args.yaml").read_text())
-    with (folder / "summary.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    options, rows = read_folder(folder)
     with (folder / "assignments.csv").open() as file:
         images = sum(1 for _ in file) - 1
     if "acc" not in rows[-1]:
@@ -91,11 +86,8 @@ def read_run(folder: Path, images_of: str | None = None) -> dict:
 
 def merged(earlier: Iterable[dict], later: Iterable[dict]) -> list[dict]:
     """Return runs in the order of the methods; a later one replaces an earlier one of the same options."""
-    runs = {tuple((name, run.get(name)) for name in OPTIONS): run for run in (*earlier, *later)}
-    order = list(METHODS)
-    return sorted(
-        runs.values(), key=lambda run: (run["dataset"], run["images"], order.index(run["method"]), run["seed"])
-    )
+    order, runs = list(METHODS), replaced(earlier, later, OPTIONS)
+    return sorted(runs, key=lambda run: (run["dataset"], run["images"], order.index(run["method"]), run["seed"]))
 
 
 def tables(runs: Sequence[dict]) -> str:
@@ -151,13 +143,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.run is not None:
         options.runs += run_all(options.run, options.folder, options.methods, options.seeds)
-    earlier = json.loads(options.result.read_text()) if options.result.is_file() else []
     try:
-        runs = merged(earlier, (read_run(run, options.images_of) for run in options.runs))
+        runs = merged(read_result(options.result), (read_run(run, options.images_of) for run in options.runs))
         page = with_section(options.page, "clusterings", options.result, tables(runs))
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from None
-    options.result.write_text("[\n" + ",\n".join(f" {json.dumps(run)}" for run in runs) + "\n]\n")
+    write_result(options.result, runs)
     options.page.write_text(page)
     print(f"wrote {options.result} and {options.page}")
 
