@@ -11,6 +11,7 @@ from fastroute.nn.mixture_em import recomputing
 from fastroute.nn.router import Routing
 from fastroute.nn.sparse import SparseRouting
 from fastroute.ops import mixture_em_loss
+from fastroute.ops._snapshot import snapshot
 
 
 class GateClusteringLoss(nn.Module):
@@ -85,9 +86,10 @@ class GateClusteringLoss(nn.Module):
             prior, theirs = None, getattr(router, "prior", None)  # the router updates its own
             if self.prior_momentum is not None:
                 prior = self._prior(name, scores) if theirs is None else theirs
-            loss, posterior = mixture_em_loss(scores, self.gamma, prior)
+            learns = prior is not None and theirs is None and self.training and not recomputing()
+            loss, posterior = mixture_em_loss(scores, self.gamma, snapshot(prior) if learns else prior)
             losses.append(loss.sum())
-            if prior is not None and theirs is None and self.training and not recomputing():
+            if learns:
                 self._update_prior(name, prior, posterior)
         if not losses:
             raise ValueError(

@@ -15,6 +15,7 @@ from fastroute.nn.mixture_em import (
     break_checkpoints,
     recomputing,
 )
+from fastroute.ops._snapshot import snapshot
 
 GATE_NORMS = (None, "center", "standardize")
 PRIORS = (None, "learned")
@@ -133,7 +134,8 @@ class GateNorm(RelevanceNorm):
 
     def _log_prior(self, dtype: torch.dtype, temperature: float) -> Tensor:
         """log π, finite so that `unfold` can subtract it; for π = 0 as low as a temperature T < 1 raises the scores."""
-        prior, tiny = self.current_prior().to(dtype), torch.finfo(torch.float32).tiny
+        prior, tiny = self.current_prior(), torch.finfo(torch.float32).tiny
+        prior = (snapshot(prior) if self.training else prior).to(dtype)
         log = prior.clamp(min=tiny).log()
         return torch.where(prior > tiny, log, log * torch.full_like(log, 1 / temperature).clamp(min=1))
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from fastroute.ops import MixtureEM, mixture_em_loss
+from fastroute.ops._snapshot import snapshot
 from fastroute.ops.mixture_em import MAX_CLUSTERS
 
 
@@ -112,7 +113,10 @@ class RelevanceNorm(nn.Module):
 
     def _running(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the running μ and 1/σ."""
-        return self.running_mean.to(dtype), _inverse(self.running_std.to(dtype))
+        mean, std = self.running_mean, self.running_std
+        if self.training:
+            mean, std = snapshot(mean), snapshot(std)
+        return mean.to(dtype), _inverse(std.to(dtype))
 
     @torch.no_grad()
     def _track(self, scores: Tensor, mean: Tensor, std: Tensor, shared: bool) -> None:

@@ -15,6 +15,7 @@ from fastroute.nn.router import Tempered
 from fastroute.ops import mix
 from fastroute.ops._library import without_autocast
 from fastroute.ops._paths import DTYPES, MAX_PATHS, accumulate_dtype, channels_last, path_list
+from fastroute.ops._snapshot import snapshot
 
 GATES = ("straight_through", "renormalized", "softmax")
 ROUTINGS = ("topk", "cluster")
@@ -316,7 +317,7 @@ class SparseRouter(Tempered, nn.Module):
             scores = F.linear(hidden, w2, b2)
             prior = None
             if self.routing == "cluster":
-                prior = self.gate_norm.current_prior().clone()  # before this step's
+                prior = snapshot(self.gate_norm.current_prior()).clone()  # before this step's
             if self.gate_norm is not None:
                 logits, scores = self.gate_norm.logits(scores, self.temperature)
             else:
