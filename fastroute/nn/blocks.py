@@ -9,7 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastroute.backends import native_serves_cpu
 from fastroute.ops import _batch_norm
-from fastroute.ops._compile_form import keeps_cpu_kernels
+from fastroute.ops._compile_form import is_exporting, keeps_cpu_kernels
 from fastroute.ops._library import under_transform
 from fastroute.ops._paths import DTYPES
 
@@ -149,8 +149,7 @@ def _may_fuse(x: Tensor) -> bool:
     if type(x) is not Tensor or x.device.type != "cpu" or under_transform():
         return False
     if torch.compiler.is_compiling():
-        # What torch.compiler.is_exporting() returns: in torch 2.11, Dynamo takes that for true in any graph.
-        return not torch.compiler._is_exporting_flag and keeps_cpu_kernels()
+        return not is_exporting() and keeps_cpu_kernels()
     return (
         native_serves_cpu()
         and not torch.jit.is_tracing()

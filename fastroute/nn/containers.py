@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fastroute.nn._classifier import Classifies
 from fastroute.nn._lists import TakesLists
 from fastroute.nn.router import Router, Routing
+from fastroute.ops._compile_form import is_exporting
 
 # Device type → execution chosen by "auto"; "separate" on other devices. On two cores of an EPYC, 72 cases of
 # convolution, normalisation and ReLU at the thesis's shapes ran 1.05 to 3.13 times as fast "separate" as "batched", and
@@ -24,7 +25,7 @@ class ParallelPaths(TakesLists, nn.ModuleList):
         execution: "separate" runs one path after the other. "batched" runs all at once over their stacked weights and
             tensors (`torch.vmap`), so that convolutions become one grouped convolution and dense layers one batched
             product; the paths may differ only in their weights. "auto" takes the faster one, as measured on the
-            tensors' device (`EXECUTION`). The parameters are the same in all modes.
+            tensors' device (`EXECUTION`). The parameters are the same in all modes. Exports are always "separate".
 
     Shape:
         xs: list of n tensors for n modules, or a list of one tensor, which all of them share.
@@ -64,7 +65,8 @@ class ParallelPaths(TakesLists, nn.ModuleList):
         execution = self._execution
         if execution == "auto":
             execution = EXECUTION.get(xs[0].device.type, "separate")
-        if execution == "batched" and next(self.parameters(), None) is not None:
+        traced = is_exporting() or torch.jit.is_tracing()  # neither takes stacked parameters
+        if execution == "batched" and not traced and next(self.parameters(), None) is not None:
             return self._batched(xs)
         return [path(xs[i if len(xs) > 1 else 0]) for i, path in enumerate(self)]
 

@@ -12,6 +12,7 @@ from fastroute.nn.gate_norm import GateNorm, check_gate_norm, make_gate_norm
 from fastroute.ops import gate
 from fastroute.ops._library import without_autocast
 from fastroute.ops._paths import MAX_PATHS, path_list
+from fastroute.ops._results import exportable
 
 TEMPERATURE = "temperature"
 """The name of a router's temperature in its state dict; see `Tempered`."""
@@ -22,6 +23,7 @@ def without_temperatures(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if k.rpartition(".")[2] != TEMPERATURE or getattr(v, "dim", lambda: 0)()}
 
 
+@exportable
 class Routing(NamedTuple):
     """Decisions of a router for each sample.
 

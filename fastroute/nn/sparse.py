@@ -13,14 +13,17 @@ from fastroute.nn._spread import SpreadPaths
 from fastroute.nn.gate_norm import GateNorm
 from fastroute.nn.router import Tempered
 from fastroute.ops import mix
+from fastroute.ops._compile_form import is_exporting
 from fastroute.ops._library import without_autocast
 from fastroute.ops._paths import DTYPES, MAX_PATHS, accumulate_dtype, channels_last, path_list
+from fastroute.ops._results import exportable
 from fastroute.ops._snapshot import snapshot
 
 GATES = ("straight_through", "renormalized", "softmax")
 ROUTINGS = ("topk", "cluster")
 
 
+@exportable
 class SparseRouting(NamedTuple):
     """Decisions of a sparse router for each sample, with n paths of which k run.
 
@@ -229,7 +232,7 @@ class SparseRouter(Tempered, nn.Module):
                 f"this router was built for paths={self.num_paths} without their modules; "
                 "give it the modules, or call divide and accumulate"
             )
-        traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        traced = is_exporting() or torch.jit.is_tracing()
         if traced and not self.training and self.spread is None:
             self._check(x)
             routing = self._route(x)

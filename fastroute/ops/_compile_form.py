@@ -63,6 +63,11 @@ def fuses(operator: str, x: Tensor) -> bool:
     return not _backend_named and MEASURED.get(case) == "fused"
 
 
+def is_exporting() -> bool:
+    """Return whether `torch.export` traces; Dynamo of torch 2.11 takes its own `is_exporting` for true in any graph."""
+    return torch.compiler._is_exporting_flag
+
+
 def keeps_cpu_kernels() -> bool:
     """Return whether compiled graphs keep what has compiled kernels for a CPU alone, in place of PyTorch's layers."""
     return _cpu_kernels and _form != "fused" and not _is_freezing()

@@ -157,8 +157,7 @@ def call(operator, *args):
 
 def _traced(operator, *args):
     first = args[0][0] if isinstance(args[0], list) and args[0] else args[0]
-    # What torch.compiler.is_exporting() returns: in torch 2.11, Dynamo takes that for true in any graph.
-    if isinstance(first, Tensor) and not torch.compiler._is_exporting_flag:
+    if isinstance(first, Tensor) and not _compile_form.is_exporting():
         name, fused = TO_FUSE[operator]
         if _compile_form.fuses(name, first):
             return fused(*args)

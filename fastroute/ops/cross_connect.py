@@ -19,8 +19,10 @@ from fastroute.ops._paths import (
     empty_path,
     path_list,
 )
+from fastroute.ops._results import exportable
 
 
+@exportable
 class Routed(NamedTuple):
     """Result of `cross_connect`, which documents the shapes."""
 

@@ -16,8 +16,10 @@ from fastroute.ops._paths import (
     check_tensors,
     path_list,
 )
+from fastroute.ops._results import exportable
 
 
+@exportable
 class Gates(NamedTuple):
     """Result of `gate`, which documents the shapes."""
 

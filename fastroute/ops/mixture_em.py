@@ -7,10 +7,12 @@ from torch import Tensor
 
 from fastroute.ops._library import below_autograd, call, define, differentiate, implement_autograd, under_transform
 from fastroute.ops._paths import DTYPES, accumulate_dtype, check_tensors
+from fastroute.ops._results import exportable
 
 MAX_CLUSTERS = 1024
 
 
+@exportable
 class MixtureEM(NamedTuple):
     """Result of `mixture_em_loss`, which documents the shapes."""
 

@@ -72,9 +72,7 @@ def build(name):
 
 
 @pytest.mark.parametrize("form", ["auto", "fused", "operator"])
-@pytest.mark.parametrize(
-    "name", ["gate clustering", "mixture-EM", "relevance norm", "center", "standardize", "sparse"]
-)
+@pytest.mark.parametrize("name", ["gate clustering", "mixture-EM", "relevance norm", "center", "standardize", "sparse"])
 def test_gradients_of_later_steps(name, form):
     torch.manual_seed(0)
     module = build(name)

@@ -64,6 +64,17 @@ def test_paths_without_weights_have_nothing_to_batch():
     assert [y.shape for y in ParallelPaths([nn.Flatten(), nn.Flatten()], "batched")(xs)] == [(2, 12)] * 2
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_batched_paths_are_exported_as_separate_ones(strict):
+    paths = ParallelPaths((nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)) for _ in range(2)), "batched").eval()
+    first, xs = ([torch.randn(n, 3, 8, 8) for _ in range(2)] for n in (2, 5))
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(paths, (first,), dynamic_shapes=([batch, batch],), strict=strict)
+    torch.testing.assert_close(program.module()(xs), paths(xs))
+    traced = torch.jit.trace(lambda *xs: tuple(paths(xs)), tuple(first))
+    torch.testing.assert_close(traced(*xs), tuple(paths(xs)))
+
+
 def test_batched_paths_differ_in_weights_alone():
     with pytest.raises(ValueError, match="execution is 'grouped'; it must be 'auto', 'separate' or 'batched'"):
         ParallelPaths([nn.Linear(2, 2)], "grouped")
