@@ -80,8 +80,8 @@ def multipath(
         noise: for init="copy", the standard deviation of the noise on each weight of a convolution or dense layer,
             relative to that of the weights.
         input_size: (channels, height, width) of the images by which the channels at each cut are found, or (channels,
-            length) of sequences. The default is that of timm's `pretrained_cfg`, or else 224 × 224 with the channels of
-            the first convolution.
+            length) of sequences. The default is that of timm's `pretrained_cfg`, if the network takes such images, or
+            else 224 × 224, or the size of a transformer's `patch_embed`, with the channels of the first convolution.
         gate_norm, prior: how the routers normalise their gates; see `nn.CrossConnection`.
 
     Where a part ends in a ReLU that can be told apart, the cross-connection behind it applies the ReLU
@@ -93,7 +93,7 @@ def multipath(
         a `MultiPathNetwork`: `forward(x)` → logits; `forward(x, return_routing=True)` → (logits, {name: Routing}).
 
     Raises:
-        TypeError: model is not a module.
+        TypeError: model is not a module, or a wrapper: compiled, scripted, or for several devices.
         ValueError: an argument is out of its range; a name is unknown, or named twice; a module is called more than
             once or never, or does not return one tensor (N, C), (N, C, H, W) or (N, L, C); more than its output reaches
             the rest of the network; torch.fx cannot trace the network; or the forward of the modules around the cuts
@@ -108,6 +108,7 @@ def multipath(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be a module")
+    _check_is_plain(model)
     if any(isinstance(module, MultiPathNetwork) for module in model.modules()):
         raise ValueError(f"model is a {type(model).__name__} with parallel paths; it must be a network of one path")
     if not 2 <= paths <= MAX_PATHS:
@@ -119,7 +120,15 @@ def multipath(
     if noise < 0:
         raise ValueError(f"noise is {noise}; it must be at least 0")
 
-    model = without_auxiliary_heads(copy.deepcopy(model))
+    try:
+        model = copy.deepcopy(model)
+    except RuntimeError as error:  # of tensors that are computed from others, as in pruned networks
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"model is a {type(model).__name__} that cannot be copied: {reason}. Make weights that are computed, by "
+            "pruning or the old weight_norm, plain parameters first (torch.nn.utils.prune.remove, remove_weight_norm)"
+        ) from error
+    model = without_auxiliary_heads(model)
     specification = specification_of(model)
     input_size = _input_size(model) if input_size is None else tuple(input_size)
     if isinstance(route_after, str) and route_after == "auto":
@@ -339,12 +348,35 @@ def _channel_axes(
 
 def _input_size(model: nn.Module) -> tuple[int, ...]:
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    if "input_size" in config:
-        return tuple(config["input_size"])
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            return module.in_channels, 224, 224
-    raise ValueError("input_size is None; it must be given for a model without 2-D convolutions")
+    channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    known = [tuple(config["input_size"])] if "input_size" in config else []
+    if channels is not None:
+        height, width = known[0][1:] if known else (224, 224)
+        known.append((channels, height, width))
+        patches = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        if isinstance(patches, tuple) and len(patches) == 2:
+            known.append((channels, *patches))
+    if not known:
+        raise ValueError("input_size is None; it must be given for a model without 2-D convolutions")
+    known = list(dict.fromkeys(known))
+    for size in known if len(known) > 1 else ():  # timm's configuration does not follow in_chans and img_size
+        with contextlib.suppress(Exception), torch.no_grad(), modes_kept(model):
+            model.eval()(_like(model).new_zeros(2, *size))
+            return size
+    return known[0]
+
+
+def _check_is_plain(model: nn.Module) -> None:
+    """Raise TypeError for wrappers that torch.fx cannot trace, and ValueError for layers without weights yet."""
+    name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"model is a {name}; convert the module that it was made of, and script or trace the result")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(f"model is a {name}; convert model._orig_mod, and compile the result")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise TypeError(f"model is a {name}; convert model.module, and wrap the result")
+    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
+        raise ValueError(f"model is a {name} with lazy layers that have no weights yet; call it once with images")
 
 
 def _changes_of_resolution(model: nn.Module, input_size: Sequence[int]) -> list[str]:

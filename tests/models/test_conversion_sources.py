@@ -1,0 +1,52 @@
+"""Networks that `multipath` takes as they come, and those that it asks to prepare."""
+
+import pytest
+import torch
+import torch.nn.utils.prune
+from torch import nn
+
+from fastroute.models import multipath
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "cuts", "size"),
+    [
+        ("resnet10t", {"in_chans": 1}, "auto", (1, 176, 176)),
+        ("vit_tiny_patch16_224", {"img_size": 96}, ["blocks.3"], (3, 96, 96)),
+        ("vit_tiny_patch16_224", {"img_size": (96, 64), "in_chans": 2}, ["blocks.3"], (2, 96, 64)),
+    ],
+)
+def test_timms_networks_for_other_images_than_their_configurations(name, options, cuts, size):
+    timm = pytest.importorskip("timm")
+    network = timm.create_model(name, num_classes=7, **options)
+    model = multipath(network, 2, cuts, init="copy", noise=0).eval()
+    images = torch.randn(1, *size)
+    torch.testing.assert_close(model(images), network.eval()(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "advice"),
+    [
+        (torch.jit.script, "convert the module that it was made of"),
+        (torch.compile, r"convert model\._orig_mod, and compile the result"),
+        (nn.DataParallel, r"convert model\.module"),
+    ],
+)
+def test_wrapped_networks_are_refused(wrap, advice):
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 2))
+    with pytest.raises(TypeError, match=advice):
+        multipath(wrap(plain), 2, ["0"], input_size=(3, 5, 5))
+
+
+def test_networks_without_weights_of_their_own_are_refused():
+    lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(2))
+    with pytest.raises(ValueError, match="lazy layers that have no weights yet; call it once with images"):
+        multipath(lazy, 2, ["0"], input_size=(3, 5, 5))
+    lazy(torch.zeros(1, 3, 5, 5))
+    assert multipath(lazy, 2, ["0"], input_size=(3, 5, 5))(torch.zeros(1, 3, 5, 5)).shape == (1, 2)
+    nn.utils.prune.random_unstructured(lazy[0], "weight", 0.5)
+    lazy(torch.zeros(1, 3, 5, 5))
+    with pytest.raises(ValueError, match=r"a Sequential that cannot be copied: .* \(torch.nn.utils.prune.remove"):
+        multipath(lazy, 2, ["0"], input_size=(3, 5, 5))
+    nn.utils.prune.remove(lazy[0], "weight")
+    multipath(lazy, 2, ["0"], input_size=(3, 5, 5))
