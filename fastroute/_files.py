@@ -116,6 +116,8 @@ def read_tensors(path: str | Path) -> object:
 
             return load(file.read())
         start = file.read(4)
+        if not start:
+            raise DamagedFile("the file is empty")
         if start != b"PK\x03\x04" and not start.startswith(b"\x80"):  # neither a zip nor a pickle
             raise ValueError("torch.save did not write this file")
         file.seek(0)

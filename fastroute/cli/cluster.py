@@ -20,6 +20,7 @@ from fastroute.cli.common import (
     real,
     resolve_dataset,
     run_location,
+    say_changes,
     takes_options,
     write_arguments,
 )
@@ -135,7 +136,8 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
         from fastroute.clustering.assignments import check_by_cluster, link_by_cluster, write_assignments
         from fastroute.clustering.build import ClusteringRun, build
         from fastroute.clustering.images import load_images
-        from fastroute.training.checkpoints import LAST, PREVIOUS, check_not_finished, epochs_done
+        from fastroute.training.callbacks import FirstBatch
+        from fastroute.training.checkpoints import LAST, PREVIOUS, check_unused, epochs_done
         from fastroute.training.run_folder import new_folder, run_folder
 
         clusters, epochs, method, seed = options.clusters, options.epochs, options.method, options.seed
@@ -186,12 +188,7 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
             folder = new_folder(folder)
         context.with_resource(run_folder(folder))
         if resume is None and not options.overwrite:
-            check_not_finished(folder, "--overwrite")
-            if known.builder is None and any((folder / name).is_file() for name in (LAST, PREVIOUS)):
-                raise FileExistsError(
-                    f"output is {folder}; it has the checkpoint of an unfinished run: choose another folder, or "
-                    "overwrite it with --overwrite"
-                )
+            check_unused(folder, "--overwrite")
         if in_plane:
             from fastroute.clustering import two_dimensional as plane
 
@@ -220,13 +217,15 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
             if resume is not None:
                 done = epochs_done(resume) if options.resume == "auto" else 0
                 finished = done >= epochs
+                if not finished:
+                    say_changes(options, resume.parent, console)
                 checkpoint = run.check_resume(resume, module, max(epochs, done + 1), images)
                 if finished:
                     module.load_state_dict(checkpoint["state_dict"])
                     console.print(f"all {epochs} epochs are done: {escaped(resume)}", soft_wrap=True)
-    if not finished:
+    if module is None:
         write_arguments(options, folder)
-    if module is not None:
+    else:
         with handle_run_errors(console, "cluster"):
             if not finished:
                 run.fit(
@@ -240,6 +239,7 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
                     seed=seed,
                     amp=options.amp,
                     resume=resume,
+                    callbacks=[FirstBatch(lambda: write_arguments(options, folder))],
                 )
             posterior = run.posteriors(module, images)
     with plain_errors():

@@ -28,9 +28,15 @@ COUNT, PIXELS, WORKERS, SEED = 2**31 - 1, 2**20, 1024, 2**32 - 1
 """The largest integers that options accept: counts, image sizes, processes, seeds."""
 
 ARGUMENTS = "args.yaml"
+
+# Options that do not change what a resumed run computes, or that are checked against its checkpoint.
+OF_NO_EFFECT = {
+    *("checkpoint_hist", "device", "download", "epochs", "experiment", "in_memory", "initial_checkpoint", "log"),
+    *("log_interval", "output", "patience", "pretrained", "pretrained_path", "recovery_interval", "resume", "workers"),
+}
 """The file in a run's folder with the options of the run."""
 
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Overwrite a finished run in the folder.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Overwrite a run in the folder.")]
 
 # The images of a trained network, for commands that take a checkpoint.
 DatasetOption = Annotated[
@@ -128,7 +134,7 @@ def handle_run_errors(console: Console, command: str) -> Iterator[None]:
         command: "train" or "cluster".
 
     Raises:
-        typer.Exit: with status 1, or that of the signal that stopped the run.
+        typer.Exit: with status 1, 2 if options do not fit the run to resume, or that of the signal that stopped it.
     """
     from fastroute.data.decode import UnreadableImage
     from fastroute.data.loaders import PlaceMismatch
@@ -142,7 +148,9 @@ def handle_run_errors(console: Console, command: str) -> Iterator[None]:
         message = f"{escaped(terminated)}; resume with:\n{escaped(resume_command(command, terminated.path))}"
         console.print(message, soft_wrap=True, highlight=False)
         raise typer.Exit(terminated.code) from None
-    except (FloatingPointError, OSError, UnreadableImage, PlaceMismatch, ProcessLost, NotRecordable) as error:
+    except PlaceMismatch as error:
+        exit_with_error(error, 2)
+    except (FloatingPointError, OSError, UnreadableImage, ProcessLost, NotRecordable) as error:
         exit_with_error(error, 1)
 
 
@@ -156,13 +164,32 @@ def write_arguments(options: RunOptions, folder: Path) -> None:
     from fastroute._files import replacing
 
     folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / ARGUMENTS) as file:
+        yaml.safe_dump(_arguments(options), file)
+
+
+def say_changes(options: RunOptions, folder: Path, console: Console) -> None:
+    """Print which options differ from those in the folder of the run that is resumed."""
+    try:
+        before = yaml.safe_load((folder / ARGUMENTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):  # a folder of Lightning's own, or a damaged file
+        return
+    changed = [
+        f"{name} {value} (was {before[name]})"
+        for name, value in _arguments(options).items()
+        if isinstance(before, dict) and before.get(name, value) != value and name not in OF_NO_EFFECT
+    ]
+    if changed:
+        console.print(f"options that differ from the run's: {', '.join(changed)}", markup=False, soft_wrap=True)
+
+
+def _arguments(options: RunOptions) -> dict[str, Any]:
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     if arguments.get("data_dir") is not None:  # for commands started in another folder
         arguments["data_dir"] = os.path.abspath(arguments["data_dir"])
     for name in ("config", "overwrite", "by_cluster", "more_kwargs"):
         arguments.pop(name, None)
-    with replacing(folder / ARGUMENTS) as file:
-        yaml.safe_dump(arguments, file)
+    return arguments
 
 
 def resume_command(command: str, checkpoint: Path) -> str:

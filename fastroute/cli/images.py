@@ -54,7 +54,7 @@ def choose_images(data: Mapping[str, Any], dataset: str | None, data_dir: Path |
     options = {}
     if dataset == own:
         classes = data["classes"] if data.get("class_map") else None
-        names = ("interpolation", "in_chans", "input_key")
+        names = ("interpolation", "in_chans", "input_key", "on_bad_image")
         options = {name: data[name] for name in names if data.get(name) is not None} | {"classes": classes}
     share = data.get("val_split", 0.0) if as_trained else 0.0
     if share:

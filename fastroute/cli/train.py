@@ -17,6 +17,7 @@ from fastroute.cli.common import (
     resolve_dataset,
     resolve_device,
     run_location,
+    say_changes,
     takes_options,
     write_arguments,
 )
@@ -45,6 +46,7 @@ def train(context: typer.Context, options: TrainOptions) -> None:
     """
     with plain_errors():
         from fastroute import training
+        from fastroute.training.callbacks import FirstBatch
         from fastroute.training.distributed import check_gpus, is_main, process_group
 
         check_gpus()
@@ -54,8 +56,8 @@ def train(context: typer.Context, options: TrainOptions) -> None:
         with plain_errors():
             device = _device(options)
             data, module, resume, folder = _prepare(context, options, device, console)
-            if is_main():
-                write_arguments(options, folder)
+            if resume is not None:
+                say_changes(options, resume.parent, console)
         training.fit(
             module,
             data,
@@ -76,6 +78,7 @@ def train(context: typer.Context, options: TrainOptions) -> None:
             eval_metric=options.eval_metric,
             checkpoint_hist=options.checkpoint_hist,
             patience=options.patience,
+            callbacks=[FirstBatch(lambda: write_arguments(options, folder))],
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=1 if device.index is None else [device.index],
             console=console,
@@ -98,7 +101,7 @@ def _prepare(
 
     from fastroute import training
     from fastroute.nn import Router, SparseRouter
-    from fastroute.training.checkpoints import check_not_finished, stopped_early
+    from fastroute.training.checkpoints import check_unused, stopped_early
     from fastroute.training.classifier import check_compile_mode
     from fastroute.training.distributed import broadcast_from_rank_zero, is_main, local_rank_zero_first
     from fastroute.training.loggers import check_loggers
@@ -130,7 +133,7 @@ def _prepare(
         folder = broadcast_from_rank_zero(new_folder(folder) if is_main() else None)
     context.with_resource(run_folder(folder))
     if resume is None and not options.overwrite:
-        check_not_finished(folder, "--overwrite")
+        check_unused(folder, "--overwrite")
 
     data = training.ImageDataModule(
         options.dataset,

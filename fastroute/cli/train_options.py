@@ -276,7 +276,7 @@ class TrainOptions(NetworkOptions):
     ] = False
     output: Annotated[Path, option(help="Folder of all runs.", panel=RUN)] = Path("runs")
     experiment: Annotated[str | None, option(help="Folder of this run. (default: time, model, data)", panel=RUN)] = None
-    overwrite: Annotated[bool, option("--overwrite", help="Overwrite a finished run in the folder.", panel=RUN)] = False
+    overwrite: Annotated[bool, option("--overwrite", help="Overwrite a run in the folder.", panel=RUN)] = False
     resume: Annotated[
         str | None,
         option(help="Checkpoint to resume from; auto: that of the experiment, if there is one.", panel=RUN),

@@ -70,8 +70,9 @@ class ValidateOptions:
     ] = 128
     workers: WorkersOption = None
     on_bad_image: Annotated[
-        Literal["stop", "skip"], typer.Option(help="What to do about an image that cannot be read.")
-    ] = "stop"
+        Literal["stop", "skip"] | None,
+        typer.Option(help="What to do about an image that cannot be read. (default: as in training, or stop)"),
+    ] = None
     amp: Annotated[bool, typer.Option("--amp/--no-amp", help="Mixed precision.")] = False
     amp_dtype: Annotated[Literal["bfloat16", "float16"], typer.Option(help="With --amp: the type.")] = "bfloat16"
     channels_last: Annotated[
@@ -166,11 +167,10 @@ def _result(path: Path | None, options: ValidateOptions, console: Console) -> di
             ten_crop=options.ten_crop,
             num_workers=options.workers or processors(),
             first_classes=options.first_classes or data.get("first_classes"),
-            on_bad_image=options.on_bad_image,
             mean=own.get("mean"),
             std=own.get("std"),
             device=device,
-            **images.options,
+            **images.options | ({} if options.on_bad_image is None else {"on_bad_image": options.on_bad_image}),
         )
     if data and data["classes"] != classes:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +166,7 @@ def fit(
     seed: int = 0,
     amp: bool = False,
     resume: Path | None = None,
+    callbacks: Sequence[pl.Callback] = (),
 ) -> list[dict]:
     """Train on all images; write `last.ckpt`, `previous.ckpt` (the one before it) and `summary.csv`.
 
@@ -182,6 +183,7 @@ def fit(
         seed: of order, augmentation and the network's random draws.
         amp: whether to autocast to bfloat16.
         resume: the checkpoint to resume from.
+        callbacks: further callbacks of Lightning.
 
     Returns:
         the rows of the summary.
@@ -207,6 +209,7 @@ def fit(
                 StepSeed(seed),
                 FiniteWeights(output / "last.ckpt", advice="lower it"),
                 EpochMeans(),
+                *callbacks,
                 table,
                 RecoveryCheckpoint(output / "last.ckpt"),
                 LastCheckpoint(dirpath=output, enable_version_counter=False, save_on_train_epoch_end=True),

@@ -186,6 +186,9 @@ def _scans(jpeg: bytes) -> int:
     return count
 
 
+WAYS_ON = "repair or remove it, or leave such images out (on_bad_image='skip', --on-bad-image skip)"
+
+
 @contextlib.contextmanager
 def named(name: str) -> Iterator[None]:
     """Turn every error in reading an image into `UnreadableImage`, except that a process has too many files open.

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
-from fastroute.data.decode import UnreadableImage
+from fastroute.data.decode import WAYS_ON, UnreadableImage
 from fastroute.data.sources import Reading, Source, TarSource, folder_sources, read_image, stratified
 from fastroute.data.transforms import check_scaled, pixels
 
@@ -300,7 +300,7 @@ def decode(source: Source, options: Options) -> Decoded:
                 images[i] = read_image(source, i, lambda image: _centre(image, size, options.interpolation), channels)
             except UnreadableImage as error:
                 if options.on_bad_image == "stop":
-                    raise
+                    raise UnreadableImage(f"{error}; {WAYS_ON}") from error
                 unreadable.append((i, str(error)))
 
     with ThreadPoolExecutor(1 if isinstance(source, TarSource) else options.num_workers) as threads:

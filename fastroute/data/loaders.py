@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastroute._timeout import patience
 from fastroute.data.augment import normalize, shift_and_flip
-from fastroute.data.decode import UnreadableImage
+from fastroute.data.decode import WAYS_ON, UnreadableImage
 from fastroute.data.seeding import generator, seeded
 from fastroute.data.sources import Source, read_image
 from fastroute.data.transforms import pixels
@@ -125,7 +125,7 @@ class EpochLoader:
         raise NotImplementedError
 
     def pixels(self, indices: Tensor) -> Tensor:
-        """Return unnormalised images by their place in evaluation: uint8 (k, H, W, C), on the CPU."""
+        """Return unnormalised images by their place among those of an evaluation: uint8 (k, H, W, C), on the CPU."""
         raise NotImplementedError
 
     def state_dict(self) -> dict:
@@ -245,6 +245,7 @@ class StreamLoader(EpochLoader):
         self.source, self.transform, self.mean, self.std = source, transform, mean, std
         self.on_bad_image, self.skipped, self.channels = on_bad_image, 0, channels
         self._sampler = _Sampler()
+        self._read: list[int] | None = None  # the indices of the images that an evaluation has read
         self.loader = DataLoader(
             _Decoded(source, transform, self.seed, channels),
             batch_sampler=self._sampler,
@@ -257,27 +258,32 @@ class StreamLoader(EpochLoader):
         )
 
     def pixels(self, indices: Tensor) -> Tensor:
-        images = [pixels(read_image(self.source, i, self.transform, self.channels)) for i in indices.tolist()]
+        places = [i if self._read is None else self._read[i] for i in indices.tolist()]
+        images = [pixels(read_image(self.source, i, self.transform, self.channels)) for i in places]
         return torch.from_numpy(np.stack(images))
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         training = self.seed is not None
         order = self.source.order(generator(self.seed, epoch)) if training else torch.arange(self.count)
         self._sampler.batches = [[(epoch, int(i)) for i in indices] for indices in self.shares(order)[start:]]
-        read, first = 0, None
-        for images, labels, unreadable in self.loader:
+        read, first, places = 0, None, []
+        for (images, labels, unreadable, kept), batch in zip(self.loader, self._sampler.batches, strict=True):
             read, first = read + len(labels), first or next(iter(unreadable), None)
             if unreadable and self.on_bad_image == "stop":
-                raise UnreadableImage(unreadable[0])
+                raise UnreadableImage(f"{unreadable[0]}; {WAYS_ON}")
             for message in unreadable:
                 self.skipped += 1
                 warnings.warn(f"{message}; it is skipped", stacklevel=2)
+            if not training:
+                places += [batch[i][1] for i in kept]
             if unreadable and not len(labels):
                 if not training:
                     continue
                 raise UnreadableImage(f"none of the {len(unreadable)} images of a batch can be read: {unreadable[0]}")
             images, labels = (t.to(self.mean.device, non_blocking=True) for t in (images, labels))
             yield self._normalize(images), labels
+        if not training:
+            self._read = places
         if first and not read and not start and self.world_size == 1:
             raise UnreadableImage(f"none of the {self.count:,} images can be read: {first}")
 
@@ -319,8 +325,10 @@ class _Decoded(Dataset):
             return str(error)
 
 
-def _collate(items: list[tuple[np.ndarray, int] | str]) -> tuple[Tensor, Tensor, list[str]]:
+def _collate(items: list[tuple[np.ndarray, int] | str]) -> tuple[Tensor, Tensor, list[str], list[int]]:
+    """Return images, labels, the messages of what could not be read, and the places of the images in the batch."""
     unreadable = [item for item in items if isinstance(item, str)]
-    read = [item for item in items if not isinstance(item, str)]
-    images = np.stack([image for image, _ in read]) if read else np.zeros((0, 1, 1, 3), np.uint8)
-    return torch.from_numpy(images), torch.tensor([label for _, label in read], dtype=torch.long), unreadable
+    read = {i: item for i, item in enumerate(items) if not isinstance(item, str)}
+    images = np.stack([image for image, _ in read.values()]) if read else np.zeros((0, 1, 1, 3), np.uint8)
+    labels = torch.tensor([label for _, label in read.values()], dtype=torch.long)
+    return torch.from_numpy(images), labels, unreadable, list(read)

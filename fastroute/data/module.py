@@ -295,6 +295,7 @@ class ImageDataModule(pl.LightningDataModule):
             "split_seed": self.seed,
             "input_key": self.input_key,
             "class_map": self.class_map is not None,
+            "on_bad_image": self.on_bad_image,
         }
 
     def _absolute_dir(self) -> str | None:
@@ -305,7 +306,8 @@ class ImageDataModule(pl.LightningDataModule):
         """Start the training loader at the place in `state`, from `state_dict`; all else stays as this run has it.
 
         Raises:
-            PlaceMismatch: the saved run set other images aside for validation, which would now be trained on.
+            PlaceMismatch: the saved run set other images aside for validation, which would now be trained on; or it
+                stopped within an epoch of another order.
         """
         share, seed = state.get("val_split", 0.0), state.get("split_seed", self.seed)
         if share != self.val_split or (share and seed != self.seed):
@@ -314,7 +316,13 @@ class ImageDataModule(pl.LightningDataModule):
                 f"{self.seed}, which would train on validation images of the run: resume with the same val_split and "
                 "seed"
             )
-        self._place = state["place"]
+        place = state["place"]
+        if place is not None and 0 < place["done"] < place["batches"] and seed != self.seed:
+            raise PlaceMismatch(
+                f"the run stopped within an epoch in the order of seed {seed}, but now seed is {self.seed}: some "
+                f"images would come twice, and others never; resume with seed {seed}"
+            )
+        self._place = place
 
     def train_dataloader(self) -> EpochLoader:
         """Return the loader of training batches, at the saved place if there is one."""

@@ -218,20 +218,19 @@ def load(
         )
     path, where = Path(checkpoint), f"checkpoint is {checkpoint}"
     target = _device(device)
+    given = {"img_size": img_size, "crop_pct": crop_pct}
+    given |= {name: None if v is None else torch.tensor(v).float() for name, v in (("mean", mean), ("std", std))}
+    given = {name: value for name, value in given.items() if value is not None}
     if path.suffix == ".safetensors":
-        return _load_exported(path, where, model, target)
+        return _load_exported(path, where, model, given, target)
     saved = read_checkpoint(path, "checkpoint")
     if is_of("cluster", saved):
-        own = {"model": model, "mean": mean, "std": std, "img_size": img_size, "crop_pct": crop_pct}
-        return _load_clustering(saved, path, where, own, target)
+        return _load_clustering(saved, path, where, given if model is None else given | {"model": model}, target)
     check_command(saved, "train", path, "checkpoint")
     run, data = saved["hyper_parameters"], saved.get("ImageDataModule", {})
     network = model if isinstance(model, nn.Module) else network_of(run, where, model)
     load_state(network, network_weights(saved, ema), where)
-    transform = Preprocessing.of_run(run, data)
-    given = {"img_size": img_size, "crop_pct": crop_pct}
-    given |= {name: None if v is None else torch.tensor(v).float() for name, v in (("mean", mean), ("std", std))}
-    transform = replace(transform, **{name: value for name, value in given.items() if value is not None})
+    transform = replace(Preprocessing.of_run(run, data), **given)
     return predictor_of(network, data.get("classes"), transform, target)
 
 
@@ -294,15 +293,14 @@ def predictor_of(
     return Predictor(network, names, transform, device, specification)
 
 
-def _load_clustering(saved: dict, path: Path, where: str, own: dict[str, Any], device: torch.device) -> Predictor:
+def _load_clustering(saved: dict, path: Path, where: str, given: dict[str, Any], device: torch.device) -> Predictor:
     """Load the network of `fastroute cluster`, which takes values from 0 to 1."""
     from fastroute.clustering.build import ClusteringRun, build
     from fastroute.clustering.module import LogPosteriors
     from fastroute.training.checkpoints import load_network_weights
 
-    for name, value in own.items():
-        if value is not None:
-            raise ValueError(f"{name} is given, but {path} is a clustering, which has its own: leave it out")
+    for name in given:
+        raise ValueError(f"{name} is given, but {path} is a clustering, which has its own: leave it out")
     shape = saved.get("shape")
     if not (isinstance(shape, list) and len(shape) == 3 and all(type(size) is int and size > 0 for size in shape)):
         raise ValueError(
@@ -319,7 +317,9 @@ def _load_clustering(saved: dict, path: Path, where: str, own: dict[str, Any], d
     return Predictor(LogPosteriors(module).to(device).eval(), names, transform, device)
 
 
-def _load_exported(path: Path, where: str, model: str | nn.Module | None, device: torch.device) -> Predictor:
+def _load_exported(
+    path: Path, where: str, model: str | nn.Module | None, given: dict[str, Any], device: torch.device
+) -> Predictor:
     """Load a file of `fastroute export --to safetensors`, by its metadata."""
     from fastroute.models.weights import read_weights
     from fastroute.training.saved_fields import check_images
@@ -344,7 +344,7 @@ def _load_exported(path: Path, where: str, model: str | nn.Module | None, device
     }
     network = model if isinstance(model, nn.Module) else network_of(run, where, model)
     load_state(network, weights, where)
-    return predictor_of(network, classes, transform, device)
+    return predictor_of(network, classes, replace(transform, **given), device)
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import datetime
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +19,22 @@ from fastroute.training.loggers import StepTable
 from fastroute.training.tables import RowTable
 
 METRICS = ("train_loss", "train_error", "train_aux", "val_loss", "val_error", "val_error5")
+
+
+class FirstBatch(pl.Callback):
+    """Call a function on rank 0 before the first batch, when the run can no longer be refused for its options.
+
+    Args:
+        function: takes nothing.
+    """
+
+    def __init__(self, function: Callable[[], None]):
+        self._function: Callable[[], None] | None = function
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        function, self._function = self._function, None
+        if function is not None and trainer.is_global_zero:
+            function()
 
 
 class EpochSummary(RowTable):

@@ -1,7 +1,7 @@
 """Read checkpoints and weights, and check them before use."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -16,7 +16,7 @@ from fastroute.training.optim import GROUP_OPTIONS
 from fastroute.training.saved_fields import check_fields
 from fastroute.training.saved_state import check_training_state
 
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
 # The hyperparameter by which a checkpoint of each command is recognised.
 _OPTION_OF = {"train": "model", "cluster": "architecture"}
@@ -88,10 +88,14 @@ def latest_checkpoint(folder: str | Path, say: Callable[[str], None] = print) ->
 
 
 def _advice(path: str | Path) -> str:
-    """Say what to do about a damaged file."""
-    others = [Path(path).with_name(name) for name in (LAST, PREVIOUS) if name != Path(path).name]
-    there = [str(other) for other in others if other.is_file()]
-    return f"use {there[0]} instead" if there else "copy it again from its source, or use another file"
+    """Say what to do about a damaged file: which file of the same run can be read."""
+    for name in (LAST, PREVIOUS, BEST):
+        other = Path(path).with_name(name)
+        if other.name != Path(path).name and other.is_file():
+            with contextlib.suppress(Exception):
+                read_tensors(other)
+                return f"use {other} instead"
+    return "copy it again from its source, or use another file"
 
 
 def is_of(command: str, checkpoint: dict) -> bool:
@@ -171,9 +175,8 @@ def check_resume(path: str | Path, module: pl.LightningModule, epochs: int) -> d
         if reason := other.differences(own):
             raise ValueError(f"resume is {path}; its network was built with {reason}")
     check_training_state(checkpoint, module, path)
-    saved, planned = checkpoint["hyper_parameters"], checkpoint.get("epochs")
-    endless = saved["sched"] == "step" or (saved["sched"] == "multistep" and module.hparams.decay_milestones)
-    endless = endless and not module.own_loss  # which may have phases that are shares of the run
+    planned = checkpoint.get("epochs")
+    endless = _is_endless(module.hparams) and not module.own_loss  # which may have phases that are shares of the run
     if planned != epochs and not endless:
         raise ValueError(
             f"resume is {path}; its schedule is of {_epochs(planned)}, but this run has epochs={epochs}: keep the "
@@ -214,8 +217,8 @@ def _epochs_done(checkpoint: dict) -> int:
     return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
 
 
-def check_not_finished(folder: str | Path, option: str) -> None:
-    """Check that a new run would not overwrite a finished one.
+def check_unused(folder: str | Path, option: str) -> None:
+    """Check that a new run would not overwrite another, finished or not.
 
     A run without epochs, as of k-means, is finished when its summary exists.
 
@@ -224,22 +227,32 @@ def check_not_finished(folder: str | Path, option: str) -> None:
         option: the option that allows overwriting, for the message.
 
     Raises:
-        FileExistsError: a finished run is in the folder.
+        FileExistsError: a run is in the folder, and could be resumed or is finished.
     """
-    last, summary = Path(folder) / LAST, Path(folder) / "summary.csv"
-    if last.is_file():
-        with contextlib.suppress(ValueError):  # nobody can resume from a damaged one
-            checkpoint = read_checkpoint(last)
+    choice = f"choose another folder, or overwrite it with {option}"
+    for name in (LAST, PREVIOUS):
+        with contextlib.suppress(ValueError, FileNotFoundError):  # nobody can resume from a damaged one
+            checkpoint = read_checkpoint(Path(folder) / name)
             done, planned = _epochs_done(checkpoint), checkpoint.get("epochs")
-            if planned is not None and (done >= planned or checkpoint.get("stopped_early")):
+            if planned is None or (done < planned and not checkpoint.get("stopped_early")):
+                of = "" if planned is None else f" of {planned}"
                 raise FileExistsError(
-                    f"output is {folder}; it has a finished run of {_epochs(done)}: choose another folder, continue "
-                    f"that run by --resume and more epochs, or overwrite it with {option}"
+                    f"output is {folder}; it has an unfinished run, {done}{of} epochs done: continue it by "
+                    f"--resume auto, {choice}"
                 )
-    elif summary.is_file() and not summary.read_text(encoding="utf-8", errors="replace").startswith("epoch"):
-        raise FileExistsError(
-            f"output is {folder}; it has a finished run: choose another folder, or overwrite it with {option}"
-        )
+            longer = not is_of("train", checkpoint) or _is_endless(checkpoint["hyper_parameters"])
+            more = "--resume and more epochs" if longer else "--initial-checkpoint, which takes its weights"
+            raise FileExistsError(
+                f"output is {folder}; it has a finished run of {_epochs(done)}: train on by {more}, {choice}"
+            )
+    summary = Path(folder) / "summary.csv"
+    if summary.is_file() and not summary.read_text(encoding="utf-8", errors="replace").startswith("epoch"):
+        raise FileExistsError(f"output is {folder}; it has a finished run: {choice}")
+
+
+def _is_endless(options: Mapping) -> bool:
+    """Return whether the learning rate of each epoch does not depend on the number of epochs."""
+    return options["sched"] == "step" or (options["sched"] == "multistep" and bool(options["decay_milestones"]))
 
 
 def load_weights(model: nn.Module, path: str | Path, averaged: bool = True, name: str = "initial_checkpoint") -> None:

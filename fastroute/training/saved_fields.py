@@ -94,6 +94,7 @@ SEED = Field("an int from 0 to 2⁶⁴ − 1", lambda value: _is_int(value, 0, 2
 INTERPOLATION = Field(
     f"one of {', '.join(INTERPOLATIONS)}", lambda value: isinstance(value, str) and value in INTERPOLATIONS
 )
+ON_BAD_IMAGE = Field("'stop' or 'skip'", lambda value: isinstance(value, str) and value in ("stop", "skip"))
 MAPPING = Field("a dict", lambda value: isinstance(value, dict))
 DICTS = Field("a list of dicts", lambda value: isinstance(value, list) and all(isinstance(v, dict) for v in value))
 TEXTS = Field("a list of strings", _is_texts)
@@ -174,6 +175,7 @@ IMAGES = {
     "split_seed": SEED,
     "input_key": TEXT.or_none(),
     "class_map": FLAG,
+    "on_bad_image": ON_BAD_IMAGE,
 }
 BEST = {
     "monitor": TEXT.or_none(),

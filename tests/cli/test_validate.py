@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from PIL import Image
 
 from fastroute.cli.trained import default_device
 from tests.cli.commands import run
+from tests.image_folders import write_tree
 
 
 def test_validates_a_checkpoint_and_a_folder_of_them(tmp_path):
@@ -95,3 +97,23 @@ def test_validate_names_the_flag_of_a_folder_without_images(tmp_path):
     (tmp_path / "empty").mkdir()
     result = run("validate", "--model", "resnet20", "--dataset", "imagefolder", "--data-dir", tmp_path / "empty")
     assert result.exit_code == 2 and f"error: data_dir is {tmp_path / 'empty'}; " in result.output, result.output
+
+
+@pytest.mark.parametrize("size", [8, 72], ids=["in memory", "streamed"])
+def test_commands_leave_out_bad_images_as_the_training_did(tmp_path, size):
+    folder = write_tree(tmp_path / "images", counts=(("train", 8), ("val", 8)))
+    bad = next((folder / "val").glob("*/*.png"))
+    bad.write_bytes(b"no image")
+    common = ("train", "resnet20_cc2", "--data-dir", folder, "--img-size", size, "-b", 8, "--epochs", 1, "-j", 1)
+    common += ("--output", tmp_path, "--experiment", "run")
+    advice = f"{bad} cannot be read as an image: .*; repair or remove it, or leave such images out .*on-bad-image skip"
+    stopped = run(*common)
+    assert stopped.exit_code != 0 and re.search(advice, stopped.output), stopped.output
+    with pytest.warns(UserWarning, match="it is skipped"):
+        trained = run(*common, "--on-bad-image", "skip", "--overwrite")
+        assert trained.exit_code == 0, trained.output
+        for command in ("validate", "paths", "report"):
+            result = run(command, tmp_path / "run" / "best.ckpt")
+            assert result.exit_code == 0, result.output
+    stopped = run("validate", tmp_path / "run" / "best.ckpt", "--on-bad-image", "stop")
+    assert stopped.exit_code != 0 and re.search(advice, stopped.output), stopped.output

@@ -21,7 +21,7 @@ def test_a_method_without_a_network_resumes_by_itself(tmp_path):
     saved = torch.load(tmp_path / "run" / "last.ckpt")
     torch.save(saved | {"epochs": 9}, tmp_path / "run" / "last.ckpt")  # as of a run that has stopped
     refused = run(*common, "--method", "kmeans")
-    assert refused.exit_code == 2 and "it has the checkpoint of an unfinished run" in refused.output
+    assert refused.exit_code == 2 and "it has an unfinished run, 1 of 9 epochs done" in refused.output
     refused = run(*common, "--method", "kmeans", "--resume", "auto")
     assert refused.exit_code == 2 and "the method 'kmeans' is done in one step" in refused.output
     refused = run(*common, "--method", "kmeans", "--resume", tmp_path / "run" / "last.ckpt")

@@ -64,6 +64,8 @@ def test_safetensors_load_again(predictor, tmp_path):
     assert torch.equal(again(x).probabilities, predictor(x).probabilities)
     assert list(again.classes) == list(predictor.classes)
     torch.testing.assert_close(again.transform.mean, predictor.transform.mean.float())
+    other = fastroute.load(path, device="cpu", img_size=6, crop_pct=0.5, mean=[1.0], std=[2.0]).transform
+    assert (other.img_size, other.crop_pct, other.mean.tolist(), other.std.tolist()) == (6, 0.5, [1.0], [2.0])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fastroute.models import create_model
 from fastroute.training import ImageDataModule, RoutingClassifier, fit, router_statistics
 from fastroute.training.callbacks import Patience
-from fastroute.training.checkpoints import check_not_finished
+from fastroute.training.checkpoints import check_unused
 from fastroute.training.loggers import make_loggers
 from fastroute.training.saving import CheckpointHistory
 from fastroute.training.steps import MovingAverage
@@ -281,7 +281,7 @@ def test_a_run_stops_early_and_keeps_its_best_epochs(loader, tmp_path):
     assert len(rows) < 9 and torch.load(tmp_path / "last.ckpt")["stopped_early"]
     assert len(list(tmp_path.glob("epoch*.ckpt"))) == 1
     with pytest.raises(FileExistsError, match=f"it has a finished run of {len(rows)} epoch"):
-        check_not_finished(tmp_path, "--overwrite")
+        check_unused(tmp_path, "--overwrite")
 
 
 def test_skipped_images_are_counted(image_folder, tmp_path):

@@ -1,0 +1,82 @@
+"""Runs of `fastroute train` that are stopped, and commands that resume or would overwrite them."""
+
+import os
+import shlex
+import signal
+
+import pytest
+import torch
+import yaml
+
+from fastroute.training.callbacks import EpochProgress
+from tests.cli.commands import run
+
+COMMON = ("train", "resnet20", "-b", 128, "--first-classes", 2, "--epochs", 2, "--sched", "cosine")
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """Return the folder of a run that was stopped within its second epoch, and the command that resumes it."""
+
+    def stop(self, trainer, module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (1, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochProgress, "on_train_batch_start", stop)
+        result = run(*COMMON, "--output", tmp_path, "--experiment", "run")
+    assert result.exit_code == 143 and "stopped by SIGTERM at epoch 2, step 2" in result.output, result.output
+    return tmp_path / "run", shlex.split(result.output.splitlines()[-1])[1:]
+
+
+def test_a_refused_command_leaves_the_options_of_the_run(stopped):
+    folder, resume = stopped
+    arguments = (folder / "args.yaml").read_bytes()
+    for changed, message in (
+        (("-b", 64), "the run stopped at batch 2 of 3 of an epoch, but now an epoch has 5"),
+        (("--val-split", 0.2), "val_split is 0.2"),
+        (("--seed", 7), "in the order of seed 42, but now seed is 7: some images would come twice"),
+        (("--lr", 0.2), "trained with lr=0.1, but this run has lr=0.2"),
+    ):
+        refused = run(*resume, *changed)
+        assert refused.exit_code == 2 and message in refused.output, refused.output
+        assert (folder / "args.yaml").read_bytes() == arguments
+    done = run(*resume)
+    assert done.exit_code == 0 and "epoch 2/2" in done.output and "options that differ" not in done.output, done.output
+
+
+def test_changed_options_are_said_and_kept(stopped):
+    folder, resume = stopped
+    done = run(*resume, "--smoothing", 0.1, "--mixup", 0.4, "--log-interval", 1)
+    assert done.exit_code == 0, done.output
+    assert "options that differ from the run's: mixup 0.4 (was 0.0), smoothing 0.1 (was 0.0)\n" in done.output
+    assert yaml.safe_load((folder / "args.yaml").read_text())["mixup"] == 0.4
+
+
+def test_a_run_is_overwritten_on_request_alone(stopped):
+    folder, resume = stopped
+    again = (*COMMON, "--output", folder.parent, "--experiment", "run")
+    content = (folder / "last.ckpt").read_bytes()
+    refused = run(*again)
+    assert refused.exit_code == 2 and (folder / "last.ckpt").read_bytes() == content
+    assert "it has an unfinished run, 1 of 2 epochs done: continue it by --resume auto, choose" in refused.output
+    assert run(*resume).exit_code == 0
+    refused = run(*again)
+    assert refused.exit_code == 2
+    assert "a finished run of 2 epochs: train on by --initial-checkpoint, which takes its weights" in refused.output
+    assert run(*again, "--epochs", 1, "--overwrite").exit_code == 0
+
+
+def test_advice_about_damaged_checkpoints_names_a_file_that_can_be_read(stopped):
+    folder, resume = stopped
+    for name in ("last.ckpt", "previous.ckpt"):
+        os.truncate(folder / name, 1000)
+    for start in (resume, (*COMMON, "--output", folder.parent, "--experiment", "run", "--resume", "auto")):
+        refused = run(*start)
+        assert refused.exit_code == 2 and f"use {folder / 'best.ckpt'} instead" in refused.output, refused.output
+    (folder / "last.ckpt").write_bytes(b"")
+    refused = run(*resume)
+    assert "the file is empty; use" in refused.output, refused.output
+    assert torch.load(folder / "best.ckpt")["epochs"] == 2
+    done = run("train", "--config", folder / "args.yaml", "--resume", folder / "best.ckpt")
+    assert done.exit_code == 0 and "epoch 2/2" in done.output
