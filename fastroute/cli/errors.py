@@ -206,23 +206,26 @@ class Commands(TyperGroup):
                 stream.reconfigure(errors="backslashreplace")  # file names may be no valid text
         token = DEBUG.set(bool(ctx.params.get("debug")))
         try:
-            with _report_errors():
+            with _report_errors(resumes=ctx.invoked_subcommand in ("train", "cluster")):
                 return super().invoke(ctx)
         finally:
             DEBUG.reset(token)
 
 
 @contextlib.contextmanager
-def _report_errors() -> Iterator[None]:
+def _report_errors(resumes: bool) -> Iterator[None]:
+    stopped = "stopped by Ctrl-C"
+    if resumes:
+        stopped += "; the last checkpoint, if there is one, is intact: continue from it by --resume"
     try:
         yield
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise
     except KeyboardInterrupt:
-        exit_with_error(_INTERRUPTED, INTERRUPTED)
+        exit_with_error(stopped, INTERRUPTED)
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns it into SystemExit
-            exit_with_error(_INTERRUPTED, INTERRUPTED)
+            exit_with_error(stopped, INTERRUPTED)
         raise
     except Exception as error:  # whatever a command does not handle
         if hasattr(error, "exit_code"):  # raised by the command line's parser
@@ -236,6 +239,3 @@ def _report_errors() -> Iterator[None]:
             soft_wrap=True,
         )
         raise typer.Exit(1) from None
-
-
-_INTERRUPTED = "stopped by Ctrl-C; the last checkpoint, if there is one, is intact: continue from it by --resume"

@@ -174,6 +174,11 @@ def _prepare(
     with one_by_one, console.status("reading the images"):
         data.setup()
     console.print(escaped(data.description), soft_wrap=True, highlight=False)
+    if data.num_classes < 2:
+        raise ValueError(
+            f"the data has one class, {data.classes[0]!r}; training needs two or more: data_dir must hold train/ and "
+            "val/, or with --val-split nothing else, with a folder for each class"
+        )
     if options.num_classes is not None and options.num_classes < data.num_classes:
         raise ValueError(f"num_classes is {options.num_classes}; the data has {data.num_classes} classes")
     count = data.train_count

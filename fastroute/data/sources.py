@@ -96,7 +96,10 @@ class FolderSource(_Source):
         warn_of(folder, left_out)
         if empty := [name for name, paths in zip(classes or [""], found, strict=True) if not paths]:
             of = f" for the classes {_some(empty)}" if labelled else ""
-            raise FileNotFoundError(f"{needed}: Found no valid file{of}; images are {', '.join(IMG_EXTENSIONS)}")
+            raise FileNotFoundError(
+                f"{needed}: Found no valid file{of}: remove such a folder, or name the classes by a class map; images "
+                f"are {', '.join(IMG_EXTENSIONS)}"
+            )
         if labelled:
             classes = _first(classes, first_classes, folder)
             found = found[: len(classes)]

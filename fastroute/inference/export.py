@@ -52,8 +52,14 @@ def export(
     if to not in SUFFIXES:
         raise ValueError(f"to is {to!r}; it must be one of {', '.join(map(repr, SUFFIXES))}")
     if getattr(predictor.model, "IS_CLUSTERING", False):
-        raise ValueError("predictor is of a clustering, which cannot be exported: use its checkpoint")
-    output, model = Path(output), predictor.model.cpu().eval()
+        raise ValueError(
+            "predictor is of a clustering, which cannot be exported; fastroute.load and `fastroute predict` take its "
+            "checkpoint"
+        )
+    output = Path(output)
+    if not os.access(output.parent, os.W_OK):
+        raise PermissionError(f"output is {output}; this user cannot write into its folder")
+    model = predictor.model.cpu().eval()
     transform = predictor.transform
     shape = transform.in_chans, transform.img_size, transform.img_size
     metadata = {

@@ -14,6 +14,8 @@ from fastroute.inference.preprocessing import Picture, Preprocessing
 from fastroute.models.specification import Specification, specification_in
 from fastroute.models.weights import differences, network_weights
 
+RUN_BY = {".onnx": "onnxruntime.InferenceSession", ".pt2": "torch.export.load(…).module()"}
+
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
@@ -223,6 +225,8 @@ def load(
     given = {name: value for name, value in given.items() if value is not None}
     if path.suffix == ".safetensors":
         return _load_exported(path, where, model, given, target)
+    if path.suffix in RUN_BY:
+        raise ValueError(f"{where}; it must be a .ckpt or .safetensors: run such a program by {RUN_BY[path.suffix]}")
     saved = read_checkpoint(path, "checkpoint")
     if is_of("cluster", saved):
         return _load_clustering(saved, path, where, given if model is None else given | {"model": model}, target)

@@ -35,8 +35,11 @@ def read_checkpoint(path: str | Path, name: str = "resume", command: str | None 
 
     Raises:
         FileNotFoundError: there is no such file.
+        IsADirectoryError: it is a folder.
         ValueError: the file is damaged, or is no checkpoint of a training run of the command.
     """
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{name} is {path}, a folder; name a checkpoint in it, such as {Path(path) / BEST}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{name} is {path}; there is no such file")
     try:
@@ -47,7 +50,10 @@ def read_checkpoint(path: str | Path, name: str = "resume", command: str | None 
             f"{name} is {path}; it is no checkpoint of a training run: {error}; {_advice(path)}"
         ) from error
     except KeyError as error:
-        raise ValueError(f"{name} is {path}; it is no checkpoint of a training run: it has no {error}") from error
+        raise ValueError(
+            f"{name} is {path}; it is no checkpoint of a training run: it has no {error}. If it has weights alone, "
+            "name the network as well (model, --model)"
+        ) from error
     except Exception as error:  # any error of the reader on bytes of another format
         raise ValueError(f"{name} is {path}; it is no checkpoint of a training run: {in_a_line(error)}") from error
     if command is not None and isinstance(checkpoint["hyper_parameters"], dict):

@@ -17,6 +17,7 @@ from fastroute.data import ImageDataModule
 from fastroute.models import create_model, register_model, registry
 from fastroute.models.layers import Network, pool_and_classify
 from fastroute.nn import SparseRouter
+from tests.image_folders import write_tree
 from tests.inference.conftest import trained
 
 
@@ -119,6 +120,20 @@ def test_exports_and_says_how_far_the_file_is_from_eager(checkpoint, images, tmp
     assert run("predict", path, images / "val" / "ant", "--format", "csv").stdout == first.stdout != ""
     result = run("export", checkpoint, "--to", "onnx", "--output", checkpoint)
     assert result.exit_code == 2 and "it is the checkpoint itself" in result.output
+    result = run("predict", path, images, "--img-size", 6)
+    assert result.exit_code == 0, result.output
+
+
+def test_files_that_are_no_checkpoints_are_told_apart(checkpoint, tmp_path):
+    for suffix, runs in ((".onnx", "onnxruntime"), (".pt2", "torch.export.load")):
+        (tmp_path / f"x{suffix}").write_bytes(b"program")
+        result = run("predict", tmp_path / f"x{suffix}", "x.png")
+        assert result.exit_code == 2 and f"run such a program by {runs}" in result.output, result.output
+    result = run("predict", checkpoint.parent, "x.png")
+    assert result.exit_code == 2 and f"a folder; name a checkpoint in it, such as {checkpoint.parent}" in result.output
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pth")
+    result = run("validate", tmp_path / "weights.pth")
+    assert result.exit_code == 2 and "name the network as well (model, --model)" in result.output
 
 
 def test_own_network_from_training_to_prediction(own, images, tmp_path):
@@ -244,6 +259,10 @@ def test_a_resumed_run_has_the_network_of_its_checkpoint(own, images, tmp_path):
         (["resnet20", "--model-kwargs", "a=1", "b=2"], "does not take these arguments"),
         (["resnet20", "resnet32"], "model is 'resnet20', and 'resnet32' too; name one network"),
         (["resnet20", "depth=3"], "give arguments of the network by --model-kwargs depth=3"),
+        (
+            ["resnet20", "--data-dir", "one", "--img-size", 8],
+            "the data has one class, 'bee'; training",
+        ),
         (["resnet20", "--pretrained"], "there are no weights of resnet20 to download"),
         (["resnet20", "--pretrained-path", "none.pth"], "pretrained_path is none.pth; there is no such file"),
         (["tim:resnet18"], "there is no module 'tim' here"),
@@ -253,6 +272,7 @@ def test_a_resumed_run_has_the_network_of_its_checkpoint(own, images, tmp_path):
 )
 def test_wrong_networks_end_in_a_sentence(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    write_tree(tmp_path / "one", classes=["bee"])
     result = run("train", *arguments, "--epochs", 1, "--output", tmp_path / "runs")
     assert result.exit_code == 2 and "Traceback" not in result.output, result.output
     assert message in result.output, result.output
