@@ -35,6 +35,16 @@ _MEMORY = ("not enough memory", "out of memory", "bad_alloc", "Cannot allocate m
 _OVERFLOW = ("overflow", "Invalid buffer size", "exceeds the range", "too large to convert", "Out of range")
 _LOWER = "lower --batch-size, --img-size or --workers"
 
+TIMM = {
+    "--model": "the network is the first argument: fastroute train resnet20",
+    "--input-size": "--in-chans and --img-size say the same",
+    "--torchcompile": "it is called --compile",
+    "--dataset-download": "it is called --download",
+    "--clip-mode": "--clip-grad limits the norm",
+    "--validation-batch-size": "validation takes batches of --batch-size",
+}
+"""What to do in place of options of timm's `train.py` that go by another name here."""
+
 
 def standard_output(**options) -> Console:
     """Return the console that commands print on; tables in a file or pipe are not cut, unless COLUMNS is set.
@@ -229,6 +239,8 @@ def _report_errors(resumes: bool) -> Iterator[None]:
         raise
     except Exception as error:  # whatever a command does not handle
         if hasattr(error, "exit_code"):  # raised by the command line's parser
+            if type(error).__name__ == "NoSuchOption" and error.option_name in TIMM:
+                error.message, error.possibilities = f"{error.message}; {TIMM[error.option_name]}", None
             raise
         if message := describe_error(error):
             exit_with_error(message, 1)

@@ -97,6 +97,7 @@ def test_models_lists_parameters_and_macs_beside_the_thesis():
         (("resnet20", "--scale", "0.5"), "scale is 0.5; expected two numbers above 0"),
         (("resnet20", "--sync-bn"), "sync_bn is True; PyTorch's synchronised batch norm needs GPUs"),
         (("resnet20", "--clip-grad", 0), "--clip-grad"),
+        (("--model", "resnet20"), "the network is the first argument"),
         (("resnet20", "--model-ema-decay", 1), "--model-ema-decay"),
         (("resnet20", "--stream"), "in_memory is False; it can be chosen for the dataset 'imagefolder' alone"),
         (("resnet20", "--initial-checkpoint", "/nowhere.pt"), "initial_checkpoint is /nowhere.pt; there is no such"),
