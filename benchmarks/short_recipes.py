@@ -105,8 +105,8 @@ def _grouped(runs: Sequence[dict], names: Sequence[str]) -> list[tuple[tuple, li
 
 def _network(run: dict) -> str:
     more = "".join(f" `{value}`" for value in run["model_kwargs"].split())
-    more += f" `--gate-norm {run['gate_norm']}`" if run["gate_norm"] else ""
-    more += f" `--gate-reg-weight {run['gate_reg_weight']:g}`" if run["gate_reg_weight"] else ""
+    more += f" `--gate-norm {run['gate_norm']}`" if run.get("gate_norm") else ""
+    more += f" `--gate-reg-weight {run['gate_reg_weight']:g}`" if run.get("gate_reg_weight") else ""
     return f"`{run['model']}`{more}"
 
 
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs = [read_run(folder, options.test_dir) for folder in options.runs]
         runs = replaced(read_result(options.result), runs, OPTIONS)
         page = with_section(options.page, "short recipes", options.result, tables(runs))
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, subprocess.CalledProcessError) as error:
         raise SystemExit(str(error)) from None
     write_result(options.result, [run for _, same in _grouped(runs, OPTIONS) for run in same])
     options.page.write_text(page)

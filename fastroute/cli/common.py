@@ -28,13 +28,13 @@ COUNT, PIXELS, WORKERS, SEED = 2**31 - 1, 2**20, 1024, 2**32 - 1
 """The largest integers that options accept: counts, image sizes, processes, seeds."""
 
 ARGUMENTS = "args.yaml"
+"""The file in a run's folder with the options of the run."""
 
 # Options that do not change what a resumed run computes, or that are checked against its checkpoint.
 OF_NO_EFFECT = {
     *("checkpoint_hist", "device", "download", "epochs", "experiment", "in_memory", "initial_checkpoint", "log"),
     *("log_interval", "output", "patience", "pretrained", "pretrained_path", "recovery_interval", "resume", "workers"),
 }
-"""The file in a run's folder with the options of the run."""
 
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Overwrite a run in the folder.")]
 
@@ -145,7 +145,9 @@ def handle_run_errors(console: Console, command: str) -> Iterator[None]:
     try:
         yield
     except Terminated as terminated:
-        message = f"{escaped(terminated)}; resume with:\n{escaped(resume_command(command, terminated.path))}"
+        message = escaped(terminated)
+        if terminated.path is not None:
+            message += f"; resume with:\n{escaped(resume_command(command, terminated.path))}"
         console.print(message, soft_wrap=True, highlight=False)
         raise typer.Exit(terminated.code) from None
     except PlaceMismatch as error:

@@ -239,7 +239,8 @@ def _report_errors(resumes: bool) -> Iterator[None]:
         raise
     except Exception as error:  # whatever a command does not handle
         if hasattr(error, "exit_code"):  # raised by the command line's parser
-            if type(error).__name__ == "NoSuchOption" and error.option_name in TIMM:
+            command = getattr(getattr(error, "ctx", None), "info_name", None)
+            if command == "train" and type(error).__name__ == "NoSuchOption" and error.option_name in TIMM:
                 error.message, error.possibilities = f"{error.message}; {TIMM[error.option_name]}", None
             raise
         if message := describe_error(error):

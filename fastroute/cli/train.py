@@ -132,7 +132,7 @@ def _prepare(
     if unnamed:
         folder = broadcast_from_rank_zero(new_folder(folder) if is_main() else None)
     context.with_resource(run_folder(folder))
-    if resume is None and not options.overwrite:
+    if not options.overwrite and (resume is None or resume.resolve().parent != folder.resolve()):
         check_unused(folder, "--overwrite")
 
     data = training.ImageDataModule(

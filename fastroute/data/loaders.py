@@ -267,6 +267,8 @@ class StreamLoader(EpochLoader):
         order = self.source.order(generator(self.seed, epoch)) if training else torch.arange(self.count)
         self._sampler.batches = [[(epoch, int(i)) for i in indices] for indices in self.shares(order)[start:]]
         read, first, places = 0, None, []
+        if not training:
+            self._read = places
         for (images, labels, unreadable, kept), batch in zip(self.loader, self._sampler.batches, strict=True):
             read, first = read + len(labels), first or next(iter(unreadable), None)
             if unreadable and self.on_bad_image == "stop":
@@ -282,8 +284,6 @@ class StreamLoader(EpochLoader):
                 raise UnreadableImage(f"none of the {len(unreadable)} images of a batch can be read: {unreadable[0]}")
             images, labels = (t.to(self.mean.device, non_blocking=True) for t in (images, labels))
             yield self._normalize(images), labels
-        if not training:
-            self._read = places
         if first and not read and not start and self.world_size == 1:
             raise UnreadableImage(f"none of the {self.count:,} images can be read: {first}")
 

@@ -57,6 +57,8 @@ def export(
             "checkpoint"
         )
     output = Path(output)
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"output is {output}; there is no such folder: make it first")
     if not os.access(output.parent, os.W_OK):
         raise PermissionError(f"output is {output}; this user cannot write into its folder")
     model = predictor.model.cpu().eval()

@@ -106,7 +106,7 @@ def _traced(model: nn.Module, expand: set[str], training: bool) -> tuple[fx.Grap
 
 def _where(error: Exception) -> str:
     """Return " (FILE:LINE)" of the last line outside of PyTorch and this package in which an error arose."""
-    own = tuple(os.path.dirname(module.__file__) for module in (torch, sys.modules["fastroute"]))
+    own = tuple(os.path.dirname(module.__file__) + os.sep for module in (torch, sys.modules["fastroute"]))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*own, "<"))]
     return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 

@@ -353,7 +353,7 @@ def _input_size(model: nn.Module) -> tuple[int, ...]:
     if channels is not None:
         height, width = known[0][1:] if known else (224, 224)
         known.append((channels, height, width))
-        patches = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        patches = getattr(getattr(model, "patch_embed", getattr(model, "stem", None)), "img_size", None)
         if isinstance(patches, tuple) and len(patches) == 2:
             known.append((channels, *patches))
     if not known:

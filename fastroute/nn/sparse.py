@@ -320,7 +320,8 @@ class SparseRouter(Tempered, nn.Module):
             scores = F.linear(hidden, w2, b2)
             prior = None
             if self.routing == "cluster":
-                prior = snapshot(self.gate_norm.current_prior()).clone()  # before this step's
+                prior = self.gate_norm.current_prior()
+                prior = (snapshot(prior) if self.training else prior).clone()  # before this step's
             if self.gate_norm is not None:
                 logits, scores = self.gate_norm.logits(scores, self.temperature)
             else:

@@ -14,6 +14,7 @@ def snapshot(x: Tensor) -> Tensor:
 
     To save memory, a compiled backward computes cheap operations again. Where these read a buffer that the forward has
     updated since, PyTorch takes the new values without a word. It saves the results of operators that it does not know,
-    such as this copy.
+    such as this copy, unless it is told to compute more again: with `torch._functorch.config.activation_memory_budget`
+    below 1, or `aggressive_recomputation`, gradients through such buffers are wrong.
     """
     return torch.ops.fastroute_python.snapshot.default(x) if torch.compiler.is_compiling() else x

@@ -39,7 +39,9 @@ def read_checkpoint(path: str | Path, name: str = "resume", command: str | None 
         ValueError: the file is damaged, or is no checkpoint of a training run of the command.
     """
     if Path(path).is_dir():
-        raise IsADirectoryError(f"{name} is {path}, a folder; name a checkpoint in it, such as {Path(path) / BEST}")
+        order = (LAST, PREVIOUS, BEST) if name == "resume" else (BEST, LAST)
+        there = [Path(path) / file for file in order if (Path(path) / file).is_file()]
+        raise IsADirectoryError(f"{name} is {path}; it is a folder: name {there[0] if there else 'a checkpoint in it'}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{name} is {path}; there is no such file")
     try:
@@ -236,21 +238,21 @@ def check_unused(folder: str | Path, option: str) -> None:
         FileExistsError: a run is in the folder, and could be resumed or is finished.
     """
     choice = f"choose another folder, or overwrite it with {option}"
-    for name in (LAST, PREVIOUS):
+    for name in (LAST, PREVIOUS, BEST):
         with contextlib.suppress(ValueError, FileNotFoundError):  # nobody can resume from a damaged one
             checkpoint = read_checkpoint(Path(folder) / name)
             done, planned = _epochs_done(checkpoint), checkpoint.get("epochs")
             if planned is None or (done < planned and not checkpoint.get("stopped_early")):
                 of = "" if planned is None else f" of {planned}"
+                resume = "auto" if name != BEST else Path(folder) / BEST
                 raise FileExistsError(
                     f"output is {folder}; it has an unfinished run, {done}{of} epochs done: continue it by "
-                    f"--resume auto, {choice}"
+                    f"--resume {resume}, {choice}"
                 )
-            longer = not is_of("train", checkpoint) or _is_endless(checkpoint["hyper_parameters"])
-            more = "--resume and more epochs" if longer else "--initial-checkpoint, which takes its weights"
-            raise FileExistsError(
-                f"output is {folder}; it has a finished run of {_epochs(done)}: train on by {more}, {choice}"
-            )
+            finished = f"output is {folder}; it has a finished run of {_epochs(done)}: {choice}"
+            if is_of("train", checkpoint) and not _is_endless(checkpoint["hyper_parameters"]):
+                raise FileExistsError(f"{finished}; --initial-checkpoint trains on from its weights, in another folder")
+            raise FileExistsError(f"{finished}; --resume and more epochs continue it")
     summary = Path(folder) / "summary.csv"
     if summary.is_file() and not summary.read_text(encoding="utf-8", errors="replace").startswith("epoch"):
         raise FileExistsError(f"output is {folder}; it has a finished run: {choice}")
@@ -258,7 +260,8 @@ def check_unused(folder: str | Path, option: str) -> None:
 
 def _is_endless(options: Mapping) -> bool:
     """Return whether the learning rate of each epoch does not depend on the number of epochs."""
-    return options["sched"] == "step" or (options["sched"] == "multistep" and bool(options["decay_milestones"]))
+    sched = options.get("sched")
+    return sched == "step" or (sched == "multistep" and bool(options.get("decay_milestones")))
 
 
 def load_weights(model: nn.Module, path: str | Path, averaged: bool = True, name: str = "initial_checkpoint") -> None:

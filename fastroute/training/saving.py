@@ -23,11 +23,11 @@ class Terminated(SystemExit):
 
     Args:
         message: where the run stopped.
-        path: the checkpoint to resume from.
+        path: the checkpoint to resume from; None if the run had not begun.
         signum: the signal.
     """
 
-    def __init__(self, message: str, path: Path, signum: int = signal.SIGTERM):
+    def __init__(self, message: str, path: Path | None, signum: int = signal.SIGTERM):
         super().__init__(128 + signum)
         self.message, self.path = message, path
 
@@ -179,6 +179,7 @@ class RecoveryCheckpoint(pl.Callback):
     def __init__(self, path: Path, interval: int | None = None):
         self.path, self.interval = path, interval
         self._signal = 0  # the one received, if any
+        self._trained = False  # whether a step was taken
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Replaces Lightning's handler, which communicates with other processes within the signal. Lightning restores
@@ -199,10 +200,13 @@ class RecoveryCheckpoint(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if signum := self._any_signal(trainer):
+            if not self._trained:
+                raise Terminated(f"stopped by {self.NAMES[signum]} before the first step", None, signum)
             message = f"stopped by {self.NAMES[signum]} after epoch {trainer.current_epoch}; {self.path} is complete"
             raise Terminated(message, self.path, signum)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
+        self._trained = True
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # the epoch's own checkpoint follows, or gradients are being accumulated
         steps = trainer.global_step

@@ -60,10 +60,15 @@ def test_a_run_is_overwritten_on_request_alone(stopped):
     refused = run(*again)
     assert refused.exit_code == 2 and (folder / "last.ckpt").read_bytes() == content
     assert "it has an unfinished run, 1 of 2 epochs done: continue it by --resume auto, choose" in refused.output
+    other = ("--output", folder.parent, "--experiment", "other")
+    assert run(*COMMON, *other).exit_code == 0
+    refused = run(*resume, *other)  # from one run's checkpoint into another run's folder
+    assert refused.exit_code == 2 and "other; it has a finished run" in refused.output, refused.output
     assert run(*resume).exit_code == 0
     refused = run(*again)
     assert refused.exit_code == 2
-    assert "a finished run of 2 epochs: train on by --initial-checkpoint, which takes its weights" in refused.output
+    assert "a finished run of 2 epochs: choose another folder, or overwrite it with --overwrite" in refused.output
+    assert "--initial-checkpoint trains on from its weights, in another folder" in refused.output
     assert run(*again, "--epochs", 1, "--overwrite").exit_code == 0
 
 
@@ -74,9 +79,13 @@ def test_advice_about_damaged_checkpoints_names_a_file_that_can_be_read(stopped)
     for start in (resume, (*COMMON, "--output", folder.parent, "--experiment", "run", "--resume", "auto")):
         refused = run(*start)
         assert refused.exit_code == 2 and f"use {folder / 'best.ckpt'} instead" in refused.output, refused.output
+    refused = run(*COMMON, "--output", folder.parent, "--experiment", "run")
+    assert refused.exit_code == 2 and f"continue it by --resume {folder / 'best.ckpt'}" in refused.output
     (folder / "last.ckpt").write_bytes(b"")
     refused = run(*resume)
     assert "the file is empty; use" in refused.output, refused.output
     assert torch.load(folder / "best.ckpt")["epochs"] == 2
+    refused = run("train", "--config", folder / "args.yaml", "--resume", folder)
+    assert refused.exit_code == 2 and f"it is a folder: name {folder / 'last.ckpt'}" in refused.output
     done = run("train", "--config", folder / "args.yaml", "--resume", folder / "best.ckpt")
     assert done.exit_code == 0 and "epoch 2/2" in done.output

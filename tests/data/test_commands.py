@@ -52,7 +52,7 @@ def test_resuming_keeps_the_split(flat_run, tmp_path):
     resume = ("--resume", folder / "last.ckpt", "-j", 1)
     for other in (("--val-split", 0.5, "--seed", 3), ("--val-split", 0.25, "--seed", 4)):
         code, output = train(data, tmp_path, *resume, *other, epochs=2)
-        assert code == 1 and "the run set val_split=0.25 aside by seed 3, but now val_split is" in output
+        assert code == 2 and "the run set val_split=0.25 aside by seed 3, but now val_split is" in output
     code, output = train(data, tmp_path, *resume, "--val-split", 0.25, "--seed", 3, epochs=2)
     assert code == 0 and "epoch 2/2" in output, output
 

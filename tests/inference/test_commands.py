@@ -130,7 +130,7 @@ def test_files_that_are_no_checkpoints_are_told_apart(checkpoint, tmp_path):
         result = run("predict", tmp_path / f"x{suffix}", "x.png")
         assert result.exit_code == 2 and f"run such a program by {runs}" in result.output, result.output
     result = run("predict", checkpoint.parent, "x.png")
-    assert result.exit_code == 2 and f"a folder; name a checkpoint in it, such as {checkpoint.parent}" in result.output
+    assert result.exit_code == 2 and f"it is a folder: name {checkpoint.parent}" in result.output
     torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pth")
     result = run("validate", tmp_path / "weights.pth")
     assert result.exit_code == 2 and "name the network as well (model, --model)" in result.output

@@ -13,6 +13,7 @@ from fastroute.models import multipath
     [
         ("resnet10t", {"in_chans": 1}, "auto", (1, 176, 176)),
         ("vit_tiny_patch16_224", {"img_size": 96}, ["blocks.3"], (3, 96, 96)),
+        ("mixer_s32_224", {"img_size": 64}, ["blocks.1"], (3, 64, 64)),
         ("vit_tiny_patch16_224", {"img_size": (96, 64), "in_chans": 2}, ["blocks.3"], (2, 96, 64)),
     ],
 )

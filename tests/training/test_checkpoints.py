@@ -172,7 +172,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
     for damaged in (b"no weights", b"", b"epochs: 1\n", bytes(range(256))):
         for file in (path, path.with_suffix(".safetensors")):
             file.write_bytes(damaged)
-            with pytest.raises(ValueError, match=r"initial_checkpoint is .*; it holds no weights: .+") as told:
+            with pytest.raises(ValueError, match=r"initial_checkpoint is .*(no weights|cannot be read): .+") as told:
                 load_weights(model, file)
             assert len(str(told.value).splitlines()) == 1
             with pytest.raises(ValueError, match="it is no checkpoint of a training run"):

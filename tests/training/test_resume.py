@@ -117,6 +117,10 @@ def test_stops_at_once_at_a_second_ctrl_c(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Terminated, match=r"stopped by Ctrl-C before the first step$") as caught:
+            recovery.on_train_epoch_start(SimpleNamespace(world_size=1, current_epoch=4), None)
+        assert caught.value.code == 130 and caught.value.path is None
+        recovery.on_train_batch_end(SimpleNamespace(is_last_batch=True), None, None, None, 0)
         with pytest.raises(Terminated, match="stopped by Ctrl-C after epoch 4") as caught:
             recovery.on_train_epoch_start(SimpleNamespace(world_size=1, current_epoch=4), None)
         assert caught.value.code == 130

@@ -102,6 +102,8 @@ def test_exports_in_evaluation_mode(options):
     exported = torch.export.export(router, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     x = torch.randn(9, 6, 4, 4)
     torch.testing.assert_close(exported.module()(x), router(x))
+    routed = torch.export.export(router, (x,), {"return_routing": True})
+    assert not [node for node in routed.graph.nodes if "snapshot" in str(node.target)]  # of training alone
     traced = torch.jit.trace(router, x[:2])
     torch.testing.assert_close(traced(x), router(x))
 
