@@ -45,7 +45,6 @@ def read_run(folder: Path, test_dir: Path | None = None) -> dict:
     run = {name: options[name] for name in OPTIONS if name in options} | {"images": images, "tested": bool(test_dir)}
     run["model_kwargs"] = " ".join(options["model_kwargs"] or ())
     run |= {name: round(float(rows[-1][name]), 2) for name in ("train_error", "val_error")}
-    run["seconds"] = round(sum(float(row["seconds"]) for row in rows))
     if test_dir is not None:
         run["test_error"] = round(evaluate(folder / "last.ckpt", test_dir, options), 2)
     return run
