@@ -3,15 +3,15 @@
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 
 import torch
 from torch import fx, nn
 
-from fastroute.models._modes import modes_kept
 from fastroute.models._relu import take_relu
+from fastroute.models._shapes import channel_axes, default_input_size, like, shapes_of
 from fastroute.models._tracing import trace
 from fastroute.models.sources import without_auxiliary_heads
 from fastroute.models.specification import remember, specification_of
@@ -130,7 +130,7 @@ def multipath(
         ) from error
     model = without_auxiliary_heads(model)
     specification = specification_of(model)
-    input_size = _input_size(model) if input_size is None else tuple(input_size)
+    input_size = default_input_size(model) if input_size is None else tuple(input_size)
     if isinstance(route_after, str) and route_after == "auto":
         route_after = _changes_of_resolution(model, input_size)
     elif isinstance(route_after, str):
@@ -139,7 +139,7 @@ def multipath(
     first = next(iter(cuts.values()))
     if routing is None:  # the paths start from one and the same tensor
         _compute_out_of_place(model, first)
-    shapes = _shapes(model, graph, input_size, first)
+    shapes = shapes_of(model, graph, input_size, first)
     for name, node in cuts.items():
         if len(shapes[node] or ()) not in (2, 3, 4, 5):
             raise ValueError(
@@ -147,7 +147,7 @@ def multipath(
                 "routing takes a tensor (N, C), (N, C, H, W), or (N, L, C) of L tokens"
             )
 
-    axes = _channel_axes(model, graph, input_size, cuts.values(), shapes)
+    axes = channel_axes(model, graph, input_size, cuts.values(), shapes)
     output = graph.output_node().args[0]
     if not isinstance(output, fx.Node) or shapes[output] is None:
         raise ValueError(f"model is a {type(model).__name__} that returns {output}; it must return one tensor")
@@ -253,119 +253,6 @@ def _crossing(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
     return crossing
 
 
-class _Shapes(fx.Interpreter):
-    """Record the shape of each node's value, and whether the value of `watched` is overwritten later."""
-
-    def __init__(self, module: fx.GraphModule, watched: fx.Node | None):
-        super().__init__(module)
-        self.watched, self.value = watched, None
-
-    def fetch_args_kwargs_from_env(self, n: fx.Node):
-        """Pass mutable lists, since some modules write into theirs."""
-        args, kwargs = super().fetch_args_kwargs_from_env(n)
-        return tuple(_mutable(args)), _mutable(kwargs)
-
-    def run_node(self, n: fx.Node):
-        result = super().run_node(n)
-        n.meta["shape"] = tuple(result.shape) if isinstance(result, torch.Tensor) else None
-        if n is self.watched and n.meta["shape"] is not None:
-            self.value, self.version = result, result._version
-        return result
-
-    def run(self, *args):
-        super().run(*args)
-        if self.value is not None:
-            self.watched.meta["overwritten"] = self.value._version != self.version
-
-
-def _mutable(value):
-    """Convert fx's immutable lists and dicts to mutable ones."""
-    if isinstance(value, list | tuple):
-        items = [_mutable(item) for item in value]
-        return items if isinstance(value, list) else type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return {key: _mutable(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-def _shapes(
-    model: nn.Module, graph: fx.Graph, input_size: Sequence[int], watched: fx.Node | None = None
-) -> dict[fx.Node, tuple[int, ...] | None]:
-    """Return the shape of each node's value for two images, None if it is not a tensor.
-
-    `watched.meta["overwritten"]` is set to whether later nodes overwrite the value of `watched`.
-
-    Computing two black images is faster than fake tensors, which import torch's compiler.
-    """
-    try:
-        with torch.no_grad(), modes_kept(model):
-            _Shapes(fx.GraphModule(model.eval(), graph), watched).run(_like(model).new_zeros(2, *input_size))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"input_size is {tuple(input_size)}; model cannot take such images: {reason}") from error
-    return {node: node.meta["shape"] for node in graph.nodes}
-
-
-def _like(model: nn.Module) -> torch.Tensor:
-    """Return a tensor of the network's device and dtype."""
-    return next(model.parameters(), torch.empty(0))
-
-
-def _channel_axes(
-    model: nn.Module,
-    graph: fx.Graph,
-    input_size: Sequence[int],
-    nodes: Iterable[fx.Node],
-    shapes: Mapping[fx.Node, tuple[int, ...] | None],
-) -> dict[fx.Node, int]:
-    """Return the axis of the channels of each node's value: 1, or the last one of tokens and of maps (N, H, W, C).
-
-    In doubt, larger images tell the axis that keeps its size. A network may refuse them; then three axes are those of
-    tokens, and of four axes two that are equal for square images are those of the image.
-
-    Args:
-        shapes: of the nodes' values for images of `input_size`.
-    """
-    axes, doubtful = {}, []
-    for node in nodes:
-        shape = shapes[node]
-        axes[node] = len(shape) - 1 if len(shape) == 3 else 1
-        if (len(shape) == 3 and len(input_size) == 2) or (len(shape) == 4 and shape[1] == shape[2]):
-            doubtful.append(node)
-    if not doubtful:
-        return axes
-    for node in graph.nodes:
-        node.meta.pop("shape", None)
-    with contextlib.suppress(ValueError):
-        _shapes(model, graph, [input_size[0], *(size + 32 for size in input_size[1:])])
-    for node in doubtful:
-        shape, larger = shapes[node], node.meta.get("shape") or ()
-        kept = [axis for axis in (1, len(shape) - 1) if axis < len(larger) and larger[axis] == shape[axis]]
-        if len(kept) == 1:
-            [axes[node]] = kept
-        elif len(shape) == 4 and shape[2] != shape[3]:
-            axes[node] = 3
-    return axes
-
-
-def _input_size(model: nn.Module) -> tuple[int, ...]:
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    known = [tuple(config["input_size"])] if "input_size" in config else []
-    if channels is not None:
-        height, width = known[0][1:] if known else (224, 224)
-        known.append((channels, height, width))
-        patches = getattr(getattr(model, "patch_embed", getattr(model, "stem", None)), "img_size", None)
-        if isinstance(patches, tuple) and len(patches) == 2:
-            known.append((channels, *patches))
-    if not known:
-        raise ValueError("input_size is None; it must be given for a model without 2-D convolutions")
-    known = list(dict.fromkeys(known))
-    for size in known if len(known) > 1 else ():  # timm's configuration does not follow in_chans and img_size
-        with contextlib.suppress(Exception), torch.no_grad(), modes_kept(model):
-            model.eval()(_like(model).new_zeros(2, *size))
-            return size
-    return known[0]
-
-
 def _check_is_plain(model: nn.Module) -> None:
     """Raise TypeError for wrappers that torch.fx cannot trace, and ValueError for layers without weights yet."""
     name = type(model).__name__
@@ -386,9 +273,9 @@ def _changes_of_resolution(model: nn.Module, input_size: Sequence[int]) -> list[
         if type(module).forward in SEQUENTIAL and name.rpartition(".")[0] in plain:
             plain.add(name)
     graph, results = trace(model, plain)
-    shapes, crossing = _shapes(model, graph, input_size), _crossing(graph)
+    shapes, crossing = shapes_of(model, graph, input_size), _crossing(graph)
     candidates = [node for nodes in results.values() for node in nodes if node and len(shapes[node] or ()) in (3, 4)]
-    axes = _channel_axes(model, graph, input_size, candidates, shapes)
+    axes = channel_axes(model, graph, input_size, candidates, shapes)
     last, others = {}, {}
     for name, nodes in results.items():  # an nn.Sequential comes after what is in it, and its name is the shorter
         node = nodes[0]
@@ -488,7 +375,7 @@ def _part(
         part.output(result)
         return fx.GraphModule(model, part)
     root = copy.copy(model)  # without the factor in the other parts of `model`
-    root._buffers = model._buffers | {SCALE: torch.tensor(float(scale), device=_like(model).device)}
+    root._buffers = model._buffers | {SCALE: torch.tensor(float(scale), device=like(model).device)}
     part.output(part.call_function(torch.mul, (result, part.get_attr(SCALE))))
     return fx.GraphModule(root, part)
 
