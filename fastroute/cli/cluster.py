@@ -187,8 +187,8 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
         if options.experiment is None and resume is None:
             folder = new_folder(folder)
         context.with_resource(run_folder(folder))
-        if not options.overwrite and (resume is None or resume.resolve().parent != folder.resolve()):
-            check_unused(folder, "--overwrite")
+        if not options.overwrite:
+            check_unused(folder, "--overwrite", resume)
         if in_plane:
             from fastroute.clustering import two_dimensional as plane
 

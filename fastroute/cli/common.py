@@ -173,13 +173,13 @@ def write_arguments(options: RunOptions, folder: Path) -> None:
 def say_changes(options: RunOptions, folder: Path, console: Console) -> None:
     """Print which options differ from those in the folder of the run that is resumed."""
     try:
-        before = yaml.safe_load((folder / ARGUMENTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):  # a folder of Lightning's own, or a damaged file
+        before = read_options(folder / ARGUMENTS)
+    except (FileNotFoundError, ValueError):  # a folder of Lightning's own, or a damaged file
         return
     changed = [
         f"{name} {value} (was {before[name]})"
         for name, value in _arguments(options).items()
-        if isinstance(before, dict) and before.get(name, value) != value and name not in OF_NO_EFFECT
+        if before.get(name, value) != value and name not in OF_NO_EFFECT
     ]
     if changed:
         console.print(f"options that differ from the run's: {', '.join(changed)}", markup=False, soft_wrap=True)

@@ -132,8 +132,8 @@ def _prepare(
     if unnamed:
         folder = broadcast_from_rank_zero(new_folder(folder) if is_main() else None)
     context.with_resource(run_folder(folder))
-    if not options.overwrite and (resume is None or resume.resolve().parent != folder.resolve()):
-        check_unused(folder, "--overwrite")
+    if not options.overwrite:
+        check_unused(folder, "--overwrite", resume)
 
     data = training.ImageDataModule(
         options.dataset,

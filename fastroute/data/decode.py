@@ -22,6 +22,11 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 MODES = {1: "L", 3: "RGB"}
 """Channels → Pillow's mode."""
 
+ON_BAD_IMAGE = ("stop", "skip")
+"""What a data set may do about an image that cannot be read."""
+WAYS_ON = "repair or remove it, or leave such images out (on_bad_image='skip', --on-bad-image skip)"
+"""What its user may do."""
+
 MAX_SCANS = 100
 """The most scans of a JPEG, as in libtiff: photographs have about 10, and a scan of a few bytes takes all pixels."""
 
@@ -184,9 +189,6 @@ def _scans(jpeg: bytes) -> int:
         count += marker[0] == SCAN
         at = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big")
     return count
-
-
-WAYS_ON = "repair or remove it, or leave such images out (on_bad_image='skip', --on-bad-image skip)"
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 from fastroute._defaults import CROP_PCT
 from fastroute._processors import processors
 from fastroute.data.augment import channel_statistics, erase
+from fastroute.data.decode import ON_BAD_IMAGE
 from fastroute.data.in_memory import DATASETS, ImageSet, Options
 from fastroute.data.layout import TORCHVISION, choose
 from fastroute.data.loaders import Draws, EpochLoader, Finish, MemoryLoader, PlaceMismatch, StreamLoader
@@ -30,7 +31,6 @@ from fastroute.data.transforms import (
 )
 
 STREAMED = ("imagefolder", "webdataset")
-ON_BAD_IMAGE = ("stop", "skip")
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 IN_MEMORY_SIZE = 64
 """The largest `img_size` at which an "imagefolder" is held in memory by default."""
@@ -320,7 +320,7 @@ class ImageDataModule(pl.LightningDataModule):
         if place is not None and 0 < place["done"] < place["batches"] and seed != self.seed:
             raise PlaceMismatch(
                 f"the run stopped within an epoch in the order of seed {seed}, but now seed is {self.seed}: some "
-                f"images would come twice, and others never; resume with seed {seed}"
+                f"images would come twice, and others never: resume with seed {seed}"
             )
         self._place = place
 

@@ -303,8 +303,8 @@ def _load_clustering(saved: dict, path: Path, where: str, given: dict[str, Any],
     from fastroute.clustering.module import LogPosteriors
     from fastroute.training.checkpoints import load_network_weights
 
-    for name in given:
-        raise ValueError(f"{name} is given, but {path} is a clustering, which has its own: leave it out")
+    if given:
+        raise ValueError(f"{next(iter(given))} is given, but {path} is a clustering, which has its own: leave it out")
     shape = saved.get("shape")
     if not (isinstance(shape, list) and len(shape) == 3 and all(type(size) is int and size > 0 for size in shape)):
         raise ValueError(

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from math import inf
+from math import isfinite
 
 from torch import Tensor, nn
 
@@ -188,7 +188,7 @@ def cifar_resnet(
         raise ValueError(f"routing is {routing!r}; it must be 'cc', 'cp' or None")
     if block not in BLOCKS:
         raise ValueError(f"block is {block!r}; it must be one of {', '.join(map(repr, BLOCKS))}")
-    if not WIDTHS[0] * widen >= 1 or widen == inf:
+    if not isfinite(widen) or WIDTHS[0] * widen < 1:
         raise ValueError(f"widen is {widen}; it must be finite and at least 1/{WIDTHS[0]}, one channel")
     widths = [round(widen * width) for width in WIDTHS]
 

@@ -130,12 +130,13 @@ class GateNorm(RelevanceNorm):
 
     def current_prior(self) -> Tensor | None:
         """Return the prior of the batch that is being computed: the earlier one where the batch is computed again."""
-        return self.earlier_prior if recomputing() and self.training else self.prior
+        if not self.training:
+            return self.prior
+        return snapshot(self.earlier_prior if recomputing() else self.prior)
 
     def _log_prior(self, dtype: torch.dtype, temperature: float) -> Tensor:
         """log π, finite so that `unfold` can subtract it; for π = 0 as low as a temperature T < 1 raises the scores."""
-        prior, tiny = self.current_prior(), torch.finfo(torch.float32).tiny
-        prior = (snapshot(prior) if self.training else prior).to(dtype)
+        prior, tiny = self.current_prior().to(dtype), torch.finfo(torch.float32).tiny
         log = prior.clamp(min=tiny).log()
         return torch.where(prior > tiny, log, log * torch.full_like(log, 1 / temperature).clamp(min=1))
 

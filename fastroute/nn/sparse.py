@@ -17,7 +17,6 @@ from fastroute.ops._compile_form import is_exporting
 from fastroute.ops._library import without_autocast
 from fastroute.ops._paths import DTYPES, MAX_PATHS, accumulate_dtype, channels_last, path_list
 from fastroute.ops._results import exportable
-from fastroute.ops._snapshot import snapshot
 
 GATES = ("straight_through", "renormalized", "softmax")
 ROUTINGS = ("topk", "cluster")
@@ -320,8 +319,7 @@ class SparseRouter(Tempered, nn.Module):
             scores = F.linear(hidden, w2, b2)
             prior = None
             if self.routing == "cluster":
-                prior = self.gate_norm.current_prior()
-                prior = (snapshot(prior) if self.training else prior).clone()  # before this step's
+                prior = self.gate_norm.current_prior().clone()  # before this step's
             if self.gate_norm is not None:
                 logits, scores = self.gate_norm.logits(scores, self.temperature)
             else:

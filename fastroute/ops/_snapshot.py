@@ -13,7 +13,7 @@ def snapshot(x: Tensor) -> Tensor:
     """Return x, a buffer that the same forward updates in place; in a compiled graph, a copy of it.
 
     To save memory, a compiled backward computes cheap operations again. Where these read a buffer that the forward has
-    updated since, PyTorch takes the new values without a word. It saves the results of operators that it does not know,
+    updated since, PyTorch silently takes the new values. It saves the results of operators that it does not know,
     such as this copy, unless it is told to compute more again: with `torch._functorch.config.activation_memory_budget`
     below 1, or `aggressive_recomputation`, gradients through such buffers are wrong.
     """

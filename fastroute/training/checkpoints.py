@@ -52,9 +52,12 @@ def read_checkpoint(path: str | Path, name: str = "resume", command: str | None 
             f"{name} is {path}; it is no checkpoint of a training run: {error}; {_advice(path)}"
         ) from error
     except KeyError as error:
+        use = "name the network as well (model, --model)"
+        if name == "resume":
+            use = "start from them by --initial-checkpoint"
         raise ValueError(
-            f"{name} is {path}; it is no checkpoint of a training run: it has no {error}. If it has weights alone, "
-            "name the network as well (model, --model)"
+            f"{name} is {path}; it is no checkpoint of a training run: it has no {error}. "
+            f"If it has weights alone, {use}"
         ) from error
     except Exception as error:  # any error of the reader on bytes of another format
         raise ValueError(f"{name} is {path}; it is no checkpoint of a training run: {in_a_line(error)}") from error
@@ -225,37 +228,43 @@ def _epochs_done(checkpoint: dict) -> int:
     return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
 
 
-def check_unused(folder: str | Path, option: str) -> None:
-    """Check that a new run would not overwrite another, finished or not.
+def check_unused(folder: str | Path, option: str, resume: Path | None = None) -> None:
+    """Check that a run would not overwrite another, finished or not.
 
     A run without epochs, as of k-means, is finished when its summary exists.
 
     Args:
-        folder: of the new run.
+        folder: of the run.
         option: the option that allows overwriting, for the message.
+        resume: the checkpoint that the run is resumed from; a run may go on in its own folder.
 
     Raises:
-        FileExistsError: a run is in the folder, and could be resumed or is finished.
+        FileExistsError: another run is in the folder, and could be resumed or is finished.
     """
+    folder = Path(folder)
+    if resume is not None and resume.parent.resolve() == folder.resolve():
+        return
     choice = f"choose another folder, or overwrite it with {option}"
     for name in (LAST, PREVIOUS, BEST):
         with contextlib.suppress(ValueError, FileNotFoundError):  # nobody can resume from a damaged one
-            checkpoint = read_checkpoint(Path(folder) / name)
-            done, planned = _epochs_done(checkpoint), checkpoint.get("epochs")
-            if planned is None or (done < planned and not checkpoint.get("stopped_early")):
-                of = "" if planned is None else f" of {planned}"
-                resume = "auto" if name != BEST else Path(folder) / BEST
-                raise FileExistsError(
-                    f"output is {folder}; it has an unfinished run, {done}{of} epochs done: continue it by "
-                    f"--resume {resume}, {choice}"
-                )
-            finished = f"output is {folder}; it has a finished run of {_epochs(done)}: {choice}"
-            if is_of("train", checkpoint) and not _is_endless(checkpoint["hyper_parameters"]):
-                raise FileExistsError(f"{finished}; --initial-checkpoint trains on from its weights, in another folder")
-            raise FileExistsError(f"{finished}; --resume and more epochs continue it")
-    summary = Path(folder) / "summary.csv"
+            checkpoint = read_checkpoint(folder / name)
+            source = folder / name if name == BEST else "auto"
+            raise FileExistsError(f"output is {folder}; it has {_described(checkpoint, source, choice)}")
+    summary = folder / "summary.csv"
     if summary.is_file() and not summary.read_text(encoding="utf-8", errors="replace").startswith("epoch"):
         raise FileExistsError(f"output is {folder}; it has a finished run: {choice}")
+
+
+def _described(checkpoint: dict, resume: str | Path, choice: str) -> str:
+    """Say whether the run of a checkpoint is finished, and what to do: the choice, or go on with that run."""
+    done, planned = _epochs_done(checkpoint), checkpoint.get("epochs")
+    if planned is None or (done < planned and not checkpoint.get("stopped_early")):
+        of = "" if planned is None else f" of {planned}"
+        return f"an unfinished run, {done}{of} epochs done: continue it by --resume {resume}, {choice}"
+    more = "--resume and more epochs continue it"
+    if is_of("train", checkpoint) and not _is_endless(checkpoint["hyper_parameters"]):
+        more = "--initial-checkpoint trains on from its weights, in another folder"
+    return f"a finished run of {_epochs(done)}: {choice}; {more}"
 
 
 def _is_endless(options: Mapping) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastroute.data import decode
 from fastroute.data.transforms import INTERPOLATIONS
 from fastroute.models.specification import Specification
 from fastroute.training.metrics import Totals
@@ -91,10 +92,10 @@ HEADS = Field("an int from 1 to 1,000", lambda value: _is_int(value, 1, 1000))
 SHARE = Field("a number above 0 and at most 1", lambda value: is_number(value) and 0 < value <= 1)
 PART = Field("a number of at least 0 and below 1", lambda value: is_number(value) and 0 <= value < 1)
 SEED = Field("an int from 0 to 2⁶⁴ − 1", lambda value: _is_int(value, 0, 2**64 - 1))
-INTERPOLATION = Field(
-    f"one of {', '.join(INTERPOLATIONS)}", lambda value: isinstance(value, str) and value in INTERPOLATIONS
+INTERPOLATION, ON_BAD_IMAGE = (
+    Field(f"one of {', '.join(names)}", lambda value, names=names: isinstance(value, str) and value in names)
+    for names in (INTERPOLATIONS, decode.ON_BAD_IMAGE)
 )
-ON_BAD_IMAGE = Field("'stop' or 'skip'", lambda value: isinstance(value, str) and value in ("stop", "skip"))
 MAPPING = Field("a dict", lambda value: isinstance(value, dict))
 DICTS = Field("a list of dicts", lambda value: isinstance(value, list) and all(isinstance(v, dict) for v in value))
 TEXTS = Field("a list of strings", _is_texts)

@@ -86,7 +86,8 @@ def test_gradients_of_later_steps(name, form):
             eager(x.double()).backward()
             given, wanted = (nn.utils.parameters_to_vector(p.grad for p in m.parameters()) for m in (module, eager))
             assert (given - wanted).abs().max() < 1e-5 * wanted.abs().max(), step
-            module.zero_grad(), eager.zero_grad()
+            module.zero_grad()
+            eager.zero_grad()
             with torch.no_grad():  # the same weights in both
                 for parameter, exact in zip(module.parameters(), eager.parameters(), strict=True):
                     exact.copy_(parameter.add_(0.01))
