@@ -12,6 +12,8 @@ def info() -> None:
     """Print versions, and which backend serves which tensors, or why it cannot."""
     import torch
 
+    from fastroute.ops._instruction_set import own_instruction_set
+
     console = standard_output()
     table = Table(show_header=False)
     table.add_row("fastroute", fastroute.__version__)
@@ -19,7 +21,7 @@ def info() -> None:
     table.add_row("Python", platform.python_version())
     table.add_row("CUDA of torch", torch.version.cuda or "none")
     table.add_row("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
-    table.add_row("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    table.add_row("CPU", f"{own_instruction_set().upper()}, {torch.get_num_threads()} threads")
     console.print(table)
 
     table = Table("device", "backend", "types", "serves", title="backends, first choice first", title_justify="left")

@@ -18,6 +18,7 @@ from fastroute.clustering.metrics import label_metrics
 from fastroute.clustering.module import ClusteringModule
 from fastroute.data.loaders import EpochLoader
 from fastroute.data.seeding import generator
+from fastroute.ops._instruction_set import warn_if_emulated
 from fastroute.training.checkpoints import read_resumable
 from fastroute.training.run_folder import run_folder
 from fastroute.training.saved_state import check_training_state
@@ -197,6 +198,8 @@ def fit(
         Terminated: SIGTERM or Ctrl-C was received, and `last.ckpt` is written.
     """
     checkpoints = AtomicCheckpointIO(resume, None if resume is None else check_resume(resume, module, epochs, images))
+    if amp:
+        warn_if_emulated(torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu")
     module.images, module.shape = checksum(images), list(images.shape[1:])
     table = Table(output / "summary.csv", console)
     with run_folder(output), silence_lightning():

@@ -1,3 +1,5 @@
+import warnings
+
 import torch
 
 
@@ -6,3 +8,15 @@ def own_instruction_set() -> str:
     capability = torch.backends.cpu.get_cpu_capability().lower()
     newer = capability == "avx512" and torch.cpu.get_capabilities().get("avx512_bf16")
     return "avx512_bf16" if newer else capability
+
+
+def warn_if_emulated(dtype: torch.dtype | None, device_type: str) -> None:
+    """Warn if autocast to bfloat16 is slow: on x86 processors without instructions for it, PyTorch emulates it."""
+    if dtype == torch.bfloat16 and device_type == "cpu":
+        has = torch.cpu.get_capabilities()
+        if has.get("architecture") == "x86_64" and not (has.get("avx512_bf16") or has.get("amx_bf16")):
+            warnings.warn(
+                "this processor has no bfloat16 instructions, so mixed precision is slower than float32; use --no-amp,"
+                " or amp_dtype=None in Python",
+                stacklevel=3,
+            )

@@ -20,6 +20,7 @@ from fastroute.data.sources import Reading, val_source
 from fastroute.data.transforms import eval_transform, resize_size
 from fastroute.diagnostics.routing import RouterStatistics, across_processes, add_routing
 from fastroute.nn import forward_with_routing
+from fastroute.ops._instruction_set import warn_if_emulated
 from fastroute.training.metrics import Totals
 
 
@@ -57,6 +58,7 @@ def evaluate(
     device = torch.device(device)
     totals = Totals().to(device)
     autocast = torch.autocast(device.type, amp_dtype) if amp_dtype else contextlib.nullcontext()
+    warn_if_emulated(amp_dtype, device.type)
 
     def logits(images: Tensor) -> Tensor:
         images = images.contiguous(memory_format=memory_format)

@@ -20,6 +20,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from fastroute.nn import GateNorm
+from fastroute.ops._instruction_set import warn_if_emulated
 from fastroute.training.callbacks import EpochProgress, EpochSummary, Patience, RouterDiagnostics, StepLog
 from fastroute.training.checkpoints import LAST, check_resume
 from fastroute.training.classifier import RoutingClassifier
@@ -177,7 +178,10 @@ def fit(
         raise ValueError(f"dist_bn is {dist_bn!r}; it must be one of {', '.join(map(repr, DIST_BN))}")
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(f"accelerator is {accelerator!r}; PyTorch finds no GPU here")
-    check_amp(amp_dtype, "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    device_type = "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    check_amp(amp_dtype, device_type)
+    if amp_dtype is not None and is_main():
+        warn_if_emulated(getattr(torch, amp_dtype), device_type)
     check_warmup(module.hparams.sched, module.hparams.warmup_epochs, epochs)
     if module.hparams.cuda_graphs:
         check_recording(

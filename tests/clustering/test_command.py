@@ -253,6 +253,13 @@ def test_every_method_trains_in_mixed_precision(tmp_path, method):
         assert module(torch.rand(4, 1, 8, 8)).dtype == torch.float32
 
 
+def test_warns_of_emulated_mixed_precision(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"})
+    common = ["cluster", "--limit", 120, "-b", 40, "-k", 3, "--architecture", "C4 M F8"]
+    with pytest.warns(UserWarning, match="no bfloat16 instructions"):
+        run(*common, "--amp", "--epochs", 1, "--output", tmp_path)
+
+
 @pytest.mark.parametrize(("method", "expected"), [("vae", 32), ("ae", 128)])
 def test_a_method_has_its_own_batch_size(tmp_path, method, expected):
     common = ["cluster", "--method", method, "--limit", 120, "-k", 3, "--architecture", "C4 M F8", "--epochs", 1]

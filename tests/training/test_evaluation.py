@@ -88,3 +88,9 @@ def test_ten_crops_need_larger_images(large_folder):
         loader(large_folder, ten_crop=True, crop_pct=1)
     with pytest.raises(ValueError, match="ten_crop is True; it is for imagefolder and webdataset"):
         validation_loader("digits", None, ten_crop=True)
+
+
+def test_warns_of_emulated_mixed_precision(large_folder, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"})
+    with pytest.warns(UserWarning, match="no bfloat16 instructions"):
+        evaluate(Corner(), loader(large_folder), amp_dtype=torch.bfloat16)

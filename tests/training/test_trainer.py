@@ -298,6 +298,12 @@ def test_bfloat16_in_channels_last_trains(data, tmp_path):
     assert 0 < rows[0]["train_loss"] < 5
 
 
+def test_warns_of_emulated_mixed_precision(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"})
+    with pytest.warns(UserWarning, match="no bfloat16 instructions"):
+        run(classifier(), data, tmp_path, epochs=1, amp_dtype="bfloat16")
+
+
 def test_prints_no_warnings_of_lightning(data, tmp_path, capfd):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

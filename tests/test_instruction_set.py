@@ -1,0 +1,48 @@
+import warnings
+
+import pytest
+import torch
+
+from fastroute.ops._instruction_set import own_instruction_set, warn_if_emulated
+
+
+@pytest.fixture
+def processor(monkeypatch):
+    def has(capability="AVX512", **features):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", **features})
+
+    return has
+
+
+def test_names_the_library_of_the_processor(processor):
+    processor("AVX2", avx512_bf16=False)
+    assert own_instruction_set() == "avx2"
+    processor("AVX512", avx512_bf16=False)
+    assert own_instruction_set() == "avx512"
+    processor("AVX512", avx512_bf16=True)
+    assert own_instruction_set() == "avx512_bf16"
+
+
+def test_warns_of_emulated_bfloat16(processor):
+    processor(avx512_bf16=False)
+    with pytest.warns(UserWarning, match="no bfloat16 instructions"):
+        warn_if_emulated(torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "features"),
+    [
+        (torch.bfloat16, "cpu", {"avx512_bf16": True}),
+        (torch.bfloat16, "cpu", {"amx_bf16": True}),
+        (torch.bfloat16, "cpu", {"architecture": "aarch64"}),
+        (torch.bfloat16, "cuda", {}),
+        (torch.float16, "cpu", {}),
+        (None, "cpu", {}),
+    ],
+)
+def test_is_silent_elsewhere(processor, dtype, device, features):
+    processor(**features)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_emulated(dtype, device)
