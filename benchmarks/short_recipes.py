@@ -22,7 +22,7 @@ from fastroute.bench.report import table, with_section
 RESULT, PAGE = Path("benchmarks/results/cpu_epyc_short_recipes.json"), Path("docs/reproduction.md")
 RECIPE = ("lr", "weight_decay", "batch_size", "smoothing")
 NETWORK = ("model", "model_kwargs", "gate_norm", "gate_reg_weight")
-OPTIONS = (*NETWORK, *RECIPE, "images", "epochs", "seed", "tested")
+OPTIONS = (*NETWORK, *RECIPE, "amp", "images", "epochs", "seed", "tested")
 """Options of a run that its result depends on, in the runs that are compared here."""
 
 
