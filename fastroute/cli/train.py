@@ -69,6 +69,7 @@ def train(context: typer.Context, options: TrainOptions) -> None:
             clip_grad=options.clip_grad,
             model_ema_decay=options.model_ema_decay if options.model_ema else None,
             sync_bn=options.sync_bn,
+            find_unused_parameters=options.find_unused_parameters,
             dist_bn=options.dist_bn,
             deterministic=options.deterministic,
             resume=resume,

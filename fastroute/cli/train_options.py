@@ -263,6 +263,15 @@ class TrainOptions(NetworkOptions):
         bool,
         option("--sync-bn/--no-sync-bn", help="On GPUs: batch norm's statistics over all processes.", panel=COMPUTE),
     ] = False
+    find_unused_parameters: Annotated[
+        bool | None,
+        option(
+            "--find-unused-parameters/--no-find-unused-parameters",
+            help="In several processes: allow parameters without a gradient, which costs a search in each step. (default: "
+            "for networks with sparse routers or a loss of their own)",
+            panel=COMPUTE,
+        ),
+    ] = None
     dist_bn: Annotated[
         Literal["reduce", "broadcast", ""],
         option(help="Synchronisation of batch norm's statistics across processes before validation.", panel=COMPUTE),

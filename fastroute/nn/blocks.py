@@ -177,7 +177,7 @@ def _serves(norm: nn.Module, x: Tensor, shortcut: Tensor | None, end: nn.Module 
     dtypes = {p.dtype for p in given}  # PyTorch refuses others
     if dtypes not in ([set(), {x.dtype}] if x.dtype == torch.float64 else [set(), {x.dtype}, {torch.float32}]):
         return False
-    if (norm.running_mean is None) != (norm.running_var is None):
+    if (norm.running_mean is None) != (norm.running_var is None) or norm.eps <= 0:  # PyTorch refuses these
         return False
     if shortcut is not None and not (
         type(shortcut) is Tensor

@@ -82,7 +82,8 @@ class SparseRouter(Tempered, nn.Module):
     drops nothing, so a prediction does not depend on the other samples of its batch.
 
     A path without samples does not run. Its parameters get no gradient in that step, for which
-    `DistributedDataParallel` needs `find_unused_parameters=True`. Batch normalisation in a path sees only the path's
+    `DistributedDataParallel` needs `find_unused_parameters=True`; a path sharded by `fully_shard` runs on an empty batch
+    instead, as all processes must gather its weights. Batch normalisation in a path sees only the path's
     samples; in training it raises on a single sample of spatial size 1, as it always does. A batch of 0 samples passes
     through the first path, to get the shape of the output.
 
@@ -238,7 +239,7 @@ class SparseRouter(Tempered, nn.Module):
             y = self._weighted([path(x) for path in self.paths], routing.gates)
         elif self.spread is None:
             parts, routing = self.divide(x)
-            running = [j for j, part in enumerate(parts) if part.shape[0]] or [0]
+            running = [j for j, part in enumerate(parts) if part.shape[0] or _is_sharded(self.paths[j])] or [0]
             y = self.accumulate([self.paths[j](parts[j]) for j in running], routing)
         else:
             samples, load, routing = self._divided(x)
@@ -455,3 +456,11 @@ def _index_select(x: Tensor, index: Tensor) -> Tensor:
     if x.is_contiguous() or not channels_last(x):
         return x.index_select(0, index)
     return x.movedim(1, -1).index_select(0, index).movedim(-1, 1)
+
+
+def _is_sharded(path: nn.Module) -> bool:
+    """Return whether FSDP gathers weights of a path from all processes, for which each of them must run it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    names = ("FSDPModule", "FullyShardedDataParallel")  # importing these takes a while
+    return any(base.__name__ in names for module in path.modules() for base in type(module).__mro__)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from fastroute.nn import GateNorm
+from fastroute.nn import GateNorm, SparseRouter
 from fastroute.ops._instruction_set import warn_if_emulated
 from fastroute.training.callbacks import EpochProgress, EpochSummary, Patience, RouterDiagnostics, StepLog
 from fastroute.training.checkpoints import LAST, check_resume
@@ -66,6 +66,7 @@ def fit(
     clip_grad: float | None = None,
     model_ema_decay: float | None = None,
     sync_bn: bool = False,
+    find_unused_parameters: bool | None = None,
     dist_bn: str = "reduce",
     deterministic: bool = False,
     resume: str | Path | None = None,
@@ -104,6 +105,8 @@ def fit(
         model_ema_decay: the decay of a moving average of weights and batch norm's statistics. The average is validated,
             and `module` holds it at the end. None keeps no average.
         sync_bn: whether batch norm takes its statistics over all processes; on GPUs only.
+        find_unused_parameters: with several processes, whether to search each step for parameters without a gradient,
+            which else are an error. None searches if the network has a `SparseRouter` or a loss of its own.
         dist_bn: how to synchronise running statistics before validation: "reduce" averages them over the processes,
             "broadcast" copies those of rank 0, and "" leaves them.
         deterministic: whether to use deterministic algorithms only.
@@ -194,6 +197,8 @@ def fit(
             varying=getattr(data, "varying", False),
             model=module.model,
         )
+    if find_unused_parameters is None:
+        find_unused_parameters = _may_skip_parameters(module)
     if sync_bn and not (torch.cuda.is_available() and accelerator != "cpu"):
         raise ValueError("sync_bn is True; PyTorch's synchronised batch norm needs GPUs")
     checkpoints = AtomicCheckpointIO(resume, None if resume is None else check_resume(resume, module, epochs))
@@ -238,7 +243,7 @@ def fit(
     with contextlib.nullcontext() if fast_dev_run else run_folder(output), silence_lightning(), default_device_cpu():
         trainer = pl.Trainer(
             accelerator=accelerator,
-            **_processes(processes, devices, find_unused_parameters=module.own_loss),
+            **_processes(processes, devices, find_unused_parameters),
             precision=precision or PRECISIONS[amp_dtype],
             max_epochs=epochs,
             accumulate_grad_batches=grad_accum_steps,
@@ -255,10 +260,11 @@ def fit(
             use_distributed_sampler=not modular,
             fast_dev_run=fast_dev_run,
         )
-        if modular:
-            trainer.fit(module, data, ckpt_path=resume)
-        else:
-            trainer.fit(module, data, val_data, ckpt_path=resume)
+        with _unused_parameters_explained():
+            if modular:
+                trainer.fit(module, data, ckpt_path=resume)
+            else:
+                trainer.fit(module, data, val_data, ckpt_path=resume)
     if fast_dev_run:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in sorted(trainer.callback_metrics.items()))
         console.print(f"one batch of each: {shown}", highlight=False, soft_wrap=True)
@@ -281,10 +287,7 @@ def check_amp(amp_dtype: str | None, device_type: str) -> None:
 
 
 def _processes(count: int, devices: int | Sequence[int] = 1, find_unused_parameters: bool = False) -> dict:
-    """Return Lightning's arguments for the processes that `torchrun` started, or for this one alone.
-
-    A network's own loss may leave parameters without gradients in a step, which costs a search for them.
-    """
+    """Return Lightning's arguments for the processes that `torchrun` started, or for this one alone."""
     if count == 1:
         return {"devices": devices}
     here = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -293,6 +296,25 @@ def _processes(count: int, devices: int | Sequence[int] = 1, find_unused_paramet
     options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
     strategy = OrderedDDP(**options, find_unused_parameters=find_unused_parameters)
     return {"devices": here, "num_nodes": count // here, "strategy": strategy}
+
+
+def _may_skip_parameters(module: RoutingClassifier) -> bool:
+    """Return whether a step may leave parameters without a gradient: those of idle sparse paths, or of an own loss."""
+    return module.own_loss or any(isinstance(layer, SparseRouter) for layer in module.model.modules())
+
+
+@contextlib.contextmanager
+def _unused_parameters_explained() -> Iterator[None]:
+    """Say what to do if DistributedDataParallel refuses parameters without a gradient."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "parameters that were not used in producing" not in str(error):
+            raise
+        raise ValueError(
+            "find_unused_parameters is False, and a step of a process left parameters without a gradient; "
+            "set it to True (--find-unused-parameters)"
+        ) from error
 
 
 class OrderedDDP(DDPStrategy):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from fastroute.nn import SparseRouter, leave_spread_paths, set_gate_norm
 from tests.threads import small_networks  # noqa: F401
@@ -83,6 +84,33 @@ def _paths_in_one_process(rank, found):
     with pytest.raises(ValueError, match=message):
         leave_spread_paths(network("clustered", groups[rank]))
     leave_spread_paths(network("clustered", groups[rank]), groups[rank])
+
+
+def _sharded_paths(rank, place):
+    """Check paths whose weights are gathered from both processes, each of which has samples for another path."""
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    router = SparseRouter(4, [nn.Conv2d(4, 4, 1) for _ in range(4)], gate_channels=None)
+    with torch.no_grad():
+        router.w2.copy_(5 * torch.eye(4))
+    whole, x = copy.deepcopy(router), torch.zeros(4, 4, 3, 3)
+    x[:2, 0] = x[2:, 1] = 1
+    for path in router.paths:
+        fully_shard(path)
+    fully_shard(router)
+    own = x[2 * rank :][:2]
+    y, wanted = router(own), whole(x)
+    torch.testing.assert_close(y, wanted[2 * rank :][:2])
+    y.square().mean().backward()
+    wanted.square().mean().backward()
+    for (name, sharded), one in zip(router.named_parameters(), whole.parameters(), strict=True):
+        found = torch.zeros_like(one) if sharded.grad is None else sharded.grad.full_tensor()
+        torch.testing.assert_close(found, torch.zeros_like(one) if one.grad is None else one.grad, msg=name)
+    dist.destroy_process_group()
+
+
+def test_sharded_paths_run_in_every_process(tmp_path):
+    torch.multiprocessing.spawn(_sharded_paths, (tmp_path / "store",), nprocs=2)
 
 
 def test_two_processes_match_one(tmp_path):

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
 
-from fastroute.nn import CrossConnection
+from fastroute.nn import CrossConnection, SparseRouter
 from fastroute.training import ImageDataModule, RoutingClassifier, fit
 from fastroute.training.distributed import process_group
 
@@ -47,6 +47,36 @@ class Phased(Network):
         x = self.stem(images).relu().mean((2, 3))
         logits = sum(head(x) for head in (self.heads if progress >= 0.5 else self.heads[:1]))
         return F.cross_entropy(logits, targets), logits
+
+
+class Sparse(nn.Module):
+    """More paths than a process has samples, so that some are idle in each step, and others in the other process."""
+
+    routing = "topk"
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.router = SparseRouter(8, [nn.Conv2d(8, 8, 3, padding=1) for _ in range(6)], routing=self.routing)
+        self.head = nn.Linear(8, 3)
+        nn.init.normal_(self.router.w2)
+
+    def forward(self, x, return_routing=False):
+        x, routing = self.router(self.stem(x).relu(), return_routing=True)
+        logits = self.head(x.mean((2, 3)))
+        return (logits, {"router": routing}) if return_routing else logits
+
+
+class Clustered(Sparse):
+    routing = "cluster"
+
+
+class Idle(Network):
+    """A layer that no step needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.idle = nn.Linear(8, 3)
 
 
 def scores_squared(routing):

@@ -29,9 +29,10 @@ def rows(path):
         return [{name: float(value) for name, value in row.items() if name != "router"} for row in csv.DictReader(file)]
 
 
-def test_two_processes_match_one_with_twice_the_batch(image_folder, tmp_path):
-    one = run(folder=image_folder, output=tmp_path / "one", batch_size=8)
-    two = run(*TORCHRUN, folder=image_folder, output=tmp_path / "two", batch_size=4, save_ranks=True)
+@pytest.mark.parametrize("network", ["Network", "Sparse", "Clustered"])
+def test_two_processes_match_one_with_twice_the_batch(image_folder, tmp_path, network):
+    one = run(folder=image_folder, output=tmp_path / "one", batch_size=8, network=network)
+    two = run(*TORCHRUN, folder=image_folder, output=tmp_path / "two", batch_size=4, network=network, save_ranks=True)
     assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
     assert "unused" not in two.stderr and "Grad strides" not in two.stderr
     clocks = {"images_per_s", "data_wait", "seconds"}
@@ -58,6 +59,15 @@ def test_a_loss_of_its_own_may_leave_layers_without_gradients(image_folder, tmp_
     assert all(torch.equal(first[name], second[name]) for name in first)
     for name, value in torch.load(tmp_path / "one" / "last.ckpt")["state_dict"].items():
         torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_says_what_to_do_about_layers_without_gradients(image_folder, tmp_path):
+    arguments = {"folder": image_folder, "output": tmp_path, "batch_size": 4, "network": "Idle"}
+    refused = run(*TORCHRUN, **arguments)
+    assert refused.returncode != 0
+    assert "set it to True (--find-unused-parameters)" in refused.stderr
+    searched = run(*TORCHRUN, **arguments, find_unused_parameters=True)
+    assert searched.returncode == 0, searched.stderr
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])

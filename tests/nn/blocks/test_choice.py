@@ -130,6 +130,8 @@ def test_bad_input_is_refused_by_the_modules():
         block_end(norm_of(16), torch.randn(1, 16, 1, 1))
     with pytest.raises(RuntimeError):
         block_end(norm_of(8), X)
+    with pytest.raises(ValueError, match="eps must be positive"):
+        block_end(nn.BatchNorm2d(16, eps=0.0), X)
 
 
 def test_float64_maps_of_float32_parameters_are_refused_by_the_modules():
