@@ -267,8 +267,8 @@ class TrainOptions(NetworkOptions):
         bool | None,
         option(
             "--find-unused-parameters/--no-find-unused-parameters",
-            help="In several processes: allow parameters without a gradient, which costs a search in each step. (default: "
-            "for networks with sparse routers or a loss of their own)",
+            help="In several processes: allow parameters without a gradient, which costs a search in each step. "
+            "(default: for networks with sparse routers or a loss of their own)",
             panel=COMPUTE,
         ),
     ] = None

@@ -82,8 +82,8 @@ class SparseRouter(Tempered, nn.Module):
     drops nothing, so a prediction does not depend on the other samples of its batch.
 
     A path without samples does not run. Its parameters get no gradient in that step, for which
-    `DistributedDataParallel` needs `find_unused_parameters=True`; a path sharded by `fully_shard` runs on an empty batch
-    instead, as all processes must gather its weights. Batch normalisation in a path sees only the path's
+    `DistributedDataParallel` needs `find_unused_parameters=True`; a path sharded by `fully_shard` runs on an
+    empty batch instead, as all processes must gather its weights. Batch normalisation in a path sees only the path's
     samples; in training it raises on a single sample of spatial size 1, as it always does. A batch of 0 samples passes
     through the first path, to get the shape of the output.
 
