@@ -81,6 +81,7 @@ def run(
     rounds: int | None = None,
     seconds: float | None = None,
     say: Callable[[str], None] = print,
+    save: Callable[[], None] | None = None,
 ) -> None:
     """Measure cases one by one, add their rows to a result, and report each.
 
@@ -92,6 +93,7 @@ def run(
         rounds: timed rounds of each case; by default those of its suite.
         seconds: time limit after which no further case is started; None for none.
         say: called with a line for each case.
+        save: called after each row, so that a long run that is stopped keeps them.
     """
     failures = result.settings["failures"] = []
     end = math.inf if seconds is None else time.monotonic() + seconds
@@ -106,5 +108,7 @@ def run(
             say(f"{position}/{len(cases)} {failures[-1]}")
         else:
             result.rows.append(row)
+            if save is not None:
+                save()
             ratios = "".join(f", × {name} {row.times_as_fast_as(name):.2f}" for name in row.ms if name != OURS)
             say(f"{position}/{len(cases)} {case.id}: {row.ms[OURS]:.3f} ms{ratios}")

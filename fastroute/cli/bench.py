@@ -42,8 +42,8 @@ def bench(
 ) -> None:
     """Measure the operators and networks on this machine, against plain PyTorch, torch.compile and a copy.
 
-    Write NAME.json and figures. `--full`, `--stated`, `--steps` and `-k` choose among the cases. The exit status is 1
-    if a result was wrong.
+    Write NAME.json after each case, and figures at the end. `--full`, `--stated`, `--steps` and `-k` choose among the
+    cases. The exit status is 1 if a result was wrong.
     """
     if context.invoked_subcommand is not None:
         return
@@ -59,8 +59,9 @@ def bench(
     if keep_freed_memory:
         memory.keep_freed_memory()
     result = bench.Result.here(device, rounds=rounds or bench.ROUNDS, keep_freed_memory=keep_freed_memory)
-    bench.run(result, cases, rounds, say=typer.echo)
-    save(result, output, name or f"{device.type}_{time.strftime('%Y%m%d-%H%M%S')}")
+    name = name or f"{device.type}_{time.strftime('%Y%m%d-%H%M%S')}"
+    bench.run(result, cases, rounds, say=typer.echo, save=lambda: result.save(output / f"{name}.json"))
+    save(result, output, name)
     if result.settings["failures"]:
         raise typer.Exit(1)
 

@@ -244,7 +244,7 @@ def check_takes(built: "nn.Module", name: str, in_chans: int, img_size: int, cla
     try:
         with torch.no_grad(), modes_kept(built):
             logits = built.eval()(torch.zeros(1, in_chans, img_size, img_size, dtype=like.dtype, device=like.device))
-    except (RuntimeError, ValueError, AssertionError, ZeroDivisionError) as error:
+    except Exception as error:  # of a user's own network, any
         reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise ValueError(
             f"img_size is {img_size}; {name} cannot take images of {in_chans} × {img_size} × {img_size}: {reason}"
@@ -254,6 +254,46 @@ def check_takes(built: "nn.Module", name: str, in_chans: int, img_size: int, cla
         raise ValueError(
             f"model is {name!r}; for an image it returns {what}, expected logits (1, {classes}), one for each class"
         )
+
+
+def usable_channels_last(
+    built: "nn.Module", name: str, wish: bool | None, usual: bool, in_chans: int, img_size: int, console: Console
+) -> bool:
+    """Return whether to compute in channels_last: not by default in a network that cannot, as `Tensor.view` cannot.
+
+    Args:
+        built: the network, which takes such images in NCHW.
+        name: of the network, for messages.
+        wish: `--channels-last`; None for the default.
+        usual: what the default is on the device.
+        in_chans: channels of the images.
+        img_size: their height and width.
+        console: prints that the default is left.
+
+    Raises:
+        ValueError: `wish` is True, and the network cannot take such images.
+    """
+    import torch
+
+    from fastroute.models._modes import modes_kept
+
+    if not (usual if wish is None else wish):
+        return False
+    like = next(built.parameters(), torch.empty(0))
+    image = torch.zeros(2, in_chans, img_size, img_size, dtype=like.dtype, device=like.device)
+    try:
+        with torch.no_grad(), modes_kept(built):
+            built.eval()(image.contiguous(memory_format=torch.channels_last))
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
+        if wish:
+            raise ValueError(
+                f"channels_last is True; {name} cannot take images in channels_last: {reason}; use --no-channels-last, "
+                "or reshape or flatten in its forward in place of view"
+            ) from error
+        _say(console, f"{name} cannot take images in channels_last, so it computes in NCHW: {reason}")
+        return False
+    return True
 
 
 def _kwargs(words: Sequence[str]) -> dict[str, Any]:

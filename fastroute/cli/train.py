@@ -116,7 +116,6 @@ def _prepare(
     check_amp(options.amp_dtype if options.amp else None, device.type)
     check_loggers(options.log.replace(" ", "").split(",") if options.log else [])
     options.dataset = resolve_dataset(options.dataset, options.data_dir, options.val_split > 0)
-    options.channels_last = resolve_channels_last(options.channels_last, device)  # as args.yaml keeps it
     model = re.sub(r"[^\w.-]+", "-", options.model or "")
     folder, resume = broadcast_from_rank_zero(run_location(options, f"{model}-{options.dataset}", console))
     unnamed = options.experiment is None and resume is None
@@ -187,8 +186,18 @@ def _prepare(
     check_batch(specification, batch_size, data.in_chans, data.img_size, half=options.amp)
     check_warmup(options.sched, options.warmup_epochs, options.epochs)
     pl.seed_everything(options.seed, verbose=False)
+    built = _network(flags, specification, options, data, options.num_classes, resume, console)
+    options.channels_last = network.usable_channels_last(  # as args.yaml keeps it
+        built,
+        str(specification),
+        options.channels_last,
+        resolve_channels_last(None, device),
+        data.in_chans,
+        data.img_size,
+        console,
+    )
     module = training.RoutingClassifier(
-        _network(flags, specification, options, data, options.num_classes, resume, console),
+        built,
         options.num_classes or data.num_classes,
         data.in_chans,
         data.img_size,

@@ -26,6 +26,7 @@ from fastroute.cli.common import (
 )
 from fastroute.cli.errors import escaped, standard_output
 from fastroute.cli.images import choose_images
+from fastroute.cli.network import usable_channels_last
 from fastroute.cli.sizes import check_batch, check_images
 from fastroute.cli.trained import check_channels, default_device
 
@@ -190,7 +191,15 @@ def _result(path: Path | None, options: ValidateOptions, console: Console) -> di
         raise ValueError(f"gates is True, but {model} has no routers")
     if path is not None:
         load_weights(network, path, averaged=options.use_ema, name="checkpoint")
-    channels_last = resolve_channels_last(options.channels_last, device)
+    channels_last = usable_channels_last(
+        network,
+        str(model),
+        options.channels_last,
+        resolve_channels_last(None, device),
+        in_chans,
+        size,
+        console,
+    )
     layout = torch.channels_last if channels_last else torch.contiguous_format
     network = network.to(device, memory_format=layout)
     routers = {} if options.gates else None

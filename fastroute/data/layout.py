@@ -1,5 +1,6 @@
 """Recognise the layout of a folder of data, by names alone."""
 
+import glob
 import itertools
 import os
 import re
@@ -187,12 +188,14 @@ def all_shards(data_dir: Path) -> list[Path]:
 
 
 def expanded(pattern: Path) -> list[Path] | None:
-    """Expand a pattern as WebDataset does, `a-{000..127}.tar` or `{a,b}.tar`; return None for a plain path.
+    """Expand a pattern as WebDataset does, `a-{000..127}.tar` or `{a,b}.tar`, or as shells do; None for a plain path.
 
     Raises:
         ValueError: the pattern is wrong, or stands for more than `MAX_SHARDS` files.
     """
     text = str(pattern)
+    if re.search(r"[*?\[].*\.tar$", text) and not pattern.exists():
+        return [path for path in map(Path, sorted(glob.glob(text))) if not hidden(path.name)] or None
     if not re.search(r"\{.*(\.\.|,).*\}", text) or pattern.exists():
         return None
     parts = re.split(r"\{([^{}]*)\}", text)
@@ -223,7 +226,7 @@ def _choices(text: str, pattern: str) -> Sequence[str]:
 def _contents(folder: Path) -> str:
     """Describe what is in a folder of no known layout, and name a likely folder in it."""
     if not folder.is_dir():
-        return "no folder and no tar file"
+        return "no folder and no .tar file (compressed archives are not read: unpack it)"
     names = sorted(_visible(folder))
     if not names:
         return "nothing"

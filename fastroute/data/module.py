@@ -88,6 +88,9 @@ class ImageDataModule(pl.LightningDataModule):
     With the attribute `deferred`, training batches that are augmented only on the device are yielded as `Draws`, from
     which `batch` makes the images, so that a captured training step can include this.
 
+    Order and augmentation are functions of the seed and the epoch, which is the trainer's; in a loop of your own, it is
+    the number of passes over training batches so far.
+
     After `setup()`, the attributes `classes`, `num_classes`, `in_chans` and `img_size` are those of the data, `mean`
     and `std` are in units of the uint8 values, and `description` is a line about the data.
 
@@ -200,6 +203,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.sources: dict[str, Source] | None = None
         self._loaders: list[EpochLoader] = []
         self._train_loader: EpochLoader | None = None
+        self._passes = 0  # over training batches, in a loop without a trainer
         self._place: dict | None = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -383,14 +387,18 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _loader_arguments(self, seed: int | None, finish: Finish | None) -> tuple:
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        return self.batch_size, seed, self._epoch, rank, world_size, finish
+        epoch = int if seed is None else self._epoch  # int() is 0
+        return self.batch_size, seed, epoch, rank, world_size, finish
 
     @property
     def _device(self) -> torch.device:
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
     def _epoch(self) -> int:
-        return self.trainer.current_epoch if self.trainer else 0
+        if self.trainer and not self.trainer.state.finished:
+            return self.trainer.current_epoch
+        self._passes += 1
+        return self._passes - 1
 
     def _finish(self) -> Finish | None:
         """Return the function that erases and mixes a normalised batch, or None."""

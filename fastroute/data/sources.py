@@ -8,6 +8,7 @@ import copy
 import errno
 import io
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -179,6 +180,7 @@ class TarSource(_Source):
         shard, names, offset, size, labels, ways = zip(*images, strict=True)
         if len(set(ways)) > 1:
             raise ValueError(f"{where}: {' and '.join(f'some images have {way}' for way in sorted(set(ways)))}")
+        _check_unsplit(names, where)
         classes, labels = _numbers_of(labels, class_map, where)
         self.classes = _first(classes, first_classes, self.shards[0])
         kept = ((labels >= 0) & (labels < len(self.classes))).nonzero().flatten()
@@ -315,7 +317,9 @@ def tar_sources(data_dir: Path, reading: Reading | None = None) -> dict[str, Tar
         shards = shards_of(data_dir, "train") or all_shards(data_dir)
         if not shards:
             raise FileNotFoundError(f"data_dir is {data_dir}; there are no tar shards in it")
-        return _split(TarSource(shards, *options), data_dir, reading)
+        source = TarSource(shards, *options)
+        _warn_of_empty(data_dir, source)
+        return _split(source, data_dir, reading)
     splits = ("train", "val")
     shards = {split: shards_of(data_dir, split) for split in splits}
     for split, found in shards.items():
@@ -329,6 +333,7 @@ def tar_sources(data_dir: Path, reading: Reading | None = None) -> dict[str, Tar
             f"{' and '.join(f'{split}/' for split in splits)}"
         )
     sources = {split: TarSource(found, *options) for split, found in shards.items()}
+    _warn_of_empty(data_dir, sources["train"])
     check_classes(data_dir, sources)
     return sources
 
@@ -442,6 +447,26 @@ def check_classes(data_dir: Path, sources: dict[str, Source]) -> None:
     raise ValueError(f"data_dir is {data_dir}; train/ and val/ must hold the same classes, but {has}{lacks}")
 
 
+def _check_unsplit(names: Iterable[bytes], where: str) -> None:
+    """Check that tar files read as one source do not hold the folders of both splits."""
+    above = {os.path.basename(os.path.dirname(os.path.dirname(name))) for name in names}
+    if {b"train", b"val"} <= above:
+        raise ValueError(
+            f"{where}: it holds train/ and val/ together, whose images would be mixed: unpack it, or pack each into "
+            "tar files of its own, such as train.tar and val.tar"
+        )
+
+
+def _warn_of_empty(data_dir: Path, source: Source) -> None:
+    """Warn of classes without an image, as of numbers that start at 1."""
+    counts = torch.bincount(source.labels, minlength=len(source.classes))
+    if empty := [name for name, count in zip(source.classes, counts.tolist(), strict=True) if not count]:
+        warnings.warn(
+            f"data_dir is {data_dir}; no image to train on is of the classes {_some(empty)} (numbers start at 0)",
+            stacklevel=3,
+        )
+
+
 def _first(classes: list[str], count: int | None, where: Path | str) -> list[str]:
     if count is not None and not 1 <= count <= len(classes):
         raise ValueError(f"first_classes is {count}; it must be 1 to {len(classes)}, the classes of {where}")
@@ -453,7 +478,8 @@ def _numbers_of(labels: Sequence[int | str], class_map: Sequence[str] | None, wh
     if isinstance(labels[0], int):
         if class_map is not None and max(labels) >= len(class_map):
             raise ValueError(
-                f"{where}: there are images of class {max(labels)}, but the class map names {len(class_map)}"
+                f"{where}: there are images of class {max(labels)}, but the class map names {len(class_map)} classes, "
+                f"0 to {len(class_map) - 1}"
             )
         classes = [str(number) for number in range(max(labels) + 1)] if class_map is None else list(class_map)
         return classes, torch.tensor(labels)

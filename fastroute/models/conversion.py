@@ -62,11 +62,11 @@ def multipath(
         model: any network from one tensor of images to one of logits. torch.fx must be able to trace the forward of
             the modules around the cuts; all other modules may do anything.
         paths: the number of parallel paths, 2 to 8.
-        route_after: names of modules, as in `model.named_modules()`, such that the rest of the network needs only their
-            output; "input" stands for the images. Tokens (N, L, C) of a transformer are routed by their channels C, and
-            so are maps (N, H, W, C), as Swin has them: the channels are the axis whose size does not depend on that of
-            the images. "auto" cuts at every change of resolution, behind the last module at each resolution but the
-            images' own; it looks only into modules of type `nn.Sequential`.
+        route_after: names of modules, as in `model.named_modules()`, in a list or joined by commas, such that the rest
+            of the network needs only their output; "input" stands for the images. Tokens (N, L, C) of a transformer are
+            routed by their channels C, and so are maps (N, H, W, C), as Swin has them: the channels are the axis whose
+            size does not depend on that of the images. "auto" cuts at every change of resolution, behind the last
+            module at each resolution but the images' own; it looks only into modules of type `nn.Sequential`.
         routing: "cc", cross-connections; "stitch", cross-stitch units; a function from (channels, in_paths,
             out_paths) to a module from and to lists of tensors, such as `partial(CrossConnection, gate_channels=8)`;
             or None, paths that meet only at the first cut and the logits.
@@ -75,8 +75,8 @@ def multipath(
             is for pretrained networks: every path has the weights of `model`, with `noise` on all but the first path's.
             A one-to-many router with even gates gives each path 1/n of its input, so "cc" then multiplies that input by
             n, and without noise the new network at first computes the same as `model`, unless gate_norm="standardize"
-            spreads the gates. The state dict has this factor. Both leave parameters that are frozen (`requires_grad` is
-            False) as they are.
+            spreads the gates. The state dict has this factor, so a network that is to load it must be built with
+            init="copy" too. Both leave parameters that are frozen (`requires_grad` is False) as they are.
         noise: for init="copy", the standard deviation of the noise on each weight of a convolution or dense layer,
             relative to that of the weights.
         input_size: (channels, height, width) of the images by which the channels at each cut are found, or (channels,
@@ -134,7 +134,9 @@ def multipath(
     if isinstance(route_after, str) and route_after == "auto":
         route_after = _changes_of_resolution(model, input_size)
     elif isinstance(route_after, str):
-        raise ValueError(f"route_after is {route_after!r}; it must be a list of names, or 'auto'")
+        if "," not in route_after:
+            raise ValueError(f"route_after is {route_after!r}; it must be a list of names, or 'auto'")
+        route_after = route_after.split(",")  # as on the command line
     graph, cuts = _cut(model, route_after)
     first = next(iter(cuts.values()))
     if routing is None:  # the paths start from one and the same tensor
@@ -288,9 +290,10 @@ def _changes_of_resolution(model: nn.Module, input_size: Sequence[int]) -> list[
         if resolution not in (tuple(input_size[1:]), (1, 1)):
             last[resolution] = name
     if len(last) < 2 and others:  # of a transformer, whose tokens keep their number
+        names = ",".join(_blocks(model, max(others.values(), key=len)))
         raise ValueError(
-            f"route_after is 'auto', but the resolution of {type(model).__name__} does not change from module to "
-            f"module; name modules to cut behind, such as {','.join(_blocks(model, max(others.values(), key=len)))}"
+            f"route_after is 'auto', which cuts where the resolution of maps changes, and {type(model).__name__} has "
+            f"no such maps; name modules to cut behind, such as {names}"
         )
     if not last:
         raise ValueError("route_after is 'auto', but no module behind which the resolution changes is found; name some")

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from benchmarks import write_tables
 from benchmarks.test_overhead import check
+from fastroute import bench
 from fastroute.bench import Result, overhead
 from fastroute.bench.operators import FORWARD
 from fastroute.cli import app
@@ -33,6 +34,19 @@ def test_bench_measures_shows_and_compares(tmp_path, monkeypatch):
     result = run("compare", tmp_path / "a.json", tmp_path / "a.json")
     assert result.exit_code == 0 and "1.00" in result.output, result.output
     assert "× kernel" in run("show", tmp_path / "a.json").output
+
+
+def test_what_was_measured_is_kept_if_the_run_is_stopped(tmp_path, monkeypatch):
+    def stop(case, rounds):
+        if (tmp_path / "a.json").exists():
+            raise KeyboardInterrupt
+        return measure(case, rounds)
+
+    monkeypatch.setattr(overhead, "REPEATS", 1)
+    measure = bench.measure
+    monkeypatch.setattr(bench, "measure", stop)
+    run("-k", TINY, "--device", "cpu", "--rounds", 1, "--output", tmp_path, "--name", "a")
+    assert len(Result.load(tmp_path / "a.json").rows) == 1
 
 
 def test_tables_are_written_into_a_page(tmp_path, make_result, monkeypatch, capsys):

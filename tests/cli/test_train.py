@@ -366,3 +366,41 @@ def test_a_sentence_where_the_network_takes_no_block(tmp_path):
 def test_a_sentence_where_images_are_too_small_for_capsules(tmp_path):
     result = run("train", "capsnet", "--output", tmp_path)
     assert result.exit_code == 2 and "img_size is 8; it must be at least 17 for two convolutions" in result.output
+
+
+OWN = """
+from torch import nn
+
+class Viewed(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4 * 6 * 6, num_classes)
+    def forward(self, x):
+        x = self.conv(x)
+        return self.head(x.view(x.shape[0], -1))
+
+class Two(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = nn.Linear(8, num_classes)
+    def forward(self, x, y):
+        return self.head(x)
+"""
+
+
+def test_an_own_network_that_cannot_compute_in_channels_last(image_folder, tmp_path, monkeypatch):
+    (tmp_path / "own_nets.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    images = ("--data-dir", image_folder)
+    train = ("train", "own_nets:Viewed", *images, "--img-size", 8, "-j", 1, "-b", 8, "--epochs", 1)
+    result = run(*train, "--device", "cpu", "--output", tmp_path, "--experiment", "run")
+    assert result.exit_code == 0, result.output
+    assert "own_nets:Viewed cannot take images in channels_last, so it computes in NCHW" in result.output
+    assert yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())["channels_last"] is False
+    result = run("validate", tmp_path / "run" / "last.ckpt", "--model", "own_nets:Viewed", *images, "-j", 1)
+    assert result.exit_code == 0, result.output
+    result = run(*train, "--channels-last", "--output", tmp_path, "--experiment", "asked")
+    assert result.exit_code == 2 and "use --no-channels-last, or reshape or flatten" in result.output, result.output
+    result = run("train", "own_nets:Two", *train[2:], "--output", tmp_path, "--experiment", "two")
+    assert result.exit_code == 2, result.output
+    assert "own_nets:Two cannot take images of 3 × 8 × 8" in result.output and "missing 1 required" in result.output

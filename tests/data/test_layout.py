@@ -101,6 +101,10 @@ def test_patterns(tmp_path):
     assert expanded(Path("a-{008..011}.tar")) == [Path(f"a-{i:03}.tar") for i in range(8, 12)]
     assert expanded(Path("{x,y}/{0..1}.tar")) == [Path(f"{a}/{i}.tar") for a in "xy" for i in range(2)]
     assert expanded(Path("a.tar")) is None and expanded(Path("{a}.tar")) is None
+    touched(tmp_path, "a/b.tar", "a/c.tar", "a/.d.tar", "a/e.txt")
+    shards = [tmp_path / "a/b.tar", tmp_path / "a/c.tar"]
+    assert expanded(tmp_path / "a/*.tar") == expanded(tmp_path / "?/[bc].tar") == shards
+    assert expanded(tmp_path / "x*.tar") is None
     touched(tmp_path, "{0..1}")
     assert expanded(tmp_path / "{0..1}") is None  # there is a file of that name
     for pattern, message in (

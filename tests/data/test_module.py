@@ -18,8 +18,11 @@ def prepared(**options):
     return data
 
 
+DEVICE = SimpleNamespace(root_device=torch.device("cpu"))
+
+
 def at_epoch(data, epoch):
-    data.trainer = SimpleNamespace(current_epoch=epoch, strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    data.trainer = SimpleNamespace(current_epoch=epoch, state=SimpleNamespace(finished=False), strategy=DEVICE)
     return [torch.cat(parts) for parts in zip(*data.train_dataloader(), strict=True)]
 
 
@@ -50,6 +53,21 @@ def test_order_and_augmentation_follow_from_seed_and_epoch():
     assert torch.equal(images, again)
     for data, epoch in ((prepared(seed=1), 1), (prepared(seed=0), 1), (prepared(seed=2), 0)):
         assert not torch.equal(labels, at_epoch(data, epoch)[1])
+
+
+def test_a_loop_without_a_trainer_has_new_epochs(image_folder):
+    folder = {"dataset": "imagefolder", "data_dir": image_folder, "img_size": 8, "num_workers": 1}
+    for options in ({}, folder | {"in_memory": False}):
+        data = prepared(seed=1, **options)
+        loader = data.train_dataloader()
+        wanted = [at_epoch(prepared(seed=1, **options), epoch) for epoch in range(3)]
+        passes = [loader, loader, data.train_dataloader()]  # a loop may ask for the loader anew
+        for epoch, batches in enumerate(passes):
+            list(data.val_dataloader())  # which is no pass over training batches
+            found = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted[epoch], strict=True))
+    data.trainer = SimpleNamespace(current_epoch=9, state=SimpleNamespace(finished=True), strategy=DEVICE)
+    assert not torch.equal(next(iter(loader))[0], next(iter(loader))[0])
 
 
 def test_digits_are_shifted_by_at_most_a_pixel_and_never_mirrored():
@@ -157,11 +175,12 @@ def test_shards_are_streamed(image_folder, tmp_path):
 
 
 def test_mixed_batches_have_labels_of_two_classes_and_the_same_images_every_time():
-    data = prepared(batch_size=1437, mixup=1.0, cutmix=1.0, reprob=0.5)
+    options = {"batch_size": 1437, "mixup": 1.0, "cutmix": 1.0, "reprob": 0.5}
+    data = prepared(**options)
     images, labels = next(iter(data.train_dataloader()))
     assert labels.shape == (1437, 10) and torch.allclose(labels.sum(1), torch.ones(1437))
     assert 0 < ((labels > 0).sum(1) == 2).float().mean() <= 1
-    assert torch.equal(next(iter(data.train_dataloader()))[0], images)
+    assert torch.equal(next(iter(prepared(**options).train_dataloader()))[0], images)
     assert next(iter(data.val_dataloader()))[1].dtype == torch.int64
 
 

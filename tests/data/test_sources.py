@@ -20,7 +20,7 @@ from fastroute.data.sources import (
     tar_sources,
     val_source,
 )
-from tests.data.tars import packed, pairs, png, shard
+from tests.data.tars import add, packed, pairs, png, shard
 
 
 def test_first_classes(tmp_path, image_folder):
@@ -166,7 +166,7 @@ def test_a_class_map_orders_and_chooses_classes(image_folder, tmp_path):
     with pytest.warns(UserWarning, match="classes that the class map does not name are left out, 1 such as class1"):
         source = TarSource([shard(tmp_path / "b.tar", range(6), numbered=False)], class_map=["class2", "class0"])
     assert source.labels.tolist() == [1, 0] * 2 and np.asarray(read_image(source, 1)).mean() == 2
-    with pytest.raises(ValueError, match="there are images of class 2, but the class map names 1"):
+    with pytest.raises(ValueError, match="there are images of class 2, but the class map names 1 classes, 0 to 0"):
         TarSource([tmp_path / "a.tar"], class_map=["zero"])
     with pytest.raises(FileNotFoundError, match="Found no valid file for the classes dog"), pytest.warns():
         FolderSource(image_folder / "val", class_map=["dog"])
@@ -181,6 +181,24 @@ def test_wrong_class_maps(tmp_path, content, message):
     (tmp_path / "map.txt").write_bytes(content)
     with pytest.raises(ValueError, match=f"class_map is .*map.txt; .*{message}"):
         read_class_map(tmp_path / "map.txt")
+
+
+def test_a_tar_file_of_both_splits_is_refused(image_folder, tmp_path):
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        tar.add(image_folder, "animals")
+    for reading in (Reading(val_split=0.5), Reading()):
+        with pytest.raises(ValueError, match=r"all.tar: it holds train/ and val/ together"):
+            val_source("webdataset", tmp_path / "all.tar", reading)
+
+
+def test_classes_without_images_are_named(tmp_path):
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            for value in range(1, 4):
+                add(tar, f"{value}.png", png(value))
+                add(tar, f"{value}.cls", str(value).encode())
+    with pytest.warns(UserWarning, match=r"no image to train on is of the classes 0 \(numbers start at 0\)"):
+        assert len(tar_sources(tmp_path)["train"].classes) == 4
 
 
 def test_a_share_of_each_class_is_set_aside_by_the_seed():

@@ -64,6 +64,8 @@ CUTS = ["stem", "stage1", "stage2", "dense"]
 
 def test_parts_and_routers_in_turn():
     assert fastroute.multipath is multipath
+    joined = toy_paths(Toy(), 3, "stage2,stem,dense,stage1")
+    assert joined.state_dict().keys() == toy_paths(Toy(), 3, CUTS).state_dict().keys()
     model = toy_paths(Toy(), 3, ["stage2", "stem", "dense", "stage1"])  # in any order
     assert isinstance(model, MultiPathNetwork)
     names = [name for cut in CUTS for name in (cut, f"{cut}_router")] + ["head"]
