@@ -9,7 +9,9 @@ import typer
 
 from fastroute.cli.common import plain_errors, resolve_device
 
-app = typer.Typer(help="Measure the operators and networks on this machine, or work with results.")
+app = typer.Typer(
+    help="Measure the operators and networks on this machine, or work with results.", add_completion=False
+)
 
 ResultFile = Annotated[Path, typer.Argument(help="A file that `fastroute bench` wrote.")]
 

@@ -59,6 +59,8 @@ def shard_images(path: str, keys: Sequence[str] = ()) -> list[Labelled]:
         file = open_regular(path)
     except NotRegular as error:
         raise ValueError(f"{cannot}: {error}") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{cannot}: there is no such file") from None
     try:
         found, left_out = _classified(file, keys)
     except ValueError as error:
