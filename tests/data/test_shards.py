@@ -62,9 +62,7 @@ def test_wrong_shards(tmp_path):
     with pytest.raises(ValueError, match=r"negative.tar cannot be read .*: 0.cls says class -1; classes are numbered"):
         TarSource([tmp_path / "negative.tar"])
     tarfile.open(tmp_path / "empty.tar", "w").close()
-    with pytest.raises(
-        FileNotFoundError, match=r"none.tar cannot be read as a tar file .*: there is no such file"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"none.tar cannot be read as a tar file .*: there is no such file"):
         TarSource([tmp_path / "none.tar"])
     with pytest.raises(FileNotFoundError, match=r"there are no images in .*empty.tar"):
         TarSource([tmp_path / "empty.tar"])
