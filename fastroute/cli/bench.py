@@ -44,8 +44,8 @@ def bench(
 ) -> None:
     """Measure the operators and networks on this machine, against plain PyTorch, torch.compile and a copy.
 
-    Write NAME.json after each case, and figures at the end. `--full`, `--stated`, `--steps` and `-k` choose among the
-    cases. The exit status is 1 if a result was wrong.
+    Write NAME.json and figures, and until then NAME.partial.json after each case. `--full`, `--stated`, `--steps` and
+    `-k` choose among the cases. The exit status is 1 if a result was wrong.
     """
     if context.invoked_subcommand is not None:
         return
@@ -62,8 +62,10 @@ def bench(
         memory.keep_freed_memory()
     result = bench.Result.here(device, rounds=rounds or bench.ROUNDS, keep_freed_memory=keep_freed_memory)
     name = name or f"{device.type}_{time.strftime('%Y%m%d-%H%M%S')}"
-    bench.run(result, cases, rounds, say=typer.echo, save=lambda: result.save(output / f"{name}.json"))
+    partial = output / f"{name}.partial.json"
+    bench.run(result, cases, rounds, say=typer.echo, save=lambda: result.save(partial))
     save(result, output, name)
+    partial.unlink(missing_ok=True)
     if result.settings["failures"]:
         raise typer.Exit(1)
 

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -223,7 +224,7 @@ def _say(console: Console, sentence: str) -> None:
     console.print(escaped(sentence), soft_wrap=True, highlight=False)
 
 
-def check_takes(built: "nn.Module", name: str, in_chans: int, img_size: int, classes: int) -> None:
+def check_takes(built: "nn.Module", name: str, in_chans: int, img_size: int, classes: int | None = None) -> None:
     """Check that a network returns logits of the right shape for an image.
 
     Args:
@@ -231,7 +232,7 @@ def check_takes(built: "nn.Module", name: str, in_chans: int, img_size: int, cla
         name: of the network, for messages.
         in_chans: channels of the image.
         img_size: its height and width.
-        classes: the number of logits.
+        classes: the number of logits; None is any.
 
     Raises:
         ValueError: the network does not take such an image, or returns something else.
@@ -249,10 +250,11 @@ def check_takes(built: "nn.Module", name: str, in_chans: int, img_size: int, cla
         raise ValueError(
             f"img_size is {img_size}; {name} cannot take images of {in_chans} × {img_size} × {img_size}: {reason}"
         ) from error
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] != classes:
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] != (classes or logits.shape[1]):
         what = f"{(*logits.shape,)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
         raise ValueError(
-            f"model is {name!r}; for an image it returns {what}, expected logits (1, {classes}), one for each class"
+            f"model is {name!r}; for an image it returns {what}, expected logits (1, {classes or 'classes'}), one for "
+            "each class"
         )
 
 
@@ -273,27 +275,43 @@ def usable_channels_last(
     Raises:
         ValueError: `wish` is True, and the network cannot take such images.
     """
-    import torch
-
-    from fastroute.models._modes import modes_kept
-
     if not (usual if wish is None else wish):
         return False
-    like = next(built.parameters(), torch.empty(0))
-    image = torch.zeros(2, in_chans, img_size, img_size, dtype=like.dtype, device=like.device)
+    reason = _layout_error(built, in_chans, img_size)
+    if reason is None:
+        return True
+    if wish:
+        raise ValueError(
+            f"channels_last is True; {name} cannot compute in channels_last: {reason}; use --no-channels-last, or "
+            "reshape or flatten in its forward in place of view"
+        )
+    _say(console, f"{name} cannot compute in channels_last, so it computes in NCHW: {reason}")
+    return False
+
+
+def _layout_error(built: "nn.Module", in_chans: int, img_size: int) -> str | None:
+    """Return the error that a network raises in channels_last and not in NCHW, in training or evaluation, or None."""
+    import torch
+
+    def error(network: "nn.Module", layout: torch.memory_format) -> str | None:
+        like = next(network.parameters(), torch.empty(0))
+        image = torch.zeros(2, in_chans, img_size, img_size, dtype=like.dtype, device=like.device)
+        try:
+            with torch.no_grad(), torch.random.fork_rng():
+                network.to(memory_format=layout)(image.contiguous(memory_format=layout))
+        except Exception as error:  # of a user's own network, any
+            return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
+        return None
+
     try:
-        with torch.no_grad(), modes_kept(built):
-            built.eval()(image.contiguous(memory_format=torch.channels_last))
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
-        if wish:
-            raise ValueError(
-                f"channels_last is True; {name} cannot take images in channels_last: {reason}; use --no-channels-last, "
-                "or reshape or flatten in its forward in place of view"
-            ) from error
-        _say(console, f"{name} cannot take images in channels_last, so it computes in NCHW: {reason}")
-        return False
-    return True
+        network = copy.deepcopy(built)
+    except RuntimeError:  # of weights that are computed from others, as by pruning
+        return None
+    for training in (True, False):
+        reason = error(network.train(training), torch.channels_last)
+        if reason is not None and error(network, torch.contiguous_format) is None:
+            return reason
+    return None
 
 
 def _kwargs(words: Sequence[str]) -> dict[str, Any]:

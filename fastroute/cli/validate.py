@@ -26,7 +26,7 @@ from fastroute.cli.common import (
 )
 from fastroute.cli.errors import escaped, standard_output
 from fastroute.cli.images import choose_images
-from fastroute.cli.network import usable_channels_last
+from fastroute.cli.network import check_takes, usable_channels_last
 from fastroute.cli.sizes import check_batch, check_images
 from fastroute.cli.trained import check_channels, default_device
 
@@ -102,7 +102,11 @@ def validate(context: typer.Context, options: ValidateOptions) -> None:
             raise FileNotFoundError(f"results_file is {results_file}; there is no such folder: make it first")
         with process_group():
             console = standard_output(quiet=not is_main())
-            results = [_result(path, options, console) for path in _checkpoints(checkpoint)]
+            results = []
+            for path in _checkpoints(checkpoint):
+                results.append(_result(path, options, console))
+                if is_main() and results_file is not None:  # now, as the next one may fail
+                    _write(results_file, results)
     table = Table("checkpoint", "network", "crops")
     for column in ("top-1 error %", "top-5 error %", "images", "skipped", "images/s"):
         table.add_column(column, justify="right")
@@ -118,9 +122,6 @@ def validate(context: typer.Context, options: ValidateOptions) -> None:
     console.print(table)
     if options.gates:
         console.print(counts)
-    if is_main() and results_file is not None:
-        with plain_errors():
-            _write(results_file, results)
 
 
 def _checkpoints(path: Path | None) -> list[Path | None]:
@@ -191,6 +192,7 @@ def _result(path: Path | None, options: ValidateOptions, console: Console) -> di
         raise ValueError(f"gates is True, but {model} has no routers")
     if path is not None:
         load_weights(network, path, averaged=options.use_ema, name="checkpoint")
+    check_takes(network, str(model), in_chans, size)
     channels_last = usable_channels_last(
         network,
         str(model),

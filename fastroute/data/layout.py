@@ -188,16 +188,18 @@ def all_shards(data_dir: Path) -> list[Path]:
 
 
 def expanded(pattern: Path) -> list[Path] | None:
-    """Expand a pattern as WebDataset does, `a-{000..127}.tar` or `{a,b}.tar`, or as shells do; None for a plain path.
+    """Expand a pattern as WebDataset does, `a-{000..127}.tar` or `{a,b}.tar`, and `*`, `?` and `[ ]`.
+
+    None stands for a plain path.
 
     Raises:
         ValueError: the pattern is wrong, or stands for more than `MAX_SHARDS` files.
     """
     text = str(pattern)
-    if re.search(r"[*?\[].*\.tar$", text) and not pattern.exists():
-        return [path for path in map(Path, sorted(glob.glob(text))) if not hidden(path.name)] or None
-    if not re.search(r"\{.*(\.\.|,).*\}", text) or pattern.exists():
+    if pattern.exists():
         return None
+    if not re.search(r"\{.*(\.\.|,).*\}", text):
+        return _matches(pattern) or None
     parts = re.split(r"\{([^{}]*)\}", text)
     if any("{" in part or "}" in part for part in parts):
         raise ValueError(f"data_dir is {shown(text)}; its braces do not match")
@@ -207,7 +209,18 @@ def expanded(pattern: Path) -> list[Path] | None:
         count *= len(items)
     if count > MAX_SHARDS:
         raise ValueError(f"data_dir is {shown(text)}; it stands for {count:,} files, and at most {MAX_SHARDS:,} may be")
-    return [Path("".join(items)) for items in itertools.product(*choices)]
+    paths = [Path("".join(items)) for items in itertools.product(*choices)]
+    return [found for path in paths for found in _matches(path) or [path]]
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """Return the sorted tar files that match a pattern of `*`, `?` and `[ ]` below the folders that exist."""
+    above = next((parent for parent in pattern.parents if parent.exists()), Path())
+    below = str(pattern.relative_to(above))
+    if not re.search(r"[*?[]", below) or pattern.suffix != ".tar":
+        return []
+    found = glob.glob(os.path.join(glob.escape(str(above)), below))
+    return [path for path in map(Path, sorted(found)) if not hidden(path.name)]
 
 
 def _choices(text: str, pattern: str) -> Sequence[str]:

@@ -7,7 +7,7 @@ epoch by starting at a batch, and N processes together see what one process with
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from fastroute.data.decode import WAYS_ON, UnreadableImage
 from fastroute.data.seeding import generator, seeded
 from fastroute.data.sources import Source, read_image
 from fastroute.data.transforms import pixels
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningDataModule
 
 Finish = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -71,6 +74,24 @@ def batch_sizes(count: int, batch_size: int, world_size: int = 1, *, training: b
     return sizes
 
 
+class Epochs:
+    """Number the epochs of training: as the trainer does while it runs, or in another loop by the passes so far.
+
+    Args:
+        module: its attribute `trainer` is Lightning's, or None.
+    """
+
+    def __init__(self, module: "LightningDataModule"):
+        self.module, self.next = module, 0
+
+    def __call__(self) -> int:
+        """Return the number of the epoch that starts."""
+        trainer = self.module.trainer
+        epoch = trainer.current_epoch if trainer and trainer.state.status == "running" else self.next
+        self.next = epoch + 1
+        return epoch
+
+
 class EpochLoader:
     """Base of loaders: the order of an epoch, this process's share of it, and the place to resume.
 
@@ -101,7 +122,7 @@ class EpochLoader:
         self.count = count if seed is None else count - count % world_size
         self.batch_size, self.seed, self.epoch, self.finish = batch_size, seed, epoch, finish
         self.rank, self.world_size = rank, world_size
-        self._start = self._done = 0
+        self._start = self._done = self._epoch = 0
 
     def __len__(self) -> int:
         return len(batch_sizes(self.count, self.batch_size, self.world_size, training=self.seed is not None))
@@ -113,6 +134,7 @@ class EpochLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         epoch, self._done, self._start = self.epoch(), self._start, 0
+        self._epoch = epoch
         for batch in self.batches(epoch, self._done):
             if self.finish is not None:
                 with seeded(self.seed, epoch, self._done, self.rank):
@@ -129,8 +151,8 @@ class EpochLoader:
         raise NotImplementedError
 
     def state_dict(self) -> dict:
-        """Return the place in the epoch: "done" of "batches"."""
-        return {"done": self._done, "batches": len(self)}
+        """Return the place in the epoch: "done" of "batches" of "epoch"."""
+        return {"done": self._done, "batches": len(self), "epoch": self._epoch}
 
     def load_state_dict(self, state: dict) -> None:
         """Start the next epoch at a saved place.
@@ -145,6 +167,8 @@ class EpochLoader:
                 "go on with the same data, batch_size and number of processes"
             )
         self._start = done % batches
+        if isinstance(self.epoch, Epochs) and done:
+            self.epoch.next = state.get("epoch", 0) + (done == batches)
 
 
 class MemoryLoader(EpochLoader):

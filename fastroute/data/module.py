@@ -16,7 +16,7 @@ from fastroute.data.augment import channel_statistics, erase
 from fastroute.data.decode import ON_BAD_IMAGE
 from fastroute.data.in_memory import DATASETS, ImageSet, Options
 from fastroute.data.layout import TORCHVISION, choose
-from fastroute.data.loaders import Draws, EpochLoader, Finish, MemoryLoader, PlaceMismatch, StreamLoader
+from fastroute.data.loaders import Draws, EpochLoader, Epochs, Finish, MemoryLoader, PlaceMismatch, StreamLoader
 from fastroute.data.sources import Reading, Source, folder_sources, read_class_map, tar_sources
 from fastroute.data.tar import shown
 from fastroute.data.transforms import (
@@ -88,8 +88,8 @@ class ImageDataModule(pl.LightningDataModule):
     With the attribute `deferred`, training batches that are augmented only on the device are yielded as `Draws`, from
     which `batch` makes the images, so that a captured training step can include this.
 
-    Order and augmentation are functions of the seed and the epoch, which is the trainer's; in a loop of your own, it is
-    the number of passes over training batches so far.
+    Order and augmentation are functions of the seed and the epoch. While a trainer runs, it is the trainer's; in
+    another loop, each pass over training batches is one.
 
     After `setup()`, the attributes `classes`, `num_classes`, `in_chans` and `img_size` are those of the data, `mean`
     and `std` are in units of the uint8 values, and `description` is a line about the data.
@@ -203,7 +203,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.sources: dict[str, Source] | None = None
         self._loaders: list[EpochLoader] = []
         self._train_loader: EpochLoader | None = None
-        self._passes = 0  # over training batches, in a loop without a trainer
+        self._epochs = Epochs(self)
         self._place: dict | None = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -387,18 +387,12 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _loader_arguments(self, seed: int | None, finish: Finish | None) -> tuple:
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        epoch = int if seed is None else self._epoch  # int() is 0
+        epoch = int if seed is None else self._epochs  # int() is 0
         return self.batch_size, seed, epoch, rank, world_size, finish
 
     @property
     def _device(self) -> torch.device:
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-
-    def _epoch(self) -> int:
-        if self.trainer and not self.trainer.state.finished:
-            return self.trainer.current_epoch
-        self._passes += 1
-        return self._passes - 1
 
     def _finish(self) -> Finish | None:
         """Return the function that erases and mixes a normalised batch, or None."""

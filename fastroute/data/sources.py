@@ -22,9 +22,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from fastroute.data.decode import UnreadableImage, check_size, decode_image, named
 from fastroute.data.folders import LeftOut, images_below, is_folder, warn_of
-from fastroute.data.layout import all_shards, expanded, hidden, shards_of, split_folders
+from fastroute.data.layout import SPLITS, all_shards, expanded, hidden, shards_of, split_folders
 from fastroute.data.seeding import generator
-from fastroute.data.shards import input_keys, shard_images
+from fastroute.data.shards import BY_FOLDER, input_keys, shard_images
 from fastroute.data.tar import NotRegular, open_regular, shown
 
 MAX_CLASS_MAP = 2**26
@@ -180,7 +180,7 @@ class TarSource(_Source):
         shard, names, offset, size, labels, ways = zip(*images, strict=True)
         if len(set(ways)) > 1:
             raise ValueError(f"{where}: {' and '.join(f'some images have {way}' for way in sorted(set(ways)))}")
-        _check_unsplit(names, where)
+        _check_unsplit(names, where, ways[0] == BY_FOLDER)
         classes, labels = _numbers_of(labels, class_map, where)
         self.classes = _first(classes, first_classes, self.shards[0])
         kept = ((labels >= 0) & (labels < len(self.classes))).nonzero().flatten()
@@ -447,13 +447,18 @@ def check_classes(data_dir: Path, sources: dict[str, Source]) -> None:
     raise ValueError(f"data_dir is {data_dir}; train/ and val/ must hold the same classes, but {has}{lacks}")
 
 
-def _check_unsplit(names: Iterable[bytes], where: str) -> None:
-    """Check that tar files read as one source do not hold the folders of both splits."""
-    above = {os.path.basename(os.path.dirname(os.path.dirname(name))) for name in names}
-    if {b"train", b"val"} <= above:
+def _check_unsplit(names: Iterable[bytes], where: str, by_folder: bool) -> None:
+    """Check that tar files read as one source do not hold the folders of several splits."""
+    splits = defaultdict(set)  # by the folder that holds them
+    for folder in {os.path.dirname(name) for name in names}:
+        parts = os.fsdecode(folder).split("/")
+        for i, part in enumerate(parts[:-1] if by_folder else parts):  # the last one may be a class
+            if part in SPLITS:
+                splits[tuple(parts[:i])].add(part)
+    if found := next((sorted(kinds) for kinds in splits.values() if len(kinds) > 1), None):
         raise ValueError(
-            f"{where}: it holds train/ and val/ together, whose images would be mixed: unpack it, or pack each into "
-            "tar files of its own, such as train.tar and val.tar"
+            f"{where}: it holds {' and '.join(f'{name}/' for name in found)}, whose images would be mixed: unpack it, "
+            "or pack each into tar files of its own, such as train.tar and val.tar"
         )
 
 
@@ -461,8 +466,9 @@ def _warn_of_empty(data_dir: Path, source: Source) -> None:
     """Warn of classes without an image, as of numbers that start at 1."""
     counts = torch.bincount(source.labels, minlength=len(source.classes))
     if empty := [name for name, count in zip(source.classes, counts.tolist(), strict=True) if not count]:
+        start = " (numbers start at 0)" if empty[0] == "0" else ""
         warnings.warn(
-            f"data_dir is {data_dir}; no image to train on is of the classes {_some(empty)} (numbers start at 0)",
+            f"data_dir is {data_dir}; no image to train on is of the classes {_some(empty)}{start}",
             stacklevel=3,
         )
 

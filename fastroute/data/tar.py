@@ -93,7 +93,7 @@ def members(file: int) -> Iterator[Member]:
         if len(block) < BLOCK:
             raise TarError("it is empty" if end == 0 else f"it is cut short at byte {end:,}")
         if at == 0 and block.startswith(b"\x1f\x8b"):
-            raise TarError("it is compressed by gzip, which cannot be read from any place: unpack it (gunzip)")
+            raise TarError("it is compressed by gzip, which cannot be read at random: unpack it (gunzip)")
         if not _sums_up(block):
             raise TarError(f"there is no header at byte {at:,}, where one must be: it is damaged or no tar file")
         kind, offset = block[156:157], at + BLOCK

@@ -1,6 +1,7 @@
 """Sparse multi-path layers, which compute only a few of the paths for each sample (§5.3)."""
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -460,7 +461,7 @@ def _index_select(x: Tensor, index: Tensor) -> Tensor:
 
 def _is_sharded(path: nn.Module) -> bool:
     """Return whether FSDP gathers weights of a path from all processes, for which each of them must run it."""
-    if not (dist.is_available() and dist.is_initialized()):
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever shards has imported it
+    if fsdp is None or not dist.is_initialized():
         return False
-    names = ("FSDPModule", "FullyShardedDataParallel")  # importing these takes a while
-    return any(base.__name__ in names for module in path.modules() for base in type(module).__mro__)
+    return any(isinstance(layer, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)) for layer in path.modules())

@@ -300,6 +300,7 @@ def check_images(data: Any) -> None:
     place = data.get("place")
     if place is not None:
         check_each(place, {"done": NATURAL, "batches": COUNT}, "ImageDataModule['place']", required=True)
+        check_each(place, {"epoch": NATURAL}, "ImageDataModule['place']")
 
 
 def _check_totals(totals: Any) -> None:

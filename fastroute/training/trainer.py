@@ -183,8 +183,8 @@ def fit(
         raise ValueError(f"accelerator is {accelerator!r}; PyTorch finds no GPU here")
     device_type = "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     check_amp(amp_dtype, device_type)
-    if amp_dtype is not None and is_main():
-        warn_if_emulated(getattr(torch, amp_dtype), device_type)
+    if is_main() and (amp_dtype == "bfloat16" or precision == "bf16-mixed"):
+        warn_if_emulated(torch.bfloat16, device_type)
     check_warmup(module.hparams.sched, module.hparams.warmup_epochs, epochs)
     if module.hparams.cuda_graphs:
         check_recording(

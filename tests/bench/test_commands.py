@@ -28,6 +28,7 @@ def test_bench_measures_shows_and_compares(tmp_path, monkeypatch):
     result = run("-k", TINY, "--device", "cpu", "--rounds", 1, "--output", tmp_path, "--name", "a")
     assert result.exit_code == 0, result.output
     assert "1/2 cross_connect-forward-" in result.output and "geometric mean" in result.output
+    assert not (tmp_path / "a.partial.json").exists()
     written = Result.load(tmp_path / "a.json")
     assert [row.suite for row in written.rows] == ["overhead"] * 2 and written.settings["rounds"] == 1
     assert written.machine["device"] == "cpu" and written.versions["torch"] == str(torch.__version__)
@@ -38,7 +39,7 @@ def test_bench_measures_shows_and_compares(tmp_path, monkeypatch):
 
 def test_what_was_measured_is_kept_if_the_run_is_stopped(tmp_path, monkeypatch):
     def stop(case, rounds):
-        if (tmp_path / "a.json").exists():
+        if (tmp_path / "a.partial.json").exists():
             raise KeyboardInterrupt
         return measure(case, rounds)
 
@@ -46,7 +47,7 @@ def test_what_was_measured_is_kept_if_the_run_is_stopped(tmp_path, monkeypatch):
     measure = bench.measure
     monkeypatch.setattr(bench, "measure", stop)
     run("-k", TINY, "--device", "cpu", "--rounds", 1, "--output", tmp_path, "--name", "a")
-    assert len(Result.load(tmp_path / "a.json").rows) == 1
+    assert len(Result.load(tmp_path / "a.partial.json").rows) == 1
 
 
 def test_tables_are_written_into_a_page(tmp_path, make_result, monkeypatch, capsys):

@@ -379,6 +379,18 @@ class Viewed(nn.Module):
         x = self.conv(x)
         return self.head(x.view(x.shape[0], -1))
 
+class Grey(nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3))
+        self.head = nn.Linear(4 * 4 * 4, num_classes)
+    def forward(self, x):
+        return self.head(self[1](self[0](x)).view(x.shape[0], -1))
+
+class Trained(Viewed):
+    def forward(self, x):
+        x = self.conv(x)
+        return self.head(x.view(x.shape[0], -1) if self.training else x.flatten(1))
+
 class Two(nn.Module):
     def __init__(self, num_classes):
         super().__init__()
@@ -392,15 +404,21 @@ def test_an_own_network_that_cannot_compute_in_channels_last(image_folder, tmp_p
     (tmp_path / "own_nets.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     images = ("--data-dir", image_folder)
-    train = ("train", "own_nets:Viewed", *images, "--img-size", 8, "-j", 1, "-b", 8, "--epochs", 1)
-    result = run(*train, "--device", "cpu", "--output", tmp_path, "--experiment", "run")
+    train = ("train", "own_nets:Viewed", "--img-size", 8, "-j", 1, "-b", 8, "--epochs", 1, "--device", "cpu")
+    result = run(*train, *images, "--output", tmp_path, "--experiment", "run")
     assert result.exit_code == 0, result.output
-    assert "own_nets:Viewed cannot take images in channels_last, so it computes in NCHW" in result.output
+    assert "own_nets:Viewed cannot compute in channels_last, so it computes in NCHW" in result.output
     assert yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())["channels_last"] is False
     result = run("validate", tmp_path / "run" / "last.ckpt", "--model", "own_nets:Viewed", *images, "-j", 1)
     assert result.exit_code == 0, result.output
-    result = run(*train, "--channels-last", "--output", tmp_path, "--experiment", "asked")
+    result = run(*train, *images, "--channels-last", "--output", tmp_path, "--experiment", "asked")
     assert result.exit_code == 2 and "use --no-channels-last, or reshape or flatten" in result.output, result.output
-    result = run("train", "own_nets:Two", *train[2:], "--output", tmp_path, "--experiment", "two")
+    result = run("train", "own_nets:Two", *train[2:], *images, "--output", tmp_path, "--experiment", "two")
     assert result.exit_code == 2, result.output
     assert "own_nets:Two cannot take images of 3 × 8 × 8" in result.output and "missing 1 required" in result.output
+    for name, data in (("Grey", ("--lr", 0.001)), ("Trained", images)):
+        result = run("train", f"own_nets:{name}", *train[2:], *data, "--output", tmp_path, "--experiment", name)
+        assert result.exit_code == 0 and "so it computes in NCHW" in result.output, result.output
+    size = ("--img-size", 9, "-j", 1)
+    result = run("validate", tmp_path / "run" / "last.ckpt", "--model", "own_nets:Viewed", *images, *size)
+    assert result.exit_code == 2 and "cannot take images of 3 × 9 × 9" in result.output, result.output

@@ -105,6 +105,11 @@ def test_patterns(tmp_path):
     shards = [tmp_path / "a/b.tar", tmp_path / "a/c.tar"]
     assert expanded(tmp_path / "a/*.tar") == expanded(tmp_path / "?/[bc].tar") == shards
     assert expanded(tmp_path / "x*.tar") is None
+    touched(tmp_path, "set [1]/b-0.tar", "set [1]/b-1.tar", "set [1]/c-0.tar")
+    folder = tmp_path / "set [1]"  # the name of a folder is no pattern
+    assert expanded(folder / "b-{0..1}.tar") == expanded(folder / "b*.tar") == [folder / "b-0.tar", folder / "b-1.tar"]
+    assert expanded(folder / "{b,c}-*.tar") == [folder / f"{name}.tar" for name in ("b-0", "b-1", "c-0")]
+    assert expanded(folder / "b-0.tar") is None
     touched(tmp_path, "{0..1}")
     assert expanded(tmp_path / "{0..1}") is None  # there is a file of that name
     for pattern, message in (

@@ -22,7 +22,7 @@ DEVICE = SimpleNamespace(root_device=torch.device("cpu"))
 
 
 def at_epoch(data, epoch):
-    data.trainer = SimpleNamespace(current_epoch=epoch, state=SimpleNamespace(finished=False), strategy=DEVICE)
+    data.trainer = SimpleNamespace(current_epoch=epoch, state=SimpleNamespace(status="running"), strategy=DEVICE)
     return [torch.cat(parts) for parts in zip(*data.train_dataloader(), strict=True)]
 
 
@@ -66,8 +66,32 @@ def test_a_loop_without_a_trainer_has_new_epochs(image_folder):
             list(data.val_dataloader())  # which is no pass over training batches
             found = [torch.cat(parts) for parts in zip(*batches, strict=True)]
             assert all(torch.equal(a, b) for a, b in zip(found, wanted[epoch], strict=True))
-    data.trainer = SimpleNamespace(current_epoch=9, state=SimpleNamespace(finished=True), strategy=DEVICE)
+    data.trainer = SimpleNamespace(current_epoch=9, state=SimpleNamespace(status="interrupted"), strategy=DEVICE)
     assert not torch.equal(next(iter(loader))[0], next(iter(loader))[0])
+
+
+def test_a_loop_without_a_trainer_resumes_within_an_epoch():
+    whole = prepared(seed=1, batch_size=300)
+    first, second, third = (list(whole.train_dataloader()) for _ in range(3))
+    stopped = prepared(seed=1, batch_size=300)
+    loader = stopped.train_dataloader()
+    for _ in loader:
+        pass
+    batches = iter(loader)
+    next(batches), next(batches)
+    for place in (stopped, loader):  # the module's place, or that of a loader given to a trainer
+        resumed = prepared(seed=1, batch_size=300)
+        to = resumed if place is stopped else resumed.train_dataloader()
+        to.load_state_dict(place.state_dict())
+        loader_of = resumed.train_dataloader() if place is stopped else to
+        for epoch, wanted in enumerate((second[2:], third)):
+            found = list(loader_of)
+            assert len(found) == len(wanted), epoch
+            assert all(torch.equal(a[0], b[0]) for a, b in zip(found, wanted, strict=True)), epoch
+    old = {"done": 2, "batches": len(loader)}  # written before epochs were counted
+    to = prepared(seed=1, batch_size=300).train_dataloader()
+    to.load_state_dict(old)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(list(to), first[2:], strict=True))
 
 
 def test_digits_are_shifted_by_at_most_a_pixel_and_never_mirrored():

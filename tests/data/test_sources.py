@@ -183,12 +183,29 @@ def test_wrong_class_maps(tmp_path, content, message):
         read_class_map(tmp_path / "map.txt")
 
 
-def test_a_tar_file_of_both_splits_is_refused(image_folder, tmp_path):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("set/train/a/0.png", "set/train/b/1.png", "set/val/a/2.png"),
+        ("train/a/0.png", "test/a/1.png"),
+        ("train/a/sub/0.png", "validation/b/1.png"),
+        ("train/0.png", "train/0.cls", "val/1.png", "val/1.cls"),
+    ],
+)
+def test_a_tar_file_of_several_splits_is_refused(names, tmp_path):
     with tarfile.open(tmp_path / "all.tar", "w") as tar:
-        tar.add(image_folder, "animals")
+        for name in names:
+            add(tar, name, png(0) if name.endswith("png") else b"1")
     for reading in (Reading(val_split=0.5), Reading()):
-        with pytest.raises(ValueError, match=r"all.tar: it holds train/ and val/ together"):
+        with pytest.raises(ValueError, match=r"all.tar: it holds (test|train)/ and \w+/, whose images would be mixed"):
             val_source("webdataset", tmp_path / "all.tar", reading)
+
+
+def test_classes_may_be_called_as_splits(tmp_path):
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for i, name in enumerate(("x/train/0.png", "x/test/1.png")):
+            add(tar, name, png(i))
+    assert val_source("webdataset", tmp_path / "all.tar").classes == ["test", "train"]
 
 
 def test_classes_without_images_are_named(tmp_path):

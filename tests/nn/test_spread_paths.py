@@ -1,6 +1,7 @@
 """Paths of a sparse router spread over two processes, against one process with the joint batch."""
 
 import copy
+from datetime import timedelta
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from fastroute.nn import SparseRouter, leave_spread_paths, set_gate_norm
 from tests.threads import small_networks  # noqa: F401
 
+LIMIT = timedelta(seconds=60)
 CASES = {
     "top-1": {},
     "clustered": {"top_k": 2, "routing": "cluster"},
@@ -88,7 +90,7 @@ def _paths_in_one_process(rank, found):
 
 def _sharded_paths(rank, place):
     """Check paths whose weights are gathered from both processes, each of which has samples for another path."""
-    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2, timeout=LIMIT)
     torch.manual_seed(0)
     router = SparseRouter(4, [nn.Conv2d(4, 4, 1) for _ in range(4)], gate_channels=None)
     with torch.no_grad():
