@@ -297,7 +297,7 @@ def _layout_error(built: "nn.Module", in_chans: int, img_size: int) -> str | Non
         like = next(network.parameters(), torch.empty(0))
         image = torch.zeros(2, in_chans, img_size, img_size, dtype=like.dtype, device=like.device)
         try:
-            with torch.no_grad(), torch.random.fork_rng():
+            with torch.no_grad(), torch.random.fork_rng(devices=()):
                 network.to(memory_format=layout)(image.contiguous(memory_format=layout))
         except Exception as error:  # of a user's own network, any
             return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")

@@ -215,10 +215,10 @@ def expanded(pattern: Path) -> list[Path] | None:
 
 def _matches(pattern: Path) -> list[Path]:
     """Return the sorted tar files that match a pattern of `*`, `?` and `[ ]` below the folders that exist."""
+    if pattern.suffix != ".tar" or not re.search(r"[*?[]", str(pattern)):
+        return []
     above = next((parent for parent in pattern.parents if parent.exists()), Path())
     below = str(pattern.relative_to(above))
-    if not re.search(r"[*?[]", below) or pattern.suffix != ".tar":
-        return []
     found = glob.glob(os.path.join(glob.escape(str(above)), below))
     return [path for path in map(Path, sorted(found)) if not hidden(path.name)]
 
