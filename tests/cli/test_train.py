@@ -401,24 +401,24 @@ class Two(nn.Module):
 
 
 def test_an_own_network_that_cannot_compute_in_channels_last(image_folder, tmp_path, monkeypatch):
-    (tmp_path / "own_nets.py").write_text(OWN)
+    (tmp_path / "viewing_nets.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     images = ("--data-dir", image_folder)
-    train = ("train", "own_nets:Viewed", "--img-size", 8, "-j", 1, "-b", 8, "--epochs", 1, "--device", "cpu")
+    train = ("train", "viewing_nets:Viewed", "--img-size", 8, "-j", 1, "-b", 8, "--epochs", 1, "--device", "cpu")
     result = run(*train, *images, "--output", tmp_path, "--experiment", "run")
     assert result.exit_code == 0, result.output
-    assert "own_nets:Viewed cannot compute in channels_last, so it computes in NCHW" in result.output
+    assert "viewing_nets:Viewed cannot compute in channels_last, so it computes in NCHW" in result.output
     assert yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())["channels_last"] is False
-    result = run("validate", tmp_path / "run" / "last.ckpt", "--model", "own_nets:Viewed", *images, "-j", 1)
+    result = run("validate", tmp_path / "run" / "last.ckpt", "--model", "viewing_nets:Viewed", *images, "-j", 1)
     assert result.exit_code == 0, result.output
     result = run(*train, *images, "--channels-last", "--output", tmp_path, "--experiment", "asked")
     assert result.exit_code == 2 and "use --no-channels-last, or reshape or flatten" in result.output, result.output
-    result = run("train", "own_nets:Two", *train[2:], *images, "--output", tmp_path, "--experiment", "two")
+    result = run("train", "viewing_nets:Two", *train[2:], *images, "--output", tmp_path, "--experiment", "two")
     assert result.exit_code == 2, result.output
-    assert "own_nets:Two cannot take images of 3 × 8 × 8" in result.output and "missing 1 required" in result.output
+    assert "viewing_nets:Two cannot take images of 3 × 8 × 8" in result.output and "missing 1 required" in result.output
     for name, data in (("Grey", ("--lr", 0.001)), ("Trained", images)):
-        result = run("train", f"own_nets:{name}", *train[2:], *data, "--output", tmp_path, "--experiment", name)
+        result = run("train", f"viewing_nets:{name}", *train[2:], *data, "--output", tmp_path, "--experiment", name)
         assert result.exit_code == 0 and "so it computes in NCHW" in result.output, result.output
     size = ("--img-size", 9, "-j", 1)
-    result = run("validate", tmp_path / "run" / "last.ckpt", "--model", "own_nets:Viewed", *images, *size)
+    result = run("validate", tmp_path / "run" / "last.ckpt", "--model", "viewing_nets:Viewed", *images, *size)
     assert result.exit_code == 2 and "cannot take images of 3 × 9 × 9" in result.output, result.output

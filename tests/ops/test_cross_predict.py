@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from fastroute import ops, use_backend
@@ -86,6 +86,7 @@ def test_outputs_and_every_gradient(backend, layout, dtype, form):
     activation=st.sampled_from(["relu", None]),
 )
 def test_random_shapes(backend, m, n, batch, channels, width, space, layout, dtype, form, activation):
+    assume(batch == 0 or batch * m * n >= 4)  # a gate's gradient is a sum that may cancel, and one may be exact by luck
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     ps = parameters(m, n, width, channels, (3, 3), batch, precise)
     check(paths(m, (batch, channels, *space), dtype, layout), ps, form, activation, padding=1)
