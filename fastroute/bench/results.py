@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import fastroute
+from fastroute._files import replacing
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,8 @@ class Result:
         """Write the result to a JSON file."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        partial.replace(path)
+        with replacing(path) as file:
+            file.write(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Result":

@@ -263,16 +263,6 @@ def run_location(options: RunOptions, kind: str, console: Console) -> tuple[Path
     return folder, resume
 
 
-def resolve_channels_last(wish: bool | None, device: "torch.device") -> bool:
-    """Return the value of `--channels-last`; None, its default, is for a CPU, where it is faster.
-
-    Args:
-        wish: as on the command line.
-        device: on which the network computes.
-    """
-    return device.type == "cpu" if wish is None else wish
-
-
 def resolve_device(name: str | None) -> "torch.device":
     """Return the device of a `--device` option.
 

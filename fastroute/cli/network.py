@@ -17,6 +17,7 @@ from fastroute._defaults import MAX_PATHS
 from fastroute.cli.errors import escaped
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from fastroute.data import ImageDataModule
@@ -240,16 +241,14 @@ def check_takes(built: "nn.Module", name: str, in_chans: int, img_size: int, cla
     import torch
 
     from fastroute.models._modes import modes_kept
+    from fastroute.models._shapes import like
 
-    like = next(built.parameters(), torch.empty(0))
     try:
         with torch.no_grad(), modes_kept(built):
-            logits = built.eval()(torch.zeros(1, in_chans, img_size, img_size, dtype=like.dtype, device=like.device))
-    except Exception as error:  # of a user's own network, any
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
-        raise ValueError(
-            f"img_size is {img_size}; {name} cannot take images of {in_chans} × {img_size} × {img_size}: {reason}"
-        ) from error
+            logits = built.eval()(like(built).new_zeros(1, in_chans, img_size, img_size))
+    except Exception as error:  # a user's own network may raise anything
+        size = f"{in_chans} × {img_size} × {img_size}"
+        raise ValueError(f"img_size is {img_size}; {name} cannot take images of {size}: {_reason(error)}") from error
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] != (classes or logits.shape[1]):
         what = f"{(*logits.shape,)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
         raise ValueError(
@@ -258,24 +257,38 @@ def check_takes(built: "nn.Module", name: str, in_chans: int, img_size: int, cla
         )
 
 
+def _reason(error: Exception) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]
+
+
 def usable_channels_last(
-    built: "nn.Module", name: str, wish: bool | None, usual: bool, in_chans: int, img_size: int, console: Console
+    built: "nn.Module",
+    name: str,
+    wish: bool | None,
+    device: "torch.device",
+    in_chans: int,
+    img_size: int,
+    console: Console,
 ) -> bool:
-    """Return whether to compute in channels_last: not by default in a network that cannot, as `Tensor.view` cannot.
+    """Return whether to compute in channels_last.
+
+    The default is to do so on a CPU, where it is faster, unless the network cannot, such as one that uses
+    `Tensor.view`.
 
     Args:
         built: the network, which takes such images in NCHW.
         name: of the network, for messages.
         wish: `--channels-last`; None for the default.
-        usual: what the default is on the device.
+        device: on which the network will compute.
         in_chans: channels of the images.
         img_size: their height and width.
-        console: prints that the default is left.
+        console: prints why the default is not channels_last.
 
     Raises:
         ValueError: `wish` is True, and the network cannot take such images.
     """
-    if not (usual if wish is None else wish):
+    if not (device.type == "cpu" if wish is None else wish):
         return False
     reason = _layout_error(built, in_chans, img_size)
     if reason is None:
@@ -293,14 +306,15 @@ def _layout_error(built: "nn.Module", in_chans: int, img_size: int) -> str | Non
     """Return the error that a network raises in channels_last and not in NCHW, in training or evaluation, or None."""
     import torch
 
+    from fastroute.models._shapes import like
+
     def error(network: "nn.Module", layout: torch.memory_format) -> str | None:
-        like = next(network.parameters(), torch.empty(0))
-        image = torch.zeros(2, in_chans, img_size, img_size, dtype=like.dtype, device=like.device)
+        images = like(network).new_zeros(2, in_chans, img_size, img_size)
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=()):
-                network.to(memory_format=layout)(image.contiguous(memory_format=layout))
-        except Exception as error:  # of a user's own network, any
-            return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
+                network.to(memory_format=layout)(images.contiguous(memory_format=layout))
+        except Exception as error:  # a user's own network may raise anything
+            return _reason(error).rstrip(".")
         return None
 
     try:

@@ -21,7 +21,6 @@ from fastroute.cli.common import (
     WorkersOption,
     plain_errors,
     real,
-    resolve_channels_last,
     takes_options,
 )
 from fastroute.cli.errors import escaped, standard_output
@@ -197,7 +196,7 @@ def _result(path: Path | None, options: ValidateOptions, console: Console) -> di
         network,
         str(model),
         options.channels_last,
-        resolve_channels_last(None, device),
+        device,
         in_chans,
         size,
         console,

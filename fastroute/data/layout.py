@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from fastroute.data.tar import shown
+from fastroute.data.tar import shown, some
 
 TORCHVISION = {
     "mnist": "MNIST",
@@ -243,9 +243,8 @@ def _contents(folder: Path) -> str:
     names = sorted(_visible(folder))
     if not names:
         return "nothing"
-    some = ", ".join(shown(name) for name in names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
     inner = next((name for name in names[:100] if name.endswith("/") and _readable(folder / name)), None)
-    return some + (f" (did you mean {shown(folder / inner)}?)" if inner else "")
+    return some(names) + (f" (did you mean {shown(folder / inner)}?)" if inner else "")
 
 
 def _visible(folder: Path) -> Iterator[str]:

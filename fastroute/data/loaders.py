@@ -133,8 +133,8 @@ class EpochLoader:
         return shares(order[: self.count], self.batch_size, self.rank, self.world_size, training=training)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        epoch, self._done, self._start = self.epoch(), self._start, 0
-        self._epoch = epoch
+        epoch = self._epoch = self.epoch()
+        self._done, self._start = self._start, 0
         for batch in self.batches(epoch, self._done):
             if self.finish is not None:
                 with seeded(self.seed, epoch, self._done, self.rank):

@@ -13,11 +13,12 @@ from torchvision.transforms import v2
 from fastroute._defaults import CROP_PCT
 from fastroute._processors import processors
 from fastroute.data.augment import channel_statistics, erase
+from fastroute.data.class_names import read_class_map
 from fastroute.data.decode import ON_BAD_IMAGE
 from fastroute.data.in_memory import DATASETS, ImageSet, Options
 from fastroute.data.layout import TORCHVISION, choose
 from fastroute.data.loaders import Draws, EpochLoader, Epochs, Finish, MemoryLoader, PlaceMismatch, StreamLoader
-from fastroute.data.sources import Reading, Source, folder_sources, read_class_map, tar_sources
+from fastroute.data.sources import Reading, Source, folder_sources, tar_sources
 from fastroute.data.tar import shown
 from fastroute.data.transforms import (
     CROP_MODES,

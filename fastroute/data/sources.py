@@ -8,7 +8,6 @@ import copy
 import errno
 import io
 import os
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,14 +19,13 @@ import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from fastroute.data.class_names import check_classes, first_of, numbers_of, warn_of_empty
 from fastroute.data.decode import UnreadableImage, check_size, decode_image, named
 from fastroute.data.folders import LeftOut, images_below, is_folder, warn_of
 from fastroute.data.layout import SPLITS, all_shards, expanded, hidden, shards_of, split_folders
 from fastroute.data.seeding import generator
 from fastroute.data.shards import BY_FOLDER, input_keys, shard_images
-from fastroute.data.tar import NotRegular, open_regular, shown
-
-MAX_CLASS_MAP = 2**26
+from fastroute.data.tar import open_regular, shown, some
 
 
 class _Names:
@@ -96,13 +94,13 @@ class FolderSource(_Source):
         found = [images_below(below, left_out) if os.path.isdir(below) else [] for below in folders]
         warn_of(folder, left_out)
         if empty := [name for name, paths in zip(classes or [""], found, strict=True) if not paths]:
-            of = f" for the classes {_some(empty)}" if labelled else ""
+            of = f" for the classes {some(empty)}" if labelled else ""
             raise FileNotFoundError(
                 f"{needed}: Found no valid file{of}: remove such a folder, or name the classes by a class map; images "
                 f"are {', '.join(IMG_EXTENSIONS)}"
             )
         if labelled:
-            classes = _first(classes, first_classes, folder)
+            classes = first_of(classes, first_classes, folder)
             found = found[: len(classes)]
         # Not a list: reference counts would make every worker copy its memory.
         self.names = _Names(os.fsencode(path) for paths in found for path in paths)
@@ -173,7 +171,7 @@ class TarSource(_Source):
         with ThreadPoolExecutor(min(num_workers, 32)) as threads:  # each opens a file
             found = list(threads.map(lambda path: shard_images(path, keys), self.shards))
         images = [(shard, *image) for shard, images in enumerate(found) for image in images]
-        where = _some(self.shards)
+        where = some(self.shards)
         if not images:
             of_key = f" of input_key {input_key!r}" if keys else ""
             raise FileNotFoundError(f"there are no images{of_key} in {where or 'no tar files'}")
@@ -181,8 +179,8 @@ class TarSource(_Source):
         if len(set(ways)) > 1:
             raise ValueError(f"{where}: {' and '.join(f'some images have {way}' for way in sorted(set(ways)))}")
         _check_unsplit(names, where, ways[0] == BY_FOLDER)
-        classes, labels = _numbers_of(labels, class_map, where)
-        self.classes = _first(classes, first_classes, self.shards[0])
+        classes, labels = numbers_of(labels, class_map, where)
+        self.classes = first_of(classes, first_classes, self.shards[0])
         kept = ((labels >= 0) & (labels < len(self.classes))).nonzero().flatten()
         if not len(kept):
             of = f" of the first {first_classes} classes" if first_classes else " of the classes of the class map"
@@ -318,7 +316,7 @@ def tar_sources(data_dir: Path, reading: Reading | None = None) -> dict[str, Tar
         if not shards:
             raise FileNotFoundError(f"data_dir is {data_dir}; there are no tar shards in it")
         source = TarSource(shards, *options)
-        _warn_of_empty(data_dir, source)
+        warn_of_empty(data_dir, source)
         return _split(source, data_dir, reading)
     splits = ("train", "val")
     shards = {split: shards_of(data_dir, split) for split in splits}
@@ -329,11 +327,11 @@ def tar_sources(data_dir: Path, reading: Reading | None = None) -> dict[str, Tar
             )
     if both := sorted(set.intersection(*map(set, shards.values()))):
         raise ValueError(
-            f"data_dir is {data_dir}; {_some(both)} would be for {' and '.join(splits)} at once: put shards into "
+            f"data_dir is {data_dir}; {some(both)} would be for {' and '.join(splits)} at once: put shards into "
             f"{' and '.join(f'{split}/' for split in splits)}"
         )
     sources = {split: TarSource(found, *options) for split, found in shards.items()}
-    _warn_of_empty(data_dir, sources["train"])
+    warn_of_empty(data_dir, sources["train"])
     check_classes(data_dir, sources)
     return sources
 
@@ -369,34 +367,6 @@ def val_source(dataset: str, data_dir: Path, reading: Reading | None = None) -> 
     return TarSource(shards, reading.first_classes, reading.num_workers, reading.input_key, reading.class_map)
 
 
-def read_class_map(path: Path) -> list[str]:
-    """Read the names of classes from a text file, one a line, in the order of their numbers.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: the file is no text, or has no names or a name twice.
-    """
-    says = f"class_map is {shown(path)};"
-    try:
-        file = open_regular(path)
-    except NotRegular as error:
-        raise ValueError(f"{says} {error}") from None
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{says} there is no such file") from None
-    with os.fdopen(file, "rb") as stream:
-        data = stream.read(MAX_CLASS_MAP + 1)
-    if len(data) > MAX_CLASS_MAP:
-        raise ValueError(f"{says} it has more than {MAX_CLASS_MAP:,} bytes")
-    try:
-        names = [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise ValueError(f"{says} it must be a text in UTF-8, with the name of a class on each line") from None
-    if not names or len(set(names)) < len(names):
-        repeated = next((name for i, name in enumerate(names) if name in names[:i]), None)
-        raise ValueError(f"{says} {f'it names {shown(repeated)} twice' if repeated else 'it names no class'}")
-    return names
-
-
 def stratified(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Split images into training and validation, with about the same `share` of each class in validation.
 
@@ -428,25 +398,6 @@ def _split(source: Source, data_dir: Path, reading: Reading) -> dict[str, Source
     return {"train": source.subset(train), "val": source.subset(val)}
 
 
-def check_classes(data_dir: Path, sources: dict[str, Source]) -> None:
-    """Check that `train` and `val` hold images of the same classes.
-
-    Raises:
-        ValueError: they do not; the message names the missing classes.
-    """
-    present = {split: {source.classes[i] for i in source.labels.unique()} for split, source in sources.items()}
-    only = {s: sorted(present[s] - present[o]) for s, o in (("train", "val"), ("val", "train"))}
-    if not any(only.values()):
-        return
-    has = " and ".join(
-        f"only {split}/ has {names[:10]}{f' and {len(names) - 10:,} more' * (len(names) > 10)}"
-        for split, names in only.items()
-        if names
-    )
-    lacks = "" if all(only.values()) else f", which {'val/' if only['train'] else 'train/'} lacks"
-    raise ValueError(f"data_dir is {data_dir}; train/ and val/ must hold the same classes, but {has}{lacks}")
-
-
 def _check_unsplit(names: Iterable[bytes], where: str, by_folder: bool) -> None:
     """Check that tar files read as one source do not hold the folders of several splits."""
     splits = defaultdict(set)  # by the folder that holds them
@@ -460,43 +411,3 @@ def _check_unsplit(names: Iterable[bytes], where: str, by_folder: bool) -> None:
             f"{where}: it holds {' and '.join(f'{name}/' for name in found)}, whose images would be mixed: unpack it, "
             "or pack each into tar files of its own, such as train.tar and val.tar"
         )
-
-
-def _warn_of_empty(data_dir: Path, source: Source) -> None:
-    """Warn of classes without an image, as of numbers that start at 1."""
-    counts = torch.bincount(source.labels, minlength=len(source.classes))
-    if empty := [name for name, count in zip(source.classes, counts.tolist(), strict=True) if not count]:
-        start = " (numbers start at 0)" if empty[0] == "0" else ""
-        warnings.warn(
-            f"data_dir is {data_dir}; no image to train on is of the classes {_some(empty)}{start}",
-            stacklevel=3,
-        )
-
-
-def _first(classes: list[str], count: int | None, where: Path | str) -> list[str]:
-    if count is not None and not 1 <= count <= len(classes):
-        raise ValueError(f"first_classes is {count}; it must be 1 to {len(classes)}, the classes of {where}")
-    return classes[:count]
-
-
-def _numbers_of(labels: Sequence[int | str], class_map: Sequence[str] | None, where: str) -> tuple[list[str], Tensor]:
-    """Return the names of the classes, and the number of each label; −1 for a name that is not in the class map."""
-    if isinstance(labels[0], int):
-        if class_map is not None and max(labels) >= len(class_map):
-            raise ValueError(
-                f"{where}: there are images of class {max(labels)}, but the class map names {len(class_map)} classes, "
-                f"0 to {len(class_map) - 1}"
-            )
-        classes = [str(number) for number in range(max(labels) + 1)] if class_map is None else list(class_map)
-        return classes, torch.tensor(labels)
-    classes = sorted(set(labels)) if class_map is None else list(class_map)
-    number = {name: i for i, name in enumerate(classes)}
-    if others := sorted(set(labels) - number.keys()):
-        warn_of(where, {"classes that the class map does not name": others})
-    return classes, torch.tensor([number.get(label, -1) for label in labels])
-
-
-def _some(names: Sequence[str]) -> str:
-    """Return the first of many names, for a message."""
-    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-    return ", ".join(map(shown, names[:5])) + more

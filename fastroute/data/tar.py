@@ -7,7 +7,7 @@ reads headers of any length into memory, and expands sparse files.
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 BLOCK = 512
@@ -57,6 +57,12 @@ def shown(name: str | bytes | os.PathLike) -> str:
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= 1000 else f"{text[:500]}…{text[-500:]}"
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first of many names, for a message."""
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return ", ".join(map(shown, names[:5])) + more
 
 
 def open_regular(path: str | bytes | os.PathLike) -> int:

@@ -54,7 +54,7 @@ def shapes_of(
     try:
         with torch.no_grad(), modes_kept(model):
             _Shapes(fx.GraphModule(model.eval(), graph), watched).run(like(model).new_zeros(2, *input_size))
-    except Exception as error:  # of a user's own network, any
+    except Exception as error:  # a user's own network may raise anything
         reason = str(error).partition("\n")[0]
         raise ValueError(f"input_size is {tuple(input_size)}; model cannot take such images: {reason}") from error
     return {node: node.meta["shape"] for node in graph.nodes}

@@ -461,7 +461,7 @@ def _index_select(x: Tensor, index: Tensor) -> Tensor:
 
 def _is_sharded(path: nn.Module) -> bool:
     """Return whether FSDP gathers weights of a path from all processes, for which each of them must run it."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever shards has imported it
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # imported by those who shard
     if fsdp is None or not dist.is_initialized():
         return False
     return any(isinstance(layer, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)) for layer in path.modules())

@@ -106,7 +106,7 @@ def fit(
             and `module` holds it at the end. None keeps no average.
         sync_bn: whether batch norm takes its statistics over all processes; on GPUs only.
         find_unused_parameters: with several processes, whether to search each step for parameters without a gradient,
-            which else are an error. None searches if the network has a `SparseRouter` or a loss of its own.
+            which are an error otherwise. None searches if the network has a `SparseRouter` or a loss of its own.
         dist_bn: how to synchronise running statistics before validation: "reduce" averages them over the processes,
             "broadcast" copies those of rank 0, and "" leaves them.
         deterministic: whether to use deterministic algorithms only.
@@ -188,7 +188,7 @@ def fit(
     check_warmup(module.hparams.sched, module.hparams.warmup_epochs, epochs)
     if module.hparams.cuda_graphs:
         check_recording(
-            device_type="cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu",
+            device_type=device_type,
             needed=module.graph.device_type,
             processes=world_size(),
             grad_accum_steps=grad_accum_steps,
@@ -199,7 +199,7 @@ def fit(
         )
     if find_unused_parameters is None:
         find_unused_parameters = _may_skip_parameters(module)
-    if sync_bn and not (torch.cuda.is_available() and accelerator != "cpu"):
+    if sync_bn and device_type == "cpu":
         raise ValueError("sync_bn is True; PyTorch's synchronised batch norm needs GPUs")
     checkpoints = AtomicCheckpointIO(resume, None if resume is None else check_resume(resume, module, epochs))
 

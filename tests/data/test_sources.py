@@ -8,13 +8,13 @@ import pytest
 import torch
 from torchvision.datasets import ImageFolder
 
+from fastroute.data.class_names import read_class_map
 from fastroute.data.decode import UnreadableImage, decode_image
 from fastroute.data.sources import (
     FolderSource,
     Reading,
     TarSource,
     folder_sources,
-    read_class_map,
     read_image,
     stratified,
     tar_sources,
