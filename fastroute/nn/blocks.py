@@ -64,8 +64,8 @@ def block_end(norm: nn.Module, x: Tensor, shortcut: Tensor | None = None, end: n
 
     On a CPU, one kernel reads x for the statistics, and once more for all the rest; the backward reads the maps twice
     as well. It takes `torch.nn.BatchNorm2d`, a shortcut of x's shape and layout, and `torch.nn.ReLU`. x is in
-    channels_last, or in training contiguous with 1 KiB or more of each channel in a sample. In a graph of
-    `torch.compile` it is one node in training, and in evaluation for half-precision maps, unless
+    channels_last, or contiguous with 128 bytes or more of each channel in a sample. In a graph of `torch.compile`,
+    where the layout does not matter, it is one node in training, and in evaluation for half-precision maps, unless
     `fastroute.compile_form("fused")` leaves the layers to the compiler. Everything else is computed by the
     modules themselves, one after the other: other devices and modules, modules with hooks, graphs that are traced or
     exported, torch.func's transforms, and whatever runs under another backend than the compiled kernels.
