@@ -86,6 +86,7 @@ def run(
     """Measure cases one by one, add their rows to a result, and report each.
 
     A case that gives wrong results or does not run has no row; the reason is added to `result.settings["failures"]`.
+    If only PyTorch's compiler gives wrong results, the row lacks that peer.
 
     Args:
         result: gets the rows.
@@ -111,4 +112,5 @@ def run(
             if save is not None:
                 save()
             ratios = "".join(f", × {name} {row.times_as_fast_as(name):.2f}" for name in row.ms if name != OURS)
-            say(f"{position}/{len(cases)} {case.id}: {row.ms[OURS]:.3f} ms{ratios}")
+            left_out = f"; left out {row.facts['left out']}" if "left out" in row.facts else ""
+            say(f"{position}/{len(cases)} {case.id}: {row.ms[OURS]:.3f} ms{ratios}{left_out}")

@@ -23,10 +23,11 @@ class Contest:
     Rounds over all contenders, in random order, are interleaved, so that ratios of their medians are valid even if the
     machine's speed drifts. A turn on the CPU is one cold call, with caches and heap as the others left them and timed
     separately, followed by consecutive calls, as in a loop. On a GPU the caches are flushed before every timing, and
-    the replay of a CUDA graph is timed, without host time. `facts` names the contenders that could not be captured.
+    the replay of a CUDA graph is timed, without host time. `facts` names the contenders that could not be captured,
+    and those that were left out.
 
     contenders: name → function that does the task once. `OURS` is among them.
-    check: raises AssertionError unless all contenders have the same result.
+    check: raises AssertionError unless all contenders have the same result; it may `refuse` a wrong one instead.
     device: of the tensors.
     floor_bytes: minimal number of bytes moved, or None if memory is not the bound.
     host: whether to time the host, with work on a GPU running asynchronously.
@@ -65,6 +66,19 @@ class Contest:
         self._timed = {name: function for name, (function, _, _) in prepared.items()}
         if reasons := [f"{name}: {reason}" for name, (_, _, reason) in prepared.items() if reason]:
             self.facts["not in a CUDA graph"] = "; ".join(reasons)
+
+    def refuse(self, name: str, error: AssertionError) -> None:
+        """Leave out the compiled peer, whose wrong result is not our code's fault; `facts` keep the reason.
+
+        Raises:
+            AssertionError: another contender is wrong.
+        """
+        reason = f"{name}: {error}"
+        if name != "compile":
+            raise AssertionError(reason) from None
+        for contenders in (self.contenders, self.seconds, self.cold_seconds):
+            del contenders[name]
+        self.facts["left out"] = reason
 
     def turns(self, rounds: int) -> Iterator[str]:
         """Yield the contenders' names in the order of timing: each once per round, in random order."""

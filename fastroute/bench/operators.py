@@ -178,7 +178,7 @@ def contest(problem: Problem, device: torch.device) -> Contest:
             try:
                 assert_as_good_as_eager(contenders[name](), eager, exact, times)
             except AssertionError as error:
-                raise AssertionError(f"{name}: {error}") from None
+                timed.refuse(name, error)
 
     floor = None
     if operator.maps is not None:
@@ -187,7 +187,8 @@ def contest(problem: Problem, device: torch.device) -> Contest:
         floor = maps * xs[0].numel() * xs[0].element_size()
     # On a GPU the caches are flushed before each call.
     repeats = 1 if floor is None or device.type == "cuda" else REPEATS
-    return Contest(contenders, check, device, floor, repeats=repeats)
+    timed = Contest(contenders, check, device, floor, repeats=repeats)
+    return timed
 
 
 def _serving(device: torch.device, dtype: torch.dtype) -> list[str]:

@@ -90,6 +90,19 @@ def test_speed_section_is_written_between_its_marks(tmp_path, make_result):
         report.speed_section(Result({}, {}, None, {}), "a.json")
 
 
+def test_sections_of_results_without_the_compiled_peer(make_result):
+    result = make_result()
+    del result.rows[0].ms["compile"], result.rows[1].ms["compile"]
+    text = report.speed_section(result, "a.json")
+    assert cells(text, "float32, contiguous") == ["float32, contiguous", "6.0", "", "0.50"]
+    assert "The least of the 2 cases is 6.0 times as fast as eager." in text
+
+    result.rows[2].ms["fastroute compiled"] = 20.0
+    text = report.steps_section(result, "a.json")
+    assert cells(text, "`resnet20_cc2`, 2")[1:5] == ["float32, contiguous", "20.000", "1.50", ""]
+    assert "- eager, step: 1.50" in text and "- compiled" not in text
+
+
 def test_cold_calls_are_shown_beside_those_in_a_row(make_result):
     result = make_result()
     for row in result.rows[:2]:
