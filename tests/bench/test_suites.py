@@ -153,7 +153,7 @@ def test_of_networks_that_the_compiler_makes_wrong_only_the_peer_is_left_out(our
     monkeypatch.setattr(networks, "compiled", compiled)
     contest = networks.contest({**LABELS, "direction": networks.FORWARD}, 10, 8, True, CPU)
     if ours:
-        with pytest.raises(AssertionError, match="fastroute (compiled|fused): logits are off by nan"):
+        with pytest.raises(AssertionError, match=r"fastroute (compiled|fused): logits are off by nan"):
             contest.warm_up()
     else:
         row = measured(contest)
