@@ -25,6 +25,11 @@ RESULT, PAGE = Path("benchmarks/results/cpu_epyc_clustering.json"), Path("docs/c
 OPTIONS = ("method", "self_label", "dataset", "limit", "seed", "epochs", "batch_size", "n_init", "heads", "amp")
 OPTIONS += ("lr_em", "lr_consistency", "clusters", "architecture", "batch_norm")
 """Options of a run that its result depends on."""
+RATES = (
+    ("lr_em", LR_EM, ("two-fold", "em")),
+    ("lr_consistency", LR_CONSISTENCY, ("two-fold", "consistency", "iic")),
+)
+"""Learning rates, their defaults, and the methods that use them; other methods have their papers' own."""
 THESIS = {"mnist": "cluster_mnist", "cifar10": "cluster_cifar10", "stl10": "cluster_stl10"}
 
 
@@ -121,8 +126,9 @@ def _line(same: Sequence[dict], reported: dict[str, float]) -> list[str]:
     more = f" `--n-init {run['n_init']}`" if run.get("n_init", 1) > 1 else ""
     more += f" `--self-label {run['self_label']}`" if run.get("self_label") else ""
     more += f" `--architecture {run['architecture']!r}`" if run.get("architecture") else ""
-    for name, usual in (("lr_em", LR_EM), ("lr_consistency", LR_CONSISTENCY)):
-        more += f" `--{name.replace('_', '-')} {run[name]:g}`" if run.get(name, usual) != usual else ""
+    for name, usual, methods in RATES:
+        given = run["method"] in methods and run.get(name, usual) != usual
+        more += f" `--{name.replace('_', '-')} {run[name]:g}`" if given else ""
     means = [f"{100 * mean(run[name] for run in same):.1f}" for name in ("acc", "nmi", "ari")]
     each = ", ".join(f"{100 * run['acc']:.1f}" for run in same)
     seconds = f"{mean(run['seconds'] for run in same):,.0f}"

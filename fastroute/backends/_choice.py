@@ -54,7 +54,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Compute all operators inside the `with` block with one backend.
 
     The setting applies to the whole process, including autograd's threads, and takes precedence over the environment
-    variable FASTROUTE_BACKEND. The backend is chosen at each call, also in code compiled by `torch.compile`.
+    variable FASTROUTE_BACKEND. The backend is chosen at each call, also in code compiled by `torch.compile`, unless
+    it was compiled in the fused form (see `compile_form`), which holds no operators.
 
     Args:
         name: "triton", "native" or "reference".

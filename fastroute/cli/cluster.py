@@ -63,7 +63,7 @@ class ClusterOptions:
     self_label: Annotated[
         int,
         typer.Option(
-            min=0, max=COUNT, help="The last of the epochs, in which confident images teach their augmented copies."
+            min=0, max=COUNT, help="Number of last epochs, in which confident images teach their augmented copies."
         ),
     ] = 0
     two_dimensional: Annotated[
@@ -111,7 +111,9 @@ class ClusterOptions:
     output: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs")
     experiment: Annotated[
         str | None,
-        typer.Option(help="Folder of this run; two-dimensional runs that of §4.5.1. (default: time, method, data)"),
+        typer.Option(
+            help="Name of the run's folder; two-dimensional is also the option. (default: time, method, data)"
+        ),
     ] = None
     overwrite: OverwriteOption = False
     resume: Annotated[

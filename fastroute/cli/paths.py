@@ -23,8 +23,8 @@ def paths(
 
     For each incoming path, "used" is the number of outgoing paths that all images together spread over. "clusters" is
     the number of kinds of images that its gates distinguish, near 1 for gates that hardly differ. "needed" is the
-    number of ways in which gates differ, weighted by their shares of the variance, however small that is: about as many
-    paths would suffice, since the gates of the others follow from theirs.
+    effective number of independent ways in which the gates vary over images: about as many paths would suffice, since
+    the gates of the others follow from theirs.
     """
     with plain_errors():
         from fastroute.diagnostics.statistics import needed_paths

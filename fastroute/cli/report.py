@@ -30,7 +30,7 @@ def report(
     classes: Annotated[
         str | None, typer.Option(help="For the histograms, such as cat,dog. (default: the most distinct)")
     ] = None,
-    gates: Annotated[int, typer.Option(min=1, max=32, help="Largest number of gates to maximise.")] = 8,
+    gates: Annotated[int, typer.Option(min=1, max=32, help="Most gates for which an image is synthesised.")] = 8,
     runs: Annotated[
         Path | None,
         typer.Option(help="A folder of runs, for accuracy by parameters, or for learning curves of clusterings."),

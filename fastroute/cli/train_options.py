@@ -103,7 +103,7 @@ class TrainOptions(NetworkOptions):
     train_crop_mode: Annotated[
         Literal["rrc", "rkrc", "rkrr", "random"],
         option(
-            help="Streamed: a random area, resized; timm's rkrc and rkrr; or resize to 1/crop-pct, random crop.",
+            help="Streamed: rrc, a random area, resized; rkrc, rkrr: timm's; random: resized to 1/crop-pct, cropped.",
             panel=AUGMENTATION,
         ),
     ] = "rrc"
@@ -220,13 +220,16 @@ class TrainOptions(NetworkOptions):
         bool,
         option(
             "--gate-reg-prior/--no-gate-reg-prior",
-            help="Clusters of the sizes found so far, or of even sizes.",
+            help="Aim for the cluster sizes found so far, or for equal sizes.",
             panel=GATES,
         ),
     ] = True
     gate_reg_scope: Annotated[
         Literal["local", "router", "network"],
-        option(help="A clustering per gating vector, per router, or per vector with even load overall.", panel=GATES),
+        option(
+            help="Cluster each gating vector; each router as a whole; or each vector, with paths loaded evenly.",
+            panel=GATES,
+        ),
     ] = "local"
     amp: Annotated[bool, option("--amp/--no-amp", help="Mixed precision.", panel=COMPUTE)] = False
     amp_dtype: Annotated[Literal["bfloat16", "float16"], option(help="With --amp: the type.", panel=COMPUTE)] = (

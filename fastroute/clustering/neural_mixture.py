@@ -48,7 +48,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             leave even, else random.
         n_init: runs from different starts. The one with the lowest EM loss is kept; no label is needed for that.
         epochs: passes over the data of each run.
-        batch_size: samples in an EM step. Batches are of equal size, up to half as large again.
+        batch_size: samples in an EM step. Batches are of equal size, up to twice as large.
         learning_rate: of Adam.
         gamma: γ of Eq. 4.12.
         density: the clusters' distributions h of a normalised score a*: "sigmoid", sigmoid(a* / γ), as in the thesis

@@ -171,7 +171,7 @@ def fit(
 ) -> list[dict]:
     """Train on all images; write `last.ckpt`, `previous.ckpt` (the one before it) and `summary.csv`.
 
-    A resumed run ends bit for bit as an uninterrupted one.
+    On a CPU, a resumed run ends bit for bit as an uninterrupted one.
 
     Args:
         module: what to train.

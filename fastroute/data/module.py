@@ -61,7 +61,7 @@ class ImageDataModule(pl.LightningDataModule):
             by default for torchvision's sets.
         batch_size: the number of images in a batch of one process.
         img_size: the height and width to which images are scaled and cropped, in pixels; by default the data set's own,
-            32 for an "imagefolder" and 224 for a "webdataset".
+            32 for an "imagefolder" in memory, and 224 for streamed images.
         num_workers: the number of threads or processes that decode images, by default one for each core available.
         seed: of order and augmentation.
         in_memory: whether an "imagefolder" is held in memory, by default up to img_size 64.

@@ -134,9 +134,7 @@ def multipath(
     if isinstance(route_after, str) and route_after == "auto":
         route_after = _changes_of_resolution(model, input_size)
     elif isinstance(route_after, str):
-        if "," not in route_after:
-            raise ValueError(f"route_after is {route_after!r}; it must be a list of names, or 'auto'")
-        route_after = route_after.split(",")  # as on the command line
+        route_after = [name.strip() for name in route_after.split(",")]  # as on the command line
     graph, cuts = _cut(model, route_after)
     first = next(iter(cuts.values()))
     if routing is None:  # the paths start from one and the same tensor

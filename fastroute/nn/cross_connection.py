@@ -30,7 +30,8 @@ class CrossConnection(Router):
             gate of Eq. 3.9.
         bias: whether the gate's layers have biases.
         activation: "relu" routes ReLU(X_i) instead of X_i, for paths that would end in a ReLU. The kernels apply it
-            while reading and store nothing for it. None routes the paths as they are.
+            while reading and store nothing for it, except in training with `gate_norm`, which keeps ReLU(X_i). None
+            routes the paths as they are.
         temperature: T > 0, an attribute that may be changed at any time: high for even gates, low for sharp ones.
         gate_norm: "center" or "standardize": the gates are softmax(A* / T), with A* the scores normalised over the
             batch in training and by running statistics in evaluation (Eq. 4.11, 4.20); see `GateNorm`. None: A* is A.

@@ -43,9 +43,9 @@ def exact_convolutions(network: nn.Module) -> nn.Module:
     only padding: for example a kernel of 3 with padding 1 on a map of one pixel, as in the last stage of a ResNet on
     small images. In float32 they are wrong for some strides over one-channel images in channels_last. Layers of the
     types `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` become subclasses of the same name, which pad such maps first and
-    compute all others as before. Parameters and their names do not change. `create_model`, `multipath` and
-    `RoutingClassifier` call this function themselves. `torch.ao.quantization` looks layers up by their exact types, and
-    so leaves these out.
+    compute all others as before. Parameters and their names do not change. `multipath`, `RoutingClassifier`, and
+    `create_model` for the networks of this package call this function themselves. `torch.ao.quantization` looks layers
+    up by their exact types, and so leaves these out.
 
     Args:
         network: any module.

@@ -22,13 +22,14 @@ class GateClusteringLoss(nn.Module):
     router; those with a single outgoing path are left out. The thesis adds the sum to the loss of the task with weight
     0.01, and less with more paths.
 
-    Since scores are normalised, the loss does not depend on their mean or scale: it shapes which samples are grouped,
+    Since scores are normalised, this loss does not depend on their mean or scale: it shapes which samples are grouped,
     and has no gradient to the last layer's bias.
 
     With scope "local", each gating vector clusters on its own. With scope "router", each router as a whole clusters by
     the scores Σ_i a_ij of its outgoing paths j. Scope "network" adds a balance term to "local", so that the paths of
     the network carry the same load: Σ_j ḡ_j log(n ḡ_j) for each n, with ḡ_j the mean gate to path j over the samples
     and all gating vectors with n outgoing paths. It is 0 if all paths get the same, and log n if one gets everything.
+    It depends on the gates themselves, and so on the scores' means.
 
     Gates cluster unevenly, so the prior of each cluster is its share of the posteriors in previous steps. Priors are
     updated in training mode only, over all processes, and are saved with the module. A `SparseRouter` with clustered

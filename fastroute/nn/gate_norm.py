@@ -32,8 +32,8 @@ class GateNorm(RelevanceNorm):
 
     Activation checkpointing computes a batch again in the backward pass: with the priors of the first time, and without
     updating anything. `torch.utils.checkpoint` has to do so before the router's next batch; the trainer's
-    `checkpoint_gradients` need not. Compile the checkpoint with the router: in a checkpoint outside of its graph, a
-    compiled router does not know that it computes a batch again, so it counts it twice, and takes the later priors.
+    `checkpoint_gradients` need not. Compile the whole checkpointed block. A router that is compiled alone, inside
+    a checkpoint that is not, counts the recomputed batch twice and takes the later priors.
     With learned priors the graph breaks at the checkpoint, so fullgraph=True raises there.
 
     Args:

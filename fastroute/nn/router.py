@@ -104,7 +104,7 @@ class Router(TakesLists, Tempered, nn.Module):
             if not 1 <= paths <= MAX_PATHS:
                 raise ValueError(f"{name} is {paths}; it must be 1 to {MAX_PATHS}")
         if gate_channels is not None and gate_channels < 0:
-            raise ValueError(f"gate_channels is {gate_channels}; it must be at least 1, or None for a linear gate")
+            raise ValueError(f"gate_channels is {gate_channels}; it must be at least 0; 0 and None are a linear gate")
         self.in_paths, self.out_paths = in_paths, out_paths
         self.gate_channels = gate_channels or None
         self.temperature = temperature

@@ -66,7 +66,8 @@ class SparseRouter(Tempered, nn.Module):
       scores.
     - "softmax": g = the chosen entries of the softmax over all n paths, with its own gradient. They sum to less than 1.
 
-    For k = n all three are the softmax over all paths. The temperature changes the weights but not the choice.
+    For k = n all three are the softmax over all paths. The temperature changes the weights but, without
+    priors, not the choice.
 
     The argument `routing` selects how paths are chosen:
 
@@ -170,7 +171,7 @@ class SparseRouter(Tempered, nn.Module):
         if not 1 <= top_k <= min(n, MAX_PATHS):
             raise ValueError(f"top_k is {top_k}; it must be 1 to {min(n, MAX_PATHS)} for {n} paths")
         if gate_channels is not None and gate_channels < 0:
-            raise ValueError(f"gate_channels is {gate_channels}; it must be at least 1, or None for a linear gate")
+            raise ValueError(f"gate_channels is {gate_channels}; it must be at least 0; 0 and None are a linear gate")
         if gates not in GATES:
             raise ValueError(f"gates is {gates!r}; it must be one of {', '.join(map(repr, GATES))}")
         if routing not in ROUTINGS:

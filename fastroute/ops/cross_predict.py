@@ -54,7 +54,7 @@ def cross_predict(
     | gates | (N, m, n) | the paths' or float32 |
 
     Args:
-        stride, padding, dilation: as for `torch.nn.functional.conv2d`, but numbers only; ignored for dense layers.
+        stride, padding, dilation: as for `torch.nn.functional.conv2d`, but numbers only; dense layers ignore them.
         activation: "relu", or None for the plain sum.
         form: "predict" sums gated predictions, as in Alg. 1. "gate" predicts from gated inputs, one output at a time:
             conv(concat_i g_ij X_i; W_·j) + Σ_i g_ij b_ij, which is equal. On a CPU "predict" was as fast or faster in

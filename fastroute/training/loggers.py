@@ -44,7 +44,7 @@ def make_loggers(
 
     "csv" writes `metrics.csv`, and "tensorboard" writes event files. "wandb" follows `wandb login` and WANDB_MODE, and
     "mlflow" writes to MLFLOW_TRACKING_URI, or else to a folder `mlruns` of the run. The project or experiment of both
-    is "fastroute".
+    is "fastroute", unless WANDB_PROJECT names another project.
 
     Args:
         given: names of `LOGGERS` separated by commas, loggers, or a sequence of both; None, False and "" are none, and

@@ -21,7 +21,7 @@ def checkpoint_gradients(network: nn.Module) -> None:
     timm's networks do it by their own `set_grad_checkpointing`. In others, a block is a layer that contains layers (see
     `layers`), such as a residual block, the parallel paths between two routers, or a path of a `SparseRouter`. Routers
     keep their activations, so gates and scores are returned as without checkpointing. Gradients are the same, and batch
-    norm and `gate_norm` count a batch once.
+    norm and `gate_norm` count a batch once; batch norm in timm's own checkpoints counts it twice.
 
     Args:
         network: changed in place.
