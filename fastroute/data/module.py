@@ -62,7 +62,8 @@ class ImageDataModule(pl.LightningDataModule):
         batch_size: the number of images in a batch of one process.
         img_size: the height and width to which images are scaled and cropped, in pixels; by default the data set's own,
             32 for an "imagefolder" in memory, and 224 for streamed images.
-        num_workers: the number of threads or processes that decode images, by default one for each core available.
+        num_workers: the number of threads or processes that decode images, by default one for each available core,
+            shared by the processes of a machine.
         seed: of order and augmentation.
         in_memory: whether an "imagefolder" is held in memory, by default up to img_size 64.
         download: whether torchvision's sets may be downloaded.
