@@ -23,7 +23,9 @@
 #include <ATen/ops/stack.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
+#include <utility>
 
 namespace fastroute {
 namespace {
@@ -79,17 +81,76 @@ bool kernel_fits(
   return true;
 }
 
+// The geometry with which PyTorch's convolution is right, and the map that it needs; see fastroute/ops/_convolution.py.
+struct Geometry {
+  std::vector<int64_t> stride, padding, dilation;
+  std::vector<int64_t> sides;  // zeros to add on both sides of each spatial size of the map
+  std::vector<int64_t> kept;   // positions to keep then, from the first; kAll keeps all
+  static constexpr int64_t kAll = -1;
+
+  at::Tensor prepare(at::Tensor x) const {
+    if (std::any_of(sides.begin(), sides.end(), [](int64_t side) { return side != 0; })) {
+      std::vector<int64_t> pads;
+      for (size_t d = sides.size(); d-- > 0;) pads.insert(pads.end(), 2, sides[d]);
+      x = at::constant_pad_nd(x, pads);
+    }
+    for (size_t d = 0; d < kept.size(); ++d) {
+      if (kept[d] != kAll) x = x.narrow(static_cast<int64_t>(d) + 2, 0, kept[d]);
+    }
+    return x;
+  }
+
+  // Returns the gradient of a map of the shape of `like` from that of the prepared one.
+  at::Tensor restore(at::Tensor grad, const at::Tensor& like) const {
+    for (size_t d = 0; d < sides.size(); ++d) {
+      const auto dim = static_cast<int64_t>(d) + 2;
+      if (const int64_t cut = like.size(dim) + 2 * sides[d] - grad.size(dim)) {
+        std::vector<int64_t> pads(2 * (sides.size() - d));
+        pads.back() = cut;
+        grad = at::constant_pad_nd(grad, pads);
+      }
+      grad = grad.narrow(dim, sides[d], like.size(dim));
+    }
+    return grad;
+  }
+};
+
+// Returns the geometry with which PyTorch is right for a map and a weight. On a CPU
+// - the map is padded first where the kernel does not fit it;
+// - the dilation is 1 along a kernel of size 1, where it has no effect and bfloat16 convolutions crash with other values;
+// - the stride is 1 along a size with a single output, where it has no effect and bfloat16 convolutions are wrong on
+//   processors with AMX: the map is cut to the positions that the kernel reads.
+Geometry correct_geometry(
+    const at::Tensor& x, const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation) {
+  const size_t dims = stride.size();
+  Geometry g{stride.vec(), padding.vec(), dilation.vec(), std::vector<int64_t>(dims),
+             std::vector<int64_t>(dims, Geometry::kAll)};
+  for (size_t d = 0; d < dims; ++d) {
+    if (weight.size(4 + static_cast<int64_t>(d)) == 1) g.dilation[d] = 1;
+  }
+  if (!x.is_cpu()) return g;
+  const bool fits = kernel_fits(x, weight, stride, padding, g.dilation);
+  for (size_t d = 0; d < dims; ++d) {
+    const auto dim = static_cast<int64_t>(d);
+    const int64_t read = g.dilation[d] * (weight.size(4 + dim) - 1) + 1;
+    const bool single = stride[d] > 1 && (x.size(2 + dim) + 2 * padding[d] - read) / stride[d] == 0;
+    if (single) g.stride[d] = 1, g.kept[d] = read;
+    if (single || !fits) g.sides[d] = std::exchange(g.padding[d], 0);
+  }
+  return g;
+}
+
 // Returns a map of one channel with the strides of [C, *S]; with one channel, both formats are the same in memory. PyTorch's
 // float32 convolutions on a CPU are wrong for some geometries if the strides are those of [*S, C].
 at::Tensor plain(const at::Tensor& x) { return x.size(1) == 1 ? x.squeeze(1).unsqueeze(1) : x; }
 
 // A convolution of x (N, C, *S) with weight (C', C, *k), or a dense layer without spatial dimensions. Results are [*S, C] in
 // memory with `channels_last`, else [C, *S]. PyTorch gets all tensors in `type`; maps are converted back, the weight's gradient
-// is not. With `pads`, maps are padded first.
+// is not.
 struct Convolution {
-  at::IntArrayRef stride;
-  std::vector<int64_t> padding, dilation;
-  bool channels_last, pads;
+  Geometry geometry;
+  bool channels_last;
   at::ScalarType type;
 
   at::Tensor arrange(const at::Tensor& x) const { return channels_last ? to_channels_last(x) : x.contiguous(); }
@@ -98,19 +159,15 @@ struct Convolution {
     const OptionalTensor b = bias ? OptionalTensor(bias->to(type)) : bias;
     if (x.dim() == 2) return at::linear(x.to(type), weight.to(type), b).to(x.scalar_type());
     const at::Tensor y = at::convolution(
-        map(x), plain(weight.to(type)), b, stride, remaining(), dilation, false, none(), 1);
+        map(x), plain(weight.to(type)), b, geometry.stride, geometry.padding, geometry.dilation, false, none(), 1);
     return arrange(y).to(x.scalar_type());
   }
 
   // Returns the gradient of the inputs; `like` gives their shape, and its values are not read.
   at::Tensor to_inputs(const at::Tensor& grad, const at::Tensor& like, const at::Tensor& weight) const {
     if (grad.dim() == 2) return grad.to(type).matmul(weight.to(type)).to(grad.scalar_type());
-    at::Tensor grad_x = std::get<0>(backward(grad, like, weight, {true, false, false}));
-    for (size_t d = 0; pads && d < padding.size(); ++d) {
-      const auto dim = static_cast<int64_t>(d) + 2;
-      grad_x = grad_x.narrow(dim, padding[d], like.size(dim));
-    }
-    return arrange(grad_x).to(grad.scalar_type());
+    const at::Tensor grad_x = std::get<0>(backward(grad, like, weight, {true, false, false}));
+    return arrange(geometry.restore(grad_x, like)).to(grad.scalar_type());
   }
 
   // Returns the gradient of the weight; `weight` gives its shape, and its values are not read.
@@ -123,20 +180,12 @@ struct Convolution {
   std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
       const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, std::array<bool, 3> mask) const {
     return at::convolution_backward(
-        grad.to(type), map(x), plain(weight.to(type)), std::nullopt, stride, remaining(), dilation, false, none(), 1,
-        mask);
+        grad.to(type), map(x), plain(weight.to(type)), std::nullopt, geometry.stride, geometry.padding,
+        geometry.dilation, false, none(), 1, mask);
   }
 
-  std::vector<int64_t> none() const { return std::vector<int64_t>(stride.size()); }
-  std::vector<int64_t> remaining() const { return pads ? none() : padding; }
-
-  at::Tensor map(const at::Tensor& x) const {
-    const at::Tensor t = x.to(type);
-    if (!pads) return plain(t);
-    std::vector<int64_t> sides;
-    for (size_t d = padding.size(); d-- > 0;) sides.insert(sides.end(), 2, padding[d]);
-    return plain(at::constant_pad_nd(t, sides));
-  }
+  std::vector<int64_t> none() const { return std::vector<int64_t>(geometry.stride.size()); }
+  at::Tensor map(const at::Tensor& x) const { return plain(geometry.prepare(x.to(type))); }
 };
 
 std::vector<int64_t> output_shape(
@@ -147,16 +196,6 @@ std::vector<int64_t> output_shape(
     shape.push_back((x.size(2 + d) + 2 * padding[d] - dilation[d] * (weight.size(4 + d) - 1) - 1) / stride[d] + 1);
   }
   return shape;
-}
-
-// Returns the dilation with 1 along a kernel of size 1, where it has no effect and bfloat16 convolutions on a CPU crash with
-// other values.
-std::vector<int64_t> meaningful(at::IntArrayRef dilation, const at::Tensor& weight) {
-  std::vector<int64_t> numbers = dilation.vec();
-  for (size_t d = 0; d < numbers.size(); ++d) {
-    if (weight.size(4 + static_cast<int64_t>(d)) == 1) numbers[d] = 1;
-  }
-  return numbers;
 }
 
 std::atomic<int64_t> forced_chunk_bytes = 0;  // set by tests, for several chunks of a small case
@@ -173,8 +212,7 @@ class Layer {
       at::TensorList xs, const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
       at::IntArrayRef dilation)
       : cpu_(xs[0].is_cpu()), paths_last_(!sample_is_dense(xs[0], false)),
-        convolution_{stride, padding.vec(), meaningful(dilation, weight), cpu_ || paths_last_,
-                     cpu_ && !kernel_fits(xs[0], weight, stride, padding, dilation),
+        convolution_{correct_geometry(xs[0], weight, stride, padding, dilation), cpu_ || paths_last_,
                      cpu_ && xs[0].scalar_type() == at::kHalf ? at::kFloat : xs[0].scalar_type()} {
     const int64_t bytes = static_cast<int64_t>(weight.nbytes());
     chunk_bytes_ = cpu_ ? std::min(std::max(int64_t{1} << 20, bytes), int64_t{8} << 20) : int64_t{64} << 20;

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastroute.ops._convolution import prepare_convolution
+from fastroute.ops._convolution import correct_geometry, prepare_convolution
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,15 @@ class Convolution:
         if x.dim() == 2:
             return torch.nn.functional.linear(x, weight, bias)
         x, weight, *geometry = prepare_convolution(x, weight, self.stride, self.padding, self.dilation)
-        return self.arrange(torch.ops.aten.convolution(x, weight, bias, self.stride, *geometry, *self._constants))
+        return self.arrange(torch.ops.aten.convolution(x, weight, bias, *geometry, *self._constants))
 
     def input_gradient(self, grad: Tensor, like: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient of the inputs; `like` gives their shape, and its values are not read."""
         if grad.dim() == 2:
             return grad @ weight
         grad_x = self._backward(grad, like, weight, [True, False, False])[0]
-        for dim, (size, padding) in enumerate(zip(like.shape[2:], self.padding, strict=True), start=2):
-            if grad_x.shape[dim] > size:  # the gradient includes the padding
-                grad_x = grad_x.narrow(dim, padding, size)
-        return self.arrange(grad_x)
+        geometry = correct_geometry(like, weight, self.stride, self.padding, self.dilation)
+        return self.arrange(geometry.restore(grad_x, like.shape[2:]))
 
     def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient of the weight; `weight` gives its shape, and its values are not read."""
@@ -53,6 +51,4 @@ class Convolution:
 
     def _backward(self, grad, x, weight, mask):
         x, weight, *geometry = prepare_convolution(x, weight, self.stride, self.padding, self.dilation)
-        return torch.ops.aten.convolution_backward(
-            grad, x, weight, None, self.stride, *geometry, *self._constants, mask
-        )
+        return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, *self._constants, mask)

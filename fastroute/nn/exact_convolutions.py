@@ -7,7 +7,7 @@ from fastroute.ops._convolution import prepare_convolution
 
 
 class _Exact:
-    """Mixin that pads the map first where the kernel does not fit it, such as a kernel of 3 on a map of 1."""
+    """Mixin that pads or cuts the map first where PyTorch is wrong, such as for a kernel of 3 on a map of 1."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.device.type != "cpu" or self.padding_mode != "zeros" or x.dim() != weight.dim():
@@ -16,9 +16,9 @@ class _Exact:
         padding = [*reversed(sides[::2])]
         if sides[::2] != sides[1::2]:
             x, padding = functional.pad(x, sides), [0] * len(padding)
-        x, weight, padding, dilation = prepare_convolution(x, weight, self.stride, padding, self.dilation)
+        x, weight, *geometry = prepare_convolution(x, weight, self.stride, padding, self.dilation)
         convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(padding) - 1]
-        return convolve(x, weight, bias, self.stride, padding, dilation, self.groups)
+        return convolve(x, weight, bias, *geometry, self.groups)
 
 
 class Conv1d(_Exact, nn.Conv1d):
@@ -41,11 +41,12 @@ def exact_convolutions(network: nn.Module) -> nn.Module:
 
     In bfloat16, PyTorch's CPU convolutions give a wrong gradient of the weight, or crash, if some kernel positions see
     only padding: for example a kernel of 3 with padding 1 on a map of one pixel, as in the last stage of a ResNet on
-    small images. In float32 they are wrong for some strides over one-channel images in channels_last. Layers of the
-    types `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` become subclasses of the same name, which pad such maps first and
-    compute all others as before. Parameters and their names do not change. `multipath`, `RoutingClassifier`, and
-    `create_model` for the networks of this package call this function themselves. `torch.ao.quantization` looks layers
-    up by their exact types, and so leaves these out.
+    small images. With a stride above 1 along a size that has a single output, the output
+    may be wrong, as for images of 32×4. In float32 they are wrong for some strides over one-channel images in
+    channels_last. Layers of the types `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` become subclasses of the same name,
+    which pad or cut such maps first and compute all others as before. Parameters and their names do not change.
+    `multipath`, `RoutingClassifier`, and `create_model` for the networks of this package call this function themselves.
+    `torch.ao.quantization` looks layers up by their exact types, and so leaves these out.
 
     Args:
         network: any module.

@@ -1,6 +1,7 @@
 """Workarounds for wrong results of PyTorch's convolutions on a CPU."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn import functional
@@ -34,21 +35,75 @@ def _with_channels_first_strides(x: Tensor) -> Tensor:
     return x.squeeze(1).unsqueeze(1)
 
 
-def prepare_convolution(
-    x: Tensor, weight: Tensor, stride, padding, dilation
-) -> tuple[Tensor, Tensor, Sequence[int], Sequence[int]]:
-    """Return the map, weight, padding and dilation with which PyTorch's convolution is right, also on a CPU.
+class Geometry(NamedTuple):
+    """The geometry with which PyTorch's convolution is right, and the map that it needs.
 
-    Where the kernel does not fit the map, the map is padded first. The dilation is set to 1 along a kernel of size 1,
-    where it has no effect.
+    Attributes:
+        stride, padding, dilation: arguments of the convolution of the prepared map.
+        sides: the zeros to add on both sides of each spatial size of the map.
+        kept: the number of positions to keep then, from the first; None keeps all.
     """
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    sides: Sequence[int]
+    kept: Sequence[int | None]
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Return the map to convolve."""
+        if any(self.sides):
+            x = functional.pad(x, [side for side in reversed(self.sides) for _ in range(2)])
+        for dim, kept in enumerate(self.kept, start=2):
+            if kept is not None:
+                x = x.narrow(dim, 0, kept)
+        return x
+
+    def restore(self, grad: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Return the gradient of a map of these spatial sizes from that of the prepared one."""
+        for dim, (size, side) in enumerate(zip(sizes, self.sides, strict=True), start=2):
+            cut = size + 2 * side - grad.shape[dim]
+            if cut:
+                grad = functional.pad(grad, [0, 0] * (grad.dim() - 1 - dim) + [0, cut])
+            grad = grad.narrow(dim, side, size)
+        return grad
+
+
+def correct_geometry(x: Tensor, weight: Tensor, stride, padding, dilation) -> Geometry:
+    """Return how to convolve x (N, C, *S) with weight (C', C, *k) such that PyTorch is right, also on a CPU.
+
+    - Where the kernel does not fit the map, the map is padded first.
+    - The dilation is set to 1 along a kernel of size 1, where it has no effect.
+    - A stride above 1 has no effect along a size with a single output, where bfloat16 convolutions are wrong on
+      processors with AMX: it is set to 1, and the map cut to the positions that the kernel reads.
+    """
+    none = [None] * len(padding)
     known = all(isinstance(size, int) for size in x.shape[2:])  # sizes are symbolic in torch.export
     if x.device.type != "cpu" or not known:
-        return x, weight, padding, dilation
+        return Geometry(stride, padding, dilation, [0] * len(padding), none)
     dilation = [1 if k == 1 else d for k, d in zip(weight.shape[2:], dilation, strict=True)]
-    if not kernel_fits(x.shape, weight.shape, stride, padding, dilation):
-        x = functional.pad(x, [p for p in reversed(padding) for _ in range(2)])
-        padding = [0] * len(padding)
-    if x.shape[1] == 1:
+    fits = kernel_fits(x.shape, weight.shape, stride, padding, dilation)
+    strides, paddings, sides, kept = [], [], [], []
+    for size, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True):
+        read = d * (k - 1) + 1
+        single = s > 1 and (size + 2 * p - read) // s == 0
+        pads = single or not fits
+        strides.append(1 if single else s)
+        paddings.append(0 if pads else p)
+        sides.append(p if pads else 0)
+        kept.append(read if single else None)
+    return Geometry(strides, paddings, dilation, sides, kept)
+
+
+def prepare_convolution(
+    x: Tensor, weight: Tensor, stride, padding, dilation
+) -> tuple[Tensor, Tensor, Sequence[int], Sequence[int], Sequence[int]]:
+    """Return the map, weight, stride, padding and dilation with which PyTorch's convolution is right.
+
+    See `correct_geometry`.
+    """
+    geometry = correct_geometry(x, weight, stride, padding, dilation)
+    x = geometry.prepare(x)
+    if x.device.type == "cpu" and x.shape[1] == 1:
         x, weight = _with_channels_first_strides(x), _with_channels_first_strides(weight)
-    return x, weight, padding, dilation
+    return x, weight, geometry.stride, geometry.padding, geometry.dilation

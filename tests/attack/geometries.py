@@ -107,13 +107,13 @@ def _check_layer(case: Case, x: torch.Tensor, weight: torch.Tensor) -> None:
     leaf = x.detach().requires_grad_()
     y = layer(leaf)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
-    ours = torch.autograd.grad(y, [leaf, layer.weight], grad)
+    ours = [y, *torch.autograd.grad(y, [leaf, layer.weight], grad)]
     convolution = torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d
 
     def gradients(x, w, grad):
         x, w = x.double().requires_grad_(), w.double().requires_grad_()
         y = convolution[len(case.size) - 1](x, w, None, case.stride, case.padding, case.dilation)
-        return torch.autograd.grad(y, [x, w], grad.double())
+        return [y, *torch.autograd.grad(y, [x, w], grad.double())]
 
     bounds = gradients(x.abs(), weight.abs(), grad.abs())
     for value, true, bound in zip(ours, gradients(x, weight, grad), bounds, strict=True):

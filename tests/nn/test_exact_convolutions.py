@@ -7,7 +7,7 @@ from torch import nn
 from fastroute.models import create_model, multipath
 from fastroute.nn import exact_convolutions
 
-# A layer, and the size of a map that its kernel does not fit.
+# A layer, and the size of a map for which PyTorch has it wrong.
 LAYERS = [
     (nn.Conv1d(8, 5, 2, stride=3, padding=1), (2,)),
     (nn.Conv2d(8, 8, 3, padding=1), (1, 1)),
@@ -16,6 +16,9 @@ LAYERS = [
     (nn.Conv2d(8, 8, 3, padding=1, groups=4), (1, 1)),
     (nn.Conv2d(2, 5, (2, 1), stride=(3, 2), padding=(0, 1), dilation=(1, 2)), (9, 1)),
     (nn.Conv3d(8, 5, (7, 1, 1), padding=(1, 0, 0), dilation=(1, 1, 2)), (6, 5, 14)),
+    (nn.Conv2d(8, 8, 3, stride=(1, 2)), (8, 3)),
+    (nn.Conv2d(16, 2, (1, 5), stride=(1, 3), padding=(2, 2), bias=False), (4, 1)),
+    (nn.Conv3d(8, 2, (1, 2, 3), stride=(1, 1, 2), padding=(0, 2, 1)), (2, 3, 2)),
 ]
 
 
@@ -27,7 +30,7 @@ def gradients(layer, x, weights):
 
 @pytest.mark.parametrize(("layer", "size"), LAYERS, ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_gradients_where_the_kernel_does_not_fit(layer, size, autocast):
+def test_layers_that_pytorch_has_wrong(layer, size, autocast):
     layer = copy.deepcopy(layer)
     layer.load_state_dict({name: value.bfloat16() for name, value in layer.state_dict().items()})
     x = torch.randn(4, layer.in_channels, *size).bfloat16().float()

@@ -21,9 +21,9 @@ def _prediction(x, weight, bias, geometry):
     dtype = accumulate_dtype(x.dtype)
     if x.dim() == 2:
         return functional.linear(x, weight, bias).to(dtype)
-    x, weight, padding, dilation = prepare_convolution(x, weight, *geometry)
+    x, weight, *geometry = prepare_convolution(x, weight, *geometry)
     convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[x.dim() - 3]
-    return convolve(x, weight, bias, geometry[0], padding, dilation).to(dtype)
+    return convolve(x, weight, bias, *geometry).to(dtype)
 
 
 def _sums(xs, weight, bias, gates, geometry):
