@@ -7,10 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastroute.nn.mixture_em import recomputing
+from fastroute.nn.mixture_em import AllReduce, normalized_over_processes, recomputing, several_processes
 from fastroute.nn.router import Routing
 from fastroute.nn.sparse import SparseRouting
-from fastroute.ops import mixture_em_loss
+from fastroute.ops import MixtureEM, mixture_em_loss
+from fastroute.ops._library import under_transform
 from fastroute.ops._snapshot import snapshot
 
 
@@ -30,6 +31,8 @@ class GateClusteringLoss(nn.Module):
     the network carry the same load: Σ_j ḡ_j log(n ḡ_j) for each n, with ḡ_j the mean gate to path j over the samples
     and all gating vectors with n outgoing paths. It is 0 if all paths get the same, and log n if one gets everything.
     It depends on the gates themselves, and so on the scores' means.
+
+    In several processes, training normalises by the statistics of all processes' samples, and balances the load of all.
 
     Gates cluster unevenly, so the prior of each cluster is its share of the posteriors in previous steps. Priors are
     updated in training mode only, over all processes, and are saved with the module. A `SparseRouter` with clustered
@@ -87,8 +90,8 @@ class GateClusteringLoss(nn.Module):
             prior, theirs = None, getattr(router, "prior", None)  # the router updates its own
             if self.prior_momentum is not None:
                 prior = self._prior(name, scores) if theirs is None else theirs
-            learns = prior is not None and theirs is None and self.training and not recomputing()
-            loss, posterior = mixture_em_loss(scores, self.gamma, snapshot(prior) if learns else prior)
+            learns = prior is not None and theirs is None and self._keeps()
+            loss, posterior = self._loss(scores, snapshot(prior) if learns else prior)
             losses.append(loss.sum())
             if learns:
                 self._update_prior(name, prior, posterior)
@@ -97,8 +100,23 @@ class GateClusteringLoss(nn.Module):
                 f"routing has {len(routing)} routers; it must have at least one with two outgoing paths or more"
             )
         if self.scope == "network":
-            losses += _balance(routing)
+            losses += _balance(routing, self._joint())
         return torch.stack(losses).sum()
+
+    def _joint(self) -> bool:
+        """Return whether other processes share the batch; in evaluation they may have other numbers of batches."""
+        return self.training and several_processes()
+
+    def _keeps(self) -> bool:
+        """Return whether this forward may keep priors; transforms would leave their tensors in the module."""
+        return self.training and not recomputing() and (torch.compiler.is_compiling() or not under_transform())
+
+    def _loss(self, scores: Tensor, prior: Tensor | None) -> MixtureEM:
+        if not self._joint():
+            return mixture_em_loss(scores, self.gamma, prior)
+        scores = normalized_over_processes(scores.to(torch.promote_types(scores.dtype, torch.float32)))
+        zero = scores.new_zeros(scores.shape[1:])
+        return mixture_em_loss(scores, self.gamma, prior, zero, zero + 1)
 
     def _prior(self, name: str, scores: Tensor) -> Tensor:
         shape, dtype = scores.shape[1:], torch.promote_types(scores.dtype, torch.float32)
@@ -107,7 +125,7 @@ class GateClusteringLoss(nn.Module):
         if prior is None or prior.shape != shape:
             prior = scores.new_full(shape, 1 / shape[-1], dtype=dtype)
         prior = prior.to(scores.device, dtype)
-        if self.training and not recomputing():  # in evaluation it may be a tensor of inference mode
+        if self._keeps():  # in evaluation it may be a tensor of inference mode
             self.priors[name] = prior
         return prior
 
@@ -116,7 +134,7 @@ class GateClusteringLoss(nn.Module):
         if not torch.compiler.is_compiling():  # compiled graphs recompute without this module
             self.earlier_priors[name] = prior.clone()
         sums, count = posterior.sum(0), posterior.new_ones(posterior.shape[:1]).sum()
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if several_processes():
             for total in (sums, count):
                 dist.all_reduce(total)
         # Without samples, or with NaN, the prior stays as it is; a branch would synchronise.
@@ -133,12 +151,20 @@ class GateClusteringLoss(nn.Module):
         return f"gamma={self.gamma}, prior_momentum={self.prior_momentum}, scope={self.scope!r}"
 
 
-def _balance(routing: Mapping[str, Routing | SparseRouting]) -> list[Tensor]:
-    """Return Σ_j ḡ_j log(n ḡ_j) over the gating vectors with n > 1 outgoing paths, for each n."""
+def _balance(routing: Mapping[str, Routing | SparseRouting], joint: bool) -> list[Tensor]:
+    """Return Σ_j ḡ_j log(n ḡ_j) over the gating vectors with n > 1 outgoing paths, for each n.
+
+    With `joint`, the mean gates ḡ are those of all processes.
+    """
     loads: dict[int, list[Tensor]] = {}
     for router in routing.values():
         gates = router.gates
-        mean = gates.sum(0) / torch.sym_max(gates.shape[0], 1)
+        if joint:
+            sums = torch.cat([gates.sum(0).flatten(), gates.new_ones(gates.shape[:1]).sum(0, keepdim=True)])
+            sums = AllReduce.apply(sums, None)
+            mean = (sums[:-1] / sums[-1].clamp(min=1)).reshape(gates.shape[1:])
+        else:
+            mean = gates.sum(0) / torch.sym_max(gates.shape[0], 1)
         loads.setdefault(gates.shape[-1], []).extend(mean.reshape(-1, gates.shape[-1]))
     means = {n: torch.stack(rows).mean(0) for n, rows in loads.items() if n > 1}
     # The clamp keeps gradients finite for paths that get nothing, as in sparse routers.

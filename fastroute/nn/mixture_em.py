@@ -109,7 +109,7 @@ class RelevanceNorm(nn.Module):
     """The processes that share statistics; None is all."""
 
     def _several_processes(self) -> bool:
-        return dist.is_available() and dist.is_initialized() and dist.get_world_size(self._group) > 1
+        return several_processes(self._group)
 
     def _running(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the running μ and 1/σ."""
@@ -135,12 +135,12 @@ class RelevanceNorm(nn.Module):
     @torch.no_grad()
     def _move(self, *pairs: tuple[Tensor, Tensor]) -> None:
         """Move running values towards those of a batch, if all of these are finite; the first batches count alike."""
-        weight = 1 / self.num_batches_tracked.clamp(min=1)
-        if self.momentum is not None:
-            weight = weight.clamp(min=self.momentum)
         finite = torch.stack([value.isfinite().all() for _, value in pairs]).all()
         for running, value in pairs:
-            running.lerp_(torch.where(finite, value.to(running.dtype), running), weight.to(running.dtype))
+            weight = 1 / self.num_batches_tracked.clamp(min=1).to(running.dtype)
+            if self.momentum is not None:
+                weight = weight.clamp(min=self.momentum)
+            running.lerp_(torch.where(finite, value.to(running.dtype), running), weight)
 
     def extra_repr(self) -> str:
         gates = "" if self.num_gates is None else f", num_gates={self.num_gates}"
@@ -166,8 +166,9 @@ def _std_mean(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Return σ and μ of each column, scaled by a power of two meanwhile, so that no square over- or underflows."""
     if scores.shape[0] == 0:
         return torch.std_mean(scores, dim=0, correction=0)
-    exponent = torch.frexp(scores.detach().abs().amax(0)).exponent
-    unit = torch.ldexp(torch.ones_like(scores[0]), exponent - 1)
+    largest = scores.detach().abs().amax(0)
+    mantissa = torch.frexp(largest).mantissa  # Inductor cannot compute with frexp's exponents in float64
+    unit = torch.where(largest > 0, largest / (2 * mantissa), 1)
     std, mean = torch.std_mean(scores / unit, dim=0, correction=0)
     return std * unit, mean * unit
 
@@ -205,6 +206,17 @@ class AllReduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         return AllReduce.apply(gradient.contiguous(), ctx.group), None
+
+
+def several_processes(group: dist.ProcessGroup | None = None) -> bool:
+    """Return whether a process group, None being all processes, has more than this one."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+
+
+def normalized_over_processes(scores: Tensor) -> Tensor:
+    """Return the scores, normalised by their statistics over all processes (Eq. 4.11)."""
+    std, mean = _std_mean_of_processes(scores, None)
+    return (scores - mean) * _inverse(std)
 
 
 def _inverse(std: Tensor) -> Tensor:
@@ -282,4 +294,5 @@ class ConsistencyLoss(nn.Module):
                 f"it must have the shape of posterior, {tuple(posterior.shape)}"
             )
         p = posterior.detach()
-        return (torch.xlogy(p, p) - p * log_softmax(normalized_aug, dim=-1)).sum((0, -1)) / torch.sym_max(p.shape[0], 1)
+        cross = torch.where(p == 0, 0, p * log_softmax(normalized_aug, dim=-1))  # q may be 0 there
+        return (torch.xlogy(p, p) - cross).sum((0, -1)) / torch.sym_max(p.shape[0], 1)

@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 import fastroute
-from fastroute.nn import CrossConnection, GateClusteringLoss, MixtureEMLoss, RelevanceNorm, Routing, SparseRouter
+from fastroute.nn import (
+    CrossConnection,
+    GateClusteringLoss,
+    GateNorm,
+    MixtureEMLoss,
+    RelevanceNorm,
+    Routing,
+    SparseRouter,
+)
 
 STEPS = 3
 
@@ -91,3 +99,12 @@ def test_gradients_of_later_steps(name, form):
             with torch.no_grad():  # the same weights in both
                 for parameter, exact in zip(module.parameters(), eager.parameters(), strict=True):
                     exact.copy_(parameter.add_(0.01))
+
+
+@pytest.mark.parametrize("kind", ["center", "standardize"])
+def test_statistics_compile_in_float64(kind):
+    norm, scores = GateNorm(kind, None, 4).double(), torch.randn(64, 4, dtype=torch.float64)
+    torch._dynamo.reset()
+    found = torch.compile(norm)(scores)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, copy.deepcopy(norm)(scores), rtol=1e-12, atol=1e-12)

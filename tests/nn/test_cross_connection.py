@@ -191,6 +191,13 @@ def test_wrong_arguments(arguments, message):
         CrossConnection(**{"channels": 6, "in_paths": 2, "out_paths": 2, **arguments})
 
 
+@pytest.mark.parametrize("name", ["channels", "in_paths", "out_paths", "gate_channels"])
+@pytest.mark.parametrize("value", ["4", 4.0])
+def test_numbers_are_integers(name, value):
+    with pytest.raises(TypeError, match=f"{name} is {value!r}; it must be an integer"):
+        CrossConnection(**{"channels": 6, "in_paths": 2, "out_paths": 2, name: value})
+
+
 def test_a_wrong_temperature_is_refused_later_too():
     router = CrossConnection(6, 2, 2)
     with pytest.raises(ValueError, match="temperature is 0"):

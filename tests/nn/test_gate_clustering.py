@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from fastroute.nn import CrossConnection, GateClusteringLoss, Routing, SparseRouter, SparseRouting
@@ -216,3 +218,60 @@ def test_exports_with_batches_of_any_size():
     exported = torch.export.export(module, (given[0].softmax(-1), given[0]), dynamic_shapes=(batch, batch))
     inputs = given[1].softmax(-1), given[1]
     torch.testing.assert_close(exported.module()(*inputs), module(*inputs))
+
+
+def drifting(n):
+    """Scores of two gating vectors, whose samples differ from the first to the last."""
+    return scores(n, 2, 3).detach().double() + torch.linspace(-2, 2, n)[:, None, None] * torch.tensor([1.0, 0.0, 0.5])
+
+
+def _regularised(scope, given):
+    """Return the loss, the gradient of the scores, and the priors, of the second of two steps."""
+    loss, given = GateClusteringLoss(scope=scope), given.clone().requires_grad_()
+    for _ in range(2):
+        value = loss(routing(given))
+    (gradient,) = torch.autograd.grad(value, given)
+    return value.detach(), gradient, loss.priors["router0"]
+
+
+def _one_of_two(rank, place, results):
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    part = slice(0, 8) if rank == 0 else slice(8, 16)
+    for scope in ("local", "router", "network"):
+        results[scope, rank] = _regularised(scope, drifting(16)[part])
+    evaluated = GateClusteringLoss().eval()
+    if rank == 0:  # alone, as processes may have other numbers of batches
+        results["evaluated"] = evaluated(routing(drifting(8)))
+    dist.destroy_process_group()
+
+
+def test_processes_share_the_statistics_of_the_batch(tmp_path):
+    results = torch.multiprocessing.Manager().dict()
+    torch.multiprocessing.spawn(_one_of_two, (tmp_path / "store", results), nprocs=2)
+    for scope in ("local", "router", "network"):
+        (first, left, prior), (second, right, other) = results[scope, 0], results[scope, 1]
+        found = (first + second) / 2, torch.cat([left, right]) / 2, prior  # gradients as DistributedDataParallel has
+        torch.testing.assert_close(found, _regularised(scope, drifting(16)), rtol=1e-6, atol=1e-8)
+        assert torch.equal(prior, other)
+    torch.testing.assert_close(results["evaluated"], GateClusteringLoss().eval()(routing(drifting(8))))
+
+
+def test_transforms_leave_nothing_behind():
+    router, loss = CrossConnection(4, 2, 2, dtype=torch.float64), GateClusteringLoss()
+    parameters = {name: p.detach() for name, p in router.named_parameters()}
+
+    def regularised(parameters, x):
+        _, routing = functional_call(router, parameters, ([x, x + 1],), {"return_routing": True})
+        return loss({"a": routing})
+
+    x = torch.randn(3, 6, 4, 5, 5, dtype=torch.float64)
+    for _ in range(2):
+        each = vmap(grad(regularised), (None, 0))(parameters, x)
+    jvp(lambda x: regularised(parameters, x), (x[0],), (x[0],))
+    assert not loss.priors and not loss.earlier_priors
+    for i in range(3):
+        alone = grad(regularised)(parameters, x[i])
+        torch.testing.assert_close({name: g[i] for name, g in each.items()}, alone)
+    regularised(parameters, x[0])
+    assert type(loss.priors["a"]) is torch.Tensor and loss.state_dict()

@@ -48,6 +48,14 @@ def test_running_statistics_are_a_moving_average():
         std = std + weight * (scores.std(0, correction=0) - std)
     torch.testing.assert_close(norm.running_mean, mean)
     torch.testing.assert_close(norm.running_std, std)
+    exact = RelevanceNorm(2, momentum=0.1, dtype=torch.float64)
+    for value in values:
+        exact(value.double())
+    weights = [max(1 / (i + 1), 0.1) for i in range(6)]
+    mean = values[0].double().mean(0)
+    for weight, value in zip(weights[1:], values[1:], strict=True):
+        mean = mean + weight * (value.double().mean(0) - mean)
+    torch.testing.assert_close(exact.running_mean, mean, rtol=1e-13, atol=1e-13)
     plain = RelevanceNorm(2, momentum=None)
     for scores in values:
         plain(scores)
@@ -141,6 +149,7 @@ def test_consistency_is_the_divergence_with_p_constant():
     torch.testing.assert_close(a.grad, (q - p).detach() / 20)
     certain = torch.eye(4)
     assert ConsistencyLoss()(certain, 100 * certain).item() == pytest.approx(0)
+    assert ConsistencyLoss()(certain, certain.log()).item() == 0  # of clusters that neither has
     assert ConsistencyLoss()(torch.rand(5, 2, 4).softmax(-1), torch.rand(5, 2, 4)).shape == (2,)
     assert ConsistencyLoss()(torch.rand(0, 4), torch.rand(0, 4)) == 0
 

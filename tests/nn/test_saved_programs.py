@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastroute.models import create_model
-from fastroute.nn import MixtureEMLoss, RelevanceNorm, SparseRouter
+from fastroute.nn import CrossPredictionLinear, MixtureEMLoss, RelevanceNorm, SparseRouter
 from fastroute.ops import cross_connect, gate
 
 
@@ -31,3 +31,21 @@ def test_a_saved_program_returns_named_tuples(name, tmp_path):
     given, wanted = torch.export.load(tmp_path / "program.pt2").module()(*xs, **options), module(*xs, **options)
     torch.testing.assert_close(given, wanted)
     assert repr(given) == repr(wanted)  # with the names of their types and fields
+
+
+class Linear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router = CrossPredictionLinear(8, 6, in_paths=2, out_paths=2)
+
+    def forward(self, a, b):
+        return self.router([a, b])
+
+
+def test_programs_run_compiled_ahead_of_time(tmp_path):
+    """Where dense layers pass empty lists of strides to the operator, whose runtime takes those for None."""
+    torch.manual_seed(0)
+    module, xs = Linear().eval(), (torch.randn(4, 8), torch.randn(4, 8))
+    program = torch.export.export(module, xs)
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "program.pt2"))
+    torch.testing.assert_close(torch._inductor.aoti_load_package(path)(*xs), module(*xs))
