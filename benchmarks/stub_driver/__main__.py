@@ -22,8 +22,8 @@ def measure(backend: str, rounds: int) -> dict[str, dict[str, float]]:
     from benchmarks.stub_driver import native
     from fastroute import use_backend
     from fastroute.bench import overhead
-    from fastroute.bench.contest import OURS
     from fastroute.bench.operators import FORWARD, FORWARD_BACKWARD
+    from fastroute.bench.results import OURS
 
     stub = native.install() if backend == "native" else stub_driver.install()
     torch.set_num_threads(1)

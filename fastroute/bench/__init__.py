@@ -9,8 +9,8 @@ import torch
 from fastroute._errors import in_a_line
 from fastroute.bench import networks, operators, overhead, parallel, sparse
 from fastroute.bench.cases import Case
-from fastroute.bench.contest import OURS, Contest
-from fastroute.bench.results import Result, Row
+from fastroute.bench.contest import Contest
+from fastroute.bench.results import OURS, Result, Row
 
 __all__ = [
     "OURS",

@@ -13,8 +13,6 @@ from torch import cuda
 from fastroute._errors import in_a_line
 from fastroute.bench.results import Row
 
-OURS = "fastroute"
-
 
 @dataclass
 class Contest:

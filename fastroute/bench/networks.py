@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from fastroute.backends import use_backend
 from fastroute.bench.cases import DTYPES, LAYOUTS, Case, compiled
-from fastroute.bench.contest import OURS, Contest
+from fastroute.bench.contest import Contest
 from fastroute.bench.plain import PlainCrossConnection, PlainCrossPrediction2d
+from fastroute.bench.results import OURS
 from fastroute.bench.sparse import spread
 from fastroute.models import create_model, list_models
 from fastroute.nn import CrossConnection, CrossPrediction2d, SparseRouter

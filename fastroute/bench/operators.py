@@ -13,7 +13,8 @@ from fastroute import ops
 from fastroute.backends import BACKENDS, ORDER, use_backend
 from fastroute.bench import plain
 from fastroute.bench.cases import DTYPES, Case, compiled, draw
-from fastroute.bench.contest import OURS, Contest
+from fastroute.bench.contest import Contest
+from fastroute.bench.results import OURS
 from fastroute.testing import assert_as_good_as_eager
 
 FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"

@@ -9,8 +9,9 @@ from fastroute import ops
 from fastroute.backends import BACKENDS, ORDER
 from fastroute.bench import plain
 from fastroute.bench.cases import Case
-from fastroute.bench.contest import OURS, Contest
+from fastroute.bench.contest import Contest
 from fastroute.bench.operators import FORWARD, FORWARD_BACKWARD
+from fastroute.bench.results import OURS
 from fastroute.testing import assert_as_good_as_eager
 
 SHAPE, PATHS, REPEATS = (1, 16, 4, 4), 2, 100

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from fastroute.bench.cases import DTYPES, LAYOUTS, Case, draw
-from fastroute.bench.contest import OURS, Contest
+from fastroute.bench.contest import Contest
 from fastroute.bench.operators import FORWARD, FORWARD_BACKWARD, STATED
+from fastroute.bench.results import OURS
 from fastroute.nn import ParallelPaths
 
 PATHS = (2, 3)

@@ -134,7 +134,7 @@ def compare(old: Result, new: Result) -> str:
         old, new: results with cases in common.
 
     Returns:
-        One table per suite.
+        What differs between the machines and versions, and one table per suite.
 
     Raises:
         ValueError: the results have no case in common.
@@ -143,7 +143,13 @@ def compare(old: Result, new: Result) -> str:
     pairs = [(before[row.suite, row.id], row) for row in new.rows if (row.suite, row.id) in before]
     if not pairs:
         raise ValueError("the results have no case in common")
-    texts = []
+    changes = [
+        f"{name}: {then.get(name)} before, {now.get(name)} now"
+        for then, now in ((old.machine, new.machine), (old.versions, new.versions))
+        for name in then | now
+        if then.get(name) != now.get(name)
+    ]
+    texts = ["The results are not of the same machine and versions:\n" + "\n".join(changes)] if changes else []
     for suite, group in groupby(pairs, key=lambda pair: pair[1].suite):
         lines, nets = [], []
         for then, now in group:

@@ -12,6 +12,9 @@ import torch
 import fastroute
 from fastroute._files import replacing
 
+OURS = "fastroute"
+"""The name of our time among those of a row."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -89,12 +92,29 @@ class Result:
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"result is {path}; there is no such file")
+            what = "it is a folder" if path.is_dir() else "there is no such file"
+            raise FileNotFoundError(f"result is {path}; {what}")
         try:
             values = json.loads(path.read_text())
-            return cls(**{**values, "rows": [Row(**row) for row in values["rows"]]})
-        except (ValueError, TypeError, KeyError) as error:
+            if not isinstance(values, dict) or not isinstance(values.get("rows"), list):
+                raise ValueError("it has no list of rows")
+            result = cls(**{**values, "rows": [Row(**row) for row in values["rows"]]})
+            for row in result.rows:
+                _check_row(row)
+            return result
+        except (ValueError, TypeError) as error:
             raise ValueError(f"result is {path}; it must be a file that `fastroute bench` wrote ({error})") from None
+
+
+def _check_row(row: Row) -> None:
+    """Raise ValueError unless a row has labels, and times above 0, ours among them."""
+    if not isinstance(row.labels, dict):
+        raise ValueError(f"a row's labels are {row.labels!r}; they must be names and values")
+    for times in (row.ms, row.cold_ms):
+        if not isinstance(times, dict) or not all(isinstance(ms, (int, float)) and ms > 0 for ms in times.values()):
+            raise ValueError(f"the times of {row.id} are {times!r}; they must be milliseconds above 0")
+    if OURS not in row.ms:
+        raise ValueError(f"{row.id} has no time of {OURS!r}")
 
 
 def case_id(labels: Mapping[str, object]) -> str:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from fastroute.bench.cases import LAYOUTS, Case, draw
-from fastroute.bench.contest import OURS, Contest
+from fastroute.bench.contest import Contest
 from fastroute.bench.operators import FORWARD, FORWARD_BACKWARD
+from fastroute.bench.results import OURS
 from fastroute.models.cifar_resnet import BasicBlock
 from fastroute.nn import SparseRouter
 

@@ -380,10 +380,12 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         return self.n_clusters == "auto" or (isinstance(self.prior, str) and self.prior == "learned")
 
     def _weights(self, sample_weight, X: np.ndarray) -> np.ndarray | None:
-        """The weights, with a mean of 1."""
+        """The weights, with a mean of 1; None if all are the same."""
         if sample_weight is None:
             return None
         weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        if weights[0] > 0 and (weights == weights[0]).all():
+            return None
         weights = weights / weights.max()  # the sum of larger ones may overflow
         return weights / weights.mean()
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastroute.nn.router import Router, Routing
+from fastroute.nn.router import Router, Routing, check_integers
 from fastroute.ops import cross_connect, mix
 from fastroute.ops._paths import check_activation
 
@@ -74,6 +74,7 @@ class CrossConnection(Router):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
+        check_integers(channels=channels)
         if channels < 1:
             raise ValueError(f"channels is {channels}; it must be at least 1")
         check_activation(activation)

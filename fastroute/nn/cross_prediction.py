@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from fastroute.nn.blocks import block_end
-from fastroute.nn.router import Router, Routing
+from fastroute.nn.router import Router, Routing, check_integers
 from fastroute.ops import cross_predict, gate
 from fastroute.ops._paths import check_activation
 
@@ -38,6 +38,7 @@ class _CrossPrediction(Router):
         dtype: torch.dtype | None,
     ):
         for name, width in zip(self.WIDTHS, (in_width, out_width), strict=True):
+            check_integers(**{name: width})
             if width < 1:
                 raise ValueError(f"{name} is {width}; it must be at least 1")
         check_activation(activation)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -77,6 +78,13 @@ class Tempered:
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
+def check_integers(**values: int) -> None:
+    """Raise TypeError unless each of the named arguments is an integer."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} is {value!r}; it must be an integer")
+
+
 class Router(TakesLists, Tempered, nn.Module):
     """Base of layers from m parallel tensors to n, with a gate for each incoming path (Eq. 3.3 to 3.5).
 
@@ -100,6 +108,7 @@ class Router(TakesLists, Tempered, nn.Module):
         dtype: torch.dtype | None,
     ):
         super().__init__()
+        check_integers(channels=channels, in_paths=in_paths, out_paths=out_paths, gate_channels=gate_channels or 0)
         for name, paths in (("in_paths", in_paths), ("out_paths", out_paths)):
             if not 1 <= paths <= MAX_PATHS:
                 raise ValueError(f"{name} is {paths}; it must be 1 to {MAX_PATHS}")

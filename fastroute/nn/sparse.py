@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastroute.nn._spread import SpreadPaths
 from fastroute.nn.gate_norm import GateNorm
-from fastroute.nn.router import Tempered
+from fastroute.nn.router import Tempered, check_integers
 from fastroute.ops import mix
 from fastroute.ops._compile_form import is_exporting
 from fastroute.ops._library import without_autocast
@@ -154,6 +154,7 @@ class SparseRouter(Tempered, nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        check_integers(channels=channels, top_k=top_k, gate_channels=gate_channels or 0)
         if channels < 1:
             raise ValueError(f"channels is {channels}; it must be at least 1")
         if isinstance(paths, int):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import SymFloat, SymInt, Tensor
 from torch.utils import _pytree as pytree
 
 from fastroute.ops import _compile_form, _compiled, _inductor
@@ -152,12 +152,37 @@ def call(operator, *args):
         return _traced(operator, *args)
     if under_transform():
         return PLAIN[_operator_name(operator)](*args)
-    return operator(*args)
+    try:
+        return operator(*args)
+    except RuntimeError:
+        _check_types(operator, args)
+        raise
+
+
+def _check_types(operator, args) -> None:
+    """Raise TypeError if an argument has another type than the schema: the dispatcher's error is hard to read."""
+    for argument, value in zip(operator._schema.arguments, args, strict=False):
+        kind = str(argument.type)
+        number = isinstance(value, (int, float, SymInt, SymFloat)) and not isinstance(value, bool)
+        if kind in ("Tensor", "Optional[Tensor]"):
+            fits, expected = isinstance(value, Tensor), "a tensor"
+            if kind != "Tensor":
+                fits, expected = fits or value is None, "a tensor or None"
+        elif kind == "float":
+            fits, expected = number, "a number"
+        else:
+            continue
+        if not fits:
+            raise TypeError(f"{argument.name} is a {type(value).__name__}; it must be {expected}")
 
 
 def _traced(operator, *args):
     first = args[0][0] if isinstance(args[0], list) and args[0] else args[0]
-    if isinstance(first, Tensor) and not _compile_form.is_exporting():
+    if _compile_form.is_exporting():
+        # AOTInductor's runtime passes an empty list, such as the strides of dense layers, as None.
+        lacks = any(isinstance(argument, list) and not argument for argument in args)
+        return PLAIN[_operator_name(operator)](*args) if lacks else operator(*args)
+    if isinstance(first, Tensor):
         name, fused = TO_FUSE[operator]
         if _compile_form.fuses(name, first):
             return fused(*args)

@@ -1,6 +1,7 @@
 """Cross-prediction routing (§3.1, Alg. 1)."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -103,7 +104,10 @@ def _autocast(xs: list[Tensor]) -> list[Tensor]:
 
 
 def _per_dimension(name: str, value: int | Sequence[int], count: int, least: int) -> list[int]:
-    values = [value] * count if isinstance(value, int) else list(value)
+    whole = isinstance(value, (int, Integral))  # int first, which is faster to see
+    if not whole and not (isinstance(value, Sequence) and all(isinstance(number, (int, Integral)) for number in value)):
+        raise TypeError(f"{name} is {value!r}; it must be an integer, or one for each of {count} spatial sizes")
+    values = [value] * count if whole else list(value)
     if len(values) != count:
         raise ValueError(f"{name} is {value}; it must be one number, or one for each of {count} spatial sizes")
     if any(not least <= number <= MAX_SIZE for number in values):

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,27 @@ def test_other_files_are_no_results(text, tmp_path):
         Result.load(tmp_path / "a.json")
     with pytest.raises(FileNotFoundError, match="there is no such file"):
         Result.load(tmp_path / "b.json")
+    with pytest.raises(FileNotFoundError, match="it is a folder"):
+        Result.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"labels": [1]}, "a row's labels are [1]; they must be names and values"),
+        ({"ms": {"fastroute": 0}}, "they must be milliseconds above 0"),
+        ({"ms": {"fastroute": None}}, "they must be milliseconds above 0"),
+        ({"ms": {"eager": 1.0}}, "has no time of 'fastroute'"),
+        ({"cold_ms": []}, "they must be milliseconds above 0"),
+    ],
+)
+def test_rows_of_results_are_checked(changes, message, tmp_path, make_result):
+    make_result().save(tmp_path / "a.json")
+    values = json.loads((tmp_path / "a.json").read_text())
+    values["rows"][1] |= changes
+    (tmp_path / "a.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Result.load(tmp_path / "a.json")
 
 
 def test_tables_have_ratios_bandwidth_memory_and_means(make_result):
@@ -61,6 +83,10 @@ def test_comparison_takes_the_machines_drift_out(make_result):
     text = report.compare(old, new)
     _, before, now, faster, drift, net = cells(text, "cross_connect")
     assert (before, now, faster, drift, net) == ("2.000", "0.500", "4.00", "1.59", "2.52")
+    assert "not of the same machine" not in text
+    new.machine["processor"], new.versions["torch"] = "Another", "2.12"
+    text = report.compare(old, new)
+    assert "processor: A Processor before, Another now\ntorch: 2.11 before, 2.12 now\n" in text
     new.rows.pop()
     assert "1 cases are in only one of the results" in report.compare(old, new)
     new.rows.clear()

@@ -75,9 +75,19 @@ def test_samples_of_another_shape_are_refused():
 def test_weights_may_be_huge():
     X = blobs()[0]
     options = {"n_clusters": 3, "epochs": 1, "n_init": 1, "random_state": 0}
-    expected = NeuralMixture(**options).fit(X, sample_weight=np.ones(len(X)))
-    found = NeuralMixture(**options).fit(X, sample_weight=np.full(len(X), 1e308))
+    weights = np.arange(len(X)) % 2 + 1.0
+    expected = NeuralMixture(**options).fit(X, sample_weight=weights)
+    found = NeuralMixture(**options).fit(X, sample_weight=0.5e308 * weights)
     assert found.loss_ == expected.loss_
+
+
+def test_equal_weights_change_nothing():
+    X = blobs()[0]
+    options = {"n_clusters": 3, "epochs": 1, "n_init": 1, "random_state": 0}
+    expected = NeuralMixture(**options).fit(X).predict_proba(X)
+    for weight in (1, 3):
+        found = NeuralMixture(**options).fit(X, sample_weight=np.full(len(X), weight))
+        assert np.array_equal(found.predict_proba(X), expected)
 
 
 def dropout_network(features):

@@ -291,6 +291,7 @@ w1, b1, w2, b2 = torch.zeros(2, 5, 3), torch.zeros(2, 5), torch.zeros(2, 2, 5), 
         (ValueError, r"b2 has shape \(2, 3\)", ([x] * 2, w1, b1, w2, b2.new_zeros(2, 3))),
         (ValueError, "b1 is given without w1", ([x] * 2, None, b1, w2.new_zeros(2, 2, 3), b2)),
         (TypeError, "w1 has dtype torch.float64", ([x] * 2, w1.double(), b1, w2, b2)),
+        (TypeError, "b1 is a list; it must be a tensor or None", ([x] * 2, w1, [0.0], w2, b2)),
         (ValueError, "activation is 'gelu'; it must be 'relu' or None", ([x] * 2, w1, b1, w2, b2, "gelu")),
     ],
 )

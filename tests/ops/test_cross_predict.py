@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from fastroute import ops, use_backend
-from fastroute.ops._convolution import kernel_fits
+from fastroute.ops._convolution import correct_geometry, kernel_fits
 from tests.ops.cases import check_against_eager, differentiate, named, paths
 from tests.ops.cases import eager_cross_predict as eager
 
@@ -266,8 +266,9 @@ def test_the_plan_of_the_native_passes(native_library):
     assert plan(large, small)[3] == threads
 
 
-# Kernels some of whose positions meet padding alone, or that are larger than the map, dilations of kernels of one, and
-# one channel in channels_last: where PyTorch's convolutions on a CPU crash, or give wrong results or gradients.
+# Kernels some of whose positions meet padding alone, or that are larger than the map, dilations of kernels of one, one
+# channel in channels_last, and strides along a size with a single output: where PyTorch's convolutions on a CPU crash,
+# or give wrong results or gradients.
 LOOSE = [
     ((4, 16, 3, 9, 9), (8, (5, 3, 7)), {"stride": (2, 1, 3), "padding": (3, 0, 0)}),
     ((4, 1, 9, 3), (2, (3, 3)), {"stride": (1, 2)}),
@@ -279,6 +280,10 @@ LOOSE = [
     ((2, 8, 2), (5, (2,)), {"stride": 3, "padding": 1}),
     ((1, 3, 6, 5, 14), (5, (7, 1, 1)), {"padding": (1, 0, 0), "dilation": (1, 1, 2)}),
     ((2, 16, 4, 8, 2), (5, (5, 5, 3)), {"padding": (1, 0, 2)}),
+    ((1, 8, 8, 3), (8, (3, 3)), {"stride": (1, 2)}),
+    ((2, 8, 16, 2), (8, (3, 3)), {"stride": 2, "padding": 1}),
+    ((4, 16, 4, 1), (2, (1, 5)), {"stride": (1, 3), "padding": 2}),
+    ((1, 8, 2, 3, 2), (2, (1, 2, 3)), {"stride": (1, 1, 2), "padding": (0, 2, 1)}),
 ]
 
 
@@ -305,6 +310,24 @@ def test_which_kernels_fit_the_map():
         met = all(any(0 <= o * s + i * d - p < size for o in range(outputs)) for i in range(k))
         fits = kernel_fits((1, 1, size), (1, 1, k), [s], [p], [d])
         assert fits == (met and d * (k - 1) < size), (size, k, s, p, d)
+
+
+def test_the_correct_geometry_computes_the_same():
+    """Also where the convolution at hand is right: the values do not depend on the processor."""
+    for size, k, s, p, d in itertools.product(range(1, 7), range(1, 4), range(1, 4), range(4), range(1, 3)):
+        outputs = (size + 2 * p - d * (k - 1) - 1) // s + 1
+        if outputs < 1:
+            continue
+        x = torch.randn(2, 2, 5, size, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(3, 2, 3, k, dtype=torch.float64)
+        given = {"stride": (1, s), "padding": (1, p), "dilation": (1, d)}
+        geometry = correct_geometry(x, weight, *given.values())
+        assert outputs > 1 or (geometry.stride[1] == 1 and (s == 1 or geometry.padding[1] == 0)), given
+        prepared = geometry.prepare(x)
+        y = torch.nn.functional.conv2d(prepared, weight, None, geometry.stride, geometry.padding, geometry.dilation)
+        torch.testing.assert_close(y, torch.nn.functional.conv2d(x, weight, **given))
+        grad, whole = torch.autograd.grad(y.square().sum(), [prepared, x])
+        assert torch.equal(geometry.restore(grad, x.shape[2:]), whole)
 
 
 def test_second_derivatives_where_the_kernel_does_not_fit(backend):
@@ -344,6 +367,10 @@ weight, bias, gates = torch.zeros(2, 2, 5, 3, 3, 3), torch.zeros(2, 2, 5), torch
         (TypeError, "weight has dtype torch.float64", {"weight": weight.double()}),
         (TypeError, "weight is None; it must be a tensor", {"weight": None}),
         (TypeError, "gates is a list; it must be a tensor", {"gates": [1.0]}),
+        (TypeError, "bias is a list; it must be a tensor or None", {"bias": [0.0]}),
+        (TypeError, "stride is 1.5; it must be an integer, or one for each of 2 spatial sizes", {"stride": 1.5}),
+        (TypeError, "padding is None; it must be an integer", {"padding": None}),
+        (TypeError, r"stride is \[1.5, 1\]; it must be an integer", {"stride": [1.5, 1]}),
         (ValueError, "stride is 0; it must be at least 1", {"stride": 0}),
         (ValueError, "dilation is 4611686018427387904; it must be .* at most 1073741824", {"dilation": 1 << 62}),
         (ValueError, r"padding is \(1,\); it must be one number, or one for each of 2", {"padding": (1,)}),

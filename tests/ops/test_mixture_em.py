@@ -307,6 +307,8 @@ a, aug = torch.zeros(4, 3), torch.zeros(4, 3)
         (ValueError, r"scores has shape \(4, 1025\).*K from 1 to 1024", torch.zeros(4, 1025), {}),
         (TypeError, "scores has dtype torch.int64", a.long(), {}),
         (TypeError, "scores is None; it must be a tensor", None, {}),
+        (TypeError, "prior is a list; it must be a tensor or None", a, {"prior": [0.2, 0.3, 0.5]}),
+        (TypeError, "gamma is a str; it must be a number", a, {"gamma": "5"}),
         (ValueError, "gamma is 0.0; it must be greater than 0", a, {"gamma": 0}),
         (ValueError, "gamma is nan", a, {"gamma": math.nan}),
         (ValueError, r"prior has shape \(4,\); it must have shape \(3,\)", a, {"prior": torch.full((4,), 0.25)}),
