@@ -1,7 +1,6 @@
-import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -49,16 +48,15 @@ def _lookup(name: str) -> Backend:
     return BACKENDS[name]
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Compute all operators inside the `with` block with one backend.
+class use_backend:
+    """Compute all operators with one backend, from here on or inside a `with` block.
 
     The setting applies to the whole process, including autograd's threads, and takes precedence over the environment
     variable FASTROUTE_BACKEND. The backend is chosen at each call, also in code compiled by `torch.compile`, unless
     it was compiled in the fused form (see `compile_form`), which holds no operators.
 
     Args:
-        name: "triton", "native" or "reference".
+        name: "triton", "native" or "reference"; None lets the library choose.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -71,12 +69,16 @@ def use_backend(name: str) -> Iterator[None]:
         >>> len(ys)
         2
     """
-    previous = _override
-    _set_override(_lookup(name).name)
-    try:
-        yield
-    finally:
-        _set_override(previous)
+
+    def __init__(self, name: str | None):
+        self.previous = _override
+        _set_override(None if name is None else _lookup(name).name)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        _set_override(self.previous)
 
 
 def _set_override(backend: str | None) -> None:

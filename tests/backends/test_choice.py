@@ -129,6 +129,20 @@ def test_use_backend_goes_before_the_variable(monkeypatch):
     assert calls == ["mix"]
 
 
+def test_use_backend_as_a_statement_stays(monkeypatch):
+    calls = spy(monkeypatch, "reference")
+    outer = fastroute.use_backend("reference")
+    route()
+    with fastroute.use_backend("native"):
+        route()
+    route()
+    fastroute.use_backend(None)
+    route()
+    with outer:  # which keeps what was named before it
+        pass
+    assert calls == ["mix"] * 2 and _choice._override is None
+
+
 def test_the_variable_chooses(monkeypatch):
     calls = spy(monkeypatch, "reference")
     monkeypatch.setenv("FASTROUTE_BACKEND", "reference")
@@ -137,11 +151,8 @@ def test_the_variable_chooses(monkeypatch):
 
 
 def test_unknown_names(monkeypatch):
-    with (
-        pytest.raises(ValueError, match="backend is 'cudnn'; it must be one of 'triton', 'native', 'reference'"),
-        fastroute.use_backend("cudnn"),
-    ):
-        pass
+    with pytest.raises(ValueError, match="backend is 'cudnn'; it must be one of 'triton', 'native', 'reference'"):
+        fastroute.use_backend("cudnn")
     monkeypatch.setenv("FASTROUTE_BACKEND", "cudnn")
     with pytest.raises(ValueError, match="backend is 'cudnn'"):
         route()
