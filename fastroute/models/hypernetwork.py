@@ -4,13 +4,13 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastroute.models.cifar_resnet import WIDTHS, blocks_per_stack
 from fastroute.models.layers import conv, pool_and_classify
 from fastroute.models.registry import register_model
 from fastroute.nn import Routing
 from fastroute.nn._classifier import Classifies
+from fastroute.ops._convolution import convolve
 
 UNIT = 16  # kernels are generated in pieces of 16 × 16 channels
 EMBEDDING = 64
@@ -47,7 +47,8 @@ class GeneratedConv2d(nn.Module):
         self.scale, self.stride = math.sqrt(2 / (9 * out_channels)), stride
 
     def forward(self, x: Tensor, generate: KernelGenerator) -> Tensor:
-        return F.conv2d(x, generate(self.embedding) * self.scale, stride=self.stride, padding=1)
+        kernel = generate(self.embedding) * self.scale
+        return convolve(x, kernel, None, [self.stride] * 2, [1, 1], [1, 1])
 
 
 class GeneratedBlock(nn.Module):

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastroute.ops._convolution import prepare_convolution
+from fastroute.ops._convolution import convolve
 
 
 class _Exact:
@@ -16,9 +16,7 @@ class _Exact:
         padding = [*reversed(sides[::2])]
         if sides[::2] != sides[1::2]:
             x, padding = functional.pad(x, sides), [0] * len(padding)
-        x, weight, *geometry = prepare_convolution(x, weight, self.stride, padding, self.dilation)
-        convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(padding) - 1]
-        return convolve(x, weight, bias, *geometry, self.groups)
+        return convolve(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
 class Conv1d(_Exact, nn.Conv1d):

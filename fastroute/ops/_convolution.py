@@ -107,3 +107,10 @@ def prepare_convolution(
     if x.device.type == "cpu" and x.shape[1] == 1:
         x, weight = _with_channels_first_strides(x), _with_channels_first_strides(weight)
     return x, weight, geometry.stride, geometry.padding, geometry.dilation
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int = 1) -> Tensor:
+    """Convolve x (N, C, *S) as `torch.nn.functional.conv2d` does, and correctly; one number for each spatial size."""
+    x, weight, *geometry = prepare_convolution(x, weight, stride, padding, dilation)
+    function = (functional.conv1d, functional.conv2d, functional.conv3d)[x.dim() - 3]
+    return function(x, weight, bias, *geometry, groups)

@@ -318,6 +318,24 @@ def test_generated_kernels_are_assembled_from_pieces():
     assert layer(torch.randn(1, 32, 5, 5), generate).shape == (1, 48, 5, 5)
 
 
+@pytest.mark.parametrize("size, stride", [((1, 1), 1), ((2, 2), 2), ((16, 2), 2)])
+def test_generated_kernels_are_right_for_small_maps_in_bfloat16(size, stride):
+    """For which PyTorch's convolutions on a CPU have it wrong."""
+    torch.manual_seed(0)
+    generate, layer = KernelGenerator().bfloat16(), GeneratedConv2d(32, 48, stride).bfloat16()
+    x = torch.randn(4, 32, *size).bfloat16()
+    kernel = (generate(layer.embedding) * layer.scale).detach()
+    exact = kernel.double().requires_grad_()
+    expected = nn.functional.conv2d(x.double(), exact, stride=stride, padding=1)
+    expected.sum().backward()
+    found = kernel.requires_grad_()
+    layer.scale = 1
+    y = layer(x, lambda _: found)
+    y.sum().backward()
+    for ours, true in ((y, expected), (found.grad, exact.grad)):
+        torch.testing.assert_close(ours.double(), true, rtol=0.02, atol=0.02 * true.abs().max().item())
+
+
 def test_gated_blocks_compute_or_skip():
     torch.manual_seed(0)
     block, x = GatedBlock(4, 4, 1).eval(), torch.randn(6, 4, 5, 5) + 3 * torch.randn(6, 4, 1, 1)

@@ -5,7 +5,7 @@ from torch.nn import functional
 
 from fastroute.backends._convolution import Convolution
 from fastroute.backends.reference.mix import dense_like
-from fastroute.ops._convolution import prepare_convolution
+from fastroute.ops._convolution import convolve
 from fastroute.ops._library import differentiate
 from fastroute.ops._paths import accumulate_dtype, channels_first, empty_map
 
@@ -21,8 +21,6 @@ def _prediction(x, weight, bias, geometry):
     dtype = accumulate_dtype(x.dtype)
     if x.dim() == 2:
         return functional.linear(x, weight, bias).to(dtype)
-    x, weight, *geometry = prepare_convolution(x, weight, *geometry)
-    convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[x.dim() - 3]
     return convolve(x, weight, bias, *geometry).to(dtype)
 
 
