@@ -103,6 +103,7 @@ struct Geometry {
   // Returns the gradient of a map of the shape of `like` from that of the prepared one.
   at::Tensor restore(at::Tensor grad, const at::Tensor& like) const {
     for (size_t d = 0; d < sides.size(); ++d) {
+      if (sides[d] == 0 && kept[d] == kAll) continue;
       const auto dim = static_cast<int64_t>(d) + 2;
       if (const int64_t cut = like.size(dim) + 2 * sides[d] - grad.size(dim)) {
         std::vector<int64_t> pads(2 * (sides.size() - d));

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import warnings
 from collections.abc import Callable
@@ -48,8 +49,8 @@ def _lookup(name: str) -> Backend:
     return BACKENDS[name]
 
 
-class use_backend:
-    """Compute all operators with one backend, from here on or inside a `with` block.
+class use_backend(contextlib.ContextDecorator):
+    """Compute all operators with one backend, from here on, or inside a `with` block or a decorated function.
 
     The setting applies to the whole process, including autograd's threads, and takes precedence over the environment
     variable FASTROUTE_BACKEND. The backend is chosen at each call, also in code compiled by `torch.compile`, unless
@@ -71,11 +72,15 @@ class use_backend:
     """
 
     def __init__(self, name: str | None):
-        self.previous = _override
-        _set_override(None if name is None else _lookup(name).name)
+        self.name, self.previous = None if name is None else _lookup(name).name, _override
+        _set_override(self.name)
+
+    def __call__(self, function):
+        _set_override(self.previous)
+        return super().__call__(function)
 
     def __enter__(self) -> None:
-        return None
+        _set_override(self.name)
 
     def __exit__(self, *_: object) -> None:
         _set_override(self.previous)

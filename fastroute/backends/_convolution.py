@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastroute.ops._convolution import correct_geometry, prepare_convolution
+from fastroute.ops._convolution import Geometry, correct_geometry
 
 
 @dataclass(frozen=True)
@@ -27,28 +27,32 @@ class Convolution:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.dim() == 2:
             return torch.nn.functional.linear(x, weight, bias)
-        x, weight, *geometry = prepare_convolution(x, weight, self.stride, self.padding, self.dilation)
-        return self.arrange(torch.ops.aten.convolution(x, weight, bias, *geometry, *self._constants))
+        geometry = self._geometry(x, weight)
+        x, weight = geometry.prepare(x, weight)
+        return self.arrange(torch.ops.aten.convolution(x, weight, bias, *geometry[:3], *self._constants))
 
     def input_gradient(self, grad: Tensor, like: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient of the inputs; `like` gives their shape, and its values are not read."""
         if grad.dim() == 2:
             return grad @ weight
-        grad_x = self._backward(grad, like, weight, [True, False, False])[0]
-        geometry = correct_geometry(like, weight, self.stride, self.padding, self.dilation)
+        geometry = self._geometry(like, weight)
+        grad_x = self._backward(grad, like, weight, geometry, [True, False, False])[0]
         return self.arrange(geometry.restore(grad_x, like.shape[2:]))
 
     def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient of the weight; `weight` gives its shape, and its values are not read."""
         if grad.dim() == 2:
             return grad.mT @ x
-        return self._backward(grad, x, weight, [False, True, False])[1]
+        return self._backward(grad, x, weight, self._geometry(x, weight), [False, True, False])[1]
 
     @property
     def _constants(self):
         """Arguments transposed, output_padding and groups."""
         return False, [0] * len(self.stride), 1
 
-    def _backward(self, grad, x, weight, mask):
-        x, weight, *geometry = prepare_convolution(x, weight, self.stride, self.padding, self.dilation)
-        return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, *self._constants, mask)
+    def _geometry(self, x: Tensor, weight: Tensor) -> Geometry:
+        return correct_geometry(x, weight, self.stride, self.padding, self.dilation)
+
+    def _backward(self, grad, x, weight, geometry, mask):
+        x, weight = geometry.prepare(x, weight)
+        return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry[:3], *self._constants, mask)

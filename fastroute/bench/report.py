@@ -149,7 +149,7 @@ def compare(old: Result, new: Result) -> str:
         for name in then | now
         if then.get(name) != now.get(name)
     ]
-    texts = ["The results are not of the same machine and versions:\n" + "\n".join(changes)] if changes else []
+    texts = ["The results differ in:\n" + "\n".join(changes)] if changes else []
     for suite, group in groupby(pairs, key=lambda pair: pair[1].suite):
         lines, nets = [], []
         for then, now in group:

@@ -131,10 +131,10 @@ def multipath(
     model = without_auxiliary_heads(model)
     specification = specification_of(model)
     input_size = default_input_size(model) if input_size is None else tuple(input_size)
-    if isinstance(route_after, str) and route_after == "auto":
-        route_after = _changes_of_resolution(model, input_size)
-    elif isinstance(route_after, str):
-        route_after = [name.strip() for name in route_after.split(",")]  # as on the command line
+    if isinstance(route_after, str):  # as on the command line
+        route_after = [name.strip() for name in route_after.split(",") if name.strip()]
+        if route_after == ["auto"]:
+            route_after = _changes_of_resolution(model, input_size)
     graph, cuts = _cut(model, route_after)
     first = next(iter(cuts.values()))
     if routing is None:  # the paths start from one and the same tensor
@@ -207,7 +207,7 @@ def _cut(model: nn.Module, route_after: Sequence[str]) -> tuple[fx.Graph, dict[s
         raise ValueError("route_after is empty; it must name at least one module")
     for name in names:
         if name == "" or (name not in known and name != INPUT):
-            near = get_close_matches(name, known, n=3)
+            near = get_close_matches(name, filter(None, known), n=3)
             hint = f"did you mean {', '.join(near)}?" if near else "model.named_modules() names all there are"
             raise ValueError(f"route_after names {name!r}; there is no such module: {hint}")
         if names.count(name) > 1:

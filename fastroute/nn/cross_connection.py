@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastroute.nn.router import Router, Routing, check_integers
+from fastroute.nn.router import Router, Routing
 from fastroute.ops import cross_connect, mix
-from fastroute.ops._paths import check_activation
+from fastroute.ops._paths import check_activation, check_integers
 
 
 class CrossConnection(Router):

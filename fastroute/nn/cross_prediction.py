@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from fastroute.nn.blocks import block_end
-from fastroute.nn.router import Router, Routing, check_integers
+from fastroute.nn.router import Router, Routing
 from fastroute.ops import cross_predict, gate
-from fastroute.ops._paths import check_activation
+from fastroute.ops._paths import check_activation, check_integers
 
 _RELU = nn.ReLU()
 

@@ -10,12 +10,15 @@ class _Exact:
     """Mixin that pads or cuts the map first where PyTorch is wrong, such as for a kernel of 3 on a map of 1."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if x.device.type != "cpu" or self.padding_mode != "zeros" or x.dim() != weight.dim():
+        if x.device.type != "cpu":
             return super()._conv_forward(x, weight, bias)
+        if x.dim() < weight.dim():  # a single map
+            return self._conv_forward(x.unsqueeze(0), weight, bias).squeeze(0)
         sides = self._reversed_padding_repeated_twice  # also set for "same" and "valid"
         padding = [*reversed(sides[::2])]
-        if sides[::2] != sides[1::2]:
-            x, padding = functional.pad(x, sides), [0] * len(padding)
+        zeros = self.padding_mode == "zeros"
+        if not zeros or sides[::2] != sides[1::2]:
+            x, padding = functional.pad(x, sides, "constant" if zeros else self.padding_mode), [0] * len(padding)
         return convolve(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
@@ -39,10 +42,11 @@ def exact_convolutions(network: nn.Module) -> nn.Module:
 
     In bfloat16, PyTorch's CPU convolutions give a wrong gradient of the weight, or crash, if some kernel positions see
     only padding: for example a kernel of 3 with padding 1 on a map of one pixel, as in the last stage of a ResNet on
-    small images. With a stride above 1 along a size that has a single output, the output
-    may be wrong, as for images of 32×4. In float32 they are wrong for some strides over one-channel images in
+    small images. On processors with AMX their output may be wrong with a stride above 1 along a size that has a single
+    output, as for images of 32×4. In float32 they are wrong for some strides over one-channel images in
     channels_last. Layers of the types `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` become subclasses of the same name,
     which pad or cut such maps first and compute all others as before. Parameters and their names do not change.
+    Subclasses of these types and transposed convolutions stay as they are.
     `multipath`, `RoutingClassifier`, and `create_model` for the networks of this package call this function themselves.
     `torch.ao.quantization` looks layers up by their exact types, and so leaves these out.
 

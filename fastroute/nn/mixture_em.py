@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from fastroute.ops import MixtureEM, mixture_em_loss
+from fastroute.ops._paths import check_integers
 from fastroute.ops._snapshot import snapshot
 from fastroute.ops.mixture_em import MAX_CLUSTERS
 
@@ -62,6 +63,7 @@ class RelevanceNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        check_integers(num_clusters=num_clusters, num_gates=1 if num_gates is None else num_gates)
         if not 1 <= num_clusters <= MAX_CLUSTERS:
             raise ValueError(f"num_clusters is {num_clusters}; it must be 1 to {MAX_CLUSTERS}")
         if momentum is not None and not 0 < momentum <= 1:
@@ -170,6 +172,8 @@ def _std_mean(scores: Tensor) -> tuple[Tensor, Tensor]:
     mantissa = torch.frexp(largest).mantissa  # Inductor cannot compute with frexp's exponents in float64
     unit = torch.where(largest > 0, largest / (2 * mantissa), 1)
     std, mean = torch.std_mean(scores / unit, dim=0, correction=0)
+    # Compiled, scores that are constant differ from their mean by its rounding.
+    std = torch.where(std > 8 * torch.finfo(std.dtype).eps * mean.abs(), std, 0)
     return std * unit, mean * unit
 
 
@@ -197,11 +201,14 @@ class AllReduce(torch.autograd.Function):
     """Sum over processes, each of which has its own loss; the gradient is the sum of theirs."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
+    def forward(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         x = x.clone()
         dist.all_reduce(x, group=group)
         return x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # apart from forward, as torch.func needs it
+        _, ctx.group = inputs
 
     @staticmethod
     def backward(ctx, gradient: Tensor):

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from fastroute.nn._lists import TakesLists
 from fastroute.nn.gate_norm import GateNorm, check_gate_norm, make_gate_norm
 from fastroute.ops import gate
 from fastroute.ops._library import without_autocast
-from fastroute.ops._paths import MAX_PATHS, path_list
+from fastroute.ops._paths import MAX_PATHS, check_integers, path_list
 from fastroute.ops._results import exportable
 
 TEMPERATURE = "temperature"
@@ -57,7 +56,11 @@ class Tempered:
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        if not 0 < value < math.inf:
+        try:
+            fits = 0 < value < math.inf
+        except TypeError:
+            raise TypeError(f"temperature is {value!r}; it must be a number") from None
+        if not fits:
             raise ValueError(f"temperature is {value}; it must be positive and finite")
         self._temperature = float(value)
         self._tempered = self._tempered or self._temperature != 1
@@ -76,13 +79,6 @@ class Tempered:
         if (value := state_dict.pop(prefix + TEMPERATURE, None)) is not None:
             self.temperature = value.item()
         super()._load_from_state_dict(state_dict, prefix, *arguments)
-
-
-def check_integers(**values: int) -> None:
-    """Raise TypeError unless each of the named arguments is an integer."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{name} is {value!r}; it must be an integer")
 
 
 class Router(TakesLists, Tempered, nn.Module):

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 
 from fastroute.nn._spread import SpreadPaths
 from fastroute.nn.gate_norm import GateNorm
-from fastroute.nn.router import Tempered, check_integers
+from fastroute.nn.router import Tempered
 from fastroute.ops import mix
 from fastroute.ops._compile_form import is_exporting
 from fastroute.ops._library import without_autocast
-from fastroute.ops._paths import DTYPES, MAX_PATHS, accumulate_dtype, channels_last, path_list
+from fastroute.ops._paths import DTYPES, MAX_PATHS, accumulate_dtype, channels_last, check_integers, path_list
 from fastroute.ops._results import exportable
 
 GATES = ("straight_through", "renormalized", "softmax")
@@ -157,7 +158,7 @@ class SparseRouter(Tempered, nn.Module):
         check_integers(channels=channels, top_k=top_k, gate_channels=gate_channels or 0)
         if channels < 1:
             raise ValueError(f"channels is {channels}; it must be at least 1")
-        if isinstance(paths, int):
+        if isinstance(paths, Integral):
             self.paths, n = None, paths
         elif isinstance(paths, Iterable):
             paths = list(paths)

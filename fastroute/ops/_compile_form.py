@@ -29,7 +29,8 @@ class compile_form:
     on a CPU where gradients are disabled, else the operator. A named backend, as by `use_backend`, asks for "operator"
     where the form is "auto". "fused" also leaves to the compiler the layers that `fastroute.nn.block_end` takes
     together. Where gradients are enabled, `cross_predict`, whose time is that of its convolutions, is always one node.
-    `torch.export` always keeps the operators. A compiled function is compiled anew at its next call after a change.
+    `torch.export` keeps the operators, except for dense cross-prediction, which is plain PyTorch there. A compiled
+    function is compiled anew at its next call after a change.
 
     Example:
         >>> with fastroute.compile_form("fused"):
@@ -43,10 +44,11 @@ class compile_form:
         global _form
         if form not in FORMS:
             raise ValueError(f"form is {form!r}; it must be 'auto', 'fused' or 'operator'")
-        self.previous, _form = _form, form
+        self.form, self.previous, _form = form, _form, form
 
     def __enter__(self) -> None:
-        return None
+        global _form
+        _form = self.form
 
     def __exit__(self, *_: object) -> None:
         global _form

@@ -40,27 +40,31 @@ class Geometry(NamedTuple):
 
     Attributes:
         stride, padding, dilation: arguments of the convolution of the prepared map.
-        sides: the zeros to add on both sides of each spatial size of the map.
-        kept: the number of positions to keep then, from the first; None keeps all.
+        sides: the zeros to add on both sides of each spatial size of the map; None leaves the map as it is.
+        kept: then the number of positions to keep of each size, from the first; None keeps all.
     """
 
     stride: Sequence[int]
     padding: Sequence[int]
     dilation: Sequence[int]
-    sides: Sequence[int]
-    kept: Sequence[int | None]
+    sides: Sequence[int] | None = None
+    kept: Sequence[int | None] = ()
 
-    def prepare(self, x: Tensor) -> Tensor:
-        """Return the map to convolve."""
-        if any(self.sides):
+    def prepare(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the map and the weight to convolve it with."""
+        if self.sides is not None:
             x = functional.pad(x, [side for side in reversed(self.sides) for _ in range(2)])
-        for dim, kept in enumerate(self.kept, start=2):
-            if kept is not None:
-                x = x.narrow(dim, 0, kept)
-        return x
+            for dim, kept in enumerate(self.kept, start=2):
+                if kept is not None:
+                    x = x.narrow(dim, 0, kept)
+        if x.device.type == "cpu" and x.shape[1] == 1:
+            x, weight = _with_channels_first_strides(x), _with_channels_first_strides(weight)
+        return x, weight
 
     def restore(self, grad: Tensor, sizes: Sequence[int]) -> Tensor:
         """Return the gradient of a map of these spatial sizes from that of the prepared one."""
+        if self.sides is None:
+            return grad
         for dim, (size, side) in enumerate(zip(sizes, self.sides, strict=True), start=2):
             cut = size + 2 * side - grad.shape[dim]
             if cut:
@@ -77,40 +81,29 @@ def correct_geometry(x: Tensor, weight: Tensor, stride, padding, dilation) -> Ge
     - A stride above 1 has no effect along a size with a single output, where bfloat16 convolutions are wrong on
       processors with AMX: it is set to 1, and the map cut to the positions that the kernel reads.
     """
-    none = [None] * len(padding)
     known = all(isinstance(size, int) for size in x.shape[2:])  # sizes are symbolic in torch.export
     if x.device.type != "cpu" or not known:
-        return Geometry(stride, padding, dilation, [0] * len(padding), none)
+        return Geometry(stride, padding, dilation)
     dilation = [1 if k == 1 else d for k, d in zip(weight.shape[2:], dilation, strict=True)]
+    read = [d * (k - 1) + 1 for k, d in zip(weight.shape[2:], dilation, strict=True)]
+    sizes = zip(x.shape[2:], read, stride, padding, strict=True)
+    single = [s > 1 and (size + 2 * p - reads) // s == 0 for size, reads, s, p in sizes]
     fits = kernel_fits(x.shape, weight.shape, stride, padding, dilation)
-    strides, paddings, sides, kept = [], [], [], []
-    for size, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True):
-        read = d * (k - 1) + 1
-        single = s > 1 and (size + 2 * p - read) // s == 0
-        pads = single or not fits
-        strides.append(1 if single else s)
-        paddings.append(0 if pads else p)
-        sides.append(p if pads else 0)
-        kept.append(read if single else None)
-    return Geometry(strides, paddings, dilation, sides, kept)
-
-
-def prepare_convolution(
-    x: Tensor, weight: Tensor, stride, padding, dilation
-) -> tuple[Tensor, Tensor, Sequence[int], Sequence[int], Sequence[int]]:
-    """Return the map, weight, stride, padding and dilation with which PyTorch's convolution is right.
-
-    See `correct_geometry`.
-    """
-    geometry = correct_geometry(x, weight, stride, padding, dilation)
-    x = geometry.prepare(x)
-    if x.device.type == "cpu" and x.shape[1] == 1:
-        x, weight = _with_channels_first_strides(x), _with_channels_first_strides(weight)
-    return x, weight, geometry.stride, geometry.padding, geometry.dilation
+    if fits and not any(single):
+        return Geometry(stride, padding, dilation)
+    padded = [one or not fits for one in single]
+    return Geometry(
+        stride=[1 if one else s for one, s in zip(single, stride, strict=True)],
+        padding=[0 if pads else p for pads, p in zip(padded, padding, strict=True)],
+        dilation=dilation,
+        sides=[p if pads else 0 for pads, p in zip(padded, padding, strict=True)],
+        kept=[reads if one else None for one, reads in zip(single, read, strict=True)],
+    )
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int = 1) -> Tensor:
     """Convolve x (N, C, *S) as `torch.nn.functional.conv2d` does, and correctly; one number for each spatial size."""
-    x, weight, *geometry = prepare_convolution(x, weight, stride, padding, dilation)
+    geometry = correct_geometry(x, weight, stride, padding, dilation)
+    x, weight = geometry.prepare(x, weight)
     function = (functional.conv1d, functional.conv2d, functional.conv3d)[x.dim() - 3]
-    return function(x, weight, bias, *geometry, groups)
+    return function(x, weight, bias, *geometry[:3], groups)

@@ -9,6 +9,7 @@ because the caches of compiled graphs on disk know an operator by its name alone
 import contextlib
 import re
 from collections.abc import Callable
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -163,7 +164,7 @@ def _check_types(operator, args) -> None:
     """Raise TypeError if an argument has another type than the schema: the dispatcher's error is hard to read."""
     for argument, value in zip(operator._schema.arguments, args, strict=False):
         kind = str(argument.type)
-        number = isinstance(value, (int, float, SymInt, SymFloat)) and not isinstance(value, bool)
+        number = isinstance(value, (Real, SymInt, SymFloat)) or (isinstance(value, Tensor) and value.dim() == 0)
         if kind in ("Tensor", "Optional[Tensor]"):
             fits, expected = isinstance(value, Tensor), "a tensor"
             if kind != "Tensor":

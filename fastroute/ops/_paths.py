@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -76,6 +77,13 @@ def check_tensors(**tensors: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             given = "None" if tensor is None else f"a {type(tensor).__name__}"
             raise TypeError(f"{name} is {given}; it must be a tensor")
+
+
+def check_integers(**values: int) -> None:
+    """Raise TypeError unless each of the named arguments is an integer."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} is {value!r}; it must be an integer")
 
 
 def check_activation(activation: str | None) -> None:

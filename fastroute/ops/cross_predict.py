@@ -1,6 +1,6 @@
 """Cross-prediction routing (§3.1, Alg. 1)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 
 import torch
@@ -87,7 +87,7 @@ def cross_predict(
     check_tensors(weight=weight, gates=gates)
     rank = max(weight.dim() - 4, 0)
     geometry = [
-        _per_dimension(name, value, rank, least)
+        _per_dimension(name, value, rank, least) if rank else []
         for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
     ]
     return call(_FORWARD, xs, weight, bias, gates, *geometry, activation == "relu", form)
@@ -104,10 +104,12 @@ def _autocast(xs: list[Tensor]) -> list[Tensor]:
 
 
 def _per_dimension(name: str, value: int | Sequence[int], count: int, least: int) -> list[int]:
-    whole = isinstance(value, (int, Integral))  # int first, which is faster to see
-    if not whole and not (isinstance(value, Sequence) and all(isinstance(number, (int, Integral)) for number in value)):
-        raise TypeError(f"{name} is {value!r}; it must be an integer, or one for each of {count} spatial sizes")
-    values = [value] * count if whole else list(value)
+    if isinstance(value, (int, Integral)):
+        values = [value] * count
+    else:
+        values = list(value) if isinstance(value, Iterable) else [value]
+        if not all(isinstance(number, (int, Integral)) for number in values):
+            raise TypeError(f"{name} is {value!r}; it must be an integer, or one for each of {count} spatial sizes")
     if len(values) != count:
         raise ValueError(f"{name} is {value}; it must be one number, or one for each of {count} spatial sizes")
     if any(not least <= number <= MAX_SIZE for number in values):

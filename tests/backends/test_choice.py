@@ -143,6 +143,21 @@ def test_use_backend_as_a_statement_stays(monkeypatch):
     assert calls == ["mix"] * 2 and _choice._override is None
 
 
+def test_use_backend_as_a_decorator_and_more_than_once(monkeypatch):
+    calls = spy(monkeypatch, "reference")
+    decorated = fastroute.use_backend("reference")(route)
+    route()
+    for _ in range(2):
+        decorated()
+    context = fastroute.use_backend("reference")
+    with context:
+        route()
+    route()
+    with context:
+        route()
+    assert calls == ["mix"] * 4 and _choice._override is None
+
+
 def test_the_variable_chooses(monkeypatch):
     calls = spy(monkeypatch, "reference")
     monkeypatch.setenv("FASTROUTE_BACKEND", "reference")

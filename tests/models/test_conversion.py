@@ -339,7 +339,7 @@ class Tokens(Twice):
         return self.fc(self.flat(self.pair(x)[0]).mean(2))
 
 
-@pytest.mark.parametrize("text, names", [("stem", ["stem"]), ("stem, stage1", ["stem", "stage1"])])
+@pytest.mark.parametrize("text, names", [("stem,", ["stem"]), ("stem, stage1", ["stem", "stage1"]), (" auto", "auto")])
 def test_names_may_be_text(text, names):
     assert list(multipath(Toy(), 2, text).state_dict()) == list(multipath(Toy(), 2, names).state_dict())
 
@@ -353,6 +353,8 @@ def test_names_may_be_text(text, names):
         (Toy, {"route_after": ["???"]}, "model.named_modules"),
         (Toy, {"route_after": []}, "route_after is empty"),
         (Toy, {"route_after": "Auto"}, "names 'Auto'; there is no such module"),
+        (Toy, {"route_after": [""]}, "names ''; there is no such module: model.named_modules"),
+        (Toy, {"route_after": " , "}, "route_after is empty"),
         (Toy, {"route_after": ["stem", "stem"]}, "names 'stem' 2 times"),
         (Toy, {"route_after": ["stage1", "stage1.1"]}, "'stage1' and 'stage1.1', which return the same tensor"),
         (Toy, {"route_after": ["wide"]}, "names 'wide', but the rest of the network needs more .* 'relu' as well"),

@@ -108,3 +108,11 @@ def test_statistics_compile_in_float64(kind):
     found = torch.compile(norm)(scores)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, copy.deepcopy(norm)(scores), rtol=1e-12, atol=1e-12)
+
+
+def test_constant_scores_compile_to_zero():
+    scores = torch.randn(60, 4)
+    scores[:, 1] = 3.3
+    torch._dynamo.reset()
+    found = torch.compile(GateNorm("standardize", None, 4))(scores)
+    assert torch.equal(found[:, 1], torch.zeros(60)) and found[:, 0].std() > 0.9

@@ -198,6 +198,11 @@ def test_numbers_are_integers(name, value):
         CrossConnection(**{"channels": 6, "in_paths": 2, "out_paths": 2, name: value})
 
 
+def test_a_temperature_is_a_number():
+    with pytest.raises(TypeError, match="temperature is '1'; it must be a number"):
+        CrossConnection(6, 2, 2, temperature="1")
+
+
 def test_a_wrong_temperature_is_refused_later_too():
     router = CrossConnection(6, 2, 2)
     with pytest.raises(ValueError, match="temperature is 0"):

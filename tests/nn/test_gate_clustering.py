@@ -240,6 +240,11 @@ def _one_of_two(rank, place, results):
     part = slice(0, 8) if rank == 0 else slice(8, 16)
     for scope in ("local", "router", "network"):
         results[scope, rank] = _regularised(scope, drifting(16)[part])
+        fixed = GateClusteringLoss(prior_momentum=None, scope=scope)
+        given = drifting(16)[part].requires_grad_()
+        (wanted,) = torch.autograd.grad(fixed(routing(given)), given)
+        found = grad(lambda given, fixed=fixed: fixed(routing(given)))(given.detach())
+        torch.testing.assert_close(found, wanted)
     evaluated = GateClusteringLoss().eval()
     if rank == 0:  # alone, as processes may have other numbers of batches
         results["evaluated"] = evaluated(routing(drifting(8)))

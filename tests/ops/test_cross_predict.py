@@ -323,7 +323,7 @@ def test_the_correct_geometry_computes_the_same():
         given = {"stride": (1, s), "padding": (1, p), "dilation": (1, d)}
         geometry = correct_geometry(x, weight, *given.values())
         assert outputs > 1 or (geometry.stride[1] == 1 and (s == 1 or geometry.padding[1] == 0)), given
-        prepared = geometry.prepare(x)
+        prepared, weight = geometry.prepare(x, weight)
         y = torch.nn.functional.conv2d(prepared, weight, None, geometry.stride, geometry.padding, geometry.dilation)
         torch.testing.assert_close(y, torch.nn.functional.conv2d(x, weight, **given))
         grad, whole = torch.autograd.grad(y.square().sum(), [prepared, x])
