@@ -81,14 +81,18 @@ def correct_geometry(x: Tensor, weight: Tensor, stride, padding, dilation) -> Ge
     - A stride above 1 has no effect along a size with a single output, where bfloat16 convolutions are wrong on
       processors with AMX: it is set to 1, and the map cut to the positions that the kernel reads.
     """
-    known = all(isinstance(size, int) for size in x.shape[2:])  # sizes are symbolic in torch.export
+    sizes, kernel = x.shape[2:], weight.shape[2:]
+    known = all(isinstance(size, int) for size in sizes)  # sizes are symbolic in torch.export
     if x.device.type != "cpu" or not known:
         return Geometry(stride, padding, dilation)
-    dilation = [1 if k == 1 else d for k, d in zip(weight.shape[2:], dilation, strict=True)]
-    read = [d * (k - 1) + 1 for k, d in zip(weight.shape[2:], dilation, strict=True)]
-    sizes = zip(x.shape[2:], read, stride, padding, strict=True)
-    single = [s > 1 and (size + 2 * p - reads) // s == 0 for size, reads, s, p in sizes]
+    if max(dilation) > 1:
+        dilation = [1 if k == 1 else d for k, d in zip(kernel, dilation, strict=True)]
     fits = kernel_fits(x.shape, weight.shape, stride, padding, dilation)
+    if fits and max(stride) == 1:
+        return Geometry(stride, padding, dilation)
+    read = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    each = zip(sizes, read, stride, padding, strict=True)
+    single = [s > 1 and (size + 2 * p - reads) // s == 0 for size, reads, s, p in each]
     if fits and not any(single):
         return Geometry(stride, padding, dilation)
     padded = [one or not fits for one in single]
