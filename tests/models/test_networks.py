@@ -361,7 +361,7 @@ def test_gates_of_blocks_learn():
 
 def test_torchvision_weights_load():
     resnet18 = pytest.importorskip("torchvision").models.resnet18()
-    model, x = models.create_model("resnet18").eval(), torch.randn(2, 3, 32, 32)
+    model, x = models.create_model("resnet18").eval(), torch.randn(2, 3, 64, 64)
     model.load_state_dict(resnet18.state_dict())
     assert torch.equal(model(x), resnet18.eval()(x))
     gray = models.create_model("wrn_18_1_5", num_classes=3, in_chans=1)
