@@ -173,7 +173,7 @@ def _std_mean(scores: Tensor) -> tuple[Tensor, Tensor]:
     unit = torch.where(largest > 0, largest / (2 * mantissa), 1)
     std, mean = torch.std_mean(scores / unit, dim=0, correction=0)
     # Compiled, scores that are constant differ from their mean by its rounding.
-    std = torch.where(std > 8 * torch.finfo(std.dtype).eps * mean.abs(), std, 0)
+    std = torch.where(std <= 8 * torch.finfo(std.dtype).eps * mean.abs(), 0, std)
     return std * unit, mean * unit
 
 

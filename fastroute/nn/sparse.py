@@ -67,8 +67,8 @@ class SparseRouter(Tempered, nn.Module):
       scores.
     - "softmax": g = the chosen entries of the softmax over all n paths, with its own gradient. They sum to less than 1.
 
-    For k = n all three are the softmax over all paths. The temperature changes the weights but, without
-    priors, not the choice.
+    For k = n all three are the softmax over all paths. The temperature changes the weights but, without priors, not the
+    choice.
 
     The argument `routing` selects how paths are chosen:
 
