@@ -43,12 +43,13 @@ def exact_convolutions(network: nn.Module) -> nn.Module:
     In bfloat16, PyTorch's CPU convolutions give a wrong gradient of the weight, or crash, if some kernel positions see
     only padding: for example a kernel of 3 with padding 1 on a map of one pixel, as in the last stage of a ResNet on
     small images. On processors with AMX their output may be wrong with a stride above 1 along a size that has a single
-    output, as for images of 32×4. In float32 they are wrong for some strides over one-channel images in
-    channels_last. Layers of the types `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` become subclasses of the same name,
-    which pad or cut such maps first and compute all others as before. Parameters and their names do not change.
-    Subclasses of these types and transposed convolutions stay as they are.
-    `multipath`, `RoutingClassifier`, and `create_model` for the networks of this package call this function themselves.
-    `torch.ao.quantization` looks layers up by their exact types, and so leaves these out.
+    output, as for images of 32×4. In float32 they are wrong for some strides over one-channel images in channels_last.
+
+    Layers of the types `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` become subclasses of the same name, which pad or cut
+    such maps first and compute all others as before. Parameters and their names do not change. Subclasses of these
+    types and transposed convolutions stay as they are. `multipath`, `RoutingClassifier`, and `create_model` for the
+    networks of this package call this function themselves. `torch.ao.quantization` looks layers up by their exact
+    types, and so leaves these out.
 
     Args:
         network: any module.

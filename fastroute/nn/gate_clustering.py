@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastroute.nn.mixture_em import AllReduce, normalized_over_processes, recomputing, several_processes
+from fastroute.nn.mixture_em import AllReduce, normalized_over_processes, recomputing, several_processes, sums_and_count
 from fastroute.nn.router import Routing
 from fastroute.nn.sparse import SparseRouting
 from fastroute.ops import MixtureEM, mixture_em_loss
@@ -133,10 +133,10 @@ class GateClusteringLoss(nn.Module):
     def _update_prior(self, name: str, prior: Tensor, posterior: Tensor) -> None:
         if not torch.compiler.is_compiling():  # compiled graphs recompute without this module
             self.earlier_priors[name] = prior.clone()
-        sums, count = posterior.sum(0), posterior.new_ones(posterior.shape[:1]).sum()
+        totals = sums_and_count(posterior)
         if several_processes():
-            for total in (sums, count):
-                dist.all_reduce(total)
+            dist.all_reduce(totals)
+        sums, count = totals[:-1].reshape(prior.shape), totals[-1]
         # Without samples, or with NaN, the prior stays as it is; a branch would synchronise.
         counts = (count > 0) & sums.isfinite().all(-1, keepdim=True)
         prior.lerp_(torch.where(counts, sums / count.clamp(min=1), prior), self.prior_momentum)
@@ -160,8 +160,7 @@ def _balance(routing: Mapping[str, Routing | SparseRouting], joint: bool) -> lis
     for router in routing.values():
         gates = router.gates
         if joint:
-            sums = torch.cat([gates.sum(0).flatten(), gates.new_ones(gates.shape[:1]).sum(0, keepdim=True)])
-            sums = AllReduce.apply(sums, None)
+            sums = AllReduce.apply(sums_and_count(gates), None)
             mean = (sums[:-1] / sums[-1].clamp(min=1)).reshape(gates.shape[1:])
         else:
             mean = gates.sum(0) / torch.sym_max(gates.shape[0], 1)

@@ -14,6 +14,7 @@ from fastroute.nn.mixture_em import (
     _std_mean_of_processes,
     break_checkpoints,
     recomputing,
+    sums_and_count,
 )
 from fastroute.ops._snapshot import snapshot
 
@@ -158,7 +159,7 @@ class GateNorm(RelevanceNorm):
         wrapped = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(self.prior)
         if not wrapped:
             self.earlier_prior = self.prior.clone()
-        sums = torch.cat([posterior.sum(0).flatten(), posterior.new_ones(posterior.shape[:1]).sum(0, keepdim=True)])
+        sums = sums_and_count(posterior)
         if self._several_processes():
             dist.all_reduce(sums, group=self._group)
         self._move((self.prior, (sums[:-1] / sums[-1]).reshape(self.prior.shape)))

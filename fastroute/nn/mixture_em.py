@@ -184,7 +184,7 @@ def _std_mean_of_processes(scores: Tensor, group: dist.ProcessGroup | None) -> t
     """
     exact = scores.double()
     with torch.no_grad():
-        sums = torch.cat([exact.sum(0).flatten(), exact.new_ones(exact.shape[:1]).sum(0, keepdim=True)])
+        sums = sums_and_count(exact)
         dist.all_reduce(sums, group=group)
         count = sums[-1]
         center = (sums[:-1] / count).reshape(exact.shape[1:])
@@ -213,6 +213,11 @@ class AllReduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         return AllReduce.apply(gradient.contiguous(), ctx.group), None
+
+
+def sums_and_count(values: Tensor) -> Tensor:
+    """Return the sums of values (N, …) over the samples, flattened, followed by N, to be added up over processes."""
+    return torch.cat([values.sum(0).flatten(), values.new_ones(values.shape[:1]).sum(0, keepdim=True)])
 
 
 def several_processes(group: dist.ProcessGroup | None = None) -> bool:

@@ -104,7 +104,7 @@ class Router(TakesLists, Tempered, nn.Module):
         dtype: torch.dtype | None,
     ):
         super().__init__()
-        check_integers(channels=channels, in_paths=in_paths, out_paths=out_paths, gate_channels=gate_channels or 0)
+        check_integers(in_paths=in_paths, out_paths=out_paths, gate_channels=gate_channels or 0)
         for name, paths in (("in_paths", in_paths), ("out_paths", out_paths)):
             if not 1 <= paths <= MAX_PATHS:
                 raise ValueError(f"{name} is {paths}; it must be 1 to {MAX_PATHS}")
