@@ -300,9 +300,10 @@ class TrainOptions(NetworkOptions):
         int | None, option(min=1, max=COUNT, help="Steps between checkpoints within an epoch.", panel=RUN)
     ] = None
     log_interval: Annotated[int, option(min=1, max=COUNT, help="Steps between readings of the loss.", panel=RUN)] = 50
-    log: Annotated[str, option(help="Loggers, separated by commas: csv, tensorboard, wandb, mlflow.", panel=RUN)] = (
-        "tensorboard"
-    )
+    log: Annotated[
+        str,  # torchrun, which has several options --log-…, does not pass on --log
+        option("--log", "--loggers", help="Loggers, separated by commas: csv, tensorboard, wandb, mlflow.", panel=RUN),
+    ] = "tensorboard"
     eval_metric: Annotated[Literal["top1", "top5", "loss"], option(help="Metric of best.ckpt.", panel=RUN)] = "top1"
     checkpoint_hist: Annotated[
         int | None, option(min=1, max=COUNT, help="Number of best epochs to keep as epoch12.ckpt.", panel=RUN)

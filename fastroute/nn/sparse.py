@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed._composable_state import _module_state_mapping
 
 from fastroute.nn._spread import SpreadPaths
 from fastroute.nn.gate_norm import GateNorm
+from fastroute.nn.mixture_em import several_processes
 from fastroute.nn.router import Tempered
 from fastroute.ops import mix
 from fastroute.ops._compile_form import is_exporting
@@ -85,10 +87,10 @@ class SparseRouter(Tempered, nn.Module):
     drops nothing, so a prediction does not depend on the other samples of its batch.
 
     A path without samples does not run. Its parameters get no gradient in that step, for which
-    `DistributedDataParallel` needs `find_unused_parameters=True`; a path sharded by `fully_shard` runs on an
-    empty batch instead, as all processes must gather its weights. Batch normalisation in a path sees only the path's
-    samples; in training it raises on a single sample of spatial size 1, as it always does. A batch of 0 samples passes
-    through the first path, to get the shape of the output.
+    `DistributedDataParallel` needs `find_unused_parameters=True`; a path that `fully_shard` shards, by itself or in a
+    larger module, runs on an empty batch instead, so that all processes have gradients of the same parameters. Batch
+    normalisation in a path sees only the path's samples; in training it raises on a single sample of spatial size 1, as
+    it always does. A batch of 0 samples passes through the first path, to get the shape of the output.
 
     The load of the paths is read on the host: this costs one synchronisation per call on a GPU and a graph break under
     `torch.compile`, so `fullgraph=True` does not support this layer. `torch.export` and `torch.jit.trace` in
@@ -243,7 +245,8 @@ class SparseRouter(Tempered, nn.Module):
             y = self._weighted([path(x) for path in self.paths], routing.gates)
         elif self.spread is None:
             parts, routing = self.divide(x)
-            running = [j for j, part in enumerate(parts) if part.shape[0] or _is_sharded(self.paths[j])] or [0]
+            sharded = _sharded_paths(self) if several_processes() else ()
+            running = [j for j, part in enumerate(parts) if part.shape[0] or j in sharded] or [0]
             y = self.accumulate([self.paths[j](parts[j]) for j in running], routing)
         else:
             samples, load, routing = self._divided(x)
@@ -462,9 +465,18 @@ def _index_select(x: Tensor, index: Tensor) -> Tensor:
     return x.movedim(1, -1).index_select(0, index).movedim(-1, 1)
 
 
-def _is_sharded(path: nn.Module) -> bool:
-    """Return whether FSDP gathers weights of a path from all processes, for which each of them must run it."""
+@torch.compiler.disable
+def _sharded_paths(router: SparseRouter) -> set[int]:
+    """Return the paths whose weights FSDP shards, which must run in every process.
+
+    FSDP gathers the weights of a path that is a unit of its own as the path runs. It reduces the gradients of all paths
+    of a larger unit together, and would mix them up if processes had gradients of different paths.
+    """
     fsdp = sys.modules.get("torch.distributed.fsdp")  # imported by those who shard
-    if fsdp is None or not dist.is_initialized():
-        return False
-    return any(isinstance(layer, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)) for layer in path.modules())
+    if fsdp is None:
+        return set()
+    units = [module for module in list(_module_state_mapping) if isinstance(module, fsdp.FSDPModule)]
+    if any(module is router for unit in units for module in unit.modules()):
+        return set(range(router.num_paths))
+    kinds = fsdp.FSDPModule, fsdp.FullyShardedDataParallel
+    return {j for j, path in enumerate(router.paths) if any(isinstance(layer, kinds) for layer in path.modules())}

@@ -1,5 +1,6 @@
 """`fastroute train`: options, resumed runs, and what it says where it cannot go on."""
 
+import contextlib
 import csv
 import dataclasses
 import inspect
@@ -12,6 +13,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed.run
 import yaml
 from typer.main import get_command
 
@@ -422,3 +424,14 @@ def test_an_own_network_that_cannot_compute_in_channels_last(image_folder, tmp_p
     size = ("--img-size", 9, "-j", 1)
     result = run("validate", tmp_path / "run" / "last.ckpt", "--model", "viewing_nets:Viewed", *images, *size)
     assert result.exit_code == 2 and "cannot take images of 3 × 9 × 9" in result.output, result.output
+
+
+def test_torchrun_passes_every_option_on():
+    def passes(name: str) -> bool:
+        with contextlib.suppress(SystemExit):
+            return parser.parse_args(["-m", "fastroute", "train", name]).training_script_args == ["train", name]
+        return False
+
+    parser = torch.distributed.run.get_args_parser()
+    options = get_command(app).commands["train"].params
+    assert [option.opts for option in options if not any(map(passes, option.opts))] == []

@@ -88,7 +88,7 @@ def _paths_in_one_process(rank, found):
     leave_spread_paths(network("clustered", groups[rank]), groups[rank])
 
 
-def _sharded_paths(rank, place):
+def _sharded_paths(rank, place, units):
     """Check paths whose weights are gathered from both processes, each of which has samples for another path."""
     dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2, timeout=LIMIT)
     torch.manual_seed(0)
@@ -97,11 +97,11 @@ def _sharded_paths(rank, place):
         router.w2.copy_(5 * torch.eye(4))
     whole, x = copy.deepcopy(router), torch.zeros(4, 4, 3, 3)
     x[:2, 0] = x[2:, 1] = 1
-    for path in router.paths:
-        fully_shard(path)
-    fully_shard(router)
+    network = nn.Sequential(router)
+    for unit in {"paths": [*router.paths, router], "router": [router], "network": [network]}[units]:
+        fully_shard(unit)
     own = x[2 * rank :][:2]
-    y, wanted = router(own), whole(x)
+    y, wanted = network(own), whole(x)
     torch.testing.assert_close(y, wanted[2 * rank :][:2])
     y.square().mean().backward()
     wanted.square().mean().backward()
@@ -111,8 +111,9 @@ def _sharded_paths(rank, place):
     dist.destroy_process_group()
 
 
-def test_sharded_paths_run_in_every_process(tmp_path):
-    torch.multiprocessing.spawn(_sharded_paths, (tmp_path / "store",), nprocs=2)
+@pytest.mark.parametrize("units", ["paths", "router", "network"])
+def test_sharded_paths_run_in_every_process(tmp_path, units):
+    torch.multiprocessing.spawn(_sharded_paths, (tmp_path / "store", units), nprocs=2)
 
 
 def test_two_processes_match_one(tmp_path):
