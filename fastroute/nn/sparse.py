@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.distributed._composable_state import _module_state_mapping
 
 from fastroute.nn._spread import SpreadPaths
@@ -465,7 +466,7 @@ def _index_select(x: Tensor, index: Tensor) -> Tensor:
     return x.movedim(1, -1).index_select(0, index).movedim(-1, 1)
 
 
-@torch.compiler.disable
+@_disable_dynamo  # unlike torch.compiler.disable, it does not import the compiler at once
 def _sharded_paths(router: SparseRouter) -> set[int]:
     """Return the paths whose weights FSDP shards, which must run in every process.
 
