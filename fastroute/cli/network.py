@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from fastroute._defaults import MAX_PATHS
+from fastroute._extras import extra
 from fastroute.cli.errors import escaped
 
 if TYPE_CHECKING:
@@ -219,6 +220,30 @@ def network(
     classes = sizes.get("num_classes", given.num_classes)
     check_takes(built, str(given), data.in_chans, data.img_size, classes)
     return built
+
+
+def pretrained_levels(given: "Specification") -> tuple[list[float], list[float]] | None:
+    """Return the mean and standard deviation of images that downloaded weights were trained with.
+
+    Args:
+        given: the network.
+
+    Returns:
+        both, for each channel of images from 0 to 1; None if they are not known.
+    """
+    from fastroute.data.module import IMAGENET_MEAN, IMAGENET_STD
+
+    if given.source == "torchvision":
+        return [value / 255 for value in IMAGENET_MEAN], [value / 255 for value in IMAGENET_STD]
+    if given.source != "timm":
+        return None
+    with extra("timm", f"model {given.text!r}"):
+        import timm
+    try:
+        config = timm.get_pretrained_cfg(given.name)
+    except RuntimeError:  # an unknown tag, which building the network tells
+        config = None
+    return None if config is None else (list(config.mean), list(config.std))
 
 
 def _say(console: Console, sentence: str) -> None:

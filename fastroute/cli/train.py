@@ -121,6 +121,11 @@ def _prepare(
     flags = _network_arguments(options)
     specification = network.specification(options, resume)
     network.write_flags(specification, options)
+    colour = options.dataset not in ("digits", "mnist") and options.in_chans != 1
+    chosen = options.mean is not None or options.std is not None
+    if options.pretrained and colour and not chosen and (levels := network.pretrained_levels(specification)):
+        options.mean, options.std = (",".join(f"{value:g}" for value in values) for values in levels)
+        console.print(f"normalised as for the pretrained weights: mean {options.mean}, std {options.std}")
     if resume is not None and options.resume == "auto":
         done = training.epochs_done(resume)
         early = done < options.epochs and options.patience is not None and stopped_early(resume)
@@ -182,7 +187,14 @@ def _prepare(
         raise ValueError(f"num_classes is {options.num_classes}; the data has {data.num_classes} classes")
     count = data.train_count
     batch_size = min(options.batch_size, count)
-    check_batch(specification, batch_size, data.in_chans, data.img_size, half=options.amp)
+    check_batch(
+        specification,
+        batch_size,
+        data.in_chans,
+        data.img_size,
+        training=not options.grad_checkpointing,  # which keeps less than the estimate
+        half=options.amp,
+    )
     check_warmup(options.sched, options.warmup_epochs, options.epochs)
     pl.seed_everything(options.seed, verbose=False)
     built = _network(flags, specification, options, data, options.num_classes, resume, console)
@@ -231,7 +243,7 @@ def _prepare(
         isinstance(layer, Router | SparseRouter) for layer in module.model.modules()
     ):
         raise ValueError(f"gate_reg_weight is {options.gate_reg_weight}, but {options.model} has no gates")
-    if options.initial_checkpoint is not None:
+    if options.initial_checkpoint is not None and resume is None:
         training.load_weights(module.model, options.initial_checkpoint)
     if resume is not None:
         training.check_resume(resume, module, options.epochs)

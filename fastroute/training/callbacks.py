@@ -16,6 +16,7 @@ from torch import distributed as dist
 from fastroute.diagnostics.routing import across_processes
 from fastroute.diagnostics.statistics import RouterStatistics, add_routing
 from fastroute.training.loggers import StepTable
+from fastroute.training.optim import learning_rate
 from fastroute.training.tables import RowTable
 
 METRICS = ("train_loss", "train_error", "train_aux", "val_loss", "val_error", "val_error5")
@@ -71,7 +72,7 @@ class EpochSummary(RowTable):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         self.waited += time.perf_counter() - self._ready
-        self.lr = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+        self.lr = learning_rate(trainer.optimizers[0])
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self._images += len(batch[1])
@@ -102,6 +103,11 @@ class EpochSummary(RowTable):
             self.write()
 
 
+def _step_loss(trainer: pl.Trainer, outputs: dict) -> float:
+    """Return the loss of a batch, which Lightning has divided for gradient accumulation."""
+    return outputs["loss"].item() * trainer.accumulate_grad_batches
+
+
 class StepLog(pl.Callback):
     """Send hyperparameters to each logger once, and loss, learning rate and images/s every `interval` steps.
 
@@ -130,7 +136,7 @@ class StepLog(pl.Callback):
         if (batch_idx + 1) % self.interval and not trainer.is_last_batch:
             return
         figures = {
-            "step/loss": outputs["loss"].item(),
+            "step/loss": _step_loss(trainer, outputs),
             "step/lr": self.summary.lr,
             "step/images_per_s": self.summary.images_per_s * trainer.world_size,
         }
@@ -267,7 +273,7 @@ class EpochProgress(pl.callbacks.ProgressBar):
         self._steps += 1
         done = batch_idx + 1
         if done % self.log_interval == 0 or self._steps == 1:  # reading the loss makes the host wait for a GPU
-            status = self._status(trainer, outputs["loss"].item(), done)
+            status = self._status(trainer, _step_loss(trainer, outputs), done)
             self.progress.update(self._task, status=status)
             if not self._live and not trainer.is_last_batch:
                 place = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {done}/{trainer.num_training_batches}"

@@ -250,6 +250,8 @@ def check_unused(folder: str | Path, option: str, resume: Path | None = None) ->
             checkpoint = read_checkpoint(folder / name)
             source = folder / name if name == BEST else "auto"
             raise FileExistsError(f"output is {folder}; it has {_described(checkpoint, source, choice)}")
+    if kept := sorted(folder.glob("epoch*.ckpt")):
+        raise FileExistsError(f"output is {folder}; it has {kept[0].name} of another run: {choice}")
     summary = folder / "summary.csv"
     if summary.is_file() and not summary.read_text(encoding="utf-8", errors="replace").startswith("epoch"):
         raise FileExistsError(f"output is {folder}; it has a finished run: {choice}")

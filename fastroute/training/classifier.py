@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fastroute._files import DamagedFile, checked
 from fastroute.data.decode import UnreadableImage
-from fastroute.data.loaders import Draws
+from fastroute.data.loaders import Draws, PlaceMismatch
 from fastroute.models.specification import Specification, specification_of
 from fastroute.nn import Routing, exact_convolutions
 from fastroute.nn.routed import takes_routing
@@ -173,6 +173,7 @@ class RoutingClassifier(pl.LightningModule):
         self.replayed: tuple[Tensor, Tensor | None] | None = None
         """During a training batch that was replayed: its loss and auxiliary loss."""
         self._batch: tuple[Tensor, ...] | None = None
+        self._steps_before: int | None = None  # of an epoch of the run that is resumed
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path | IO, *arguments, **options) -> "RoutingClassifier":
@@ -309,8 +310,13 @@ class RoutingClassifier(pl.LightningModule):
         return loss
 
     def backward(self, loss: Tensor, *arguments, **options) -> None:
-        if self.replayed is None:
-            super().backward(loss, *arguments, **options)
+        if self.replayed is not None:
+            return
+        batches, accumulated = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
+        rest = batches % accumulated if math.isfinite(batches) else 0
+        if rest and self.trainer.fit_loop.batch_idx >= batches - rest:
+            loss = loss * (accumulated / rest)  # Lightning has divided the last batches, which are fewer, by as many
+        super().backward(loss, *arguments, **options)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer) -> None:
         if self.replayed is None:
@@ -347,12 +353,23 @@ class RoutingClassifier(pl.LightningModule):
         steps, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs
         if self.trainer.max_steps != -1:  # the run ends by its steps, perhaps within an epoch
             self.trainer.fit_loop.setup_data()  # without max_epochs, the number of batches is not known yet
-            epochs = steps / math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+            epochs = steps / self._steps_in_an_epoch()
+        before, now = self._steps_before, self._steps_in_an_epoch()
+        if None not in (before, now) and before != now:
+            raise PlaceMismatch(
+                f"the run took {before} steps in an epoch, but now an epoch has {now}, and learning rates follow "
+                "steps: go on with the same data, batch_size, grad_accum_steps and number of processes"
+            )
         given = {name: options[name] for name in names}
         if self.trainer.fast_dev_run:  # too short for a warm-up
             given["warmup_epochs"] = 0
         schedule = scheduler(optimizer, options.sched, epochs=epochs, steps=steps, **given)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def _steps_in_an_epoch(self) -> int | None:
+        """Return the number of optimiser steps in an epoch, None if it is not known."""
+        steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        return math.ceil(steps) if math.isfinite(steps) else None
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Save what bit-exact resuming needs beyond Lightning's state.
@@ -375,6 +392,7 @@ class RoutingClassifier(pl.LightningModule):
                 for sums, own in ranks
             ]
         checkpoint["epochs"] = self.trainer.max_epochs
+        checkpoint["steps_in_an_epoch"] = self._steps_in_an_epoch()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         if self.aux_loss is None:  # a run with an auxiliary loss can be loaded without it
@@ -383,6 +401,7 @@ class RoutingClassifier(pl.LightningModule):
         else:  # and a run without one can be resumed with it
             own = {k: v for k, v in self.state_dict().items() if k.startswith("aux_loss.")}
             checkpoint["state_dict"] = own | checkpoint["state_dict"]
+        self._steps_before = checkpoint.get("steps_in_an_epoch")
         totals, ranks = checkpoint.get("train_totals", {}), checkpoint.get("ranks", [])
         if self._trainer is not None and len(ranks) == self.trainer.world_size:
             own = ranks[self.global_rank]

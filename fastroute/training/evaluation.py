@@ -1,6 +1,7 @@
 """Errors of a network over a validation set, with each image counted once in any number of processes."""
 
 import contextlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,8 +74,8 @@ def evaluate(
             continue
         with autocast:
             crops = images.unbind(1) if images.dim() == 5 else (images,)
-            shares = sum(logits(crop).float().softmax(1) for crop in crops)
-        scores = (shares / len(crops)).log()
+            each = torch.stack([logits(crop).float().log_softmax(1) for crop in crops])
+        scores = (each.double().logsumexp(0) - math.log(len(crops))).float()
         if (largest := int(labels.max())) >= scores.shape[1]:
             raise ValueError(f"there are images of class {largest}, but the network has {scores.shape[1]} logits")
         totals.update(F.nll_loss(scores, labels), scores, labels)

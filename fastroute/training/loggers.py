@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers.logger import rank_zero_experiment
 
+from fastroute._files import replacing
 from fastroute.training.distributed import is_main
 
 LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
@@ -29,12 +31,27 @@ class StepTable(CSVLogger):
             with path.open(newline="", encoding="utf-8") as file:
                 self._before = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
 
+    @property
+    @rank_zero_experiment
+    def experiment(self):
+        """The writer, which replaces the file as it is made: the rows that were there are written at once."""
+        first = self._experiment is None
+        writer = CSVLogger.experiment.fget(self)
+        if first and self._before:
+            writer.metrics[:0] = self._before
+            writer.save()
+        return writer
+
     def restore(self, step: int) -> None:
-        """Restore the rows of steps up to `step` from the file."""
-        before, self._before = self._before, []
-        if before:
-            self.experiment.metrics[:0] = [row for row in before if int(row["step"]) <= step]
-            self.save()
+        """Remove the rows of steps beyond `step`, as of a checkpoint, from the file."""
+        rows = [row for row in self._before if int(row["step"]) <= step]
+        if len(rows) < len(self._before):
+            writer = self.experiment
+            with replacing(Path(writer.metrics_file_path), "w", newline="") as file:
+                table = csv.DictWriter(file, writer.metrics_keys)
+                table.writeheader()
+                table.writerows(rows)
+        self._before = []
 
 
 def make_loggers(

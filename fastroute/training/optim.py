@@ -96,6 +96,12 @@ def parameter_groups(
     ]
 
 
+def learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Return the highest learning rate of an optimiser's groups, apart from gates', which have a multiple of it."""
+    groups = optimizer.param_groups
+    return max(group["lr"] for group in [g for g in groups if "gate" not in g.get("name", "")] or groups)
+
+
 def _gate_parameters(model: nn.Module) -> set[int]:
     """Return the ids of the parameters of gates, direct or behind a parametrisation."""
     found = set()

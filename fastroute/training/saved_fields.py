@@ -174,6 +174,8 @@ IMAGES = {
     "data_dir": TEXT.or_none(),
     "val_split": PART,
     "split_seed": SEED,
+    "train_count": NATURAL,
+    "val_count": NATURAL,
     "input_key": TEXT.or_none(),
     "class_map": FLAG,
     "on_bad_image": ON_BAD_IMAGE,
@@ -230,6 +232,7 @@ def _check_all(checkpoint: dict) -> None:
         _check_weights(checkpoint.get(name, {}), name)
     _check_means(checkpoint.get("epoch_means", []))
     counts = {"epochs": NATURAL.or_none(), "epoch": NATURAL, "global_step": NATURAL, "stopped_early": FLAG}
+    counts["steps_in_an_epoch"] = COUNT.or_none()
     counts |= dict.fromkeys(("pretrain_epochs", "schedule_epochs", "warm_up", "self_label_start"), NATURAL)
     check_each(checkpoint, counts, "")
     check_images(checkpoint.get("ImageDataModule", {}))

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from fastroute.data.seeding import derived_seed
 from fastroute.nn.router import Tempered
 from fastroute.training.distributed import gather_to_rank_zero, raise_if_process_lost
+from fastroute.training.optim import learning_rate
 
 
 class StepSeed(pl.Callback):
@@ -99,7 +100,7 @@ class NonFiniteStop(pl.Callback):
         self._unseen: list[tuple[int, int, float, Tensor]] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch, batch_idx: int) -> None:
-        self._rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+        self._rate = learning_rate(trainer.optimizers[0])
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         loss = outputs["loss"].detach()

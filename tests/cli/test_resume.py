@@ -8,6 +8,10 @@ import pytest
 import torch
 import yaml
 
+from fastroute.cli import network
+from fastroute.models import create_model
+from fastroute.models.specification import Specification
+from fastroute.training import save_weights
 from fastroute.training.callbacks import EpochProgress
 from tests.cli.commands import run
 
@@ -89,3 +93,26 @@ def test_advice_about_damaged_checkpoints_names_a_file_that_can_be_read(stopped)
     assert refused.exit_code == 2 and f"it is a folder: name {folder / 'last.ckpt'}" in refused.output
     done = run("train", "--config", folder / "args.yaml", "--resume", folder / "best.ckpt")
     assert done.exit_code == 0 and "epoch 2/2" in done.output
+
+
+def test_initial_weights_are_not_needed_again(tmp_path):
+    weights = tmp_path / "init.pt"
+    save_weights(create_model("resnet20", 2, 1, 8), weights)
+    common = (*COMMON[:-2], "--sched", "step", "--output", tmp_path, "--experiment", "run")
+    result = run(*common, "--initial-checkpoint", weights)
+    assert result.exit_code == 0, result.output
+    weights.unlink()
+    folder = tmp_path / "run"
+    result = run("train", "-c", folder / "args.yaml", "--resume", folder / "last.ckpt", "--epochs", 3)
+    assert result.exit_code == 0 and "epoch 3/3" in result.output, result.output
+
+
+def test_pretrained_weights_bring_their_normalisation():
+    timm = pytest.importorskip("timm")
+    assert timm.is_model("vit_tiny_patch16_224")
+    levels = network.pretrained_levels(Specification.parse("timm:vit_tiny_patch16_224"))
+    assert levels == ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
+    mean, std = network.pretrained_levels(Specification.parse("torchvision:resnet18"))
+    assert mean == pytest.approx([0.485, 0.456, 0.406]) and std == pytest.approx([0.229, 0.224, 0.225])
+    assert network.pretrained_levels(Specification.parse("resnet20")) is None
+    assert network.pretrained_levels(Specification.parse("timm:resnet18.unknown_tag")) is None

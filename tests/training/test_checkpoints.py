@@ -12,7 +12,7 @@ from fastroute import _files
 from fastroute.models import create_model
 from fastroute.models.ensemble import Ensemble
 from fastroute.training import RoutingClassifier, check_resume, epochs_done, load_weights, save_weights
-from fastroute.training.checkpoints import read_checkpoint
+from fastroute.training.checkpoints import check_unused, read_checkpoint
 from fastroute.training.optim import OPTIMIZERS, parameter_groups
 from fastroute.training.saving import AtomicCheckpointIO
 
@@ -238,3 +238,10 @@ def test_loads_weights_with_and_without_temperatures(tmp_path):
     load_weights(cold, tmp_path / "hot.pt")
     assert cold.stem_router.temperature == 3 and cold.stack1_router.temperature == 1
     load_weights(cold, older)
+
+
+def test_a_new_run_does_not_remove_kept_epochs(tmp_path):
+    (tmp_path / "epoch12.ckpt").write_bytes(b"kept")
+    with pytest.raises(FileExistsError, match=r"it has epoch12\.ckpt of another run: choose another folder, or over"):
+        check_unused(tmp_path, "--overwrite")
+    check_unused(tmp_path, "--overwrite", resume=tmp_path / "epoch12.ckpt")

@@ -31,7 +31,7 @@ def test_single_crop_error_is_over_every_image(large_folder):
 def test_classifies_ten_crops_by_their_mean_probability(large_folder):
     batches = list(loader(large_folder, ten_crop=True))
     crops, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    shares = Corner()(crops.flatten(0, 1)).softmax(1).unflatten(0, (12, 10)).mean(1)
+    shares = Corner()(crops.flatten(0, 1)).double().softmax(1).unflatten(0, (12, 10)).mean(1)
     result = evaluate(Corner(), loader(large_folder, ten_crop=True))
     assert result["loss"] == pytest.approx(-shares[range(12), labels].log().mean().item(), rel=1e-5)
     assert result["error"] == pytest.approx(100 * (shares.argmax(1) != labels).float().mean().item())
@@ -94,3 +94,14 @@ def test_warns_of_emulated_mixed_precision(large_folder, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"})
     with pytest.warns(UserWarning, match="no bfloat16 instructions"):
         evaluate(Corner(), loader(large_folder), amp_dtype=torch.bfloat16)
+
+
+def test_large_logits_have_a_finite_loss(large_folder):
+    class Sure(nn.Module):
+        def forward(self, x):
+            return torch.tensor([[300.0, 150, 140, 130, 120, 110, 100]]).expand(len(x), -1)
+
+    labels = torch.cat([labels for _, labels in loader(large_folder)])
+    result = evaluate(Sure(), loader(large_folder))
+    assert result["loss"] == pytest.approx((300 - Sure()(labels)[range(12), labels]).mean().item())
+    assert result["error5"] == 0

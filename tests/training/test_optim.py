@@ -8,7 +8,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from fastroute.models import create_model
 from fastroute.nn import CrossPrediction2d
-from fastroute.training.optim import OPTIMIZERS, check_warmup, parameter_groups, scheduler
+from fastroute.training.optim import OPTIMIZERS, check_warmup, learning_rate, parameter_groups, scheduler
 
 
 def rates(sched, epochs, per_epoch=1, lr=1.0, **options):
@@ -140,3 +140,11 @@ def test_rates_start_at_warmup_lr_and_end_at_min_lr():
     assert min(found[4:]) == found[-1] == pytest.approx(0.1 + 0.9 * (1 + math.cos(0.9 * math.pi)) / 2)
     assert min(rates("step", 9, decay_epochs=1, min_lr=0.01)) == 0.01
     assert rates("onecycle", 10, 10, min_lr=0.02)[-1] == pytest.approx(0.02)
+
+
+def test_the_learning_rate_shown_is_not_that_of_gates():
+    network = create_model("resnet20_cc2")
+    options = {"lr": 0.02, "weight_decay": 0.0, "gate_lr_mult": 5.0}
+    optimizer = OPTIMIZERS["sgd"](parameter_groups(network, **options), 0.9)
+    assert max(group["lr"] for group in optimizer.param_groups) == 0.1 and learning_rate(optimizer) == 0.02
+    assert learning_rate(torch.optim.SGD(network.parameters(), lr=0.3)) == 0.3

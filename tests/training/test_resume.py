@@ -10,7 +10,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from fastroute.data.loaders import PlaceMismatch
 from fastroute.training import ImageDataModule, RoutingClassifier, Terminated, fit
+from fastroute.training.loggers import StepTable
 from fastroute.training.saving import RecoveryCheckpoint
 from tests.training.networks import Noisy
 
@@ -188,3 +190,30 @@ def test_stops_at_a_nan_loss_with_step_and_learning_rate(image_folder, tmp_path)
         run(classifier(Broken(1, 2, None)), image_folder, tmp_path, recovery_interval=1)
     weights = torch.load(tmp_path / "last.ckpt")["state_dict"]
     assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_a_resumed_run_takes_as_many_steps_in_an_epoch(image_folder, tmp_path):
+    with pytest.raises(RuntimeError, match="killed"):
+        run(classifier(StopAt(1, 0, kill)), image_folder, tmp_path)
+    resumed = {"resume": tmp_path / "last.ckpt", "output": tmp_path / "resumed"}
+    message = "the run took 6 steps in an epoch, but now an epoch has 3, and learning rates follow steps: go on with"
+    for options in ({"data_options": {"batch_size": 8}}, {"grad_accum_steps": 2}):
+        with pytest.raises(PlaceMismatch, match=message):
+            run(classifier(), image_folder, **resumed, **options)
+    rows = run(classifier(), image_folder, **resumed, data_options={"batch_size": 2}, grad_accum_steps=2)
+    assert rows[-1]["epoch"] == 3 and rows[-1]["lr"] < 0.01
+
+
+def test_the_table_of_steps_is_there_while_a_resumed_run_begins(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("loss,step\n3.0,1\n2.0,2\n1.0,3\n")
+    table = StepTable(tmp_path, resumed=True)
+    assert table.experiment is not None and path.read_text().splitlines() == ["loss,step", "3.0,1", "2.0,2", "1.0,3"]
+    table.restore(2)
+    table.log_metrics({"loss": 0.5, "error": 7.0}, step=3)
+    assert [row.split(",") for row in path.read_text().splitlines()] == [
+        ["error", "loss", "step"],
+        ["", "3.0", "1"],
+        ["", "2.0", "2"],
+        ["7.0", "0.5", "3"],
+    ]

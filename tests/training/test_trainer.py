@@ -201,6 +201,27 @@ def test_accumulated_batches_are_one_step_of_the_mean_gradient(image_folder, tmp
     assert not torch.allclose(trained(12, clip_grad=0.01), trained(12))
 
 
+def test_the_last_accumulated_batches_of_an_epoch_are_averaged_too(loader, tmp_path):
+    class Gradients(pl.Callback):
+        found = ()
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.found += (next(pl_module.model.parameters()).grad.clone(),)
+
+    image = loader.dataset[0]
+    same = torch.utils.data.DataLoader([image] * 5, batch_size=1)
+    seen = Gradients()
+    options = {"callbacks": [seen], "logger": "csv", "log_interval": 1, "grad_accum_steps": 4}
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(image[0].numel(), 10))
+    run(RoutingClassifier(network, 10, lr=1e-9), same, tmp_path, epochs=1, **options)
+    assert len(seen.found) == 2 and seen.found[0].abs().max() > 0
+    torch.testing.assert_close(*seen.found)
+    with (tmp_path / "metrics.csv").open() as file:
+        losses = [float(row["step/loss"]) for row in csv.DictReader(file) if row["step/loss"]]
+    expected = torch.nn.functional.cross_entropy(network(image[0][None]), torch.tensor([image[1]])).item()
+    assert losses == pytest.approx([expected] * 5, rel=1e-4)
+
+
 def test_prints_progress_on_the_console(data, tmp_path):
     console = Console(file=io.StringIO(), width=200, force_terminal=False)
     run(classifier(), data, tmp_path, epochs=2, log_interval=2, console=console)
