@@ -77,6 +77,24 @@ def warn_of_empty(data_dir: Path, source: "Source") -> None:
         )
 
 
+def warn_of_sorted(data_dir: Path, labels: Tensor, shard: Tensor, together: int) -> None:
+    """Warn of shards that hold few of the classes each, so that batches do too.
+
+    Args:
+        data_dir: of the shards, for the message.
+        labels, shard: (N,), int64, the class and the shard of each image.
+        together: the number of shards that are shuffled together.
+    """
+    shards, classes = shard.unique().numel(), labels.unique().numel()
+    held = (shard * (labels.max() + 1) + labels).unique().numel() / shards
+    if together * held < classes / 2 and shards > together:
+        warnings.warn(
+            f"data_dir is {data_dir}; its {shards} shards hold {held:.3g} of {classes} classes each, and {together} "
+            "are shuffled together, so batches hold few classes: shuffle the images before packing them",
+            stacklevel=3,
+        )
+
+
 def first_of(classes: list[str], count: int | None, where: Path | str) -> list[str]:
     """Return the first `count` classes, all if it is None; raise `ValueError` if there are fewer."""
     if count is not None and not 1 <= count <= len(classes):
@@ -84,10 +102,15 @@ def first_of(classes: list[str], count: int | None, where: Path | str) -> list[s
     return classes[:count]
 
 
-def numbers_of(labels: Sequence[int | str], class_map: Sequence[str] | None, where: str) -> tuple[list[str], Tensor]:
-    """Return the names of the classes, and the number of each label; −1 for a name that is not in the class map."""
+def numbers_of(
+    labels: Sequence[int | str], class_map: Sequence[str] | None, where: str, first_classes: int | None = None
+) -> tuple[list[str], Tensor]:
+    """Return the names of the classes, and the number of each label; −1 for a name that is not in the class map.
+
+    A class map of `first_classes` names need not name the others.
+    """
     if isinstance(labels[0], int):
-        if class_map is not None and max(labels) >= len(class_map):
+        if class_map is not None and max(labels) >= len(class_map) != first_classes:
             raise ValueError(
                 f"{where}: there are images of class {max(labels)}, but the class map names {len(class_map)} classes, "
                 f"0 to {len(class_map) - 1}"

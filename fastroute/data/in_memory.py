@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
+from fastroute._memory import machine_memory
 from fastroute.data.decode import WAYS_ON, UnreadableImage
 from fastroute.data.sources import Reading, Source, TarSource, folder_sources, read_image, stratified
 from fastroute.data.transforms import check_scaled, pixels
@@ -260,12 +261,14 @@ def _scaled(images: Tensor, options: Options) -> Tensor:
 
 
 def _check_memory(data_dir: Path, count: int, size: int, channels: int) -> None:
-    needed, physical = count * size * size * channels, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > physical / 2:
+    needed, physical = count * size * size * channels, machine_memory()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each holds all images
+    if needed * processes > physical / 2:
+        each = f" in each of {processes} processes" if processes > 1 else ""
         raise ValueError(
-            f"data_dir is {data_dir}; its {count:,} images take {needed / 1e9:.0f} GB of memory at img_size={size}, "
-            f"and at most half of this machine's {physical / 1e9:.0f} GB may be used: choose a smaller img_size, "
-            "or in_memory=False"
+            f"data_dir is {data_dir}; its {count:,} images take {needed / 1e9:.0f} GB of memory{each} at "
+            f"img_size={size}, and at most half of this machine's {physical / 1e9:.0f} GB may be used: choose a "
+            "smaller img_size, or in_memory=False"
         )
 
 

@@ -1,7 +1,8 @@
 """Load batches of images from memory, or from workers that decode them.
 
 Order and augmentation depend only on the seed, the epoch and the place in it. A loader therefore resumes within an
-epoch by starting at a batch, and N processes together see what one process with N times the batch size would see.
+epoch by starting at a batch, and N processes together see what one process with N times the batch size would see. Only
+what is drawn for a batch as a whole, as for mixup, or image by image in memory, differs between processes.
 """
 
 import itertools
@@ -123,6 +124,7 @@ class EpochLoader:
         self.batch_size, self.seed, self.epoch, self.finish = batch_size, seed, epoch, finish
         self.rank, self.world_size = rank, world_size
         self._start = self._done = self._epoch = 0
+        self._resumed: dict | None = None  # the place of the next epoch, until it begins
 
     def __len__(self) -> int:
         return len(batch_sizes(self.count, self.batch_size, self.world_size, training=self.seed is not None))
@@ -134,6 +136,7 @@ class EpochLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         epoch = self._epoch = self.epoch()
+        self._resumed = None
         self._done, self._start = self._start, 0
         for batch in self.batches(epoch, self._done):
             if self.finish is not None:
@@ -152,7 +155,7 @@ class EpochLoader:
 
     def state_dict(self) -> dict:
         """Return the place in the epoch: "done" of "batches" of "epoch"."""
-        return {"done": self._done, "batches": len(self), "epoch": self._epoch}
+        return self._resumed or {"done": self._done, "batches": len(self), "epoch": self._epoch}
 
     def load_state_dict(self, state: dict) -> None:
         """Start the next epoch at a saved place.
@@ -166,7 +169,7 @@ class EpochLoader:
                 f"the run stopped at batch {done} of {batches} of an epoch, but now an epoch has {len(self)}: "
                 "go on with the same data, batch_size and number of processes"
             )
-        self._start = done % batches
+        self._start, self._resumed = done % batches, state
         if isinstance(self.epoch, Epochs) and done:
             self.epoch.next = state.get("epoch", 0) + (done == batches)
 

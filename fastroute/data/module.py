@@ -19,7 +19,7 @@ from fastroute.data.in_memory import DATASETS, ImageSet, Options
 from fastroute.data.layout import TORCHVISION, choose
 from fastroute.data.loaders import Draws, EpochLoader, Epochs, Finish, MemoryLoader, PlaceMismatch, StreamLoader
 from fastroute.data.sources import Reading, Source, folder_sources, tar_sources
-from fastroute.data.tar import shown
+from fastroute.data.tar import shown, some
 from fastroute.data.transforms import (
     CROP_MODES,
     INTERPOLATIONS,
@@ -170,6 +170,8 @@ class ImageDataModule(pl.LightningDataModule):
                 raise ValueError(
                     f"{name} is {value}; it must be at least 0, and from 0.001 to 1,000,000 if it is not 0"
                 )
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed is {seed}; it must be from 0 to 2⁶⁴ − 1")
         if not 0 <= val_split < 1:
             raise ValueError(f"val_split is {val_split}; it must be at least 0 and below 1")
         if dataset == "digits" and data_dir is not None:
@@ -286,7 +288,7 @@ class ImageDataModule(pl.LightningDataModule):
     def state_dict(self) -> dict:
         """Return what validating the network needs to know of its data, and the place in the epoch."""
         return {
-            "place": self._train_loader.state_dict() if self._train_loader else None,
+            "place": self._train_loader.state_dict() if self._train_loader else self._place,
             "dataset": self.dataset,
             "classes": self.classes,
             "first_classes": self.first_classes,
@@ -299,6 +301,8 @@ class ImageDataModule(pl.LightningDataModule):
             "data_dir": self._absolute_dir(),
             "val_split": self.val_split,
             "split_seed": self.seed,
+            "train_count": self.train_count,
+            "val_count": len(self._labels("val")),
             "input_key": self.input_key,
             "class_map": self.class_map is not None,
             "on_bad_image": self.on_bad_image,
@@ -312,8 +316,8 @@ class ImageDataModule(pl.LightningDataModule):
         """Start the training loader at the place in `state`, from `state_dict`; all else stays as this run has it.
 
         Raises:
-            PlaceMismatch: the saved run set other images aside for validation, which would now be trained on; or it
-                stopped within an epoch of another order.
+            PlaceMismatch: the saved run had other classes or another normalisation, or set other images aside for
+                validation, which would now be trained on; or it stopped within an epoch of another order.
         """
         share, seed = state.get("val_split", 0.0), state.get("split_seed", self.seed)
         if share != self.val_split or (share and seed != self.seed):
@@ -322,6 +326,27 @@ class ImageDataModule(pl.LightningDataModule):
                 f"{self.seed}, which would train on validation images of the run: resume with the same val_split and "
                 "seed"
             )
+        self.setup()
+        if (classes := state.get("classes", self.classes)) != self.classes:
+            raise PlaceMismatch(
+                f"the run had the classes {_counted(classes)}, but now they are {_counted(self.classes)}: resume with "
+                "the data of the run"
+            )
+        counts = self.train_count, len(self._labels("val"))
+        before = state.get("train_count", counts[0]), state.get("val_count", counts[1])
+        if share and before != counts:
+            raise PlaceMismatch(
+                f"the run trained on {before[0]:,} images and set {before[1]:,} aside, but now these are {counts[0]:,} "
+                f"and {counts[1]:,}: with files added or removed, others are set aside, and validation images of the "
+                "run would be trained on: resume with the same files"
+            )
+        for name, now in (("mean", self.mean), ("std", self.std)):
+            before = state.get(name, now)
+            if before.shape != now.shape or ((before - now).abs() > 0.01 * self.std).any():
+                raise PlaceMismatch(
+                    f"the run normalised images by {name} {_values(before)}, but now {name} is {_values(now)}, where "
+                    f"images are 0 to 1: resume with the data, mean and std of the run"
+                )
         place = state["place"]
         if place is not None and 0 < place["done"] < place["batches"] and seed != self.seed:
             raise PlaceMismatch(
@@ -428,6 +453,14 @@ def _levels(name: str, value: float | Sequence[float] | None, low: float, high: 
             f"{name} is {value}; it must be one number, or three, from {low:g} to {high:g}, where images are 0 to 1"
         )
     return 255 * torch.tensor(numbers, dtype=torch.float32)
+
+
+def _counted(classes: list[str]) -> str:
+    return f"{some(classes)} ({len(classes):,})"
+
+
+def _values(levels: Tensor) -> str:
+    return ", ".join(f"{value / 255:.3f}" for value in levels.tolist())
 
 
 def channels_of(name: str, given: Tensor | None, found: Tensor) -> Tensor:

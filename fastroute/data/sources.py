@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from fastroute.data.class_names import check_classes, first_of, numbers_of, warn_of_empty
+from fastroute.data.class_names import check_classes, first_of, numbers_of, warn_of_empty, warn_of_sorted
 from fastroute.data.decode import UnreadableImage, check_size, decode_image, named
 from fastroute.data.folders import LeftOut, images_below, is_folder, warn_of
 from fastroute.data.layout import SPLITS, all_shards, expanded, hidden, shards_of, split_folders
@@ -90,6 +90,8 @@ class FolderSource(_Source):
         classes = self._classes(folder, class_map, left_out) if labelled else []
         if labelled and not classes:
             raise FileNotFoundError(f"{needed}: Couldn't find any class folder in it")
+        if labelled:
+            classes = first_of(classes, first_classes, folder)
         folders = [os.path.join(folder, name) for name in classes] if labelled else [str(folder)]
         found = [images_below(below, left_out) if os.path.isdir(below) else [] for below in folders]
         warn_of(folder, left_out)
@@ -99,9 +101,6 @@ class FolderSource(_Source):
                 f"{needed}: Found no valid file{of}: remove such a folder, or name the classes by a class map; images "
                 f"are {', '.join(IMG_EXTENSIONS)}"
             )
-        if labelled:
-            classes = first_of(classes, first_classes, folder)
-            found = found[: len(classes)]
         # Not a list: reference counts would make every worker copy its memory.
         self.names = _Names(os.fsencode(path) for paths in found for path in paths)
         numbers = torch.arange(len(found)) if labelled else torch.tensor([-1])
@@ -116,7 +115,8 @@ class FolderSource(_Source):
             return folders
         if wrong := [name for name in class_map if hidden(name) or os.path.basename(name) != name]:
             raise ValueError(f"the class map names {shown(wrong[0])}, which can be no folder of a class")
-        if others := [os.path.join(folder, name) for name in folders if name not in set(class_map)]:
+        mapped = set(class_map)
+        if others := [os.path.join(folder, name) for name in folders if name not in mapped]:
             left_out["folders that the class map does not name"] = others
         return list(class_map)
 
@@ -179,7 +179,7 @@ class TarSource(_Source):
         if len(set(ways)) > 1:
             raise ValueError(f"{where}: {' and '.join(f'some images have {way}' for way in sorted(set(ways)))}")
         _check_unsplit(names, where, ways[0] == BY_FOLDER)
-        classes, labels = numbers_of(labels, class_map, where)
+        classes, labels = numbers_of(labels, class_map, where, first_classes)
         self.classes = first_of(classes, first_classes, self.shards[0])
         kept = ((labels >= 0) & (labels < len(self.classes))).nonzero().flatten()
         if not len(kept):
@@ -316,7 +316,7 @@ def tar_sources(data_dir: Path, reading: Reading | None = None) -> dict[str, Tar
         if not shards:
             raise FileNotFoundError(f"data_dir is {data_dir}; there are no tar shards in it")
         source = TarSource(shards, *options)
-        warn_of_empty(data_dir, source)
+        _warn_of_classes(data_dir, source)
         return _split(source, data_dir, reading)
     splits = ("train", "val")
     shards = {split: shards_of(data_dir, split) for split in splits}
@@ -331,9 +331,15 @@ def tar_sources(data_dir: Path, reading: Reading | None = None) -> dict[str, Tar
             f"{' and '.join(f'{split}/' for split in splits)}"
         )
     sources = {split: TarSource(found, *options) for split, found in shards.items()}
-    warn_of_empty(data_dir, sources["train"])
+    _warn_of_classes(data_dir, sources["train"])
     check_classes(data_dir, sources)
     return sources
+
+
+def _warn_of_classes(data_dir: Path, source: TarSource) -> None:
+    """Warn of shards to train on whose classes are empty, or sorted."""
+    warn_of_empty(data_dir, source)
+    warn_of_sorted(data_dir, source.labels, source.index[:, 0], TarSource.SHARDS_AT_ONCE)
 
 
 def val_source(dataset: str, data_dir: Path, reading: Reading | None = None) -> Source:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastroute.data import in_memory
 from fastroute.data.in_memory import DATASETS, Options, digits, imagefolder, mnist
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -94,6 +95,15 @@ def test_a_truncated_image_is_named(image_folder, suffix):
 def test_images_that_do_not_fit_into_memory_are_refused(image_folder):
     with pytest.raises(ValueError, match=r"its 36 images take .* GB of memory at img_size=100000000"):
         imagefolder(Options(image_folder, 100_000_000, 1))
+
+
+def test_each_process_of_a_machine_holds_all_images(image_folder, monkeypatch):
+    size = 36 * 8 * 8 * 3
+    monkeypatch.setattr(in_memory, "machine_memory", lambda: 3 * size)
+    assert len(imagefolder(Options(image_folder, 8, 1)).train.labels)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="its 36 images take 0 GB of memory in each of 2 processes at img_size=8, and"):
+        imagefolder(Options(image_folder, 8, 1))
 
 
 def write_mnist(folder, images=(0x803, 4, 28, 28), labels=(0x801, 4), values=range(4), cut=None):

@@ -1,4 +1,5 @@
 import math
+import shutil
 import tarfile
 from types import SimpleNamespace
 
@@ -140,6 +141,7 @@ def test_folder_images_are_mirrored(image_folder):
         ({"class_map": "map.txt"}, "class_map is map.txt; the classes of 'digits' have names of their own"),
         ({"input_key": "png"}, "input_key is 'png'; it is for tar shards, not 'digits'"),
         ({"crop_pct": 0}, "crop_pct is 0; it must be between 0 and 1"),
+        ({"seed": -1}, "seed is -1; it must be from 0 to"),
         ({"reprob": -0.1}, "reprob is -0.1; it must be between 0 and 1"),
         ({"mixup": -1}, "mixup is -1; it must be at least 0"),
         ({"mixup": math.nan}, "mixup is nan; it must be at least 0, and from 0.001 to 1,000,000 if it is not 0"),
@@ -352,6 +354,32 @@ def test_a_flat_folder_is_split_by_the_seed(image_folder, in_memory):
     for other in ({"val_split": 0.5, "seed": 3}, {"val_split": 0.25, "seed": 4}):
         with pytest.raises(PlaceMismatch, match=r"the run set val_split=0.25 aside by seed 3, but now val_split is"):
             ImageDataModule(**options, **other).load_state_dict(state)
+    same = {"val_split": 0.25, "seed": 3}
+    ImageDataModule(**options, **same).load_state_dict(state)
+    with pytest.raises(PlaceMismatch, match=r"the run normalised images by mean .*, but now mean is 0.100, 0.100, 0.1"):
+        ImageDataModule(**options, **same, mean=0.1).load_state_dict(state)
+    with pytest.raises(PlaceMismatch, match=r"the run had the classes .* \(3\), but now they are .* \(2\): resume"):
+        ImageDataModule(**options, **same, first_classes=2).load_state_dict(state)
+    for image in list((image_folder / "train" / data.classes[0]).iterdir()):
+        shutil.copy(image, image.with_name(f"more_{image.name}"))
+    with pytest.raises(PlaceMismatch, match=r"the run trained on 18 images and set 6 aside, but now these are .*: "):
+        ImageDataModule(**options, **same).load_state_dict(state)
+
+
+def test_a_place_that_was_loaded_is_saved_until_training_goes_on(image_folder):
+    options = {"data_dir": image_folder, "img_size": 8, "batch_size": 4}
+    data = prepared(**options)
+    batches = iter(data.train_dataloader())
+    next(batches)
+    state = data.state_dict()
+    assert state["place"]["done"] == 1
+    again = prepared(**options)
+    again.load_state_dict(state)
+    assert again.state_dict()["place"] == state["place"]
+    loader = again.train_dataloader()
+    assert again.state_dict()["place"] == state["place"]
+    next(iter(loader))
+    assert again.state_dict()["place"]["done"] == 2
 
 
 def test_digits_may_be_split_otherwise():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastroute.data import sources as sources_module
+from fastroute.data.class_names import numbers_of, warn_of_sorted
 from fastroute.data.decode import UnreadableImage
 from fastroute.data.sources import (
     Reading,
@@ -296,3 +297,25 @@ def test_shards_are_closed_where_a_process_has_too_many_files(tmp_path, monkeypa
 
     monkeypatch.setattr(sources_module, "open_regular", limited)
     assert [np.asarray(read_image(source, i)).mean() for i in range(8)] == list(range(8))
+
+
+def test_shards_sorted_by_class_are_named(tmp_path):
+    sorted_by_class, labels = torch.arange(100).repeat_interleave(3), torch.arange(300) // 3
+    with pytest.warns(UserWarning, match="its 100 shards hold 1 of 100 classes each, and 16 are shuffled together, so"):
+        warn_of_sorted(tmp_path, labels, sorted_by_class, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_sorted(tmp_path, labels, torch.arange(300) % 30, 16)
+        warn_of_sorted(tmp_path, labels, torch.arange(300) // 30, 16)  # all ten shards are shuffled together
+
+
+def test_a_class_map_of_the_first_classes_need_not_name_the_others():
+    assert numbers_of([0, 2, 1], ["a", "b"], "x", first_classes=2)[1].tolist() == [0, 2, 1]
+    with pytest.raises(ValueError, match="x: there are images of class 2, but the class map names 2 classes, 0 to 1"):
+        numbers_of([0, 2, 1], ["a", "b"], "x")
+
+
+def test_numbered_shards_with_a_class_map_and_first_classes_are_validated(tmp_path):
+    shards = [shard(tmp_path / "val" / f"{i}.tar", range(3 * i, 3 * i + 3)) for i in range(2)]
+    source = val_source("webdataset", tmp_path, Reading(first_classes=2, class_map=["a", "b"]))
+    assert len(shards) == 2 and source.classes == ["a", "b"] and sorted(source.labels.tolist()) == [0, 0, 1, 1]
