@@ -36,6 +36,8 @@ def choose_images(data: Mapping[str, Any], dataset: str | None, data_dir: Path |
         FileNotFoundError: the folder of the run is gone, or the given one has no images.
         ValueError: neither the command line nor the checkpoint names a dataset.
     """
+    from fastroute.data.layout import expanded
+
     own, remembered = data.get("dataset"), data.get("data_dir")
     if dataset is None and data_dir is not None:
         dataset = _held(data_dir, own)
@@ -49,7 +51,7 @@ def choose_images(data: Mapping[str, Any], dataset: str | None, data_dir: Path |
     as_trained = dataset == own and (data_dir is None or _same(data_dir, remembered))
     if as_trained and data_dir is None and remembered is not None:
         data_dir = Path(remembered)
-        if "{" not in remembered and not data_dir.exists():
+        if expanded(data_dir) is None and not data_dir.exists():
             raise FileNotFoundError(f"data_dir is {data_dir}, as in training; there is no such folder: give --data-dir")
     options = {}
     if dataset == own:
@@ -77,7 +79,35 @@ def _held(data_dir: Path, own: str | None) -> str:
 
 
 def _same(data_dir: Path, remembered: str | None) -> bool:
-    try:
-        return remembered is not None and os.path.samefile(data_dir, remembered)
-    except OSError:
+    if remembered is None:
         return False
+    try:
+        return os.path.samefile(data_dir, remembered)
+    except OSError:  # such as of a pattern of tar files
+        return os.path.abspath(data_dir) == remembered
+
+
+def check_fit(data: Mapping[str, Any], images: Chosen, classes: list[str], count: int) -> None:
+    """Check that images fit the training of a network, as far as their classes and number tell.
+
+    Args:
+        data: the checkpoint's state of `ImageDataModule`; empty if it has none.
+        images: as `choose_images` returns them.
+        classes: of the images.
+        count: their number.
+
+    Raises:
+        ValueError: they have other classes, or are not those that the run set aside.
+    """
+    trained = data.get("classes", classes)
+    if trained != classes:
+        raise ValueError(
+            f"data_dir is {images.data_dir}; its {len(classes)} classes ({classes[0]}, …) are not the {len(trained)} "
+            f"of the training ({trained[0]}, …)"
+        )
+    if "val_split" in images.options and count != data.get("val_count", count):
+        raise ValueError(
+            f"data_dir is {images.data_dir}; the run set {data['val_count']:,} of its images aside, but now that would "
+            f"be {count:,}: files were added or removed, so others are set aside, on which it trained; give other "
+            "images by data_dir"
+        )

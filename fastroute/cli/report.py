@@ -135,7 +135,8 @@ def write_report(
     images = Images(lambda: loader, loader.pixels, given.classes, loader.mean / 255, loader.std / 255)
     chosen = None
     if pictures:
-        cut = _read(pictures, given.img_size, given.crop_pct, run["in_chans"])
+        interpolation = saved.get("ImageDataModule", {}).get("interpolation", "bilinear")
+        cut = _read(pictures, given.img_size, given.crop_pct, run["in_chans"], interpolation)
         chosen = cut, [path.name for path in pictures]
     facts = {
         "network": str(specification_in(run, "checkpoint") if run.get("specification") else run["model"]),
@@ -163,7 +164,7 @@ def _say(title: str) -> None:
     standard_output().print(f"{title} …", style="dim", highlight=False, markup=False)
 
 
-def _read(paths: Sequence[Path], img_size: int, crop_pct: float, channels: int) -> "torch.Tensor":
+def _read(paths: Sequence[Path], img_size: int, crop_pct: float, channels: int, interpolation: str) -> "torch.Tensor":
     """Read images and crop them as in validation: (k, C, H, W), values from 0 to 1; grey if `channels` is 1."""
     import torch
     from torchvision.transforms.v2.functional import pil_to_tensor
@@ -171,7 +172,7 @@ def _read(paths: Sequence[Path], img_size: int, crop_pct: float, channels: int) 
     from fastroute.data.decode import decode_image
     from fastroute.data.transforms import eval_transform
 
-    cut = eval_transform(img_size, crop_pct)
+    cut = eval_transform(img_size, crop_pct, interpolation=interpolation)
     decoded = [cut(decode_image(path, str(path), channels)) for path in paths]
     return torch.stack([pil_to_tensor(image) for image in decoded]).float() / 255
 

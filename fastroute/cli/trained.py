@@ -8,7 +8,7 @@ import typer
 
 from fastroute._defaults import CROP_PCT
 from fastroute._processors import processors
-from fastroute.cli.images import choose_images
+from fastroute.cli.images import check_fit, choose_images
 
 if TYPE_CHECKING:
     import torch
@@ -125,6 +125,7 @@ def load_trained(
         device=default_device(),
         **images.options,
     )
+    check_fit(data, images, classes, loader.count)
     check_channels(images.data_dir, channels, run)
     return Trained(network, images.dataset, images.data_dir, loader, classes, img_size, crop_pct, images.line)
 

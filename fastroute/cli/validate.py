@@ -24,7 +24,7 @@ from fastroute.cli.common import (
     takes_options,
 )
 from fastroute.cli.errors import escaped, standard_output
-from fastroute.cli.images import choose_images
+from fastroute.cli.images import check_fit, choose_images
 from fastroute.cli.network import check_takes, usable_channels_last
 from fastroute.cli.sizes import check_batch, check_images
 from fastroute.cli.trained import check_channels, default_device
@@ -164,7 +164,7 @@ def _result(path: Path | None, options: ValidateOptions, console: Console) -> di
             data_dir,
             batch_size=options.batch_size,
             img_size=img_size,
-            crop_pct=options.crop_pct or data.get("crop_pct", CROP_PCT),
+            crop_pct=data.get("crop_pct", CROP_PCT) if options.crop_pct is None else options.crop_pct,
             ten_crop=options.ten_crop,
             num_workers=options.workers or processors(),
             first_classes=options.first_classes or data.get("first_classes"),
@@ -173,11 +173,7 @@ def _result(path: Path | None, options: ValidateOptions, console: Console) -> di
             device=device,
             **images.options | ({} if options.on_bad_image is None else {"on_bad_image": options.on_bad_image}),
         )
-    if data and data["classes"] != classes:
-        raise ValueError(
-            f"data_dir is {data_dir}; its {len(classes)} classes ({classes[0]}, …) are not the "
-            f"{len(data['classes'])} of the training ({data['classes'][0]}, …)"
-        )
+    check_fit(data, images, classes, loader.count)
     if run:
         check_channels(data_dir, in_chans, run)
     model = options.model or run["model"]  # its name

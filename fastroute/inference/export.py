@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastroute._errors import in_a_line
 from fastroute._extras import extra
+from fastroute._files import digest_path
 from fastroute._version import __version__
 from fastroute.inference.predictor import Predictor
 
@@ -61,7 +62,13 @@ def export(
         raise FileNotFoundError(f"output is {output}; there is no such folder: make it first")
     if not os.access(output.parent, os.W_OK):
         raise PermissionError(f"output is {output}; this user cannot write into its folder")
-    model = predictor.model.cpu().eval()
+    try:
+        return _export(predictor, predictor.model.cpu().eval(), to, output, dynamic_batch)
+    finally:
+        predictor.model.to(predictor.device)
+
+
+def _export(predictor: Predictor, model: nn.Module, to: str, output: Path, dynamic_batch: bool) -> dict:
     transform = predictor.transform
     shape = transform.in_chans, transform.img_size, transform.img_size
     metadata = {
@@ -90,7 +97,7 @@ def export(
                 f"{TOLERANCE * largest:.2e} is rounding: it is not written"
             )
         size = path.stat().st_size
-    predictor.model.to(predictor.device)
+        digest_path(output).unlink(missing_ok=True)  # of a file that this one replaces
     return {"difference": difference, "images": len(images), "bytes": size}
 
 

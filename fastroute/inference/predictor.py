@@ -64,7 +64,7 @@ class Prediction:
 
     def __getitem__(self, index: int | slice) -> "Prediction":
         """Return the predictions of one image, or of some."""
-        if isinstance(index, int):
+        if not isinstance(index, slice):
             index = range(len(self))[index]  # raises IndexError, as a list does
             index = slice(index, index + 1)
         gates = None if self.gates is None else {name: gates[index] for name, gates in self.gates.items()}
@@ -235,6 +235,7 @@ def load(
     network = model if isinstance(model, nn.Module) else network_of(run, where, model)
     load_state(network, network_weights(saved, ema), where)
     transform = replace(Preprocessing.of_run(run, data), **given)
+    transform.check_sizes()
     return predictor_of(network, data.get("classes"), transform, target)
 
 

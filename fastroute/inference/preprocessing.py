@@ -108,6 +108,19 @@ class Preprocessing:
                 "of 0 to 255, or give the predictor tensors that are normalised"
             )
 
+    def check_sizes(self) -> None:
+        """Check that mean and std are numbers for each channel, or one for all.
+
+        Raises:
+            ValueError: they are not.
+        """
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if value is not None and value.numel() not in (1, self.in_chans):
+                raise ValueError(
+                    f"{name} has {value.numel()} numbers; give one, or one for each of {self.in_chans} channels, in "
+                    "units of 0 to 255"
+                )
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for a file's metadata; mean and std are in units of 0 to 1, as in most programs."""
         return {

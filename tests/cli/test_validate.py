@@ -3,13 +3,17 @@
 import csv
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from fastroute.cli.images import Chosen, check_fit, choose_images
 from fastroute.cli.trained import default_device
 from tests.cli.commands import run
+from tests.data.tars import shard
 from tests.image_folders import write_tree
 
 
@@ -116,3 +120,46 @@ def test_commands_leave_out_bad_images_as_the_training_did(tmp_path):
             assert result.exit_code == 0, result.output
     stopped = run("validate", tmp_path / "run" / "best.ckpt", "--on-bad-image", "stop")
     assert stopped.exit_code != 0 and re.search(advice, stopped.output), stopped.output
+
+
+def test_images_of_a_pattern_are_those_of_the_run(tmp_path):
+    for name in ("a", "b"):
+        shard(tmp_path / f"{name}.tar", range(6))
+    pattern = tmp_path / "*.tar"
+    data = {"dataset": "webdataset", "data_dir": str(pattern), "val_split": 0.2, "split_seed": 3}
+    for given in (None, pattern):
+        chosen = choose_images(data, None, given)
+        assert chosen.options["val_split"] == 0.2 and chosen.data_dir == pattern, given
+    gone = data | {"data_dir": str(tmp_path / "none-*.tar")}
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        choose_images(gone, None, None)
+
+
+def test_images_must_be_those_of_the_training():
+    chosen = Chosen("imagefolder", Path("x"), {"val_split": 0.2, "split_seed": 3}, "")
+    data = {"classes": ["a", "b", "c"], "val_count": 8}
+    check_fit(data, chosen, ["a", "b", "c"], 8)
+    check_fit({}, chosen, ["b", "c"], 9)
+    with pytest.raises(ValueError, match=r"its 2 classes \(b, …\) are not the 3 of the training \(a, …\)"):
+        check_fit(data, chosen, ["b", "c"], 8)
+    with pytest.raises(ValueError, match="the run set 8 of its images aside, but now that would be 9: files were"):
+        check_fit(data, chosen, ["a", "b", "c"], 9)
+    check_fit(data, chosen._replace(options={}), ["a", "b", "c"], 9)
+
+
+def test_a_report_of_other_classes_is_refused(tmp_path):
+    folder = write_tree(tmp_path / "images", counts=(("train", 4), ("val", 4)))
+    common = ("train", "resnet20_cc2", "--data-dir", folder, "--img-size", 8, "-b", 8, "--epochs", 1, "-j", 1)
+    assert run(*common, "--output", tmp_path, "--experiment", "run").exit_code == 0
+    classes = sorted((folder / "val").iterdir())
+    for path in (folder / "train" / classes[0].name, classes[0]):
+        shutil.rmtree(path)
+    for command in ("report", "paths", "validate"):
+        result = run(command, tmp_path / "run" / "best.ckpt")
+        assert result.exit_code == 2 and "are not the 3 of the training" in result.output, result.output
+
+
+def test_a_crop_of_nothing_is_refused(tmp_path):
+    folder = write_tree(tmp_path / "images", counts=(("train", 4), ("val", 4)))
+    result = run("validate", "--model", "resnet20", "--data-dir", folder, "--img-size", 8, "--crop-pct", 0)
+    assert result.exit_code == 2 and "crop_pct is 0" in result.output, result.output

@@ -6,6 +6,7 @@ import torch
 import fastroute
 from fastroute.inference import export as exporting
 from fastroute.inference.export import export
+from fastroute.training import save_weights
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +102,23 @@ def test_a_file_with_other_logits_is_not_written(predictor, tmp_path, monkeypatc
     assert (tmp_path / "x.onnx").read_text() == "before" and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(ValueError, match="to is 'tflite'; it must be one of 'onnx'"):
         export(predictor, "tflite", tmp_path / "x")
+
+
+def test_the_network_returns_to_its_device_after_an_error(predictor, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no")
+
+    moves = []
+    monkeypatch.setitem(exporting._WRITERS, "onnx", fail)
+    monkeypatch.setattr(type(predictor.model), "to", lambda model, device: moves.append(device))
+    with pytest.raises(ValueError, match="the network cannot be exported so: RuntimeError: no"):
+        export(predictor, "onnx", tmp_path / "x.onnx")
+    assert moves == [predictor.device]
+
+
+def test_a_digest_of_an_earlier_file_goes_with_it(predictor, tmp_path):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "x.safetensors"
+    save_weights(predictor.model, path)
+    export(predictor, "safetensors", path)
+    assert fastroute.load(path, device="cpu").classes == predictor.classes

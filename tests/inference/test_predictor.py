@@ -98,6 +98,7 @@ def test_a_prediction_tells_the_most_probable_classes_and_gates(predictor, image
         "stack1_router": (12, 2, 2),
     }
     assert torch.equal(prediction[3].gates["stack1_router"][0], prediction.gates["stack1_router"][3])
+    assert prediction[np.int64(3)].labels == prediction[3].labels == [prediction.labels[3]]
     assert torch.equal(prediction[-1].probabilities[0], prediction.probabilities[-1]) and len(list(prediction)) == 12
     assert np.asarray(prediction).shape == (12, 3) and len(repr(prediction)) < 200
     assert predictor(paths(images)[:1]).gates is None
@@ -194,6 +195,8 @@ def test_errors_in_predicting_are_one_sentence(predictor, checkpoint, images, tm
         predictor(paths(images)[0]).top(0)
     with pytest.raises(FileNotFoundError, match=r"checkpoint is none\.ckpt; there is no such file"):
         fastroute.load("none.ckpt")
+    with pytest.raises(ValueError, match="mean has 2 numbers; give one, or one for each of 3 channels, in units of 0"):
+        fastroute.load(checkpoint, mean=(100, 120))
     with pytest.raises(ValueError, match="it is no checkpoint of a training run"):
         fastroute.load(tmp_path / "bad.png")
     if not torch.cuda.is_available():
