@@ -288,6 +288,7 @@ def path_similarity(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
         layer → (n, n), 1 for the same features. It is empty for a network without `ParallelPaths`.
     """
     hsic: dict[str, Tensor] = {}
+    least: dict[str, Tensor] = {}  # below it, the HSIC of a path with itself is rounding
     with frozen(model), contextlib.ExitStack() as hooks:
         for name, layer in parallel_layers(model).items():
 
@@ -295,6 +296,7 @@ def path_similarity(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
                 grams = [x.flatten(1).float() for x in outputs]
                 grams = torch.stack([x @ x.T for x in grams]).double().cpu()
                 hsic[name] = hsic.get(name, 0) + _hsic(grams)
+                least[name] = least.get(name, 0) + 1e-12 * grams.diagonal(dim1=1, dim2=2).mean(1).square()
 
             hooks.callback(layer.register_forward_hook(add).remove)
         for images, _ in batches:
@@ -302,7 +304,7 @@ def path_similarity(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
                 model(images)
     similarity = {}
     for name, h in hsic.items():
-        own = h.diagonal().clamp(min=1e-12).sqrt()
+        own = h.diagonal().maximum(least[name]).clamp(min=torch.finfo(h.dtype).tiny).sqrt()
         similarity[name] = (h / own[:, None] / own).float()
     return similarity
 

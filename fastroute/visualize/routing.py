@@ -127,7 +127,9 @@ def gate_maximization(
 
 
 def variance_explained(values: Tensor, labels: Tensor) -> float:
-    """Return the share of a gate's variance over images that lies between classes (η²).
+    """Return the share of a gate's variance over images that lies between classes, less that of chance (ε²).
+
+    The plain share, η², is (K − 1) / (N − 1) for noise, of N images of K classes.
 
     Args:
         values: (N,), the gate of each image.
@@ -141,7 +143,13 @@ def variance_explained(values: Tensor, labels: Tensor) -> float:
     counts = torch.bincount(labels).double()
     means = torch.zeros_like(counts).index_add(0, labels, values) / counts.clamp(min=1)
     between = (counts * (means - values.mean()).square()).sum()
-    return (between / (values - values.mean()).square().sum().clamp(min=1e-12)).item()
+    total = (values - values.mean()).square().sum()
+    return 0.0 if total < 1e-12 else _beyond_chance((between / total).item(), len(values), int((counts > 0).sum()))
+
+
+def _beyond_chance(share: float, images: int, parameters: int) -> float:
+    """Return a share of variance that is explained by a number of parameters, less what noise would give."""
+    return max(0.0, 1 - (1 - share) * (images - 1) / (images - parameters)) if images > parameters else 0.0
 
 
 def tint(colours: Tensor) -> str:
@@ -154,7 +162,7 @@ def tint(colours: Tensor) -> str:
 
 
 def colour_explained(values: Tensor, colours: Tensor) -> float:
-    """Return the share of a gate's variance that a linear function of the images' mean colours explains (R²).
+    """Return the share of a gate's variance that a linear function of the images' mean colours explains (adjusted R²).
 
     Args:
         values: (N,), the gate of each image.
@@ -166,7 +174,7 @@ def colour_explained(values: Tensor, colours: Tensor) -> float:
         return 0.0
     x = torch.cat([colours, torch.ones(len(colours), 1)], 1).double()
     rest = values - x @ torch.linalg.lstsq(x, values[:, None], driver="gelsd").solution[:, 0]
-    return (1 - rest.square().sum() / total).item()
+    return _beyond_chance((1 - rest.square().sum() / total).item(), *x.shape)
 
 
 def distinct_classes(values: Tensor, labels: Tensor, count: int = 4) -> list[int]:
@@ -259,7 +267,7 @@ def gate_context(data: RoutingData) -> Figure:
             f"mean {tint(data.colours)} (R²)",
             [colour_explained(data.values(g), data.colours) for g in gates],
         ),
-        (0.12, BLUE, "o", "class (η²)", [variance_explained(data.values(g), data.labels) for g in gates]),
+        (0.12, BLUE, "o", "class (ε²)", [variance_explained(data.values(g), data.labels) for g in gates]),
     ):
         places = np.arange(len(gates)) + shift
         axes.hlines(places, 0, shares, color=colour, linewidth=2)

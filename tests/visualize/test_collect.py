@@ -145,6 +145,9 @@ def test_cka_is_1_for_rotated_features_and_0_for_independent_ones():
     torch.testing.assert_close(path_similarity(Features(eye[:8], rotated), data)["paths"], torch.ones(2, 2))
     independent = path_similarity(Features(eye[:8], eye[8:]), data)["paths"]
     assert abs(independent[0, 1]) < 0.05 and independent[0, 0] == pytest.approx(1)
+    small = path_similarity(Features(1e-5 * eye[:8], 1e-5 * rotated), data)["paths"]
+    torch.testing.assert_close(small, torch.ones(2, 2))
+    assert not path_similarity(Features(0 * eye[:8], eye[:8]), data)["paths"][0].any()
 
 
 def test_weight_distance_is_that_of_histograms():

@@ -37,6 +37,10 @@ def test_variance_explained(data):
     values = data.values(GATE)
     assert visualize.variance_explained(values, data.labels) > 0.99
     assert visualize.variance_explained(values, data.labels[torch.randperm(100)]) < 0.2
+    pairs, noise = torch.arange(400) // 2, torch.randn(20, 400, generator=torch.Generator().manual_seed(0))
+    assert sum(visualize.variance_explained(each, pairs) for each in noise) / 20 < 0.1  # η² is 0.5
+    colours = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
+    assert sum(visualize.colour_explained(each[:8], colours) for each in noise) / 20 < 0.3  # R² is 0.43
     assert visualize.variance_explained(torch.ones(100), data.labels) == 0
     assert visualize.colour_explained(data.colours @ torch.tensor([1.0, 2, 3]) + 5, data.colours) == pytest.approx(1)
     assert visualize.colour_explained(values, data.colours) < 0.2
