@@ -100,6 +100,19 @@ METHODS = {
 """Every method by its name for `--method`."""
 
 
+def check_self_label(method: str, self_label: int) -> None:
+    """Check that a method has scores to label images by.
+
+    Raises:
+        ValueError: it has none, and `self_label` is not 0.
+    """
+    if self_label and not METHODS[method].scores:
+        able = ", ".join(name for name, other in METHODS.items() if other.scores)
+        raise ValueError(
+            f"self_label is {self_label}; the method {method!r} has no scores to label by: choose one of {able}"
+        )
+
+
 def check_starts(method: str, **counts: int) -> None:
     """Check how many heads and networks a run has at once.
 

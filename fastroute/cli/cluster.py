@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from fastroute._defaults import GAMMA, LR_CONSISTENCY, LR_EM
-from fastroute._methods import METHODS, check_count, check_starts
+from fastroute._methods import METHODS, check_count, check_self_label, check_starts
 from fastroute.cli.common import (
     COUNT,
     PIXELS,
@@ -145,12 +145,7 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
         clusters, epochs, method, seed = options.clusters, options.epochs, options.method, options.seed
         known = METHODS[method]
         check_starts(method, heads=options.heads, n_init=options.n_init)
-        if options.self_label and not known.scores:
-            able = ", ".join(name for name, other in METHODS.items() if other.scores)
-            raise ValueError(
-                f"self_label is {options.self_label}; the method {method!r} has no scores to label by: choose one of "
-                f"{able}"
-            )
+        check_self_label(method, options.self_label)
         if options.self_label >= epochs:
             raise ValueError(
                 f"self_label is {options.self_label}; it must be less than epochs, {epochs}, whose last it is"

@@ -1,11 +1,14 @@
 """Clusters that emerge in a stream of samples, and those that run dry."""
 
+import math
+
 import torch
 from torch import Tensor
 
 # A sample fits a cluster if its squared distance from the centre is within so many standard deviations above the mean
 # of those of the cluster's samples. In a plane, 0.7 % of a Gaussian's samples are farther away.
 REACH = 4.0
+MOST_COMPARED = 4096  # samples of which the distances between all are taken
 # Samples that fit no cluster and lie together are a new one from this share of a part, and this number, on.
 LEAST_SHARE, LEAST_NUMBER = 0.02, 10
 # The places of clusters are moving averages over some 10 parts. After so many, only samples that fit a cluster move it.
@@ -86,10 +89,11 @@ class Places:
 
         while enough(outside):
             # Those within this reach of their own centre, about the sample with the most others within it.
-            distance = torch.cdist(x[outside], x[outside]).square()
-            near = (distance <= reach).to(x.dtype) * weight[outside]
+            some = outside[:: math.ceil(len(outside) / MOST_COMPARED)]
+            distance = torch.cdist(x[some], x[some]).square()
+            near = (distance <= reach).to(x.dtype) * weight[some]
             best = near[near.sum(1).argmax()]
-            center = best @ x[outside] / best.sum()
+            center = best @ x[some] / best.sum()
             together = (x[outside] - center).square().sum(1) <= reach
             if not enough(outside[together]):
                 break

@@ -193,10 +193,11 @@ class Model:
     def learn_seeds(self, X: np.ndarray, weights: np.ndarray | None = None) -> None:
         """Teach the network which of K samples, drawn far apart, is the nearest."""
         draw = np.random.default_rng(self.seed)
-        index = np.sort(draw.choice(len(X), min(len(X), INFERENCE_BATCH), replace=False))
-        some, weight = X[index].reshape(-1, X[0].size), None if weights is None else weights[index]
+        counted = np.arange(len(X)) if weights is None else np.flatnonzero(weights)
+        index = np.sort(draw.choice(counted, min(len(counted), INFERENCE_BATCH), replace=False))
+        some, weight = self._load(X[index]).flatten(1).cpu().numpy(), None if weights is None else weights[index]
         seeds, _ = kmeans_plusplus(some, len(self.clusters), sample_weight=weight, random_state=self.seed % 2**32)
-        seeds = self._load(seeds.reshape(-1, *X.shape[1:])).flatten(1)
+        seeds = torch.from_numpy(seeds).to(self.device, self.prior.dtype)
         counts = torch.ones_like(self.prior)
         with self._training():
             for _ in range(SEEDING_EPOCHS):

@@ -10,6 +10,8 @@ from torch import Tensor
 from fastroute._files import replacing
 from fastroute.clustering.images import Loaded
 
+LONGEST_NAME = 255  # bytes
+
 
 def write_assignments(path: Path, paths: Sequence[str], posterior: Tensor) -> None:
     """Write a CSV row for each image: its path, its cluster, from 0, and its posterior of each cluster.
@@ -50,7 +52,9 @@ def link_by_cluster(folder: Path, paths: Sequence[str], posterior: Tensor) -> No
         members = members[certainty[members].argsort(descending=True, stable=True)]
         for place, index in enumerate(members.tolist(), 1):
             target = os.path.abspath(paths[index])
-            (own / f"{place:0{len(str(len(members)))}}-{os.path.basename(target)}"[-255:]).symlink_to(target)
+            prefix = f"{place:0{len(str(len(members)))}}-"
+            name = os.fsencode(os.path.basename(target))[len(prefix) - LONGEST_NAME :]
+            (own / f"{prefix}{os.fsdecode(name)}").symlink_to(target)
 
 
 def check_by_cluster(folder: Path, data_dir: Path | None, loaded: Loaded) -> None:

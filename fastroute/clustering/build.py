@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastroute._defaults import GAMMA, LR_CONSISTENCY, LR_EM
-from fastroute._methods import METHODS, check_starts
+from fastroute._methods import METHODS, check_self_label, check_starts
 from fastroute.clustering.augment import Augmentation
 from fastroute.clustering.module import ClusteringModule
 from fastroute.clustering.networks import clustering_network
@@ -143,6 +143,7 @@ def build(
         names = ", ".join(name for name, known in METHODS.items() if known.builder is not None)
         raise ValueError(f"method is {run.method!r}; it must be one of {names}")
     check_starts(run.method, heads=run.heads, n_init=run.n_init)
+    check_self_label(run.method, run.self_label)
     module, _, function = method.builder.partition(":")
     builder = getattr(importlib.import_module(f"fastroute.clustering.{module}"), function)
     setting = Setting(

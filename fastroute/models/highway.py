@@ -24,7 +24,8 @@ class HighwayConv(nn.Module):
         nn.init.constant_(self.gate.bias, -2.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.lerp(x, torch.relu(self.transform(x)), torch.sigmoid(self.gate(x)))
+        transformed = torch.relu(self.transform(x))
+        return torch.lerp(x.to(transformed.dtype), transformed, torch.sigmoid(self.gate(x)))  # x may be an image
 
 
 @register_model(table="3.2", params="2.3")

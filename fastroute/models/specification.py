@@ -216,6 +216,8 @@ class Specification:
         weights = None if pretrained_path is None else read_weights(pretrained_path)
         where = f"pretrained_path is {pretrained_path}"
         if spec.paths > 1:
+            if spec.init == "fresh" and (pretrained or weights is not None):
+                say("init is 'fresh': only the first path starts from these weights as they are; 'copy' starts all so")
             if weights is not None and fits(network, weights):
                 load_pretrained(network, weights, where, say=say)
                 weights = None

@@ -1,6 +1,7 @@
 """Read checkpoints and weights, and check them before use."""
 
 import contextlib
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -228,6 +229,11 @@ def _epochs_done(checkpoint: dict) -> int:
     return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
 
 
+def kept_epochs(folder: Path) -> list[Path]:
+    """Return the files of a folder that `CheckpointHistory` has written, and no others, such as `epoch=4.ckpt`."""
+    return sorted(path for path in folder.glob("epoch*.ckpt") if re.fullmatch(r"epoch\d+\.ckpt", path.name))
+
+
 def check_unused(folder: str | Path, option: str, resume: Path | None = None) -> None:
     """Check that a run would not overwrite another, finished or not.
 
@@ -250,7 +256,7 @@ def check_unused(folder: str | Path, option: str, resume: Path | None = None) ->
             checkpoint = read_checkpoint(folder / name)
             source = folder / name if name == BEST else "auto"
             raise FileExistsError(f"output is {folder}; it has {_described(checkpoint, source, choice)}")
-    if kept := sorted(folder.glob("epoch*.ckpt")):
+    if kept := kept_epochs(folder):
         raise FileExistsError(f"output is {folder}; it has {kept[0].name} of another run: {choice}")
     summary = folder / "summary.csv"
     if summary.is_file() and not summary.read_text(encoding="utf-8", errors="replace").startswith("epoch"):

@@ -291,6 +291,7 @@ class RoutingClassifier(pl.LightningModule):
         else:
             logits, routing = self(images, return_routing=True)
         if labels.dim() == 2:  # of mixed images; the data may have fewer classes than the network
+            check_classes(labels.shape[1], logits.shape[1])
             labels = F.pad(labels, (0, logits.shape[1] - labels.shape[1]))
         loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams.smoothing)
         self.train_totals.update(loss, logits, labels)
@@ -424,8 +425,19 @@ def class_shares(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Te
     """
     if labels.dim() == 1:
         labels = F.one_hot(labels, num_classes)
+    check_classes(labels.shape[1], num_classes)
     labels = F.pad(labels, (0, num_classes - labels.shape[1])).float()
     return labels * (1 - smoothing) + smoothing / num_classes
+
+
+def check_classes(classes: int, logits: int) -> None:
+    """Check that a network has a logit for each class.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    if classes > logits:
+        raise ValueError(f"the images have {classes} classes; the network has {logits} logits, and must have as many")
 
 
 def check_compile_mode(compile: bool, compile_mode: str | None) -> None:

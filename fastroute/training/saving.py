@@ -14,7 +14,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import distributed as dist
 
 from fastroute._files import copy_over, replacing
-from fastroute.training.checkpoints import LAST, PREVIOUS, read_checkpoint
+from fastroute.training.checkpoints import LAST, PREVIOUS, kept_epochs, read_checkpoint
 from fastroute.training.distributed import broadcast_from_rank_zero
 
 
@@ -123,7 +123,7 @@ class CheckpointHistory(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:  # remove those of another run
             mine = {self._path(row["epoch"]) for row in self.rows()}
-            for path in set(self.last.parent.glob("epoch*.ckpt")) - mine:
+            for path in set(kept_epochs(self.last.parent)) - mine:
                 path.unlink()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

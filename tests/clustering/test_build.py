@@ -43,6 +43,8 @@ def test_bad_input():
         build(ClusteringRun(**RUN | {"method": "kmeans"}), (1, 8, 8))
     with pytest.raises(ValueError, match="heads is 2; with the method 'deepcluster' it must be 1"):
         build(ClusteringRun(**RUN | {"method": "deepcluster", "heads": 2}), (1, 8, 8))
+    with pytest.raises(ValueError, match="self_label is 1; the method 'deepcluster' has no scores to label by: choose"):
+        build(ClusteringRun(**RUN | {"method": "deepcluster", "self_label": 1}), (1, 8, 8))
 
 
 def test_methods_say_how_many_images_they_take():

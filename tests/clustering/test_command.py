@@ -16,6 +16,7 @@ from fastroute import visualize
 from fastroute._methods import METHODS
 from fastroute.cli import app
 from fastroute.clustering import run as clustering_run
+from fastroute.clustering.assignments import link_by_cluster
 from fastroute.clustering.build import ClusteringRun, build
 from fastroute.clustering.images import CIFAR100_SUPERCLASSES, load_images
 from fastroute.training import checkpoints
@@ -455,3 +456,15 @@ def test_skips_a_broken_image_on_request(tmp_path, image_folder):
         done = run(*arguments, "--on-bad-image", "skip", "--experiment", "run")
     assert done.exit_code == 0 and str(broken) not in {row["path"] for row in assignments(tmp_path / "run")}
     assert len(assignments(tmp_path / "run")) == 23
+
+
+def test_links_have_names_that_a_file_may_have(tmp_path):
+    long = "\u56fe" * 83 + ".png"  # 253 bytes
+    paths = [tmp_path / folder / long for folder in "ab"] + [tmp_path / "a" / "c.png"]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    link_by_cluster(tmp_path / "links", [str(path) for path in paths], torch.tensor([[0.9], [0.8], [0.7]]))
+    links = sorted((tmp_path / "links" / "0").iterdir())
+    assert [link.resolve() for link in links] == paths and links[2].name == "3-c.png"
+    assert [os.fsencode(link.name)[:2] for link in links] == [b"1-", b"2-", b"3-"]

@@ -8,7 +8,7 @@ import torch
 from sklearn.datasets import make_blobs
 from torch import nn
 
-from fastroute.clustering import NeuralMixture, cluster_accuracy
+from fastroute.clustering import NeuralMixture, _emerging, cluster_accuracy
 from fastroute.clustering._emerging import PATIENCE, Places
 from fastroute.clustering._mixture_model import ExclusiveLinear, grow
 
@@ -155,3 +155,17 @@ def test_a_warm_start_goes_on_with_the_clusters_that_emerged():
     stream(model, [0, 1, 3], 2, seed=1)
     assert model.n_clusters_ == 3
     assert model.fit(part([0, 1, 3], 5)[0]).n_clusters_ == 3
+
+
+def test_many_strangers_are_compared_with_a_part_of_them(monkeypatch):
+    X = torch.cat([torch.randn(2000, 2), torch.randn(3000, 2) + 60, torch.randn(1500, 2) - 60])
+    places = Places(1, 2, X)
+    for _ in range(20):
+        places.follow(X[:2000], torch.zeros(2000, dtype=torch.long), torch.ones(2000))
+    whole = places.strangers(X, torch.ones(len(X)))
+    monkeypatch.setattr(_emerging, "MOST_COMPARED", 300)
+    groups = places.strangers(X, torch.ones(len(X)))
+    assert len(groups) == len(whole) == 2
+    for found, wanted, first, count in zip(groups, whole, (2000, 5000), (3000, 1500), strict=True):
+        assert (found >= first).all() and (found < first + count).all()
+        assert len(found) > 0.95 * count and abs(len(found) - len(wanted)) < 0.03 * count

@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
-from fastroute.clustering import NeuralMixture, cluster_accuracy, neural_mixture
+from fastroute.clustering import NeuralMixture, _mixture_model, cluster_accuracy, neural_mixture
 from fastroute.clustering._densities import DensityEMLoss, em_loss, log_density
 from fastroute.clustering._mixture_model import ExclusiveLinear, merged
 from fastroute.nn import MixtureEMLoss
@@ -101,6 +101,10 @@ def test_units_of_features_do_not_matter():
     options = {"n_init": 1, "random_state": 0}
     labels = [NeuralMixture(3, **options).fit_predict(x) for x in (X, StandardScaler().fit_transform(X))]
     assert cluster_accuracy(labels[0], labels[1]) > 0.98 and cluster_accuracy(y, labels[0]) > 0.85
+    X, y = make_blobs(2000, n_features=6, centers=6, random_state=0)
+    for unit in (1, 1e4):  # in which the seeds of k-means++ would all differ along one feature
+        model = NeuralMixture(6, prior="learned", epochs=10, **options)
+        assert cluster_accuracy(y, model.fit_predict(X * [unit, 1, 1, 1, 1, 1])) > 0.98
     rare = np.zeros((1000, 1))
     rare[:3] = 5.0
     X = np.hstack([np.random.default_rng(0).normal(size=(1000, 2)), rare, np.full((1000, 1), 0.1)])
@@ -138,6 +142,15 @@ def test_weights_count_as_so_many_samples():
     torch.testing.assert_close((inner.norm.running_mean, inner.norm.running_std), statistics, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="at least one non-zero number"):
         model.fit(X, sample_weight=np.zeros(len(X)))
+
+
+def test_a_few_samples_with_weight_are_found_among_many(monkeypatch):
+    monkeypatch.setattr(_mixture_model, "INFERENCE_BATCH", 32)
+    X, y = blobs()
+    rare = np.zeros(len(X))
+    rare[::50] = 1
+    model = NeuralMixture(3, prior="learned", epochs=20, random_state=0).fit(X, sample_weight=rare)
+    assert cluster_accuracy(y[::50], model.labels_[::50]) > 0.9
 
 
 def test_fits_go_on_and_say_so(capsys):

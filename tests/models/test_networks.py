@@ -381,3 +381,8 @@ def test_torchvision_weights_load():
 def test_wrong_arguments(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_highway_of_32_channels_computes_in_bfloat16():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert models.create_model("highway", in_chans=32)(torch.randn(2, 32, 8, 8)).shape == (2, 10)

@@ -158,3 +158,13 @@ def test_differences_are_named():
     one = Specification("timm", "resnet18", 5, paths=2, route_after=("layer1",))
     assert one.differences(replace(one, versions={"timm": "2"}, img_size=64)) == ""
     assert one.differences(replace(one, paths=3, init="copy")) == "paths=2, not 3, init='fresh', not 'copy'"
+
+
+def test_says_that_fresh_paths_are_not_the_pretrained_ones(tmp_path):
+    path, said = tmp_path / "weights.pt", []
+    torch.save(create_model("resnet20").state_dict(), path)
+    specification = Specification.parse("resnet20", paths=2)
+    specification.build(pretrained_path=path, say=said.append)
+    assert "init is 'fresh': only the first path starts from these weights" in said[0]
+    replace(specification, init="copy").build(pretrained_path=path, say=(rest := []).append)
+    assert not any("fresh" in sentence for sentence in rest)

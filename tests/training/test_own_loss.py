@@ -81,6 +81,15 @@ def test_a_longer_run_would_have_other_phases(tmp_path):
 def test_shares_of_mixed_images_are_padded():
     shares = torch.tensor([[0.3, 0.7]])
     torch.testing.assert_close(class_shares(shares, 4, 0.4), torch.tensor([[0.28, 0.52, 0.1, 0.1]]))
+    with pytest.raises(ValueError, match="the images have 2 classes; the network has 1 logits, and must have as many"):
+        class_shares(shares, 1)
+
+
+def test_images_of_more_classes_than_logits_are_refused_when_mixed(tmp_path):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+    data = ImageDataModule("digits", batch_size=512, mixup=0.2)
+    with pytest.raises(ValueError, match="the images have 10 classes; the network has 5 logits, and must have as many"):
+        fit(RoutingClassifier(network, 5, 1, 8), data, epochs=1, output=tmp_path, accelerator="cpu")
 
 
 def test_no_other_loss_is_added_and_no_step_recorded():
