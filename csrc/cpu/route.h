@@ -124,7 +124,7 @@ void pool_together(const Paths<const T>& xs, const Geometry& g, accumulate_t<T>*
     });
     return;
   }
-  // The number of blocks does not depend on the number of threads, so neither does the result.
+  // Nor does the number of blocks depend on the number of threads; the choice of this function does.
   constexpr int64_t kBlocks = 8;
   const int64_t least = std::max<int64_t>(1, kGrainBytes / (g.channels * static_cast<int64_t>(sizeof(T))));
   const int64_t pixels = std::max(least, (g.size + kBlocks - 1) / kBlocks), blocks = (g.size + pixels - 1) / pixels;

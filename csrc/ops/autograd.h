@@ -8,6 +8,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
+#include <algorithm>
+#include <vector>
+
 namespace fastroute {
 
 using torch::autograd::AutogradContext;
@@ -22,9 +25,23 @@ auto call_forward(const Operator<Signature>& op, bool recorded, const Args&... a
   return op.public_.call(args...);
 }
 
+inline bool has_tangent(const at::Tensor& t) { return t.defined() && t._fw_grad(0).defined(); }
+inline bool has_tangent(const OptionalTensor& t) { return t && has_tangent(*t); }
+inline bool has_tangent(const at::TensorList& list) {
+  return std::any_of(list.begin(), list.end(), [](const at::Tensor& t) { return has_tangent(t); });
+}
+inline bool has_tangent(const std::vector<at::Tensor>& list) { return has_tangent(at::TensorList(list)); }
+template <typename T>
+bool has_tangent(const T&) {
+  return false;
+}
+
 // Calls a backward through the dispatcher: below autograd, unless it is to be differentiated.
 template <typename Signature, typename... Args>
 auto call_backward(const Operator<Signature>& op, const Args&... args) {
+  TORCH_CHECK(
+      !(has_tangent(args) || ...), "the gradient of an operator's result has a forward-mode tangent, but the operator was "
+      "called without forward AD: call it inside of torch.autograd.forward_ad.dual_level() too");
   if (at::GradMode::is_enabled()) return op.public_.call(args...);
   at::AutoDispatchBelowAutograd below;
   return op.public_.call(args...);

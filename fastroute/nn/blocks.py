@@ -139,7 +139,7 @@ def _same_versions(*tensors: Tensor):
 
     Its backward holds them, though it does not read them, and would refuse to run after a call for other images.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):  # these have no versions
         return contextlib.nullcontext()
     return torch.autograd._unsafe_preserve_version_counter(tensors)
 

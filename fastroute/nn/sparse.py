@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from numbers import Integral
 from typing import NamedTuple
 
@@ -328,7 +329,9 @@ class SparseRouter(Tempered, nn.Module):
             scores = F.linear(hidden, w2, b2)
             prior = None
             if self.routing == "cluster":
-                prior = self.gate_norm.current_prior().clone()  # before this step's
+                prior = self.gate_norm.current_prior().to(scores.dtype, copy=True)  # before this step's
+                if self.gate_norm.prior.dtype != scores.dtype:  # rounded, as in a router in bfloat16
+                    prior = prior / prior.sum()
             if self.gate_norm is not None:
                 logits, scores = self.gate_norm.logits(scores, self.temperature)
             else:
@@ -343,7 +346,7 @@ class SparseRouter(Tempered, nn.Module):
                 weights = weights.detach() + (soft - soft.detach())
         load, kept = F.one_hot(chosen, self.num_paths).sum((0, 1)), None
         if self.training and self.capacity_factor is not None and not x.is_meta:
-            capacity = math.ceil(self.capacity_factor * chosen.numel() / self.num_paths)
+            capacity = math.ceil(Fraction(repr(float(self.capacity_factor))) * chosen.numel() / self.num_paths)
             kept, load = self._with_room(chosen, soft.detach(), capacity), load.clamp(max=capacity)
             weights = weights * kept
         gates = torch.zeros_like(scores).scatter(1, chosen, weights)

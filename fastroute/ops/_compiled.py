@@ -39,9 +39,11 @@ def _reason_against_instruction_set() -> str | None:
 
 def _mark(path: Path) -> tuple[str, str, str]:
     """Return the mark of csrc/build.h: hash of the sources, torch, CUDA architectures; or empty strings."""
+    if not path.stat().st_size:  # of a build that was stopped
+        return "", "", ""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         start = content.find(b"fastroute_build ")
-        words = content[start : content.find(b";", start)].decode().split() if start >= 0 else []
+        words = content[start : content.find(b";", start)].decode(errors="replace").split() if start >= 0 else []
     if len(words) not in (4, 6):
         return "", "", ""
     return words[1], words[3], words[5] if len(words) == 6 else ""

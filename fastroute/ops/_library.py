@@ -136,10 +136,24 @@ def differentiate(name: str, backward: Callable, setup_context: Callable | None 
         lists = (grad if isinstance(grad, (list, tuple)) else [grad] for grad in grads)
         given = next(grad for each in lists for grad in each if grad is not None)
         with without_autocast(given.device.type):
-            return backward(ctx, *grads)
+            results = backward(ctx, *grads)
+        return _once_differentiated(name, results) if torch.is_grad_enabled() else results
 
     for library in (LIBRARY, PYTHON, FUSED):
         torch.library.register_autograd(f"{library.ns}::{name}", exact, setup_context=setup_context, lib=library)
+
+
+def _once_differentiated(name: str, results):
+    """Return results that raise if they are differentiated: a derivative in Python is computed without a graph."""
+    leaves, structure = pytree.tree_flatten(results)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    message = f"{name} is differentiated twice; fastroute's operators have first and second derivatives only"
+    marked = torch._C._functions.DelayedError(message, len(places))(
+        *(leaves[i].detach().requires_grad_() for i in places)
+    )
+    for i, leaf in zip(places, [marked] if isinstance(marked, Tensor) else marked, strict=True):
+        leaves[i] = leaf
+    return pytree.tree_unflatten(leaves, structure)
 
 
 def under_transform() -> bool:

@@ -106,9 +106,11 @@ def _is_readable(value: Tensor) -> bool:
     return value.device.type == "cpu" and type(value) is Tensor and not under_transform()
 
 
-def _check_prior(prior: Tensor) -> None:
+def _check_prior(prior: Tensor, dtype: torch.dtype) -> None:
+    """Check a prior, whose sum may be off by the rounding of the scores' type, in which it may have been given."""
+    tolerance = max(1e-3, torch.finfo(dtype).eps)
     for row in prior.reshape(-1, prior.shape[-1]).tolist():
-        if not (min(row) >= 0 and abs(sum(row) - 1) <= 1e-3):
+        if not (min(row) >= 0 and abs(sum(row) - 1) <= tolerance):
             raise ValueError(f"prior is {row}; it must be numbers from 0 on with sum 1")
 
 
@@ -136,7 +138,7 @@ def _prepare_forward(scores, scores_aug, prior, mean, std, gamma):
     if prior is not None:
         prior = _per_column("prior", prior, scores)
         if _is_readable(prior):
-            _check_prior(prior)
+            _check_prior(prior, scores.dtype)
     return scores.contiguous(), scores_aug, prior, mean, std, gamma
 
 

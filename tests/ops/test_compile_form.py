@@ -14,6 +14,7 @@ from torch._inductor.utils import run_and_get_code
 import fastroute
 from fastroute import ops
 from fastroute.nn import CrossConnection, CrossPrediction2d
+from fastroute.ops import _compiled
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -279,3 +280,9 @@ def test_a_backward_takes_paths_that_a_graph_saved_in_two_layouts(first, second)
     assert {
         x.is_contiguous(memory_format=FORMATS[first]) for x in python.mix_backward(grads, mixed, gates, True)[0]
     } == {True}
+
+
+@pytest.mark.parametrize("content", [b"", b"fastroute_build \xff\xfe;"])
+def test_a_library_that_was_not_written_whole_is_not_loaded(tmp_path, content):
+    (tmp_path / "_C.so").write_bytes(content)
+    assert "_C.so" in _compiled.reason_against(tmp_path / "_C.so", ("ops",))

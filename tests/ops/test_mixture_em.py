@@ -328,3 +328,14 @@ a, aug = torch.zeros(4, 3), torch.zeros(4, 3)
 )
 def test_bad_input(refused, error, message, scores, options):
     refused(error, message, ops.mixture_em_loss, scores, **options)
+
+
+@pytest.mark.parametrize("clusters", [3, 6, 10])
+def test_a_prior_of_half_the_precision_may_be_off_by_its_rounding(backend, clusters):
+    prior = torch.full((clusters,), 1 / clusters, dtype=torch.bfloat16)
+    scores = draw(8, clusters).bfloat16()
+    torch.testing.assert_close(
+        ops.mixture_em_loss(scores, prior=prior).posterior, ops.mixture_em_loss(scores).posterior, rtol=1e-2, atol=1e-3
+    )
+    with pytest.raises(ValueError, match="it must be numbers from 0 on with sum 1"):
+        ops.mixture_em_loss(scores, prior=1.02 * prior)

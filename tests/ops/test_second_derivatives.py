@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch.autograd import gradgradcheck
 
 from fastroute import ops
@@ -48,3 +49,34 @@ def test_second_derivatives(backend, operator, shape, layout):
 
     # Of maps in every layout, and of incoming gradients that are contiguous.
     assert gradgradcheck(results, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_third_derivatives_are_refused(backend, operator):
+    torch.manual_seed(0)
+    xs = [torch.randn(3, 4, 3, 2, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    function, ps = OPERATORS[operator](xs[0])
+    ps = [None if p is None else p.detach().requires_grad_() for p in ps]
+    leaves = [t for t in (*xs, *ps) if t is not None]
+
+    def squares(results):
+        return sum(t.square().sum() for each in results for t in (each if isinstance(each, list) else [each]))
+
+    first = torch.autograd.grad(squares(function(xs, *ps)), leaves, create_graph=True)
+    second = torch.autograd.grad(squares(first), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="fastroute's operators have first and second derivatives only"):
+        squares(second).backward()
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_tangent_of_the_gradient_alone_is_not_dropped(operator):
+    torch.manual_seed(0)
+    xs = [torch.randn(3, 4, 3, 2).requires_grad_() for _ in range(2)]
+    function, ps = OPERATORS[operator](xs[0])
+    ps = [None if p is None else p.float() for p in ps]
+    y = function(xs, *ps)[0]
+    y = y[0] if isinstance(y, list) else y
+    with fwAD.dual_level():
+        incoming = fwAD.make_dual(torch.randn_like(y), torch.ones_like(y))
+        with pytest.raises(RuntimeError, match="called without forward AD: call it inside of torch"):
+            torch.autograd.grad(y, xs, incoming)

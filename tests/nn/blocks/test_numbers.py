@@ -1,5 +1,6 @@
 """The numbers of a block's end: against PyTorch's modules in float64."""
 
+import copy
 import itertools
 
 import pytest
@@ -170,3 +171,12 @@ def test_gradients_that_are_not_wanted():
     [expected] = torch.autograd.grad(modules(norm, x, shortcut, nn.ReLU()).sum(), [shortcut])
     assert torch.equal(grad, expected)
     assert not block_end(norm, x).requires_grad
+
+
+def test_statistics_made_in_inference_mode():
+    with torch.inference_mode():
+        norm = nn.BatchNorm2d(8).train()
+        x = torch.randn(4, 8, 6, 6)
+        expected = torch.relu(copy.deepcopy(norm)(x))
+        torch.testing.assert_close(block_end(norm, x, None, nn.ReLU()), expected)
+        assert norm.running_mean.abs().sum() > 0

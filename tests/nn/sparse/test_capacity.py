@@ -54,3 +54,12 @@ def test_no_capacity_in_evaluation_nor_where_there_is_room():
 def test_a_capacity_on_the_meta_device_drops_nothing():
     router = SparseRouter(6, convs(4), top_k=2, capacity_factor=0.5).to("meta")
     assert router(torch.empty(4, 6, 3, 3, device="meta")).shape == (4, 5, 3, 3)
+
+
+@pytest.mark.parametrize("factor, samples, paths, capacity", [(1.1, 100, 10, 11), (0.7, 100, 7, 10), (1.25, 8, 4, 3)])
+def test_the_capacity_is_that_of_the_decimal_number(factor, samples, paths, capacity):
+    router = SparseRouter(3, [torch.nn.Identity() for _ in range(paths)], capacity_factor=factor)
+    with torch.no_grad():
+        router.b2[0] = 100.0  # all want the first
+    load = router(torch.randn(samples, 3), return_routing=True)[1].load
+    assert load.tolist() == [capacity] + [0] * (paths - 1)

@@ -118,3 +118,15 @@ def test_the_normalisation_of_clustered_routing_is_its_own():
     other.load_state_dict(router.state_dict())
     with pytest.raises(RuntimeError, match=r"gate_norm\.running_mean"):
         other.load_state_dict(SparseRouter(6, convs(4)).state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_router_in_another_type_trains_with_its_loss(dtype):
+    torch.manual_seed(0)
+    router = SparseRouter(8, [torch.nn.Identity() for _ in range(3)], routing="cluster").to(dtype)
+    for _ in range(2):
+        y, routing = router(torch.randn(16, 8, dtype=dtype), return_routing=True)
+        loss = GateClusteringLoss()({"router": routing})
+        (y.float().square().mean() + loss).backward()
+        assert routing.prior.dtype == routing.scores.dtype and routing.prior.sum().item() == pytest.approx(1, abs=1e-6)
+    assert router.w2.grad.isfinite().all() and router.w2.grad.abs().sum() > 0
