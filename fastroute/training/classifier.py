@@ -40,7 +40,8 @@ class RoutingClassifier(pl.LightningModule):
     which a loss may have phases. Validation is by the cross-entropy of logits in any case.
 
     It logs, once an epoch, `train_loss`, `train_error`, `val_loss`, `val_error` and `val_error5`, and `train_aux` with
-    an auxiliary loss. Errors are in percent, over exactly the images seen, in any number of processes.
+    an auxiliary loss. Errors are in percent, over exactly the images seen, in any number of processes;
+    if these validate on a plain `DataLoader`, Lightning gives some of them an image twice, so that all have as many.
 
     Args:
         model: a network's name as `fastroute.models.create_model` takes it, except your own functions, or a module. A
