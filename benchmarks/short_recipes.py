@@ -19,7 +19,7 @@ from statistics import mean, stdev
 from benchmarks.saved_runs import read_folder, read_result, replaced, write_result
 from fastroute.bench.report import table, with_section
 
-RESULT, PAGE = Path("benchmarks/results/cpu_epyc_short_recipes.json"), Path("docs/reproduction.md")
+RESULT, PAGE = Path("benchmarks/results/cpu_short_recipes.json"), Path("docs/reproduction.md")
 RECIPE = ("lr", "weight_decay", "batch_size", "smoothing")
 NETWORK = ("model", "model_kwargs", "gate_norm", "gate_reg_weight")
 OPTIONS = (*NETWORK, *RECIPE, "amp", "images", "epochs", "seed", "tested")
