@@ -125,8 +125,8 @@ def load_trained(
         device=default_device(),
         **images.options,
     )
-    check_fit(data, images, classes, loader.count)
     check_channels(images.data_dir, channels, run)
+    check_fit(data, images, classes, loader.count)
     return Trained(network, images.dataset, images.data_dir, loader, classes, img_size, crop_pct, images.line)
 
 

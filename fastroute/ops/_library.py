@@ -208,12 +208,21 @@ def _operator_name(operator) -> str:
     return operator._schema.name.partition("::")[2]
 
 
+def _has_tangent(value) -> bool:
+    return isinstance(value, Tensor) and torch.autograd.forward_ad.unpack_dual(value).tangent is not None
+
+
 def below_autograd(operator, x: Tensor, *args):
     """Call an operator below autograd, and bypass the dispatcher, which costs 20 µs, where possible.
 
     Dispatch modes, compilers, tensor subclasses and second derivatives need the dispatcher. x is one of the operator's
     tensors.
     """
+    if torch.autograd.forward_ad._current_level >= 0 and any(map(_has_tangent, pytree.tree_leaves(args))):
+        raise RuntimeError(
+            "the gradient of an operator's result has a forward-mode tangent, but the operator was called without "
+            "forward AD: call it inside of torch.autograd.forward_ad.dual_level() too"
+        )
     plain = type(x) is Tensor and not torch.is_grad_enabled() and not torch._C._len_torch_dispatch_stack()
     if plain and not torch.compiler.is_compiling():
         return KERNELS[_operator_name(operator)](*args)
