@@ -241,7 +241,7 @@ def pretrained_levels(given: "Specification") -> tuple[list[float], list[float]]
         import timm
     try:
         config = timm.get_pretrained_cfg(given.name)
-    except RuntimeError:  # an unknown tag, which building the network tells
+    except RuntimeError:  # an unknown tag; building the network raises a clear error
         config = None
     return None if config is None else (list(config.mean), list(config.std))
 

@@ -345,7 +345,7 @@ class ImageDataModule(pl.LightningDataModule):
             if before.shape != now.shape or ((before - now).abs() > 0.01 * self.std).any():
                 raise PlaceMismatch(
                     f"the run normalised images by {name} {_values(before)}, but now {name} is {_values(now)}, where "
-                    f"images are 0 to 1: resume with the data, mean and std of the run"
+                    "images are 0 to 1: resume with the data, mean and std of the run"
                 )
         place = state["place"]
         if place is not None and 0 < place["done"] < place["batches"] and seed != self.seed:

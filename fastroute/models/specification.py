@@ -217,7 +217,7 @@ class Specification:
         where = f"pretrained_path is {pretrained_path}"
         if spec.paths > 1:
             if spec.init == "fresh" and (pretrained or weights is not None):
-                say("init is 'fresh': only the first path starts from these weights as they are; 'copy' starts all so")
+                say("init is 'fresh': only the first path starts from these weights; init='copy' starts all paths so")
             if weights is not None and fits(network, weights):
                 load_pretrained(network, weights, where, say=say)
                 weights = None

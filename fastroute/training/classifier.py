@@ -40,8 +40,9 @@ class RoutingClassifier(pl.LightningModule):
     which a loss may have phases. Validation is by the cross-entropy of logits in any case.
 
     It logs, once an epoch, `train_loss`, `train_error`, `val_loss`, `val_error` and `val_error5`, and `train_aux` with
-    an auxiliary loss. Errors are in percent, over exactly the images seen, in any number of processes;
-    if these validate on a plain `DataLoader`, Lightning gives some of them an image twice, so that all have as many.
+    an auxiliary loss. Errors are in percent, over exactly the images seen, in any number of processes.
+    With a plain `DataLoader` to validate on, Lightning repeats up to one image for each process but the first, so that
+    all have equally many.
 
     Args:
         model: a network's name as `fastroute.models.create_model` takes it, except your own functions, or a module. A
