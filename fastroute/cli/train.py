@@ -101,13 +101,14 @@ def _prepare(
 
     from fastroute import training
     from fastroute.nn import Router, SparseRouter
-    from fastroute.training.checkpoints import check_unused, stopped_early
+    from fastroute.training.checkpoints import check_unused, summary_rows
     from fastroute.training.classifier import check_compile_mode
     from fastroute.training.distributed import broadcast_from_rank_zero, is_main, local_rank_zero_first
     from fastroute.training.loggers import check_loggers
     from fastroute.training.optim import check_warmup
     from fastroute.training.run_folder import new_folder, run_folder
-    from fastroute.training.trainer import check_amp
+    from fastroute.training.tables import out_of_patience
+    from fastroute.training.trainer import EVAL_METRICS, check_amp
 
     if options.sync_bn and not torch.cuda.is_available():
         raise ValueError("sync_bn is True; PyTorch's synchronised batch norm needs GPUs")
@@ -128,9 +129,12 @@ def _prepare(
         console.print(f"normalised as for the pretrained weights: mean {options.mean}, std {options.std}")
     if resume is not None and options.resume == "auto":
         done = training.epochs_done(resume)
-        early = done < options.epochs and options.patience is not None and stopped_early(resume)
-        if done >= options.epochs or early:
-            why = f"stopped by --patience after epoch {done}" if early else f"all {options.epochs} epochs are done"
+        why = f"all {options.epochs} epochs are done" if done >= options.epochs else None
+        if why is None and options.patience is not None:
+            metric = f"val_{EVAL_METRICS[options.eval_metric]}"
+            if out_of_patience(summary_rows(resume), metric, options.patience):
+                why = f"stopped by --patience after epoch {done}"
+        if why is not None:
             console.print(f"{why}: {escaped(resume)}", soft_wrap=True)
             raise typer.Exit(0)
     if unnamed:

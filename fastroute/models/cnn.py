@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastroute.models.conversion import multipath
 from fastroute.models.layers import Network, SqueezeExcite, conv_bn
@@ -15,6 +15,34 @@ WIDE = ((64, 64), (128, 128), (256, 256))
 DEEP = ((32, 32), (64, 64), (128, 128, 128), (256, 256, 256))
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 VGG13_HALF = ((32, 32), (64, 64), (128, 128), (256, 256), (256, 256))
+
+
+class FlattenMaps(nn.Flatten):
+    """Flatten maps, and refuse those of other images than the dense layers were built for.
+
+    Args:
+        size: the height and width of the maps.
+        img_size: that of the images, for the message.
+    """
+
+    def __init__(self, size: int, img_size: int):
+        super().__init__()
+        self.size, self.img_size = size, img_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return maps (N, C, size, size) as vectors (N, C·size²).
+
+        Raises:
+            ValueError: the maps have another size.
+        """
+        if x.shape[2:] != (self.size, self.size):
+            height, width = x.shape[2:]
+            raise ValueError(
+                f"the last maps are {height}×{width}; the dense layers of this network are of images of "
+                f"{self.img_size}×{self.img_size}, whose last maps are {self.size}×{self.size}: resize the images, or "
+                "build the network with their img_size"
+            )
+        return super().forward(x)
 
 
 def cnn(
@@ -57,7 +85,7 @@ def cnn(
             channels = width
         if i <= pools:
             layers[f"pool{i}"] = nn.MaxPool2d(2)
-    layers["flatten"] = nn.Flatten()
+    layers["flatten"] = FlattenMaps(size, img_size)
     layers["dense1"] = nn.Sequential(nn.Linear(channels * size**2, hidden), nn.ReLU(inplace=True))
     layers["dense2"] = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(inplace=True))
     layers["logits"] = nn.Linear(hidden, num_classes)

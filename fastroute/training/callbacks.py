@@ -17,7 +17,7 @@ from fastroute.diagnostics.routing import across_processes
 from fastroute.diagnostics.statistics import RouterStatistics, add_routing
 from fastroute.training.loggers import StepTable
 from fastroute.training.optim import learning_rate
-from fastroute.training.tables import RowTable
+from fastroute.training.tables import RowTable, out_of_patience
 
 METRICS = ("train_loss", "train_error", "train_aux", "val_loss", "val_error", "val_error5")
 
@@ -43,8 +43,8 @@ class EpochSummary(RowTable):
 
     The columns: `lr` is the learning rate of the epoch's last step; `images_per_s` counts training alone, over all
     processes; `data_wait` is the share of that time, in percent, for which rank 0 waited for batches; `skipped` counts
-    the images that could not be read so far; and `seconds` is the time of the epoch with its validation. Times of an
-    interrupted epoch start where it was resumed.
+    the images that could not be read since the run was started or resumed; and `seconds` is the time of the epoch with
+    its validation. Times of an interrupted epoch start where it was resumed.
 
     Args:
         path: the CSV file.
@@ -162,14 +162,14 @@ class Patience(pl.Callback):
         self._stopped = False
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        rows = [row for row in self.summary.rows if self.metric in row]
-        best = min(rows, key=lambda row: row[self.metric], default=None)  # the first of several equal ones
-        if best is None or rows[-1]["epoch"] - best["epoch"] < self.patience:
+        best = out_of_patience(self.summary.rows, self.metric, self.patience)
+        if best is None:
             return
         self._stopped = trainer.should_stop = True
+        count = f"{self.patience} epoch{'s' * (self.patience != 1)}"
         self.console.print(
-            f"stopped after epoch {rows[-1]['epoch']}: in {self.patience} epochs, {self.metric} has not been lower "
-            f"than in epoch {best['epoch']}, {best[self.metric]:.4g}",
+            f"stopped after epoch {self.summary.rows[-1]['epoch']}: in {count}, {self.metric} has not been lower than "
+            f"in epoch {best['epoch']}, {best[self.metric]:.4g}",
             highlight=False,
             soft_wrap=True,
         )

@@ -197,8 +197,8 @@ def check_resume(path: str | Path, module: pl.LightningModule, epochs: int) -> d
     return checkpoint
 
 
-def stopped_early(path: str | Path) -> bool:
-    """Return whether the run of a checkpoint was stopped by its patience.
+def summary_rows(path: str | Path) -> list[dict]:
+    """Return the rows of the summary in a checkpoint, one for each completed epoch.
 
     Args:
         path: the file.
@@ -206,7 +206,7 @@ def stopped_early(path: str | Path) -> bool:
     Raises:
         FileNotFoundError, ValueError: as `read_checkpoint`.
     """
-    return read_checkpoint(path).get("stopped_early", False)
+    return read_checkpoint(path).get("callbacks", {}).get("EpochSummary", {"rows": []})["rows"]
 
 
 def epochs_done(path: str | Path) -> int:

@@ -16,6 +16,7 @@ from torch import distributed as dist
 from fastroute._files import copy_over, replacing
 from fastroute.training.checkpoints import LAST, PREVIOUS, kept_epochs, read_checkpoint
 from fastroute.training.distributed import broadcast_from_rank_zero
+from fastroute.training.tables import best_first
 
 
 class Terminated(SystemExit):
@@ -132,7 +133,7 @@ class CheckpointHistory(Checkpoint):
         rows = self.rows()
         copy_over(self.last, self._path(rows[-1]["epoch"]))
         there = [row for row in rows if self._path(row["epoch"]).is_file()]
-        for row in sorted(there, key=lambda row: row[self.metric])[self.keep :]:
+        for row in best_first(there, self.metric)[self.keep :]:
             self._path(row["epoch"]).unlink()
 
     def _path(self, epoch: int) -> Path:

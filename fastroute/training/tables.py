@@ -1,6 +1,7 @@
 """Tables of a run: rows that are part of its checkpoints, and the CSV files they are written to."""
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +34,23 @@ class RowTable(pl.Callback):
     def write(self) -> None:
         """Replace the file by the rows so far."""
         write_csv(self.path, self.rows)
+
+
+def best_first(rows: Sequence[dict], metric: str) -> list[dict]:
+    """Return the rows that have a metric, the lowest first, earlier ones before equal later ones, NaN last."""
+    return sorted((row for row in rows if metric in row), key=lambda row: (math.isnan(row[metric]), row[metric]))
+
+
+def out_of_patience(rows: Sequence[dict], metric: str, patience: int) -> dict | None:
+    """Return the best row if `patience` epochs or more after it were not better, else None.
+
+    Args:
+        rows: of the summary, in the order of the epochs.
+        metric: a column of it; lower is better.
+        patience: the number of epochs.
+    """
+    ranked = best_first(rows, metric)
+    return ranked[0] if ranked and rows[-1]["epoch"] - ranked[0]["epoch"] >= patience else None
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:

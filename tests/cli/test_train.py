@@ -146,6 +146,17 @@ def test_resume_auto_starts_resumes_and_finishes(tmp_path):
         assert result.exit_code == 0 and shown in result.output, result.output
 
 
+def test_resume_auto_counts_the_patience_anew(tmp_path):
+    common = ("train", "resnet20", "-b", 2000, "--lr", 1e-9, "--sched", "step", "--epochs", 9)
+    common += ("--output", tmp_path, "--experiment", "run", "--resume", "auto")
+    result = run(*common, "--patience", 1)
+    assert "stopped after epoch 2: in 1 epoch," in result.output, result.output
+    assert "stopped by --patience after epoch 2" in run(*common, "--patience", 1).output
+    result = run(*common, "--patience", 2)
+    assert "epoch 3/9" in result.output and "stopped after epoch 3: in 2 epochs" in result.output
+    assert "stopped by --patience after epoch 3" in run(*common, "--patience", 1).output
+
+
 def test_starts_from_weights(tmp_path):
     path = tmp_path / "weights.pt"
     torch.manual_seed(1)

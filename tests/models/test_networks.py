@@ -383,6 +383,14 @@ def test_wrong_arguments(build, message):
         build()
 
 
+@pytest.mark.parametrize("name", ["base_cnn", "base_cnn_cc2", "base_cnn_cp2", "vgg13_cc2"])
+def test_images_of_another_size_are_refused_by_name(name):
+    network = models.create_model(name, img_size=32).eval()
+    assert network(torch.randn(2, 3, 32, 32)).shape[0] == 2
+    with pytest.raises(ValueError, match=r"network are of images of 32×32, .*build the network with their img_size"):
+        network(torch.randn(2, 3, 48, 64))
+
+
 def test_a_highway_of_32_channels_computes_in_bfloat16():
     with torch.autocast("cpu", torch.bfloat16):
         assert models.create_model("highway", in_chans=32)(torch.randn(2, 32, 8, 8)).shape == (2, 10)

@@ -1,5 +1,6 @@
 import csv
 import io
+import math
 import re
 import shutil
 import warnings
@@ -20,6 +21,7 @@ from fastroute.training.checkpoints import check_unused
 from fastroute.training.loggers import make_loggers
 from fastroute.training.saving import CheckpointHistory
 from fastroute.training.steps import MovingAverage
+from fastroute.training.tables import best_first, out_of_patience
 
 
 @pytest.fixture
@@ -298,6 +300,13 @@ def test_patience_stops_and_checkpoint_history_keeps_the_best(tmp_path):
     patience.on_save_checkpoint(trainer, None, checkpoint := {})
     assert checkpoint == {"stopped_early": True}
     assert {p.name: p.read_text() for p in tmp_path.glob("epoch*")} == {"epoch2.ckpt": "2", "epoch4.ckpt": "4"}
+
+
+def test_rows_of_nan_are_the_worst():
+    rows = [{"epoch": i, "val_loss": loss} for i, loss in enumerate((math.nan, 2.0, math.nan, 1.0, 1.0, 3.0), 1)]
+    assert [row["epoch"] for row in best_first([{"epoch": 0}, *rows], "val_loss")] == [4, 5, 2, 6, 1, 3]
+    assert out_of_patience(rows, "val_loss", 3) is None and out_of_patience(rows, "val_loss", 2) is rows[3]
+    assert out_of_patience(rows[:1], "val_loss", 1) is None and out_of_patience([], "val_loss", 1) is None
 
 
 def test_a_run_stops_early_and_keeps_its_best_epochs(loader, tmp_path):
