@@ -101,14 +101,13 @@ def _prepare(
 
     from fastroute import training
     from fastroute.nn import Router, SparseRouter
-    from fastroute.training.checkpoints import check_unused, summary_rows
+    from fastroute.training.checkpoints import check_unused
     from fastroute.training.classifier import check_compile_mode
     from fastroute.training.distributed import broadcast_from_rank_zero, is_main, local_rank_zero_first
     from fastroute.training.loggers import check_loggers
     from fastroute.training.optim import check_warmup
     from fastroute.training.run_folder import new_folder, run_folder
-    from fastroute.training.tables import out_of_patience
-    from fastroute.training.trainer import EVAL_METRICS, check_amp
+    from fastroute.training.trainer import check_amp
 
     if options.sync_bn and not torch.cuda.is_available():
         raise ValueError("sync_bn is True; PyTorch's synchronised batch norm needs GPUs")
@@ -127,23 +126,85 @@ def _prepare(
     if options.pretrained and colour and not chosen and (levels := network.pretrained_levels(specification)):
         options.mean, options.std = (",".join(f"{value:g}" for value in values) for values in levels)
         console.print(f"normalised as for the pretrained weights: mean {options.mean}, std {options.std}")
-    if resume is not None and options.resume == "auto":
-        done = training.epochs_done(resume)
-        why = f"all {options.epochs} epochs are done" if done >= options.epochs else None
-        if why is None and options.patience is not None:
-            metric = f"val_{EVAL_METRICS[options.eval_metric]}"
-            if out_of_patience(summary_rows(resume), metric, options.patience):
-                why = f"stopped by --patience after epoch {done}"
-        if why is not None:
-            console.print(f"{why}: {escaped(resume)}", soft_wrap=True)
-            raise typer.Exit(0)
+    if resume is not None and options.resume == "auto" and (why := _finished(options, resume)):
+        console.print(f"{why}: {escaped(resume)}", soft_wrap=True)
+        raise typer.Exit(0)
     if unnamed:
         folder = broadcast_from_rank_zero(new_folder(folder) if is_main() else None)
     context.with_resource(run_folder(folder))
     if not options.overwrite:
         check_unused(folder, "--overwrite", resume)
 
-    data = training.ImageDataModule(
+    data = _data(options)
+    if options.cuda_graphs:  # before the images are read
+        _check_recording(options, device, data)
+    if data.in_memory:
+        check_images(options.dataset, options.img_size)
+    one_by_one = local_rank_zero_first() if options.download else contextlib.nullcontext()
+    with one_by_one, console.status("reading the images"):
+        data.setup()
+    console.print(escaped(data.description), soft_wrap=True, highlight=False)
+    if data.num_classes < 2:
+        raise ValueError(
+            f"the data has one class, {data.classes[0]!r}; training needs two or more: data_dir must hold train/ and "
+            "val/, or with --val-split nothing else, with a folder for each class"
+        )
+    if options.num_classes is not None and options.num_classes < data.num_classes:
+        raise ValueError(f"num_classes is {options.num_classes}; the data has {data.num_classes} classes")
+    check_batch(
+        specification,
+        min(options.batch_size, data.train_count),
+        data.in_chans,
+        data.img_size,
+        training=not options.grad_checkpointing,  # which keeps less than the estimate
+        half=options.amp,
+    )
+    check_warmup(options.sched, options.warmup_epochs, options.epochs)
+    pl.seed_everything(options.seed, verbose=False)
+    built = _network(flags, specification, options, data, options.num_classes, resume, console)
+    options.channels_last = network.usable_channels_last(  # as args.yaml keeps it
+        built,
+        str(specification),
+        options.channels_last,
+        device,
+        data.in_chans,
+        data.img_size,
+        console,
+    )
+    module = _classifier(options, built, data)
+    if options.cuda_graphs:
+        _check_recording(options, device, data, module.model)
+    if options.gate_reg_weight and not any(
+        isinstance(layer, Router | SparseRouter) for layer in module.model.modules()
+    ):
+        raise ValueError(f"gate_reg_weight is {options.gate_reg_weight}, but {options.model} has no gates")
+    if options.initial_checkpoint is not None and resume is None:
+        training.load_weights(module.model, options.initial_checkpoint)
+    if resume is not None:
+        training.check_resume(resume, module, options.epochs)
+    return data, module, resume, folder
+
+
+def _finished(options: TrainOptions, resume: Path) -> str | None:
+    """Say why the run of a checkpoint is finished; None if it is not."""
+    from fastroute import training
+    from fastroute.training.checkpoints import summary_rows
+    from fastroute.training.tables import out_of_patience
+    from fastroute.training.trainer import EVAL_METRICS
+
+    done = training.epochs_done(resume)
+    if done >= options.epochs:
+        return f"all {options.epochs} epochs are done"
+    metric = f"val_{EVAL_METRICS[options.eval_metric]}"
+    if options.patience is not None and out_of_patience(summary_rows(resume), metric, options.patience):
+        return f"stopped by --patience after epoch {done}"
+    return None
+
+
+def _data(options: TrainOptions) -> "ImageDataModule":
+    from fastroute import training
+
+    return training.ImageDataModule(
         options.dataset,
         options.data_dir,
         options.batch_size,
@@ -174,44 +235,12 @@ def _prepare(
         interpolation=options.interpolation,
         in_chans=options.in_chans,
     )
-    if options.cuda_graphs:  # before the images are read
-        _check_recording(options, device, data)
-    if data.in_memory:
-        check_images(options.dataset, options.img_size)
-    one_by_one = local_rank_zero_first() if options.download else contextlib.nullcontext()
-    with one_by_one, console.status("reading the images"):
-        data.setup()
-    console.print(escaped(data.description), soft_wrap=True, highlight=False)
-    if data.num_classes < 2:
-        raise ValueError(
-            f"the data has one class, {data.classes[0]!r}; training needs two or more: data_dir must hold train/ and "
-            "val/, or with --val-split nothing else, with a folder for each class"
-        )
-    if options.num_classes is not None and options.num_classes < data.num_classes:
-        raise ValueError(f"num_classes is {options.num_classes}; the data has {data.num_classes} classes")
-    count = data.train_count
-    batch_size = min(options.batch_size, count)
-    check_batch(
-        specification,
-        batch_size,
-        data.in_chans,
-        data.img_size,
-        training=not options.grad_checkpointing,  # which keeps less than the estimate
-        half=options.amp,
-    )
-    check_warmup(options.sched, options.warmup_epochs, options.epochs)
-    pl.seed_everything(options.seed, verbose=False)
-    built = _network(flags, specification, options, data, options.num_classes, resume, console)
-    options.channels_last = network.usable_channels_last(  # as args.yaml keeps it
-        built,
-        str(specification),
-        options.channels_last,
-        device,
-        data.in_chans,
-        data.img_size,
-        console,
-    )
-    module = training.RoutingClassifier(
+
+
+def _classifier(options: TrainOptions, built: "nn.Module", data: "ImageDataModule") -> "RoutingClassifier":
+    from fastroute import training
+
+    return training.RoutingClassifier(
         built,
         options.num_classes or data.num_classes,
         data.in_chans,
@@ -241,17 +270,6 @@ def _prepare(
         aux_loss=_gate_clustering(options),
         aux_weight=options.gate_reg_weight,
     )
-    if options.cuda_graphs:
-        _check_recording(options, device, data, module.model)
-    if options.gate_reg_weight and not any(
-        isinstance(layer, Router | SparseRouter) for layer in module.model.modules()
-    ):
-        raise ValueError(f"gate_reg_weight is {options.gate_reg_weight}, but {options.model} has no gates")
-    if options.initial_checkpoint is not None and resume is None:
-        training.load_weights(module.model, options.initial_checkpoint)
-    if resume is not None:
-        training.check_resume(resume, module, options.epochs)
-    return data, module, resume, folder
 
 
 def _network_arguments(options: TrainOptions) -> dict[str, str]:
