@@ -13,6 +13,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -117,18 +118,40 @@ def toolkit_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+@cache
+def architecture_list() -> str:
+    """Return the architectures to compile for: those of TORCH_CUDA_ARCH_LIST that can run the kernels, or the default.
+
+    The default holds where the list is empty, or is "native" and there is no GPU, as in a container's build: torch
+    would then build for the GPUs of this machine, or fail without one.
+    """
+    wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if not wish or (wish == "native" and not torch.cuda.is_available()):
+        return "8.0;9.0;10.0+PTX" if toolkit_version() >= (12, 8) else "8.0;9.0+PTX"  # CUDA 12.8 added Blackwell
+    served, left_out = {}, set()
+    for flag in cpp_extension._get_cuda_arch_flags():  # machine code, or PTX, for one architecture
+        major, rest, kind = re.search(r"arch=compute_(\d+)(\d\w?),code=(sm|compute)", flag).groups()
+        name = f"{major}.{rest}"
+        if int(major) < 8:
+            left_out.add(name)
+        else:
+            served[name] = "+PTX" if kind == "compute" else served.get(name, "")
+    if left_out:
+        say(f"compiling no CUDA kernels for {', '.join(sorted(left_out))}: they need compute capability 8.0")
+    return ";".join(name + ptx for name, ptx in served.items())
+
+
 def cuda_extensions() -> list:
     wish = os.environ.get("FASTROUTE_BUILD_CUDA")
     if wish == "0":
         return []
-    if reason := reason_against_cuda():
+    if reason := reason_against_cuda() or (not architecture_list() and "TORCH_CUDA_ARCH_LIST has none from 8.0 on"):
         if wish == "1":
             sys.exit(f"fastroute: FASTROUTE_BUILD_CUDA=1, but {reason}")
         say(f"installing without compiled CUDA kernels: {reason}")
         return []
     cpp_extension.CUDA_HOME = os.path.dirname(os.path.dirname(nvcc()))
-    # CUDA 12.8 added Blackwell. Without a list, torch would build only for the GPUs of this machine.
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX" if toolkit_version() >= (12, 8) else "8.0;9.0+PTX")
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architecture_list()
     codes = (re.search(",code=(.+)", flag)[1] for flag in cpp_extension._get_cuda_arch_flags())
     architectures = f'-DFASTROUTE_ARCHITECTURES="{",".join(codes)}"'
     return [
@@ -149,6 +172,8 @@ def compiler() -> str | None:
 
 
 def extensions() -> list:
+    if not os.environ.get("CXX", "c++"):
+        del os.environ["CXX"]  # torch would run an empty command
     if compiler() is None:
         say(
             "no C++ compiler was found (CXX, c++): installing without compiled kernels, on the slower reference backend"
@@ -178,6 +203,7 @@ class BuildExtension(cpp_extension.BuildExtension.with_options(no_python_abi_suf
     """
 
     def build_extensions(self):
+        self.parallel = None  # ninja compiles all libraries at once; setuptools would start threads
         folders, links = [], []
         run_ninja, compiler = cpp_extension._run_ninja_build, self.compiler
         link = compiler.link_shared_object
@@ -190,7 +216,8 @@ class BuildExtension(cpp_extension.BuildExtension.with_options(no_python_abi_suf
         for folder in folders:
             mark_only_where_used(Path(folder) / "build.ninja")
         if folders:
-            lines = ["ninja_required_version = 1.3", *(f"subninja {Path(f).resolve()}/build.ninja" for f in folders)]
+            paths = (re.sub(r"([$ :])", r"$\1", str(Path(f).resolve())) for f in folders)
+            lines = ["ninja_required_version = 1.3", *(f"subninja {path}/build.ninja" for path in paths)]
             (Path(self.build_temp) / "build.ninja").write_text("\n".join(lines) + "\n")
             run_ninja(self.build_temp, verbose=True, error_prefix="fastroute: compiling csrc failed")
         for args, options in links:
@@ -202,4 +229,5 @@ class BuildExtension(cpp_extension.BuildExtension.with_options(no_python_abi_suf
         self.build_temp = shared
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+if __name__ == "__main__":  # tests read the functions
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

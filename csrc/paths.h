@@ -221,6 +221,12 @@ class Aligned {
     }
   }
 
+  // For paths that a forward saved: in the sample layout of the first. A compiled graph may mix layouts.
+  static Aligned saved(at::TensorList xs) {
+    const Aligned first("xs", xs.slice(0, 1));
+    return Aligned(xs, first[0]);
+  }
+
   // For incoming gradients: converts to the layout and type of the paths `like`, and copies only if they differ.
   Aligned(at::TensorList xs, const at::Tensor& like) : given_(xs) {
     const bool channels_last = !sample_is_dense(like, false);

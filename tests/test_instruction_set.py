@@ -3,6 +3,7 @@ import warnings
 import pytest
 import torch
 
+from fastroute.ops import _compiled
 from fastroute.ops._instruction_set import own_instruction_set, warn_if_emulated
 
 
@@ -22,6 +23,29 @@ def test_names_the_library_of_the_processor(processor):
     assert own_instruction_set() == "avx512"
     processor("AVX512", avx512_bf16=True)
     assert own_instruction_set() == "avx512_bf16"
+    processor("SVE256", architecture="aarch64")
+    assert own_instruction_set() == "default"
+
+
+@pytest.mark.parametrize(
+    ("built", "named", "library"),
+    [
+        (("avx2", "avx512", "avx512_bf16"), None, "_C_avx512"),
+        (("avx2", "avx512_bf16"), None, "_C_avx2"),
+        (("avx512_bf16",), None, "_C_avx512"),  # whose absence is the reason for the reference
+        (("avx2", "avx512"), "avx2", "_C_avx2"),
+        (("avx2",), "avx512", "_C_avx512"),
+    ],
+)
+def test_the_newest_library_that_was_built_is_used(processor, tmp_path, monkeypatch, built, named, library):
+    processor("AVX512", avx512_bf16=False)
+    monkeypatch.setattr(_compiled, "FOLDER", tmp_path)
+    for name in built:
+        (tmp_path / f"_C_{name}.so").touch()
+    monkeypatch.delenv("FASTROUTE_CPU", raising=False)
+    if named:
+        monkeypatch.setenv("FASTROUTE_CPU", named)
+    assert _compiled.cpu_library() == library
 
 
 def test_warns_of_emulated_bfloat16(processor):

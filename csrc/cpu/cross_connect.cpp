@@ -29,7 +29,7 @@ void forward_kernel(
     return;
   }
   for_samples(g, gate.m + gate.n, sizeof(T), [&](int64_t begin, int64_t end) {
-    std::vector<A> scratch(g.channels_last ? fold_of<T>(g) * g.channels : 0);
+    std::vector<A> scratch(pool_scratch<T>(g));
     WeightedSums<T> sums;
     for (int64_t s = begin; s < end; ++s) {
       const auto x = xs.sample(s);

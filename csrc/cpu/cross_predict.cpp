@@ -8,6 +8,7 @@
 
 #include <iterator>
 #include <limits>
+#include <utility>
 
 namespace fastroute {
 namespace {
@@ -70,6 +71,9 @@ void transpose(const T* from, int64_t from_pitch, int64_t rows, int64_t columns,
     }
   }
 }
+
+// Terms that are added up in a row, before their sum is added to others: blocks of few channels have thousands of rows.
+constexpr int64_t kTermsInARow = 32;
 
 // Pixels of a block: few enough for the second read of a block to come from cache, in whole tiles.
 int64_t rows_of(const Geometry& g) {
@@ -306,12 +310,17 @@ at::Tensor scale_paths(
     const int64_t pitch = parts * g.channels;
     for_samples(g, (count + 2) * parts, sizeof(T), [&](int64_t begin, int64_t end) {
       Blocks<T> blocks(g, 2);
+      std::vector<A> some(parts * g.channels);  // sums over kManyGroups blocks
       for (int64_t s = begin; s < end; ++s) {
         const auto sample = xs.sample(s), mask = ms.sample(s);
         const auto kept = to_masked.sample(s);
-        A* total = totals.mutable_data_ptr<A>() + s * parts * g.channels;
-        std::fill_n(total, parts * g.channels, A(0));
+        A* all = totals.mutable_data_ptr<A>() + s * parts * g.channels;
+        std::fill_n(all, parts * g.channels, A(0));
+        const auto add_up = [&] {
+          for (int64_t c = 0; c < std::ssize(some); ++c) all[c] += std::exchange(some[c], A(0));
+        };
         blocks.each([&](int64_t row, int64_t rows) {
+          if (row % (kManyGroups * blocks.rows) == 0) add_up();
           for (int64_t p = 0; p < parts; ++p) {
             const A* weight = data<A>(weights) + (s * parts + p) * count;
             const auto from = read_rows(sample[p], g, row, rows, blocks.tile(0));
@@ -319,30 +328,39 @@ at::Tensor scale_paths(
             const auto to = advance(to_scaled.sample(s), count, row * pitch + p * g.channels);
             with_count(count, [&](auto outs) {
               for_registers<T>(g.channels, [&]<typename L>(L, int64_t c, int64_t tail) {
-                L sum = L::all(0);
-                for (int64_t r = 0; r < rows; ++r) {
-                  L x = L::load(from.data + r * from.pitch + c, tail);
-                  if (masking.data) {
-                    const L y = L::load(masking.data + r * masking.pitch + c, tail);
-                    for (int h = 0; h < std::ssize(x.part); ++h) {
-                      using Part = typename L::Part;
-                      x.part[h] = Part::blendv(x.part[h], Part(0), y.part[h] <= Part(0));  // keeps NaN
+                L total = L::all(0), sum;
+                const auto add = [](L& to, const L& from) {
+                  for (int h = 0; h < std::ssize(to.part); ++h) to.part[h] = to.part[h] + from.part[h];
+                };
+                for (int64_t first = 0; first < rows; first += kTermsInARow) {
+                  sum = L::all(0);
+                  const int64_t end = std::min(rows, first + kTermsInARow);
+                  for (int64_t r = first; r < end; ++r) {
+                    L x = L::load(from.data + r * from.pitch + c, tail);
+                    if (masking.data) {
+                      const L y = L::load(masking.data + r * masking.pitch + c, tail);
+                      for (int h = 0; h < std::ssize(x.part); ++h) {
+                        using Part = typename L::Part;
+                        x.part[h] = Part::blendv(x.part[h], Part(0), y.part[h] <= Part(0));  // keeps NaN
+                      }
+                    }
+                    if (kept[p]) x.store(kept[p] + (row + r) * g.channels + c, tail);
+                    add(sum, x);
+#pragma GCC unroll 8
+                    for (int q = 0; q < outs(); ++q) {
+                      fmadd(x, typename L::Part(weight[q]), L::all(0)).store(to[q] + r * pitch + c, tail);
                     }
                   }
-                  if (kept[p]) x.store(kept[p] + (row + r) * g.channels + c, tail);
-                  for (int h = 0; h < std::ssize(x.part); ++h) sum.part[h] = sum.part[h] + x.part[h];
-#pragma GCC unroll 8
-                  for (int q = 0; q < outs(); ++q) {
-                    fmadd(x, typename L::Part(weight[q]), L::all(0)).store(to[q] + r * pitch + c, tail);
-                  }
+                  add(total, sum);
                 }
-                L all = L::load_sums(total + p * g.channels + c, tail);
-                for (int h = 0; h < std::ssize(all.part); ++h) all.part[h] = all.part[h] + sum.part[h];
-                all.store_sums(total + p * g.channels + c, tail);
+                sum = L::load_sums(some.data() + p * g.channels + c, tail);
+                add(total, sum);
+                total.store_sums(some.data() + p * g.channels + c, tail);
               });
             });
           }
         });
+        add_up();
       }
     });
   });
@@ -369,6 +387,8 @@ at::Tensor sum_gradients(at::TensorList terms, at::TensorList xs, const at::Tens
     const Paths<const T> ts(terms), paths(xs);
     const Paths<T> to(grad_xs);
     const int64_t pitch = m * g.channels;
+    const int64_t row_terms = (g.channels + Pack<T>::Part::size() - 1) / Pack<T>::Part::size();  // in each lane
+    const int64_t group_rows = std::max<int64_t>(1, kTermsInARow / row_terms);
     const bool stream = streams(to, to_g);
     for_samples(g, (n + 2) * m, sizeof(T), [&](int64_t begin, int64_t end) {
       Blocks<T> blocks(g.channels_last ? to_g : g, 3);
@@ -383,23 +403,29 @@ at::Tensor sum_gradients(at::TensorList terms, at::TensorList xs, const at::Tens
             const bool mixes = dx[i] != nullptr;
             const auto sum = mixes ? rows_to_write(dx[i], to_g, row, blocks.tile(1)) : Rows<T>{};
             with_count(n, [&](auto count) {
-              typename Pack<T>::Part dot[count()];
-              for (auto& part : dot) part = typename Pack<T>::Part(0);
-              for (int64_t r = 0; r < rows; ++r) {
-                const int64_t at = (row + r) * pitch + i * g.channels;
-                for_registers<T>(g.channels, [&]<typename L>(L, int64_t c, int64_t tail) {
-                  const L p = L::load(from.data + r * from.pitch + c, tail);
-                  L d = L::all(0);
+              using Part = typename Pack<T>::Part;
+              Part dot[count()], group[count()];
+              std::fill_n(dot, count(), Part(0));
+              for (int64_t first = 0; first < rows; first += group_rows) {
+                std::fill_n(group, count(), Part(0));
+                const int64_t end = std::min(rows, first + group_rows);
+                for (int64_t r = first; r < end; ++r) {
+                  const int64_t at = (row + r) * pitch + i * g.channels;
+                  for_registers<T>(g.channels, [&]<typename L>(L, int64_t c, int64_t tail) {
+                    const L p = L::load(from.data + r * from.pitch + c, tail);
+                    L d = L::all(0);
 #pragma GCC unroll 8
-                  for (int j = 0; j < count(); ++j) {
-                    const L term = L::load(t[j] + at + c, tail);
-                    d = fmadd(term, typename L::Part(weights[i * n + j]), d);
-                    for (int h = 0; h < std::ssize(d.part); ++h) {
-                      dot[j] = at::vec::fmadd(term.part[h], p.part[h], dot[j]);
+                    for (int j = 0; j < count(); ++j) {
+                      const L term = L::load(t[j] + at + c, tail);
+                      d = fmadd(term, typename L::Part(weights[i * n + j]), d);
+                      for (int h = 0; h < std::ssize(d.part); ++h) {
+                        group[j] = at::vec::fmadd(term.part[h], p.part[h], group[j]);
+                      }
                     }
-                  }
-                  if (mixes) d.store(sum.data + r * sum.pitch + c, tail, stream && to_g.channels_last);
-                });
+                    if (mixes) d.store(sum.data + r * sum.pitch + c, tail, stream && to_g.channels_last);
+                  });
+                }
+                for (int j = 0; j < count(); ++j) dot[j] = dot[j] + group[j];
               }
               for (int j = 0; j < count(); ++j) total[i][j] += static_cast<double>(horizontal_sum(dot[j]));
             });

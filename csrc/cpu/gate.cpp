@@ -25,7 +25,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gate(
     A *z = pooled.mutable_data_ptr<A>(), *h = hidden.mutable_data_ptr<A>();
     A *a = scores.mutable_data_ptr<A>(), *out = gates.mutable_data_ptr<A>();
     for_samples(g, p.m, sizeof(T), [&](int64_t begin, int64_t end) {
-      std::vector<A> scratch(g.channels_last ? fold_of<T>(g) * g.channels : 0);
+      std::vector<A> scratch(pool_scratch<T>(g));
       for (int64_t s = begin; s < end; ++s) {
         const auto sample = paths.sample(s);
         A* sample_z = z + s * p.m * g.channels;

@@ -19,6 +19,9 @@ using Pointers = std::array<T*, kMaxPaths>;
 // cost of a step is small in comparison.
 constexpr int64_t kBlock = 4096;
 
+// Groups of terms whose sums are added up in a row, before their sum is added to others.
+constexpr int64_t kManyGroups = 64;
+
 template <typename T>
 struct Paths {
   int64_t count;
@@ -44,9 +47,9 @@ Pointers<T> advance(Pointers<T> at, int64_t count, int64_t offset) {
   return at;
 }
 
-// Partial sums of `count` adjacent elements in the lanes of a vector; their sum is the total.
+// Partial sums of a group of adjacent elements in the lanes of a vector; their sum is the total.
 template <bool kRelu, typename T>
-typename Pack<T>::Part sums_in_lanes(const T* x, int64_t count) {
+inline __attribute__((always_inline)) typename Pack<T>::Part sums_of_group(const T* x, int64_t count) {
   using P = Pack<T>;
   using F = Factor<T>;
   constexpr int kUnroll = 4;
@@ -62,6 +65,33 @@ typename Pack<T>::Part sums_in_lanes(const T* x, int64_t count) {
   return (acc[0] + acc[1]) + (acc[2] + acc[3]);
 }
 
+// Elements of a group: 32 terms in each lane of each accumulator.
+template <typename T>
+constexpr int64_t kSumGroup = 128 * Pack<T>::kSize;
+
+// The same of many elements. Sums of groups, and of 64 groups, are added up separately, so that rounding errors do not grow with
+// the size of the map.
+template <bool kRelu, typename T>
+__attribute__((noinline)) typename Pack<T>::Part sums_of_groups(const T* x, int64_t count) {
+  using Part = typename Pack<T>::Part;
+  constexpr int64_t kGroup = kSumGroup<T>, kGroups = kManyGroups * kGroup;
+  Part total(0);
+  for (int64_t first = 0; first < count; first += kGroups) {
+    const int64_t end = std::min(count, first + kGroups);
+    Part sum(0);
+    for (int64_t e = first; e < end; e += kGroup) {
+      sum = sum + sums_of_group<kRelu>(x + e, std::min(kGroup, end - e));
+    }
+    total = total + sum;
+  }
+  return total;
+}
+
+template <bool kRelu, typename T>
+inline __attribute__((always_inline)) typename Pack<T>::Part sums_in_lanes(const T* x, int64_t count) {
+  return count <= kSumGroup<T> ? sums_of_group<kRelu>(x, count) : sums_of_groups<kRelu>(x, count);
+}
+
 template <bool kRelu, typename T>
 accumulate_t<T> sum(const T* x, int64_t count) {
   return horizontal_sum(sums_in_lanes<kRelu>(x, count));
@@ -71,14 +101,19 @@ accumulate_t<T> sum(const T* x, int64_t count) {
 template <typename T>
 constexpr int kRowVectors = Pack<T>::Part::size() >= 16 ? 8 : 8 / Pack<T>::kParts;
 
-// Sums over rows: total[c] += Σ_r x[r][c], r < rows. Rows are added in groups that fit in L1 while their columns are processed
-// in turn, so that memory is read in order. Rounding errors grow with the group size plus the number of groups, not with their
-// product.
+// Rows that add_rows adds before it goes to the next columns: they fit in L1.
+template <typename T>
+int64_t group_of(int64_t width) {
+  constexpr int64_t kGroupBytes = 16 << 10;
+  return std::clamp<int64_t>(kGroupBytes / (width * static_cast<int64_t>(sizeof(T))), 8, 128);
+}
+
+// Sums over rows: total[c] += Σ_r x[r][c], r < rows. Rows are added in groups whose columns are processed in turn, so that
+// memory is read in order. Rounding errors grow with the group size plus the number of groups, not with their product.
 template <bool kRelu, typename T>
 void add_rows(const T* x, int64_t rows, int64_t width, accumulate_t<T>* total) {
   using P = Pack<T>;
-  constexpr int64_t kGroupBytes = 16 << 10;
-  const int64_t group = std::clamp<int64_t>(kGroupBytes / (width * static_cast<int64_t>(sizeof(T))), 8, 128);
+  const int64_t group = group_of<T>(width);
   for (int64_t begin = 0; begin < rows; begin += group) {
     const int64_t end = std::min(rows, begin + group);
     const auto columns = [&]<int V>(std::integral_constant<int, V>, int64_t c, int64_t tail) {
@@ -115,6 +150,18 @@ void add_rows(const T* x, int64_t rows, int64_t width, accumulate_t<T>* total) {
   }
 }
 
+// The same for any number of rows: sums of 64 groups are added up separately, in `width` elements of scratch.
+template <bool kRelu, typename T>
+void add_many_rows(const T* x, int64_t rows, int64_t width, accumulate_t<T>* total, accumulate_t<T>* scratch) {
+  const int64_t most = kManyGroups * group_of<T>(width);
+  if (rows <= most) return add_rows<kRelu>(x, rows, width, total);
+  for (int64_t r = 0; r < rows; r += most) {
+    std::fill_n(scratch, width, accumulate_t<T>(0));
+    add_rows<kRelu>(x + r * width, std::min(most, rows - r), width, scratch);
+    for (int64_t c = 0; c < width; ++c) total[c] += scratch[c];
+  }
+}
+
 // Number of pixels to which narrow rows of a channels_last sample are joined, so that vectors are full.
 template <typename T>
 int64_t fold_of(const Geometry& g) {
@@ -122,7 +169,13 @@ int64_t fold_of(const Geometry& g) {
   return std::clamp<int64_t>(kWidth / g.channels, 1, g.size);
 }
 
-// z[c] = mean over space of one sample (Eq. 3.3). scratch holds fold_of<T>(g) * channels elements.
+// Elements of scratch that `pool` needs.
+template <typename T>
+int64_t pool_scratch(const Geometry& g) {
+  return g.channels_last ? 2 * fold_of<T>(g) * g.channels : 0;
+}
+
+// z[c] = mean over space of one sample (Eq. 3.3). scratch holds pool_scratch<T>(g) elements.
 template <bool kRelu = false, typename T>
 void pool(const T* x, const Geometry& g, accumulate_t<T>* z, accumulate_t<T>* scratch) {
   using A = accumulate_t<T>;
@@ -141,7 +194,7 @@ void pool(const T* x, const Geometry& g, accumulate_t<T>* z, accumulate_t<T>* sc
   }
   const int64_t fold = fold_of<T>(g), width = fold * g.channels, rows = g.size / fold;
   std::fill_n(scratch, width, A(0));
-  add_rows<kRelu>(x, rows, width, scratch);
+  add_many_rows<kRelu>(x, rows, width, scratch, scratch + width);
   add_rows<kRelu>(x + rows * width, g.size - rows * fold, g.channels, scratch);
   for (int64_t c = 0; c < g.channels; ++c) {
     A total = 0;

@@ -130,11 +130,12 @@ void pool_together(const Paths<const T>& xs, const Geometry& g, accumulate_t<T>*
   const int64_t pixels = std::max(least, (g.size + kBlocks - 1) / kBlocks), blocks = (g.size + pixels - 1) / pixels;
   std::vector<A> parts(maps * blocks * g.channels);
   at::parallel_for(0, maps * blocks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> scratch(g.channels);
     for (int64_t k = begin; k < end; ++k) {
       const int64_t first = k % blocks * pixels;
-      add_rows<kRelu>(
+      add_many_rows<kRelu>(
           map(k / blocks) + first * g.channels, std::min(pixels, g.size - first), g.channels,
-          parts.data() + k * g.channels);
+          parts.data() + k * g.channels, scratch.data());
     }
   });
   std::fill_n(pooled, maps * g.channels, A(0));

@@ -40,7 +40,7 @@ Backward cross_connect_backward(
     const OptionalTensor& b2, const at::Tensor& gates, const at::Tensor& pooled, const at::Tensor& hidden,
     bool relu, bool grad_inputs) {
   check_paths("xs", xs);
-  const Aligned paths("xs", xs), grads(grad_outputs, paths[0]);
+  const Aligned paths = Aligned::saved(xs), grads(grad_outputs, paths[0]);
   const First first = first_for_two_reads(paths[0], xs.size(), w2.size(1), w1 ? w1->size(1) : 0, relu, true);
   return compute(
       backward_op(), paths[0], first, at::TensorList(grads), grad_gates, grad_scores, at::TensorList(paths), w1,

@@ -74,7 +74,7 @@ Predicted cross_predict_backward(
     const OptionalTensor& bias, const at::Tensor& gates, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, bool grad_inputs) {
   check_paths("xs", xs);
-  const Aligned paths("xs", xs), grads(grad_outputs, paths[0]), results(outputs, paths[0]);
+  const Aligned paths = Aligned::saved(xs), grads(grad_outputs, paths[0]), results(outputs, paths[0]);
   return compute(
       backward_op(), paths[0], kFirstForCrossPredict, at::TensorList(grads), at::TensorList(results),
       at::TensorList(paths), weight, bias, gates, stride, padding, dilation, grad_inputs);

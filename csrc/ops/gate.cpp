@@ -38,7 +38,7 @@ Gradients gate_backward(
     const OptionalTensor& b1, const at::Tensor& w2, const OptionalTensor& b2, const at::Tensor& gates,
     const at::Tensor& pooled, const at::Tensor& hidden) {
   check_paths("xs", xs);
-  const Aligned paths("xs", xs);
+  const Aligned paths = Aligned::saved(xs);
   return compute(
       backward_op(), paths[0], kFirstForOnePass, grad_gates, grad_scores, at::TensorList(paths), w1, b1, w2, b2,
       gates, pooled, hidden);

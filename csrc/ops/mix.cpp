@@ -30,7 +30,7 @@ Paths mix(at::TensorList xs, const at::Tensor& gates) {
 std::tuple<Paths, at::Tensor> mix_backward(
     at::TensorList grad_outputs, at::TensorList xs, const at::Tensor& gates, bool grad_inputs) {
   check_paths("xs", xs);
-  const Aligned paths("xs", xs), grads(grad_outputs, paths[0]);
+  const Aligned paths = Aligned::saved(xs), grads(grad_outputs, paths[0]);
   return compute(
       backward_op(), paths[0], kFirstForOnePass, at::TensorList(grads), at::TensorList(paths), gates, grad_inputs);
 }

@@ -8,7 +8,7 @@
 
 namespace fastroute {
 
-// kNativeClusters: the compiled kernels if the GPU has thread-block clusters, else Triton.
+// kNativeClusters: the compiled kernels if the GPU has thread-block clusters with an H100's shared memory, else Triton.
 enum class First { kTriton, kNative, kNativeClusters };
 
 // mix, gate and the mixture-EM loss: both backends move the same bytes, and Triton is preferred.
@@ -27,7 +27,8 @@ constexpr First kFirstForCrossPredict = First::kNative;
 // | the same, 1024 channels and more | Triton | each block of a cluster reads all of W1, at 44 to 58 % of the copy |
 // | more | Triton | two reads in both |
 //
-// The capacity of a cluster is counted for an H100 (csrc/cuda/EXPECTED.md); other GPUs with clusters have the same.
+// The capacity of a cluster is counted for an H100 (csrc/cuda/EXPECTED.md). sm_100 has the same; sm_120, with clusters but less
+// shared memory, counts as without them.
 inline First first_for_two_reads(
     const cuda::Shape& shape, int64_t element_bytes, int64_t m, int64_t n, int64_t hidden, bool relu, bool backward) {
   constexpr int64_t kHeldByOne = int64_t{128} << 10, kHeldInBackward = int64_t{64} << 10, kWide = 1024;

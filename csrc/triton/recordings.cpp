@@ -7,6 +7,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
@@ -130,8 +131,12 @@ Call::Call(const char* name, at::Device device) : device_(device), key_(name) {
 void Call::add(const at::Tensor& tensor) {
   add_raw(tensor.scalar_type());
   add_raw(tensor.dim());
+  const void* address = tensor.const_data_ptr();
   // Triton compiles different code for addresses divisible by 16.
-  add_raw(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0);
+  add_raw(reinterpret_cast<uintptr_t>(address) % 16 == 0);
+  // A recording may name either of two arguments at one address.
+  add_raw(std::find(addresses_.begin(), addresses_.end(), address) - addresses_.begin());
+  addresses_.push_back(address);
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   key_.append(reinterpret_cast<const char*>(sizes.data()), sizes.size() * sizeof(int64_t));
   key_.append(reinterpret_cast<const char*>(strides.data()), strides.size() * sizeof(int64_t));
@@ -211,7 +216,7 @@ Offer::Offer(const Call& call) {
 }
 
 Offer::~Offer() {
-  if (offered) keep(*offered, nullptr);
+  if (offered && std::uncaught_exceptions() == exceptions_) keep(*offered, nullptr);
   offered.reset();
 }
 

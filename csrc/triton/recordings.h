@@ -7,6 +7,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <exception>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -40,6 +41,7 @@ class Call {
 
   at::Device device_;
   std::vector<at::Tensor> tensors_;
+  std::vector<const void*> addresses_;
   std::string key_;
 };
 
@@ -49,13 +51,17 @@ using Groups = std::vector<std::vector<at::Tensor>>;
 // Replays the recording of such a call; returns nothing if there is none.
 std::optional<Groups> replay(const Call& call);
 
-// During its lifetime, Python may record the call on this thread. A call that Python does not record is not offered again.
+// During its lifetime, Python may record the call on this thread. A call that Python computes without recording it is not
+// offered again; one that fails is.
 class Offer {
  public:
   explicit Offer(const Call& call);
   ~Offer();
   Offer(const Offer&) = delete;
   Offer& operator=(const Offer&) = delete;
+
+ private:
+  int exceptions_ = std::uncaught_exceptions();
 };
 
 template <typename Result>

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fastroute.ops._instruction_set import own_instruction_set
+from fastroute.ops._instruction_set import INSTRUCTION_SETS, own_instruction_set
 from fastroute.ops._source_hash import CPU, CUDA, OPERATORS, source_hash
 
 FOLDER = Path(__file__).parents[1] / "backends" / "native"
@@ -20,12 +20,16 @@ ROOT = Path(__file__).parents[2]
 REBUILD = "rebuild it with `python setup.py build_ext --inplace` or `pip install`"
 
 
-INSTRUCTION_SETS = ("default", "avx2", "avx512", "avx512_bf16")
-
-
 def cpu_library() -> str:
-    """Return the name of the CPU library for the instruction set of FASTROUTE_CPU, or the newest that torch reports."""
-    return f"_C_{os.environ.get('FASTROUTE_CPU') or own_instruction_set()}"
+    """Return the name of the CPU library for the instruction set of FASTROUTE_CPU, or the newest one that was built.
+
+    Newer ones than torch finds this processor to have do not count. The name is this processor's if none was built.
+    """
+    if named := os.environ.get("FASTROUTE_CPU"):
+        return f"_C_{named}"
+    own = own_instruction_set()
+    served = INSTRUCTION_SETS[INSTRUCTION_SETS.index(own) :: -1]
+    return f"_C_{next((name for name in served if (FOLDER / f'_C_{name}.so').exists()), own)}"
 
 
 def _reason_against_instruction_set() -> str | None:
@@ -33,8 +37,8 @@ def _reason_against_instruction_set() -> str | None:
     named, own = os.environ.get("FASTROUTE_CPU"), own_instruction_set()
     if not named or named == own:
         return None
-    served = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(own) + 1] if own in INSTRUCTION_SETS else ()
-    return None if named in served else f"FASTROUTE_CPU is {named!r}; this processor serves {', '.join(served) or own}"
+    served = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(own) + 1]
+    return None if named in served else f"FASTROUTE_CPU is {named!r}; this processor serves {', '.join(served)}"
 
 
 def _mark(path: Path) -> tuple[str, str, str]:

@@ -3,11 +3,16 @@ import warnings
 import torch
 
 
+INSTRUCTION_SETS = ("default", "avx2", "avx512", "avx512_bf16")
+"""Instruction sets of CPU libraries; each processor serves those before its own too. "default" is for ARM."""
+
+
 def own_instruction_set() -> str:
     """Return the newest instruction set of CPU libraries that torch finds this processor to have."""
     capability = torch.backends.cpu.get_cpu_capability().lower()
-    newer = capability == "avx512" and torch.cpu.get_capabilities().get("avx512_bf16")
-    return "avx512_bf16" if newer else capability
+    if capability == "avx512" and torch.cpu.get_capabilities().get("avx512_bf16"):
+        return "avx512_bf16"
+    return capability if capability in INSTRUCTION_SETS else "default"  # torch's own for ARM, such as SVE256
 
 
 def warn_if_emulated(dtype: torch.dtype | None, device_type: str) -> None:

@@ -1,8 +1,10 @@
 """A program of its own for test_recordings.py: operators through Triton on the stub driver, recorded and replayed.
 
-Prints, for each case, what was launched when Python recorded the call and when the compiled library replayed it.
+Prints, for each case, what was launched when Python recorded the call and when the compiled library replayed it. The
+last line says which calls of a sequence came to Python.
 """
 
+import contextlib
 import functools
 import json
 import sys
@@ -127,6 +129,31 @@ def main() -> None:
                     again, _ = kept.during(functools.partial(backward, results), given)
                     turns.append([[launched, again], list(python)])
                 print(json.dumps([case, name, *turns]), flush=True)
+        print(json.dumps(sequences(triton, python)), flush=True)
+
+
+def sequences(triton, python: list) -> dict[str, list[bool]]:
+    """Return which calls came to Python, where the first one's arguments are one tensor, and where it fails."""
+    x, y = torch.randn(2, 4, 6, 5, 5).unbind()
+    gates = torch.rand(4, 2, 2)
+
+    def came(*xs):
+        python.clear()
+        ops.mix(list(xs), gates)
+        return bool(python)
+
+    def fail(function, args):
+        raise MemoryError
+
+    torch.ops.fastroute_native.forget_recordings()
+    aliased = [came(x, x), came(x, y), came(y, y), came(y, x)]
+    torch.ops.fastroute_native.forget_recordings()
+    record, triton.record = triton.record, fail
+    with contextlib.suppress(MemoryError):
+        came(x, y)
+        raise AssertionError("the call was replayed")
+    triton.record = record
+    return {"aliased first": aliased, "failed first": [came(x, y), came(x, y)]}
 
 
 if __name__ == "__main__":

@@ -261,6 +261,10 @@ def machine(monkeypatch, devices, capability=(9, 0), driver=None):
         "is_available": lambda: devices > 0,
         "device_count": lambda: devices,
         "get_device_capability": lambda device: capability,
+        # consumer GPUs with clusters have less shared memory
+        "get_device_properties": lambda device: SimpleNamespace(
+            shared_memory_per_block_optin=(99 if capability >= (12, 0) else 227) << 10
+        ),
     }.items():
         monkeypatch.setattr(torch.cuda, name, function)
 
@@ -294,6 +298,7 @@ NATIVE, TRITON, CLUSTERS = _choice._NATIVE, _choice._TRITON, _choice._CLUSTERS
         ((9, 0), (), None, NATIVE | TRITON | CLUSTERS),
         ((10, 0), (), None, NATIVE | TRITON | CLUSTERS),
         ((8, 9), (), None, NATIVE | TRITON),  # no clusters: Triton is first at any size
+        ((12, 0), (), None, NATIVE | TRITON),  # clusters with too little shared memory
         ((9, 0), ("native",), None, TRITON | CLUSTERS),
         ((9, 0), ("triton",), None, NATIVE | CLUSTERS),
         ((9, 0), ("triton", "native"), None, CLUSTERS),  # neither: the compiled library asks Python, for the reference

@@ -1,10 +1,12 @@
 """Fused Triton kernels for CUDA tensors. On CPU tensors they run in Triton's interpreter, for tests only."""
 
+import functools
 import importlib.util
 import os
 
 import torch
 
+from fastroute._errors import in_a_line
 from fastroute.backends._cuda import reason_against_device
 
 MINIMUM_TRITON = (3, 6)
@@ -30,4 +32,18 @@ def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
         if isinstance(triton.language.sum, triton.JITFunction):
             return "TRITON_INTERPRET=1 was set after Triton was imported, which is too late"
         return None
-    return reason_against_device(device, (8, 0) if dtype == torch.bfloat16 else (7, 5))
+    reason = reason_against_device(device, (8, 0) if dtype == torch.bfloat16 else (7, 5))
+    return reason or _reason_against_launcher()
+
+
+@functools.cache
+def _reason_against_launcher() -> str | None:
+    """Return why Triton cannot build or load its launcher, or None; it compiles a part of it on each machine."""
+    from triton.runtime import driver
+
+    try:
+        driver.active  # noqa: B018
+    except Exception as error:  # of the compiler, the linker, the file system or the driver
+        why = "for which it needs a C compiler and Python's headers"
+        return f"Triton cannot build its launcher, {why} ({in_a_line(error)})"
+    return None

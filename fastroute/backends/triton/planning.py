@@ -234,7 +234,7 @@ GATE_WARPS = 4
 # 16 programs per path, and a batch of 128 is one step.
 SAMPLES, ROWS, COLUMNS, WEIGHT_GRAD_WARPS = 128, 4, 16, 8
 
-MAX_GRID_Y = 65535
+MAX_GRID_Y, MAX_OFFSET = 65535, 2**31 - 1
 
 # Scores per step of the mixture-EM loss: 128 samples of 16 clusters, 8 per thread. Up to five such tiles are live.
 MIXTURE_VALUES, MIXTURE_WARPS = 2048, 8
@@ -285,7 +285,8 @@ def split(problem: Problem, chip: Chip) -> Split:
     walk, pass_over = ("inputs", "products") if problem.backward else ("pool", "mix")
     walk_slots, pass_slots = PROGRAMS_PER_SM[walk] * chip.sms, PROGRAMS_PER_SM[pass_over] * chip.sms
     # As many samples as fit in L2, but at least one wave of programs. All chunks are of equal size.
-    blocks = triton.cdiv(problem.channels, settings.block_c) * (1 if problem.backward else problem.m)
+    channel_blocks = triton.cdiv(problem.channels, settings.block_c)
+    blocks = channel_blocks * (1 if problem.backward else problem.m)
     steps, flat_steps = _steps(problem, settings)
     programs = min(blocks * steps, flat_steps)
     samples = max(chip.reread_budget // problem.reread_bytes, triton.cdiv(pass_slots, programs))
@@ -295,12 +296,12 @@ def split(problem: Problem, chip: Chip) -> Split:
     return replace(
         settings,
         chunk=chunk,
-        span=settings.block_s * steps_per_program(steps, chunk * blocks, walk_slots),
+        span=settings.block_s * steps_per_program(steps, chunk * blocks, walk_slots, channel_blocks),
         portion=settings.block * steps_per_program(flat_steps, chunk, pass_slots),
     )
 
 
-def steps_per_program(steps: int, loops: int, slots: int) -> int:
+def steps_per_program(steps: int, loops: int, slots: int, beside: int = 1) -> int:
     """Return the number of steps per program that minimises the time of a launch in whole waves.
 
     A launch ends with its last wave, so that a wave of a few programs costs as much as a full one.
@@ -309,8 +310,9 @@ def steps_per_program(steps: int, loops: int, slots: int) -> int:
         steps: steps of each loop that is divided among programs.
         loops: number of such loops.
         slots: programs that run at once.
+        beside: loops that share the grid's second axis.
     """
-    least = triton.cdiv(steps, MAX_GRID_Y)
+    least = triton.cdiv(steps, max(1, MAX_GRID_Y // beside))
     return min(
         range(least, min(steps, least + 255) + 1),
         key=lambda own: triton.cdiv(loops * triton.cdiv(steps, own), slots) * (own + OVERHEAD_STEPS),
@@ -327,7 +329,8 @@ def tiles(problem: Problem) -> Split:
         elements = min(elements, MAX_ELEMENTS // 2)  # each element needs its own share, not one per channel
     block_c, block_s = _tile(problem, 32 * LOOP_WARPS * max(1, elements))
     flat = elementwise(problem.m, problem.n, problem.size, problem.itemsize, problem.backward)
-    spans = max(1, block_c * problem.space // PORTION)
+    blocks = triton.cdiv(problem.channels, block_c)  # which share the grid's second axis with the spans
+    spans = max(1, min(block_c * problem.space // PORTION, MAX_GRID_Y // blocks))
     span = triton.cdiv(triton.cdiv(problem.space, block_s), spans) * block_s  # all positions in the flat layout
     return Split(block_c, block_s, span, flat.block, flat.portion, max(1, problem.batch), LOOP_WARPS)
 
@@ -410,4 +413,6 @@ def _tile(problem: Problem, values: int) -> tuple[int, int]:
         block_c = min(most_channels, MAX_ROW_CHANNELS)
     else:
         block_c = min(most_channels, max(1, values // min(space, MAX_ROW_SPACE)))
+        # Offsets inside a tile are int32.
+        block_c = min(block_c, _previous_power_of_2(MAX_OFFSET // (problem.space + MAX_ROW_SPACE)))
     return block_c, min(space, values // block_c)

@@ -47,6 +47,38 @@ def test_whole_waves():
     assert -(-(10**6) // tables.steps_per_program(10**6, 1, 264)) <= tables.MAX_GRID_Y
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("channels", [16, 65, 512])
+def test_grids_and_offsets_of_huge_samples_stay_within_limits(channels, last):
+    """A grid's second axis has 65,535 programs at most, and offsets in a tile are int32."""
+    for backward in (False, True):
+        for space in (2048**2, 2**23, 524**3, 2**31 - 1):
+            problem = tables.Problem(1, 2, 2, channels, space, 16, 2, last, backward)
+            settings = {"plan": tables.plan(problem, tables.H100), "tiles": tables.tiles(problem)}
+            for name, chosen in settings.items():
+                blocks = -(-channels // chosen.block_c)
+                assert blocks * -(-space // chosen.span) <= 65535, (name, space)
+                if not last:
+                    assert (chosen.block_c - 1) * space + chosen.block_s < 2**31, (name, space)
+
+
+def test_without_a_compiler_triton_does_not_serve(monkeypatch):
+    class Driver:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler.")
+
+    from triton import runtime
+
+    monkeypatch.setattr(runtime, "driver", Driver())
+    monkeypatch.setattr(backend, "reason_against_device", lambda device, capability: None)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    backend._reason_against_launcher.cache_clear()
+    reason = backend.reason_against(torch.device("cuda", 0), torch.float16)
+    backend._reason_against_launcher.cache_clear()
+    assert "needs a C compiler and Python's headers (RuntimeError: Failed to find C compiler.)" in reason
+
+
 def test_chained_launches():
     """The first launch of a call waits for all that went before, as any launch does."""
     assert cc.chained(tables.H100) == {"CHAINED": True, "launch_pdl": True}
@@ -94,6 +126,7 @@ def test_reasons(monkeypatch):
         assert "CUDA device" in backend.reason_against(cuda, torch.float32)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(backend, "_reason_against_launcher", lambda: None)
 
     def capability(*value):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: value)
