@@ -378,10 +378,12 @@ cluster_backward_kernel(const __grid_constant__ ClusterBackward<T> args) {
 #pragma unroll
               for (int i = 0; i < TILE; ++i) {
                 if (i < m) {
+                  float product = 0;
 #pragma unroll
                   for (int k = 0; k < V; ++k) {
-                    acc[i][j] += static_cast<float>(x[i].v[k]) * static_cast<float>(dy.v[k]);
+                    product += static_cast<float>(x[i].v[k]) * static_cast<float>(dy.v[k]);
                   }
+                  acc[i][j] += product;
                 }
               }
             }

@@ -117,12 +117,14 @@ __global__ void __launch_bounds__(kThreads, TILE == 8 ? 1 : 2) sum_gradients_ker
         for (int j = 0; j < TILE; ++j) {
           if (j < n) {
             const auto term = load<T, V>(terms.sample(j, s) + from + i * joined.run);
+            A product = 0;
 #pragma unroll
             for (int k = 0; k < V; ++k) {
               const A t = static_cast<A>(term.v[k]);
-              acc[i][j] += static_cast<A>(x.v[k]) * t;
+              product += static_cast<A>(x.v[k]) * t;
               dx[k] += w[i][j] * t;
             }
+            acc[i][j] += product;
           }
         }
         if (grad_xs.count) store<A, T, V>(grad_xs.sample(i, s) + v * V, dx);

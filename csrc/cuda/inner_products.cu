@@ -42,12 +42,14 @@ __global__ void __launch_bounds__(kThreads, TILE == 8 ? 1 : 2) inner_products_ke
         for (int j = 0; j < TILE; ++j) {
           if (j < n) {
             const A weight = MIXES ? w[i][j] : A(0);
+            A product = 0;
 #pragma unroll
             for (int k = 0; k < V; ++k) {
               const A d = static_cast<A>(dy[j].v[k]);
-              acc[i][j] += static_cast<A>(x.v[k]) * d;
+              product += static_cast<A>(x.v[k]) * d;
               if constexpr (MIXES) dx[k] += weight * d;
             }
+            acc[i][j] += product;
           }
         }
         if constexpr (MIXES) store<A, T, V>(grad_xs.sample(i, s) + v * V, dx);
