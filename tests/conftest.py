@@ -20,6 +20,7 @@ def build(num_classes, width=4):
                          nn.Linear(width, num_classes))
 
 number = 3
+layer = nn.Linear(2, 3)
 """
 
 

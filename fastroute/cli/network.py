@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import copy
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -46,7 +47,10 @@ class NetworkOptions:
     pretrained: Annotated[bool, _option("--pretrained", help="Download the weights of timm or torchvision.")] = False
     pretrained_path: Annotated[
         Path | None,
-        _option(help="A file of weights to start from, .safetensors or .pth, of timm, torchvision or fastroute."),
+        _option(
+            help="A file of weights to start from, of timm, torchvision or a run (.safetensors, .pth, .ckpt). The "
+            "classifier may be of other classes."
+        ),
     ] = None
     model_kwargs: Annotated[
         list[str] | None, _option(metavar="K=V", help="Arguments of the network itself, such as drop_rate=0.1.")
@@ -72,7 +76,7 @@ class NetworkOptions:
         Literal["copy", "fresh"] | None,
         _option(
             help="With --multipath: start all paths from the same weights, or each from its own. (default: copy with "
-            "pretrained weights, or else fresh)"
+            "pretrained weights, as in the run with --initial-checkpoint, or else fresh)"
         ),
     ] = None
     gate_norm: Annotated[
@@ -146,6 +150,8 @@ def specification(options: NetworkOptions, resume: Path | None) -> "Specificatio
     if not cuts:
         raise ValueError(f"route_after is {options.route_after!r}; it must be auto, or modules such as layer1,layer2")
     starts = options.pretrained or options.pretrained_path is not None
+    if options.init is None and resume is None and not starts:
+        starts = _started_as_copies(getattr(options, "initial_checkpoint", None))
     return replace(
         given,
         paths=options.multipath,
@@ -153,6 +159,15 @@ def specification(options: NetworkOptions, resume: Path | None) -> "Specificatio
         routing=None if options.routing == "none" else options.routing,
         init=options.init or ("copy" if starts else "fresh"),
     )
+
+
+def _started_as_copies(path: Path | None) -> bool:
+    """Return whether weights are of a network whose paths started as copies, and so fit no other."""
+    from fastroute.models.weights import is_scale, read_weights
+
+    with contextlib.suppress(ValueError, OSError):  # it is read again, for its own message
+        return path is not None and any(map(is_scale, read_weights(path)))
+    return False
 
 
 def _cut(options: NetworkOptions) -> list[str]:
@@ -336,7 +351,8 @@ def _layout_error(built: "nn.Module", in_chans: int, img_size: int) -> str | Non
     def error(network: "nn.Module", layout: torch.memory_format) -> str | None:
         images = like(network).new_zeros(2, in_chans, img_size, img_size)
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=()):
+            # torch.fx prints a traceback of errors in what it has traced
+            with contextlib.redirect_stderr(io.StringIO()), torch.no_grad(), torch.random.fork_rng(devices=()):
                 network.to(memory_format=layout)(images.contiguous(memory_format=layout))
         except Exception as error:  # a user's own network may raise anything
             return _reason(error).rstrip(".")

@@ -294,7 +294,7 @@ class TrainOptions(NetworkOptions):
         option(help="Checkpoint to resume from; auto: that of the experiment, if there is one.", panel=RUN),
     ] = None
     initial_checkpoint: Annotated[
-        Path | None, option(help="Checkpoint or file of weights to start from.", panel=RUN)
+        Path | None, option(help="Checkpoint or file of weights of the same network to start from.", panel=RUN)
     ] = None
     recovery_interval: Annotated[
         int | None, option(min=1, max=COUNT, help="Steps between checkpoints within an epoch.", panel=RUN)

@@ -56,7 +56,10 @@ def shapes_of(
             _Shapes(fx.GraphModule(model.eval(), graph), watched).run(like(model).new_zeros(2, *input_size))
     except Exception as error:  # a user's own network may raise anything
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"input_size is {tuple(input_size)}; model cannot take such images: {reason}") from error
+        raise ValueError(
+            f"input_size is {tuple(input_size)}; model cannot take such images: {reason}; give input_size=(C, H, W) of "
+            "those that it takes"
+        ) from error
     return {node: node.meta["shape"] for node in graph.nodes}
 
 

@@ -127,6 +127,8 @@ def import_function(name: str) -> Callable[..., nn.Module]:
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
                 raise  # the module exists, but an import of its own fails
+            if module.endswith(".py"):
+                raise ValueError(f"model is {name!r}; name the module without .py: {module[:-3]}:{path}") from None
             raise ValueError(
                 f"model is {name!r}; there is no module {error.name!r} here, and a network must be {KNOWN}"
             ) from None
@@ -134,8 +136,9 @@ def import_function(name: str) -> Callable[..., nn.Module]:
         if not hasattr(found, part):
             raise ValueError(f"model is {name!r}; {module} has no {path!r}")
         found = getattr(found, part)
-    if not callable(found):
-        raise ValueError(f"model is {name!r}; {path} is a {type(found).__name__}, and must be a function")
+    if not callable(found) or isinstance(found, nn.Module):
+        kind = type(found).__name__
+        raise ValueError(f"model is {name!r}; {path} is a {kind}, and must be a function that returns a network")
     return found
 
 

@@ -18,6 +18,9 @@ AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
 SCALE = "path_scale"
 """The buffer of a network made by `multipath(init="copy")` that is the factor of the first router's input."""
 
+SCALED = "its paths were started with init='copy': build the network with init='copy' (--init copy) too"
+"""Why weights with such a factor do not fit a network without it."""
+
 SHOWN = 3
 
 
@@ -105,6 +108,27 @@ def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> st
     return "; ".join(f"{len(names)} {kind} ({some})" for kind, names, some in shown)
 
 
+def misfit(model: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
+    """Say how weights differ from those of a network, and what to do where that is known; None if they fit."""
+    wanted, weights = without_temperatures(model.state_dict()), without_temperatures(weights)
+    reason = differences(wanted, weights)
+    if not reason:
+        return None
+    extra = weights.keys() - wanted.keys()
+    if extra and all(map(is_scale, extra)) and not wanted.keys() - weights.keys():
+        return SCALED
+    same = {name: value for name, value in weights.items() if name in wanted}
+    if same.keys() == wanted.keys() and not extra and (others := _other_classes(model, wanted, same)):
+        rest = {name: value for name, value in wanted.items() if name not in others}
+        if not differences(rest, {name: weights[name] for name in rest}):
+            classes = next(iter(others.values()))
+            return (
+                f"its classifier is of {classes:,} classes: to start another one, give the file as pretrained_path "
+                "(--pretrained-path)"
+            )
+    return f"its weights are of another network: {reason}"
+
+
 def _some(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + ", …" * (len(names) > SHOWN)
 
@@ -154,8 +178,8 @@ def load_pretrained(
         raise ValueError(f"{where}; its weights are of another network: {reason}")
     extra = weights.keys() - set(names.values()) - _removed(model, seeded)
     extra = sorted(name for name in extra if not name.startswith(AUXILIARY))
-    if extra and all(name.rpartition(".")[2] == SCALE for name in extra):
-        raise ValueError(f"{where}; its paths were started with init='copy': build the network with init='copy' too")
+    if extra and all(map(is_scale, extra)):
+        raise ValueError(f"{where}; {SCALED}")
     if extra:
         raise ValueError(f"{where}; its weights are of another network: {len(extra)} unexpected ({_some(extra)})")
     chosen, adapted = _adapted_channels(wanted, chosen)
@@ -229,7 +253,12 @@ def _dispensable(model: nn.Module) -> list[str]:
 
 def _scales(model: nn.Module) -> list[str]:
     """Return the names of the factors of the first routers' inputs; see `SCALE`."""
-    return [name for name in _tensors(model) if name.rpartition(".")[2] == SCALE]
+    return [name for name in _tensors(model) if is_scale(name)]
+
+
+def is_scale(name: str) -> bool:
+    """Return whether a tensor is the factor of a first router's input; see `SCALE`."""
+    return name.rpartition(".")[2] == SCALE
 
 
 def _without_dot(name: str) -> str:

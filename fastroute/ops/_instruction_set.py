@@ -2,7 +2,6 @@ import warnings
 
 import torch
 
-
 INSTRUCTION_SETS = ("default", "avx2", "avx512", "avx512_bf16")
 """Instruction sets of CPU libraries; each processor serves those before its own too. "default" is for ARM."""
 

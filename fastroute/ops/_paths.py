@@ -67,7 +67,9 @@ def path_list(name: str, xs: Sequence[Tensor]) -> list[Tensor]:
         raise TypeError(f"{name} is a {type(xs).__name__}; it must be a list of tensors, one for each path")
     for i, x in enumerate(xs):
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name}[{i}] is a {type(x).__name__}; every path must be a tensor (N, C, *S)")
+            traced = type(x).__module__ == "torch.fx.proxy"
+            hint = "; trace with the routing layer as a leaf module" if traced else ""
+            raise TypeError(f"{name}[{i}] is a {type(x).__name__}; every path must be a tensor (N, C, *S){hint}")
     return list(xs)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from fastroute._errors import in_a_line
 from fastroute._files import DamagedFile, digest_path, read_tensors, replacing, write_digest
 from fastroute.models.specification import specification_in
-from fastroute.models.weights import differences, state_dict_of
+from fastroute.models.weights import misfit, state_dict_of
 from fastroute.training.optim import GROUP_OPTIONS
 from fastroute.training.saved_fields import check_fields
 from fastroute.training.saved_state import check_training_state
@@ -349,6 +349,6 @@ def load_network_weights(
         ValueError: it has no weights, or those of another network.
     """
     weights = state_dict_of(checkpoint, f"{name} is {path}", averaged)
-    if reason := differences(model.state_dict(), weights):
-        raise ValueError(f"{name} is {path}; its weights are of another network: {reason}")
+    if reason := misfit(model, weights):
+        raise ValueError(f"{name} is {path}; {reason}")
     model.load_state_dict(weights)

@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -413,7 +414,7 @@ class Two(nn.Module):
 """
 
 
-def test_an_own_network_that_cannot_compute_in_channels_last(image_folder, tmp_path, monkeypatch):
+def test_an_own_network_that_cannot_compute_in_channels_last(image_folder, tmp_path, monkeypatch, capfd):
     (tmp_path / "viewing_nets.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     images = ("--data-dir", image_folder)
@@ -421,6 +422,7 @@ def test_an_own_network_that_cannot_compute_in_channels_last(image_folder, tmp_p
     result = run(*train, *images, "--output", tmp_path, "--experiment", "run")
     assert result.exit_code == 0, result.output
     assert "viewing_nets:Viewed cannot compute in channels_last, so it computes in NCHW" in result.output
+    assert "Traceback" not in result.output + capfd.readouterr().err
     assert yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())["channels_last"] is False
     result = run("validate", tmp_path / "run" / "last.ckpt", "--model", "viewing_nets:Viewed", *images, "-j", 1)
     assert result.exit_code == 0, result.output
@@ -435,6 +437,41 @@ def test_an_own_network_that_cannot_compute_in_channels_last(image_folder, tmp_p
     size = ("--img-size", 9, "-j", 1)
     result = run("validate", tmp_path / "run" / "last.ckpt", "--model", "viewing_nets:Viewed", *images, *size)
     assert result.exit_code == 2 and "cannot take images of 3 × 9 × 9" in result.output, result.output
+
+
+def test_paths_that_started_as_copies_go_on_from_their_run(image_folder, tmp_path, own):
+    torch.save(fastroute.create_model(own, 3).state_dict(), tmp_path / "plain.pth")
+    train = (
+        "train",
+        own,
+        "--multipath",
+        2,
+        "--data-dir",
+        image_folder,
+        "--img-size",
+        8,
+        "-j",
+        1,
+        "-b",
+        8,
+        "--epochs",
+        1,
+    )
+    train += ("--device", "cpu", "--output", tmp_path)
+    result = run(*train, "--pretrained-path", tmp_path / "plain.pth", "--experiment", "first")
+    assert result.exit_code == 0, result.output
+    start = ("--initial-checkpoint", tmp_path / "first" / "last.ckpt")
+    result = run(*train, *start, "--experiment", "second")
+    assert result.exit_code == 0, result.output
+    assert yaml.safe_load((tmp_path / "second" / "args.yaml").read_text())["init"] == "copy"
+    result = run(*train, *start, "--init", "fresh", "--experiment", "third")
+    assert result.exit_code == 2 and "build the network with init='copy' (--init copy) too" in result.output
+    shutil.rmtree(image_folder / "train" / "ant")
+    shutil.rmtree(image_folder / "val" / "ant")
+    result = run(*train, *start, "--experiment", "fourth")
+    assert result.exit_code == 2 and "its classifier is of 3 classes: to start another one" in result.output
+    result = run(*train, "--pretrained-path", start[1], "--experiment", "fifth")
+    assert result.exit_code == 0 and "its classifier is of 3 classes and is left out" in result.output, result.output
 
 
 def test_torchrun_passes_every_option_on():

@@ -81,6 +81,8 @@ def test_own_functions_are_imported_only_if_the_user_names_them(own):
         ("tim:resnet18", {}, "there is no module 'tim' here, and a network must be an own network's name"),
         ("own_nets:built", {}, "own_nets has no 'built'"),
         ("own_nets:number", {}, "number is a int, and must be a function"),
+        ("own_nets:layer", {}, "layer is a Linear, and must be a function that returns a network"),
+        ("own_nets.py:number", {}, r"name the module without \.py: own_nets:number"),
         ("own_nets:build", {"depth": 3}, "does not take these arguments: .*depth"),
         ("a b:c", {}, "model is 'a b:c'; it must be an own network's name"),
         ("torchvision:resnet19", {}, "torchvision has no such classifier: did you mean resnet1"),
