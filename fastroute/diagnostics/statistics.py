@@ -13,6 +13,9 @@ from fastroute.nn.sparse import SparseRouting
 DEAD = 0.05
 """A gate is dead if it exceeds this value for no image."""
 
+ROUNDING = 1e-6
+"""Relative difference from an even share that is rounding: a third in float32 is above a third."""
+
 
 @dataclass
 class RouterStatistics:
@@ -104,13 +107,13 @@ class RouterStatistics:
     def never_above(self) -> Tensor:
         """(m, n): whether a gate exceeds its even share, 1/n, for no sample (Figure 5.1); False if n = 1."""
         n = self.peak.shape[1]
-        return (self.peak <= 1 / n) & (n > 1)
+        return (self.peak <= (1 + ROUNDING) / n) & (n > 1)
 
     @property
     def never_below(self) -> Tensor:
         """(m, n): whether a gate falls below its even share, 1/n, for no sample (Figure 5.1); False if n = 1."""
         n = self.trough.shape[1]
-        return (self.trough >= 1 / n) & (n > 1)
+        return (self.trough >= (1 - ROUNDING) / n) & (n > 1)
 
     @property
     def dead_fraction(self) -> float:

@@ -16,6 +16,7 @@ from fastroute._extras import extra
 from fastroute._files import digest_path
 from fastroute._version import __version__
 from fastroute.inference.predictor import Predictor
+from fastroute.nn.router import without_temperatures
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
 TOLERANCE = 1e-3
@@ -164,7 +165,7 @@ def _write_weights(model: nn.Module, images: Tensor, path: Path, metadata: dict[
         from safetensors.torch import load_file, save_file
     weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()}
     save_file(weights, path, metadata={"format": "pt", **metadata})
-    read = load_file(path)
+    read = without_temperatures(load_file(path))  # which are no tensors of the network
     return lambda x: torch.func.functional_call(model, read, (x,))
 
 

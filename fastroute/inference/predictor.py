@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastroute._errors import in_a_line
 from fastroute.inference.preprocessing import Picture, Preprocessing
 from fastroute.models.specification import Specification, specification_in
-from fastroute.models.weights import differences, network_weights
+from fastroute.models.weights import misfit, network_weights
 
 RUN_BY = {".onnx": "onnxruntime.InferenceSession", ".pt2": "torch.export.load(…).module()"}
 
@@ -278,8 +278,8 @@ def load_state(network: nn.Module, weights: Any, where: str) -> None:
     """
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise ValueError(f"{where}; it holds a {type(weights).__name__}, and must hold a state_dict")
-    if reason := differences(network.state_dict(), weights):
-        raise ValueError(f"{where}; its weights are of another network: {reason}")
+    if reason := misfit(network, weights):
+        raise ValueError(f"{where}; {reason}")
     network.load_state_dict(weights)
 
 

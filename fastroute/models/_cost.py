@@ -28,9 +28,9 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    device = next((parameter.device for parameter in model.parameters()), None)
+    like = next(model.parameters(), torch.empty(0))
     with FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter, torch.no_grad(), modes_kept(model):
-        model.eval()(torch.empty(1, *input_size, device=device))
+        model.eval()(torch.empty(1, *input_size, device=like.device, dtype=like.dtype))
     return counter.get_total_flops() // 2
 
 

@@ -21,8 +21,14 @@ def squash(s: Tensor) -> Tensor:
     Args:
         s: (…, D).
     """
-    square = s.square().sum(-1, keepdim=True)
-    return s * (square + TINY).sqrt() / (1 + square)
+    wide = _wide(s)
+    square = wide.square().sum(-1, keepdim=True)
+    return (wide * (square + TINY).sqrt() / (1 + square)).to(s.dtype)
+
+
+def _wide(s: Tensor) -> Tensor:
+    """Return float16 in float32, in which `TINY` is not 0, and any other type as it is."""
+    return s.float() if s.dtype == torch.float16 else s
 
 
 class ClassCapsules(nn.Module):
@@ -232,7 +238,7 @@ def scores_of(capsules: Tensor) -> Tensor:
 
     The length of a squashed capsule is |s|² / (1 + |s|²), so its log-odds are log |s|².
     """
-    return (capsules.square().sum(-1) + TINY).log()
+    return (_wide(capsules).square().sum(-1) + TINY).log().to(capsules.dtype)
 
 
 def unit_range(images: Tensor) -> Tensor:

@@ -164,10 +164,15 @@ def multipath(
         if routing is not None:
             make = routing if callable(routing) else ROUTERS[routing]
             router = make(shapes[end][axes[end]], width, paths).to(device)
+            if not hasattr(router, "out_paths"):  # `forward_head` asks for it
+                router.out_paths = paths
             if isinstance(router, CrossConnection) and router.activation is None:
                 router.activation = "relu" if take_relu(copies, graph, start, end) else None
         if end is not start or scale > 1:
-            parts, origin = _parts(copies[:width], graph, start, end, scale, own, last)
+            sources = copies[:width]
+            if width == 1 and _weights_on_both_sides(model, graph, end):
+                sources = [copy.deepcopy(model)]  # or path 0 alone would share them with the stem
+            parts, origin = _parts(sources, graph, start, end, scale, own, last)
             origins[_add(layers, part, parts)] = origin
         if router is not None:
             _add(layers, f"{name}_router", router)
@@ -350,7 +355,8 @@ def _part(
         node.op == "call_module" and node.args == (before,) and not node.kwargs
         for before, node in zip([start, *nodes], nodes, strict=False)
     )
-    chain = chain and scale == 1 and not own and not any(last)
+    once = len({node.target for node in nodes}) == len(nodes)  # a module without weights is often called again
+    chain = chain and once and scale == 1 and not own and not any(last)
     if chain and len(nodes) == 1:
         return model.get_submodule(nodes[0].target)
     if chain and not any("." in node.target for node in nodes):
@@ -379,6 +385,15 @@ def _part(
     root._buffers = model._buffers | {SCALE: torch.tensor(float(scale), device=like(model).device)}
     part.output(part.call_function(torch.mul, (result, part.get_attr(SCALE))))
     return fx.GraphModule(root, part)
+
+
+def _weights_on_both_sides(model: nn.Module, graph: fx.Graph, cut: fx.Node) -> bool:
+    """Return whether a module with parameters is called before a node, or by it, and behind it."""
+    order = list(graph.nodes)
+    called = [node.target for node in order if node.op == "call_module"]
+    before = sum(node.op == "call_module" for node in order[: order.index(cut) + 1])
+    both = set(called[:before]) & set(called[before:])
+    return any(next(model.get_submodule(name).parameters(), None) is not None for name in both)
 
 
 def _compute_out_of_place(model: nn.Module, node: fx.Node) -> None:

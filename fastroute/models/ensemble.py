@@ -35,6 +35,7 @@ class Ensemble(nn.Module):
     def __init__(self, members: Iterable[nn.Module]):
         super().__init__()
         self.members = nn.ModuleList(members)
+        self._widths: list[int] | None = None  # of the members' features
         if not self.members:
             raise ValueError("members is empty; an ensemble must have at least one")
 
@@ -88,11 +89,14 @@ class Ensemble(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the members' features for images x (N, in_chans, H, W), concatenated along the channels."""
-        return torch.cat([member.forward_features(x) for member in self.members], 1)
+        parts = [member.forward_features(x) for member in self.members]
+        self._widths = [part.shape[1] for part in parts]
+        return torch.cat(parts, 1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits for the features x of `forward_features`, or with `pre_logits` the classifiers' input."""
-        parts = x.split([member.num_features for member in self.members], 1)
+        # Before the first call: the features of most networks are the classifier's input before pooling.
+        parts = x.split(self._widths or [member.num_features for member in self.members], 1)
         ys = [member.forward_head(part, pre_logits) for member, part in zip(self.members, parts, strict=True)]
         return torch.cat(ys, 1) if pre_logits else self._combined(ys)
 

@@ -1,5 +1,6 @@
 """Return a network's pyramid of feature maps, for detectors and the like."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -7,6 +8,11 @@ from torch import Tensor, nn
 
 from fastroute.models._modes import modes_kept
 from fastroute.nn._classifier import Classifies
+
+
+def _reduction(size: int, of_map: int) -> int:
+    """Return how often a map is smaller than the images: exactly, or where sizes were rounded up, a power of two."""
+    return size // of_map if size % of_map == 0 else 2 ** round(math.log2(size / of_map))
 
 
 class FeatureMaps(nn.Module):
@@ -51,7 +57,11 @@ class FeatureMaps(nn.Module):
             raise ValueError(f"out_indices is {out_indices}; the network has maps of {len(places)} resolutions")
         self.places = [places[i] for i in indices]
         self.info = [
-            {"num_chs": maps[i][0].shape[1], "reduction": input_size[1] // maps[i][0].shape[2], "module": str(i)}
+            {
+                "num_chs": maps[i][0].shape[1],
+                "reduction": _reduction(input_size[1], maps[i][0].shape[2]),
+                "module": str(i),
+            }
             for i in self.places
         ]
         network.reset_classifier(0, "")

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from fastroute.nn import SparseRouter, SparseRouting
 from fastroute.nn._classifier import Classifies
+from fastroute.nn.router import unwrapped
 
 
 def conv_bn(
@@ -37,7 +38,7 @@ class Network(Classifies, nn.Sequential):
     def _body(self, x: Tensor, maps: list[list[Tensor]] | None = None) -> tuple[list[Tensor], dict[str, SparseRouting]]:
         routing = {}
         for name, layer in list(self.named_children())[:-1]:
-            if isinstance(layer, SparseRouter):
+            if isinstance(unwrapped(layer), SparseRouter):
                 x, routing[name] = layer(x, return_routing=True)
             else:
                 x = layer(x)

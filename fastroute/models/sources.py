@@ -18,6 +18,7 @@ from fastroute._errors import in_a_line
 from fastroute._extras import extra
 from fastroute.models.registry import build, list_models
 from fastroute.models.weights import load_pretrained
+from fastroute.nn.router import without_temperatures
 
 KNOWN = "an own network's name (`fastroute models` lists them), timm:NAME, torchvision:NAME or package.module:function"
 
@@ -220,9 +221,13 @@ def _near(name: str, names: Sequence[str]) -> str:
 
 
 def layout(network: nn.Module) -> str:
-    """Return a digest of the names and types of a network's modules and of the shapes of its tensors."""
+    """Return a digest of the names and types of a network's modules and of the shapes of its tensors.
+
+    Temperatures of routers, which a state dict has once they are not 1, do not count.
+    """
     modules = [(name, type(module).__name__) for name, module in network.named_modules()]
-    tensors = [(name, *value.shape) for name, value in network.state_dict().items() if isinstance(value, torch.Tensor)]
+    state = without_temperatures(network.state_dict())
+    tensors = [(name, *value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)]
     return hashlib.sha256(repr((modules, tensors)).encode()).hexdigest()
 
 

@@ -166,7 +166,8 @@ def load_pretrained(
         ValueError: the weights are of another network.
     """
     wanted = _tensors(model)
-    weights = {_without_dot(name): value for name, value in weights.items()}
+    given = {_without_dot(name): value for name, value in weights.items()}
+    weights = without_temperatures(given)
     seeded = not fits(model, weights) and (names := path_names(model)) is not None
     names = names if seeded else {name: name for name in wanted}
     chosen = {name: weights[source] for name, source in names.items() if source in weights}
@@ -189,10 +190,13 @@ def load_pretrained(
         raise ValueError(f"{where}; its weights are of another network: {reason}")
     for name in _scales(model) if not seeded else ():
         wanted[name].fill_(1)  # what a network without this factor computes
+    learned = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     for name, value in chosen.items():
         wanted[name].copy_(value)
-        if seeded and noise and _path(name) > 0 and value.dim() > 1 and value.numel() > 1:
+        if seeded and noise and name in learned and _path(name) > 0 and value.dim() > 1 and value.numel() > 1:
             wanted[name].add_(torch.randn_like(wanted[name]) * (noise * wanted[name].std()))
+    for name in given.keys() - weights.keys() if not seeded else ():
+        model.get_submodule(name.rpartition(".")[0]).temperature = given[name].item()
     if seeded:
         say(f"{where}; it starts all paths, with noise of {noise:.0%} on all but the first; routers start fresh")
     for name in adapted:
@@ -243,7 +247,8 @@ def _path(name: str) -> int:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    state = without_temperatures(model.state_dict())
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _dispensable(model: nn.Module) -> list[str]:

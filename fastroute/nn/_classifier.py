@@ -1,6 +1,7 @@
 """timm's interface of a classifier, for networks of one path or several."""
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -65,9 +66,14 @@ class Classifies:
         xs = list(x.chunk(self._streams(), 1))
         if not pre_logits:
             return self._combined(self._head(xs))
-        kept, names = {}, self._classifiers()
+        kept, names, caller = {}, self._classifiers(), threading.get_ident()
+
+        def keep(i: int, x: Tensor) -> None:
+            if threading.get_ident() == caller:  # hooks see the calls of other threads too
+                kept[i] = x
+
         hooks = [
-            self.get_submodule(name).register_forward_pre_hook(lambda _, args, i=i: kept.update({i: args[0]}))
+            self.get_submodule(name).register_forward_pre_hook(lambda _, args, i=i: keep(i, args[0]))
             for i, name in enumerate(names)
         ]
         try:
@@ -129,7 +135,7 @@ class Classifies:
         return len(self._heads())
 
     def _classifiers(self) -> list[str]:
-        if "_names" not in self.__dict__:
+        if self._without is None or "_names" not in self.__dict__:  # a classifier may have been replaced by hand
             names = [final_linear(self.get_submodule(name), name) for name in self._heads()]
             self._names = names if all(names) else []
             self._width = {name: self.get_submodule(name).in_features for name in self._names}

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastroute.nn._classifier import Classifies
 from fastroute.nn._lists import TakesLists
-from fastroute.nn.router import Router, Routing
+from fastroute.nn.router import Router, Routing, unwrapped
 from fastroute.ops._compile_form import is_exporting
 
 # Device type → execution chosen by "auto"; "separate" on other devices. On two cores of an EPYC, 72 cases of
@@ -126,7 +126,7 @@ class MultiPathNetwork(Classifies, nn.Module):
     def _body(self, x: Tensor, maps: list[list[Tensor]] | None = None) -> tuple[list[Tensor], dict[str, Routing]]:
         xs, routing = [x], {}
         for name, layer in self._layers():
-            if isinstance(layer, Router):
+            if isinstance(unwrapped(layer), Router):
                 xs, routing[name] = layer(xs, return_routing=True)
             else:
                 xs = layer(xs)
@@ -137,11 +137,11 @@ class MultiPathNetwork(Classifies, nn.Module):
     def _layers(self) -> list[tuple[str, nn.Module]]:
         """Return all layers but the head."""
         layers = list(self.named_children())
-        return layers if isinstance(layers[-1][1], Router) else layers[:-1]
+        return layers if isinstance(unwrapped(layers[-1][1]), Router) else layers[:-1]
 
     def _head(self, xs: list[Tensor]) -> list[Tensor]:
         *_, head = self.children()
-        return xs if isinstance(head, Router) else head(xs)
+        return xs if isinstance(unwrapped(head), Router) else head(xs)
 
     def _heads(self) -> list[str]:
         name, head = list(self.named_children())[-1]
@@ -150,5 +150,6 @@ class MultiPathNetwork(Classifies, nn.Module):
     def _streams(self) -> int:
         count = 1
         for _, layer in self._layers():
+            layer = unwrapped(layer)
             count = len(layer) if isinstance(layer, ParallelPaths) else getattr(layer, "out_paths", count)
         return count

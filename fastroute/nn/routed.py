@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import itertools
+import threading
 
 from torch import Tensor, nn
 
@@ -40,16 +41,21 @@ def forward_with_routing(network: nn.Module, x: Tensor) -> tuple[Tensor, dict[st
     if takes_routing(network):
         return network(x, return_routing=True)
     found: dict[str, Routing | SparseRouting] = {}
+    caller = threading.get_ident()  # whose calls alone count: the hooks see those of other threads too
     with contextlib.ExitStack() as hooks:
         for name, router in network.named_modules():
             if isinstance(router, Router | SparseRouter):
                 asked = []  # whether the network itself asks, for each call that is running
 
                 def ask(module, args, options, asked=asked):
+                    if threading.get_ident() != caller:
+                        return None
                     asked.append(options.get("return_routing", len(args) > 1 and args[1]))
                     return args[:1], options | {"return_routing": True}
 
                 def take(module, args, result, name=name, asked=asked):
+                    if threading.get_ident() != caller:
+                        return None
                     output, routing = result
                     names = itertools.chain([name], (f"{name}_{call}" for call in itertools.count(2)))
                     found[next(free for free in names if free not in found)] = routing

@@ -23,6 +23,17 @@ def without_temperatures(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if k.rpartition(".")[2] != TEMPERATURE or getattr(v, "dim", lambda: 0)()}
 
 
+# Names under which PyTorch's wrappers keep a module: `torch.compile`, activation checkpointing, and FSDP.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module in PyTorch's wrappers, which are called in its place."""
+    for name in _WRAPPED * 2:
+        module = module._modules.get(name, module)
+    return module
+
+
 @exportable
 class Routing(NamedTuple):
     """Decisions of a router for each sample.

@@ -54,3 +54,13 @@ def test_a_single_outgoing_path_counts_as_one():
     ones = torch.ones(2, dtype=torch.float64)
     assert torch.equal(statistics.used_paths, ones) and torch.equal(statistics.effective_clusters, ones)
     assert torch.equal(needed_paths(gates), ones) and torch.equal(needed_paths(gates[:1]), ones)
+
+
+@pytest.mark.parametrize("paths", [2, 3, 5, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_even_gates_are_neither_above_nor_below_their_share(paths, dtype):
+    gates = torch.zeros(4, 1, paths, dtype=dtype).softmax(-1)
+    for statistics in (RouterStatistics.of(Routing(gates, gates)), RouterStatistics.of(Routing(gates, gates)).cpu()):
+        assert statistics.never_above.all() and statistics.never_below.all()
+    gates[0, 0, 0] += 1e-5
+    assert not RouterStatistics.of(Routing(gates, gates)).cpu().never_above[0, 0]

@@ -138,3 +138,11 @@ def test_images_of_another_size_or_channels_are_refused():
 
 def test_a_decoder_of_no_classes_is_empty():
     assert Decoder(0, (1, 7, 7)).weight.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gradients_of_empty_capsules_are_finite(dtype):
+    capsules = torch.zeros(2, 3, 16, dtype=dtype, requires_grad=True)
+    (squash(capsules).sum() + scores_of(capsules).sum()).backward()
+    assert squash(capsules).dtype == scores_of(capsules).dtype == dtype
+    assert scores_of(capsules).isfinite().all() and capsules.grad.isfinite().all()

@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torch import nn
 
-from fastroute import models
+from fastroute import models, multipath
 from fastroute.models import Ensemble
 from fastroute.models.cifar_resnet import cifar_resnet
 
@@ -46,3 +47,19 @@ def test_wrong_checkpoints(tmp_path):
     checkpoint(path, "base_cnn", img_size=8)
     with pytest.raises(ValueError, match=r"weights.ckpt is of 'base_cnn'; .* 'wide_cnn'"):
         models.create_model("all_ensemble", checkpoints=[path] * 3)
+
+
+def test_features_need_not_have_the_width_of_the_classifiers():
+    def member():
+        layers = (
+            nn.Conv2d(3, 8, 3),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 16),
+            nn.ReLU(),
+            nn.Linear(16, 5),
+        )
+        return multipath(nn.Sequential(*layers), 2, ["0"], input_size=(3, 8, 8))
+
+    network, x = Ensemble([member(), member()]).eval(), torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(network.forward_head(network.forward_features(x)), network(x))

@@ -4,6 +4,7 @@ from torch import nn
 
 from fastroute import models
 from fastroute.models import Specification, create_model, multipath, registry, specification_of
+from fastroute.models.features import FeatureMaps
 from fastroute.nn import CrossConnection, MultiPathNetwork, ParallelPaths
 
 SLOW = ("resnet101", "resnet110", "resnet164", "se_resnet110", "convnet_aig110", "wide_resnet50_2", "vgg13_cc2")
@@ -150,3 +151,24 @@ def test_timm_builds_networks_without_its_interface(monkeypatch):
 class Mean(nn.Module):
     def forward(self, x):
         return x.mean((2, 3))
+
+
+def test_a_head_that_was_replaced_by_hand_is_the_classifier():
+    network = create_model("resnet20")
+    assert network.num_classes == 10
+    network.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(), nn.Linear(64, 5))
+    assert network.num_classes == 5
+    network.reset_classifier(7)
+    assert network(torch.randn(2, 3, 8, 8)).shape == (2, 7) and network.num_classes == 7
+    network.reset_classifier(0)
+    assert network.num_classes == 0 and network(torch.randn(2, 3, 8, 8)).shape == (2, 64)
+    network.reset_classifier(3)
+    assert network(torch.randn(2, 3, 8, 8)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "reductions"), [("resnet18", 200, [4, 8, 16, 32]), ("resnet20", 50, [1, 2, 4])]
+)
+def test_reductions_of_maps_whose_sizes_were_rounded_up(name, size, reductions):
+    maps = FeatureMaps(create_model(name), (3, size, size))
+    assert [level["reduction"] for level in maps.info][-len(reductions) :] == reductions

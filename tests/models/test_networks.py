@@ -121,6 +121,7 @@ def test_exact_parameters():
 def test_macs():
     linear = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 5))
     assert models.count_macs(linear, (3, 4, 4)) == 3 * 4 * 4 * 5
+    assert models.count_macs(linear.bfloat16(), (3, 4, 4)) == 3 * 4 * 4 * 5
     with torch.device("meta"):
         alone, routed = (models.create_model(name) for name in ("resnet20_x2", "resnet20_cc2"))
         routing = models.count_macs(routed, (3, 32, 32)) - models.count_macs(alone, (3, 32, 32))

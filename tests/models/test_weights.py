@@ -153,3 +153,28 @@ def test_files_of_all_kinds_are_read(tmp_path):
     torch.save([1], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="it holds a list, and must hold a state_dict"):
         read_weights(tmp_path / "list.pth")
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fixed, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(4, 5)
+        self.fixed.weight.requires_grad_(False)
+        self.register_buffer("mask", torch.eye(4))
+        self.register_buffer("index", torch.arange(16).view(4, 4) % 4)
+
+    def forward(self, x):
+        x = self.fixed(torch.relu(self.conv(x))).mean((2, 3))
+        return self.head((x @ self.mask)[:, self.index].mean(2))
+
+
+def test_only_learned_weights_have_noise():
+    network = Masked()
+    paths = multipath(network, 2, ["conv"], input_size=(3, 8, 8))
+    load_pretrained(paths, network.state_dict(), "weights is given", say=lambda sentence: None)
+    for name, value in paths.state_dict().items():
+        original = name.split(".", 2)[-1]
+        if original in ("mask", "index", "fixed.weight"):
+            assert torch.equal(value, network.state_dict()[original]), name
+    weights = [layer.head.weight for layer in paths.head]
+    assert torch.equal(weights[0], network.head.weight) and not torch.equal(weights[1], weights[0])

@@ -3,7 +3,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from fastroute.models import create_model
 from fastroute.nn import CrossConnection, MultiPathNetwork, ParallelPaths, containers
 
 
@@ -94,3 +96,14 @@ def test_network_averages_its_paths_and_names_its_routers():
     xs = network.fork([x])
     torch.testing.assert_close(logits, (heads[0](xs[0]) + heads[1](xs[1])) / 2)
     assert torch.equal(network(x), logits)
+
+
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, lambda router: torch.compile(router, backend="eager")])
+def test_routers_in_wrappers_are_routers(wrap):
+    network, x = create_model("resnet20_cc2").eval(), torch.randn(2, 3, 8, 8)
+    expected, routing = network(x, return_routing=True)
+    network.stack1_router = wrap(network.stack1_router)
+    output, wrapped = network(x, return_routing=True)
+    torch.testing.assert_close(output, expected)
+    assert list(wrapped) == list(routing)
+    torch.testing.assert_close(network.forward_head(network.forward_features(x)), expected)

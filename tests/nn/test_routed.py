@@ -1,5 +1,8 @@
 """The routing of networks whose forward does not return it."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -55,3 +58,22 @@ def test_leaves_no_hooks_behind_an_error():
     with pytest.raises(ValueError, match="channels=3"):
         forward_with_routing(network, torch.randn(2, 4, 5, 5))
     assert not any(router._forward_hooks or router._forward_pre_hooks for router in network.modules())
+
+
+def test_calls_of_other_threads_are_not_taken():
+    network, arrived = Own().eval(), threading.Barrier(2)
+
+    def meet(*_) -> None:  # with the hooks of both threads in place
+        arrived.wait(10)
+
+    network.register_forward_pre_hook(meet)
+    images = torch.randn(2, 2, 3, 5, 5)
+    with ThreadPoolExecutor(2) as pool, torch.no_grad():
+        both = list(pool.map(lambda x: forward_with_routing(network, x), images))
+    network._forward_pre_hooks.clear()
+    for x, (output, routing) in zip(images, both, strict=True):
+        expected, gates = forward_with_routing(network, x)
+        torch.testing.assert_close(output, expected)
+        assert list(routing) == list(gates)
+        for name in gates:
+            torch.testing.assert_close(routing[name].gates, gates[name].gates)
