@@ -101,11 +101,12 @@ def describe_error(error: BaseException) -> str | None:
     ):
         return f"a number or size is too large to compute with: {_first(text)}; lower it"
     if "DataLoader timed out" in text:
-        return f"{_first(text)}: {_silent_workers()}; the last checkpoint is intact: continue from it by --resume"
+        intact = "the last checkpoint, if there is one, is intact: continue from it by --resume"
+        return f"{_first(text)}: {_silent_workers()}; {intact}"
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return (
             f"a process that decodes images is gone: {_first(text)} The system kills processes if memory is "
-            f"exhausted: {_LOWER}. The last checkpoint is intact: continue from it by --resume"
+            f"exhausted: {_LOWER}. The last checkpoint, if there is one, is intact: continue from it by --resume"
         )
     if isinstance(error, OSError):
         return text

@@ -224,7 +224,7 @@ class LostProcess(pl.Callback):
     """
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        raise_if_process_lost(exception, advice="; the last checkpoint is intact: resume from it")
+        raise_if_process_lost(exception, advice="; the last checkpoint, if there is one, is intact: resume from it")
 
 
 class BatchNormSync(pl.Callback):
