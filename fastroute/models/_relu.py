@@ -99,7 +99,8 @@ def _without_relu_of(module: nn.Module, name: str) -> nn.Module | None:
 def _forward_graph(module: nn.Module) -> fx.Graph | None:
     """Return the graph of a module's forward, or None if the graph may compute something else; see `trace`.
 
-    None too if the forward makes tensors, which would have to become buffers of the module.
+    None too if the forward makes tensors or calls a function with a mode of its own, such as `F.dropout`: those would
+    have to become buffers and submodules of the module.
     """
     traced = _shallow_copy(module)
     traced._buffers = {name: None if value is None else value.clone() for name, value in module._buffers.items()}
@@ -107,7 +108,8 @@ def _forward_graph(module: nn.Module) -> fx.Graph | None:
         graph, _ = trace(traced, {""})
     except ValueError:
         return None
-    return None if any(name.startswith(CONSTANT) for name in vars(traced)) else graph
+    made = any(name.startswith(CONSTANT) for name in vars(traced)) or traced._modules.keys() != module._modules.keys()
+    return None if made else graph
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:

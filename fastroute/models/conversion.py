@@ -138,7 +138,7 @@ def multipath(
     graph, cuts = _cut(model, route_after)
     first = next(iter(cuts.values()))
     if routing is None:  # the paths start from one and the same tensor
-        _compute_out_of_place(model, first)
+        _compute_out_of_place(model, graph, first)
     shapes = shapes_of(model, graph, input_size, first)
     for name, node in cuts.items():
         if len(shapes[node] or ()) not in (2, 3, 4, 5):
@@ -396,10 +396,17 @@ def _weights_on_both_sides(model: nn.Module, graph: fx.Graph, cut: fx.Node) -> b
     return any(next(model.get_submodule(name).parameters(), None) is not None for name in both)
 
 
-def _compute_out_of_place(model: nn.Module, node: fx.Node) -> None:
-    for user in node.users:
-        if user.op == "call_module" and getattr(model.get_submodule(user.target), "inplace", False):
-            model.get_submodule(user.target).inplace = False
+def _compute_out_of_place(model: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
+    """Have the only module that takes a node's value leave it as it is, which saves a copy.
+
+    A module that is called again, or whose input others read later, as overwritten, stays as it is.
+    """
+    targets = [other.target for other in graph.nodes if other.op == "call_module"]
+    for user in node.users if len(node.users) == 1 else ():
+        if user.op == "call_module" and targets.count(user.target) == 1:
+            module = model.get_submodule(user.target)
+            if getattr(module, "inplace", False):
+                module.inplace = False
 
 
 @torch.no_grad()

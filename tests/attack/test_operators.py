@@ -1,4 +1,4 @@
-"""Operators and layers on random, odd and hostile input, each case in a process of its own."""
+"""Operators, layers and conversions on random, odd and hostile input, each case in a process of its own."""
 
 import os
 import subprocess
@@ -38,6 +38,11 @@ def test_every_operator(seed):
 )
 def test_every_operator_by_other_kernels(name, value):
     attack("operators", 2, 300, **{name: value})
+
+
+@pytest.mark.parametrize("seed", range(2), ids=SEEDS)
+def test_networks_made_multi_path(seed):
+    attack("conversions", seed, 500)
 
 
 def test_hostile_arguments_of_private_operators():

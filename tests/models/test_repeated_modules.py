@@ -1,5 +1,6 @@
-"""`multipath` of networks that call a module more than once."""
+"""`multipath` of networks that call a module more than once, work in-place, or end a part in a dropout."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -71,3 +72,24 @@ def test_own_routers_before_the_head_open_all_paths():
     paths = multipath(network, 2, ["3"], routing=lambda channels, m, n: OneToAll(n), input_size=(3, 8, 8)).eval()
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(paths.forward_head(paths.forward_features(x)), paths(x))
+
+
+class InPlace(nn.Module):
+    """A ReLU that overwrites the value of the cut, which is read once more."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.relu, self.head = nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Linear(8, 5)
+        self.dropout = nn.Dropout()
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(self.dropout(self.relu(x) + x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("routing", [None, "cc", "stitch"])
+@pytest.mark.parametrize("cut", ["stem", "dropout"])
+def test_values_that_are_overwritten_are_those_of_the_network(cut, routing):
+    network, x = InPlace().eval(), torch.randn(2, 3, 8, 8)
+    paths = multipath(network, 2, [cut], routing, init="copy", noise=0.0, input_size=(3, 8, 8)).eval()
+    torch.testing.assert_close(paths(x), network(x))
