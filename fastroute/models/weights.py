@@ -117,7 +117,7 @@ def misfit(model: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
     extra = weights.keys() - wanted.keys()
     if extra and all(map(is_scale, extra)) and not wanted.keys() - weights.keys():
         return SCALED
-    same = {name: value for name, value in weights.items() if name in wanted}
+    same = {name: value for name, value in weights.items() if name in wanted and isinstance(value, Tensor)}
     if same.keys() == wanted.keys() and not extra and (others := _other_classes(model, wanted, same)):
         rest = {name: value for name, value in wanted.items() if name not in others}
         if not differences(rest, {name: weights[name] for name in rest}):
