@@ -12,8 +12,6 @@ SETUP = Path(__file__).parents[1] / "setup.py"
 
 @pytest.fixture
 def build(monkeypatch):
-    if not SETUP.exists():
-        pytest.skip("setup.py is not here: this is an installed package")
     functions = runpy.run_path(str(SETUP))
     monkeypatch.setitem(functions["architecture_list"].__wrapped__.__globals__, "toolkit_version", lambda: (13, 0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

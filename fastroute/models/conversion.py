@@ -388,25 +388,24 @@ def _part(
 
 
 def _weights_on_both_sides(model: nn.Module, graph: fx.Graph, cut: fx.Node) -> bool:
-    """Return whether a module with parameters is called before a node, or by it, and behind it."""
-    order = list(graph.nodes)
-    called = [node.target for node in order if node.op == "call_module"]
-    before = sum(node.op == "call_module" for node in order[: order.index(cut) + 1])
-    both = set(called[:before]) & set(called[before:])
+    """Return whether a module with parameters is called up to a node and again behind it."""
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    both = {node.target for node in calls if node <= cut} & {node.target for node in calls if node > cut}
     return any(next(model.get_submodule(name).parameters(), None) is not None for name in both)
 
 
 def _compute_out_of_place(model: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
-    """Have the only module that takes a node's value leave it as it is, which saves a copy.
+    """Stop an in-place module from overwriting a node's value, which saves a copy of it.
 
-    A module that is called again, or whose input others read later, as overwritten, stays as it is.
+    Only a module that alone takes the value and is called once is changed: elsewhere the network may rely on the
+    overwritten value.
     """
-    targets = [other.target for other in graph.nodes if other.op == "call_module"]
-    for user in node.users if len(node.users) == 1 else ():
-        if user.op == "call_module" and targets.count(user.target) == 1:
-            module = model.get_submodule(user.target)
-            if getattr(module, "inplace", False):
-                module.inplace = False
+    users = [(user.op, user.target) for user in node.users]
+    if len(users) == 1 and users[0][0] == "call_module":
+        target = users[0][1]
+        module = model.get_submodule(target)
+        if getattr(module, "inplace", False) and len(graph.find_nodes(op="call_module", target=target)) == 1:
+            module.inplace = False
 
 
 @torch.no_grad()

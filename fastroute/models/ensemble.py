@@ -95,7 +95,7 @@ class Ensemble(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits for the features x of `forward_features`, or with `pre_logits` the classifiers' input."""
-        # Before the first call: the features of most networks are the classifier's input before pooling.
+        # Before any call of forward_features: the classifiers' widths, which most networks' features have.
         parts = x.split(self._widths or [member.num_features for member in self.members], 1)
         ys = [member.forward_head(part, pre_logits) for member, part in zip(self.members, parts, strict=True)]
         return torch.cat(ys, 1) if pre_logits else self._combined(ys)

@@ -118,14 +118,14 @@ def misfit(model: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
     if extra and all(map(is_scale, extra)) and not wanted.keys() - weights.keys():
         return SCALED
     same = {name: value for name, value in weights.items() if name in wanted and isinstance(value, Tensor)}
-    if same.keys() == wanted.keys() and not extra and (others := _other_classes(model, wanted, same)):
-        rest = {name: value for name, value in wanted.items() if name not in others}
-        if not differences(rest, {name: weights[name] for name in rest}):
-            classes = next(iter(others.values()))
-            return (
-                f"its classifier is of {classes:,} classes: to start another one, give the file as pretrained_path "
-                "(--pretrained-path)"
-            )
+    others = _other_classes(model, wanted, same) if same else {}
+    rest, given = ({k: v for k, v in state.items() if k not in others} for state in (wanted, weights))
+    if others and not differences(rest, given):
+        classes = next(iter(others.values()))
+        return (
+            f"its classifier is of {classes:,} classes: to start another one, give the file as pretrained_path "
+            "(--pretrained-path)"
+        )
     return f"its weights are of another network: {reason}"
 
 

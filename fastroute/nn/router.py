@@ -29,7 +29,7 @@ _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """Return the module in PyTorch's wrappers, which are called in its place."""
-    for name in _WRAPPED * 2:
+    for name in _WRAPPED * 2:  # in any order of two wrappers
         module = module._modules.get(name, module)
     return module
 

@@ -8,7 +8,7 @@ from fastroute import multipath
 
 
 class Reused(nn.Module):
-    """One ReLU, one pool and one dropout for all layers."""
+    """One ReLU and one pool for all layers."""
 
     def __init__(self):
         super().__init__()

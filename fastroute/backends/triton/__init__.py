@@ -42,7 +42,7 @@ def _reason_against_launcher() -> str | None:
     from triton.runtime import driver
 
     try:
-        driver.active  # noqa: B018
+        driver.active  # noqa: B018 (this builds and loads it)
     except Exception as error:  # of the compiler, the linker, the file system or the driver
         why = "for which it needs a C compiler and Python's headers"
         return f"Triton cannot build its launcher, {why} ({in_a_line(error)})"
