@@ -205,7 +205,8 @@ def save(folder: Path, rows: list[dict], clock: list[dict], arguments: dict) -> 
     (folder / "summary.json").write_text(json.dumps(values, indent=1) + "\n")
     measured = [row["row"] for row in of_kind(rows, "row")]
     if measured:
-        result = next(row["result"] for row in of_kind(rows, "machine"))
+        nothing = {"machine": {}, "versions": {}, "commit": None}  # that stage may have failed
+        result = next((row["result"] for row in of_kind(rows, "machine") if "result" in row), nothing)
         result |= {"settings": {**arguments, "failures": [line(row) for row in errors]}, "rows": measured}
         (folder / "full.json").write_text(json.dumps(result, indent=1) + "\n")
 

@@ -55,7 +55,9 @@ def evaluate(checkpoint: Path, folder: Path, options: dict) -> float:
     with tempfile.TemporaryDirectory() as place:
         results = Path(place, "results.json")
         command = ["validate", str(checkpoint), "--data-dir", str(folder), "--results-file", str(results)]
-        command += ["--amp"] * options["amp"] + ["--channels-last"] * bool(options["channels_last"])
+        command += ["--amp", "--amp-dtype", options["amp_dtype"]] * options["amp"]
+        if (wish := options["channels_last"]) is not None:
+            command.append("--channels-last" if wish else "--no-channels-last")
         subprocess.run([sys.executable, "-m", "fastroute", *command], check=True, stdout=subprocess.DEVNULL)
         return json.loads(results.read_text())[0]["error"]
 

@@ -50,6 +50,39 @@ def replacing(path: Path, mode: str = "w", earlier: Path | None = None, **option
         raise
 
 
+def check_writable(path: Path, name: str) -> None:
+    """Check that a file can be written, before the work that fills it.
+
+    Args:
+        path: of the file, which may exist.
+        name: of the argument, for the message.
+
+    Raises:
+        FileNotFoundError: its folder is missing.
+        IsADirectoryError: it is a folder itself.
+        PermissionError: its folder cannot be written into.
+    """
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{name} is {path}; there is no such folder: make it first")
+    if path.is_dir():
+        raise IsADirectoryError(f"{name} is {path}; it is a folder: name a file")
+    if not _is_special(path) and not os.access(folder, os.W_OK):
+        raise PermissionError(f"{name} is {path}; this user cannot write into its folder")
+
+
+@contextlib.contextmanager
+def text_output(path: Path) -> Iterator[IO[str]]:
+    """Open a file for text in UTF-8, which replaces one of that name at the end; devices and pipes are written into."""
+    options = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}  # file names may be no valid text
+    with path.open("w", **options) if _is_special(path) else replacing(path.resolve(), **options) as file:
+        yield file
+
+
+def _is_special(path: Path) -> bool:
+    return path.exists() and not path.is_file()
+
+
 def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
 

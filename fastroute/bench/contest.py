@@ -183,7 +183,7 @@ class DeviceClock:
         cuda.current_stream(self.device).wait_stream(stream)
         graph = cuda.CUDAGraph()
         try:
-            with cuda.graph(graph, pool=self._pool):
+            with cuda.graph(graph, pool=self._pool, stream=stream):
                 results = function()
         except RuntimeError as error:
             cuda.synchronize(self.device)
@@ -196,10 +196,11 @@ class DeviceClock:
 
     def time(self, function: Callable[[], object], repeats: int = 1) -> float:
         start, end = (cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        stream = cuda.current_stream(self.device)  # that of the current device may be another
+        start.record(stream)
         for _ in range(repeats):
             function()
-        end.record()
+        end.record(stream)
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 

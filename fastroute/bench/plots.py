@@ -92,7 +92,8 @@ def _memory(rows: list[Row]) -> Figure:
     for name, line in _lines(rows, "operator", "dtype").items():
         line = sorted((row for row in line if any(getattr(row, kind).values())), key=lambda row: row.floor_bytes)
         for contender in dict.fromkeys(contender for row in line for contender in getattr(row, kind)):
-            points = [(r.floor_bytes / 1e6, getattr(r, kind)[contender] / 1e6) for r in line]
+            found = ((row.floor_bytes, getattr(row, kind).get(contender)) for row in line)
+            points = [(floor / 1e6, count / 1e6) for floor, count in found if count is not None]
             axes.plot(*zip(*points, strict=True), "o", label=f"{contender}: {name}", markersize=4)
     axes.set_xscale("log")
     axes.set_yscale("log")

@@ -5,10 +5,12 @@ import os
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
 from pathlib import Path
 
 from fastroute.bench.results import Result, Row, label_text
+
+FOREIGN = ("eager", "compile", "copy")
+"""Contenders without code of this package: plain PyTorch, the same compiled, and a copy."""
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int) -> str:
@@ -127,7 +129,7 @@ def _fact(value) -> str:
 def compare(old: Result, new: Result) -> str:
     """Compare two results case by case: the speed-up, and the part of it due to the machine.
 
-    "peers" is the geometric mean of the unchanged contenders' speed-ups, which is the drift of the machine. "net" is
+    "peers" is the geometric mean of the speed-ups of `FOREIGN` contenders, which is the drift of the machine. "net" is
     the speed-up over the drift.
 
     Args:
@@ -145,16 +147,17 @@ def compare(old: Result, new: Result) -> str:
         raise ValueError("the results have no case in common")
     changes = [
         f"{name}: {then.get(name)} before, {now.get(name)} now"
-        for then, now in ((old.machine, new.machine), (old.versions, new.versions))
+        for then, now in ((old.machine, new.machine), (old.versions, new.versions), (old.settings, new.settings))
         for name in then | now
-        if then.get(name) != now.get(name)
+        if name != "failures" and then.get(name) != now.get(name)
     ]
     texts = ["The results differ in:\n" + "\n".join(changes)] if changes else []
-    for suite, group in groupby(pairs, key=lambda pair: pair[1].suite):
+    for suite, rows in by_suite(now for _, now in pairs).items():
         lines, nets = [], []
-        for then, now in group:
+        for now in rows:
+            then = before[suite, now.id]
             ours = then.ms["fastroute"] / now.ms["fastroute"]
-            same = [name for name in now.ms if name in then.ms and not name.startswith("fastroute")]
+            same = [name for name in FOREIGN if name in now.ms and name in then.ms]
             drift = geometric_mean([then.ms[name] / now.ms[name] for name in same]) if same else 1.0
             nets.append(ours / drift)
             times = f"{then.ms['fastroute']:.3f}", f"{now.ms['fastroute']:.3f}"
@@ -193,8 +196,6 @@ def speed_section(result: Result, name: str) -> str:
     rows = stated(result)
     if not rows:
         raise ValueError("the result has no forward+backward of cross_connect: measure with --stated")
-    where, versions = result.machine, result.versions
-    place = f"{where['threads']} threads of " if "threads" in where else ""
     has_cold = all(row.cold_ms for row in rows)
     lines, groups = [], {}
     for row in rows:
@@ -208,7 +209,7 @@ def speed_section(result: Result, name: str) -> str:
     paths = sorted({label_text(row.labels["paths"]) for row in rows})
     shapes = dict.fromkeys(label_text(row.labels["shape"]).replace("x", "×") for row in rows)
     introduction = (
-        f"On {place}{where['processor']} ({where['capability']}, torch {versions['torch']}): geometric means over\n"
+        f"On {_place(result)}: geometric means over\n"
         f"{len(rows)} cases ([every case]({name})), which are maps of\n"
         f"{', '.join(shapes)},\n"
         f"routed {' and '.join(paths).replace('x', ' to ')}."
@@ -220,6 +221,12 @@ def speed_section(result: Result, name: str) -> str:
         f"The least of the {len(rows)} cases is {_least(rows)}"
         + (f",\ncold {_least(rows, cold=True)}." if has_cold else ".")
     )
+
+
+def _place(result: Result) -> str:
+    where = result.machine
+    threads = f"{where['threads']} threads of " if "threads" in where else ""  # a GPU has none
+    return f"{threads}{where['processor']} ({where['capability']}, torch {result.versions['torch']})"
 
 
 def _least(rows: Sequence[Row], cold: bool = False) -> str:
@@ -263,9 +270,8 @@ def steps_section(result: Result, name: str) -> str:
         f"- {column}: {geometric_mean(found):.2f}, the least {min(found):.2f}"
         for column, found in sorted(ratios.items())
     )
-    versions = f"{result.machine['processor']} ({result.machine['capability']}, torch {result.versions['torch']})"
     return (
-        f"On {result.machine['threads']} threads of {versions}, [all rows]({name}). The milliseconds are those of our\n"
+        f"On {_place(result)}, [all rows]({name}). The milliseconds are those of our\n"
         "network, compiled. × eager is the time of plain PyTorch over ours, both eager; × compiled is the same, both\n"
         f"compiled.\n\n{table(header, lines, words=2)}\n\nGeometric means:\n\n{summary}"
     )

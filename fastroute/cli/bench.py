@@ -83,13 +83,11 @@ def compare(old: ResultFile, new: ResultFile) -> None:
 def show(result: ResultFile) -> None:
     """Print the tables of a result, and draw its figures beside it."""
     from fastroute.bench import Result, report
-    from fastroute.bench.plots import draw
 
     with plain_errors():
         loaded = Result.load(result)
         typer.echo(report.tables(loaded.rows))
-        for path in draw(loaded, result.parent, result.stem):
-            typer.echo(f"wrote {path}")
+        _draw(loaded, result.parent, result.stem)
 
 
 def select(cases: list, only: list[str] | None, full: bool, stated: bool, steps: bool = False) -> list:
@@ -132,6 +130,11 @@ def save(result, folder: Path, stem: str) -> None:
     typer.echo("\n" + report.tables(result.rows) + "\n")
     result.save(folder / f"{stem}.json")
     typer.echo(f"wrote {folder / stem}.json")
+    _draw(result, folder, stem)
+
+
+def _draw(result, folder: Path, stem: str) -> None:
+    """Draw the figures of a result, or say that matplotlib is not installed."""
     try:
         from fastroute.bench.plots import draw
     except ModuleNotFoundError as error:

@@ -121,6 +121,8 @@ def plain_errors(*also: type[BaseException]) -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:  # no error: the reader of the output has enough
+        raise
     except (ValueError, OSError, ModuleNotFoundError, *also) as error:
         exit_with_error(error, 2)
 

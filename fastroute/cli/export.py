@@ -35,12 +35,12 @@ def export(
     """
     with plain_errors():
         from fastroute import inference
+        from fastroute._files import check_writable
         from fastroute.inference.export import SUFFIXES
         from fastroute.inference.export import export as write
 
         path = output or checkpoint.with_suffix(SUFFIXES[to])
-        if not path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"output is {path}; there is no such folder: make it first")
+        check_writable(path, "output")
         if path.exists() and checkpoint.exists() and path.samefile(checkpoint):
             raise ValueError(f"output is {path}; it is the checkpoint itself: choose another file")
         predictor = inference.load(checkpoint, model=model, ema=use_ema, img_size=img_size, device="cpu")

@@ -22,9 +22,9 @@ def paths(
     """Estimate how many paths each router of a network needs, from its gates over the validation images.
 
     For each incoming path, "used" is the number of outgoing paths that all images together spread over. "clusters" is
-    the number of kinds of images that its gates distinguish, near 1 for gates that hardly differ. "needed" is the
-    effective number of independent ways in which the gates vary over images: about as many paths would suffice, since
-    the gates of the others follow from theirs.
+    the number of kinds of images that its gates distinguish, near 1 for gates that hardly differ. "needed" is one more
+    than the effective number of independent ways in which the gates vary over images: about as many paths would
+    suffice, since the gates of the others follow from theirs.
     """
     with plain_errors():
         from fastroute.diagnostics.statistics import needed_paths

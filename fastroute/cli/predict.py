@@ -20,7 +20,7 @@ from rich.table import Table
 from fastroute._processors import processors
 from fastroute.cli.common import COUNT, PIXELS, WORKERS, plain_errors, real, resolve_device
 from fastroute.cli.errors import escaped, exit_with_error
-from fastroute.cli.trained import OwnModelOption
+from fastroute.cli.trained import OwnModelOption, check_finite
 
 if TYPE_CHECKING:
     from fastroute.inference import Prediction, Predictor
@@ -62,18 +62,22 @@ def predict(
     """
     with plain_errors():
         from fastroute import inference
+        from fastroute._files import check_writable, text_output
 
-        if output is not None and not output.absolute().parent.is_dir():
-            raise FileNotFoundError(f"output is {output}; there is no such folder: make it first")
+        if output is not None:
+            check_writable(output, "output")
+        elif sys.stdout is None:
+            raise ValueError("output is None, and standard output is closed: name a file with --output")
         names = list(image_paths(paths))
         options = {"img_size": img_size, "crop_pct": crop_pct}
         predictor = inference.load(checkpoint, model=model, ema=use_ema, device=resolve_device(device), **options)
         if gates and not predictor.routed:
             raise ValueError("gates is True, but the network has no routers")
         predictor.transform.check()
+        check_finite(predictor.model, checkpoint)
         rows, unread = _rows(predictor, names, top_k, gates, batch_size, workers or processors())
     if rows:
-        with plain_errors(), _opened(output) as file:
+        with plain_errors(), contextlib.nullcontext(sys.stdout) if output is None else text_output(output) as file:
             _WRITERS[format](rows, file)
     said = Console(stderr=True)
     if unread:
@@ -102,7 +106,7 @@ def image_paths(given: Iterable[str]) -> Iterator[str]:
 
     for word in given:
         if word == "-":
-            lines = (line.rstrip("\r\n") for line in sys.stdin)
+            lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)  # names may be no valid text
             yield from (line for line in lines if line)
         elif os.path.isdir(word):
             found = list(inside(word))
@@ -154,15 +158,6 @@ def _row(name: str, prediction: "Prediction", top_k: int) -> dict:
     return row
 
 
-@contextlib.contextmanager
-def _opened(path: Path | None) -> Iterator[IO[str]]:
-    if path is None:
-        yield sys.stdout
-        return
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        yield file
-
-
 def _write_table(rows: list[dict], file: IO[str]) -> None:
     k = len(rows[0]["top"])
     table = Table("image")
@@ -187,12 +182,16 @@ def _gate_rows(gates: list[list[float]]) -> str:
 
 
 def _write_csv(rows: list[dict], file: IO[str]) -> None:
-    """Write a line for each image: path, class_1, probability_1, …, and `<router>_g<i><j>`, the gate from i to j."""
+    """Write a line for each image: path, class_1, probability_1, …, and `<router>_g<i><j>`, the gate from i to j.
+
+    A router with ten paths or more has `<router>_g<i>_<j>`.
+    """
     writer = csv.writer(file, lineterminator="\n")
     ranks = range(1, len(rows[0]["top"]) + 1)
     header = ["path", *(name for i in ranks for name in (f"class_{i}", f"probability_{i}"))]
     for router, gates in rows[0].get("gates", {}).items():
-        header += [f"{router}_g{i}{j}" for i, row in enumerate(gates, 1) for j, _ in enumerate(row, 1)]
+        between = "_" if max(len(gates), len(gates[0])) > 9 else ""
+        header += [f"{router}_g{i}{between}{j}" for i, row in enumerate(gates, 1) for j, _ in enumerate(row, 1)]
     writer.writerow(header)
     for row in rows:
         gates = [value for gates in row.get("gates", {}).values() for line in gates for value in line]

@@ -117,12 +117,15 @@ def write_report(
     run = saved["hyper_parameters"]
     if is_of("cluster", saved):
         network_options = {"dataset": dataset, "images": pictures, "before": before, "classes": classes, "model": model}
+        network_options["workers"] = workers
         for name, value in network_options.items():
             if value:
                 raise ValueError(
                     f"{name} is given, but {checkpoint} is a clustering, which has no use for it: leave it out"
                 )
         return _clustering(checkpoint, saved, folder, data_dir, runs, limit, batch_size, progress)
+    if limit is not None:
+        raise ValueError(f"limit is {limit}, but {checkpoint} is no clustering, whose images it limits: leave it out")
     given = load_trained(
         checkpoint, saved, dataset=dataset, data_dir=data_dir, batch_size=batch_size, workers=workers, model=model
     )
@@ -141,12 +144,12 @@ def write_report(
     facts = {
         "network": str(specification_in(run, "checkpoint") if run.get("specification") else run["model"]),
         "parameters": f"{sum(parameter.numel() for parameter in given.network.parameters()):,}",
-        "checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}",
-        "images": f"{loader.count:,} of {given.data_dir.name if given.data_dir else given.dataset}, "
+        "checkpoint": _short(checkpoint),
+        "images": f"{loader.count:,} of {given.data_dir.absolute().name if given.data_dir else given.dataset}, "
         f"{len(given.classes)} classes",
     }
     if before is not None:
-        facts["before"] = f"{before.parent.name}/{before.name}"
+        facts["before"] = _short(before)
     return routing_report(
         Report(folder, f"Routing of {run['model']}", facts, progress),
         given.network,
@@ -158,6 +161,11 @@ def write_report(
         summaries=_summaries(checkpoint),
         runs=None if runs is None else _sizes(runs),
     )
+
+
+def _short(checkpoint: Path) -> str:
+    """Return the folder and the name of a checkpoint."""
+    return "/".join(checkpoint.absolute().parts[-2:])
 
 
 def _say(title: str) -> None:
@@ -178,8 +186,8 @@ def _read(paths: Sequence[Path], img_size: int, crop_pct: float, channels: int, 
 
 
 def _summaries(checkpoint: Path) -> dict[str, Path]:
-    path = checkpoint.parent / "summary.csv"
-    return {checkpoint.parent.name: path} if path.is_file() else {}
+    path = checkpoint.absolute().parent / "summary.csv"
+    return {path.parent.name: path} if path.is_file() else {}
 
 
 def _sizes(folder: Path) -> dict[str, tuple[int, float]]:
@@ -259,8 +267,8 @@ def _clustering(
     )
     facts = {
         "network": trained.NETWORK or run.architecture,
-        "checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}",
-        "images": f"{len(labels):,} of {data_dir.name if data_dir else run.dataset}",
+        "checkpoint": _short(checkpoint),
+        "images": f"{len(labels):,} of {data_dir.absolute().name if data_dir else run.dataset}",
         "clusters": f"{run.clusters}, by {run.method}",
     }
     page = Report(folder, f"Clusters of {run.dataset}", facts, progress)

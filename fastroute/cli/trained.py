@@ -149,7 +149,7 @@ def check_channels(data_dir: Path | None, channels: int, run: dict) -> None:
 
 
 def check_finite(network: "nn.Module", path: Path, name: str = "checkpoint") -> None:
-    """Check that all weights of a network are finite: there is nothing to show of one that has diverged.
+    """Check that all weights of a network are finite: the outputs of one that has diverged mean nothing.
 
     Args:
         network: the network.
@@ -166,7 +166,7 @@ def check_finite(network: "nn.Module", path: Path, name: str = "checkpoint") -> 
     if bad:
         raise ValueError(
             f"{name} is {path}; {len(bad)} of its {len(tensors)} tensors, such as {bad[0]}, are NaN or infinite, so "
-            "there is nothing to show: choose a checkpoint from before the run diverged"
+            "its outputs mean nothing: choose a checkpoint from before the run diverged"
         )
 
 

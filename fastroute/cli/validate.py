@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,21 +92,29 @@ def validate(context: typer.Context, options: ValidateOptions) -> None:
     """
     checkpoint, results_file = options.checkpoint, options.results_file
     with plain_errors():
+        from fastroute._files import check_writable
         from fastroute.training.distributed import is_main, process_group
 
         if checkpoint is None and options.model is None:
             raise ValueError("checkpoint is missing; name one, or a network with --model for fresh weights")
         if results_file is not None and results_file.suffix not in (".csv", ".json"):
             raise ValueError(f"results_file is {results_file}; it must end in .csv or .json")
-        if results_file is not None and not results_file.absolute().parent.is_dir():
-            raise FileNotFoundError(f"results_file is {results_file}; there is no such folder: make it first")
+        if results_file is not None:
+            check_writable(results_file, "results_file")
         with process_group():
             console = standard_output(quiet=not is_main())
             results = []
-            for path in _checkpoints(checkpoint):
-                results.append(_result(path, options, console))
-                if is_main() and results_file is not None:  # now, as the next one may fail
-                    _write(results_file, results)
+            try:
+                for path in _checkpoints(checkpoint):
+                    results.append(_result(path, options, console))
+                    if is_main() and results_file is not None:  # now, as the next one may fail
+                        _write(results_file, results)
+            finally:
+                if results:
+                    _print(results, options.gates, console)
+
+
+def _print(results: list[dict], gates: bool, console: Console) -> None:
     table = Table("checkpoint", "network", "crops")
     for column in ("top-1 error %", "top-5 error %", "images", "skipped", "images/s"):
         table.add_column(column, justify="right")
@@ -115,11 +124,11 @@ def validate(context: typer.Context, options: ValidateOptions) -> None:
     for r in results:
         numbers = (f"{r['error']:.2f}", f"{r['error5']:.2f}", f"{r['images']:,}", f"{r['skipped']:,}")
         name = escaped(Path(r["checkpoint"]).name) if r["checkpoint"] else "fresh weights"
-        if options.gates:
+        if gates:
             counts.add_row(name, escaped(r["model"]), *(str(r[key]) for key in ("gates", "never_above", "never_below")))
         table.add_row(name, escaped(r["model"]), str(r["crops"]), *numbers, f"{r['images_per_s']:,.0f}")
     console.print(table)
-    if options.gates:
+    if gates:
         console.print(counts)
 
 
@@ -212,10 +221,15 @@ def _result(path: Path | None, options: ValidateOptions, console: Console) -> di
 
 
 def _write(path: Path, results: list[dict]) -> None:
-    if path.suffix == ".json":
-        path.write_text(json.dumps(results, indent=2) + "\n")
-        return
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    from fastroute._files import text_output
+
+    with text_output(path) as file:
+        if path.suffix == ".json":  # which has no NaN, the loss of a network that has diverged
+            listed = [
+                result | {"loss": result["loss"] if math.isfinite(result["loss"]) else None} for result in results
+            ]
+            file.write(json.dumps(listed, indent=2) + "\n")
+            return
         writer = csv.DictWriter(file, results[0])
         writer.writeheader()
         writer.writerows(results)

@@ -66,7 +66,13 @@ def skewed_gates(routers: Mapping[str, RouterStatistics]) -> dict[str, int]:
         "gates": the number of gates of all routers with more than one outgoing path. "never_above": those that exceed
         1/n for no sample, with n outgoing paths. "never_below": those that fall below it for no sample. With two
         outgoing paths, the two kinds come in pairs.
+
+    Raises:
+        ValueError: gates are NaN.
     """
+    for name, router in routers.items():
+        if router.peak.isnan().any():
+            raise ValueError(f"the gates of {name} are NaN; the network has diverged: take a checkpoint from before")
     several = [router for router in routers.values() if router.peak.shape[1] > 1]
     return {
         "gates": sum(router.peak.numel() for router in several),

@@ -23,7 +23,9 @@ class RouterStatistics:
 
     samples: the number of samples.
     gates: (m, n), sums of g_ij.
-    entropy: (m,), sums of the entropy of row i, as a share of ln n, the entropy of even gates.
+    shares: (m, n), sums of g_ij over the sum of row i, which is not 1 in sparse routers with `gates="softmax"`; 0 where
+        the row is.
+    entropy: (m,), sums of the entropy of these shares of row i, as a share of ln n, the entropy of even gates.
     wins: (m, n), how often g_ij is the largest of row i.
     load: (m, n), how often g_ij is not 0: the samples that path j computes, if the router is sparse.
     peak, trough: (m, n), the largest and the smallest g_ij.
@@ -31,6 +33,7 @@ class RouterStatistics:
 
     samples: int
     gates: Tensor
+    shares: Tensor
     entropy: Tensor
     wins: Tensor
     load: Tensor
@@ -54,20 +57,23 @@ class RouterStatistics:
         if gates.dim() == 2:  # a sparse router has one incoming path
             gates = gates[:, None]
         shape, n = gates.shape[1:], gates.shape[2]
-        entropy = -torch.xlogy(gates, gates).sum(2) / math.log(n) if n > 1 else torch.ones_like(gates[..., 0])
+        shares = gates / gates.sum(2, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
+        entropy = torch.special.entr(shares).sum(2) / math.log(n) if n > 1 else torch.ones_like(gates[..., 0])
         wins = F.one_hot(gates.argmax(2), n).sum(0)
         # For no samples, the neutral elements of maximum and minimum.
         peak, trough = (gates.amax(0), gates.amin(0)) if len(gates) else (gates.new_zeros(shape), gates.new_ones(shape))
-        return cls(len(gates), gates.sum(0), entropy.sum(0), wins, (gates > 0).sum(0), peak, trough)
+        load = (gates > 0).sum(0)
+        return cls(len(gates), gates.sum(0), shares.sum(0), entropy.sum(0), wins, load, peak, trough)
 
     def __add__(self, other: "RouterStatistics") -> "RouterStatistics":
-        sums = (getattr(self, name) + getattr(other, name) for name in ("samples", "gates", "entropy", "wins", "load"))
+        summed = ("samples", "gates", "shares", "entropy", "wins", "load")
+        sums = (getattr(self, name) + getattr(other, name) for name in summed)
         return RouterStatistics(*sums, torch.maximum(self.peak, other.peak), torch.minimum(self.trough, other.trough))
 
     def cpu(self) -> "RouterStatistics":
         """Return the statistics in float64 on the CPU."""
-        tensors = (t.double().cpu() for t in (self.gates, self.entropy, self.wins, self.load, self.peak, self.trough))
-        return RouterStatistics(self.samples, *tensors)
+        tensors = (self.gates, self.shares, self.entropy, self.wins, self.load, self.peak, self.trough)
+        return RouterStatistics(self.samples, *(t.double().cpu() for t in tensors))
 
     @property
     def mean_gates(self) -> Tensor:
@@ -91,8 +97,11 @@ class RouterStatistics:
 
     @property
     def used_paths(self) -> Tensor:
-        """(m,): exp H(E g_i), the effective number of outgoing paths that path i feeds: 1 to n."""
-        return torch.special.entr(self.mean_gates).sum(1).exp()
+        """(m,): exp H(E g_i), the effective number of outgoing paths that path i feeds: 1 to n.
+
+        Gates that do not sum to 1 count by their shares of the sum.
+        """
+        return torch.special.entr(self.shares / self._routed[:, None]).sum(1).exp()
 
     @property
     def effective_clusters(self) -> Tensor:
@@ -101,7 +110,12 @@ class RouterStatistics:
         The exponent is the mutual information of the sample and the outgoing path. Gates that are the same for every
         sample give one cluster, however even they are; one-hot gates give as many as the paths they use.
         """
-        return self.used_paths / (self.mean_entropy * math.log(self.gates.shape[1])).exp()
+        return self.used_paths / (self.entropy / self._routed * math.log(self.gates.shape[1])).exp()
+
+    @property
+    def _routed(self) -> Tensor:
+        """(m,): the number of samples with a gate above 0, which a sparse router with a capacity may drop."""
+        return self.shares.sum(1)
 
     @property
     def never_above(self) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastroute._errors import in_a_line
 from fastroute._extras import extra
-from fastroute._files import digest_path
+from fastroute._files import check_writable, digest_path
 from fastroute._version import __version__
 from fastroute.inference.predictor import Predictor
 from fastroute.nn.router import without_temperatures
@@ -59,10 +59,7 @@ def export(
             "checkpoint"
         )
     output = Path(output)
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"output is {output}; there is no such folder: make it first")
-    if not os.access(output.parent, os.W_OK):
-        raise PermissionError(f"output is {output}; this user cannot write into its folder")
+    check_writable(output, "output")
     try:
         return _export(predictor, predictor.model.cpu().eval(), to, output, dynamic_batch)
     finally:

@@ -81,7 +81,8 @@ class RoutingData:
         `count`, those evenly spaced in depth are taken; if there are fewer, the next best gates of each vector follow.
         """
         ranks: list[list[Gate]] = []
-        for name, gates in self.gates.items():
+        choosing = {name: gates for name, gates in self.gates.items() if gates.shape[2] > 1}  # others' gates are 1
+        for name, gates in (choosing or self.gates).items():
             for i, spread in enumerate(gates.std(0, correction=0)):
                 for rank, j in enumerate(spread.argsort(descending=True, stable=True).tolist()):
                     ranks += [[]] * (rank == len(ranks))
@@ -232,7 +233,7 @@ def parallel_layers(model: nn.Module) -> dict[str, ParallelPaths]:
 
 
 def parallel_weights(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Return the weights of each convolution and dense layer that all paths have.
+    """Return the weights of each convolution and dense layer that all paths have, by the same name and of one shape.
 
     Args:
         model: a network with `ParallelPaths`.
@@ -242,9 +243,10 @@ def parallel_weights(model: nn.Module) -> dict[str, list[Tensor]]:
     """
     weights = {}
     for layer, paths in parallel_layers(model).items():
-        for name, first in paths[0].named_parameters():
-            if first.dim() > 1:
-                own = [path.get_parameter(name) for path in paths]
+        parameters = [dict(path.named_parameters()) for path in paths]
+        for name, first in parameters[0].items():
+            own = [path.get(name) for path in parameters]
+            if first.dim() > 1 and all(w is not None and w.shape == first.shape for w in own):
                 weights[f"{layer} {name.removesuffix('weight').rstrip('.')}".rstrip()] = [
                     w.detach().float().flatten().cpu() for w in own
                 ]
@@ -293,8 +295,10 @@ def path_similarity(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
         for name, layer in parallel_layers(model).items():
 
             def add(module, args, outputs, name=name):
-                grams = [x.flatten(1).float() for x in outputs]
-                grams = torch.stack([x @ x.T for x in grams]).double().cpu()
+                features = [x.flatten(1).float() for x in outputs]
+                # HSIC does not depend on the mean, which may be many times larger than what differs between images.
+                features = [x - x.mean(0) for x in features]
+                grams = torch.stack([x @ x.T for x in features]).double().cpu()
                 hsic[name] = hsic.get(name, 0) + _hsic(grams)
                 least[name] = least.get(name, 0) + 1e-12 * grams.diagonal(dim1=1, dim2=2).mean(1).square()
 

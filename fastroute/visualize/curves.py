@@ -62,7 +62,7 @@ def learning_curves(summaries: Mapping[str, Path]) -> Figure:
             points = [(int(row.get("epoch", 1)), float(row[column])) for row in rows if row.get(column)]
             text = f"{legible(name)} {column}" if len(summaries) > 1 else column
             colour = PALETTE[(k if len(summaries) > 1 else shown) % len(PALETTE)]
-            axes.plot(*zip(*points, strict=True), line, color=colour, label=text, marker=".")
+            axes.plot([x for x, _ in points], [y for _, y in points], line, color=colour, label=text, marker=".")
             axes.set_ylabel(_CURVES[column])
     axes.set(xlabel="epoch")
     axes.set_ylim(bottom=0)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from fastroute._files import check_writable
 from fastroute.visualize.collect import Layer, short
 from fastroute.visualize.style import INK, PAPER, save, thumbnail
 
@@ -64,6 +65,7 @@ class Report:
     def __post_init__(self):
         self.folder = Path(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        check_writable(self.folder / "report.html", "output")
 
     def section(self, title: str, text: str, **content) -> None:
         """Begin a section.

@@ -100,7 +100,8 @@ def routing_report(
         "Routing flow",
         "Each router is two rows of nodes: the parallel tensors that enter it and those that leave it. The redder a "
         "node, the larger its tensor's share of the mean magnitude of all; the wider and bluer an edge, the stronger "
-        "the gate. The gate g_ij is the share of incoming path i that goes to outgoing path j; over j they sum to 1. "
+        "the gate. The gate g_ij is the share of incoming path i that goes to outgoing path j; over j they sum to 1, "
+        'and to less in sparse routers with gates="softmax". '
         + (
             "An arrow points from the class of an image to the one that the network took it for, where that is wrong."
             if chosen is None
@@ -205,8 +206,9 @@ def verdict(data: RoutingData, similarity: Mapping[str, Tensor]) -> str:
         alike = _between_paths(cka)
         state = "have collapsed" if alike > COLLAPSED else "have not collapsed"
         sentences.append(f"The paths {state}: the CKA between their features in {name} is {alike:.2f}.")
-    last = list(data.gates)[-1]
-    gates = [gate for gate in routing.one_per_vector(data, len(data.gates) * MOST_PATHS) if gate.router == last]
+    gates = routing.one_per_vector(data, len(data.gates) * MOST_PATHS)
+    last = gates[-1].router
+    gates = [gate for gate in gates if gate.router == last]
     values = [data.values(gate) for gate in gates]
     if max(value.std().item() for value in values) < EVEN:
         return " ".join([*sentences, f"The last router, {short(last)}, gives nearly the same gates to all images."])
@@ -351,13 +353,14 @@ def clustering_report(
     size = images.at(torch.tensor([0])).shape[1:]
     options = {"mean": images.mean, "std": images.std}
     nodes = list(range(min(10, responses.shape[1])))
+    which = "cluster" if len(nodes) == responses.shape[1] else f"of the first {len(nodes)} clusters"
     top = {
         f"{k}: {legible(names[k], 10)}".removesuffix(": "): images.at(responses[:, k].topk(EXTREMES).indices)
         for k in nodes
     }
     report.section(
         "Clusters",
-        f"The {EXTREMES} images with the highest relevance score of each cluster, which is named by the class that "
+        f"The {EXTREMES} images with the highest relevance score of each {which}, which is named by the class that "
         "most of its images have, and at the right an image made to maximise it, unless it stayed flat.",
         table=[
             {

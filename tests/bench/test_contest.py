@@ -94,12 +94,12 @@ class FakeCuda:
 
     def Event(self, enable_timing):
         event = SimpleNamespace(at=None, synchronize=lambda: None)
-        event.record = lambda: setattr(event, "at", self.now)
+        event.record = lambda stream: setattr(event, "at", stream.device and self.now)
         event.elapsed_time = lambda end: 1e3 * (end.at - event.at)
         return event
 
     def Stream(self, device):
-        return SimpleNamespace(wait_stream=lambda other: None)
+        return SimpleNamespace(device=device, wait_stream=lambda other: None)
 
     def stream(self, stream):
         return contextlib.nullcontext()
@@ -119,8 +119,8 @@ class FakeCuda:
         return graph
 
     @contextlib.contextmanager
-    def graph(self, graph, pool):
-        assert pool == "pool"
+    def graph(self, graph, pool, stream):
+        assert pool == "pool" and stream.device == torch.device("cpu")  # not the current one, which may be another
         self.capturing = graph.kernels
         try:
             yield

@@ -94,6 +94,20 @@ def test_comparison_takes_the_machines_drift_out(make_result):
         report.compare(old, new)
 
 
+def test_the_machines_drift_is_that_of_other_code():
+    def row(size, suite="overhead", **ms):
+        return Row(suite, {"shape": size}, ms)
+
+    old = Result({}, {}, None, {"rounds": 3, "failures": []}, [row(8, fastroute=2.0, kernel=2.0, eager=3.0)])
+    new = Result({}, {}, None, {"rounds": 5, "failures": ["x"]}, [row(8, fastroute=1.0, kernel=1.0, eager=3.0)])
+    for result in (old, new):
+        result.rows += [row(8, "operators", fastroute=1.0), row(9, fastroute=1.0, **{"no routing": 1.0})]
+    text = report.compare(old, new)
+    assert cells(text, "8")[3:] == ["2.00", "1.00", "2.00"]  # the kernel is ours, too
+    assert "The results differ in:\nrounds: 3 before, 5 now\n\noverhead" in text
+    assert text.count("overhead\n") == 1 and cells(text, "geometric mean")[-1] == "1.41"  # of cases in any order
+
+
 def test_speed_section_is_written_between_its_marks(tmp_path, make_result):
     page, result = tmp_path / "docs" / "page.md", tmp_path / "results" / "a.json"
     make_result().save(result)
@@ -168,6 +182,13 @@ def test_steps_section():
     assert "- compiled, forward: 1.73, the least 1.50\n" in text and "- eager, forward: 0.77, the least 0.50\n" in text
 
 
+def test_steps_of_a_gpu_have_no_threads(make_result):
+    result = make_result()
+    result.rows[2].ms["fastroute compiled"] = 20.0
+    del result.machine["threads"]
+    assert report.steps_section(result, "a.json").startswith("On A Processor (AVX2, torch 2.11), ")
+
+
 @pytest.mark.parametrize("topic", report.SECTIONS)
 def test_the_documentation_agrees_with_its_result(topic):
     assert report.rewrite_page(PAGE, report.page_result(PAGE, topic), topic) == PAGE.read_text()
@@ -184,3 +205,11 @@ def test_figures_are_drawn_where_there_are_figures(tmp_path, make_result):
     assert [path.name for path in draw(result, tmp_path, "b")] == ["b_steps.svg"]
     result.rows[0].labels["network"] = "resnet18_cc2"  # with two paths alone, no figure by number of paths
     assert draw(result, tmp_path, "c") == []
+
+
+def test_figures_without_a_peer_that_was_left_out(tmp_path, make_result):
+    result = make_result()
+    for row in result.rows[:2]:
+        row.saved_bytes["compile"] = 2**20
+    del result.rows[1].ms["compile"], result.rows[1].saved_bytes["compile"]
+    assert "compile: cross_connect" in draw(result, tmp_path, "a")[2].read_text()

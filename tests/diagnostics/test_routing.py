@@ -112,3 +112,9 @@ def test_share_is_that_of_the_routing_operators():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert routing_share(cifar_resnet(8), batch, steps=2) == 0
     assert routing_share(OnlyRouting(), batch, steps=2) > 0.2
+
+
+def test_gates_that_are_nan_are_not_counted():
+    gates = torch.full((3, 1, 2), float("nan"))
+    with pytest.raises(ValueError, match="the gates of a are NaN; the network has diverged"):
+        skewed_gates({"a": RouterStatistics.of(Routing(gates, gates)).cpu()})

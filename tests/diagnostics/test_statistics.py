@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fastroute.diagnostics.statistics import RouterStatistics, needed_paths
 from fastroute.nn import Routing
+from fastroute.nn.sparse import SparseRouting
 
 # Of 240 samples and 4 outgoing paths: gates (N, 4), and what they use, tell apart and need.
 CASES = {
@@ -33,6 +34,17 @@ def test_used_paths_clusters_and_needed_paths(case):
     torch.testing.assert_close(statistics.used_paths, torch.tensor([used, 4.0]).double(), rtol=1e-3, atol=0)
     torch.testing.assert_close(statistics.effective_clusters, torch.tensor([clusters, 4.0]).double(), rtol=1e-3, atol=0)
     torch.testing.assert_close(needed_paths(gates), torch.tensor([needed, 4.0]).double(), rtol=1e-3, atol=0)
+
+
+def test_gates_of_sparse_routers_that_do_not_sum_to_1_count_by_their_shares():
+    chosen = F.one_hot(torch.arange(240) % 4, 4)
+    gates = chosen * torch.linspace(0.3, 0.9, 240)[:, None]  # as of gates="softmax"
+    gates[:8] = 0  # dropped by a capacity
+    parts = [RouterStatistics.of(SparseRouting(part, part, None, None)).cpu() for part in gates.split(100)]
+    found = parts[0] + parts[1] + parts[2]
+    assert found.used_paths.item() == pytest.approx(4) and found.effective_clusters.item() == pytest.approx(4)
+    assert found.mean_entropy.item() == pytest.approx(0, abs=1e-6)
+    torch.testing.assert_close(found.mean_gates, gates.mean(0, keepdim=True).double(), rtol=1e-5, atol=0)
 
 
 def test_no_samples_leave_the_statistics_of_others_as_they_are():

@@ -1,9 +1,12 @@
 import csv
 import io
 import json
+import os
 import re
+import shutil
 import sys
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from fastroute.cli import app
+from fastroute.cli.common import plain_errors
+from fastroute.cli.predict import _write_csv
 from fastroute.data import ImageDataModule
 from fastroute.models import create_model, register_model, registry
 from fastroute.models.layers import Network, pool_and_classify
@@ -100,6 +105,7 @@ def test_unreadable_images_are_named_counted_and_left_out(checkpoint, images, tm
         (["."], "paths has .*; there are no images in this folder"),
         (["*.nothing"], r"paths has \*\.nothing; no file matches it"),
         (["x.png", "--output", "none/x.csv"], "output is none/x.csv; there is no such folder: make it first"),
+        (["x.png", "--output", "/"], "output is /; it is a folder: name a file"),
         (["x.png", "--device", "tpu"], "device is 'tpu'"),
         (["x.png", "--model", "a.b:c"], "leave model out"),
     ],
@@ -276,3 +282,53 @@ def test_wrong_networks_end_in_a_sentence(arguments, message, tmp_path, monkeypa
     result = run("train", *arguments, "--epochs", 1, "--output", tmp_path / "runs")
     assert result.exit_code == 2 and "Traceback" not in result.output, result.output
     assert message in result.output, result.output
+
+
+def test_a_network_that_has_diverged_is_refused(checkpoint, images, tmp_path):
+    saved = torch.load(checkpoint, weights_only=True)
+    for name, value in saved["state_dict"].items():
+        if value.is_floating_point():
+            saved["state_dict"][name] = torch.full_like(value, float("nan"))
+    torch.save(saved, tmp_path / "nan.ckpt")
+    result = run("predict", tmp_path / "nan.ckpt", images / "val", "--format", "json")
+    assert result.exit_code == 2 and "are NaN or infinite" in result.output and result.stdout == ""
+    result = run("validate", tmp_path / "nan.ckpt", "--results-file", tmp_path / "nan.json", "-j", 1)
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads((tmp_path / "nan.json").read_text(), parse_constant=lambda text: pytest.fail(text))
+    assert found["loss"] is None
+    result = run("validate", tmp_path / "nan.ckpt", "--gates", "-j", 1)
+    assert result.exit_code == 2 and "are NaN; the network has diverged" in result.output
+
+
+def test_results_before_an_error_are_printed(checkpoint, tmp_path):
+    shutil.copy(checkpoint, tmp_path / "a.ckpt")
+    (tmp_path / "b.ckpt").write_bytes(b"no checkpoint")
+    (tmp_path / "r.csv").write_text("of an earlier run")
+    result = run("validate", tmp_path, "--results-file", tmp_path / "r.csv", "-j", 1)
+    assert result.exit_code == 2 and "b.ckpt" in result.output and re.search(r"a\.ckpt.*tiny_cc2", result.output)
+    assert (tmp_path / "r.csv").read_text().startswith("checkpoint,model")
+
+
+def test_output_replaces_a_file_and_goes_into_a_pipe(checkpoint, images, tmp_path):
+    image = images / "val" / "ant" / "0.png"
+    (tmp_path / "real.csv").write_text("earlier")
+    (tmp_path / "link.csv").symlink_to("real.csv")
+    assert run("predict", checkpoint, image, "--format", "csv", "--output", tmp_path / "link.csv").exit_code == 0
+    assert (tmp_path / "link.csv").is_symlink() and str(image) in (tmp_path / "real.csv").read_text()
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as threads:
+        read = threads.submit((tmp_path / "pipe").read_text)
+        assert run("predict", checkpoint, image, "--format", "csv", "--output", tmp_path / "pipe").exit_code == 0
+        assert read.result(10) == (tmp_path / "real.csv").read_text()
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    with pytest.raises(BrokenPipeError), plain_errors():
+        raise BrokenPipeError
+
+
+def test_names_of_gates_are_unique(capsys):
+    rows = [{"path": "x", "top": [("a", 1.0)], "gates": {"r": [[0.0] * 11] * 11, "s": [[0.5, 0.5]]}}]
+    _write_csv(rows, sys.stdout)
+    header = capsys.readouterr().out.splitlines()[0].split(",")
+    assert len(set(header)) == len(header) and {"r_g1_11", "r_g11_1", "s_g12"} <= set(header)

@@ -165,3 +165,34 @@ def test_weights_of_parallel_paths(model):
     for first, second in weights.values():
         assert weight_distance(first, second) < 1e-6  # fresh paths have the same weights, in another order
     assert parallel_weights(models.create_model("resnet20")) == {}
+
+
+def test_gates_without_a_choice_are_not_among_the_widest():
+    gates = torch.rand(4, 2, 2)
+    data = RoutingData({"a": gates, "last": torch.ones(4, 2, 1)}, torch.zeros(4), torch.zeros(4, 3))
+    assert {gate.router for gate in data.widest(8)} == {"a"}
+    assert len(RoutingData({"last": torch.ones(4, 2, 1)}, torch.zeros(4), torch.zeros(4, 3)).widest(8)) == 2
+
+
+def test_weights_are_those_that_all_paths_have_alike():
+    def path(size, *more):
+        return nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, size, padding="same"), *more)
+
+    found = parallel_weights(nn.Sequential(ParallelPaths([path(3, nn.Conv2d(4, 4, 1)), path(5)])))
+    assert list(found) == ["0 0"] and len(found["0 0"]) == 2
+
+
+def test_similarity_does_not_depend_on_the_mean():
+    class Far(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.paths = ParallelPaths([nn.Conv2d(3, 8, 1) for _ in range(2)])
+            for path in self.paths:
+                nn.init.constant_(path.bias, 3000.0)
+
+        def forward(self, x):
+            return sum(self.paths([x, x]))
+
+    (cka,) = path_similarity(Far(), batches(32)).values()
+    torch.testing.assert_close(cka.diagonal(), torch.ones(2), rtol=1e-3, atol=0)
+    assert cka[0, 1] > 0.5
