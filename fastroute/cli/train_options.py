@@ -154,7 +154,9 @@ class TrainOptions(NetworkOptions):
         Literal["sgd", "nesterov", "rmsprop", "adam", "adamw"],
         option(help="Optimiser; sgd has plain momentum, nesterov Nesterov's.", panel=OPTIMISER),
     ] = "sgd"
-    momentum: Annotated[float, real_option(help="Momentum of sgd, nesterov and rmsprop.", panel=OPTIMISER)] = 0.9
+    momentum: Annotated[
+        float, real_option(help="Momentum of sgd, nesterov and rmsprop; onecycle sets its own.", panel=OPTIMISER)
+    ] = 0.9
     weight_decay: Annotated[float, real_option(help="Weight decay.", panel=OPTIMISER)] = 5e-4
     norm_weight_decay: Annotated[
         float | None,
@@ -164,7 +166,7 @@ class TrainOptions(NetworkOptions):
         bool,
         option(
             "--filter-bias-and-bn/--no-filter-bias-and-bn",
-            help="No weight decay of biases and normalisation layers, as in timm.",
+            help="No weight decay of biases, normalisation layers and timm's no_weight_decay().",
             panel=OPTIMISER,
         ),
     ] = False

@@ -124,9 +124,16 @@ def choose(data_dir: Path, dataset: str | None = None, *, any_split: bool = Fals
 
 
 def split_folders(data_dir: Path) -> bool:
-    """Return whether `train/` holds class folders, not images or shards."""
+    """Return whether `train/` holds class folders, not shards, and is no class itself.
+
+    It may be a class if it also holds images itself, unless all other folders of images are splits as well.
+    """
     train = data_dir / "train"
-    return train.is_dir() and any(has_images(train / name) for name in _folders(train))
+    if not train.is_dir() or not any(has_images(train / name) for name in folders(train)):
+        return False
+    return not _holds_images(train) or SPLITS.issuperset(
+        name for name in folders(data_dir) if has_images(data_dir / name)
+    )
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -134,34 +141,41 @@ def class_folders(folder: Path) -> list[str]:
 
     A folder that also holds images itself, or only folders named as splits, has no class folders.
     """
-    folders = _folders(folder)
-    return [] if SPLITS.issuperset(folders) else [name for name in folders if has_images(folder / name)]
+    names = folders(folder)
+    if _holds_images(folder) or SPLITS.issuperset(names):
+        return []
+    return [name for name in names if has_images(folder / name)]
 
 
-def _folders(folder: Path) -> list[str]:
-    """Return the sorted names of the folders in a folder, or none if it also holds images itself."""
-    folders = []
+def folders(folder: Path) -> list[str]:
+    """Return the sorted names of the folders in a folder, without the hidden ones."""
     with os.scandir(folder) as entries:
-        for entry in entries:
-            if hidden(entry.name):
-                continue
-            if entry.is_dir():
-                folders.append(entry.name)
-            elif entry.name.lower().endswith(IMG_EXTENSIONS):
-                return []
-    return sorted(folders)
+        return sorted(entry.name for entry in entries if not hidden(entry.name) and entry.is_dir())
+
+
+def _holds_images(folder: Path) -> bool:
+    """Return whether a folder holds images itself."""
+    with os.scandir(folder) as entries:
+        return any(
+            entry.name.lower().endswith(IMG_EXTENSIONS) and not hidden(entry.name) and not entry.is_dir()
+            for entry in entries
+        )
 
 
 def has_images(folder: Path) -> bool:
-    """Return whether there is an image among the first `MAX_ENTRIES` entries in or below a folder."""
-    waiting, left = [str(folder)], MAX_ENTRIES
+    """Return whether there is an image among the first `MAX_ENTRIES` entries in or below a folder, also by links."""
+    waiting, left, seen = [str(folder)], MAX_ENTRIES, set()
     while waiting and left > 0:
-        with os.scandir(waiting.pop()) as entries:
+        place = waiting.pop()
+        if (real := os.path.realpath(place)) in seen:  # a link to a folder above
+            continue
+        seen.add(real)
+        with os.scandir(place) as entries:
             for entry in itertools.islice(entries, left):
                 left -= 1
                 if hidden(entry.name):
                     continue
-                if entry.is_dir(follow_symlinks=False):
+                if entry.is_dir():
                     waiting.append(entry.path)
                 elif entry.name.lower().endswith(IMG_EXTENSIONS):
                     return True

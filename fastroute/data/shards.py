@@ -151,8 +151,12 @@ def _label_in(file: int, member: Member, suffix: str) -> int | str | None:
         fields = json.loads(text)
     except (ValueError, RecursionError):
         raise ValueError(f"{name} is no JSON") from None
-    keys = [key for key in LABEL_KEYS if key in fields] if isinstance(fields, dict) else []
-    return _class(str(fields[keys[0]]), name) if keys else None
+    labels = [fields[key] for key in LABEL_KEYS if fields.get(key) is not None] if isinstance(fields, dict) else []
+    if not labels:
+        return None
+    if isinstance(labels[0], bool) or not isinstance(labels[0], str | int | float):
+        raise ValueError(f"{name} says class {shown(json.dumps(labels[0])[:50])}; it must be a number or a name")
+    return _class(str(labels[0]), name)
 
 
 def _class(text: str, name: str) -> int | str:

@@ -22,7 +22,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from fastroute.data.class_names import check_classes, first_of, numbers_of, warn_of_empty, warn_of_sorted
 from fastroute.data.decode import UnreadableImage, check_size, decode_image, named
 from fastroute.data.folders import LeftOut, images_below, is_folder, warn_of
-from fastroute.data.layout import SPLITS, all_shards, expanded, hidden, shards_of, split_folders
+from fastroute.data.layout import SPLITS, all_shards, expanded, folders, hidden, shards_of, split_folders
 from fastroute.data.seeding import generator
 from fastroute.data.shards import BY_FOLDER, input_keys, shard_images
 from fastroute.data.tar import open_regular, shown, some
@@ -291,13 +291,30 @@ def folder_sources(data_dir: Path, reading: Reading | None = None) -> dict[str, 
             )
     try:
         if reading.val_split:
-            source = FolderSource(data_dir / "train" if split_folders(data_dir) else data_dir, *options)
-            return _split(source, data_dir, reading)
+            return _split(FolderSource(_to_split(data_dir), *options), data_dir, reading)
         sources = {split: FolderSource(data_dir / split, *options) for split in splits}
     except FileNotFoundError as error:
         raise FileNotFoundError(f"data_dir is {data_dir}; {error}") from None
     check_classes(data_dir, sources)
     return sources
+
+
+def _to_split(data_dir: Path) -> Path:
+    """Return the folder whose images `val_split` splits: `train/`, or all.
+
+    Raises:
+        FileNotFoundError: there is no `train/` with class folders, and the folders are those of other splits.
+    """
+    if split_folders(data_dir):
+        return data_dir / "train"
+    names = folders(data_dir)
+    if names and SPLITS.issuperset(names):
+        raise FileNotFoundError(
+            f"it holds {some([f'{name}/' for name in names])}, which are no classes, and no train/ with a folder of "
+            f"images for each class, which val_split would split: name the folder to split, such as "
+            f"{shown(data_dir / names[-1])}"
+        )
+    return data_dir
 
 
 def tar_sources(data_dir: Path, reading: Reading | None = None) -> dict[str, TarSource]:

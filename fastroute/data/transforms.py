@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms import functional as TF
 from torchvision.transforms import v2
 
@@ -18,12 +18,21 @@ SCALES = {"rrc": (0.08, 1.0), "rkrc": (0.8, 1.0), "rkrr": (0.8, 1.0), "random": 
 RATIOS = {"rrc": (3 / 4, 4 / 3), "rkrc": (0.9, 1 / 0.9), "rkrr": (0.9, 1 / 0.9), "random": (1.0, 1.0)}
 """The default ranges of area and aspect ratio for each mode; timm's, if timm has the mode."""
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
+
+
+class AugMix(v2.AugMix):
+    """torchvision's, with all numbers drawn on the CPU, whose generator the loaders seed."""
+
+    def _sample_dirichlet(self, params: Tensor) -> Tensor:
+        return super()._sample_dirichlet(params.cpu()).to(params.device)
+
+
 POLICIES = {
     "imagenet": lambda: v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET),
     "cifar10": lambda: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
     "svhn": lambda: v2.AutoAugment(v2.AutoAugmentPolicy.SVHN),
     "trivial": v2.TrivialAugmentWide,
-    "augmix": v2.AugMix,
+    "augmix": AugMix,
 }
 MAX_MAGNITUDE, MAX_OPERATIONS = 30, 16
 """The limits of RandAugment: torchvision's largest magnitude, and a bound on the time of an image."""
@@ -34,7 +43,7 @@ def policy(aa: str) -> v2.Transform:
 
     Args:
         aa: "imagenet", "cifar10" or "svhn", of AutoAugment; "trivial"; "augmix"; or RandAugment as "rand-m9-n2", of
-            magnitude m (0 to 30, 9 by default) and n operations (1 to 16, 2 by default).
+            magnitude m (0 to 30, 9 by default) and n operations (1 to 16, 2 by default), all of which are applied.
 
     Raises:
         ValueError: there is no augmentation of that name.

@@ -213,11 +213,15 @@ class RoutingClassifier(pl.LightningModule):
                 varying=getattr(trainer.datamodule, "varying", False),
                 model=self.model,
             )
-            if hasattr(trainer.datamodule, "deferred"):
-                trainer.datamodule.deferred = True
+        if hasattr(self.trainer.datamodule, "deferred"):
+            self.trainer.datamodule.deferred = self.hparams.cuda_graphs and stage == "fit"
         classes = getattr(self.trainer.datamodule, "num_classes", None) or 0  # other data modules may lack it
         if self.named and classes > self.hparams.num_classes:
             raise ValueError(f"num_classes is {self.hparams.num_classes}; the data have {classes} classes")
+
+    def teardown(self, stage: str) -> None:
+        if hasattr(self.trainer.datamodule, "deferred"):
+            self.trainer.datamodule.deferred = False  # other loops take batches
 
     def forward(self, images: Tensor, **options):
         """Return what the network returns for images (N, C, H, W): logits (N, num_classes), by default.

@@ -56,7 +56,8 @@ def parameter_groups(
         norm_weight_decay: of normalisation layers; None is `weight_decay`.
         gate_lr_mult: the gates' learning rate, as a multiple of `lr`.
         gate_wd: the gates' weight decay; None is `weight_decay`.
-        filter_bias_and_bn: whether biases, other vectors and normalisation layers have no weight decay, as in timm.
+        filter_bias_and_bn: whether biases, other vectors, normalisation layers and what the network names in
+            `no_weight_decay()`, such as position embeddings, have no weight decay, as in timm.
         layer_decay: the learning rate of each layer, as a share of that of the layer after it; see `layers`.
 
     Returns:
@@ -71,11 +72,13 @@ def parameter_groups(
     if filter_bias_and_bn:
         decays |= {"biases": 0.0, "gate_biases": 0.0, "norms": norm_weight_decay or 0.0}
     found = {name: {} for name in ("others", "biases", "norms", "gates", "gate_biases")}
+    exempt = _without_decay(model) if filter_bias_and_bn else set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
             bias = filter_bias_and_bn and (parameter.dim() <= 1 or name.startswith(("bias", "b1", "b2")))
+            bias |= id(parameter) in exempt
             if id(parameter) in gates:
                 kind = "gate_biases" if bias else "gates"
             elif isinstance(module, NORMS):
@@ -94,6 +97,16 @@ def parameter_groups(
         for kind, by_level in found.items()
         for level, parameters in sorted(by_level.items())
     ]
+
+
+def _without_decay(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that networks of timm name in `no_weight_decay()`."""
+    exempt = set()
+    for module in model.modules():
+        if callable(names := getattr(module, "no_weight_decay", None)):
+            own = dict(module.named_parameters())
+            exempt |= {id(own[name]) for name in names() if name in own}
+    return exempt
 
 
 def learning_rate(optimizer: torch.optim.Optimizer) -> float:
@@ -200,7 +213,8 @@ def scheduler(
         optimizer: the optimiser; its groups have the learning rates at the start of the decay, or at the top of the
             cycle.
         sched: "step", "multistep" and "cosine" as in `decay`; "onecycle" raises the rate over `warmup_epochs`, or the
-            first 30 % of the steps, and lowers it to nearly zero over the rest, the momentum going the other way.
+            first 30 % of the steps, and lowers it to nearly zero over the rest, the momentum going the other way, from
+            0.95 to 0.85 and back, whatever it was.
         epochs: of the whole run.
         steps: of the whole run.
         warmup_epochs: epochs over which the rate rises linearly from `warmup_lr`, to follow `sched` from then on.
@@ -221,6 +235,8 @@ def scheduler(
     if sched == "onecycle":
         check_warmup(sched, warmup_epochs, epochs)
         rising = warmup_epochs / epochs if warmup_epochs else 0.3
+        if rising * steps == 1:  # PyTorch divides by the steps that follow the first one
+            rising = math.nextafter(rising, 1)
         falling = {"final_div_factor": 1 / (25 * least)} if least else {}  # the cycle begins at 1/25 of the top
         return OneCycleLR(optimizer, rates, total_steps=steps, pct_start=rising, **falling)
     milestones = decay_milestones or (0.4 * epochs, 0.75 * epochs)

@@ -3,6 +3,7 @@ processes, and batch norm across processes."""
 
 import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -40,6 +41,9 @@ class StepSeed(pl.Callback):
 class MovingAverage(WeightAveraging):
     """Lightning's moving average of weights and buffers, on the run's device, and recordable in a CUDA graph.
 
+    Buffers of integers and buffers with infinities, such as the masks of attention, are copied: their average would be
+    rounded down, or NaN.
+
     Args:
         decay: the share that the average keeps of itself at each step.
     """
@@ -51,6 +55,7 @@ class MovingAverage(WeightAveraging):
         # Lightning would take the network's device, which is still the CPU.
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
+        self._copied = [not (t.is_floating_point() and bool(t.isfinite().all())) for t in _tensors(pl_module)]
 
     @property
     def average_network(self) -> nn.Module:
@@ -62,13 +67,13 @@ class MovingAverage(WeightAveraging):
 
         Reading it would make the host wait for the device, which a CUDA graph cannot record.
         """
-        averages = self._average_model
-        pairs = zip(*(itertools.chain(m.parameters(), m.buffers()) for m in (averages.module, pl_module)), strict=True)
-        floats, others = [], []
-        for average, value in pairs:
-            (floats if average.is_floating_point() else others).append((average.detach(), value.detach()))
-        for group in filter(None, (floats, others)):
-            averages.multi_avg_fn(*map(list, zip(*group, strict=True)), averages.n_averaged)
+        averages, groups = self._average_model, {False: [], True: []}
+        for *pair, copied in zip(_tensors(averages.module), _tensors(pl_module), self._copied, strict=True):
+            groups[copied].append([tensor.detach() for tensor in pair])
+        if averaged := list(map(list, zip(*groups[False], strict=True))):
+            averages.multi_avg_fn(*averaged, averages.n_averaged)
+        if copied := list(map(list, zip(*groups[True], strict=True))):
+            torch._foreach_copy_(*copied)
         averages.n_averaged += 1
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
@@ -78,10 +83,17 @@ class MovingAverage(WeightAveraging):
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
-        if getattr(pl_module, "replayed", None) is None:
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        else:
-            self._latest_update_step = trainer.global_step
+        replayed = getattr(pl_module, "replayed", None) is not None  # the graph has updated the average
+        if not replayed and trainer.global_step > self._latest_update_step:
+            if self._average_model.n_averaged == 0:
+                self._average_model.update_parameters(pl_module)  # copies all
+            else:
+                self.average(pl_module)
+        self._latest_update_step = trainer.global_step
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())
 
 
 class NonFiniteStop(pl.Callback):

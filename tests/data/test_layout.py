@@ -61,6 +61,26 @@ def test_data_without_validation_images(tmp_path):
     assert choose(classes, any_split=True).what == "2 folders of images"
 
 
+def test_an_image_beside_class_folders_does_not_make_train_a_class(tmp_path):
+    touched(tmp_path, *SPLIT, "train/cover.jpg")
+    assert choose(tmp_path).what == "class folders under train/ and val/"
+    touched(tmp_path, "bus/0.png")  # a train is a class here, of images in and below its folder
+    assert not layout.split_folders(tmp_path)
+
+
+def test_images_may_lie_behind_links(tmp_path):
+    touched(tmp_path / "elsewhere", "batch/0.png")
+    for split in ("train", "val"):
+        for name in ("ant", "bee"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            (tmp_path / "data" / split / name / "batch").symlink_to(tmp_path / "elsewhere" / "batch")
+    (tmp_path / "data" / "val" / "ant" / "loop").symlink_to(tmp_path / "data" / "val")
+    assert choose(tmp_path / "data").what == "class folders under train/ and val/"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "loop").symlink_to(tmp_path / "empty")
+    assert not layout.has_images(tmp_path / "empty")
+
+
 @pytest.mark.parametrize(
     "names, held",
     [

@@ -231,7 +231,7 @@ def test_json_or_text_files_give_the_class(tmp_path):
     for suffix, texts in (
         ("cls", [b"owl\n", b"cat"]),
         ("txt", [b"owl", b"cat"]),
-        ("json", [b'{"cls": "owl"}', b'{"cls": "cat"}']),
+        ("json", [b'{"cls": "owl"}', b'{"label": null, "cls": "cat"}']),
     ):
         source = TarSource([packed(tmp_path / "b.tar", *pairs(suffix, texts))])
         assert source.classes == ["cat", "owl"] and source.labels.tolist() == [1, 0]
@@ -245,11 +245,14 @@ def test_json_or_text_files_give_the_class(tmp_path):
         (b"[" * 100_000, "0.json is no JSON"),
         (b"{", "0.json is no JSON"),
         (b'{"label": ' + b"9" * 5000 + b"}", "0.json is no JSON"),
+        (b'{"label": [1]}', r"0.json says class \[1\]; it must be a number or a name"),
+        (b'{"label": true}', "0.json says class true; it must be a number or a name"),
+        (b'{"label": {"a": null}}', r'0.json says class {"a": null}; it must be a number or a name'),
         (b'{"label": [1]}' + b" " * 2**20, "0.json has 1,048,590 bytes; a .json with a class has at most 1,048,576"),
         (b'{"label": 1000000}', "0.json says class 1000000; classes are numbered from 0 to 999,999"),
         (b'{"label": ""}', "0.json says class ; classes are numbered"),
     ],
-    ids=["deep", "cut", "digits", "long", "number", "empty"],
+    ids=["deep", "cut", "digits", "list", "boolean", "object", "long", "number", "empty"],
 )
 def test_a_json_is_bounded(tmp_path, content, message):
     with pytest.raises(ValueError, match=f"a.tar cannot be read as a tar file of images: {message}"):

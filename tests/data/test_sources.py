@@ -1,6 +1,7 @@
 """Images in folders, and what folders and shards have in common."""
 
 import os
+import shutil
 import tarfile
 
 import numpy as np
@@ -21,6 +22,7 @@ from fastroute.data.sources import (
     val_source,
 )
 from tests.data.tars import add, packed, pairs, png, shard
+from tests.image_folders import write_tree
 
 
 def test_first_classes(tmp_path, image_folder):
@@ -245,3 +247,13 @@ def test_a_flat_folder_of_classes_is_split(image_folder):
         path.unlink()
     with pytest.raises(ValueError, match=r"val_split is 0.25, but no class has two images to split"):
         folder_sources(flat, Reading(val_split=0.25))
+
+
+def test_splits_are_not_split_as_classes(tmp_path):
+    write_tree(tmp_path / "a", sizes=((8, 8),))
+    shutil.copy(tmp_path / "a" / "train" / "ant" / "0.png", tmp_path / "a" / "train" / "cover.png")
+    sources = folder_sources(tmp_path / "a", Reading(val_split=0.25))
+    assert sources["train"].classes == ["ant", "bee", "cat"]
+    (tmp_path / "a" / "train").rename(tmp_path / "a" / "test")
+    with pytest.raises(FileNotFoundError, match=r"it holds test/, val/, which are no classes, .* such as .*/val"):
+        folder_sources(tmp_path / "a", Reading(val_split=0.25))

@@ -1,4 +1,5 @@
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -132,3 +133,8 @@ def test_an_image_too_long_to_be_scaled_is_unreadable(shape):
     for transform in (eval_transform(224, 0.875), *crops):
         with pytest.raises(UnreadableImage, match=r" scaled (to|for) 256 are .* pixels, and at most 89,478,485 are"):
             transform(Image.new("RGB", [2 * side for side in shape]))
+
+
+def test_augmix_draws_on_the_cpu():
+    params = SimpleNamespace(cpu=lambda: torch.ones(1, 2), device=torch.device("meta"))
+    assert policy("augmix")._sample_dirichlet(params).device.type == "meta"

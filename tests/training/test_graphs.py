@@ -300,3 +300,11 @@ def test_fit_and_lightning_s_trainer_refuse_before_they_train(image_folder, tmp_
     trainer = pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, detect_anomaly=True, **quiet)
     with pytest.raises(ValueError, match="anomaly detection looks at every gradient"):
         trainer.fit(classifier(), ImageDataModule("imagefolder", image_folder))
+
+
+def test_data_of_a_recorded_run_serve_other_loops(image_folder, tmp_path):
+    module, data = classifier(), ImageDataModule("imagefolder", image_folder, batch_size=5, seed=3)
+    fit(module, data, epochs=1, output=tmp_path, accelerator="cpu", console=Console(quiet=True))
+    assert not data.deferred
+    images, labels = next(iter(data.train_dataloader()))
+    assert images.shape == (5, 3, 32, 32) and len(labels) == 5

@@ -122,6 +122,28 @@ def test_biases_and_norms_do_not_decay_on_request():
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
 
+def test_a_cycle_may_rise_in_one_step():
+    for epochs, per_epoch, warmup in ((10, 1, 1), (4, 1, 1), (10, 2, 0.5)):
+        found = rates("onecycle", epochs, per_epoch, warmup_epochs=warmup)
+        assert found[0] == pytest.approx(1 / 25) and found[1] == max(found) > 0.7 and found[-1] < 0.01
+
+
+def test_what_a_network_exempts_does_not_decay_on_request():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.positions, self.dense = nn.Parameter(torch.ones(1, 4, 2)), nn.Linear(2, 2)
+
+        def no_weight_decay(self):
+            return {"positions", "not there"}
+
+    model = nn.Sequential(Positions())
+    for wish, decay in ((True, 0.0), (False, 0.5)):
+        groups = parameter_groups(model, lr=0.1, weight_decay=0.5, filter_bias_and_bn=wish)
+        (found,) = (g["weight_decay"] for g in groups if any(p is model[0].positions for p in g["params"]))
+        assert found == decay
+
+
 def test_layers_before_the_last_learn_slower():
     model = nn.Sequential(
         nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Sequential(nn.Conv2d(2, 2, 1)), nn.Linear(2, 2)

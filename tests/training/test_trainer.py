@@ -183,6 +183,31 @@ def test_validates_and_keeps_the_moving_average(data, tmp_path):
     assert rows[-1]["val_error"] == pytest.approx(100 * wrong / 12, abs=1e-4)
 
 
+class Masked(torch.nn.Module):
+    """A classifier with an index and a mask, as networks with windows of attention have."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.dense = torch.nn.BatchNorm1d(192), torch.nn.Linear(192, 3)
+        self.register_buffer("index", torch.arange(3000))
+        self.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+
+    def forward(self, images):
+        return self.dense(self.norm(images.flatten(1)))
+
+
+def test_the_moving_average_keeps_integers_and_infinities(data, tmp_path):
+    decay = 0.9999  # by which 11 becomes less than 11
+    network = Masked()
+    run(RoutingClassifier(network, 3), data, tmp_path, epochs=2, model_ema_decay=decay)
+    saved = torch.load(tmp_path / "last.ckpt")
+    trained, averaged = saved["current_model_state"], saved["state_dict"]
+    assert torch.equal(averaged["model.index"], torch.arange(3000))
+    assert averaged["model.mask"].tolist() == [0, float("-inf")]
+    assert torch.equal(averaged["model.norm.num_batches_tracked"], trained["model.norm.num_batches_tracked"])
+    assert not torch.equal(averaged["model.norm.running_mean"], trained["model.norm.running_mean"])
+
+
 def test_a_moving_average_is_kept_on_the_run_s_device():
     average, module = MovingAverage(0.9), classifier()  # which Lightning moves to the device later
     average.setup(SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta"))), module, "fit")
