@@ -26,6 +26,7 @@ from fastroute.cli.common import (
 )
 from fastroute.cli.errors import escaped, standard_output
 from fastroute.cli.sizes import check_images
+from fastroute.cli.trained import default_device
 
 if TYPE_CHECKING:
     from fastroute.clustering.images import Loaded
@@ -238,7 +239,7 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
                     resume=resume,
                     callbacks=[FirstBatch(lambda: write_arguments(options, folder))],
                 )
-            posterior = run.posteriors(module, images)
+            posterior = run.posteriors(module.to(default_device()), images)  # fit leaves it on the CPU
     with plain_errors():
         write_assignments(folder / "assignments.csv", loaded.paths, posterior)
         if options.by_cluster is not None:

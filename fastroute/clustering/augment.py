@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastroute.ops._library import without_autocast
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -34,6 +36,10 @@ class Augmentation:
             images: (N, C, H, W), values from 0 to 1.
             generator: of the random draws; None is PyTorch's default.
         """
+        with without_autocast(images.device.type):  # which would round places to eight bits
+            return self._moved(images, generator)
+
+    def _moved(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         count = len(images)
         # Seven numbers from −1 to 1 for each image, drawn on the generator's device.
         draws = 2 * torch.rand(7, count, generator=generator) - 1

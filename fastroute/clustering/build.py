@@ -99,8 +99,14 @@ class Setting:
         return Augmentation(flip=self.run.dataset not in DIGITS)
 
     def network(self, outputs: int) -> nn.Module:
-        """Build the run's network of Table 4.2 with a last layer of `outputs` nodes."""
+        """Build the run's network of Table 4.2 with a last layer of `outputs` nodes.
+
+        Raises:
+            ValueError: images are not square.
+        """
         run = self.run
+        if self.shape[-2] != self.shape[-1]:
+            raise ValueError(f"images have {self.shape[-2]}×{self.shape[-1]} pixels; they must be square: crop them")
         network = clustering_network(run.architecture, outputs, self.shape[-1], run.batch_norm, run.n_init)
         return self.laid_out(network)
 

@@ -15,6 +15,9 @@ from fastroute._methods import check_count
 from fastroute.clustering.centers import FeatureClustering
 from fastroute.clustering.module import check_positive
 
+MAX_DRAWS = 1 << 24
+"""The most random numbers drawn at once for the triplets of a batch, 64 MiB."""
+
 if TYPE_CHECKING:
     from fastroute.clustering.build import Setting
 
@@ -150,20 +153,23 @@ def weighted_triplet_loss(features: Tensor, labels: Tensor, negatives: int, marg
     """
     same = labels[:, None] == labels
     anchors, positives = same.triu(1).nonzero(as_tuple=True)
-    draws = torch.rand(len(anchors), len(labels)).to(features.device).masked_fill(same[anchors], -1)
-    drawn, others = draws.topk(min(negatives, len(labels)), 1)
     square = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist").square()
-    wrong = F.relu(square[anchors, positives, None] - square[anchors[:, None], others] + margin) * (drawn >= 0)
-    return wrong.sum() / (drawn >= 0).sum().clamp(min=1)
+    total, count, pairs = square.sum() * 0, 0, max(1, MAX_DRAWS // len(labels))
+    for a, p in zip(anchors.split(pairs), positives.split(pairs), strict=True):
+        draws = torch.rand(len(a), len(labels)).to(features.device).masked_fill(same[a], -1)
+        drawn, others = draws.topk(min(negatives, len(labels)), 1)
+        wrong = F.relu(square[a, p, None] - square[a[:, None], others] + margin) * (drawn >= 0)
+        total, count = total + wrong.sum(), count + (drawn >= 0).sum()
+    return total / count.clamp(min=1)
 
 
 class JULE(FeatureClustering):
     """Cluster images by a neighbour graph of features, whose merging clusters teach the network that makes them.
 
-    The run has three periods of as many epochs. At the start of the first, images and the nearest ones of their pixels
-    are clusters; at that of another, these merge until `KEPT` of them are left, by the features of then. An epoch
-    lowers a triplet loss of the clusters. The rates are those of the authors' program, whose periods have 20 epochs,
-    and which ends once K clusters are left.
+    The run has three periods of as many epochs, the last of which is shorter where three do not divide the epochs. At
+    the start of the first, images and the nearest ones of their pixels are clusters; at that of another, these merge
+    until `KEPT` of them are left, by the features of then. An epoch lowers a triplet loss of the clusters. The rates
+    are those of the authors' program, whose periods have 20 epochs, and which ends once K clusters are left.
 
     At each validation, as at the end of the authors' run, clusters of the features are found anew and merged until K
     are left. Means of at most `PARTS`·K parts of these clusters tell the cluster of an image: that of the nearest.

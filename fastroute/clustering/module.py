@@ -91,13 +91,17 @@ class ClusteringModule(pl.LightningModule):
         if self.self_labelling is not None and self.current_epoch == self.self_labelling.start:
             restart(self.trainer.optimizers[-1])
 
+    def label_responses(self, images: Tensor) -> Tensor:
+        """Return the responses (N, K) that self-labelling takes for labels, without gradients."""
+        return self.responses(images)
+
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor | None:
         images, _, *index = batch
         if not self.labels_itself:
             loss = self.step(images, *(index or [None]))
         else:
             with torch.no_grad():
-                responses = self.responses(images)
+                responses = self.label_responses(images)
             loss = self_label_loss(responses, self.responses(self.self_labelling.strong(images)))
             if not self.automatic_optimization:
                 self.descend(self.optimizers()[-1], loss)
@@ -112,13 +116,23 @@ class ClusteringModule(pl.LightningModule):
         optimizer.step()
 
     def over_images(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return a function's float32 values for all images in their order, in evaluation mode, without gradients."""
+        """Return a function's float32 values for all images in their order, in evaluation mode, without gradients.
+
+        Raises:
+            FloatingPointError: values are NaN or infinite, which no k-means or neighbour graph takes.
+        """
         training = self.training
         self.eval()
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             parts = [function(images.to(self.device)).float() for images, *_ in self.trainer.val_dataloaders]
         self.train(training)
-        return torch.cat(parts)
+        values = torch.cat(parts)
+        if not values.isfinite().all():
+            raise FloatingPointError(
+                f"features are NaN or infinite at epoch {self.current_epoch + 1}: the weights have diverged; earlier "
+                "checkpoints are intact; lower the learning rate"
+            )
+        return values
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint |= {"epochs": self.trainer.max_epochs, "images": self.images, "shape": self.shape}

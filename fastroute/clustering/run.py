@@ -90,15 +90,18 @@ class Table(RowTable):
     def __init__(self, path: Path, console: Console):
         super().__init__(path)
         self.console = console
+        self._before: dict[str, Tensor] = {}  # metrics, which Lightning keeps until they are logged anew
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start = time.perf_counter()  # on_train_epoch_start is not called in a run resumed within an epoch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start = time.perf_counter()
+        self._before = dict(trainer.callback_metrics)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        values = {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
+        metrics = sorted(trainer.callback_metrics.items())
+        values = {name: value.item() for name, value in metrics if value is not self._before.get(name)}
         row = {"epoch": trainer.current_epoch + 1, **values, "seconds": time.perf_counter() - self._start}
         row["sizes"] = " ".join(map(str, pl_module.sizes))
         self.rows.append(row)
@@ -111,7 +114,7 @@ class Table(RowTable):
 
 @torch.no_grad()
 def posteriors(module: ClusteringModule, images: Tensor) -> Tensor:
-    """Return the posteriors (N, K) of a trained module, on the CPU.
+    """Return the posteriors (N, K) of a trained module, on the CPU, computed in the type of its weights.
 
     Args:
         module: set to evaluation mode.

@@ -164,10 +164,14 @@ def run(images: Tensor, labels: Tensor, clusters: int, seed: int, folder: Path, 
         console: to print on.
 
     Raises:
-        ValueError: there are fewer than 3 clusters, the number that Figure 4.5 draws.
+        ValueError: there are fewer than 3 clusters, the number that Figure 4.5 draws, or images have less than 4×4
+            pixels.
     """
     if clusters < 3:
         raise ValueError(f"clusters is {clusters}; it must be at least 3, the number that is drawn")
+    if min(images.shape[2:]) < 4:
+        height, width = images.shape[2:]
+        raise ValueError(f"images have {height}×{width} pixels; they must have at least 4×4, which are halved twice")
     torch.manual_seed(seed)
     with console.status("training a network with two nodes before the last layer"):
         points = points_of(images, labels)

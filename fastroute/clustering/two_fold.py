@@ -92,6 +92,10 @@ class TwoFoldClustering(ClusteringModule):
         """Return normalised relevance scores (N, K) of the chosen head."""
         return self.normalize(self.scores(images), track=False)[:, self.head]
 
+    def label_responses(self, images: Tensor) -> Tensor:
+        # The statistics of scores follow the network in self-labelling, too.
+        return self.normalize(self.scores(images), track=True)[:, self.head]
+
     @torch.no_grad()
     def on_validation_epoch_start(self) -> None:
         if self.heads == 1 or self.labels_itself:  # which teaches the chosen head alone

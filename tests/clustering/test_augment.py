@@ -47,3 +47,10 @@ def test_depends_on_its_generator_and_stays_in_range():
     first, second = (Augmentation()(images, torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(first, second) and first.min() >= 0 and first.max() <= 1
     assert not torch.equal(first, Augmentation()(images, torch.Generator().manual_seed(2)))
+
+
+def test_places_are_exact_in_mixed_precision():
+    images = torch.rand(4, 1, 16, 16)
+    exact = Augmentation()(images, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu"):
+        torch.testing.assert_close(Augmentation()(images, torch.Generator().manual_seed(0)), exact, rtol=0, atol=0)

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
@@ -33,3 +34,10 @@ def test_the_nearest_centre_of_k_means_has_the_highest_posterior():
     torch.testing.assert_close(posterior, (-distances / (2 * variance)).softmax(1), rtol=1e-2, atol=1e-4)
     for k in range(4):
         torch.testing.assert_close(x[nearest == k].mean(0), module.centers[k], rtol=1e-3, atol=1e-3)
+
+
+def test_features_that_are_not_finite_end_the_run_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(Pixels, "features", lambda self, images: images.flatten(1) / 0)
+    images, labels = digits(200)
+    with pytest.raises(FloatingPointError, match="features are NaN or infinite at epoch 1: the weights have diverged"):
+        trainer_of(1).fit(Pixels(4, 64), Batches(images, labels, 100, 0), Batches(images, labels, 64))

@@ -297,6 +297,7 @@ def test_self_labels_in_the_last_epochs(tmp_path):
     done = run(*common, "--epochs", 2)
     assert done.exit_code == 0, done.output
     assert [row["loss"] != "" for row in rows(tmp_path / "run")] == [False, True]
+    assert [row["em_loss"] != "" for row in rows(tmp_path / "run")] == [True, False]  # nothing of the epoch before
     done = run(*common, "--epochs", 3, "--resume", "auto")
     assert done.exit_code == 0, done.output  # a longer run labels in two epochs
     assert [row["loss"] != "" for row in rows(tmp_path / "run")] == [False, True, True]

@@ -150,3 +150,12 @@ def test_bad_input(monkeypatch):
     module = JULE(nn.Sequential(nn.Flatten(), nn.Linear(64, 8)), 8, 3, epochs=1)
     with pytest.raises(ValueError, match="images are 120; the method 'jule' takes at most 100"):
         trainer_of(1).fit(module, Batches(images, labels, 50, 0), Batches(images, labels, 64))
+
+
+def test_triplets_are_drawn_in_parts_of_bounded_size(monkeypatch):
+    torch.manual_seed(0)
+    features, labels = torch.randn(12, 3), torch.arange(12) % 2
+    whole = weighted_triplet_loss(features, labels, 12, 0.2)  # all of the others are drawn
+    monkeypatch.setattr(jule, "MAX_DRAWS", 30)
+    torch.testing.assert_close(weighted_triplet_loss(features, labels, 12, 0.2), whole)
+    assert weighted_triplet_loss(features, torch.arange(12), 2, 0.2) == 0

@@ -105,3 +105,22 @@ def test_the_head_that_learns_stays_the_chosen_one(method, heads):
     module.head.fill_(1)
     module.on_validation_epoch_start()  # without a trainer, whose images a choice would need
     assert module.head == 1
+
+
+def test_the_statistics_of_scores_follow_self_labelling():
+    from fastroute.clustering.build import ClusteringRun, build
+    from tests.clustering.test_two_fold import digits, fit
+
+    run = ClusteringRun(
+        dataset="digits", method="em", clusters=3, heads=1, batch_norm=True, architecture="F8", self_label=3
+    )
+    torch.manual_seed(0)
+    trained = build(run, (1, 8, 8), epochs=3)
+    images, labels = digits(512)
+    fit(trained, images, labels, epochs=3)
+    scores = trained.eval().scores(images).detach()[:, 0]
+    mean, std = (value[0] for value in (trained.normalize.running_mean, trained.normalize.running_std))
+    assert ((scores.mean(0) - mean) / std).abs().max() < 0.5  # of those of an untrained network, 0 and 1, it is 1.1
+    before = trained.normalize.running_mean.clone()
+    trained.responses(images)
+    assert torch.equal(trained.normalize.running_mean, before)

@@ -31,6 +31,9 @@ def test_points_tell_classes_apart():
 def test_command_prints_and_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(two_dimensional, "points_of", lambda images, labels: torch.randn(len(images), 2))
     monkeypatch.setattr(two_dimensional, "STEPS", 5)
+    small = ["cluster", "--two-dimensional", "--limit", "60", "--img-size", "3", "--output", str(tmp_path)]
+    done = CliRunner().invoke(app, small)
+    assert done.exit_code == 2 and "images have 3×3 pixels; they must have at least 4×4" in done.output
     arguments = ["cluster", "--two-dimensional", "--limit", "200", "--output", str(tmp_path), "--experiment", "run"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0 and "accuracy with normalisation" in done.output, done.output
