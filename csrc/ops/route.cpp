@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <mutex>
 
@@ -19,8 +20,10 @@ std::atomic<bool> anything_named{false}, native_named{false};
 // Cached flags by device and type, until another backend is named: for the CPU, then for each CUDA device.
 constexpr int kDevices = 65, kTypes = 4;
 std::atomic<int8_t> answers[kDevices][kTypes];
+std::atomic<uint64_t> namings{0};  // counts the times that answers were forgotten
 
 void forget() {
+  ++namings;
   for (auto& device : answers) {
     for (auto& answer : device) answer = kUnknown;
   }
@@ -65,7 +68,12 @@ int64_t backends_for(const at::Tensor& x) {
   if (device < 0 || in_environment) return ask(x);
   auto& answer = answers[device][type_index(x.scalar_type())];
   int8_t known = answer.load(std::memory_order_relaxed);
-  if (known == kUnknown) answer = known = static_cast<int8_t>(ask(x));
+  if (known == kUnknown) {
+    const uint64_t before = namings;
+    known = static_cast<int8_t>(ask(x));  // may take seconds, in which another thread may name a backend
+    const std::lock_guard lock(naming);
+    if (namings == before) answer = known;
+  }
   return known;
 }
 

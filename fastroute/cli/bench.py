@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastroute.cli.common import plain_errors, resolve_device
+from fastroute.cli.common import plain_errors
 
 app = typer.Typer(
     help="Measure the operators and networks on this machine, or work with results.", add_completion=False
@@ -50,6 +50,7 @@ def bench(
     if context.invoked_subcommand is not None:
         return
     from fastroute import bench
+    from fastroute._devices import resolve_device
     from fastroute.cli import memory
 
     with plain_errors(RuntimeError):

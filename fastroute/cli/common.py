@@ -22,7 +22,7 @@ from fastroute import _yaml
 from fastroute.cli.errors import escaped, exit_with_error
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 COUNT, PIXELS, WORKERS, SEED = 2**31 - 1, 2**20, 1024, 2**32 - 1
 """The largest integers that options accept: counts, image sizes, processes, seeds."""
@@ -263,33 +263,6 @@ def run_location(options: RunOptions, kind: str, console: Console) -> tuple[Path
     if options.resume == "auto":
         resume = latest_checkpoint(folder, partial(console.print, soft_wrap=True, highlight=False, markup=False))
     return folder, resume
-
-
-def resolve_device(name: str | None) -> "torch.device":
-    """Return the device of a `--device` option.
-
-    Args:
-        name: as on the command line; None is a GPU if there is one, or else the CPU.
-
-    Raises:
-        ValueError: there is no such device.
-    """
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {name!r}; it must be cpu, cuda, or such as cuda:1")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            there = f"has {count} GPUs" if count else "has no GPU that PyTorch can use"
-            raise ValueError(f"device is {name!r}; this machine {there}")
-    return device
 
 
 def read_options(path: Path) -> dict[str, Any]:

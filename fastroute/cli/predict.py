@@ -18,7 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from fastroute._processors import processors
-from fastroute.cli.common import COUNT, PIXELS, WORKERS, plain_errors, real, resolve_device
+from fastroute.cli.common import COUNT, PIXELS, WORKERS, plain_errors, real
 from fastroute.cli.errors import escaped, exit_with_error
 from fastroute.cli.trained import OwnModelOption, check_finite
 
@@ -70,7 +70,7 @@ def predict(
             raise ValueError("output is None, and standard output is closed: name a file with --output")
         names = list(image_paths(paths))
         options = {"img_size": img_size, "crop_pct": crop_pct}
-        predictor = inference.load(checkpoint, model=model, ema=use_ema, device=resolve_device(device), **options)
+        predictor = inference.load(checkpoint, model=model, ema=use_ema, device=device, **options)
         if gates and not predictor.routed:
             raise ValueError("gates is True, but the network has no routers")
         predictor.transform.check()

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from fastroute._memory import check_memory
 
 if TYPE_CHECKING:
+    import torch
+
     from fastroute.models.specification import Specification
 
 # Images, of training and validation together, and channels of the sets held in memory.
@@ -50,6 +52,7 @@ def check_batch(
     *,
     training: bool = True,
     half: bool = False,
+    device: "torch.device | None" = None,
 ) -> None:
     """Check that a batch, and what a training step keeps of it, fits in the memory of the device.
 
@@ -63,6 +66,7 @@ def check_batch(
         img_size: their height and width.
         training: whether to estimate a training step.
         half: whether it computes in a 16-bit type.
+        device: that computes; None is the CPU.
 
     Raises:
         ValueError: it does not fit.
@@ -71,8 +75,8 @@ def check_batch(
 
     images = 4 * batch_size * in_chans * img_size**2
     there = None
-    if torch.cuda.is_available():
-        there = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    if device is not None and device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
     says, advice = f"batch_size is {batch_size} and img_size {img_size};", "lower --batch-size or --img-size"
     check_memory(images, f"{says} a batch would take", advice, there)
     if training and images * 64 > SMALL:  # a network keeps about 64 numbers for each value of an image

@@ -14,7 +14,6 @@ from fastroute.cli.common import (
     numbers,
     plain_errors,
     resolve_dataset,
-    resolve_device,
     run_location,
     say_changes,
     takes_options,
@@ -97,7 +96,6 @@ def _prepare(
     The dataset and the network are written into the options as they were resolved, for args.yaml.
     """
     import pytorch_lightning as pl
-    import torch
 
     from fastroute import training
     from fastroute.nn import Router, SparseRouter
@@ -109,7 +107,7 @@ def _prepare(
     from fastroute.training.run_folder import new_folder, run_folder
     from fastroute.training.trainer import check_amp
 
-    if options.sync_bn and not torch.cuda.is_available():
+    if options.sync_bn and device.type != "cuda":
         raise ValueError("sync_bn is True; PyTorch's synchronised batch norm needs GPUs")
     check_compile_mode(options.compile, options.compile_mode)
     check_amp(options.amp_dtype if options.amp else None, device.type)
@@ -158,6 +156,7 @@ def _prepare(
         data.img_size,
         training=not options.grad_checkpointing,  # which keeps less than the estimate
         half=options.amp,
+        device=device,
     )
     check_warmup(options.sched, options.warmup_epochs, options.epochs)
     pl.seed_everything(options.seed, verbose=False)
@@ -304,6 +303,7 @@ def _network(flags: dict[str, str], specification: "Specification", *arguments) 
 
 def _device(options: TrainOptions) -> "torch.device":
     """Return the device to train on; `torchrun` assigns each process its GPU."""
+    from fastroute._devices import resolve_device
     from fastroute.training.distributed import world_size
 
     device = resolve_device(options.device)

@@ -187,7 +187,7 @@ def _result(path: Path | None, options: ValidateOptions, console: Console) -> di
         check_channels(data_dir, in_chans, run)
     model = options.model or run["model"]  # its name
     size = img_size or (loader.images.shape[1] if isinstance(loader, MemoryLoader) else 224)
-    check_batch(model, min(options.batch_size, loader.count), in_chans, size, training=False)
+    check_batch(model, min(options.batch_size, loader.count), in_chans, size, training=False, device=device)
     if run:
         network = network_of(run, f"checkpoint is {path}", named, num_classes=options.num_classes, img_size=size)
     else:

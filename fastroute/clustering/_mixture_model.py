@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import io
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from sklearn.cluster import kmeans_plusplus
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fastroute._devices import indexed
 from fastroute.clustering._densities import em_loss, log_density
 from fastroute.clustering._emerging import Places
 from fastroute.nn import RelevanceNorm
@@ -49,15 +51,21 @@ class Model:
     """One run: the network, its statistics and priors, and how they are trained."""
 
     def __init__(self, estimator: "NeuralMixture", X: np.ndarray, frame: tuple, seed: int, fresh: bool):
-        self.device = torch.device(estimator.device)
+        self.device = indexed(torch.device(estimator.device))
         self.center, self.scale = frame
         self.generator, self.seed = torch.Generator().manual_seed(seed), seed
         dtype = torch.float64 if X.dtype == np.float64 else torch.float32
         auto = estimator.n_clusters == "auto"
         clusters = min(estimator.max_clusters, len(X)) if auto else estimator.n_clusters
         self.clusters = torch.arange(clusters)  # which cluster each component is part of
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        # Those of the user's network alone: to fork the generators of all GPUs initialises each.
+        own = () if estimator.network is None else estimator.network.parameters()
+        gpus = sorted({parameter.device.index for parameter in own if parameter.is_cuda})
+        with torch.random.fork_rng(gpus):
+            torch.default_generator.manual_seed(seed)
+            for gpu in gpus:
+                with torch.cuda.device(gpu):
+                    torch.cuda.manual_seed(seed)
             if estimator.network is None:
                 network = perceptron(X.shape[1], estimator.hidden, clusters, estimator.exclusive_layers)
             else:
@@ -77,6 +85,25 @@ class Model:
         self.take_options(estimator)
         self.built_with = {name: getattr(estimator, name) for name in BUILT_WITH}
         self.places: Places | None = None  # of the components, where clusters may emerge
+
+    def __getstate__(self) -> dict:
+        if self.device.type == "cpu":
+            return self.__dict__
+        tensors = io.BytesIO()  # which can be read where there is no such device
+        torch.save(self.__dict__, tensors)
+        return {"saved": tensors.getvalue(), "device": self.device}
+
+    def __setstate__(self, state: dict) -> None:
+        if "saved" in state:
+            device = state["device"]
+            try:
+                torch.empty(0, device=device)
+            except (RuntimeError, ImportError, AssertionError):  # there is none here
+                device = torch.device("cpu")
+            state = torch.load(io.BytesIO(state["saved"]), map_location=device, weights_only=False)
+            if state["device"] != device:
+                state["device"], state["built_with"]["device"] = device, str(device)
+        self.__dict__.update(state)
 
     def take_options(self, estimator: "NeuralMixture") -> None:
         """Train by an estimator's options from now on; what has been trained keeps them if the estimator's change."""

@@ -14,6 +14,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor, nn
 
+from fastroute._devices import check_gpu
 from fastroute.clustering._densities import DENSITIES
 from fastroute.clustering._mixture_model import INFERENCE_BATCH
 from fastroute.clustering._mixture_model import Model as _Model  # by this name in files of early versions
@@ -335,8 +336,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             kind = None
         if kind in (None, "meta"):
             raise ValueError(f"device is {str(self.device)!r}; it must be one of PyTorch's, such as 'cpu' or 'cuda'")
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device is {str(self.device)!r}; PyTorch finds no GPU here")
+        check_gpu(torch.device(self.device))
         if kind not in ("cpu", "cuda"):
             try:
                 torch.empty(0, device=self.device)

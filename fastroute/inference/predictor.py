@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastroute._devices import indexed, resolve_device
 from fastroute._errors import in_a_line
 from fastroute.inference.preprocessing import Picture, Preprocessing
 from fastroute.models.specification import Specification, specification_in
@@ -219,7 +220,7 @@ def load(
             "'package.module:function' to import and call"
         )
     path, where = Path(checkpoint), f"checkpoint is {checkpoint}"
-    target = _device(device)
+    target = indexed(resolve_device(device))
     given = {"img_size": img_size, "crop_pct": crop_pct}
     given |= {name: None if v is None else torch.tensor(v).float() for name, v in (("mean", mean), ("std", std))}
     given = {name: value for name, value in given.items() if value is not None}
@@ -357,12 +358,3 @@ def _metadata(path: Path) -> dict[str, str]:
 
     with safe_open(path, "pt") as file:
         return file.metadata() or {}
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {str(device)!r}; this machine has no GPU that PyTorch can use")
-    return device

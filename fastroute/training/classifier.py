@@ -19,7 +19,7 @@ from fastroute.nn import Routing, exact_convolutions
 from fastroute.nn.routed import takes_routing
 from fastroute.training.capturable import CAPTURABLE
 from fastroute.training.distributed import gather_to_rank_zero
-from fastroute.training.graphs import COMPILE_MODES, CUDAGraph, Graph, RecordedStep, check_recording
+from fastroute.training.graphs import COMPILE_MODES, CUDAGraph, Graph, RecordedStep, check_recording, settings
 from fastroute.training.metrics import Totals
 from fastroute.training.optim import GROUP_OPTIONS, OPTIMIZERS, SCHEDULES, parameter_groups, scheduler
 from fastroute.training.recomputation import checkpoint_gradients
@@ -247,12 +247,17 @@ class RoutingClassifier(pl.LightningModule):
         if self.hparams.cuda_graphs:
             needed = self.graph.device_type
             check_recording(device_type=needed, needed=needed, anomaly=torch.is_anomaly_enabled())
-            self.recorded, self.replayed = RecordedStep(self._whole_step, self.graph), None
+            self.replayed, self._settings = None, None
+            self._parts = list(self.model.modules()), list(self.model.parameters())
 
     def on_train_end(self) -> None:
         self.recorded = None  # frees the memory of the recorded step
 
     def on_train_batch_start(self, batch, batch_idx: int) -> None:
+        if self.hparams.cuda_graphs:
+            now = settings(*self._parts, self.optimizers(use_pl_optimizer=False).param_groups)
+            if now != self._settings:
+                self.recorded, self._settings = RecordedStep(self._whole_step, self.graph), now
         self._batch = batch if self.recorded is not None and self.recorded.takes(batch) else None
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure: Callable | None = None) -> None:

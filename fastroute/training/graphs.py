@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastroute._errors import in_a_line
 from fastroute.nn import SparseRouter
+from fastroute.nn.router import Tempered
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 GRAPHS_OF_THEIR_OWN = ("reduce-overhead", "max-autotune")
@@ -143,6 +144,26 @@ class RecordedStep:
                 kept.copy_(tensor)
         self.graph.replay()
         return self.outputs
+
+
+RATES = ("params", "lr", "momentum", "betas")
+"""What a recorded step does not keep of a parameter group: `Capturable` copies rates to the device."""
+
+
+def settings(modules: Sequence[nn.Module], parameters: Sequence[Tensor], groups: Sequence[dict]) -> list:
+    """Return what a recorded step keeps of Python, so that it must be recorded anew once it changes.
+
+    Args:
+        modules: of the network: their modes, and the temperatures of routers.
+        parameters: of the network: whether they are frozen.
+        groups: of the optimiser: their options but for `RATES`.
+    """
+    return [
+        [module.training for module in modules],
+        [module.temperature for module in modules if isinstance(module, Tempered)],
+        [parameter.requires_grad for parameter in parameters],
+        [{name: value for name, value in group.items() if name not in RATES} for group in groups],
+    ]
 
 
 def _signature(batch: Sequence[Tensor]) -> tuple:

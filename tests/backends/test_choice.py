@@ -416,3 +416,22 @@ def test_import_needs_torch_alone():
     code = f"import sys, fastroute; print([name for name in {extras} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_answer_from_before_another_backend_was_named_is_not_kept(monkeypatch):
+    if _library.NOT_COMPILED:
+        pytest.skip(_library.NOT_COMPILED)
+    asked, choose = [], _choice._choose
+
+    def slow(*args):
+        if sys._getframe(1).f_code.co_name == "_serving_flags":  # asked by the compiled library
+            asked.append(args)
+            if len(asked) == 1:
+                torch.ops.fastroute_native.name_backend("reference")  # as another thread may meanwhile
+        return choose(*args)
+
+    monkeypatch.setattr(_choice, "_choose", slow)
+    with fastroute.use_backend("reference"):
+        for _ in range(3):
+            ops.mix([torch.ones(2, 3)], torch.ones(2, 1, 1))
+    assert len(asked) == 2

@@ -349,7 +349,7 @@ def test_tensors_of_half_the_precision(dtype):
         ({}, np.zeros((20, 2, 2)), "Found array with dim 3"),
         ({"n_clusters": 0}, np.zeros((20, 2)), "n_clusters is 0; it must be an integer from 1 on"),
         ({"n_clusters": 1025}, np.zeros((2000, 2)), "n_clusters is 1025; it must be 1 to 1024"),
-        ({"device": "cuda"}, np.zeros((20, 2)), "device is 'cuda'; PyTorch finds no GPU here"),
+        ({"device": "cuda"}, np.zeros((20, 2)), "device is 'cuda'; this machine has no GPU"),
         ({"batch_size": 1}, np.zeros((20, 2)), "batch_size is 1; it must be an integer from 2 on"),
         ({"learning_rate": 0}, np.zeros((20, 2)), "learning_rate is 0; it must be greater than 0"),
         ({"noise": -1}, np.zeros((20, 2)), "noise is -1; it must be 0 or greater"),
@@ -444,3 +444,25 @@ def test_digits_by_default_settings():
     X = X.astype(np.float32)
     means = KMeans(10, n_init=10, random_state=0).fit_predict(X)
     assert mean_accuracy(X, y) >= max(0.79, cluster_accuracy(y, means))
+
+
+def test_a_model_of_a_gpu_is_read_where_there_is_none():
+    X = np.random.default_rng(0).normal(size=(60, 2))
+    model = NeuralMixture(3, epochs=2, random_state=0).fit(X)
+    expected = model.predict_proba(X)
+    model._model.device = torch.device("cuda", 77)  # as if it had been trained there
+    model._model.built_with["device"] = model.device = "cuda:77"
+    read = pickle.loads(pickle.dumps(model))
+    assert read._model.device == torch.device("cpu") and np.array_equal(read.predict_proba(X), expected)
+    before = next(read._model.network.parameters()).clone()
+    read.set_params(device="cpu").partial_fit(X)
+    assert not torch.equal(next(read._model.network.parameters()), before)  # the optimiser has its weights
+
+
+def test_a_fit_on_the_cpu_leaves_gpus_alone(monkeypatch):
+    forked, fork_rng = [], torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: forked.append(list(devices)) or fork_rng(devices))
+    X = np.random.default_rng(0).normal(size=(60, 2))
+    for network in (None, torch.nn.Linear(2, 3)):
+        NeuralMixture(3, network=network, epochs=1, random_state=0).fit(X)
+    assert forked and not any(forked)

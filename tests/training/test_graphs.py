@@ -14,7 +14,7 @@ from fastroute.nn import GateClusteringLoss, SparseRouter, blocks
 from fastroute.training import ImageDataModule, RoutingClassifier, fit
 from fastroute.training import classifier as classifiers
 from fastroute.training.capturable import CAPTURABLE
-from fastroute.training.graphs import CUDAGraph, NotRecordable, RecordedStep, check_recording
+from fastroute.training.graphs import CUDAGraph, NotRecordable, RecordedStep, check_recording, settings
 from tests.training.networks import Noisy
 from tests.training.recorder import Recorder
 
@@ -308,3 +308,46 @@ def test_data_of_a_recorded_run_serve_other_loops(image_folder, tmp_path):
     assert not data.deferred
     images, labels = next(iter(data.train_dataloader()))
     assert images.shape == (5, 3, 32, 32) and len(labels) == 5
+
+
+class Annealed(pl.Callback):
+    """Change at a batch of each epoch what a recorded step would keep."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 1:
+            pl_module.model.network.stem_router.temperature = 3.0 - trainer.current_epoch
+            trainer.optimizers[0].param_groups[0]["weight_decay"] = 0.1 * trainer.current_epoch
+
+
+def test_what_changes_in_python_is_recorded_anew(accelerator, image_folder, tmp_path, monkeypatch):
+    recorded = classifier(accelerator, Annealed())
+    run(recorded, image_folder, tmp_path / "recorded", accelerator, data_options={"batch_size": 2})
+    monkeypatch.setattr(classifiers, "OPTIMIZERS", CAPTURABLE)
+    plain = classifier(accelerator, Annealed(), cuda_graphs=False)
+    run(plain, image_folder, tmp_path / "plain", accelerator, data_options={"batch_size": 2})
+    assert_same(accelerator, plain.state_dict(), recorded.state_dict())
+    if accelerator == "cpu":
+        assert [graph.replays > 0 for graph in Recorder.made] == [False, True, True]
+
+
+def test_settings_that_a_recorded_step_keeps():
+    network = Noisy()
+    (weight, *_), router = network.parameters(), network.network.stem_router
+    groups = [{"params": [weight], "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}]
+
+    def now():
+        return settings(list(network.modules()), list(network.parameters()), groups)
+
+    first = now()
+    groups[0] |= {"lr": 0.2, "momentum": 0.8}
+    assert now() == first
+    for change, back in (
+        (lambda: setattr(router, "temperature", 2.0), lambda: setattr(router, "temperature", 1.0)),
+        (network.network.eval, network.network.train),
+        (lambda: weight.requires_grad_(False), weight.requires_grad_),
+        (lambda: groups[0].update(weight_decay=0.1), lambda: groups[0].update(weight_decay=0.0)),
+    ):
+        change()
+        assert now() != first
+        back()
+        assert now() == first

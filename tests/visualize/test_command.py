@@ -67,6 +67,7 @@ def test_images_of_the_user_s_own(checkpoint, run, tmp_path):
         (["--before", "nowhere.ckpt"], "before is nowhere.ckpt; there is no such file"),
         (["--runs", "nowhere"], "there are no folders with best.ckpt"),
         (["--dataset", "imagefolder"], "data_dir is None"),
+        (["--limit", 5], "limit is 5, but"),
     ],
 )
 def test_bad_input(checkpoint, run, tmp_path, arguments, message):
@@ -127,40 +128,56 @@ def test_too_few_images(run, tmp_path):
     assert done.exit_code == 2 and "0.png cannot be read as an image" in done.output
 
 
+def clustered(run, folder, *method):
+    quick = ("--limit", 300, "--architecture", "C8 M F16", "--lr-em", 1e-3, "--clusters", 4, "--epochs", 1)
+    done = run("cluster", "--method", *method, *quick, "--output", folder, "--experiment", "run")
+    assert done.exit_code == 0, done.output
+    return folder / "run" / "last.ckpt"
+
+
 @pytest.mark.parametrize("method", [("two-fold", "--heads", 2), ("em", "--n-init", 2), ("iic",)])
 def test_clusterings(run, tmp_path, method):
-    quick = ("--limit", 300, "--architecture", "C8 M F16", "--lr-em", 1e-3, "--clusters", 4, "--epochs", 1)
-    quick = ("--method", *method, *quick)
-    done = run("cluster", *quick, "--output", tmp_path, "--experiment", "run")
-    assert done.exit_code == 0, done.output
-    done = run("report", tmp_path / "run" / "last.ckpt", "--limit", 300)
+    checkpoint = clustered(run, tmp_path, *method)
+    done = run("report", checkpoint, "--limit", 300)
     assert done.exit_code == 0, done.output
     assert done.output.index("Responses to all images …") < done.output.index("Clusters …")
     found = {path.stem for path in (tmp_path / "run" / "report").glob("*.png")}
     assert found == {"responses", "clusters", "confusion", "filters", "learning_curves"}
     text = (tmp_path / "run" / "report" / "report.html").read_text()
-    assert all(Links(text).pictures) and "300 of digits" in text
-    done = run("paths", tmp_path / "run" / "last.ckpt")
-    assert done.exit_code == 2 and "last.ckpt; it is no checkpoint of `fastroute train`" in done.output
+    assert all(Links(text).pictures) and "300 of digits" in text and "score of each cluster" in text
     sizes = (tmp_path / "run" / "summary.csv").read_text().split(",")[-1].strip()
     assert f"Images in each cluster: {', '.join(sizes.split())}." in text  # the network is the one that was trained
+
+
+def test_a_clustering_beside_other_runs(run, tmp_path, monkeypatch):
+    checkpoint = clustered(run, tmp_path, "em")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "summary.csv").write_text((tmp_path / "run" / "summary.csv").read_text())
     (tmp_path / "unlabelled").mkdir()
     (tmp_path / "unlabelled" / "summary.csv").write_text("seconds,sizes\n0.1,3 4\n")  # as of k-means
-    done = run("report", tmp_path / "run" / "last.ckpt", "--limit", 300, "--runs", tmp_path)
+    monkeypatch.chdir(checkpoint.parent)
+    done = run("report", checkpoint.name, "--limit", 300, "--runs", tmp_path)
     assert "left out: summary is" in done.output and "unlabelled" in done.output
     text = (tmp_path / "run" / "report" / "report.html").read_text()
-    assert done.exit_code == 0 and "Learning curves of other, run." in text
-    done = run("report", tmp_path / "run" / "last.ckpt", "--runs", "nowhere")
+    assert done.exit_code == 0 and "Learning curves of other, run." in text and "run/last.ckpt" in text
+
+
+def test_what_a_report_of_a_clustering_refuses(run, tmp_path):
+    checkpoint = clustered(run, tmp_path, "em")
+    done = run("paths", checkpoint)
+    assert done.exit_code == 2 and "last.ckpt; it is no checkpoint of `fastroute train`" in done.output
+    done = run("report", checkpoint, "--runs", "nowhere")
     assert (
         done.exit_code == 2
         and "runs is nowhere; there are no folders with learning curves in summary.csv in it" in done.output
     )
-    for option, value in (("--data-dir", tmp_path), ("--images", tmp_path), ("--before", "x.ckpt"), ("--classes", "2")):
-        done = run("report", tmp_path / "run" / "last.ckpt", option, value)
+    for option, value in (
+        *(("--data-dir", tmp_path), ("--images", tmp_path), ("--before", "x.ckpt"), ("--classes", "2")),
+        ("--workers", 2),
+    ):
+        done = run("report", checkpoint, option, value)
         assert done.exit_code == 2 and "leave it out" in done.output, done.output
-    done = run("report", tmp_path / "run" / "last.ckpt", "--limit", 5)
+    done = run("report", checkpoint, "--limit", 5)
     assert done.exit_code == 2 and "there are 5 images; a report shows 10 for each cluster" in done.output
 
 

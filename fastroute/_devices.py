@@ -1,0 +1,44 @@
+"""Devices as users name them."""
+
+import torch
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """Return a device by its name.
+
+    Args:
+        device: "cpu", "cuda", or such as "cuda:1"; None is a GPU if there is one, or else the CPU.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {str(device)!r}; it must be cpu, cuda, or such as cuda:1")
+    check_gpu(found)
+    return found
+
+
+def check_gpu(device: torch.device) -> None:
+    """Check that a GPU is there; other devices pass.
+
+    Raises:
+        ValueError: there is no such GPU.
+    """
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            there = f"has {count} GPUs" if count else "has no GPU that PyTorch can use"
+            raise ValueError(f"device is {str(device)!r}; this machine {there}")
+
+
+def indexed(device: torch.device) -> torch.device:
+    """Return a device with its index: "cuda" is another GPU for each thread, and in each `torch.cuda.device`."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
