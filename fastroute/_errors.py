@@ -1,11 +1,15 @@
 """Formatting of error messages."""
 
+import re
 import unicodedata
+
+_COLOUR = re.compile("\x1b\\[[0-9;]*m")
 
 
 def in_a_line(error: BaseException) -> str:
     """Return the error's type and the first line of its message: torch's messages can be pages long."""
-    return f"{type(error).__name__}: {printable((str(error).strip() or '-').splitlines()[0])}"
+    text = _COLOUR.sub("", str(error)).strip() or "-"
+    return f"{type(error).__name__}: {printable(text.splitlines()[0])}"
 
 
 def printable(text: object) -> str:

@@ -77,13 +77,15 @@ class Model:
         self.norm = RelevanceNorm(clusters, device=self.device, dtype=dtype)
         self.learns_prior = estimator._learns_prior
         self.uses_prior = not isinstance(estimator.prior, str) or self.learns_prior
-        prior = np.full(clusters, 1 / clusters) if isinstance(estimator.prior, str) else np.asarray(estimator.prior)
-        self.prior = torch.as_tensor(prior, dtype=dtype, device=self.device)
+        prior = np.full(clusters, 1 / clusters) if isinstance(estimator.prior, str) else np.array(estimator.prior)
+        self.prior = torch.tensor(prior, dtype=dtype, device=self.device)  # a copy
         if not any(parameter.requires_grad for parameter in self.network.parameters()):
             raise ValueError("network has no parameter that requires gradients; it must have one to train")
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=estimator.learning_rate, fused=True)
         self.take_options(estimator)
         self.built_with = {name: getattr(estimator, name) for name in BUILT_WITH}
+        if not isinstance(estimator.prior, str):
+            self.built_with["prior"] = copy.copy(estimator.prior)
         self.places: Places | None = None  # of the components, where clusters may emerge
 
     def __getstate__(self) -> dict:

@@ -11,6 +11,7 @@ from torch import distributed as dist
 from torchvision.transforms import v2
 
 from fastroute._defaults import CROP_PCT
+from fastroute._plain import takes_plain_values
 from fastroute._processors import processors
 from fastroute.data.augment import channel_statistics, erase
 from fastroute.data.class_names import read_class_map
@@ -110,6 +111,7 @@ class ImageDataModule(pl.LightningDataModule):
         (torch.Size([64, 1, 8, 8]), 10)
     """
 
+    @takes_plain_values
     def __init__(
         self,
         dataset: str | None = None,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastroute._devices import indexed, resolve_device
 from fastroute._errors import in_a_line
+from fastroute._plain import plain
 from fastroute.inference.preprocessing import Picture, Preprocessing
 from fastroute.models.specification import Specification, specification_in
 from fastroute.models.weights import misfit, network_weights
@@ -221,7 +222,7 @@ def load(
         )
     path, where = Path(checkpoint), f"checkpoint is {checkpoint}"
     target = indexed(resolve_device(device))
-    given = {"img_size": img_size, "crop_pct": crop_pct}
+    given = {"img_size": plain(img_size), "crop_pct": plain(crop_pct)}
     given |= {name: None if v is None else torch.tensor(v).float() for name, v in (("mean", mean), ("std", std))}
     given = {name: value for name, value in given.items() if value is not None}
     if path.suffix == ".safetensors":

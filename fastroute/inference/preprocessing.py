@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastroute._defaults import CROP_PCT
+from fastroute.ops._paths import check_integers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,17 +110,26 @@ class Preprocessing:
             )
 
     def check_sizes(self) -> None:
-        """Check that mean and std are numbers for each channel, or one for all.
+        """Check that sizes are in their range, and mean and std finite numbers for each channel, or one for all.
 
         Raises:
+            TypeError: img_size is no integer.
             ValueError: they are not.
         """
+        check_integers(img_size=self.img_size)
+        if self.img_size < 1:
+            raise ValueError(f"img_size is {self.img_size}; it must be at least 1")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct is {self.crop_pct}; it must be above 0 and at most 1")
         for name, value in (("mean", self.mean), ("std", self.std)):
             if value is not None and value.numel() not in (1, self.in_chans):
                 raise ValueError(
                     f"{name} has {value.numel()} numbers; give one, or one for each of {self.in_chans} channels, in "
                     "units of 0 to 255"
                 )
+            if value is not None and not (value.isfinite().all() and (name == "mean" or value.min() > 0)):
+                wanted = "finite" if name == "mean" else "finite and above 0"
+                raise ValueError(f"{name} is {value.tolist()}; it must be {wanted}, in units of 0 to 255")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for a file's metadata; mean and std are in units of 0 to 1, as in most programs."""
@@ -149,14 +159,15 @@ def _picture(image: Picture, channels: int) -> "Image.Image":
         return decode_image(image, str(image), channels)
     if isinstance(image, bytes):
         return decode_image(BytesIO(image), "the image", channels)
+    given = image
     if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() == 3:
         image = image.permute(1, 2, 0).cpu().numpy()
     drawable = isinstance(image, np.ndarray) and image.dtype == np.uint8
     if drawable and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))):
         return upright(Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image), channels)
-    what = f"{type(image).__name__}"
-    if hasattr(image, "shape"):
-        what += f" of {image.dtype} and the shape {tuple(image.shape)}"
+    what = f"{type(given).__name__}"
+    if hasattr(given, "shape"):
+        what += f" of {given.dtype} and the shape {tuple(given.shape)}"
     raise TypeError(
         f"image is a {what}; it must be a path, bytes, a PIL image, uint8 values (H, W, C) in an array or (C, H, W) in "
         "a tensor"

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from difflib import get_close_matches
 import torch
 from torch import fx, nn
 
+from fastroute._plain import plain
 from fastroute.models._relu import take_relu
 from fastroute.models._shapes import channel_axes, default_input_size, like, shapes_of
 from fastroute.models._tracing import trace
@@ -26,7 +28,7 @@ from fastroute.nn import (
     set_gate_norm,
 )
 from fastroute.nn.blocks import SEQUENTIAL
-from fastroute.ops._paths import MAX_PATHS
+from fastroute.ops._paths import MAX_PATHS, check_integers
 
 INPUT = "input"
 ROUTERS = {"cc": CrossConnection, "stitch": lambda channels, m, n: CrossStitch(m, n)}
@@ -93,7 +95,7 @@ def multipath(
         a `MultiPathNetwork`: `forward(x)` → logits; `forward(x, return_routing=True)` → (logits, {name: Routing}).
 
     Raises:
-        TypeError: model is not a module, or a wrapper: compiled, scripted, or for several devices.
+        TypeError: paths is no integer; model is not a module, or a wrapper: compiled, scripted, or for several devices.
         ValueError: an argument is out of its range; a name is unknown, or named twice; a module is called more than
             once or never, or does not return one tensor (N, C), (N, C, H, W) or (N, L, C); more than its output reaches
             the rest of the network; torch.fx cannot trace the network; or the forward of the modules around the cuts
@@ -111,14 +113,16 @@ def multipath(
     _check_is_plain(model)
     if any(isinstance(module, MultiPathNetwork) for module in model.modules()):
         raise ValueError(f"model is a {type(model).__name__} with parallel paths; it must be a network of one path")
+    check_integers(paths=paths)
+    paths, noise = plain(paths), plain(noise)
     if not 2 <= paths <= MAX_PATHS:
         raise ValueError(f"paths is {paths}; it must be 2 to {MAX_PATHS}")
     if routing is not None and not callable(routing) and routing not in ROUTERS:
         raise ValueError(f"routing is {routing!r}; it must be {', '.join(map(repr, ROUTERS))}, None or a function")
     if init not in ("fresh", "copy"):
         raise ValueError(f"init is {init!r}; it must be 'fresh' or 'copy'")
-    if noise < 0:
-        raise ValueError(f"noise is {noise}; it must be at least 0")
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"noise is {noise}; it must be at least 0, and finite")
 
     try:
         model = copy.deepcopy(model)
@@ -130,7 +134,7 @@ def multipath(
         ) from error
     model = without_auxiliary_heads(model)
     specification = specification_of(model)
-    input_size = default_input_size(model) if input_size is None else tuple(input_size)
+    input_size = default_input_size(model) if input_size is None else tuple(map(plain, input_size))
     if isinstance(route_after, str):  # as on the command line
         route_after = [name.strip() for name in route_after.split(",") if name.strip()]
         if route_after == ["auto"]:

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial, wraps
@@ -114,17 +114,18 @@ def register_model(builder=None, name=None, *, num_classes=10, img_size=32, tabl
     return builder if isinstance(builder, type) else create
 
 
-def list_models(filter: str = "*") -> list[str]:
+def list_models(filter: str | Sequence[str] = "*") -> list[str]:
     """Return the names of all networks that match a shell pattern, in natural order.
 
     Args:
-        filter: the pattern, such as `"*cc*"`.
+        filter: the pattern, such as `"*cc*"`, or several, one of which is to match.
 
     Example:
         >>> list_models("resnet20_cc*")
         ['resnet20_cc2', 'resnet20_cc3', 'resnet20_cc4']
     """
-    names = (name for name in _MODELS if fnmatchcase(name, filter))
+    patterns = [filter] if isinstance(filter, str) else filter
+    names = (name for name in _MODELS if any(fnmatchcase(name, pattern) for pattern in patterns))
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
@@ -158,6 +159,8 @@ def create_model(
     pretrained_path: str | Path | None = None,
     gate_norm: str | None = None,
     prior: str | None = None,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
     **options,
 ) -> nn.Module:
     """Build a network by its name, with fresh or pretrained weights.
@@ -180,6 +183,8 @@ def create_model(
             classifier for another number of classes is left out. Weights of the single-path network start every path
             of a multi-path one; see `fastroute.models.weights.load_pretrained`.
         gate_norm, prior: how the routers normalise their gates; see `nn.CrossConnection`.
+        features_only, out_indices: for one of `list_models()`, whether to return its pyramid of feature maps, with the
+            paths averaged, in place of logits, and which of them; see `fastroute.models.features.FeatureMaps`.
         options: for the network itself, such as `routing=None` for parallel paths without routers.
 
     Returns:
@@ -192,15 +197,26 @@ def create_model(
         torch.Size([2, 7])
 
     Raises:
-        ValueError: there is no network of that name, a size is less than 1, the weights do not fit into memory, or the
-            pretrained weights are of another network.
+        TypeError: the name is no text, or a size is no integer.
+        ValueError: there is no network of that name, a size is less than 1, the weights do not fit into memory, the
+            pretrained weights are of another network, or the network has no maps of out_indices.
         ModuleNotFoundError: the network is timm's or torchvision's, which is not installed.
     """
+    from fastroute.models.features import FeatureMaps
     from fastroute.models.specification import Specification  # imports this module
 
     specification = Specification.parse(name, kwargs=options, gate_norm=gate_norm, prior=prior)
+    if specification.source != "fastroute" and features_only:
+        theirs = "timm.create_model(…, features_only=True)" if specification.source == "timm" else "its own library"
+        raise ValueError(f"features_only is True; {name!r} is none of list_models(): use {theirs}")
+    if out_indices is not None and not features_only:
+        raise ValueError(f"out_indices is {out_indices}, but features_only is False: set it to True")
     sizes = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
-    return specification.build(**sizes, pretrained=pretrained, pretrained_path=pretrained_path, imports=True)
+    network = specification.build(**sizes, pretrained=pretrained, pretrained_path=pretrained_path, imports=True)
+    if not features_only:
+        return network
+    size = network.specification.img_size or model_info(name).img_size
+    return FeatureMaps(network, (network.specification.in_chans, size, size), out_indices)
 
 
 def build(

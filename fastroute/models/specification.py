@@ -12,12 +12,13 @@ from torch import nn
 
 from fastroute import _version
 from fastroute._memory import check_memory
+from fastroute._plain import plain
 from fastroute.models.registry import model_info
 from fastroute.models.sources import BUILDERS, KNOWN, Request, check_own, inferred, layout
 from fastroute.models.weights import fits, load_pretrained, read_weights
 from fastroute.nn import set_gate_norm
 from fastroute.nn.gate_norm import GATE_NORMS, PRIORS
-from fastroute.ops._paths import MAX_PATHS
+from fastroute.ops._paths import MAX_PATHS, check_integers
 
 SOURCES = ("fastroute", "timm", "torchvision", "function")
 NOT_KEPT = (
@@ -72,6 +73,11 @@ class Specification:
     prior: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict, compare=False)
 
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            object.__setattr__(self, item.name, plain(getattr(self, item.name)))
+        object.__setattr__(self, "img_size", side(self.img_size))
+
     @classmethod
     def parse(cls, text: str, **arguments) -> "Specification":
         """Return the specification of a network by its name on the command line.
@@ -81,8 +87,11 @@ class Specification:
             arguments: further fields.
 
         Raises:
+            TypeError: the name is no text.
             ValueError: there is no such source, or no registered network of that name.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"model is {text!r}; it must be a text, {KNOWN}")
         source, colon, name = text.partition(":")
         if not colon:
             source, name = "fastroute", text
@@ -175,12 +184,15 @@ class Specification:
             the network, with the attribute `specification`.
 
         Raises:
+            TypeError: a size is no integer.
             ValueError: there is no such network, it does not take an argument, or the weights do not fit.
             ModuleNotFoundError: timm or torchvision is not installed.
             FileNotFoundError: there is no file at pretrained_path.
         """
         given = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
         spec = replace(self, **{name: value for name, value in given.items() if value is not None})
+        sizes = {name: getattr(spec, name) for name in given}
+        check_integers(**{name: size for name, size in sizes.items() if size is not None})
         if pretrained and pretrained_path is not None:
             raise ValueError(f"pretrained is True, and pretrained_path is {pretrained_path}; give one of them")
         if pretrained and spec.source in ("fastroute", "function"):
@@ -268,6 +280,11 @@ class Specification:
         with torch.device("meta"):
             network = BUILDERS[self.source](self._request)
         return sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+
+
+def side(size: Any) -> Any:
+    """Return the height and width of square images that are given as two equal numbers; others as they are."""
+    return size[0] if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1] else size
 
 
 def remember(network: nn.Module, specification: Specification | None) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -187,11 +188,12 @@ class CrossPrediction2d(_CrossPrediction):
 def _pair_of_integers(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
     """Return the value for height and width; raise unless they are integers of at least `least`."""
     values = tuple(_pair(value))
-    if len(values) != 2 or not all(isinstance(number, int) and number >= least for number in values):
+    whole = all(isinstance(number, Integral) and not isinstance(number, bool) for number in values)
+    if len(values) != 2 or not whole or min(values) < least:
         raise ValueError(
             f"{name} is {value!r}; it must be an integer, or one for each of height and width, from {least} on"
         )
-    return values
+    return int(values[0]), int(values[1])
 
 
 class CrossPredictionLinear(_CrossPrediction):

@@ -61,11 +61,18 @@ def read_checkpoint(path: str | Path, name: str = "resume", command: str | None 
             f"If it has weights alone, {use}"
         ) from error
     except Exception as error:  # any error of the reader on bytes of another format
-        raise ValueError(f"{name} is {path}; it is no checkpoint of a training run: {in_a_line(error)}") from error
+        raise ValueError(f"{name} is {path}; it is no checkpoint of a training run: {unreadable(error)}") from error
     if command is not None and isinstance(checkpoint["hyper_parameters"], dict):
         check_command(checkpoint, command, path, name)
     check_fields(checkpoint, path, name)
     return checkpoint
+
+
+def unreadable(error: Exception) -> str:
+    """Return why a file cannot be read, without PyTorch's advice to trust it."""
+    if found := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it holds a {found[1]}, and only plain values and tensors are read, since others could run code"
+    return in_a_line(error)
 
 
 def latest_checkpoint(folder: str | Path, say: Callable[[str], None] = print) -> Path | None:

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastroute._files import DamagedFile, checked
+from fastroute._plain import plain
 from fastroute.data.decode import UnreadableImage
 from fastroute.data.loaders import Draws, PlaceMismatch
-from fastroute.models.specification import Specification, specification_of
+from fastroute.models.specification import Specification, side, specification_of
 from fastroute.nn import Routing, exact_convolutions
 from fastroute.nn.routed import takes_routing
+from fastroute.ops._paths import check_integers
 from fastroute.training.capturable import CAPTURABLE
 from fastroute.training.distributed import gather_to_rank_zero
 from fastroute.training.graphs import COMPILE_MODES, CUDAGraph, Graph, RecordedStep, check_recording, settings
@@ -138,9 +140,14 @@ class RoutingClassifier(pl.LightningModule):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
         check_compile_mode(compile, compile_mode)
+        num_classes, in_chans, img_size = plain(num_classes), plain(in_chans), side(plain(img_size))
+        sizes = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
+        check_integers(**{name: size for name, size in sizes.items() if size is not None})
         self.save_hyperparameters(ignore=["model", "aux_loss", "specification"], logger=False)
+        for name, value in self.hparams.items():
+            self.hparams[name] = plain(value)
+        self.hparams.img_size = img_size
         if isinstance(model, str):
-            sizes = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
             given = None if specification is None else Specification.from_dict(specification)
             model = (given or Specification.parse(model, **sizes)).build()
         built = specification_of(model)

@@ -1,8 +1,10 @@
 """Write checkpoints atomically: at the end of each epoch, within epochs, and when the run is stopped."""
 
+import io
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
@@ -14,9 +16,13 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import distributed as dist
 
 from fastroute._files import copy_over, replacing
-from fastroute.training.checkpoints import LAST, PREVIOUS, kept_epochs, read_checkpoint
+from fastroute._plain import plain
+from fastroute.training.checkpoints import LAST, PREVIOUS, kept_epochs, read_checkpoint, unreadable
 from fastroute.training.distributed import broadcast_from_rank_zero
 from fastroute.training.tables import best_first
+
+OF_DATA = pl.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY
+"""Lightning's name for the hyper-parameters of a data module in a checkpoint."""
 
 
 class Terminated(SystemExit):
@@ -59,6 +65,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options=None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint = plain(checkpoint, tensors=False)
+        if foreign := checkpoint.get(OF_DATA):
+            checkpoint = checkpoint | {OF_DATA: {k: v for k, v in foreign.items() if _reason_against(v) is None}}
         try:
             with replacing(path, "wb", earlier=self._earlier(path)) as file:
                 torch.save(checkpoint, file)
@@ -81,6 +90,46 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, map_location=None, weights_only: bool | None = None) -> dict:
         checkpoint = self._read.pop(Path(path), None)
         return read_checkpoint(path) if checkpoint is None else checkpoint
+
+
+class Readable(pl.Callback):
+    """Check before the first step that the run's checkpoints can be read back: only plain values and tensors can.
+
+    Hyper-parameters of a data module that cannot are left out of them, with a warning; `fit` needs none.
+
+    Raises:
+        ValueError: a hyper-parameter of the module, or the state of a callback, cannot be read back.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        own = {f"the hyper-parameter {name}": value for name, value in pl_module.hparams.items()}
+        states = {f"the state of {type(callback).__name__}": callback.state_dict() for callback in trainer.callbacks}
+        for name, value in (own | states).items():
+            if reason := _reason_against(plain(value, tensors=False)):
+                raise ValueError(
+                    f"{name} is of a kind that no checkpoint holds: {reason}. Checkpoints have numbers, texts, lists, "
+                    "dicts and tensors, since others could run code: use these, or leave it out by "
+                    "save_hyperparameters(ignore=[…])"
+                )
+        data = getattr(trainer.datamodule, "hparams_initial", {})
+        if left := [name for name, value in data.items() if _reason_against(plain(value, tensors=False))]:
+            warnings.warn(
+                f"{', '.join(left)} of {type(trainer.datamodule).__name__} cannot be read back from checkpoints, and "
+                "will not be in them",
+                stacklevel=1,
+            )
+
+
+def _reason_against(value: object) -> str | None:
+    """Return why a value cannot be read back from a checkpoint; None if it can."""
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception as error:  # pickle raises errors of many types
+        return unreadable(error)
+    return None
 
 
 class BestCheckpoint(ModelCheckpoint):

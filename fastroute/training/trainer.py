@@ -34,6 +34,7 @@ from fastroute.training.saving import (
     BestCheckpoint,
     CheckpointHistory,
     LastCheckpoint,
+    Readable,
     RecoveryCheckpoint,
 )
 from fastroute.training.steps import (
@@ -227,6 +228,7 @@ def fit(
         own.append(BatchNormSync(dist_bn))
     checkpoint = {"dirpath": output, "enable_version_counter": False, "save_on_train_epoch_end": True}
     writing = [
+        Readable(),
         RouterDiagnostics(output / "routers.csv"),
         summary,
         StepLog(summary, log_interval, options),

@@ -466,3 +466,13 @@ def test_a_fit_on_the_cpu_leaves_gpus_alone(monkeypatch):
     for network in (None, torch.nn.Linear(2, 3)):
         NeuralMixture(3, network=network, epochs=1, random_state=0).fit(X)
     assert forked and not any(forked)
+
+
+def test_a_prior_that_is_changed_afterwards_changes_nothing():
+    X, prior = np.random.default_rng(0).normal(size=(60, 2)), np.array([0.2, 0.3, 0.5])
+    model = NeuralMixture(3, prior=prior, epochs=2, random_state=0).fit(X)
+    before = model.predict_proba(X)
+    prior[:] = [0.9, 0.05, 0.05]
+    assert np.array_equal(model.predict_proba(X), before)
+    with pytest.raises(ValueError, match=r"prior is .*; to train further, set it back"):
+        model.partial_fit(X)

@@ -468,3 +468,16 @@ def photographs(count):
             if member.isfile() and len(images) < count:
                 images.append(transform(Image.open(archive.extractfile(member)).convert("RGB")))
     return torch.stack(images)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"paths": 2.0}, TypeError, "paths is 2.0; it must be an integer"),
+        ({"paths": "2"}, TypeError, "paths is '2'; it must be an integer"),
+        ({"init": "copy", "noise": float("nan")}, ValueError, "noise is nan; it must be at least 0, and finite"),
+    ],
+)
+def test_numbers_out_of_range(options, error, message):
+    with pytest.raises(error, match=message):
+        multipath(fastroute.create_model("resnet20"), **{"paths": 2} | options)

@@ -172,3 +172,18 @@ def test_a_head_that_was_replaced_by_hand_is_the_classifier():
 def test_reductions_of_maps_whose_sizes_were_rounded_up(name, size, reductions):
     maps = FeatureMaps(create_model(name), (3, size, size))
     assert [level["reduction"] for level in maps.info][-len(reductions) :] == reductions
+
+
+def test_feature_maps_by_create_model():
+    timm = pytest.importorskip("timm")
+    models.register_timm()
+    maps = create_model("resnet20_cc2", features_only=True, out_indices=(0, -1)).eval()
+    theirs = timm.create_model("resnet20_cc2", features_only=True, out_indices=(0, -1)).eval()
+    theirs.load_state_dict(maps.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    for a, b in zip(maps(x), theirs(x), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match=r"out_indices is \(0,\), but features_only is False"):
+        create_model("resnet20_cc2", out_indices=(0,))
+    with pytest.raises(ValueError, match=r"features_only is True; 'timm:resnet18' .*: use timm\.create_model"):
+        create_model("timm:resnet18", features_only=True)

@@ -106,3 +106,7 @@ def test_defaults_are_those_of_the_network(monkeypatch):
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         models.create_model(**arguments)
+
+
+def test_several_patterns():
+    assert models.list_models(["resnet20", "resnet20_c?2"]) == ["resnet20", "resnet20_cc2", "resnet20_cp2"]

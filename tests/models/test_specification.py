@@ -1,6 +1,8 @@
 import sys
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -170,3 +172,33 @@ def test_says_that_fresh_paths_are_not_the_pretrained_ones(tmp_path):
     assert "init is 'fresh': only the first path starts from these weights" in said[0]
     replace(specification, init="copy").build(pretrained_path=path, say=(rest := []).append)
     assert not any("fresh" in sentence for sentence in rest)
+
+
+def test_numbers_of_numpy_are_kept_as_python_s():
+    seven = np.int64(7)
+    expected = create_model("resnet20_cc2", 7, 1, 24).specification
+    for network in (
+        create_model("resnet20_cc2", seven, np.int32(1), np.int64(24)),
+        create_model("resnet20_cc2", 7, 1, (24, 24)),
+    ):
+        assert network.specification == expected and type(network.specification.num_classes) is int
+    single = create_model("resnet20", 7)
+    by_numpy = multipath(single, np.int64(2), input_size=np.array([3, 32, 32]))
+    assert specification_of(by_numpy) == specification_of(multipath(single, 2, input_size=(3, 32, 32)))
+    by_numpy.reset_classifier(np.int64(4))
+    assert specification_of(by_numpy).num_classes == 4
+    assert Specification.from_dict(specification_of(by_numpy).to_dict()) == specification_of(by_numpy)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("resnet20", 7.0), r"num_classes is 7.0; it must be an integer"),
+        (("resnet20", 7, True), "in_chans is True; it must be an integer"),
+        (("resnet20", 7, 3, (8, 9)), r"img_size is \(8, 9\); it must be an integer"),
+        ((Path("resnet20"),), "model is .*Path.*; it must be a text"),
+    ],
+)
+def test_sizes_are_integers(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        create_model(*arguments)

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -146,3 +147,13 @@ def test_wrong_arguments(arguments, message):
 def test_wrong_inputs(xs, error, message):
     with pytest.raises(error, match=message):
         CrossPrediction2d(4, 6, 3, 2, 2)(xs)
+
+
+def test_kernel_sizes_are_integers_of_any_kind():
+    layer = CrossPrediction2d(4, 4, np.int64(3), 2, 2, stride=(np.int32(2), 2), padding=np.int64(1))
+    assert layer.weight.shape[-2:] == (3, 3) and layer.stride == (2, 2)
+    assert all(type(number) is int for number in (*layer.stride, *layer.padding, *layer.dilation))
+    assert layer([torch.randn(2, 4, 8, 8)] * 2)[0].shape == (2, 4, 4, 4)
+    for wrong in (True, 1.5, 0, (3, 3, 3)):
+        with pytest.raises(ValueError, match=r"kernel_size is .*; it must be an integer, or one for each"):
+            CrossPrediction2d(4, 4, wrong, 2, 2)
