@@ -179,6 +179,8 @@ class RoutingClassifier(pl.LightningModule):
         self.aux_loss = aux_loss
         self.train_totals, self.val_totals = Totals(), Totals()
         self.recorded: RecordedStep | None = None
+        self._settings: list | None = None  # of the recorded step, and the parts of the network that they are of
+        self._parts: tuple[list[nn.Module], list[nn.Parameter]] = [], []
         self.replayed: tuple[Tensor, Tensor | None] | None = None
         """During a training batch that was replayed: its loss and auxiliary loss."""
         self._batch: tuple[Tensor, ...] | None = None
@@ -258,7 +260,7 @@ class RoutingClassifier(pl.LightningModule):
             self._parts = list(self.model.modules()), list(self.model.parameters())
 
     def on_train_end(self) -> None:
-        self.recorded = None  # frees the memory of the recorded step
+        self.recorded, self._parts = None, ([], [])  # frees the memory of the recorded step
 
     def on_train_batch_start(self, batch, batch_idx: int) -> None:
         if self.hparams.cuda_graphs:
