@@ -3,11 +3,12 @@
 import torch
 
 
-def resolve_device(device: str | torch.device | None) -> torch.device:
+def resolve_device(device: str | torch.device | None, others: bool = False) -> torch.device:
     """Return a device by its name.
 
     Args:
         device: "cpu", "cuda", or such as "cuda:1"; None is a GPU if there is one, or else the CPU.
+        others: whether other types of PyTorch's devices pass, such as "mps".
 
     Raises:
         ValueError: there is no such device.
@@ -18,7 +19,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         found = torch.device(device)
     except (RuntimeError, TypeError):
         found = None
-    if found is None or found.type not in ("cpu", "cuda"):
+    if found is None or found.type == "meta" or (found.type not in ("cpu", "cuda") and not others):
         raise ValueError(f"device is {str(device)!r}; it must be cpu, cuda, or such as cuda:1")
     check_gpu(found)
     return found

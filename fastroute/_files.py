@@ -58,29 +58,35 @@ def check_writable(path: Path, name: str) -> None:
         name: of the argument, for the message.
 
     Raises:
-        FileNotFoundError: its folder is missing.
+        FileNotFoundError: its folder, or that of the file it links to, is missing.
         IsADirectoryError: it is a folder itself.
-        PermissionError: its folder cannot be written into.
+        PermissionError: the file, or the folder it is to be in, cannot be written.
     """
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{name} is {path}; there is no such folder: make it first")
     if path.is_dir():
         raise IsADirectoryError(f"{name} is {path}; it is a folder: name a file")
-    if not _is_special(path) and not os.access(folder, os.W_OK):
-        raise PermissionError(f"{name} is {path}; this user cannot write into its folder")
+    if not path.resolve().parent.is_dir():
+        raise FileNotFoundError(f"{name} is {path}; there is no such folder: make it first")
+    if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
+        raise PermissionError(f"{name} is {path}; this user cannot write there")
 
 
 @contextlib.contextmanager
 def text_output(path: Path) -> Iterator[IO[str]]:
-    """Open a file for text in UTF-8, which replaces one of that name at the end; devices and pipes are written into."""
+    """Open a file for text in UTF-8, which replaces one of that name at the end.
+
+    Devices, pipes, and files in a folder that cannot be written into are written themselves.
+    """
     options = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}  # file names may be no valid text
-    with path.open("w", **options) if _is_special(path) else replacing(path.resolve(), **options) as file:
+    target = path.resolve()
+    special = path.exists() and (not path.is_file() or os.path.ismount(target))
+    if special or not os.access(target.parent, os.W_OK):
+        with path.open("w", **options) as file:
+            yield file
+        return
+    with replacing(target, **options) as file:
+        if target.exists():
+            os.chmod(file.name, target.stat().st_mode)
         yield file
-
-
-def _is_special(path: Path) -> bool:
-    return path.exists() and not path.is_file()
 
 
 def _temporary(path: Path) -> Path:

@@ -12,7 +12,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import typer
 import yaml
@@ -20,9 +20,6 @@ from rich.console import Console
 
 from fastroute import _yaml
 from fastroute.cli.errors import escaped, exit_with_error
-
-if TYPE_CHECKING:
-    pass
 
 COUNT, PIXELS, WORKERS, SEED = 2**31 - 1, 2**20, 1024, 2**32 - 1
 """The largest integers that options accept: counts, image sizes, processes, seeds."""
@@ -121,8 +118,6 @@ def plain_errors(*also: type[BaseException]) -> Iterator[None]:
     """
     try:
         yield
-    except BrokenPipeError:  # no error: the reader of the output has enough
-        raise
     except (ValueError, OSError, ModuleNotFoundError, *also) as error:
         exit_with_error(error, 2)
 

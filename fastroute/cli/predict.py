@@ -1,6 +1,5 @@
 """`fastroute predict`: predict the classes of images."""
 
-import contextlib
 import csv
 import glob
 import json
@@ -77,8 +76,11 @@ def predict(
         check_finite(predictor.model, checkpoint)
         rows, unread = _rows(predictor, names, top_k, gates, batch_size, workers or processors())
     if rows:
-        with plain_errors(), contextlib.nullcontext(sys.stdout) if output is None else text_output(output) as file:
-            _WRITERS[format](rows, file)
+        if output is None:  # a reader that has enough closes the pipe, which is no wrong argument
+            _WRITERS[format](rows, sys.stdout)
+        else:
+            with plain_errors(), text_output(output) as file:
+                _WRITERS[format](rows, file)
     said = Console(stderr=True)
     if unread:
         said.print(f"{unread:,} of {len(names):,} images cannot be read and are left out", highlight=False)

@@ -159,10 +159,9 @@ def check_finite(network: "nn.Module", path: Path, name: str = "checkpoint") -> 
     Raises:
         ValueError: weights are NaN or infinite.
     """
-    import torch
-
-    tensors = {key: value for key, value in network.state_dict().items() if isinstance(value, torch.Tensor)}
-    bad = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    buffers = {key: value for key, value in network.named_buffers() if key.rpartition(".")[2].startswith("running_")}
+    tensors = dict(network.named_parameters()) | buffers  # other buffers may be infinite, as masks are
+    bad = [key for key, value in tensors.items() if not value.isfinite().all()]
     if bad:
         raise ValueError(
             f"{name} is {path}; {len(bad)} of its {len(tensors)} tensors, such as {bad[0]}, are NaN or infinite, so "

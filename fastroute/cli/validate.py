@@ -90,28 +90,27 @@ def validate(context: typer.Context, options: ValidateOptions) -> None:
 
     Started by `torchrun`, the processes share the images; each image is counted once.
     """
-    checkpoint, results_file = options.checkpoint, options.results_file
-    with plain_errors():
-        from fastroute._files import check_writable
-        from fastroute.training.distributed import is_main, process_group
+    checkpoint, results_file, results = options.checkpoint, options.results_file, []
+    try:
+        with plain_errors():
+            from fastroute._files import check_writable
+            from fastroute.training.distributed import is_main, process_group
 
-        if checkpoint is None and options.model is None:
-            raise ValueError("checkpoint is missing; name one, or a network with --model for fresh weights")
-        if results_file is not None and results_file.suffix not in (".csv", ".json"):
-            raise ValueError(f"results_file is {results_file}; it must end in .csv or .json")
-        if results_file is not None:
-            check_writable(results_file, "results_file")
-        with process_group():
-            console = standard_output(quiet=not is_main())
-            results = []
-            try:
+            if checkpoint is None and options.model is None:
+                raise ValueError("checkpoint is missing; name one, or a network with --model for fresh weights")
+            if results_file is not None and results_file.suffix not in (".csv", ".json"):
+                raise ValueError(f"results_file is {results_file}; it must end in .csv or .json")
+            if results_file is not None:
+                check_writable(results_file, "results_file")
+            with process_group():
+                console = standard_output(quiet=not is_main())
                 for path in _checkpoints(checkpoint):
                     results.append(_result(path, options, console))
                     if is_main() and results_file is not None:  # now, as the next one may fail
                         _write(results_file, results)
-            finally:
-                if results:
-                    _print(results, options.gates, console)
+    finally:
+        if results:
+            _print(results, options.gates, console)
 
 
 def _print(results: list[dict], gates: bool, console: Console) -> None:

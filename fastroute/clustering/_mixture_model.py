@@ -67,7 +67,8 @@ class Model:
                 with torch.cuda.device(gpu):
                     torch.cuda.manual_seed(seed)
             if estimator.network is None:
-                network = perceptron(X.shape[1], estimator.hidden, clusters, estimator.exclusive_layers)
+                with torch.device("cpu"):  # whose generator is seeded
+                    network = perceptron(X.shape[1], estimator.hidden, clusters, estimator.exclusive_layers)
             else:
                 network = copy.deepcopy(estimator.network)
                 for module in network.modules() if fresh else ():
@@ -85,7 +86,7 @@ class Model:
         self.take_options(estimator)
         self.built_with = {name: getattr(estimator, name) for name in BUILT_WITH}
         if not isinstance(estimator.prior, str):
-            self.built_with["prior"] = copy.copy(estimator.prior)
+            self.built_with["prior"] = copy.deepcopy(estimator.prior)
         self.places: Places | None = None  # of the components, where clusters may emerge
 
     def __getstate__(self) -> dict:

@@ -129,8 +129,8 @@ class ClusteringModule(pl.LightningModule):
         values = torch.cat(parts)
         if not values.isfinite().all():
             raise FloatingPointError(
-                f"features are NaN or infinite at epoch {self.current_epoch + 1}: the weights have diverged; earlier "
-                "checkpoints are intact; lower the learning rate"
+                f"features are NaN or infinite at epoch {self.current_epoch + 1}: the weights have diverged: lower the "
+                "learning rate; checkpoints of earlier epochs, if there are any, are intact"
             )
         return values
 

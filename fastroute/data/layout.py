@@ -126,14 +126,16 @@ def choose(data_dir: Path, dataset: str | None = None, *, any_split: bool = Fals
 def split_folders(data_dir: Path) -> bool:
     """Return whether `train/` holds class folders, not shards, and is no class itself.
 
-    It may be a class if it also holds images itself, unless all other folders of images are splits as well.
+    It may be a class if it also holds images itself, unless there is another split beside it that holds class folders.
     """
-    train = data_dir / "train"
-    if not train.is_dir() or not any(has_images(train / name) for name in folders(train)):
+    train, *others = (data_dir / name for name in ("train", *sorted(SPLITS - {"train"})))
+    if not train.is_dir() or not _holds_folders_of_images(train):
         return False
-    return not _holds_images(train) or SPLITS.issuperset(
-        name for name in folders(data_dir) if has_images(data_dir / name)
-    )
+    return not _holds_images(train) or any(other.is_dir() and _holds_folders_of_images(other) for other in others)
+
+
+def _holds_folders_of_images(folder: Path) -> bool:
+    return any(has_images(folder / name) for name in folders(folder))
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -141,8 +143,7 @@ def class_folders(folder: Path) -> list[str]:
 
     A folder that also holds images itself, or only folders named as splits, has no class folders.
     """
-    names = folders(folder)
-    if _holds_images(folder) or SPLITS.issuperset(names):
+    if _holds_images(folder) or SPLITS.issuperset(names := folders(folder)):
         return []
     return [name for name in names if has_images(folder / name)]
 
@@ -150,16 +151,23 @@ def class_folders(folder: Path) -> list[str]:
 def folders(folder: Path) -> list[str]:
     """Return the sorted names of the folders in a folder, without the hidden ones."""
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if not hidden(entry.name) and entry.is_dir())
+        return sorted(entry.name for entry in entries if not hidden(entry.name) and _is_dir(entry))
 
 
 def _holds_images(folder: Path) -> bool:
     """Return whether a folder holds images itself."""
     with os.scandir(folder) as entries:
         return any(
-            entry.name.lower().endswith(IMG_EXTENSIONS) and not hidden(entry.name) and not entry.is_dir()
+            entry.name.lower().endswith(IMG_EXTENSIONS) and not hidden(entry.name) and not _is_dir(entry)
             for entry in entries
         )
+
+
+def _is_dir(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or through a folder that cannot be read
+        return False
 
 
 def has_images(folder: Path) -> bool:
@@ -175,7 +183,7 @@ def has_images(folder: Path) -> bool:
                 left -= 1
                 if hidden(entry.name):
                     continue
-                if entry.is_dir():
+                if _is_dir(entry):
                     waiting.append(entry.path)
                 elif entry.name.lower().endswith(IMG_EXTENSIONS):
                     return True

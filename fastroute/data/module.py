@@ -357,6 +357,9 @@ class ImageDataModule(pl.LightningDataModule):
             )
         self._place = place
 
+    def on_exception(self, exception: BaseException) -> None:
+        self.deferred = False  # other loops take batches
+
     def train_dataloader(self) -> EpochLoader:
         """Return the loader of training batches, at the saved place if there is one."""
         self._train_loader = self._training_images()

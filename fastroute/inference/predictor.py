@@ -13,7 +13,7 @@ from fastroute._devices import indexed, resolve_device
 from fastroute._errors import in_a_line
 from fastroute._plain import plain
 from fastroute.inference.preprocessing import Picture, Preprocessing
-from fastroute.models.specification import Specification, specification_in
+from fastroute.models.specification import Specification, side, specification_in
 from fastroute.models.weights import misfit, network_weights
 
 RUN_BY = {".onnx": "onnxruntime.InferenceSession", ".pt2": "torch.export.load(…).module()"}
@@ -221,8 +221,8 @@ def load(
             "'package.module:function' to import and call"
         )
     path, where = Path(checkpoint), f"checkpoint is {checkpoint}"
-    target = indexed(resolve_device(device))
-    given = {"img_size": plain(img_size), "crop_pct": plain(crop_pct)}
+    target = indexed(resolve_device(device, others=True))
+    given = {"img_size": side(plain(img_size)), "crop_pct": plain(crop_pct)}
     given |= {name: None if v is None else torch.tensor(v).float() for name, v in (("mean", mean), ("std", std))}
     given = {name: value for name, value in given.items() if value is not None}
     if path.suffix == ".safetensors":

@@ -205,12 +205,12 @@ def create_model(
     from fastroute.models.features import FeatureMaps
     from fastroute.models.specification import Specification  # imports this module
 
+    if out_indices is not None and not features_only:  # an option of the network itself
+        options["out_indices"] = out_indices
     specification = Specification.parse(name, kwargs=options, gate_norm=gate_norm, prior=prior)
     if specification.source != "fastroute" and features_only:
         theirs = "timm.create_model(…, features_only=True)" if specification.source == "timm" else "its own library"
         raise ValueError(f"features_only is True; {name!r} is none of list_models(): use {theirs}")
-    if out_indices is not None and not features_only:
-        raise ValueError(f"out_indices is {out_indices}, but features_only is False: set it to True")
     sizes = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
     network = specification.build(**sizes, pretrained=pretrained, pretrained_path=pretrained_path, imports=True)
     if not features_only:

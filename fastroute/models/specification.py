@@ -75,7 +75,8 @@ class Specification:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            object.__setattr__(self, item.name, plain(getattr(self, item.name)))
+            if item.name != "kwargs":  # which the network's builder takes as they are
+                object.__setattr__(self, item.name, plain(getattr(self, item.name)))
         object.__setattr__(self, "img_size", side(self.img_size))
 
     @classmethod
@@ -192,6 +193,8 @@ class Specification:
         given = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
         spec = replace(self, **{name: value for name, value in given.items() if value is not None})
         sizes = {name: getattr(spec, name) for name in given}
+        if spec.source != "fastroute":  # whose networks alone take square images only
+            del sizes["img_size"]
         check_integers(**{name: size for name, size in sizes.items() if size is not None})
         if pretrained and pretrained_path is not None:
             raise ValueError(f"pretrained is True, and pretrained_path is {pretrained_path}; give one of them")
@@ -294,7 +297,7 @@ def remember(network: nn.Module, specification: Specification | None) -> nn.Modu
     with arguments that are no plain values is not kept.
     """
     if specification is not None:
-        kwargs = {name: value for name, value in specification.kwargs.items() if name not in NOT_KEPT}
+        kwargs = {name: plain(value) for name, value in specification.kwargs.items() if name not in NOT_KEPT}
         specification = replace(specification, kwargs=kwargs, versions=_versions(specification.source))
         try:
             Specification.from_dict(specification.to_dict())

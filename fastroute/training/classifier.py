@@ -1,6 +1,7 @@
 """Image classification as a Lightning module."""
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -144,8 +145,9 @@ class RoutingClassifier(pl.LightningModule):
         sizes = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
         check_integers(**{name: size for name, size in sizes.items() if size is not None})
         self.save_hyperparameters(ignore=["model", "aux_loss", "specification"], logger=False)
-        for name, value in self.hparams.items():
-            self.hparams[name] = plain(value)
+        for name in GIVEN & self.hparams.keys():  # and not those of a subclass
+            value = self.hparams[name]
+            self.hparams[name] = value.tolist() if isinstance(value, Tensor) else plain(value)
         self.hparams.img_size = img_size
         if isinstance(model, str):
             given = None if specification is None else Specification.from_dict(specification)
@@ -153,12 +155,11 @@ class RoutingClassifier(pl.LightningModule):
         built = specification_of(model)
         self.named = built is not None
         name = type(model).__name__ if built is None else built.text
-        self.save_hyperparameters(
-            {"model": name, "specification": None if built is None else built.to_dict()}, logger=False
-        )
+        # Lightning's `save_hyperparameters` compares values, of which an array has several.
+        self.hparams.update(model=name, specification=None if built is None else built.to_dict())
         if built is not None:
             own = {"num_classes": built.num_classes, "in_chans": built.in_chans, "img_size": built.img_size}
-            self.save_hyperparameters({k: size for k, size in own.items() if size}, logger=False)
+            self.hparams.update({k: size for k, size in own.items() if size})
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model = exact_convolutions(model).to(memory_format=self.memory_format)
         if grad_checkpointing:
@@ -478,3 +479,7 @@ def check_compile_mode(compile: bool, compile_mode: str | None) -> None:
         )
     if not compile:
         raise ValueError(f"compile_mode is {compile_mode!r}, but compile is False; set compile")
+
+
+GIVEN = inspect.signature(RoutingClassifier).parameters.keys() - {"model", "aux_loss", "specification"}
+"""The arguments of `RoutingClassifier` that are hyper-parameters as they are given."""

@@ -156,13 +156,16 @@ def settings(modules: Sequence[nn.Module], parameters: Sequence[Tensor], groups:
     Args:
         modules: of the network: their modes, and the temperatures of routers.
         parameters: of the network: whether they are frozen.
-        groups: of the optimiser: their options but for `RATES`.
+        groups: of the optimiser: their options but for `RATES` and tensors.
     """
     return [
         [module.training for module in modules],
         [module.temperature for module in modules if isinstance(module, Tempered)],
         [parameter.requires_grad for parameter in parameters],
-        [{name: value for name, value in group.items() if name not in RATES} for group in groups],
+        [
+            {name: value for name, value in group.items() if name not in RATES and not isinstance(value, Tensor)}
+            for group in groups
+        ],
     ]
 
 

@@ -235,8 +235,8 @@ def scheduler(
     if sched == "onecycle":
         check_warmup(sched, warmup_epochs, epochs)
         rising = warmup_epochs / epochs if warmup_epochs else 0.3
-        if rising * steps == 1:  # PyTorch divides by the steps that follow the first one
-            rising = math.nextafter(rising, 1)
+        if math.isclose(rising * steps, 1):  # PyTorch divides by the steps that follow the first one
+            rising = (1 + 1e-9) / steps
         falling = {"final_div_factor": 1 / (25 * least)} if least else {}  # the cycle begins at 1/25 of the top
         return OneCycleLR(optimizer, rates, total_steps=steps, pct_start=rising, **falling)
     milestones = decay_milestones or (0.4 * epochs, 0.75 * epochs)

@@ -116,7 +116,11 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, state: dict, where: str) 
         place = f"{where}['param_groups'][{i}]"
         numbers = list(range(len(parameters), len(parameters) + len(group["params"])))
         if given.get("params") != numbers:
-            raise ValueError(f"its {place}['params'] is {short(given.get('params'))}, expected {short(numbers)}")
+            found = f"{len(given['params'])}" if isinstance(given.get("params"), list) else "no list of"
+            raise ValueError(
+                f"its {place} has {found} parameters, numbered otherwise than the {len(numbers)} expected: the run was "
+                "of another network or other options, or an earlier version divided them otherwise"
+            )
         parameters |= dict(zip(numbers, group["params"], strict=True))
         for name, value in group.items():
             if name != "params" and name in given:

@@ -102,14 +102,14 @@ class Readable(pl.Callback):
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        own = {f"the hyper-parameter {name}": value for name, value in pl_module.hparams.items()}
-        states = {f"the state of {type(callback).__name__}": callback.state_dict() for callback in trainer.callbacks}
-        for name, value in (own | states).items():
+        leave = ", or leave it out by save_hyperparameters(ignore=[…])"
+        own = [(f"the hyper-parameter {name}", value, leave) for name, value in pl_module.hparams.items()]
+        states = [(f"the state of {type(call).__name__}", call.state_dict(), "") for call in trainer.callbacks]
+        for name, value, advice in own + states:
             if reason := _reason_against(plain(value, tensors=False)):
                 raise ValueError(
-                    f"{name} is of a kind that no checkpoint holds: {reason}. Checkpoints have numbers, texts, lists, "
-                    "dicts and tensors, since others could run code: use these, or leave it out by "
-                    "save_hyperparameters(ignore=[…])"
+                    f"{name} cannot be read back from a checkpoint: {reason}. Use numbers, texts, lists, dicts and "
+                    f"tensors{advice}"
                 )
         data = getattr(trainer.datamodule, "hparams_initial", {})
         if left := [name for name, value in data.items() if _reason_against(plain(value, tensors=False))]:

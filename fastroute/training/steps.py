@@ -3,7 +3,6 @@ processes, and batch norm across processes."""
 
 import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -41,8 +40,8 @@ class StepSeed(pl.Callback):
 class MovingAverage(WeightAveraging):
     """Lightning's moving average of weights and buffers, on the run's device, and recordable in a CUDA graph.
 
-    Buffers of integers and buffers with infinities, such as the masks of attention, are copied: their average would be
-    rounded down, or NaN.
+    Integers and buffers with infinities, such as the masks of attention, are copied: their average would be rounded
+    down, or NaN.
 
     Args:
         decay: the share that the average keeps of itself at each step.
@@ -55,25 +54,34 @@ class MovingAverage(WeightAveraging):
         # Lightning would take the network's device, which is still the CPU.
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
-        self._copied = [not (t.is_floating_point() and bool(t.isfinite().all())) for t in _tensors(pl_module)]
+        numbers = {name: t for name, t in _tensors(pl_module).items() if t.is_floating_point() or t.is_complex()}
+        masks = {name for name, t in pl_module.named_buffers() if name in numbers and not t.isfinite().all()}
+        self._averaged = numbers.keys() - masks
 
     @property
     def average_network(self) -> nn.Module:
         """The network with the averaged weights."""
         return self._average_model.module
 
-    def average(self, pl_module: pl.LightningModule) -> None:
+    def average(self, pl_module: pl.LightningModule, first: bool = False) -> None:
         """Update the average as `AveragedModel` does after its first update, without reading the number of updates.
 
         Reading it would make the host wait for the device, which a CUDA graph cannot record.
         """
-        averages, groups = self._average_model, {False: [], True: []}
-        for *pair, copied in zip(_tensors(averages.module), _tensors(pl_module), self._copied, strict=True):
-            groups[copied].append([tensor.detach() for tensor in pair])
-        if averaged := list(map(list, zip(*groups[False], strict=True))):
-            averages.multi_avg_fn(*averaged, averages.n_averaged)
-        if copied := list(map(list, zip(*groups[True], strict=True))):
-            torch._foreach_copy_(*copied)
+        averages, values = self._average_model, _tensors(pl_module)
+        groups = {"float": [], "complex": [], "copied": []}
+        for name, average in _tensors(averages.module).items():
+            kind = "complex" if average.is_complex() else "float"
+            kind = "copied" if first or name not in self._averaged else kind
+            groups[kind].append((average.detach(), values[name].detach()))
+        for kind, pairs in groups.items():
+            if not pairs:
+                continue
+            group = map(list, zip(*pairs, strict=True))
+            if kind == "copied":
+                torch._foreach_copy_(*group)
+            else:
+                averages.multi_avg_fn(*group, averages.n_averaged)
         averages.n_averaged += 1
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
@@ -85,15 +93,12 @@ class MovingAverage(WeightAveraging):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         replayed = getattr(pl_module, "replayed", None) is not None  # the graph has updated the average
         if not replayed and trainer.global_step > self._latest_update_step:
-            if self._average_model.n_averaged == 0:
-                self._average_model.update_parameters(pl_module)  # copies all
-            else:
-                self.average(pl_module)
+            self.average(pl_module, first=bool(self._average_model.n_averaged == 0))
         self._latest_update_step = trainer.global_step
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    return itertools.chain(module.parameters(), module.buffers())
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict(itertools.chain(module.named_parameters(), module.named_buffers()))
 
 
 class NonFiniteStop(pl.Callback):

@@ -228,7 +228,6 @@ def fit(
         own.append(BatchNormSync(dist_bn))
     checkpoint = {"dirpath": output, "enable_version_counter": False, "save_on_train_epoch_end": True}
     writing = [
-        Readable(),
         RouterDiagnostics(output / "routers.csv"),
         summary,
         StepLog(summary, log_interval, options),
@@ -242,6 +241,7 @@ def fit(
     ]
     if checkpoint_hist is not None:
         writing.append(CheckpointHistory(output / LAST, lambda: summary.rows, metric, checkpoint_hist))
+    writing.append(Readable())  # last, as the state of others may begin in their own on_train_start
     with contextlib.nullcontext() if fast_dev_run else run_folder(output), silence_lightning(), default_device_cpu():
         trainer = pl.Trainer(
             accelerator=accelerator,

@@ -64,8 +64,10 @@ def test_data_without_validation_images(tmp_path):
 def test_an_image_beside_class_folders_does_not_make_train_a_class(tmp_path):
     touched(tmp_path, *SPLIT, "train/cover.jpg")
     assert choose(tmp_path).what == "class folders under train/ and val/"
-    touched(tmp_path, "bus/0.png")  # a train is a class here, of images in and below its folder
-    assert not layout.split_folders(tmp_path)
+    touched(tmp_path, "docs/0.png")
+    assert choose(tmp_path).what == "class folders under train/ and val/"
+    vehicles = touched(tmp_path / "vehicles", "train/0.png", "train/old/1.png", "bus/0.png")  # a train is a class here
+    assert not layout.split_folders(vehicles)
 
 
 def test_images_may_lie_behind_links(tmp_path):
@@ -79,6 +81,14 @@ def test_images_may_lie_behind_links(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "loop").symlink_to(tmp_path / "empty")
     assert not layout.has_images(tmp_path / "empty")
+
+
+def test_a_link_to_itself_is_no_folder(tmp_path):
+    touched(tmp_path, *SPLIT)
+    (tmp_path / "train" / "ant" / "x").symlink_to("x")
+    (tmp_path / "train" / "y").symlink_to("y")
+    assert choose(tmp_path).what == "class folders under train/ and val/"
+    assert class_folders(tmp_path / "train") == ["ant", "bee"]
 
 
 @pytest.mark.parametrize(

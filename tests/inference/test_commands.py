@@ -1,4 +1,5 @@
 import csv
+import errno
 import io
 import json
 import os
@@ -16,8 +17,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from fastroute.cli import app
-from fastroute.cli.common import plain_errors
-from fastroute.cli.predict import _write_csv
+from fastroute.cli.predict import _WRITERS, _write_csv
+from fastroute.cli.trained import check_finite
 from fastroute.data import ImageDataModule
 from fastroute.models import create_model, register_model, registry
 from fastroute.models.layers import Network, pool_and_classify
@@ -322,9 +323,22 @@ def test_output_replaces_a_file_and_goes_into_a_pipe(checkpoint, images, tmp_pat
         assert read.result(10) == (tmp_path / "real.csv").read_text()
 
 
-def test_a_reader_that_has_enough_is_no_error():
-    with pytest.raises(BrokenPipeError), plain_errors():
-        raise BrokenPipeError
+def test_a_reader_that_has_enough_is_told_nothing(checkpoint, images, monkeypatch):
+    def closed(rows, file):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setitem(_WRITERS, "csv", closed)
+    result = run("predict", checkpoint, images / "val" / "ant", "--format", "csv")
+    assert result.exit_code == 1 and "error" not in result.output
+
+
+def test_masks_may_be_infinite():
+    network = nn.BatchNorm1d(2)
+    network.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+    check_finite(network, "x.ckpt")
+    network.running_mean[0] = float("nan")
+    with pytest.raises(ValueError, match="1 of its 4 tensors, such as running_mean, are NaN or infinite"):
+        check_finite(network, "x.ckpt")
 
 
 def test_names_of_gates_are_unique(capsys):

@@ -202,3 +202,15 @@ def test_numbers_of_numpy_are_kept_as_python_s():
 def test_sizes_are_integers(arguments, message):
     with pytest.raises(TypeError, match=message):
         create_model(*arguments)
+
+
+def rectangles(num_classes=10, img_size=(8, 8), anchors=None):
+    assert anchors.shape == (1, 2) and img_size == (4, 8)
+    return nn.Sequential(nn.Flatten(), nn.Linear(96, num_classes))
+
+
+def test_own_builders_take_what_they_are_given():
+    name = f"{__name__}:rectangles"
+    network = create_model(name, 5, img_size=(4, 8), anchors=np.ones((1, 2)))
+    assert network(torch.ones(2, 3, 4, 8)).shape == (2, 5)
+    assert network.specification is None  # which has square images alone

@@ -191,9 +191,10 @@ class Masked(torch.nn.Module):
         self.norm, self.dense = torch.nn.BatchNorm1d(192), torch.nn.Linear(192, 3)
         self.register_buffer("index", torch.arange(3000))
         self.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+        self.phase = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
 
     def forward(self, images):
-        return self.dense(self.norm(images.flatten(1)))
+        return self.dense(self.norm(images.flatten(1))) * self.phase.abs()
 
 
 def test_the_moving_average_keeps_integers_and_infinities(data, tmp_path):
@@ -205,7 +206,8 @@ def test_the_moving_average_keeps_integers_and_infinities(data, tmp_path):
     assert torch.equal(averaged["model.index"], torch.arange(3000))
     assert averaged["model.mask"].tolist() == [0, float("-inf")]
     assert torch.equal(averaged["model.norm.num_batches_tracked"], trained["model.norm.num_batches_tracked"])
-    assert not torch.equal(averaged["model.norm.running_mean"], trained["model.norm.running_mean"])
+    for name in ("norm.running_mean", "dense.weight", "phase"):
+        assert not torch.equal(averaged[f"model.{name}"], trained[f"model.{name}"]), name
 
 
 def test_a_moving_average_is_kept_on_the_run_s_device():
