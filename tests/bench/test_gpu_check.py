@@ -291,7 +291,7 @@ def test_peers_are_rehearsed_on_the_cpu(tmp_path):
 
 
 def test_rows_are_kept_if_the_machine_is_unknown(tmp_path):
-    for first in ([], [{"kind": "machine", "error": "killed at its budget"}]):
+    for first in ([], [{"kind": "machine", "stage": "machine", "at": 1.0, "error": "killed at its budget"}]):
         rows = [*first, {"kind": "row", "row": {"suite": "operators", "labels": {"a": 1}, "ms": {"fastroute": 1.0}}}]
         gpu_check.save(tmp_path, rows, [], {})
         assert Result.load(tmp_path / "full.json").rows[0].ms == {"fastroute": 1.0}
