@@ -59,7 +59,7 @@ def test_rows_are_kept_and_printed_as_they_come(run, tmp_path):
     thread = threading.Thread(target=run.stage, args=(job(ROW, wait, ROW),))
     thread.start()
     end = time.monotonic() + 60
-    while not run.kept() and time.monotonic() < end:
+    while not (run.kept() and run.said) and time.monotonic() < end:
         time.sleep(0.01)
     assert [row["case"] for row in run.kept()] == ["case 0"] and thread.is_alive()
     assert run.said[0].endswith("stage job case 0 us=1.5")

@@ -21,7 +21,7 @@ def write_run(folder, network, errors, epochs=2, **options):
         (data / "train" / place).parent.mkdir(parents=True, exist_ok=True)
         (data / "train" / place).touch()
     folder.mkdir()
-    others = {"epochs": epochs, "data_dir": str(data), "amp": True, "channels_last": True}
+    others = {"epochs": epochs, "data_dir": str(data), "amp": True, "amp_dtype": "bfloat16", "channels_last": True}
     (folder / "args.yaml").write_text(yaml.safe_dump(recipe | others | options))
     rows = "".join(f"{epoch},{error / 2},{error}\n" for epoch, error in enumerate(errors, 1))
     (folder / "summary.csv").write_text("epoch,train_error,val_error\n" + rows)
@@ -65,7 +65,7 @@ def test_recipes_are_lines_and_networks_columns(tmp_path):
 def test_networks_are_lines_where_runs_are_evaluated_on_other_images(tmp_path, monkeypatch):
     def run(command, check, stdout):
         assert command[2:6] == ["fastroute", "validate", command[4], "--data-dir"] and command[6] == "others"
-        assert command[-2:] == ["--amp", "--channels-last"]
+        assert command[-4:] == ["--amp", "--amp-dtype", "bfloat16", "--channels-last"]
         error = {"a": 10.0, "b": 12.0, "c": 8.0}[command[4].split("/")[-2]]
         with open(command[8], "w") as file:
             json.dump([{"error": error}], file)
