@@ -43,3 +43,12 @@ def indexed(device: torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def is_there(device: torch.device) -> bool:
+    """Return whether PyTorch can use a device here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, ImportError, AssertionError):  # not built, no module of it, no device
+        return False
+    return True

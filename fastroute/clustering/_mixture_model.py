@@ -15,7 +15,7 @@ from sklearn.cluster import kmeans_plusplus
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fastroute._devices import indexed
+from fastroute._devices import indexed, is_there
 from fastroute.clustering._densities import em_loss, log_density
 from fastroute.clustering._emerging import Places
 from fastroute.nn import RelevanceNorm
@@ -98,11 +98,7 @@ class Model:
 
     def __setstate__(self, state: dict) -> None:
         if "saved" in state:
-            device = state["device"]
-            try:
-                torch.empty(0, device=device)
-            except (RuntimeError, ImportError, AssertionError):  # there is none here
-                device = torch.device("cpu")
+            device = state["device"] if is_there(state["device"]) else torch.device("cpu")
             state = torch.load(io.BytesIO(state["saved"]), map_location=device, weights_only=False)
             if state["device"] != device:
                 state["device"], state["built_with"]["device"] = device, str(device)

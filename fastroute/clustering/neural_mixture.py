@@ -14,7 +14,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor, nn
 
-from fastroute._devices import check_gpu
+from fastroute._devices import check_gpu, is_there
 from fastroute.clustering._densities import DENSITIES
 from fastroute.clustering._mixture_model import INFERENCE_BATCH
 from fastroute.clustering._mixture_model import Model as _Model  # by this name in files of early versions
@@ -337,11 +337,8 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         if kind in (None, "meta"):
             raise ValueError(f"device is {str(self.device)!r}; it must be one of PyTorch's, such as 'cpu' or 'cuda'")
         check_gpu(torch.device(self.device))
-        if kind not in ("cpu", "cuda"):
-            try:
-                torch.empty(0, device=self.device)
-            except (RuntimeError, ImportError, AssertionError) as error:  # not built, no module of it, no device
-                raise ValueError(f"device is {str(self.device)!r}; PyTorch cannot use it here") from error
+        if kind not in ("cpu", "cuda") and not is_there(torch.device(self.device)):
+            raise ValueError(f"device is {str(self.device)!r}; PyTorch cannot use it here")
         if self.network is not None and not isinstance(self.network, nn.Module):
             raise ValueError(f"network is {self.network!r}; it must be a torch.nn.Module or None")
         if self.density not in DENSITIES:
