@@ -68,7 +68,11 @@ def test_names_a_field_of_another_type(saved, tmp_path, keys, value, message):
         (["optimizer_states"], [], "has 0 items, expected 1"),
         (["optimizer_states", 0, "param_groups", 0, "lr"], "x", "['lr'] is 'x', expected a finite number"),
         (["optimizer_states", 0, "param_groups", 0, "betas"], (0.9,), "expected 2 numbers"),
-        (["optimizer_states", 0, "param_groups", 0, "params"], [5], "['params'] is a list"),
+        (
+            ["optimizer_states", 0, "param_groups", 0, "params"],
+            [5],
+            "has 1 parameters, numbered otherwise than the 45 expected",
+        ),
         (["optimizer_states", 0, "state", 0, "exp_avg"], torch.zeros(2), "has the shape (2,), expected (16, 1, 3, 3)"),
         (["optimizer_states", 0, "state", 0, "exp_avg"], None, "['exp_avg'] is None, expected a dense tensor"),
         (["optimizer_states", 0, "state", 0, "exp_avg"], KeyError, "['exp_avg'] is missing"),
