@@ -115,7 +115,7 @@ class RouterStatistics:
     @property
     def _routed(self) -> Tensor:
         """(m,): the number of samples with a gate above 0, which a sparse router with a capacity may drop."""
-        return self.shares.sum(1)
+        return self.shares.sum(1).clamp_min(torch.finfo(self.shares.dtype).tiny)
 
     @property
     def never_above(self) -> Tensor:

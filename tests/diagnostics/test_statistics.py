@@ -47,6 +47,12 @@ def test_gates_of_sparse_routers_that_do_not_sum_to_1_count_by_their_shares():
     torch.testing.assert_close(found.mean_gates, gates.mean(0, keepdim=True).double(), rtol=1e-5, atol=0)
 
 
+def test_a_router_that_drops_all_samples_uses_one_path():
+    gates = torch.zeros(4, 3)
+    found = RouterStatistics.of(SparseRouting(gates, gates, None, None)).cpu()
+    assert found.used_paths.tolist() == found.effective_clusters.tolist() == [1]
+
+
 def test_no_samples_leave_the_statistics_of_others_as_they_are():
     gates = torch.rand(6, 2, 3).softmax(-1)
     some, none = (RouterStatistics.of(Routing(part, part)) for part in (gates, gates[:0]))
