@@ -142,8 +142,8 @@ def compare(old: Result, new: Result) -> str:
         ValueError: the results have no case in common.
     """
     before = {(row.suite, row.id): row for row in old.rows}
-    pairs = [(before[row.suite, row.id], row) for row in new.rows if (row.suite, row.id) in before]
-    if not pairs:
+    common = [row for row in new.rows if (row.suite, row.id) in before]
+    if not common:
         raise ValueError("the results have no case in common")
     changes = [
         f"{name}: {then.get(name)} before, {now.get(name)} now"
@@ -152,7 +152,7 @@ def compare(old: Result, new: Result) -> str:
         if name != "failures" and then.get(name) != now.get(name)
     ]
     texts = ["The results differ in:\n" + "\n".join(changes)] if changes else []
-    for suite, rows in by_suite(now for _, now in pairs).items():
+    for suite, rows in by_suite(common).items():
         lines, nets = [], []
         for now in rows:
             then = before[suite, now.id]
@@ -166,7 +166,7 @@ def compare(old: Result, new: Result) -> str:
         texts.append(
             f"{suite}\n\n{table(['case', 'ms before', 'ms now', '× as fast', 'peers', 'net'], lines, words=1)}"
         )
-    left = len(old.rows) + len(new.rows) - 2 * len(pairs)
+    left = len(old.rows) + len(new.rows) - 2 * len(common)
     if left:
         texts.append(f"{left} cases are in only one of the results")
     return "\n\n".join(texts)

@@ -116,8 +116,8 @@ def write_report(
     saved = read_checkpoint(checkpoint, "checkpoint")
     run = saved["hyper_parameters"]
     if is_of("cluster", saved):
-        network_options = {"dataset": dataset, "images": pictures, "before": before, "classes": classes, "model": model}
-        network_options["workers"] = workers
+        network_options = {"dataset": dataset, "images": pictures, "before": before, "classes": classes}
+        network_options |= {"model": model, "workers": workers}
         for name, value in network_options.items():
             if value:
                 raise ValueError(

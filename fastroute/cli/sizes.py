@@ -66,7 +66,7 @@ def check_batch(
         img_size: their height and width.
         training: whether to estimate a training step.
         half: whether it computes in a 16-bit type.
-        device: that computes; None is the CPU.
+        device: the device that computes; None is the CPU.
 
     Raises:
         ValueError: it does not fit.

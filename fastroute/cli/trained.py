@@ -159,8 +159,9 @@ def check_finite(network: "nn.Module", path: Path, name: str = "checkpoint") -> 
     Raises:
         ValueError: weights are NaN or infinite.
     """
-    buffers = {key: value for key, value in network.named_buffers() if key.rpartition(".")[2].startswith("running_")}
-    tensors = dict(network.named_parameters()) | buffers  # other buffers may be infinite, as masks are
+    from fastroute.training.steps import named_weights
+
+    tensors = named_weights(network)
     bad = [key for key, value in tensors.items() if not value.isfinite().all()]
     if bad:
         raise ValueError(
@@ -171,6 +172,6 @@ def check_finite(network: "nn.Module", path: Path, name: str = "checkpoint") -> 
 
 def default_device() -> "torch.device":
     """Return the GPU of this process if there is one, or else the CPU."""
-    import torch
+    from fastroute._devices import indexed, resolve_device
 
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return indexed(resolve_device(None))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastroute._devices import indexed, is_there
+from fastroute._random import generators_seeded
 from fastroute.clustering._densities import em_loss, log_density
 from fastroute.clustering._emerging import Places
 from fastroute.nn import RelevanceNorm
@@ -61,11 +62,7 @@ class Model:
         # Those of the user's network alone: to fork the generators of all GPUs initialises each.
         own = () if estimator.network is None else estimator.network.parameters()
         gpus = sorted({parameter.device.index for parameter in own if parameter.is_cuda})
-        with torch.random.fork_rng(gpus):
-            torch.default_generator.manual_seed(seed)
-            for gpu in gpus:
-                with torch.cuda.device(gpu):
-                    torch.cuda.manual_seed(seed)
+        with generators_seeded(seed, gpus):
             if estimator.network is None:
                 with torch.device("cpu"):  # whose generator is seeded
                     network = perceptron(X.shape[1], estimator.hidden, clusters, estimator.exclusive_layers)
@@ -152,12 +149,8 @@ class Model:
         """
         draw = torch.Generator()
         draw.set_state(self.generator.get_state())  # a copy: it draws nothing from the order of the samples
-        seed, on_gpu = torch.randint(2**31, (), generator=draw).item(), self.device.type == "cuda"
-        with torch.random.fork_rng([self.device] if on_gpu else []), torch.enable_grad():
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU too
-            if on_gpu:
-                with torch.cuda.device(self.device):
-                    torch.cuda.manual_seed(seed)
+        seed = torch.randint(2**31, (), generator=draw).item()
+        with generators_seeded(seed, [self.device.index] if self.device.type == "cuda" else []), torch.enable_grad():
             self.network.train()
             yield
 

@@ -128,7 +128,7 @@ def split_folders(data_dir: Path) -> bool:
 
     It may be a class if it also holds images itself, unless there is another split beside it that holds class folders.
     """
-    train, *others = (data_dir / name for name in ("train", *sorted(SPLITS - {"train"})))
+    train, others = data_dir / "train", [data_dir / name for name in SPLITS - {"train"}]
     if not train.is_dir() or not _holds_folders_of_images(train):
         return False
     return not _holds_images(train) or any(other.is_dir() and _holds_folders_of_images(other) for other in others)

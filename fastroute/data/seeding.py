@@ -1,10 +1,11 @@
 """Random numbers as a function of the place in a run, so that a resumed run needs no saved generator."""
 
 import contextlib
-from collections.abc import Iterator
 
 import numpy as np
 import torch
+
+from fastroute._random import generators_seeded
 
 
 def derived_seed(*entropy: int) -> int:
@@ -21,9 +22,6 @@ def generator(*entropy: int) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(*entropy))
 
 
-@contextlib.contextmanager
-def seeded(*entropy: int) -> Iterator[None]:
+def seeded(*entropy: int) -> contextlib.AbstractContextManager[None]:
     """Seed PyTorch's generator on the CPU by `derived_seed` within the block, and restore it afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(derived_seed(*entropy))
-        yield
+    return generators_seeded(derived_seed(*entropy))

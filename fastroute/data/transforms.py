@@ -21,7 +21,7 @@ INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 
 
 class AugMix(v2.AugMix):
-    """torchvision's, with all numbers drawn on the CPU, whose generator the loaders seed."""
+    """Mix as torchvision does, with all random numbers drawn on the CPU, whose generator the loaders seed."""
 
     def _sample_dirichlet(self, params: Tensor) -> Tensor:
         return super()._sample_dirichlet(params.cpu()).to(params.device)

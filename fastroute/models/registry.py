@@ -183,8 +183,9 @@ def create_model(
             classifier for another number of classes is left out. Weights of the single-path network start every path
             of a multi-path one; see `fastroute.models.weights.load_pretrained`.
         gate_norm, prior: how the routers normalise their gates; see `nn.CrossConnection`.
-        features_only, out_indices: for one of `list_models()`, whether to return its pyramid of feature maps, with the
-            paths averaged, in place of logits, and which of them; see `fastroute.models.features.FeatureMaps`.
+        features_only: whether to return the feature maps of a network of `list_models()` in place of logits, with the
+            paths averaged; see `fastroute.models.features.FeatureMaps`.
+        out_indices: the maps to return with `features_only`, counted from the largest; None returns all.
         options: for the network itself, such as `routing=None` for parallel paths without routers.
 
     Returns:

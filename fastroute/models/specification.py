@@ -117,7 +117,7 @@ class Specification:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values: numbers, texts, lists and dicts."""
-        return _plain(asdict(self))
+        return _with_lists(asdict(self))
 
     @classmethod
     def from_dict(cls, values: Any) -> "Specification":
@@ -150,7 +150,7 @@ class Specification:
     def differences(self, other: "Specification") -> str:
         """Describe the fields in which another specification differs; "" if both build the same network."""
         names = [item.name for item in fields(self) if item.compare and item.name not in ("img_size", "input_size")]
-        pairs = ((name, _plain(getattr(self, name)), _plain(getattr(other, name))) for name in names)
+        pairs = ((name, _with_lists(getattr(self, name)), _with_lists(getattr(other, name))) for name in names)
         return ", ".join(f"{name}={a!r}, not {b!r}" for name, a, b in pairs if a != b)
 
     def describes(self, network: nn.Module) -> bool:
@@ -363,10 +363,11 @@ def _versions(source: str) -> dict[str, str]:
     return versions
 
 
-def _plain(value: Any) -> Any:
+def _with_lists(value: Any) -> Any:
+    """Return a value with lists in place of tuples, and dicts in place of other mappings."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+        return {key: _with_lists(item) for key, item in value.items()}
+    return [_with_lists(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def _sizes(value: Any) -> Iterator[int]:

@@ -141,14 +141,13 @@ class RoutingClassifier(pl.LightningModule):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
         check_compile_mode(compile, compile_mode)
-        num_classes, in_chans, img_size = plain(num_classes), plain(in_chans), side(plain(img_size))
-        sizes = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
-        check_integers(**{name: size for name, size in sizes.items() if size is not None})
         self.save_hyperparameters(ignore=["model", "aux_loss", "specification"], logger=False)
         for name in GIVEN & self.hparams.keys():  # and not those of a subclass
             value = self.hparams[name]
             self.hparams[name] = value.tolist() if isinstance(value, Tensor) else plain(value)
-        self.hparams.img_size = img_size
+        self.hparams.img_size = side(self.hparams.img_size)
+        sizes = {name: self.hparams[name] for name in ("num_classes", "in_chans", "img_size")}
+        check_integers(**{name: size for name, size in sizes.items() if size is not None})
         if isinstance(model, str):
             given = None if specification is None else Specification.from_dict(specification)
             model = (given or Specification.parse(model, **sizes)).build()

@@ -64,9 +64,13 @@ class MovingAverage(WeightAveraging):
         return self._average_model.module
 
     def average(self, pl_module: pl.LightningModule, first: bool = False) -> None:
-        """Update the average as `AveragedModel` does after its first update, without reading the number of updates.
+        """Update the average as `AveragedModel` does, without reading the number of updates.
 
         Reading it would make the host wait for the device, which a CUDA graph cannot record.
+
+        Args:
+            pl_module: the module with the latest weights.
+            first: whether it is the first update, which copies all.
         """
         averages, values = self._average_model, _tensors(pl_module)
         groups = {"float": [], "complex": [], "copied": []}
@@ -157,7 +161,7 @@ class FiniteWeights(pl.Callback):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         networks = [pl_module, *(c.average_network for c in trainer.callbacks if isinstance(c, MovingAverage))]
-        weights = [tensor for network in networks for tensor in _weights(network)]
+        weights = [tensor for network in networks for tensor in named_weights(network).values()]
         wrong = ~get_total_norm(weights, math.inf).isfinite()  # the largest weight: a sum of squares could overflow
         if trainer.world_size > 1:
             wrong = wrong.to(trainer.strategy.root_device, torch.int)
@@ -179,10 +183,11 @@ class FiniteWeights(pl.Callback):
         return "there is no previous checkpoint, so start again"
 
 
-def _weights(network: nn.Module) -> list[Tensor]:
-    """Return non-empty parameters and running statistics; other buffers may be infinite, as masks are."""
-    buffers = (b for name, b in network.named_buffers() if name.rpartition(".")[2].startswith("running_"))
-    return [tensor.detach() for tensor in itertools.chain(network.parameters(), buffers) if tensor.numel()]
+def named_weights(network: nn.Module) -> dict[str, Tensor]:
+    """Return non-empty parameters and running statistics, by name; other buffers may be infinite, as masks are."""
+    buffers = {name: b for name, b in network.named_buffers() if name.rpartition(".")[2].startswith("running_")}
+    tensors = dict(network.named_parameters()) | buffers
+    return {name: tensor.detach() for name, tensor in tensors.items() if tensor.numel()}
 
 
 class EpochMeans(pl.Callback):
