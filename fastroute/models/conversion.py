@@ -17,7 +17,7 @@ from fastroute.models._shapes import channel_axes, default_input_size, like, sha
 from fastroute.models._tracing import trace
 from fastroute.models.sources import without_auxiliary_heads
 from fastroute.models.specification import remember, specification_of
-from fastroute.models.weights import SCALE
+from fastroute.models.weights import SCALE, path_names, without_decay
 from fastroute.nn import (
     CrossConnection,
     CrossStitch,
@@ -133,6 +133,7 @@ def multipath(
             "pruning or the old weight_norm, plain parameters first (torch.nn.utils.prune.remove, remove_weight_norm)"
         ) from error
     model = without_auxiliary_heads(model)
+    undecayed = without_decay(model)
     specification = specification_of(model)
     input_size = default_input_size(model) if input_size is None else tuple(map(plain, input_size))
     if isinstance(route_after, str):  # as on the command line
@@ -186,6 +187,7 @@ def multipath(
     origins[_add(layers, "head", parts)] = origin
     network = MultiPathNetwork(layers)
     network.origins = origins
+    network.undecayed = frozenset(name for name, own in (path_names(network) or {}).items() if own in undecayed)
     if gate_norm is not None or prior is not None:
         set_gate_norm(network, gate_norm, prior)
     if specification is not None and specification.paths == 1:

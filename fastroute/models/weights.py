@@ -227,6 +227,17 @@ def path_names(model: nn.Module) -> dict[str, str] | None:
     return {name: _original(origins, name) for name in names if not name.endswith(f".{SCALE}")}
 
 
+def without_decay(model: nn.Module) -> set[str]:
+    """Return the names of the parameters that a network or its modules name in `no_weight_decay()`, as timm's do."""
+    names = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        if callable(own := getattr(module, "no_weight_decay", None))
+        for name in own()
+    }
+    return names & {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+
 def _original(origins: Mapping[str, str], name: str) -> str:
     part, _, rest = name.split(".", 2)
     return f"{origins[part]}.{rest}" if origins[part] else rest

@@ -118,10 +118,16 @@ class MultiPathNetwork(Classifies, nn.Module):
         (torch.Size([8, 10]), torch.Size([8, 2, 2]))
     """
 
+    undecayed: frozenset[str] = frozenset()
+
     def __init__(self, layers: Mapping[str, nn.Module]):
         super().__init__()
         for name, layer in layers.items():
             self.add_module(name, layer)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters that a network named so before `multipath` converted it, as timm asks."""
+        return set(self.undecayed)
 
     def _body(self, x: Tensor, maps: list[list[Tensor]] | None = None) -> tuple[list[Tensor], dict[str, Routing]]:
         xs, routing = [x], {}

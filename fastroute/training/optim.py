@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
+from fastroute.models.weights import without_decay
 from fastroute.nn import Router, SparseRouter
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -72,7 +73,8 @@ def parameter_groups(
     if filter_bias_and_bn:
         decays |= {"biases": 0.0, "gate_biases": 0.0, "norms": norm_weight_decay or 0.0}
     found = {name: {} for name in ("others", "biases", "norms", "gates", "gate_biases")}
-    exempt = _without_decay(model) if filter_bias_and_bn else set()
+    named = without_decay(model) if filter_bias_and_bn else ()
+    exempt = {id(model.get_parameter(name)) for name in named}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
@@ -97,16 +99,6 @@ def parameter_groups(
         for kind, by_level in found.items()
         for level, parameters in sorted(by_level.items())
     ]
-
-
-def _without_decay(model: nn.Module) -> set[int]:
-    """Return the ids of the parameters that networks of timm name in `no_weight_decay()`."""
-    exempt = set()
-    for module in model.modules():
-        if callable(names := getattr(module, "no_weight_decay", None)):
-            own = dict(module.named_parameters())
-            exempt |= {id(own[name]) for name in names() if name in own}
-    return exempt
 
 
 def learning_rate(optimizer: torch.optim.Optimizer) -> float:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import fastroute
 from fastroute.models import multipath
 from fastroute.nn import CrossConnection, CrossStitch, MultiPathNetwork
+from fastroute.training.optim import parameter_groups
 from tests.models.toys import SIZE, routers, toy_paths
 
 PHOTOGRAPHS = Path(__file__).parents[3] / "shared/data/imagenet-sample.tar"
@@ -262,6 +263,24 @@ def test_functional_dropout_follows_the_mode():
     assert torch.equal(model(x), model(x))
     model.train()
     assert not torch.equal(model(x), model(x))
+
+
+def test_names_what_the_network_exempts_from_weight_decay():
+    class Exempting(Toy):
+        def no_weight_decay(self):
+            return {"scale", "stage2.0.weight", "not there"}
+
+    network = multipath(Exempting(), 2, ["stem", "stage1"], input_size=SIZE)
+    found = {
+        name
+        for name, _ in network.named_parameters(remove_duplicate=False)
+        if name.endswith(("scale", "stage2.0.weight"))
+    }
+    assert network.no_weight_decay() == copy.deepcopy(network).no_weight_decay() == found and len(found) == 6
+    assert toy_paths(Toy(), 2, CUTS).no_weight_decay() == set()
+    exempt = parameter_groups(network, lr=0.1, weight_decay=0.5, filter_bias_and_bn=True)
+    without = {id(p) for group in exempt if not group["weight_decay"] for p in group["params"]}
+    assert {id(network.get_parameter(name)) for name in found} <= without
 
 
 def test_copies_pickles_compiles_and_trains():
