@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) fastroute/ops/schemas.inc
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-fast test-thorough test-costs attack sanitize test-oldest test-oldest-fast oldest-libraries lint docs ctest clean
+.PHONY: demo test test-fast test-thorough test-all test-costs attack sanitize test-oldest test-oldest-fast oldest-libraries lint docs ctest clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fastroute demo
@@ -26,6 +26,10 @@ test-fast: $(VENV)/.ready
 # What `make test` leaves out, which CI runs besides: tests of 0.8 seconds or more.
 test-thorough: $(VENV)/.ready
 	$(TEST) -m "thorough and not gpu"
+
+# Both in one session, as CI runs them: the tests are collected once.
+test-all: $(VENV)/.ready
+	$(TEST) -m "$(ALL)"
 
 # Random operators against float64, damaged checkpoints and data, kills: up to 20 minutes.
 attack: $(VENV)/.ready
@@ -88,7 +92,7 @@ docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 ctest: $(VENV)/.ready
-	cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS_RELEASE=-O0 -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	cmake --build build/cmake --parallel 2
 	ctest --test-dir build/cmake --output-on-failure
 

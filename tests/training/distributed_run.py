@@ -113,10 +113,17 @@ def run(folder, output, batch_size, network="Network", save_ranks=False, stop=No
         torch.save(module.state_dict(), f"{output}/rank{os.environ['RANK']}.pt")
 
 
-def main(folder, output, batch_size, stop=None, **options):
-    """One run; with `stop`, one that never stops in "whole", and one that does and goes on in "halves"."""
+def main(folder, output, batch_size, networks=None, stop=None, **options):
+    """One run, or one of each of `networks` with their options.
+
+    With `stop`, one run that never stops in "whole", and one that does and goes on in "halves".
+    """
     torch.set_num_threads(1)
     with process_group():
+        if networks:
+            for network, own in networks.items():
+                run(folder, f"{output}/{network}", batch_size, network=network, **own, **options)
+            return
         if stop is None:
             run(folder, output, batch_size, **options)
             return
