@@ -12,6 +12,11 @@ def in_a_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {printable(text.splitlines()[0])}"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]
+
+
 def printable(text: object) -> str:
     """Return text as one line that every terminal and encoding can show.
 

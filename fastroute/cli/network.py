@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from fastroute._defaults import MAX_PATHS
+from fastroute._errors import first_line
 from fastroute._extras import extra
 from fastroute.cli.errors import escaped
 
@@ -216,6 +217,7 @@ def network(
         ValueError: it cannot be built, or does not take such images.
         FileNotFoundError: there is no such file of weights.
     """
+    from fastroute.models._shapes import check_takes
     from fastroute.training.distributed import local_rank_zero_first
 
     if resume is not None and given.num_classes is not None:  # the checkpoint's own
@@ -263,43 +265,6 @@ def pretrained_levels(given: "Specification") -> tuple[list[float], list[float]]
 
 def _say(console: Console, sentence: str) -> None:
     console.print(escaped(sentence), soft_wrap=True, highlight=False)
-
-
-def check_takes(built: "nn.Module", name: str, in_chans: int, img_size: int, classes: int | None = None) -> None:
-    """Check that a network returns logits of the right shape for an image.
-
-    Args:
-        built: the network.
-        name: of the network, for messages.
-        in_chans: channels of the image.
-        img_size: its height and width.
-        classes: the number of logits; None is any.
-
-    Raises:
-        ValueError: the network does not take such an image, or returns something else.
-    """
-    import torch
-
-    from fastroute.models._modes import modes_kept
-    from fastroute.models._shapes import like
-
-    try:
-        with torch.no_grad(), modes_kept(built):
-            logits = built.eval()(like(built).new_zeros(1, in_chans, img_size, img_size))
-    except Exception as error:  # a user's own network may raise anything
-        size = f"{in_chans} × {img_size} × {img_size}"
-        raise ValueError(f"img_size is {img_size}; {name} cannot take images of {size}: {_reason(error)}") from error
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] != (classes or logits.shape[1]):
-        what = f"{(*logits.shape,)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
-        raise ValueError(
-            f"model is {name!r}; for an image it returns {what}, expected logits (1, {classes or 'classes'}), one for "
-            "each class"
-        )
-
-
-def _reason(error: Exception) -> str:
-    """Return the first line of an error's message, or its type if it has none."""
-    return (str(error).strip() or type(error).__name__).partition("\n")[0]
 
 
 def usable_channels_last(
@@ -355,7 +320,7 @@ def _layout_error(built: "nn.Module", in_chans: int, img_size: int) -> str | Non
             with contextlib.redirect_stderr(io.StringIO()), torch.no_grad(), torch.random.fork_rng(devices=()):
                 network.to(memory_format=layout)(images.contiguous(memory_format=layout))
         except Exception as error:  # a user's own network may raise anything
-            return _reason(error).rstrip(".")
+            return first_line(error).rstrip(".")
         return None
 
     try:

@@ -26,7 +26,7 @@ from fastroute.cli.common import (
 )
 from fastroute.cli.errors import escaped, standard_output
 from fastroute.cli.images import check_fit, choose_images
-from fastroute.cli.network import check_takes, usable_channels_last
+from fastroute.cli.network import usable_channels_last
 from fastroute.cli.sizes import check_batch, check_images
 from fastroute.cli.trained import check_channels, default_device
 
@@ -148,6 +148,7 @@ def _result(path: Path | None, options: ValidateOptions, console: Console) -> di
     from fastroute.diagnostics.routing import skewed_gates
     from fastroute.inference.predictor import network_of
     from fastroute.models import create_model
+    from fastroute.models._shapes import check_takes
     from fastroute.models.specification import Specification
     from fastroute.nn import Router, SparseRouter
     from fastroute.training.checkpoints import load_weights, read_checkpoint

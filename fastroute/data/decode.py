@@ -125,6 +125,7 @@ def upright(image: Image.Image, channels: int = 3) -> Image.Image:
     elif image.mode == "P" and "transparency" in image.info:
         decoded = image.convert("RGBA").convert(MODES[channels])  # Pillow warns about the direct conversion
     else:
+        image = image.convert("RGB") if image.mode == "LAB" else image  # which Pillow does not make grey
         decoded = image.convert(MODES[channels])
     return decoded if turn is None else decoded.transpose(turn)
 

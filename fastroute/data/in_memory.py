@@ -84,9 +84,9 @@ def digits(options: Options) -> ImageSet:
     source = load_digits()
     images = torch.from_numpy(source.images * (255 / 16)).to(torch.float32)[:, None]
     size = options.img_size or images.shape[-1]
-    if size != images.shape[-1]:
-        images = F.interpolate(images, size=(size, size), mode=options.interpolation).clamp(0, 255)
-    images = images.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    if size != images.shape[-1] and options.interpolation == "bilinear":
+        images = F.interpolate(images, size=(size, size), mode="bilinear")
+    images = _scaled(images.round().to(torch.uint8).permute(0, 2, 3, 1), options)
     labels = torch.from_numpy(source.target).long()
     train, val = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=source.target, random_state=0)
     splits = [Split(images[part], labels[part]) for part in (train, val)]
@@ -174,6 +174,8 @@ def imagefolder(options: Options) -> ImageSet:
     return images._replace(skipped=train.skipped + val.skipped)
 
 
+RESAMPLING = {"nearest": Image.NEAREST, "bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
+
 DATASETS: dict[str, Callable[[Options], ImageSet]] = {
     "digits": digits,
     "cifar10": cifar10,
@@ -247,17 +249,15 @@ def _channels(images: Tensor, count: int | None) -> Tensor:
 
 
 def _scaled(images: Tensor, options: Options) -> Tensor:
-    """Scale images uint8 (N, H, W, C) to `img_size`."""
+    """Scale images uint8 (N, H, W, C) to `img_size` by Pillow, whose values a predictor gets too."""
     size = options.img_size
-    if size is not None and size != images.shape[1]:
-        parts = [
-            TF.resize(part.permute(0, 3, 1, 2), [size, size], TF.InterpolationMode(options.interpolation)).permute(
-                0, 2, 3, 1
-            )
-            for part in images.split(1024)
-        ]
-        images = torch.cat(parts)
-    return images.contiguous()
+    if size is None or size == images.shape[1]:
+        return images.contiguous()
+    scaled = np.empty((len(images), size, size, images.shape[-1]), np.uint8)
+    for values, image in zip(scaled, images.numpy(), strict=True):
+        picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+        values[:] = np.asarray(picture.resize((size, size), RESAMPLING[options.interpolation])).reshape(values.shape)
+    return torch.from_numpy(scaled)
 
 
 def _check_memory(data_dir: Path, count: int, size: int, channels: int) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -44,7 +45,8 @@ def export(
 
     Returns:
         "difference", the largest absolute difference from eager PyTorch, over "images" random images; and "bytes", the
-        size of the file.
+        size of the file. The weights of an ONNX program of more than 1.5 GB are in a second file beside it, whose name
+        ends in ".onnx.data", and they count too.
 
     Raises:
         ValueError: the network cannot be exported so, or the file computes other logits; no file is then left.
@@ -77,14 +79,16 @@ def _export(predictor: Predictor, model: nn.Module, to: str, output: Path, dynam
     }
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3 if dynamic_batch or to == "safetensors" else 1, *shape, generator=generator)
-    with _atomic_file(output) as path:
+    with _atomic_files(output) as path:
         try:
             with _quiet():
                 run = _WRITERS[to](model, images[:2], path, metadata, dynamic_batch)
         except (ModuleNotFoundError, OSError):
             raise
         except Exception as error:  # PyTorch's exporters raise errors of many types
-            raise ValueError(f"to is {to!r}; the network cannot be exported so: {in_a_line(error)}") from error
+            raise ValueError(
+                f"to is {to!r}; the network cannot be exported so: {in_a_line(error.__cause__ or error)}"
+            ) from error
         with torch.no_grad():
             expected, found = model(images), run(images)
         largest = max(1.0, expected.abs().max().item())
@@ -94,27 +98,34 @@ def _export(predictor: Predictor, model: nn.Module, to: str, output: Path, dynam
                 f"to is {to!r}; the file's logits differ from the network's by {difference:.2e}, and at most "
                 f"{TOLERANCE * largest:.2e} is rounding: it is not written"
             )
-        size = path.stat().st_size
+        size = sum(file.stat().st_size for file in path.parent.iterdir())
         digest_path(output).unlink(missing_ok=True)  # of a file that this one replaces
     return {"difference": difference, "images": len(images), "bytes": size}
 
 
 @contextmanager
-def _atomic_file(path: Path):
-    """Yield a temporary path beside a file, and move it there at the end of the block; after an error, remove it."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+def _atomic_files(path: Path):
+    """Yield a path of the same name in a temporary folder, and at the end of the block move all files out of it.
+
+    The weights of large networks are in a file of their own, which an ONNX program finds by its name. After an error,
+    nothing is left.
+    """
+    folder = path.with_name(f".{path.name}.{os.getpid()}")
+    folder.mkdir()
     try:
-        yield temporary
-        os.replace(temporary, path)
+        yield folder / path.name
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):  # the program is the last
+            os.replace(file, path.with_name(file.name))
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def _quiet():
     """Silence the exporters' messages within the block."""
     loggers = [
-        logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._export", "onnxscript", "onnx_ir")
+        logging.getLogger(name)
+        for name in ("torch", "torch.onnx", "torch.export", "torch._export", "onnxscript", "onnx_ir")
     ]
     levels = [logger.level for logger in loggers]
     try:
@@ -162,7 +173,7 @@ def _write_weights(model: nn.Module, images: Tensor, path: Path, metadata: dict[
         from safetensors.torch import load_file, save_file
     weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()}
     save_file(weights, path, metadata={"format": "pt", **metadata})
-    read = without_temperatures(load_file(path))  # which are no tensors of the network
+    read = without_temperatures(load_file(path), model)  # which are no tensors of the network
     return lambda x: torch.func.functional_call(model, read, (x,))
 
 

@@ -1,7 +1,7 @@
 """Predict class probabilities of images by the network of a checkpoint."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,16 @@ from fastroute._devices import indexed, resolve_device
 from fastroute._errors import in_a_line
 from fastroute._plain import plain
 from fastroute.inference.preprocessing import Picture, Preprocessing
-from fastroute.models.specification import Specification, side, specification_in
-from fastroute.models.weights import misfit, network_weights
+from fastroute.models._shapes import check_takes, like
+from fastroute.models.specification import Specification, side, specification_in, specification_of
+from fastroute.models.weights import misfit, network_weights, without_wrappers
 
 RUN_BY = {".onnx": "onnxruntime.InferenceSession", ".pt2": "torch.export.load(…).module()"}
+
+WEIGHTS_ALONE = (
+    "evaluate them by fastroute validate --model, or start a run from them by --pretrained-path: they do not say how "
+    "images are prepared"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +171,7 @@ class Predictor:
 
         if len({tuple(x.shape) for x in inputs}) > 1:
             raise ValueError("images has tensors of several shapes; they must have one")
-        x = torch.stack(inputs).to(self.device)
+        x = torch.stack(inputs).to(like(self.model))
         return forward_with_routing(self.model, x) if gates else (self.model(x), {})
 
     def __repr__(self) -> str:
@@ -191,11 +197,13 @@ def load(
     Args:
         checkpoint: a file of `fit`, `fastroute train` or `fastroute cluster`, or a `.safetensors` of `fastroute
             export`.
-        model: the network, or "package.module:function" to import and call. It is needed only for networks that such a
+        model: the network, whose weights are changed in-place, or "package.module:function" to import and call. It is
+            needed only for networks that such a
             function builds, or whose construction the checkpoint does not know; a checkpoint alone never imports code.
         ema: whether to take the moving average of the weights if the run kept one.
         device: the device of the network; by default the GPU if there is one.
-        mean, std: of the images, in units of 0 to 255; by default as in training, as are img_size and crop_pct.
+        mean, std: of the images, in units of 0 to 255; by default as in training, as are img_size and crop_pct. A run
+            on loaders of your own keeps only img_size: give mean and std, and crop_pct if it is not 1.
         img_size: the height and width to which images are cropped, in pixels.
         crop_pct: the crop's side, relative to the shorter side of the scaled image.
 
@@ -223,13 +231,15 @@ def load(
     path, where = Path(checkpoint), f"checkpoint is {checkpoint}"
     target = indexed(resolve_device(device, others=True))
     given = {"img_size": side(plain(img_size)), "crop_pct": plain(crop_pct)}
-    given |= {name: None if v is None else torch.tensor(v).float() for name, v in (("mean", mean), ("std", std))}
+    given |= {
+        name: None if v is None else torch.tensor(v).float().reshape(-1) for name, v in (("mean", mean), ("std", std))
+    }
     given = {name: value for name, value in given.items() if value is not None}
     if path.suffix == ".safetensors":
         return _load_exported(path, where, model, given, target)
     if path.suffix in RUN_BY:
         raise ValueError(f"{where}; it must be a .ckpt or .safetensors: run such a program by {RUN_BY[path.suffix]}")
-    saved = read_checkpoint(path, "checkpoint")
+    saved = read_checkpoint(path, "checkpoint", weights_alone=WEIGHTS_ALONE)
     if is_of("cluster", saved):
         return _load_clustering(saved, path, where, given if model is None else given | {"model": model}, target)
     check_command(saved, "train", path, "checkpoint")
@@ -238,7 +248,19 @@ def load(
     load_state(network, network_weights(saved, ema), where)
     transform = replace(Preprocessing.of_run(run, data), **given)
     transform.check_sizes()
+    _check_units(given)
     return predictor_of(network, data.get("classes"), transform, target)
+
+
+def _check_units(given: Mapping[str, Any]) -> None:
+    """Raise ValueError if mean or std seem to be in units of 0 to 1, as other programs have them."""
+    for name in given.keys() & {"mean", "std"}:
+        value = given[name]
+        if value.max() <= 1 and value.max() > 0:
+            raise ValueError(
+                f"{name} is {[round(v, 6) for v in value.tolist()]}; it must be in units of 0 to 255: multiply it by "
+                "255 if it is in units of 0 to 1"
+            )
 
 
 def network_of(run: dict, where: str, own: str | None = None, **sizes) -> nn.Module:
@@ -280,6 +302,7 @@ def load_state(network: nn.Module, weights: Any, where: str) -> None:
     """
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise ValueError(f"{where}; it holds a {type(weights).__name__}, and must hold a state_dict")
+    weights = without_wrappers(weights, network)
     if reason := misfit(network, weights):
         raise ValueError(f"{where}; {reason}")
     network.load_state_dict(weights)
@@ -289,13 +312,9 @@ def predictor_of(
     network: nn.Module, classes: Sequence[str] | None, transform: Preprocessing, device: torch.device
 ) -> Predictor:
     """Make a predictor of a network with loaded weights; logits without a class are named by their numbers."""
-    network = network.to(device).eval()
-    specification = getattr(network, "specification", None)
-    names, count = list(classes or []), specification.num_classes if specification is not None else None
-    if count is None:
-        with torch.no_grad():
-            x = torch.zeros(1, transform.in_chans, transform.img_size, transform.img_size, device=device)
-            count = network(x).shape[1]
+    network, specification = network.to(device).eval(), specification_of(network)
+    name = type(network).__name__ if specification is None else str(specification)
+    count, names = check_takes(network, name, transform.in_chans, transform.img_size), list(classes or [])
     names += [str(i) for i in range(len(names), count)]
     return Predictor(network, names, transform, device, specification)
 

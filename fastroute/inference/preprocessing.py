@@ -50,12 +50,12 @@ class Preprocessing:
 
         Args:
             run: its `hyper_parameters`, of checked types.
-            data: its `ImageDataModule`, of checked types.
+            data: its `ImageDataModule`, of checked types; empty for a run on other data, of which nothing is known.
         """
         return cls(
             data.get("img_size", run["img_size"]),
             data.get("in_chans", run["in_chans"]),
-            data.get("crop_pct", CROP_PCT),
+            data.get("crop_pct", CROP_PCT if data else 1.0),
             data.get("interpolation", "bilinear"),
             data.get("mean"),
             data.get("std"),

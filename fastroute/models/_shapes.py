@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import fx, nn
 
+from fastroute._errors import first_line
 from fastroute.models._modes import modes_kept
 
 
@@ -65,7 +66,35 @@ def shapes_of(
 
 def like(model: nn.Module) -> torch.Tensor:
     """Return a tensor of the network's device and dtype."""
-    return next(model.parameters(), torch.empty(0))
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+
+
+def check_takes(network: nn.Module, name: str, in_chans: int, img_size: int, classes: int | None = None) -> int:
+    """Check that a network returns logits of the right shape for a black image, and return their number.
+
+    Args:
+        network: any; its modes are kept.
+        name: of the network, for messages.
+        in_chans: channels of the image.
+        img_size: its height and width.
+        classes: the number of logits; None is any.
+
+    Raises:
+        ValueError: the network does not take such an image, or returns something else.
+    """
+    try:
+        with torch.no_grad(), modes_kept(network):
+            logits = network.eval()(like(network).new_zeros(1, in_chans, img_size, img_size))
+    except Exception as error:  # a user's own network may raise anything
+        size = f"{in_chans} × {img_size} × {img_size}"
+        raise ValueError(f"img_size is {img_size}; {name} cannot take images of {size}: {first_line(error)}") from error
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] != (classes or logits.shape[1]):
+        what = f"{(*logits.shape,)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+        raise ValueError(
+            f"model is {name!r}; for an image it returns {what}, expected logits (1, {classes or 'classes'}), one for "
+            "each class"
+        )
+    return logits.shape[1]
 
 
 def channel_axes(

@@ -7,6 +7,7 @@ from torch import nn
 from fastroute._extras import extra
 from fastroute.models.features import FeatureMaps
 from fastroute.models.registry import create_model, list_models, model_info
+from fastroute.nn import ParallelPaths
 
 
 def register_timm() -> list[str]:
@@ -91,5 +92,9 @@ def _classifiers(model: nn.Module) -> list[str]:
 
 def _first_layers(model: nn.Module, in_chans: int) -> list[str]:
     """Return the names of the convolutions that take images."""
-    first = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == in_chans]
-    return first or [n.rpartition(".")[0] for n, _ in model.named_parameters()][:1]
+    convolutions = (n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == in_chans)
+    first = next(convolutions, None) or next(n for n, _ in model.named_parameters()).rpartition(".")[0]
+    layer, _, rest = first.partition(".")
+    if not isinstance(paths := model.get_submodule(layer), ParallelPaths):
+        return [first]
+    return [f"{layer}.{path}.{rest.partition('.')[2]}".rstrip(".") for path in range(len(paths))]

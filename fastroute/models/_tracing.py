@@ -97,14 +97,14 @@ def _traced(model: nn.Module, expand: set[str], training: bool) -> tuple[fx.Grap
     except Exception as error:  # a forward may do anything with a proxy
         raise ValueError(
             f"model is a {type(model).__name__}, which torch.fx cannot trace: {type(error).__name__}: {error}"
-            f"{_where(error)}; move what cannot be traced into a module of its own, which is kept whole, or choose "
+            f"{where(error)}; move what cannot be traced into a module of its own, which is kept whole, or choose "
             "other modules by route_after"
         ) from error
     _use_dropout_modules(model, graph, training)
     return graph, tracer
 
 
-def _where(error: Exception) -> str:
+def where(error: Exception) -> str:
     """Return " (FILE:LINE)" of the last line outside of PyTorch and this package in which an error arose."""
     own = tuple(os.path.dirname(module.__file__) + os.sep for module in (torch, sys.modules["fastroute"]))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*own, "<"))]

@@ -49,6 +49,9 @@ class ClassCapsules(nn.Module):
         self.in_features, self.out_features, self.iterations = in_features, out_features, iterations
         shape = (out_features, in_features // PRIMARY, CLASS, PRIMARY)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,9 +81,9 @@ class Decoder(nn.Module):
 
     def __init__(self, num_classes: int, shape: tuple[int, int, int], device=None, dtype=None):
         super().__init__()
-        like, bound = {"device": device, "dtype": dtype}, 1 / math.sqrt(CLASS * max(num_classes, 1))
-        self.weight = nn.Parameter(torch.empty(num_classes, CLASS, 512, **like).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(512, **like).uniform_(-bound, bound))
+        like = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(num_classes, CLASS, 512, **like))
+        self.bias = nn.Parameter(torch.empty(512, **like))
         self.layers = nn.Sequential(
             nn.ReLU(inplace=True),
             nn.Linear(512, 1024, **like),
@@ -89,6 +92,13 @@ class Decoder(nn.Module):
             nn.Sigmoid(),
             nn.Unflatten(1, shape),
         )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start the parameters of the first layer as `nn.Linear` does."""
+        bound = 1 / math.sqrt(CLASS * max(self.weight.shape[0], 1))
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, capsule: Tensor, classes: Tensor) -> Tensor:
         return self.layers(torch.einsum("nc,nch->nh", capsule, self.weight[classes]) + self.bias)

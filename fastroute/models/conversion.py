@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -24,6 +25,8 @@ from fastroute.nn import (
     FusedSequential,
     MultiPathNetwork,
     ParallelPaths,
+    Router,
+    SparseRouter,
     exact_convolutions,
     set_gate_norm,
 )
@@ -73,9 +76,10 @@ def multipath(
             out_paths) to a module from and to lists of tensors, such as `partial(CrossConnection, gate_channels=8)`;
             or None, paths that meet only at the first cut and the logits.
         init: "fresh" is for training from scratch: the first path has the weights of `model`, and every other path the
-            same weights with rows and columns in a random order, which equals another draw of the initialiser. "copy"
-            is for pretrained networks: every path has the weights of `model`, with `noise` on all but the first path's.
-            A one-to-many router with even gates gives each path 1/n of its input, so "cc" then multiplies that input by
+            same weights with rows and columns in a random order, which equals another draw of the initialiser. Vectors,
+            such as biases, stay as they are, since their entries may have meanings of their own. "copy" is for
+            pretrained networks: every path has the weights of `model`, with `noise` on all but the first path's. A
+            one-to-many router with even gates gives each path 1/n of its input, so "cc" then multiplies that input by
             n, and without noise the new network at first computes the same as `model`, unless gate_norm="standardize"
             spreads the gates. The state dict has this factor, so a network that is to load it must be built with
             init="copy" too. Both leave parameters that are frozen (`requires_grad` is False) as they are.
@@ -187,6 +191,8 @@ def multipath(
     origins[_add(layers, "head", parts)] = origin
     network = MultiPathNetwork(layers)
     network.origins = origins
+    found = ((name, module) for name, module in network.named_modules() if isinstance(module, Router | SparseRouter))
+    network.inner_routers = tuple(name for name, _ in found if "." in name)
     network.undecayed = frozenset(name for name, own in (path_names(network) or {}).items() if own in undecayed)
     if gate_norm is not None or prior is not None:
         set_gate_norm(network, gate_norm, prior)
@@ -394,10 +400,17 @@ def _part(
 
 
 def _weights_on_both_sides(model: nn.Module, graph: fx.Graph, cut: fx.Node) -> bool:
-    """Return whether a module with parameters is called up to a node and again behind it."""
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    both = {node.target for node in calls if node <= cut} & {node.target for node in calls if node > cut}
-    return any(next(model.get_submodule(name).parameters(), None) is not None for name in both)
+    """Return whether a parameter is used up to a node and again behind it, by itself or in a module."""
+    used = {True: set(), False: set()}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            used[node <= cut] |= set(model.get_submodule(node.target).parameters())
+        elif node.op == "get_attr":
+            value = operator.attrgetter(node.target)(model)
+            users = [user <= cut for user in node.users] if isinstance(value, nn.Parameter) else ()
+            for before in users:
+                used[before].add(value)
+    return bool(used[True] & used[False])
 
 
 def _compute_out_of_place(model: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
@@ -425,7 +438,9 @@ def _reseeded(model: nn.Module, init: str, noise: float) -> nn.Module:
             if noise and parameter.dim() > 1 and parameter.numel() > 1:
                 parameter.add_(torch.randn_like(parameter) * (noise * parameter.std()))
             continue
-        matrix = parameter.flatten(1) if parameter.dim() > 1 else parameter.reshape(1, -1)
+        if parameter.dim() < 2:  # the bias of a spatial transformer or an LSTM has an order
+            continue
+        matrix = parameter.flatten(1)
         rows, columns = (torch.randperm(size, device=parameter.device) for size in matrix.shape)
         parameter.copy_(matrix.index_select(0, rows).index_select(1, columns).view_as(parameter))
     return model

@@ -11,7 +11,7 @@ from fastroute._files import DamagedFile, read_tensors
 from fastroute.models.registry import create_model, register_model
 from fastroute.models.specification import specification_in
 from fastroute.models.weights import network_weights
-from fastroute.nn import Routing
+from fastroute.nn import Routing, forward_with_routing
 from fastroute.nn._classifier import specification_kept
 
 
@@ -55,7 +55,7 @@ class Ensemble(nn.Module):
         logits, routing = [], {}
         for i, member in enumerate(self.members):
             if return_routing:
-                y, of_member = member(x, return_routing=True)
+                y, of_member = forward_with_routing(member, x)
                 routing |= {f"members.{i}.{name}": value for name, value in of_member.items()}
             else:
                 y = member(x)
@@ -130,13 +130,19 @@ def ensemble(members: Sequence[str], checkpoints: Sequence[str | Path] | None = 
         sizes: num_classes, in_chans and img_size of fresh networks.
 
     Raises:
-        ValueError: there is another number of checkpoints, or one is of another network.
+        ValueError: there is another number of checkpoints, or one is of another network or of other sizes.
     """
     if checkpoints is None:
         return Ensemble(create_model(name, **sizes) for name in members)
     if len(checkpoints) != len(members):
         raise ValueError(f"checkpoints has {len(checkpoints)} files; it must have one for each of {', '.join(members)}")
-    return Ensemble(_load(path, name) for path, name in zip(checkpoints, members, strict=True))
+    network = Ensemble(_load(path, name) for path, name in zip(checkpoints, members, strict=True))
+    for size in ("num_classes", "in_chans"):
+        first, *others = (getattr(member.specification, size) for member in network.members)
+        for path, other in zip(checkpoints[1:], others, strict=True):
+            if other != first:
+                raise ValueError(f"checkpoint {path} has {size}={other}; {checkpoints[0]} has {first}: they must agree")
+    return network
 
 
 @register_model(table="3.2", params="1.66")

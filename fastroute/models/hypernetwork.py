@@ -28,9 +28,13 @@ class KernelGenerator(nn.Module):
 
     def __init__(self):
         super().__init__()
-        std = 1 / math.sqrt(EMBEDDING)
-        self.inner = nn.Parameter(torch.randn(EMBEDDING, UNIT, EMBEDDING) * std)
-        self.outer = nn.Parameter(torch.randn(EMBEDDING, UNIT, 3, 3) * std)
+        self.inner = nn.Parameter(torch.empty(EMBEDDING, UNIT, EMBEDDING))
+        self.outer = nn.Parameter(torch.empty(EMBEDDING, UNIT, 3, 3))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for parameter in (self.inner, self.outer):
+            nn.init.normal_(parameter, std=1 / math.sqrt(EMBEDDING))
 
     def forward(self, z: Tensor) -> Tensor:
         hidden = torch.einsum("oiz,zcd->oicd", z, self.inner)
@@ -43,8 +47,12 @@ class GeneratedConv2d(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
-        self.embedding = nn.Parameter(torch.randn(out_channels // UNIT, in_channels // UNIT, EMBEDDING))
+        self.embedding = nn.Parameter(torch.empty(out_channels // UNIT, in_channels // UNIT, EMBEDDING))
         self.scale, self.stride = math.sqrt(2 / (9 * out_channels)), stride
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.embedding)
 
     def forward(self, x: Tensor, generate: KernelGenerator) -> Tensor:
         kernel = generate(self.embedding) * self.scale

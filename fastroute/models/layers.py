@@ -37,7 +37,7 @@ class Network(Classifies, nn.Sequential):
 
     def _body(self, x: Tensor, maps: list[list[Tensor]] | None = None) -> tuple[list[Tensor], dict[str, SparseRouting]]:
         routing = {}
-        for name, layer in list(self.named_children())[:-1]:
+        for name, layer in list(self._modules.items())[:-1]:  # also a layer that comes again
             if isinstance(unwrapped(layer), SparseRouter):
                 x, routing[name] = layer(x, return_routing=True)
             else:
@@ -47,8 +47,7 @@ class Network(Classifies, nn.Sequential):
         return [x], routing
 
     def _head(self, xs: list[Tensor]) -> list[Tensor]:
-        *_, head = self.children()
-        return [head(xs[0])]
+        return [self[-1](xs[0])]
 
     def _heads(self) -> list[str]:
         return [list(self._modules)[-1]]

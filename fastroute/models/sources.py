@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from fastroute._errors import in_a_line
 from fastroute._extras import extra
+from fastroute.models._tracing import where
 from fastroute.models.registry import build, list_models
 from fastroute.models.weights import load_pretrained
 from fastroute.nn.router import without_temperatures
@@ -108,10 +110,20 @@ def from_function(request: Request) -> nn.Module:
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     sizes = {name: getattr(request, name) for name in ("num_classes", "in_chans", "img_size")}
     sizes = {name: size for name, size in sizes.items() if size is not None and (name in taken or takes_all)}
-    with _arguments(request.name):
-        network = function(**(sizes | dict(request.kwargs)))
+    try:
+        with _arguments(request.name), _working_folder():
+            network = function(**(sizes | dict(request.kwargs)))
+    except ValueError:
+        raise
+    except Exception as error:  # of any type, out of the user's function
+        raise ValueError(f"model is {request.name!r}; it raised {in_a_line(error)}{where(error)}") from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"model is {request.name!r}; it returned a {type(network).__name__}, and must return a module")
+    if any(isinstance(parameter, UninitializedParameter) for parameter in network.parameters()):
+        raise ValueError(
+            f"model is {request.name!r}; it has lazy layers, whose shapes are not known: give them their sizes, or run "
+            "the network once in the function"
+        )
     return network
 
 
@@ -226,7 +238,7 @@ def layout(network: nn.Module) -> str:
     Temperatures of routers, which a state dict has once they are not 1, do not count.
     """
     modules = [(name, type(module).__name__) for name, module in network.named_modules()]
-    state = without_temperatures(network.state_dict())
+    state = without_temperatures(network.state_dict(), network)
     tensors = [(name, *value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)]
     return hashlib.sha256(repr((modules, tensors)).encode()).hexdigest()
 

@@ -203,7 +203,8 @@ class Specification:
                 f"pretrained is True; there are no weights of {spec.text} to download: name a file of weights with "
                 "pretrained_path"
             )
-        if spec.source == "torchvision" and pretrained and spec.name in ("googlenet", "inception_v3"):
+        renormalised = spec.source == "torchvision" and spec.name in ("googlenet", "inception_v3")
+        if pretrained and renormalised and spec.in_chans == 3:
             # Their weights expect another normalisation, which the network then does itself.
             spec = replace(spec, kwargs={"transform_input": True} | dict(spec.kwargs))
         spec._check_kwargs()
@@ -213,6 +214,8 @@ class Specification:
                 f"--model {spec.name}, or in Python load(path, model={spec.name!r})"
             )
         network = BUILDERS[spec.source](spec._request, **({"pretrained": True} if pretrained else {}))
+        if spec.kwargs.get("checkpoints"):
+            spec = spec._of_members(network.members[0].specification)
         if spec.num_classes is None:
             spec = replace(spec, num_classes=spec._default_classes(network))
         remember(
@@ -245,6 +248,15 @@ class Specification:
         if not with_statistics:  # the gates start with fresh ones
             spec._normalise_gates(network)
         return network
+
+    def _of_members(self, member: "Specification") -> "Specification":
+        """Return the specification of an ensemble from checkpoints, with the sizes of a member."""
+        sizes = {}
+        for name, default in (("num_classes", None), ("in_chans", 3), ("img_size", None)):
+            given, sizes[name] = getattr(self, name), getattr(member, name)
+            if given not in (default, sizes[name]):
+                raise ValueError(f"{name} is {given}; the networks of checkpoints have {sizes[name]}: leave it out")
+        return replace(self, **sizes)
 
     def _default_classes(self, network: nn.Module) -> int | None:
         if self.source == "fastroute":

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from fastroute._errors import in_a_line
 from fastroute._files import DamagedFile, read_tensors
-from fastroute.nn import ParallelPaths, Router
-from fastroute.nn.router import without_temperatures
+from fastroute.nn.router import temperatures, without_temperatures
 
 AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
 """Prefixes of the heads that torchvision's Inception and GoogLeNet use only in training."""
@@ -20,6 +19,9 @@ SCALE = "path_scale"
 
 SCALED = "its paths were started with init='copy': build the network with init='copy' (--init copy) too"
 """Why weights with such a factor do not fit a network without it."""
+
+WRAPPERS = ("module.", "_orig_mod.")
+"""Prefixes of the names in a network that was saved within a wrapper."""
 
 SHOWN = 3
 
@@ -94,9 +96,19 @@ def network_weights(checkpoint: dict, averaged: bool = True) -> dict[str, Tensor
     return {name.removeprefix("module."): value for name, value in weights.items()}  # DistributedDataParallel's prefix
 
 
+def without_wrappers(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return weights by a network's own names, without the prefixes of DistributedDataParallel and `torch.compile`."""
+    known = model.state_dict().keys() | {*(path_names(model) or {}).values()}
+    while not known & weights.keys():
+        prefix = next((p for p in WRAPPERS if all(name.startswith(p) for name in weights)), None)
+        if prefix is None or not weights:
+            break
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return dict(weights)
+
+
 def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
     """Summarise missing, unexpected and mismatched tensors in a line; "" if there are none."""
-    wanted, given = without_temperatures(wanted), without_temperatures(given)
     given = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     shapes = ((name, given[name].shape, value.shape) for name, value in wanted.items() if name in given)
     kinds = {
@@ -110,7 +122,7 @@ def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> st
 
 def misfit(model: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
     """Say how weights differ from those of a network, and what to do where that is known; None if they fit."""
-    wanted, weights = without_temperatures(model.state_dict()), without_temperatures(weights)
+    wanted, weights = (without_temperatures(state, model) for state in (model.state_dict(), weights))
     reason = differences(wanted, weights)
     if not reason:
         return None
@@ -166,10 +178,13 @@ def load_pretrained(
         ValueError: the weights are of another network.
     """
     wanted = _tensors(model)
-    given = {_without_dot(name): value for name, value in weights.items()}
-    weights = without_temperatures(given)
-    seeded = not fits(model, weights) and (names := path_names(model)) is not None
+    given = {_without_dot(name): value for name, value in without_wrappers(weights, model).items()}
+    seeded = not fits(model, given) and (names := path_names(model)) is not None
     names = names if seeded else {name: name for name in wanted}
+    tempered = temperatures(model)
+    if seeded:
+        tempered = {_original(model.origins, name) for name in tempered if name.partition(".")[0] in model.origins}
+    weights = {name: value for name, value in given.items() if name not in tempered}
     chosen = {name: weights[source] for name, source in names.items() if source in weights}
     if missing := [name for name in names if name not in chosen and name not in _dispensable(model)]:
         own = {name: wanted[name] for name in names}
@@ -220,10 +235,8 @@ def path_names(model: nn.Module) -> dict[str, str] | None:
         return None
     names = []
     for part, layer in model.named_children():
-        if isinstance(layer, ParallelPaths):
+        if part in origins:
             names += [f"{part}.{name}" for name in _tensors(layer)]
-        elif not isinstance(layer, Router):
-            return None
     return {name: _original(origins, name) for name in names if not name.endswith(f".{SCALE}")}
 
 
@@ -258,7 +271,7 @@ def _path(name: str) -> int:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    state = without_temperatures(model.state_dict())
+    state = without_temperatures(model.state_dict(), model)
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 

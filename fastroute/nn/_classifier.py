@@ -6,10 +6,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
-from fastroute.nn.router import Routing
+from fastroute.nn.blocks import SEQUENTIAL
+from fastroute.nn.routed import routing_of
+from fastroute.nn.router import Routing, unwrapped
 
 _TRANSPARENT = (nn.Identity, nn.Dropout, nn.Flatten)
+_TRANSPARENT_CALLS = ("flatten", torch.flatten, F.dropout)
 
 
 class Classifies:
@@ -21,6 +25,12 @@ class Classifies:
 
     _without: str | None = None
     """The part that was removed: the "classifier", or the whole "head"; None if the output is logits."""
+
+    inner_routers: tuple[str, ...] = ()
+    """The names of routers within layers, which `_body` does not ask for their routing."""
+
+    _channels: list[int] | None = None
+    """The channels of each path's features, as `forward_features` last had them, if they differ."""
 
     def _body(self, x: Tensor, maps: list[list[Tensor]] | None = None) -> tuple[list[Tensor], dict[str, Routing]]:
         """Return the head's input, a tensor for each path, and the routing; append each layer's output to `maps`."""
@@ -39,11 +49,18 @@ class Classifies:
 
     def _classify(self, x: Tensor, return_routing: bool, **options) -> Tensor | tuple[Tensor, dict[str, Routing]]:
         """Compute what `forward` returns, with options of the body."""
+        if return_routing and self.inner_routers:
+            with routing_of({name: self.get_submodule(name) for name in self.inner_routers}) as inner:
+                xs, routing = self._body(x, **options)
+                return self._from_head(xs), routing | inner
         xs, routing = self._body(x, **options)
-        y = _joined(xs) if self._without == "head" else self._combined(self._head(xs))
+        y = self._from_head(xs)
         return (y, routing) if return_routing else y
 
-    def _combined(self, ys: list[Tensor]) -> Tensor:
+    def _from_head(self, xs: list[Tensor]) -> Tensor:
+        if self._without == "head":
+            return _joined(xs)
+        ys = self._head(xs)
         if self._without == "classifier":
             return _joined(ys)
         return ys[0] if len(ys) == 1 else torch.stack(ys).mean(0)
@@ -54,7 +71,10 @@ class Classifies:
         Args:
             x: images (N, in_chans, H, W).
         """
-        return _joined(self._body(x)[0])
+        xs = self._body(x)[0]
+        if len({x.shape[1] for x in xs}) > 1:
+            self._channels = [x.shape[1] for x in xs]
+        return _joined(xs)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits for `forward_features`.
@@ -63,9 +83,9 @@ class Classifies:
             x: from `forward_features`.
             pre_logits: return the classifier's input (N, num_features) instead.
         """
-        xs = list(x.chunk(self._streams(), 1))
-        if not pre_logits:
-            return self._combined(self._head(xs))
+        xs = list(x.split(self._channels, 1) if self._channels else x.chunk(self._streams(), 1))
+        if not pre_logits or self._without == "head":
+            return self._from_head(xs)
         kept, names, caller = {}, self._classifiers(), threading.get_ident()
 
         def keep(i: int, x: Tensor) -> None:
@@ -161,18 +181,49 @@ def final_linear(module: nn.Module, name: str) -> str | None:
     """Return the name of the dense layer in which the module `name` ends, or None if it ends in another layer."""
     if isinstance(module, nn.Linear):
         return name
-    if isinstance(module, fx.GraphModule):
-        node = module.graph.output_node().args[0]
-        while isinstance(node, fx.Node) and node.op == "call_module":
-            inner = module.get_submodule(node.target)
-            if not isinstance(inner, _TRANSPARENT):
-                return final_linear(inner, f"{name}.{node.target}")
-            node = node.args[0]
-        return None
-    for child, inner in reversed(list(module.named_children())):
+    for child, inner in _from_the_end(module):
         if not isinstance(inner, _TRANSPARENT):
             return final_linear(inner, f"{name}.{child}")
     return None
+
+
+def _from_the_end(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that compute a module's output, the last first, as long as each gets the output of another."""
+    if type(module).forward in SEQUENTIAL:
+        yield from reversed(module._modules.items())
+        return
+    if (inner := unwrapped(module)) is not module:
+        yield next((name, child) for name, child in module.named_modules() if child is inner)
+        return
+    node = _graph(module)
+    while isinstance(node, fx.Node) and node.args:
+        if node.op == "call_module":
+            yield node.target, module.get_submodule(node.target)
+        elif node.target not in _TRANSPARENT_CALLS:
+            return
+        node = node.args[0]
+
+
+def _graph(module: nn.Module) -> fx.Node | None:
+    """Return the node of a module's output, with its submodules as nodes; None if torch.fx cannot trace it."""
+    if isinstance(module, fx.GraphModule):
+        return module.graph.output_node().args[0]
+    if type(module).forward is nn.Module.forward or not module._modules:
+        return None
+    try:
+        return _Outside().trace(module).output_node().args[0]
+    except Exception:  # of any type, out of the module's forward
+        return None
+
+
+class _Outside(fx.Tracer):
+    """Trace a module's own forward as a function of its first argument, and no submodule's."""
+
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
 
 
 def _joined(xs: Sequence[Tensor]) -> Tensor:

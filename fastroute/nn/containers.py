@@ -25,10 +25,12 @@ class ParallelPaths(TakesLists, nn.ModuleList):
         execution: "separate" runs one path after the other. "batched" runs all at once over their stacked weights and
             tensors (`torch.vmap`), so that convolutions become one grouped convolution and dense layers one batched
             product; the paths may differ only in their weights. "auto" takes the faster one, as measured on the
-            tensors' device (`EXECUTION`). The parameters are the same in all modes. Exports are always "separate".
+            tensors' device (`EXECUTION`). The parameters are the same in all modes. Exports are always "separate", and
+            so is autocast on a CPU.
 
     Shape:
-        xs: list of n tensors for n modules, or a list of one tensor, which all of them share.
+        xs: list of n tensors for n modules, or a list of one tensor, which all of them share: then none may overwrite
+            its input in-place.
         output: list of n tensors.
 
     Raises:
@@ -62,9 +64,11 @@ class ParallelPaths(TakesLists, nn.ModuleList):
     def forward(self, xs: Sequence[Tensor]) -> list[Tensor]:
         if len(xs) not in (1, len(self)):
             raise ValueError(f"xs has {len(xs)} tensors; it must have one for each of the {len(self)} paths, or one")
-        execution = self._execution
+        execution, device = self._execution, xs[0].device.type
         if execution == "auto":
-            execution = EXECUTION.get(xs[0].device.type, "separate")
+            execution = EXECUTION.get(device, "separate")
+        if device == "cpu" and torch.is_autocast_enabled("cpu"):  # which convolutions under vmap do not follow
+            execution = "separate"
         traced = is_exporting() or torch.jit.is_tracing()  # neither takes stacked parameters
         if execution == "batched" and not traced and next(self.parameters(), None) is not None:
             return self._batched(xs)
@@ -142,15 +146,15 @@ class MultiPathNetwork(Classifies, nn.Module):
 
     def _layers(self) -> list[tuple[str, nn.Module]]:
         """Return all layers but the head."""
-        layers = list(self.named_children())
+        layers = list(self._modules.items())  # `named_children` leaves out a layer that comes again
         return layers if isinstance(unwrapped(layers[-1][1]), Router) else layers[:-1]
 
     def _head(self, xs: list[Tensor]) -> list[Tensor]:
-        *_, head = self.children()
+        head = list(self._modules.values())[-1]
         return xs if isinstance(unwrapped(head), Router) else head(xs)
 
     def _heads(self) -> list[str]:
-        name, head = list(self.named_children())[-1]
+        name, head = list(self._modules.items())[-1]
         return [f"{name}.{i}" for i in range(len(head))] if isinstance(head, ParallelPaths) else []
 
     def _streams(self) -> int:

@@ -85,6 +85,10 @@ class RelevanceNorm(nn.Module):
         self.running_std.fill_(1)
         self.num_batches_tracked.zero_()
 
+    def reset_parameters(self) -> None:
+        """Do the same, under the name by which PyTorch initialises a module that was built without memory."""
+        self.reset_running_stats()
+
     def forward(self, scores: Tensor, track: bool = True) -> Tensor:
         """Return the normalised scores; `track=False`, as for augmented scores, keeps the running statistics."""
         if scores.dim() < 2 or scores.shape[1:] != self.running_mean.shape:

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import itertools
 import threading
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ def forward_with_routing(network: nn.Module, x: Tensor) -> tuple[Tensor, dict[st
     Returns:
         output: of the network.
         routing: router name → its routing, in the order of computation. A router that is called again has another name
-            for each later call, with "_2", "_3" and so on.
+            for each later call, with "_2", "_3" and so on. The name of a network that is a router itself is "".
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 16, 3), SparseRouter(16, [nn.Identity() for _ in range(4)]))
@@ -38,29 +39,36 @@ def forward_with_routing(network: nn.Module, x: Tensor) -> tuple[Tensor, dict[st
         >>> routing["1"].gates.shape
         torch.Size([8, 4])
     """
-    if takes_routing(network):
+    if takes_routing(network) and not isinstance(network, Router | SparseRouter):
         return network(x, return_routing=True)
+    routers = {name: module for name, module in network.named_modules() if isinstance(module, Router | SparseRouter)}
+    with routing_of(routers) as found:
+        return network(x), found
+
+
+@contextlib.contextmanager
+def routing_of(routers: Mapping[str, nn.Module]) -> Iterator[dict[str, Routing | SparseRouting]]:
+    """Take the routing of each call of routers inside, by their names; see `forward_with_routing`."""
     found: dict[str, Routing | SparseRouting] = {}
     caller = threading.get_ident()  # whose calls alone count: the hooks see those of other threads too
     with contextlib.ExitStack() as hooks:
-        for name, router in network.named_modules():
-            if isinstance(router, Router | SparseRouter):
-                asked = []  # whether the network itself asks, for each call that is running
+        for name, router in routers.items():
+            asked = []  # whether the network itself asks, for each call that is running
 
-                def ask(module, args, options, asked=asked):
-                    if threading.get_ident() != caller:
-                        return None
-                    asked.append(options.get("return_routing", len(args) > 1 and args[1]))
-                    return args[:1], options | {"return_routing": True}
+            def ask(module, args, options, asked=asked):
+                if threading.get_ident() != caller:
+                    return None
+                asked.append(options.get("return_routing", len(args) > 1 and args[1]))
+                return args[:1], options | {"return_routing": True}
 
-                def take(module, args, result, name=name, asked=asked):
-                    if threading.get_ident() != caller:
-                        return None
-                    output, routing = result
-                    names = itertools.chain([name], (f"{name}_{call}" for call in itertools.count(2)))
-                    found[next(free for free in names if free not in found)] = routing
-                    return result if asked.pop() else output
+            def take(module, args, result, name=name, asked=asked):
+                if threading.get_ident() != caller:
+                    return None
+                output, routing = result
+                names = itertools.chain([name], (f"{name}_{call}" for call in itertools.count(2)))
+                found[next(free for free in names if free not in found)] = routing
+                return result if asked.pop() else output
 
-                hooks.callback(router.register_forward_pre_hook(ask, with_kwargs=True).remove)
-                hooks.callback(router.register_forward_hook(take).remove)
-        return network(x), found
+            hooks.callback(router.register_forward_pre_hook(ask, with_kwargs=True).remove)
+            hooks.callback(router.register_forward_hook(take).remove)
+        yield found

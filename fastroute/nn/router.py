@@ -18,9 +18,16 @@ TEMPERATURE = "temperature"
 """The name of a router's temperature in its state dict; see `Tempered`."""
 
 
-def without_temperatures(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict without the temperatures of routers, which another one of the same network may lack."""
-    return {k: v for k, v in state.items() if k.rpartition(".")[2] != TEMPERATURE or getattr(v, "dim", lambda: 0)()}
+def temperatures(network: nn.Module) -> set[str]:
+    """Return the names that the temperatures of a network's routers have in its state dict."""
+    modules = network.named_modules(remove_duplicate=False)
+    return {f"{name}.{TEMPERATURE}".lstrip(".") for name, module in modules if isinstance(module, Tempered)}
+
+
+def without_temperatures(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Return a state dict of a network without its routers' temperatures, which another of its state dicts may lack."""
+    left_out = temperatures(network)
+    return {name: value for name, value in state.items() if name not in left_out}
 
 
 # Names under which PyTorch's wrappers keep a module: `torch.compile`, activation checkpointing, and FSDP.
@@ -87,7 +94,8 @@ class Tempered:
             destination[prefix + TEMPERATURE] = torch.tensor(self._temperature, dtype=torch.float64, device="cpu")
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
-        if (value := state_dict.pop(prefix + TEMPERATURE, None)) is not None:
+        value = state_dict.pop(prefix + TEMPERATURE, None)
+        if value is not None and not value.is_meta:  # tensors of the meta device have no values
             self.temperature = value.item()
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 

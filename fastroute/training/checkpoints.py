@@ -12,7 +12,7 @@ from torch import nn
 from fastroute._errors import in_a_line
 from fastroute._files import DamagedFile, digest_path, read_tensors, replacing, write_digest
 from fastroute.models.specification import specification_in
-from fastroute.models.weights import misfit, state_dict_of
+from fastroute.models.weights import misfit, state_dict_of, without_wrappers
 from fastroute.training.optim import GROUP_OPTIONS
 from fastroute.training.saved_fields import check_fields
 from fastroute.training.saved_state import check_training_state
@@ -23,13 +23,16 @@ LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 _OPTION_OF = {"train": "model", "cluster": "architecture"}
 
 
-def read_checkpoint(path: str | Path, name: str = "resume", command: str | None = None) -> dict:
+def read_checkpoint(
+    path: str | Path, name: str = "resume", command: str | None = None, weights_alone: str | None = None
+) -> dict:
     """Read a checkpoint of a training run to the CPU, and check it.
 
     Args:
         path: the file.
         name: the argument that the file was given as, for messages.
         command: the command that must have written it, "train" or "cluster"; None allows both.
+        weights_alone: what to do with a file of weights, for the message; None is to name the network.
 
     Returns:
         the checkpoint as `torch.load` returns it.
@@ -53,7 +56,7 @@ def read_checkpoint(path: str | Path, name: str = "resume", command: str | None 
             f"{name} is {path}; it is no checkpoint of a training run: {error}; {_advice(path)}"
         ) from error
     except KeyError as error:
-        use = "name the network as well (model, --model)"
+        use = "name the network as well (model, --model)" if weights_alone is None else weights_alone
         if name == "resume":
             use = "start from them by --initial-checkpoint"
         raise ValueError(
@@ -355,7 +358,7 @@ def load_network_weights(
     Raises:
         ValueError: it has no weights, or those of another network.
     """
-    weights = state_dict_of(checkpoint, f"{name} is {path}", averaged)
+    weights = without_wrappers(state_dict_of(checkpoint, f"{name} is {path}", averaged), model)
     if reason := misfit(model, weights):
         raise ValueError(f"{name} is {path}; {reason}")
     model.load_state_dict(weights)

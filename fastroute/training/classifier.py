@@ -16,6 +16,7 @@ from fastroute._files import DamagedFile, checked
 from fastroute._plain import plain
 from fastroute.data.decode import UnreadableImage
 from fastroute.data.loaders import Draws, PlaceMismatch
+from fastroute.data.module import ImageDataModule
 from fastroute.models.specification import Specification, side, specification_of
 from fastroute.nn import Routing, exact_convolutions
 from fastroute.nn.routed import takes_routing
@@ -27,6 +28,7 @@ from fastroute.training.metrics import Totals
 from fastroute.training.optim import GROUP_OPTIONS, OPTIMIZERS, SCHEDULES, parameter_groups, scheduler
 from fastroute.training.recomputation import checkpoint_gradients
 from fastroute.training.steps import MovingAverage
+from fastroute.training.targets import check_classes, checked_labels, class_shares
 
 STATES = ("state_dict", "current_model_state")
 """The keys of a network's weights in a checkpoint: with a moving average, the average and the trained weights."""
@@ -150,6 +152,8 @@ class RoutingClassifier(pl.LightningModule):
         check_integers(**{name: size for name, size in sizes.items() if size is not None})
         if isinstance(model, str):
             given = None if specification is None else Specification.from_dict(specification)
+            if given is None and Specification.parse(model).source == "function":
+                raise ValueError(f"model is {model!r}; own code is not imported here: give create_model({model!r}, …)")
             model = (given or Specification.parse(model, **sizes)).build()
         built = specification_of(model)
         self.named = built is not None
@@ -178,6 +182,7 @@ class RoutingClassifier(pl.LightningModule):
             raise ValueError(f"aux_loss is given, but {self.hparams.model} has a loss of its own: leave aux_loss out")
         self.aux_loss = aux_loss
         self.train_totals, self.val_totals = Totals(), Totals()
+        self._checked: set[bool] = set()  # whether the first batches of validation and of training were
         self.recorded: RecordedStep | None = None
         self._settings: list | None = None  # of the recorded step, and the parts of the network that they are of
         self._parts: tuple[list[nn.Module], list[nn.Parameter]] = [], []
@@ -222,9 +227,12 @@ class RoutingClassifier(pl.LightningModule):
                 varying=getattr(trainer.datamodule, "varying", False),
                 model=self.model,
             )
-        if hasattr(self.trainer.datamodule, "deferred"):
-            self.trainer.datamodule.deferred = self.hparams.cuda_graphs and stage == "fit"
-        classes = getattr(self.trainer.datamodule, "num_classes", None) or 0  # other data modules may lack it
+        data = self.trainer.datamodule
+        if hasattr(data, "deferred"):
+            data.deferred = self.hparams.cuda_graphs and stage == "fit"
+        if isinstance(data, ImageDataModule) and not self.named:
+            self.hparams.update(in_chans=data.in_chans, img_size=data.img_size)
+        classes = getattr(data, "num_classes", None) or 0  # other data modules may lack it
         if self.named and classes > self.hparams.num_classes:
             raise ValueError(f"num_classes is {self.hparams.num_classes}; the data have {classes} classes")
 
@@ -300,16 +308,19 @@ class RoutingClassifier(pl.LightningModule):
     def _losses(self, batch: tuple[Tensor, Tensor] | Draws) -> tuple[Tensor, Tensor | None]:
         """Return the loss of a batch and its auxiliary loss before weighting, and add the batch to the totals."""
         images, labels = self.trainer.datamodule.batch(batch) if isinstance(batch, Draws) else batch
+        labels = checked_labels(labels)
         if self.own_loss:
             classes = getattr(self.model, "num_classes", None) or self.hparams.num_classes
             targets = class_shares(labels, classes, self.hparams.smoothing)
             loss, logits = self.model.training_loss(self._prepared(images), targets, self.progress)
+            self._check_first(images, labels, logits)
             self.train_totals.update(loss, logits, labels)
             return loss, None
         if self.aux_loss is None:
             logits = self(images)
         else:
             logits, routing = self(images, return_routing=True)
+        self._check_first(images, labels, logits)
         if labels.dim() == 2:  # of mixed images; the data may have fewer classes than the network
             check_classes(labels.shape[1], logits.shape[1])
             labels = F.pad(labels, (0, logits.shape[1] - labels.shape[1]))
@@ -319,6 +330,18 @@ class RoutingClassifier(pl.LightningModule):
             return loss, None
         aux = self.aux_loss(routing)
         return loss + self.hparams.aux_weight * aux, aux.detach()
+
+    def _check_first(self, images: Tensor, labels: Tensor, logits: Tensor) -> None:
+        """Check the classes of the first batch of training and of validation, and keep the size of its images."""
+        if self.training in self._checked:
+            return
+        self._checked.add(self.training)
+        data = getattr(self._trainer, "datamodule", None)
+        if labels.dim() == 1 and len(labels):
+            check_classes(getattr(data, "num_classes", None) or int(labels.max()) + 1, logits.shape[1])
+        square = images.dim() == 4 and images.shape[2] == images.shape[3]
+        if square and not isinstance(data, ImageDataModule) and not (self.training and False in self._checked):
+            self.hparams.update(in_chans=images.shape[1], img_size=images.shape[2])  # a predictor cuts images so
 
     def training_step(self, batch: tuple[Tensor, Tensor] | Draws, batch_idx: int) -> Tensor:
         if self.replayed is None:
@@ -355,7 +378,9 @@ class RoutingClassifier(pl.LightningModule):
         images, labels = batch
         if len(labels) == 0:  # this process has no part of the last batch
             return None
+        labels = checked_labels(labels)
         logits, routing = self(images, return_routing=True) if self.routed else (self(images), {})
+        self._check_first(images, labels, logits)
         self.val_totals.update(F.cross_entropy(logits, labels), logits, labels)
         return routing
 
@@ -372,6 +397,10 @@ class RoutingClassifier(pl.LightningModule):
         optimizer = (CAPTURABLE if options.cuda_graphs else OPTIMIZERS)[options.opt](groups, options.momentum)
         names = ("warmup_epochs", "decay_epochs", "decay_milestones", "decay_rate", "min_lr", "warmup_lr")
         steps, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs
+        if self.trainer.num_training_batches == 0:
+            raise ValueError(
+                "the data have no batch to train on: give more images, a smaller batch, or drop_last=False"
+            )
         if self.trainer.max_steps != -1:  # the run ends by its steps, perhaps within an epoch
             self.trainer.fit_loop.setup_data()  # without max_epochs, the number of batches is not known yet
             epochs = steps / self._steps_in_an_epoch()
@@ -412,6 +441,8 @@ class RoutingClassifier(pl.LightningModule):
                 | {key: {n: v for n, v in own[key].items() if not torch.equal(v, first[key][n])} for key in states}
                 for sums, own in ranks
             ]
+        if isinstance(data := self.trainer.datamodule, ImageDataModule):  # Lightning names its state by its class
+            checkpoint.setdefault("ImageDataModule", checkpoint.get(type(data).__qualname__))
         checkpoint["epochs"] = self.trainer.max_epochs
         checkpoint["steps_in_an_epoch"] = self._steps_in_an_epoch()
 
@@ -433,31 +464,6 @@ class RoutingClassifier(pl.LightningModule):
             totals = {}  # rank 0 continues the sum of all processes
         for name, total in totals.items():
             setattr(self.train_totals, name, total.to(self.device))
-
-
-def class_shares(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
-    """Return the shares of the classes in each image, (N, num_classes), whose rows sum to 1.
-
-    Args:
-        labels: (N,), or of mixed images, shares (N, K) of at most num_classes.
-        num_classes: the number of logits.
-        smoothing: label smoothing.
-    """
-    if labels.dim() == 1:
-        labels = F.one_hot(labels, num_classes)
-    check_classes(labels.shape[1], num_classes)
-    labels = F.pad(labels, (0, num_classes - labels.shape[1])).float()
-    return labels * (1 - smoothing) + smoothing / num_classes
-
-
-def check_classes(classes: int, logits: int) -> None:
-    """Check that a network has a logit for each class.
-
-    Raises:
-        ValueError: it has fewer.
-    """
-    if classes > logits:
-        raise ValueError(f"the images have {classes} classes; the network has {logits} logits, and must have as many")
 
 
 def check_compile_mode(compile: bool, compile_mode: str | None) -> None:

@@ -20,6 +20,7 @@ from fastroute.data.module import STREAMED, channels_of, imagenet_statistics
 from fastroute.data.sources import Reading, val_source
 from fastroute.data.transforms import eval_transform, resize_size
 from fastroute.diagnostics.routing import RouterStatistics, across_processes, add_routing
+from fastroute.models._shapes import like
 from fastroute.nn import forward_with_routing
 from fastroute.ops._instruction_set import warn_if_emulated
 from fastroute.training.metrics import Totals
@@ -62,7 +63,7 @@ def evaluate(
     warn_if_emulated(amp_dtype, device.type)
 
     def logits(images: Tensor) -> Tensor:
-        images = images.contiguous(memory_format=memory_format)
+        images = images.to(like(model).dtype).contiguous(memory_format=memory_format)
         if routers is None:
             return model(images)
         scores, routing = forward_with_routing(model, images)

@@ -69,7 +69,7 @@ def _check_state(checkpoint: dict, module: pl.LightningModule, optimizers: list[
             raise ValueError(f"its {name} is missing, so a run cannot be resumed from it; use it as initial_checkpoint")
     for name in ("state_dict", "current_model_state"):
         if name in checkpoint:
-            _check_shapes(_own(module.state_dict()), _own(checkpoint[name]), name)
+            _check_shapes(*(_own(state, module) for state in (module.state_dict(), checkpoint[name])), name)
     if "current_model_state" in checkpoint and "averaging_state" not in checkpoint:
         raise ValueError("its averaging_state is missing, expected it beside current_model_state")
     if "sched" in module.hparams:
@@ -83,9 +83,9 @@ def _check_state(checkpoint: dict, module: pl.LightningModule, optimizers: list[
         _check_schedule(schedule, sum(len(optimizer.param_groups) for optimizer in optimizers), f"lr_schedulers[{i}]")
 
 
-def _own(weights: Mapping[str, Any]) -> dict[str, Tensor]:
+def _own(weights: Mapping[str, Any], module: pl.LightningModule) -> dict[str, Tensor]:
     """Return the tensors that every run of the network has, without those of an auxiliary loss."""
-    weights = without_temperatures(weights)
+    weights = without_temperatures(weights, module)
     return {k: v for k, v in weights.items() if isinstance(v, Tensor) and not k.startswith("aux_loss.")}
 
 

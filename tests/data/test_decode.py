@@ -199,3 +199,10 @@ def test_a_tiff_has_tiles_of_about_its_size():
         UnreadableImage, match="its tiles have 9,024 × 19,840 pixels, and at most 89,478,485 are allowed"
     ):
         decode_image(io.BytesIO(tiff), "x")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_lab_images_are_read_grey_too(channels):
+    image = Image.new("LAB", (4, 4), (128, 128, 128))
+    values = np.asarray(decode_image(saved(image, "TIFF"), "x", channels))
+    assert 100 < values.min() <= values.max() < 140

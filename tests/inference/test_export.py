@@ -43,6 +43,32 @@ def test_onnx_runs_with_its_classes_and_preprocessing(predictor, tmp_path, dynam
     check_metadata(session.get_modelmeta().custom_metadata_map, predictor)
 
 
+def test_weights_of_large_networks_lie_beside_the_program(predictor, tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
+    found, folder = export(predictor, "onnx", tmp_path / "x.onnx"), tmp_path / "moved"
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == ["x.onnx", "x.onnx.data"]
+    assert found["bytes"] == sum(file.stat().st_size for file in files)
+    folder.mkdir()
+    for file in files:
+        file.rename(folder / file.name)
+    onnxruntime.InferenceSession(folder / "x.onnx")
+
+
+def test_a_failed_export_names_the_cause_and_leaves_nothing(predictor, tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+
+    def fail(x):
+        raise KeyError("this network cannot be traced")
+
+    monkeypatch.setattr(predictor.model, "forward", fail)
+    with pytest.raises(ValueError, match=r"the network cannot be exported so: .*this network cannot be traced"):
+        export(predictor, "onnx", tmp_path / "x.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_programs_need_only_pytorch_s_operators(predictor, tmp_path, dynamic):
     export(predictor, "torch-export", tmp_path / "x.pt2", dynamic_batch=dynamic)

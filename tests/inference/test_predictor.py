@@ -198,9 +198,9 @@ def test_errors_in_predicting_are_one_sentence(predictor, checkpoint, images, tm
     with pytest.raises(ValueError, match="mean has 2 numbers; give one, or one for each of 3 channels, in units of 0"):
         fastroute.load(checkpoint, mean=(100, 120))
     for options, error, message in (
-        ({"std": 0.0}, ValueError, r"std is 0.0; it must be finite and above 0, in units of 0 to 255"),
+        ({"std": 0.0}, ValueError, r"std is \[0.0\]; it must be finite and above 0, in units of 0 to 255"),
         ({"std": [60, 0, 60]}, ValueError, r"std is \[60.0, 0.0, 60.0\]; it must be finite and above 0"),
-        ({"mean": float("nan")}, ValueError, "mean is nan; it must be finite"),
+        ({"mean": float("nan")}, ValueError, r"mean is \[nan\]; it must be finite"),
         ({"crop_pct": 0.0}, ValueError, "crop_pct is 0.0; it must be above 0 and at most 1"),
         ({"img_size": 0}, ValueError, "img_size is 0; it must be at least 1"),
         ({"img_size": 24.0}, TypeError, "img_size is 24.0; it must be an integer"),

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 import fastroute
 from fastroute.models import multipath
 from fastroute.nn import CrossConnection, CrossStitch, MultiPathNetwork
-from fastroute.training.optim import parameter_groups
 from tests.models.toys import SIZE, routers, toy_paths
 
 PHOTOGRAPHS = Path(__file__).parents[3] / "shared/data/imagenet-sample.tar"
@@ -118,16 +117,6 @@ def test_the_factor_of_copies_is_in_the_state_dict():
         fresh.load_state_dict(copies.state_dict())
     with pytest.raises(RuntimeError, match=r"Missing.*stem\.0\.path_scale"):
         copies.load_state_dict(fresh.state_dict())
-
-
-@pytest.mark.parametrize("init", ["fresh", "copy"])
-def test_frozen_parameters_stay_as_they_are(init):
-    network = Toy()
-    network.wide.weight.requires_grad_(False)
-    model = toy_paths(network, 2, CUTS, init=init)
-    assert torch.equal(model.stage2[1].wide.weight, network.wide.weight)
-    assert not torch.equal(model.dense[1].dense.weight, network.dense.weight)
-    assert not model.stage2[1].wide.weight.requires_grad
 
 
 def test_computes_what_its_routers_and_parts_compute():
@@ -263,24 +252,6 @@ def test_functional_dropout_follows_the_mode():
     assert torch.equal(model(x), model(x))
     model.train()
     assert not torch.equal(model(x), model(x))
-
-
-def test_names_what_the_network_exempts_from_weight_decay():
-    class Exempting(Toy):
-        def no_weight_decay(self):
-            return {"scale", "stage2.0.weight", "not there"}
-
-    network = multipath(Exempting(), 2, ["stem", "stage1"], input_size=SIZE)
-    found = {
-        name
-        for name, _ in network.named_parameters(remove_duplicate=False)
-        if name.endswith(("scale", "stage2.0.weight"))
-    }
-    assert network.no_weight_decay() == copy.deepcopy(network).no_weight_decay() == found and len(found) == 6
-    assert toy_paths(Toy(), 2, CUTS).no_weight_decay() == set()
-    exempt = parameter_groups(network, lr=0.1, weight_decay=0.5, filter_bias_and_bn=True)
-    without = {id(p) for group in exempt if not group["weight_decay"] for p in group["params"]}
-    assert {id(network.get_parameter(name)) for name in found} <= without
 
 
 def test_copies_pickles_compiles_and_trains():

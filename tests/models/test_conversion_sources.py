@@ -1,11 +1,13 @@
 """Networks that `multipath` takes as they come, and those that it asks to prepare."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.utils.prune
 from torch import nn
 
-from fastroute.models import multipath
+from fastroute.models import create_model, multipath
 
 
 @pytest.mark.parametrize(
@@ -51,3 +53,24 @@ def test_networks_without_weights_of_their_own_are_refused():
         multipath(lazy, 2, ["0"], input_size=(3, 5, 5))
     nn.utils.prune.remove(lazy[0], "weight")
     multipath(lazy, 2, ["0"], input_size=(3, 5, 5))
+
+
+def test_own_functions_import_what_lies_beside_them_and_raise_plainly(tmp_path, monkeypatch):
+    (tmp_path / "beside_nets.py").write_text("from torch import nn\nlayer = nn.Linear\n")
+    (tmp_path / "late_nets.py").write_text(
+        "from torch import nn\n"
+        "def late(): from beside_nets import layer; return layer(2, 3)\n"
+        "def broken(): return nn.Linear(2, 3).not_there\n"
+        "def lazy(): return nn.LazyLinear(3)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    try:
+        assert create_model("late_nets:late").out_features == 3
+        with pytest.raises(ValueError, match=r"'late_nets:broken'; it raised AttributeError: .*late_nets.py:3\)"):
+            create_model("late_nets:broken")
+        with pytest.raises(ValueError, match="'late_nets:lazy'; it has lazy layers, whose shapes are not known"):
+            create_model("late_nets:lazy")
+    finally:
+        for name in ("late_nets", "beside_nets"):
+            sys.modules.pop(name, None)

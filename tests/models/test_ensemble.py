@@ -63,3 +63,25 @@ def test_features_need_not_have_the_width_of_the_classifiers():
 
     network, x = Ensemble([member(), member()]).eval(), torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(network.forward_head(network.forward_features(x)), network(x))
+
+
+def test_members_may_be_plain_networks():
+    members = [nn.Sequential(nn.Flatten(), nn.Linear(48, 5)) for _ in range(2)]
+    logits, routing = Ensemble(members)(torch.randn(2, 3, 4, 4), return_routing=True)
+    assert logits.shape == (2, 5) and routing == {}
+
+
+def test_an_ensemble_from_checkpoints_has_their_sizes(tmp_path):
+    paths, sizes = [tmp_path / f"{i}.ckpt" for i in range(3)], {"num_classes": 7, "in_chans": 1, "img_size": 8}
+    for path in paths:
+        checkpoint(path, "base_cnn", **sizes)
+    for options in ({}, {"num_classes": 7}):
+        ensemble = models.create_model("base_cnn_ensemble", checkpoints=paths, **options)
+        specification = models.specification_of(ensemble)
+        assert {name: getattr(specification, name) for name in sizes} == sizes
+        specification.build().load_state_dict(ensemble.state_dict())
+    with pytest.raises(ValueError, match="num_classes is 10; the networks of checkpoints have 7: leave it out"):
+        models.create_model("base_cnn_ensemble", 10, checkpoints=paths)
+    checkpoint(paths[2], "base_cnn", **sizes | {"num_classes": 6})
+    with pytest.raises(ValueError, match=r"2.ckpt has num_classes=6; .*0.ckpt has 7: they must agree"):
+        models.create_model("base_cnn_ensemble", checkpoints=paths)

@@ -6,6 +6,7 @@ from fastroute import models
 from fastroute.models import Specification, create_model, multipath, registry, specification_of
 from fastroute.models.features import FeatureMaps
 from fastroute.nn import CrossConnection, MultiPathNetwork, ParallelPaths
+from fastroute.nn.gate_norm import GateNorm
 
 SLOW = ("resnet101", "resnet110", "resnet164", "se_resnet110", "convnet_aig110", "wide_resnet50_2", "vgg13_cc2")
 SIZES = dict.fromkeys(("resnet18", "resnet18_cc2", "wrn_18_1_5", "resnet34", "resnet50", "resnext50_2x64d"), 32) | {
@@ -187,3 +188,31 @@ def test_feature_maps_by_create_model():
         create_model("resnet20_cc2", out_indices=(0,))
     with pytest.raises(ValueError, match=r"features_only is True; 'timm:resnet18' .*: use timm\.create_model"):
         create_model("timm:resnet18", features_only=True)
+
+
+@pytest.mark.parametrize("name", [n for n in models.list_models() if "110" not in n and "164" not in n])
+def test_all_modules_can_be_initialised_after_they_were_built_without_memory(name):
+    with torch.device("meta"):
+        network = create_model(name, gate_norm="center" if "_cc" in name else None)
+    for path, module in network.named_modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        assert not own or hasattr(module, "reset_parameters"), (name, path, type(module))
+
+
+def test_initialising_anew_forgets_the_statistics():
+    norm = GateNorm("center", 2, 3, prior="learned")
+    norm(torch.randn(8, 2, 3) + 1)
+    norm.prior.fill_(0)
+    norm.reset_parameters()
+    assert norm.running_mean.eq(0).all() and norm.num_batches_tracked == 0 and norm.prior.eq(1 / 3).all()
+
+
+def test_the_first_convolutions_are_those_of_the_images(monkeypatch):
+    timm = pytest.importorskip("timm")
+    models.register_timm()
+    for name, expected in (
+        ("resnet20_cc2", ("stem.0.0",)),
+        ("base_cnn_x3", tuple(f"conv2.{i}.conv1.0" for i in range(3))),
+    ):
+        network = timm.create_model(name, in_chans=16)
+        assert network.default_cfg["first_conv"] == expected

@@ -1,6 +1,7 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -214,3 +215,11 @@ def test_own_builders_take_what_they_are_given():
     network = create_model(name, 5, img_size=(4, 8), anchors=np.ones((1, 2)))
     assert network(torch.ones(2, 3, 4, 8)).shape == (2, 5)
     assert network.specification is None  # which has square images alone
+
+
+@pytest.mark.parametrize(("channels", "normalises"), [(3, True), (1, False)])
+def test_pretrained_inceptions_renormalise_only_colours(channels, normalises, monkeypatch):
+    monkeypatch.setattr("fastroute.models.sources.load_pretrained", lambda *arguments, **options: None)
+    monkeypatch.setattr("torchvision.models.get_model_weights", lambda name: MagicMock())
+    network = create_model("torchvision:googlenet", 5, channels, pretrained=True, init_weights=False)
+    assert network.transform_input == normalises and network.eval()(torch.zeros(1, channels, 64, 64)).shape == (1, 5)

@@ -47,3 +47,9 @@ def test_they_are_exported(cooled, tmp_path):
     assert again.model.stem_router.temperature == 2
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(again.model(x), cooled(x))
+
+
+def test_their_weights_may_be_without_memory(cooled):
+    weights = {name: value.to("meta") for name, value in cooled.state_dict().items()}
+    cooled.load_state_dict(weights, assign=True)
+    assert next(cooled.parameters()).is_meta

@@ -4,7 +4,9 @@ from torch import nn
 
 from fastroute.models import create_model, multipath
 from fastroute.models.specification import Specification
-from fastroute.models.weights import load_pretrained, read_weights
+from fastroute.models.weights import load_pretrained, misfit, read_weights
+from fastroute.nn import CrossConnection
+from fastroute.training import load_weights
 
 
 def saved(network, path):
@@ -178,3 +180,44 @@ def test_only_learned_weights_have_noise():
             assert torch.equal(value, network.state_dict()[original]), name
     weights = [layer.head.weight for layer in paths.head]
     assert torch.equal(weights[0], network.head.weight) and not torch.equal(weights[1], weights[0])
+
+
+def test_a_temperature_of_the_network_s_own_is_a_weight():
+    class Cosine(nn.Module):
+        def __init__(self, temperature):
+            super().__init__()
+            self.conv, self.temperature = nn.Conv2d(3, 4, 3), nn.Parameter(torch.tensor(temperature))
+            self.fc = nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.fc(self.conv(x).mean((2, 3))) / self.temperature
+
+    weights, network = Cosine(5.0).state_dict(), Cosine(2.0)
+    assert misfit(network, weights) is None
+    assert "1 missing (temperature)" in misfit(network, {k: v for k, v in weights.items() if k != "temperature"})
+    load_pretrained(network, weights, "x")
+    assert network.temperature == 5 and isinstance(network.temperature, nn.Parameter)
+    paths = multipath(Cosine(2.0), 2, ["conv"], input_size=(3, 8, 8))
+    load_pretrained(paths, weights, "x", say=lambda sentence: None)
+    assert [path.temperature.item() for path in paths.head] == [5, 5]
+
+
+@pytest.mark.parametrize("routing", ["stitch", None, lambda channels, m, n: CrossConnection(channels, m, n)])
+def test_one_path_s_weights_start_paths_with_any_routers(routing):
+    weights = single().state_dict()
+    network = multipath(single(), 2, ["0", "2"], routing, input_size=(3, 8, 8))
+    load_pretrained(network, weights, "x", noise=0, say=lambda sentence: None)
+    assert all(torch.equal(network.state_dict()[f"head.{i}.4.weight"], weights["4.weight"]) for i in range(2))
+
+
+def test_weights_may_come_from_a_wrapped_network(tmp_path):
+    network, module = single(), single()
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
+        weights = {f"{prefix}{name}": torch.randn(v.shape).to(v.dtype) for name, v in module.state_dict().items()}
+        torch.save(weights, tmp_path / "w.pth")
+        load_weights(network, tmp_path / "w.pth")
+        assert torch.equal(network[4].weight, weights[f"{prefix}4.weight"])
+        load_pretrained(network, weights, "x")
+    wrapper = nn.ModuleDict({"module": single()})  # has this name itself
+    load_pretrained(wrapper, {name: torch.ones_like(v) for name, v in wrapper.state_dict().items()}, "x")
+    assert (wrapper.module[4].weight == 1).all()

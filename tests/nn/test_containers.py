@@ -1,4 +1,5 @@
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from fastroute.models import create_model
+from fastroute.models.layers import Network
 from fastroute.nn import CrossConnection, MultiPathNetwork, ParallelPaths, containers
 
 
@@ -107,3 +109,23 @@ def test_routers_in_wrappers_are_routers(wrap):
     torch.testing.assert_close(output, expected)
     assert list(wrapped) == list(routing)
     torch.testing.assert_close(network.forward_head(network.forward_features(x)), expected)
+
+
+def test_a_layer_at_two_places_is_computed_twice():
+    pool = ParallelPaths(nn.MaxPool2d(2) for _ in range(2))
+    router = CrossConnection(3, 2, 2)
+    layers = {"split": ParallelPaths(nn.Identity() for _ in range(2)), "pool1": pool, "router1": router}
+    layers |= {"pool2": pool, "router2": router, "head": ParallelPaths(nn.Flatten() for _ in range(2))}
+    x, routing = MultiPathNetwork(layers)(torch.randn(2, 3, 16, 16), return_routing=True)
+    assert x.shape == (2, 3 * 4 * 4) and list(routing) == ["router1", "router2"]
+    plain = Network(OrderedDict(pool1=pool[0], conv=nn.Conv2d(3, 3, 1), pool2=pool[0], head=nn.Flatten()))
+    assert plain(torch.randn(2, 3, 16, 16)).shape == (2, 3 * 4 * 4)
+
+
+def test_batched_paths_follow_autocast_on_a_cpu():
+    paths = ParallelPaths([nn.Conv2d(3, 4, 3) for _ in range(2)], execution="batched")
+    xs = list(torch.randn(2, 2, 3, 8, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        ys = paths([x.bfloat16() for x in xs])
+        expected = [path(x) for path, x in zip(paths, xs, strict=True)]
+        assert all(torch.equal(*pair) for pair in zip(ys, expected, strict=True))

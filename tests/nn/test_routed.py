@@ -77,3 +77,10 @@ def test_calls_of_other_threads_are_not_taken():
         assert list(routing) == list(gates)
         for name in gates:
             torch.testing.assert_close(routing[name].gates, gates[name].gates)
+
+
+def test_a_network_may_be_a_router_itself():
+    router, x = SparseRouter(4, [nn.Identity() for _ in range(2)]), torch.randn(3, 4, 5, 5)
+    y, routing = forward_with_routing(router, x)
+    expected, own = router(x, return_routing=True)
+    assert torch.equal(y, expected) and list(routing) == [""] and torch.equal(routing[""].gates, own.gates)

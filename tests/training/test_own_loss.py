@@ -11,8 +11,8 @@ from fastroute.models.blockdrop import BlockDrop
 from fastroute.models.capsules import CapsNet
 from fastroute.models.skipnet import SkipNet
 from fastroute.training import ImageDataModule, RoutingClassifier, fit
-from fastroute.training.classifier import class_shares
 from fastroute.training.graphs import check_recording
+from fastroute.training.targets import class_shares
 
 SIZES = {"num_classes": 3, "in_chans": 1, "img_size": 8}
 NETWORKS = {

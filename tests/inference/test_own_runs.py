@@ -1,0 +1,144 @@
+"""From networks, loaders and data modules of the user's own to predictions."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastroute
+from fastroute.inference.preprocessing import Preprocessing
+from fastroute.models import create_model
+from fastroute.training import ImageDataModule, RoutingClassifier, fit
+from fastroute.training.evaluation import evaluate
+from fastroute.training.targets import checked_labels
+from tests.inference.conftest import tiny_cc2
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(does not have many workers|LeafSpec)")  # Lightning's own
+QUIET = {"accelerator": "cpu", "epochs": 1, "logger": False}
+
+
+def network(channels=1, classes=3):
+    return nn.Sequential(nn.Conv2d(channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
+
+
+def loader(labels=None, size=12, channels=1, **options):
+    labels = torch.arange(12) % 3 if labels is None else labels
+    return DataLoader(TensorDataset(torch.randn(12, channels, size, size), labels), **{"batch_size": 6} | options)
+
+
+def levels(predictor):
+    return predictor.transform.img_size, predictor.transform.in_chans, predictor.transform.crop_pct
+
+
+@pytest.mark.parametrize("val_size", [None, 16])
+def test_a_run_on_a_loader_keeps_the_size_of_its_images(tmp_path, val_size):
+    val = None if val_size is None else loader(size=val_size)
+    fit(RoutingClassifier(network(), 3), loader(), val, output=tmp_path, **QUIET)
+    predictor = fastroute.load(tmp_path / "last.ckpt", model=network(), mean=127.5, std=64.0, device="cpu")
+    assert levels(predictor) == (val_size or 12, 1, 1.0)
+    assert "mean=[0.5]" in repr(predictor)
+
+
+def test_a_run_on_a_data_module_keeps_the_size_of_its_images(tmp_path):
+    data = ImageDataModule("digits", batch_size=512, img_size=9)
+    module = RoutingClassifier(network(classes=10), 10)
+    fit(module, data, output=tmp_path, **QUIET)
+    assert (module.hparams.in_chans, module.hparams.img_size) == (1, 9)
+
+
+def test_a_subclass_of_the_data_module_keeps_what_it_is_trained_on(images, tmp_path):
+    class Own(ImageDataModule):
+        pass
+
+    fit(
+        RoutingClassifier(tiny_cc2(num_classes=3), 3),
+        Own("imagefolder", images, batch_size=12, img_size=8, num_workers=1),
+        output=tmp_path,
+        **QUIET,
+    )
+    predictor = fastroute.load(tmp_path / "last.ckpt", model=tiny_cc2(num_classes=3), device="cpu")
+    assert list(predictor.classes) == ["ant", "bee", "cat"] and levels(predictor) == (8, 3, 1.0)
+    assert predictor.transform.mean is not None
+
+
+def test_a_head_that_was_replaced_by_hand_gives_its_own_number_of_classes(tmp_path):
+    model = create_model("resnet20")
+    model.head[2] = nn.Linear(64, 3)
+    fit(RoutingClassifier(model, num_classes=3), loader(channels=3), output=tmp_path, **QUIET)
+    predictor = fastroute.load(tmp_path / "last.ckpt", model=copy.deepcopy(model), device="cpu")
+    assert list(predictor.classes) == ["0", "1", "2"] and predictor.specification is None
+
+
+def test_labels_are_integers_or_shares():
+    for labels in (torch.tensor([0, 2], dtype=torch.int32), torch.tensor([False, True]), torch.tensor([0, 2]).byte()):
+        assert checked_labels(labels).dtype == torch.int64
+    shares = torch.rand(2, 3)
+    assert checked_labels(shares) is shares
+    for labels in (torch.rand(2, 1), torch.zeros(2, 1).long(), torch.zeros(2, 3).long(), torch.rand(2)):
+        with pytest.raises(
+            ValueError, match=r"labels are \w+ of the shape \(2.*they must be integers \(N,\), or float"
+        ):
+            checked_labels(labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        (torch.rand(12, 1), {}, r"labels are float32 of the shape \(6, 1\)"),
+        (torch.arange(12) % 4, {}, "the images have 4 classes; the network has 3 logits"),
+        (None, {"batch_size": 20, "drop_last": True}, "the data have no batch to train on"),
+    ],
+)
+def test_wrong_data_are_refused_before_the_first_step(labels, options, message, tmp_path):
+    for val in (None, loader(labels)) if not options else (None,):
+        with pytest.raises(ValueError, match=message):
+            fit(
+                RoutingClassifier(network(), 3),
+                loader(labels, **options),
+                val,
+                output=tmp_path,
+                **QUIET,
+            )
+
+
+def test_networks_of_double_precision_predict_and_are_evaluated(tmp_path):
+    model = network().double()
+    fit(RoutingClassifier(model, 3), loader(), output=tmp_path, **QUIET)
+    predictor = fastroute.load(tmp_path / "last.ckpt", model=network().double(), device="cpu")
+    assert predictor(torch.randn(2, 1, 12, 12)).probabilities.shape == (2, 3)
+    assert evaluate(model, loader())["images"] == 12
+
+
+def test_mistakes_in_loading_end_in_a_sentence(checkpoint, tmp_path):
+    for name, value in (("std", [0.229, 0.224, 0.225]), ("mean", 0.5)):
+        with pytest.raises(ValueError, match=rf"{name} is \[.*units of 0 to 255: multiply it by 255"):
+            fastroute.load(checkpoint, device="cpu", **{name: value})
+    torch.save(network().state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="If it has weights alone, evaluate them by fastroute validate --model"):
+        fastroute.load(tmp_path / "weights.pth", model=network())
+    fixed = nn.Sequential(nn.Flatten(), nn.Linear(144, 3))
+    fit(RoutingClassifier(fixed, 3), loader(), output=tmp_path, **QUIET)
+    with pytest.raises(ValueError, match="img_size is 20; Sequential cannot take images of 1 × 20 × 20: mat1 and mat2"):
+        fastroute.load(tmp_path / "last.ckpt", model=fixed, img_size=20, device="cpu")
+    with pytest.raises(ValueError, match=r"own code is not imported here: give create_model\('a:b'"):
+        RoutingClassifier("a:b")
+
+
+def test_data_in_memory_are_scaled_as_a_predictor_scales():
+    from fastroute.data.in_memory import Options, _scaled, digits
+
+    for mode, rounding in (("nearest", 0), ("bilinear", 1), ("bicubic", 0)):
+        images = torch.randint(256, (2, 24, 24, 3), dtype=torch.uint8)
+        for size in (8, 13):
+            prepare = Preprocessing(size, 3, 1.0, mode)
+            for image, scaled in zip(images, _scaled(images, Options(img_size=size, interpolation=mode)), strict=True):
+                assert (
+                    torch.from_numpy(prepare.cut(image.numpy()).copy()).int() - scaled.int()
+                ).abs().max() <= rounding
+        small, large = (digits(Options(img_size=s, interpolation=mode)).train.images[:4] for s in (8, 20))
+        prepare = Preprocessing(20, 1, 1.0, mode)
+        for image, scaled in zip(small, large, strict=True):
+            cut = torch.from_numpy(prepare.cut(image[..., 0].numpy()).copy())
+            assert (cut.int() - scaled[..., 0].int()).abs().max() <= rounding

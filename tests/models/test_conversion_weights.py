@@ -1,0 +1,83 @@
+"""The parameters of the paths that `multipath` makes, and what it keeps of the network's own routers."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastroute.models import create_model, multipath
+from fastroute.training.optim import parameter_groups
+from tests.models.test_conversion import CUTS, Toy
+from tests.models.toys import SIZE, toy_paths
+
+
+def test_names_what_the_network_exempts_from_weight_decay():
+    class Exempting(Toy):
+        def no_weight_decay(self):
+            return {"scale", "stage2.0.weight", "not there"}
+
+    network = multipath(Exempting(), 2, ["stem", "stage1"], input_size=SIZE)
+    found = {
+        name
+        for name, _ in network.named_parameters(remove_duplicate=False)
+        if name.endswith(("scale", "stage2.0.weight"))
+    }
+    assert network.no_weight_decay() == copy.deepcopy(network).no_weight_decay() == found and len(found) == 6
+    assert toy_paths(Toy(), 2, CUTS).no_weight_decay() == set()
+    exempt = parameter_groups(network, lr=0.1, weight_decay=0.5, filter_bias_and_bn=True)
+    without = {id(p) for group in exempt if not group["weight_decay"] for p in group["params"]}
+    assert {id(network.get_parameter(name)) for name in found} <= without
+
+
+@pytest.mark.parametrize("init", ["fresh", "copy"])
+def test_frozen_parameters_stay_as_they_are(init):
+    network = Toy()
+    network.wide.weight.requires_grad_(False)
+    model = toy_paths(network, 2, CUTS, init=init)
+    assert torch.equal(model.stage2[1].wide.weight, network.wide.weight)
+    assert not torch.equal(model.dense[1].dense.weight, network.dense.weight)
+    assert not model.stage2[1].wide.weight.requires_grad
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_paths_do_not_share_parameters_with_the_stem(tied):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.fc = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Linear(3, 2)
+            self.scale = nn.Parameter(torch.ones(3, 1, 1))
+            if tied:
+                self.b.weight = self.a.weight
+
+        def forward(self, x):
+            x = self.a(x) if tied else self.a(x * self.scale)
+            x = self.b(x) if tied else self.b(x) * self.scale
+            return self.fc(x.mean((2, 3)))
+
+    network = multipath(Scaled(), 2, "a", input_size=SIZE)
+    stem, first, second = (set(part.parameters()) for part in (network.stem[0], *network.head))
+    assert not stem & first and not stem & second and not first & second
+
+
+def test_fresh_paths_keep_what_has_an_order():
+    class Transformer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.theta = nn.Conv2d(3, 4, 3), nn.Linear(4, 6)
+            nn.init.zeros_(self.theta.weight)
+            self.theta.bias = nn.Parameter(torch.tensor([1.0, 0, 0, 0, 1, 0]))
+
+        def forward(self, x):
+            return self.theta(self.conv(x).mean((2, 3)))
+
+    network = multipath(Transformer(), 3, ["conv"], input_size=SIZE)
+    assert all(path.theta.bias.tolist() == [1, 0, 0, 0, 1, 0] for path in network.head)
+
+
+def test_routers_of_the_network_itself_are_described_too():
+    network = multipath(create_model("resnet20_sparse4_top1"), 2, ["stem"]).eval()
+    x = torch.randn(2, 3, 32, 32)
+    logits, routing = network(x, return_routing=True)
+    assert torch.equal(logits, network(x)) and next(iter(routing)) == "stem_router" and len(routing) == 7
+    assert all(routing[name].gates.shape[0] == 2 for name in network.inner_routers)

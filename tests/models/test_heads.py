@@ -1,0 +1,88 @@
+"""The classifier of networks of any form, and what is left without it."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastroute.models import create_model, multipath
+from fastroute.nn import FusedSequential, MultiPathNetwork, ParallelPaths
+from fastroute.nn._classifier import final_linear
+
+
+class Reversed(nn.Module):
+    """Registers its layers in another order than that of their computation."""
+
+    def __init__(self):
+        super().__init__()
+        self.out, self.hidden = nn.Linear(6, 10), nn.Linear(4, 6)
+
+    def forward(self, x, pre_logits: bool = False):
+        x = torch.relu(self.hidden(x.mean((2, 3))))
+        return x if pre_logits else torch.flatten(self.out(x), 1)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = x.mean((2, 3))
+        return x + self.fc(x)
+
+
+class Branching(Reversed):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else super().forward(-x)
+
+
+def converted(head):
+    return multipath(nn.Sequential(nn.Conv2d(3, 4, 3), head), 2, ["0"], input_size=(3, 8, 8)).eval()
+
+
+def test_the_classifier_is_the_last_layer_that_computes():
+    network, x = converted(Reversed()), torch.randn(2, 3, 8, 8)
+    assert network.num_classes == 10 and network.num_features == 12
+    torch.testing.assert_close(network.forward_head(network.forward_features(x)), network(x))
+    network.reset_classifier(5)
+    assert network(x).shape == (2, 5)
+    network.reset_classifier(0)
+    assert network(x).shape == (2, 12)
+
+
+@pytest.mark.parametrize("head", [Residual(), Branching()])
+def test_what_is_not_seen_to_end_in_a_dense_layer_has_no_classifier(head):
+    network, x = converted(head), torch.randn(2, 3, 8, 8)
+    before = network(x)
+    assert network.num_classes is None
+    with pytest.raises(ValueError, match="whose paths do not end in a dense layer"):
+        network.reset_classifier(0)
+    assert torch.equal(network(x), before)
+
+
+def test_sequences_and_compiled_modules_end_as_they_do():
+    dense = nn.Linear(4, 3)
+    assert final_linear(nn.Sequential(nn.Flatten(), dense, nn.Identity()), "head") == "head.1"
+    assert final_linear(FusedSequential(nn.Sequential(dense, nn.Dropout())), "head") == "head.0.0"
+    assert final_linear(torch.compile(nn.Sequential(dense), backend="eager"), "head") == "head._orig_mod.0"
+    assert final_linear(nn.Sequential(dense, nn.ReLU()), "head") is None
+    assert final_linear(nn.ReLU(), "head") is None
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet20_cc2", "capsnet"])
+def test_without_the_head_the_features_remain(name):
+    network = create_model(name, 5, img_size=32 if name != "capsnet" else 17).eval()
+    network.reset_classifier(0, "")
+    x = torch.randn(2, 3, *2 * (32 if name != "capsnet" else 17,))
+    features = network.forward_features(x)
+    assert network(x).dim() == 4
+    for pre_logits in (False, True):
+        torch.testing.assert_close(network.forward_head(features, pre_logits), network(x))
+
+
+def test_paths_may_have_features_of_different_widths():
+    widths = (3, 5)
+    head = ParallelPaths(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(w, 4)) for w in widths)
+    network = MultiPathNetwork({"stem": ParallelPaths(nn.Conv2d(3, w, 3) for w in widths), "head": head})
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(network.forward_head(network.forward_features(x)), network(x))
