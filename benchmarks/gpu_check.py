@@ -41,7 +41,7 @@ TRITON_TESTS, NATIVE_TESTS = "tests/backends/triton_kernels", "tests/backends/cu
 def other_tests() -> list[str]:
     """Return the test files outside of the kernels' folders that have tests for a card.
 
-    Their text is searched for the mark: to import all files takes half a minute on a loaded machine.
+    Search their text for the mark: importing all files takes half a minute on a loaded machine.
     """
     files = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(ROOT.glob("tests/**/test_*.py"))}
     kernels = (f"{TRITON_TESTS}/", f"{NATIVE_TESTS}/")

@@ -1,4 +1,4 @@
-"""Rows of `gpu_check.py`, and the result file that keeps the ones that matter: no import of torch.
+"""Read rows of `gpu_check.py`, and keep the ones that matter in a result file, without importing torch.
 
 A result has machine, versions, commit, date, driver and command of a run; "tests" has the outcomes by file, "errors"
 what was not finished, and the other lists the rows of their kind.
@@ -17,7 +17,7 @@ MAPS = {FORWARD: 4, BOTH: 10}  # maps read or written, 2 → 2 paths
 HOST_BUDGET = {"native": {FORWARD: 12, BOTH: 50}, "triton": {FORWARD: 40, BOTH: 130}}
 BACKWARD_MAPS = MAPS[BOTH] - MAPS[FORWARD]
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
-DISTURBED = 1.1  # a copy that takes so many times the least one tells of a disturbed measurement
+DISTURBED = 1.1  # a copy that takes this many times the least one shows that the measurement was disturbed
 
 
 def read(path: Path) -> list[dict]:

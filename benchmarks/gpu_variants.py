@@ -1,4 +1,4 @@
-"""Time the native CUDA kernels of several builds in one run on one GPU: what a change of theirs gains.
+"""Time the native CUDA kernels of several builds in one run on one GPU, to see what a change gains.
 
     python benchmarks/gpu_variants.py NAME=FOLDER NAME=FOLDER … [--output FILE.json]
 

@@ -19,7 +19,8 @@ SUITE = "overhead"
 BUDGET = {**HOST_BUDGET, "reference": {FORWARD: 300, FORWARD_BACKWARD: 900}}
 
 # Microseconds of plain PyTorch on a CPU of the machine for which the budget was set; budgets scale with it on slower
-# machines. On a GPU plain PyTorch launches many kernels, which tells nothing of the host: there the budget is absolute.
+# machines. On a GPU plain PyTorch launches many kernels, so its time says nothing about the host: there the budget is
+# absolute.
 EAGER = {FORWARD: 73, FORWARD_BACKWARD: 273}
 
 

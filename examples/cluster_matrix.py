@@ -1,4 +1,4 @@
-"""The rows of a matrix in clusters: NeuralMixture, a scikit-learn estimator, beside k-means."""
+"""Cluster the rows of a matrix by NeuralMixture, a scikit-learn estimator, and by k-means."""
 
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits

@@ -1,4 +1,4 @@
-"""Rings in each other, which differ by connectivity alone: NeuralMixture on features of a graph of neighbours."""
+"""Cluster nested rings, which differ only in connectivity, by NeuralMixture on features of a neighbour graph."""
 
 from sklearn.datasets import make_circles
 from sklearn.manifold import SpectralEmbedding

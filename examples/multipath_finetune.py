@@ -1,4 +1,4 @@
-"""A trained torchvision network made multi-path: it starts as the network computes, and is fine-tuned."""
+"""Make a trained torchvision network multi-path, so that it at first computes nearly the same, and fine-tune it."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -34,7 +34,7 @@ def main() -> tuple[float, float, float]:
     labels = torch.tensor(digits.target)[:600]
     training, test = (images[:400], labels[:400]), (images[400:], labels[400:])
 
-    resnet = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)  # in the place of a pretrained one
+    resnet = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)  # stands for a pretrained one
     train(resnet, *training, epochs=2, lr=0.02)
     before = accuracy(resnet, *test)
 

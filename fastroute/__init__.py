@@ -23,9 +23,9 @@ __all__ = [
 
 
 def _is_command() -> bool:
-    """Whether this process is `fastroute …` or `python -m fastroute …`, of which `--help` needs no torch."""
+    """Return whether this process is `fastroute …` or `python -m fastroute …`, whose `--help` must not import torch."""
     program = sys.argv[0] if sys.argv else ""
-    if program == "-m":  # as long as Python looks for the module
+    if program == "-m":  # while Python is still looking for the module
         return "fastroute" in sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1]
     return Path(program).stem == "fastroute"
 

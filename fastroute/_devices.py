@@ -7,7 +7,7 @@ def resolve_device(device: str | torch.device | None, others: bool = False) -> t
     """Return a device by its name.
 
     Args:
-        device: "cpu", "cuda", or such as "cuda:1"; None is a GPU if there is one, or else the CPU.
+        device: "cpu", "cuda", or one GPU, such as "cuda:1"; None is a GPU if there is one, or else the CPU.
         others: whether other types of PyTorch's devices pass, such as "mps".
 
     Raises:
@@ -20,7 +20,7 @@ def resolve_device(device: str | torch.device | None, others: bool = False) -> t
     except (RuntimeError, TypeError):
         found = None
     if found is None or found.type == "meta" or (found.type not in ("cpu", "cuda") and not others):
-        raise ValueError(f"device is {str(device)!r}; it must be cpu, cuda, or such as cuda:1")
+        raise ValueError(f"device is {str(device)!r}; it must be cpu, cuda, or one GPU, such as cuda:1")
     check_gpu(found)
     return found
 
@@ -39,7 +39,7 @@ def check_gpu(device: torch.device) -> None:
 
 
 def indexed(device: torch.device) -> torch.device:
-    """Return a device with its index: "cuda" is another GPU for each thread, and in each `torch.cuda.device`."""
+    """Return a device with its index: "cuda" is the current GPU of the thread and of `torch.cuda.device`."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device

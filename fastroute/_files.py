@@ -72,9 +72,9 @@ def check_writable(path: Path, name: str) -> None:
 
 @contextlib.contextmanager
 def text_output(path: Path) -> Iterator[IO[str]]:
-    """Open a file for text in UTF-8, which replaces one of that name at the end.
+    """Open a text file in UTF-8 that replaces `path` at the end of the block.
 
-    Devices, pipes, and files in a folder that cannot be written into are written themselves.
+    Devices, pipes, and files in a folder without write permission are written in place instead.
     """
     options = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}  # file names may be no valid text
     target = path.resolve()
@@ -106,7 +106,7 @@ def _link_over(source: Path, target: Path) -> None:
 
 
 def copy_over(source: Path, target: Path) -> None:
-    """Give a file a second name, at once; where there are no such links, a copy has it."""
+    """Make `target` a hard link to `source`, atomically; on a file system without hard links, a copy."""
     temporary = _temporary(target)
     try:
         os.link(source, temporary)

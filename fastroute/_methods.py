@@ -15,7 +15,7 @@ class Method(NamedTuple):
         starts: whether it takes several heads, or several networks at once.
         scores: whether a network gives the clusters' scores, so that they can label the images for a last step.
         most: the most images that it takes; None is any number.
-        batch_size: images in a batch, unless the user says so.
+        batch_size: images in a batch, by default.
     """
 
     about: str
@@ -52,7 +52,7 @@ METHODS = {
         "deep clustering network (Yang et al. 2017): DEC's autoencoder beside k-means of its code", "dec:build"
     ),
     "dac": Method(
-        "deep adaptive clustering (Chang et al. 2017): ever more pairs of a batch are taken for one cluster or two",
+        "deep adaptive clustering (Chang et al. 2017): ever more pairs of a batch count as one cluster",
         "dac:build",
         scores=True,
     ),

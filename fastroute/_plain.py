@@ -11,7 +11,7 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def plain(value: Any, tensors: bool = True) -> Any:
-    """Return Python's numbers for NumPy's and for tensors without axes, lists for arrays, and texts for paths.
+    """Convert NumPy's numbers and tensors without axes to Python's numbers, arrays to lists, and paths to strings.
 
     Lists, tuples and dicts are those given unless something in them is replaced. All other values are returned as they
     are.
@@ -40,7 +40,7 @@ def plain(value: Any, tensors: bool = True) -> Any:
 
 
 def takes_plain_values(function: Function) -> Function:
-    """Decorate a function so that it takes NumPy's numbers for Python's."""
+    """Decorate a function so that it accepts NumPy's numbers in place of Python's."""
 
     @functools.wraps(function)
     def wrapper(*args, **options):

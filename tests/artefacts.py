@@ -1,4 +1,4 @@
-"""What tests compile, kept in build/tests for the other processes of a run and for the runs after it."""
+"""Keep what tests compile in build/tests, for the other processes of a run and for later runs."""
 
 import hashlib
 import tempfile
@@ -11,9 +11,9 @@ FOLDER = Path(__file__).parents[1] / "build" / "tests"
 
 
 def artefact(name: str, sources: Iterable[object], build: Callable[[Path], object]) -> Path:
-    """Return the folder that `build` has filled, which is called where none is left of the same sources.
+    """Return a folder filled by `build`, which is called only if there is none of the same sources yet.
 
-    Sources are files, of which the contents count, and any other values, of which the text does.
+    Sources are files, compared by content, and other values, compared by their text.
     """
     digest = hashlib.sha256()
     for source in sources:

@@ -5,7 +5,7 @@ import torch
 
 from tests import costs
 
-# The bounds of float32 are those of float32: on a card, convolutions would round their inputs to TF32.
+# Tests in float32 have bounds for float32: on a GPU, convolutions would round their inputs to TF32 otherwise.
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 # CPU seconds from which a test is left to `make test`, and to `make test-thorough`.
@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_compiled():
-    """What one test compiled does not count against the next one's limit of recompilations."""
+    """Reset Dynamo, so that one test's compilations do not count towards the recompilation limit of the next."""
     yield
     if dynamo := sys.modules.get("torch._dynamo"):
         dynamo.reset()

@@ -14,7 +14,7 @@ import pytest
 FILE = Path(__file__).with_name("costs.txt")
 RECORDED = 0.2  # CPU seconds from which a test has an entry
 
-# Imported before the first test, which would pay for them.
+# Imported before the first test, whose cost would include them otherwise.
 IMPORTED = (
     "fastroute.cli",
     "pytorch_lightning",

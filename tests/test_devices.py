@@ -16,7 +16,7 @@ def test_devices_by_name(two_gpus):
     for name in ("cpu", "cuda", "cuda:1", torch.device("cuda", 0)):
         assert _devices.resolve_device(name) == torch.device(name)
     for name in ("tpu", "meta", 1.5):
-        with pytest.raises(ValueError, match=f"device is '{name}'; it must be cpu, cuda, or such as cuda:1"):
+        with pytest.raises(ValueError, match=f"device is '{name}'; it must be cpu, cuda, or one GPU, such as cuda:1"):
             _devices.resolve_device(name)
     with pytest.raises(ValueError, match="device is 'cuda:2'; this machine has 2 GPUs"):
         _devices.resolve_device("cuda:2")

@@ -1,4 +1,4 @@
-"""The scripts and notebooks in examples/ run, and come to what they say."""
+"""The scripts and notebooks in examples/ run, and reach the results that they state."""
 
 import json
 import runpy

@@ -9,7 +9,7 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Networks as small as those of tests lose by being shared out, and much where other work holds a processor."""
+    """Use one thread: small networks are slower on several, and much slower if other work holds a processor."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

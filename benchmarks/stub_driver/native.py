@@ -1,4 +1,4 @@
-"""The compiled CUDA kernels for CPU tensors: a launch is counted, and nothing runs.
+"""Serve CPU tensors with the compiled CUDA kernels: launches are counted, and no kernel runs.
 
 `environment()` is for a separate process, which then calls `install()`. The time of a call there is that of the host
 without CUDA's runtime and driver.

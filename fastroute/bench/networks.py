@@ -49,7 +49,7 @@ def without_kernels(model: nn.Module) -> nn.Module:
 
 
 def plainly(call: Callable) -> Callable:
-    """Return the call of a network with the modules of PyTorch alone, also where a kernel takes several of them."""
+    """Return the call of a network that runs PyTorch's own modules, even where a kernel could fuse them."""
 
     def plain_call(images: Tensor) -> Tensor:
         with use_backend("reference"):

@@ -29,7 +29,7 @@ def bench(
     stated: Annotated[bool, typer.Option("--stated", help="The cases of the documentation's table of speed.")] = False,
     steps: Annotated[
         bool,
-        typer.Option("--steps", help="Whole steps of networks beside plain PyTorch's, both also compiled, for hours."),
+        typer.Option("--steps", help="Whole steps of networks beside plain PyTorch's, eager and compiled (hours)."),
     ] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. (default: cuda if there is a GPU)")] = None,
     rounds: Annotated[

@@ -55,7 +55,9 @@ class ClusterOptions:
     ] = None
     limit: Annotated[
         int | None,
-        typer.Option(max=COUNT, help="Images to use: the first, or spread over a folder. (default: all)"),
+        typer.Option(
+            max=COUNT, help="Number of images to use: the first ones, or spread evenly over a folder. (default: all)"
+        ),
     ] = None
     method: Annotated[
         Literal[tuple(METHODS)],
@@ -70,7 +72,8 @@ class ClusterOptions:
     two_dimensional: Annotated[
         bool,
         typer.Option(
-            "--two-dimensional", help="Instead: points in a plane, with and without normalised scores (§4.5.1)."
+            "--two-dimensional",
+            help="Cluster points in a plane instead, with and without normalised scores (§4.5.1).",
         ),
     ] = False
     clusters: Annotated[
@@ -78,14 +81,19 @@ class ClusterOptions:
     ] = 10
     heads: Annotated[
         int,
-        typer.Option(min=1, max=1000, help="Clusterings at once; the one that augmentation changes least is kept."),
+        typer.Option(
+            min=1, max=1000, help="Number of clusterings at once; the one that augmentation changes least is kept."
+        ),
     ] = 1
     n_init: Annotated[
         int,
-        typer.Option(min=1, max=1000, help="Networks at once, each from its own weights; one is kept, as of heads."),
+        typer.Option(
+            min=1, max=1000, help="Number of networks at once, from different weights; one is kept, as for --heads."
+        ),
     ] = 1
     architecture: Annotated[
-        str | None, typer.Option(help="mnist, cifar or stl10 of Table 4.2, or layers as in it. (default: the data's)")
+        str | None,
+        typer.Option(help="Network: mnist, cifar or stl10 of Table 4.2, or layers as in it. (default: the data's)"),
     ] = None
     batch_norm: Annotated[bool, typer.Option("--batch-norm/--no-batch-norm", help="Batch norm after convolutions.")] = (
         True
@@ -113,7 +121,7 @@ class ClusterOptions:
     experiment: Annotated[
         str | None,
         typer.Option(
-            help="Name of the run's folder; two-dimensional is also the option. (default: time, method, data)"
+            help="Name of the run's folder; two-dimensional also sets that option. (default: time, method, data)"
         ),
     ] = None
     overwrite: OverwriteOption = False
@@ -149,7 +157,8 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
         check_self_label(method, options.self_label)
         if options.self_label >= epochs:
             raise ValueError(
-                f"self_label is {options.self_label}; it must be less than epochs, {epochs}, whose last it is"
+                f"self_label is {options.self_label}; it must be less than epochs, {epochs}: it is the number of the "
+                "last epochs, after those of the method"
             )
         dataset = options.dataset = _dataset(options.dataset, options.data_dir)  # as args.yaml keeps it
         options.batch_size = options.batch_size or known.batch_size
@@ -158,8 +167,8 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
         if known.builder is None and not in_plane and options.resume is not None:
             if resume is not None:
                 raise ValueError(
-                    f"resume is {options.resume}; the method {method!r} is done in one step and resumes no checkpoint: "
-                    "leave it out, or give the method of the run"
+                    f"resume is {options.resume}; the method {method!r} is done in one step, without a checkpoint to "
+                    "resume: leave resume out, or give the method of the run"
                 )
             if not options.overwrite and _is_done(folder, options):
                 if options.by_cluster is not None:

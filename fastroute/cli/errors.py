@@ -1,7 +1,7 @@
 """Report errors on the command line, and print on the console.
 
-`Commands` handles every error that a command does not: a cause outside the program, such as a full disk or exhausted
-memory, ends in a one-line message and an exit status; a bug ends in a traceback.
+`Commands` handles every error that a command does not. An error with a cause outside the program, such as a full disk
+or exhausted memory, ends in a one-line message and an exit status. A bug ends in a traceback.
 """
 
 import contextlib

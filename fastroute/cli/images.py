@@ -108,6 +108,6 @@ def check_fit(data: Mapping[str, Any], images: Chosen, classes: list[str], count
     if "val_split" in images.options and count != data.get("val_count", count):
         raise ValueError(
             f"data_dir is {images.data_dir}; the run set {data['val_count']:,} of its images aside, but now that would "
-            f"be {count:,}: files were added or removed, so others are set aside, on which it trained; give other "
+            f"be {count:,}: files were added or removed, so it would set aside images that it trained on; give other "
             "images by data_dir"
         )

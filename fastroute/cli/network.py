@@ -50,7 +50,7 @@ class NetworkOptions:
         Path | None,
         _option(
             help="A file of weights to start from, of timm, torchvision or a run (.safetensors, .pth, .ckpt). The "
-            "classifier may be of other classes."
+            "classifier may be for other classes."
         ),
     ] = None
     model_kwargs: Annotated[
@@ -95,7 +95,7 @@ CUTTING = ("route_after", "routing", "init")
 
 
 def merge_arguments(options: NetworkOptions) -> None:
-    """Take words of the form K=V that follow `--model-kwargs` for its values, wherever the network's name stands.
+    """Treat words of the form K=V after `--model-kwargs` as its values, wherever the network's name stands.
 
     Raises:
         ValueError: two networks are named, or a word K=V has no `--model-kwargs` before it.

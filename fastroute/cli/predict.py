@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 def predict(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Of `fastroute train` or `cluster`, or a .safetensors of `fastroute export`.")
+        Path,
+        typer.Argument(help="Checkpoint of `fastroute train` or `cluster`, or a .safetensors of `fastroute export`."),
     ],
     paths: Annotated[
         list[str], typer.Argument(metavar="PATH...", help="Images, folders of images, patterns, or - for a list.")
@@ -45,7 +46,9 @@ def predict(
     ] = None,
     crop_pct: Annotated[
         float | None,
-        typer.Option(parser=real(), help="The crop's side by the resized image's. (default: as in training)"),
+        typer.Option(
+            parser=real(), help="Side of the crop, as a share of the resized image's. (default: as in training)"
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1, max=COUNT)] = 64,
     workers: Annotated[
@@ -76,7 +79,7 @@ def predict(
         check_finite(predictor.model, checkpoint)
         rows, unread = _rows(predictor, names, top_k, gates, batch_size, workers or processors())
     if rows:
-        if output is None:  # a reader that has enough closes the pipe, which is no wrong argument
+        if output is None:  # a reader that closes the pipe early is no wrong argument
             _WRITERS[format](rows, sys.stdout)
         else:
             with plain_errors(), text_output(output) as file:

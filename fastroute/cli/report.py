@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def report(
-    checkpoint: Annotated[Path, typer.Argument(help="Of `fastroute train` or `fastroute cluster`.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of `fastroute train` or `fastroute cluster`.")],
     more_images: Annotated[list[Path] | None, typer.Argument(metavar="[IMAGE]...", hidden=True)] = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
@@ -28,7 +28,7 @@ def report(
         Path | None, typer.Option(help="A checkpoint to compare gates with, such as one without regularisation.")
     ] = None,
     classes: Annotated[
-        str | None, typer.Option(help="For the histograms, such as cat,dog. (default: the most distinct)")
+        str | None, typer.Option(help="Classes of the histograms, such as cat,dog. (default: the most distinct)")
     ] = None,
     gates: Annotated[int, typer.Option(min=1, max=32, help="Most gates for which an image is synthesised.")] = 8,
     runs: Annotated[
@@ -37,7 +37,7 @@ def report(
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, max=COUNT, help="Of a clustering: number of images to use. (default: the run's)"),
+        typer.Option(min=1, max=COUNT, help="Number of images of a clustering to use. (default: the run's)"),
     ] = None,
     batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1, max=COUNT)] = 128,
     workers: WorkersOption = None,
@@ -51,7 +51,9 @@ def report(
     """
     with plain_errors():
         if more := [path for path in more_images or [] if path.suffix == ".ckpt"]:
-            raise ValueError(f"checkpoint is {checkpoint}, and {more[0]} follows; a report is of one: run it for each")
+            raise ValueError(
+                f"checkpoint is {checkpoint}, and {more[0]} follows; a report takes one: run the command for each"
+            )
         path = write_report(
             checkpoint,
             output or checkpoint.parent / "report",

@@ -282,7 +282,8 @@ class TrainOptions(NetworkOptions):
         option(help="Synchronisation of batch norm's statistics across processes before validation.", panel=COMPUTE),
     ] = "reduce"
     device: Annotated[
-        str | None, option(help="cpu, cuda, or such as cuda:1. (default: a GPU if there is one)", panel=COMPUTE)
+        str | None,
+        option(help="cpu, cuda, or one GPU, such as cuda:1. (default: a GPU if there is one)", panel=COMPUTE),
     ] = None
     seed: Annotated[int, option(min=0, max=SEED, help="Seed of weights, order and augmentation.", panel=COMPUTE)] = 42
     deterministic: Annotated[

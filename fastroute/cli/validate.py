@@ -59,10 +59,13 @@ class ValidateOptions:
     crop_pct: Annotated[
         float | None,
         typer.Option(
-            parser=real(), help=f"The crop's side by the resized image's. (default: as in training, or {CROP_PCT})"
+            parser=real(),
+            help=f"Side of the crop, as a share of the resized image's. (default: as in training, or {CROP_PCT})",
         ),
     ] = None
-    ten_crop: Annotated[bool, typer.Option("--ten-crop", help="Corners and centre, and these mirrored.")] = False
+    ten_crop: Annotated[
+        bool, typer.Option("--ten-crop", help="Crop the corners and the centre, and these five mirrored.")
+    ] = False
     use_ema: Annotated[
         bool, typer.Option("--use-ema/--no-use-ema", help="Use the moving average, if the run kept one.")
     ] = True

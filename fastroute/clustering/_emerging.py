@@ -5,15 +5,15 @@ import math
 import torch
 from torch import Tensor
 
-# A sample fits a cluster if its squared distance from the centre is within so many standard deviations above the mean
-# of those of the cluster's samples. In a plane, 0.7 % of a Gaussian's samples are farther away.
+# A sample fits a cluster if its squared distance from the centre is at most this many standard deviations above the
+# mean of the squared distances of the cluster's samples. In a plane, 0.7 % of a Gaussian's samples are farther away.
 REACH = 4.0
-MOST_COMPARED = 4096  # samples of which the distances between all are taken
-# Samples that fit no cluster and lie together are a new one from this share of a part, and this number, on.
+MOST_COMPARED = 4096  # the most samples between all of which distances are computed
+# Samples that fit no cluster and lie together form a new one if they are at least this share of a part, and this many.
 LEAST_SHARE, LEAST_NUMBER = 0.02, 10
-# The places of clusters are moving averages over some 10 parts. After so many, only samples that fit a cluster move it.
+# The places of clusters are moving averages over some 10 parts. Later, only samples that fit a cluster move it.
 PLACE_MOMENTUM, SETTLED = 0.1, 10
-# A cluster has run dry after so many parts in a row without a sample that fits it.
+# A cluster has run dry after this many parts in a row without a sample that fits it.
 PATIENCE = 3
 
 
@@ -78,7 +78,7 @@ class Places:
 
         Args:
             x: (N, D).
-            weight: (N,), as how many samples each counts.
+            weight: (N,), the number of samples that each one counts as.
         """
         outside, weight = (self._nearest(x) < 0).nonzero().flatten(), weight.to(x.dtype)
         reach = self._reach()[self.seen > 0].median()  # of the cluster of median size
@@ -88,7 +88,8 @@ class Places:
             return len(samples) >= LEAST_NUMBER and bool(weight[samples].sum() >= LEAST_SHARE * weight.sum())
 
         while enough(outside):
-            # Those within this reach of their own centre, about the sample with the most others within it.
+            # The samples within reach of the mean of a group: the sample with the most others within its reach, and
+            # these.
             some = outside[:: math.ceil(len(outside) / MOST_COMPARED)]
             distance = torch.cdist(x[some], x[some]).square()
             near = (distance <= reach).to(x.dtype) * weight[some]

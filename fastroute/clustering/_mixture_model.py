@@ -36,13 +36,13 @@ TEACHING = 5
 # samples across their border: over a valley between groups it carries 0 to 0.01 of them, through a group 0.02 and more.
 MERGING_NOISE = 0.3
 CROSSING = 0.015
-# Samples to be moved by noise at least, where X is passed over several times for it.
+# Least number of samples to move by noise; a smaller X is passed over several times.
 LEAST_MOVED = 10_000
 
 
-# Those that count after the network has been built.
+# Options that still have an effect after the network has been built.
 OPTIONS = "n_clusters", "n_init", "epochs", "batch_size", "learning_rate", "gamma", "density", "noise", "verbose"
-# Those that the trained network was built with.
+# Options that the trained network was built with.
 BUILT_WITH = "network", "hidden", "exclusive_layers", "prior", "standardize", "device"
 
 NOT_DENSE = "network does not end in a torch.nn.Linear; with emerging=True it must, to get more outputs"
@@ -145,7 +145,7 @@ class Model:
     def _training(self) -> Iterator[None]:
         """Set the network to training mode, with gradients, and with draws of its own, such as dropout's.
 
-        They come from the run's seed, and PyTorch's generators go on as if there had been none.
+        The draws come from the run's seed, and leave PyTorch's generators as they were.
         """
         draw = torch.Generator()
         draw.set_state(self.generator.get_state())  # a copy: it draws nothing from the order of the samples
@@ -287,7 +287,7 @@ class Model:
 
     @torch.no_grad()
     def merge(self, X: np.ndarray) -> None:
-        """Drop components that are empty, and make one cluster of those whose border lies in no valley."""
+        """Drop empty components, and merge those without a valley of density at their border into one cluster."""
         components = len(self.clusters)
         moved = torch.zeros(components, components, dtype=torch.int64)  # by noise, from a component to another
         for _ in range(max(1, math.ceil(LEAST_MOVED / len(X)))):
@@ -295,7 +295,7 @@ class Model:
                 pairs = [self.posterior(part)[0].argmax(1).cpu() for part in (x, self._noisy(x, MERGING_NOISE))]
                 moved += torch.bincount(pairs[0] * components + pairs[1], minlength=components**2).view_as(moved)
         self._group(merged(moved.numpy(), CROSSING))
-        # Beside a merged one, which has the sum of its parts' posteriors, a small cluster can lose all its samples.
+        # A merged cluster has the sum of its parts' posteriors, so a small cluster next to it can lose all its samples.
         found = torch.cat([self.posterior(x)[0].argmax(1).cpu() for x in self.in_order(X)]).unique()
         self._group([torch.nonzero(self.clusters == k).flatten() for k in found])
 
@@ -425,12 +425,12 @@ def grow(network: nn.Module, k: int, draw: torch.Generator) -> None:
 
 
 def merged(moved: np.ndarray, crossing: float) -> list[list[int]]:
-    """Return groups of clusters: the two with the most exchange are joined, again and again.
+    """Return groups of clusters, by repeatedly joining the two with the most exchange.
 
     Args:
         moved: (K, K), how many samples of a cluster some noise carries into each; those without samples are left out.
-        crossing: the most exchange of two groups that stay apart: samples that cross over from either side, on average,
-            by those of the smaller one.
+        crossing: the most exchange of two groups that stay apart: the mean number of samples that cross from either
+            side, as a share of the smaller group's.
     """
     groups = [[k] for k in np.flatnonzero(moved.sum(1))]
     exchange = ((moved + moved.T) / 2)[np.ix_(*[[k for [k] in groups]] * 2)]

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 def association_loss(starts: Tensor, others: Tensor, labels: Tensor, visit_weight: float) -> Tensor:
     """Return the walker loss and the weighted visit loss of walks from embeddings to others and back.
 
-    Steps have the probabilities of a softmax of dot products. The walker loss is the cross-entropy of where a walk ends
-    to a uniform choice among the starts of its label, and the visit loss that of the others' visits to uniform ones.
+    The probabilities of a step are a softmax of dot products. The walker loss is the cross-entropy between the end of a
+    walk and a uniform choice among the starts of its label. The visit loss is the cross-entropy between the visits to
+    the others and uniform visits.
 
     Args:
         starts: embeddings (A, D).

@@ -122,9 +122,9 @@ class Autoencoder(FeatureClustering):
     - "sparse-ae" (Ng 2011): the code has `SPARSE` sigmoid units; β Σ_j KL(ρ ‖ ρ̂_j) keeps their mean activations at ρ.
     - "denoising-ae" (Vincent et al. 2010): a quarter of the values that the encoder sees are 0.
     - "vae" (Kingma & Welling 2014): the code is a sample of N(μ, σ²), and KL(N(μ, σ²) ‖ N(0, 1)) is added; k-means is
-      of μ. The pixels are Gaussian with means from 0 to 1, as the paper has it for real values: by the cross-entropy of
-      grey ones, which is never near 0, the code of the digits told nothing for the first 20 epochs. The divergence may
-      warm up (Sønderby et al. 2016): in full from the beginning, it silenced the code for good in some runs.
+      of μ. The pixels are Gaussian with means from 0 to 1, as the paper has it for real values: with the cross-entropy
+      of grey ones, which is never near 0, the code of the digits was useless for the first 20 epochs. The divergence
+      may warm up (Sønderby et al. 2016): in full from the beginning, it made the code constant for good in some runs.
 
     Args:
         architecture: as `clustering_network` takes it; the code follows its layers.

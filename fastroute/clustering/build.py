@@ -68,7 +68,7 @@ class ClusteringRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a method's builder makes its module of; all but the run and the shape count in training alone.
+    """Inputs of a method's builder; all but the run and the shape have an effect in training only.
 
     Attributes:
         run: network, method and learning rates.
@@ -127,7 +127,7 @@ def build(
 ) -> ClusteringModule:
     """Build the module of a run, with fresh weights from PyTorch's generator.
 
-    The options after `shape` count in training alone.
+    The options after `shape` have an effect in training only.
 
     Args:
         run: its network, method and learning rates.

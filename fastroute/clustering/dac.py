@@ -19,7 +19,7 @@ FIRST, LAST = 0.9, 0.5
 
 
 def pair_loss(similar: Tensor, augmented: Tensor, threshold: float) -> Tensor:
-    """Return the mean squared error of similarities, where pairs above a threshold are to have 1, and others 0.
+    """Return the mean squared error of similarities; the target is 1 for pairs above a threshold, and 0 for others.
 
     Args:
         similar: cosine similarities (N, N) of images, which tell the pairs. They are held constant.
@@ -55,8 +55,8 @@ class DAC(ClusteringModule):
 
     It follows the program of the authors for MNIST. Its one threshold falls in equal steps from 0.9 to 0.5, and
     all pairs count, by squared error; the paper has cross-entropy, and two thresholds with pairs between them that do
-    not count. RMSProp's decay is the program's, 0.9: by PyTorch's, 0.99, sudden gradients move the weights far. For a
-    validation, batch norm takes the statistics of all images by the weights of then, where the program has those of the
+    not count. RMSProp's decay is the program's, 0.9: by PyTorch's, 0.99, sudden gradients move the weights far. In a
+    validation, batch norm uses the statistics of all images under the current weights; the program uses those of the
     batch.
 
     Args:

@@ -41,10 +41,11 @@ def whitened(features: Tensor, seed: int) -> np.ndarray:
 class DeepCluster(FeatureClustering):
     """Cluster images by k-means of features that learn to predict finer clusters of themselves.
 
-    Before an epoch, k-means of the whitened features of all images finds `labels` clusters, and the last layer starts
-    anew: before each, as in the paper, or after `STEPS` steps where epochs have fewer. The loss is the cross-entropy of
-    augmented images to them, in which an image counts by the inverse of its cluster's size: the paper, which samples
-    uniformly over the clusters, calls this equivalent. At each validation, k-means of the features gives K clusters.
+    Before each epoch, as in the paper, k-means of the whitened features of all images finds `labels` clusters, and the
+    last layer starts anew. Where epochs have fewer than `STEPS` steps, this happens only after that many. The loss is
+    the cross-entropy of augmented images to them, in which an image counts by the inverse of its cluster's size: the
+    paper, which samples uniformly over the clusters, calls this equivalent. At each validation, k-means of the features
+    gives K clusters.
 
     Args:
         network: from images to features (N, D), before their ReLU.

@@ -56,11 +56,11 @@ def load_images(
 ) -> Loaded:
     """Load images of a data set; see `fastroute.data.in_memory`.
 
-    "digits" and "stl10" have all images with labels, and torchvision's other sets their training images. An
-    "imagefolder" has its `train/`, or else the folder itself. Its subfolders are classes, unless there is only one or
-    images lie beside them; then it has all images below it, without classes. A "webdataset" has its training shards, or
-    else all of them. CIFAR-100's labels are its 20 superclasses. A limit takes the first images, but of a folder, whose
-    files are sorted by their classes, images at equal distances.
+    "digits" and "stl10" load all images with labels, and torchvision's other sets load their training images. An
+    "imagefolder" loads its `train/` if there is one, or else the folder itself. Its subfolders are classes, unless
+    there is only one or images lie beside them; then all images below it are loaded, without classes. A "webdataset"
+    loads its training shards if there are any, or else all of them. CIFAR-100's labels are its 20 superclasses. A limit
+    takes the first images; of a folder, whose files are sorted by their classes, it takes images at equal distances.
 
     Args:
         dataset: such as "digits" or "imagefolder".

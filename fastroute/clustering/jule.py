@@ -72,10 +72,10 @@ def path_weights(graph: csr_array, labels: np.ndarray) -> np.ndarray:
 def merged(graph: csr_array, labels: np.ndarray, count: int, features: np.ndarray) -> np.ndarray:
     """Merge clusters until `count` are left.
 
-    The affinity of clusters a and b is S_ab / |a|² + S_ba / |b|² (Eq. 2). Of all clusters with more than `FEW` others,
-    that merges with its best neighbour which has the greatest affinity to it, plus its mean lead over the next
-    `RIVALS` − 1 (Eq. 9); with fewer others, the affinity alone counts. The affinities of a merged cluster are the
-    authors' fast ones, which add S. Clusters that no path connects are merged by the distance of their means.
+    The affinity of clusters a and b is S_ab / |a|² + S_ba / |b|² (Eq. 2). While there are more than `FEW` other
+    clusters, the next to merge are a cluster and its best neighbour with the greatest affinity plus its mean lead over
+    the next `RIVALS` − 1 neighbours (Eq. 9). With fewer, the affinity alone counts. The affinities of a merged cluster
+    are the authors' fast ones, which add S. Clusters that no path connects are merged by the distance of their means.
 
     Args:
         graph: W (N, N).
@@ -172,7 +172,7 @@ class JULE(FeatureClustering):
     are those of the authors' program, whose periods have 20 epochs, and which ends once K clusters are left.
 
     At each validation, as at the end of the authors' run, clusters of the features are found anew and merged until K
-    are left. Means of at most `PARTS`·K parts of these clusters tell the cluster of an image: that of the nearest.
+    are left. An image is in the cluster of the nearest of at most `PARTS`·K means of parts of these clusters.
 
     Args:
         network: from images to features (N, D).
@@ -232,7 +232,7 @@ class JULE(FeatureClustering):
         means = cluster_means(features, parts)
         owners = np.zeros(len(means), np.int64)
         owners[parts] = whole
-        place = np.arange(len(self.centers)) % len(means)  # if there are fewer parts, some stand twice
+        place = np.arange(len(self.centers)) % len(means)  # if there are fewer parts, some are repeated
         self.centers.copy_(torch.from_numpy(means[place]))
         self.owners.copy_(torch.from_numpy(owners[place]))
         self.variance.fill_(max(float(((features - means[parts]) ** 2).mean()), 1e-12))

@@ -46,9 +46,9 @@ class ClusteringModule(pl.LightningModule):
     NETWORK: str | None = None
     """The network for a report, where it is not the run's architecture."""
     UNTRAINED_CLUSTERS = True
-    """Whether an untrained module has clusters; those of centres that training places are none before."""
+    """Whether an untrained module has clusters; centres that training places do not exist before."""
     SCHEDULE: tuple[str, ...] = ()
-    """Attributes that divide the epochs. A resumed run keeps those of its checkpoint: more epochs come at the end."""
+    """Attributes that divide the epochs. A resumed run keeps those of its checkpoint: more epochs extend its end."""
 
     def __init__(self, num_clusters: int):
         super().__init__()
@@ -175,7 +175,7 @@ class ClusteringModule(pl.LightningModule):
 
 
 class LogPosteriors(nn.Module):
-    """A clustering as a classifier: its outputs, the logarithms of the posteriors, have them as their softmax.
+    """Wrap a clustering as a classifier whose logits are the logarithms of the posteriors.
 
     Args:
         module: the clustering.

@@ -30,14 +30,15 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
 
     What a Gaussian mixture does with Gaussians, a network does here with whatever it can express: its outputs, one for
     each cluster and normalised over the data, are the samples' relevance scores. Clusters are regions of space that are
-    dense or far apart. Shapes that only connectivity tells from each other, such as rings in each other, are out of its
-    reach. Without a learned prior, clusters come out of about equal size.
+    dense or far apart. It cannot separate shapes that differ only in connectivity, such as nested rings. Without a
+    learned prior, clusters come out of about equal size.
 
     Args:
-        n_clusters: K, 1 to 1024; or "auto": `max_clusters` to begin with, with a learned prior. Those that end up empty
-            go, and neighbours are merged as long as their border lies in no valley: a little noise carries more than
-            1.5 % of the smaller one's samples across it. Clusters can so take the shape of any chain of them. In spaces
-            of many dimensions, where training keeps borders away from noisy samples, more are left than groups.
+        n_clusters: K, 1 to 1024; or "auto": `max_clusters` to begin with, with a learned prior. Empty clusters are
+            dropped, and neighbours are merged while there is no valley of density at their border: a little noise
+            carries more than 1.5 % of the smaller one's samples across it. So a cluster can have the shape of a chain
+            of them. In spaces of many dimensions, where training keeps borders away from noisy samples, more clusters
+            are left than there are groups.
         network: a module from samples (N, …) to scores (N, K), which is copied, never changed. The first run starts
             from its weights; further ones draw them anew where a layer has `reset_parameters`. None is a perceptron.
         hidden: widths of the perceptron's hidden layers.
@@ -69,9 +70,9 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         warm_start: whether `fit` goes on from the network of the last one, for `epochs` more in one run, and leaves
             standardisation and merged clusters as they are. As with `partial_fit`, network, hidden, exclusive_layers,
             prior, standardize, device and the number of clusters must then be those of the first fit.
-        verbose: 1 prints a line for each run, 2 for each pass over the data, too.
+        verbose: 1 prints a line for each run, 2 also one for each pass over the data.
         random_state: int, RandomState or None: weights, order and seeds.
-        device: where the network lives. Samples go there a batch at a time, so data need not fit.
+        device: where the network lives. Samples go there a batch at a time, so the data need not fit into its memory.
 
     Attributes:
         n_clusters_: K, as found by "auto" or `emerging`.
@@ -148,8 +149,8 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         """Train on X; y is ignored.
 
         Args:
-            sample_weight: (n_samples,), from 0 on: each pass visits a sample in proportion to its weight, of 2 twice as
-                often as of 1. None is 1 for all.
+            sample_weight: (n_samples,), at least 0: each pass visits a sample in proportion to its weight, twice as
+                often for a weight of 2 as for 1. None is 1 for all.
 
         Raises:
             ValueError: X has NaN, infinity or fewer samples than clusters, a parameter is out of its range, or
@@ -195,9 +196,9 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         n_clusters="auto", only `fit` merges clusters; they stay merged as it left them. For sample_weight, see `fit`.
 
         With `emerging`, `n_clusters_` follows the parts. A cluster is added for at least 10 samples, with 2 % of a
-        part's weight, that lie together and are out of the reach of all clusters; one goes after three parts in a row
-        without a sample in its reach. Clusters keep their order, and new ones come last. Groups must lie apart: a new
-        one that overlaps an old one is taken for a part of it.
+        part's weight, that lie together and are out of the reach of all clusters; one is dropped after three parts in a
+        row without a sample in its reach. Clusters keep their order, and new ones come last. Groups must lie apart: a
+        new one that overlaps an old one is taken for a part of it.
 
         Raises:
             ValueError: as `fit` does; a part has one sample, which has no spread; or training has diverged.

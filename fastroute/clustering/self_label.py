@@ -18,9 +18,9 @@ def self_label_loss(responses: Tensor, augmented: Tensor, threshold: float = THR
     """Return the cross-entropy of augmented images to the clusters of the confident ones, balanced over the clusters.
 
     An image is confident if its posterior reaches the threshold, or is in the upper half of its cluster in the batch:
-    normalised scores (Eq. 4.11) reach SCAN's threshold only after some training, and by the upper half of the whole
-    batch, clusters of less certain images had none to teach them, and became empty. As in SCAN, an image counts by the
-    inverse of the number of confident images in its cluster.
+    normalised scores (Eq. 4.11) reach SCAN's threshold only after some training. With the upper half of the whole batch
+    instead, clusters of less certain images had no confident images, and became empty. As in SCAN, an image counts by
+    the inverse of the number of confident images in its cluster.
 
     Args:
         responses: (N, K), before the softmax, of the images; no gradient flows to them.
@@ -59,9 +59,9 @@ def cut_out(images: Tensor, share: float) -> Tensor:
 
 
 def restart(optimizer: torch.optim.Optimizer) -> None:
-    """Begin the last step with an optimiser that knows nothing of the method's gradients, at most at SCAN's rate.
+    """Begin the last step with a fresh optimiser state, at the method's learning rate or SCAN's, whichever is lower.
 
-    With the method's moments, the first steps of Adam emptied three of ten clusters of the digits.
+    With Adam's moments from the method, the first steps emptied three of ten clusters of the digits.
     """
     optimizer.state.clear()
     if isinstance(optimizer, torch.optim.Adam | torch.optim.RMSprop):  # others have rates of another scale

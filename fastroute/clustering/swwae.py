@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 class WhatWhere(FeatureClustering):
     """Cluster images by k-means of the code of an autoencoder whose decoder knows where each maximum came from.
 
-    A pool passes on what it found, the maxima, and keeps where it found them, its switches. The mirrored layer of the
-    decoder puts each value back to its place, and 0 to the others; so the code need not tell places. The loss is the
-    mean squared error of the pixels, plus `MIDDLE` times that of the maps after each pool, which the decoder reproduces
-    before it puts them back.
+    A pool passes on the maxima and remembers their positions, the switches. The mirrored layer of the decoder puts each
+    value back in its position, and 0 in all others. So the code need not hold positions. The loss is the mean squared
+    error of the pixels, plus `MIDDLE` times that of the maps after each pool, which the decoder reproduces before it
+    puts them back.
 
     Args:
         architecture: as `clustering_network` takes it; the code follows its layers. Without a pool, there

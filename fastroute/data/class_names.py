@@ -78,7 +78,7 @@ def warn_of_empty(data_dir: Path, source: "Source") -> None:
 
 
 def warn_of_sorted(data_dir: Path, labels: Tensor, shard: Tensor, together: int) -> None:
-    """Warn of shards that hold few of the classes each, so that batches do too.
+    """Warn if each shard holds few of the classes, so that each batch does too.
 
     Args:
         data_dir: of the shards, for the message.

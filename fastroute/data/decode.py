@@ -25,7 +25,7 @@ MODES = {1: "L", 3: "RGB"}
 ON_BAD_IMAGE = ("stop", "skip")
 """What a data set may do about an image that cannot be read."""
 WAYS_ON = "repair or remove it, or leave such images out (on_bad_image='skip', --on-bad-image skip)"
-"""What its user may do."""
+"""What to do about an image that cannot be read, for its message."""
 
 MAX_SCANS = 100
 """The most scans of a JPEG, as in libtiff: photographs have about 10, and a scan of a few bytes takes all pixels."""

@@ -229,7 +229,7 @@ def _torchvision(dataset: type, options: Options, **split):
     except RuntimeError as error:
         also = "; its train/ is for --dataset imagefolder" if (root / "train").is_dir() else ""
         raise FileNotFoundError(
-            f"data_dir is {root}; {dataset.__name__} is not whole in it ({error}): --download fetches it{also}"
+            f"data_dir is {root}; {dataset.__name__} is incomplete in it ({error}): --download fetches it{also}"
         ) from None
     except OSError:
         raise

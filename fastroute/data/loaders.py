@@ -41,7 +41,7 @@ class Draws(NamedTuple):
 
 
 class PlaceMismatch(ValueError):
-    """A run cannot resume within an epoch that has other batches now."""
+    """Raised when a run cannot resume within an epoch because its batches have changed."""
 
 
 def shares(

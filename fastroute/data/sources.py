@@ -29,7 +29,7 @@ from fastroute.data.tar import open_regular, shown, some
 
 
 class _Names:
-    """A compact list of names of any bytes: in an array of strings each would take the memory of the longest."""
+    """A compact list of names of any bytes; in an array of strings, each would take the memory of the longest."""
 
     def __init__(self, names: Iterable[bytes]):
         names = list(names)

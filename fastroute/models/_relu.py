@@ -1,4 +1,4 @@
-"""Take the ReLU in which a block of a network ends out of the block, for the router behind it to apply."""
+"""Move the ReLU at the end of a block into the router behind it."""
 
 import copy
 from collections.abc import Sequence
@@ -14,9 +14,10 @@ RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 
 
 def take_relu(models: Sequence[nn.Module], graph: fx.Graph, start: fx.Node, node: fx.Node) -> bool:
-    """Remove from all networks the ReLU in which the computation from `start` to a node ends.
+    """Remove from all networks the ReLU that ends the computation from `start` to a node.
 
-    A ReLU before a max-pool counts: the greatest of ReLU(x) is the ReLU of the greatest x, and so are the gradients.
+    A ReLU before a final max-pool counts too: the maximum of ReLU(x) is the ReLU of the maximum of x, with the same
+    gradients.
 
     Returns:
         whether there was one to remove.
@@ -51,8 +52,8 @@ def _altered(module: nn.Module) -> bool:
 def _without_relu(module: nn.Module) -> nn.Module | None:
     """Return the module without the ReLU in which its forward ends, with the same tensors by the same names.
 
-    Return None if it ends in no ReLU, or that cannot be shown: torch.fx cannot trace the forward, or a hook may read or
-    change its result.
+    Return None if it does not end in a ReLU, or if that is unknown because torch.fx cannot trace the forward, or
+    because a hook may read or change its result.
     """
     if _altered(module) or isinstance(module, fx.GraphModule | torch.jit.ScriptModule):
         return None

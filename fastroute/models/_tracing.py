@@ -74,7 +74,7 @@ def trace(model: nn.Module, expand: set[str]) -> tuple[fx.Graph, dict[str, list[
                     _refuse(model, f"whose forward {'draws' if name == RANDOM else 'changes'} {name}")
             traces.append((str(graph), _take_constants(model)))
         if traces[0] != traces[1]:
-            _refuse(model, "whose forward in training is another than in evaluation")
+            _refuse(model, "whose forward differs between training and evaluation")
         graph, tracer = _traced(model, expand, training=False)
     results = {
         name: [result.node if isinstance(result, fx.Proxy) else None for result in results]

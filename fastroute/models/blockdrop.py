@@ -15,7 +15,7 @@ from fastroute.nn import Routing
 
 
 class BlockDrop(SkippableResNet):
-    """A `SkippableResNet` and a policy, a ResNet-8 that sees the image and says at once which blocks to compute.
+    """A `SkippableResNet` and a policy, a ResNet-8 that sees the image and chooses all blocks to compute at once.
 
     Evaluation mode computes the blocks of log-odds above 0, and training mode draws them. A run has three parts:
 

@@ -67,7 +67,7 @@ class ClassCapsules(nn.Module):
 class Decoder(nn.Module):
     """Reconstruct an image from the capsule of one class by three dense layers.
 
-    The paper masks the other classes' capsules by zeros, so the first layer amounts to one of its own for each class.
+    The paper masks the other classes' capsules by zeros, so the first layer amounts to a separate one for each class.
 
     Args:
         num_classes: the number of classes.

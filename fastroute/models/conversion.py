@@ -284,7 +284,7 @@ def _check_is_plain(model: nn.Module) -> None:
 
 
 def _changes_of_resolution(model: nn.Module, input_size: Sequence[int]) -> list[str]:
-    """Return the last module at each resolution but the images' own behind which the network can be cut."""
+    """Return the last module behind which the network can be cut at each resolution, except the images' own."""
     plain = {""}  # the network itself, and each nn.Sequential in a plain one
     for name, module in model.named_modules():
         if type(module).forward in SEQUENTIAL and name.rpartition(".")[0] in plain:

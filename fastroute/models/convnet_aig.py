@@ -9,7 +9,7 @@ from fastroute.nn import Routing
 
 
 class GatedBlock(SkippableBlock):
-    """A block that decides its gate itself, from the channels' means.
+    """A block that computes its own gate, from the channels' means.
 
     Training mode draws g by the Gumbel-max trick, with the softmax's gradient (straight-through). Evaluation mode takes
     the likelier choice. Gates start at 0.87 for the residual.

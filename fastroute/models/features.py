@@ -11,7 +11,7 @@ from fastroute.nn._classifier import Classifies
 
 
 def _reduction(size: int, of_map: int) -> int:
-    """Return how often a map is smaller than the images: exactly, or where sizes were rounded up, a power of two."""
+    """Return by which factor a map is smaller than the images: exact, or a power of two where sizes were rounded up."""
     return size // of_map if size % of_map == 0 else 2 ** round(math.log2(size / of_map))
 
 

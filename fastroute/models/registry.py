@@ -118,7 +118,7 @@ def list_models(filter: str | Sequence[str] = "*") -> list[str]:
     """Return the names of all networks that match a shell pattern, in natural order.
 
     Args:
-        filter: the pattern, such as `"*cc*"`, or several, one of which is to match.
+        filter: the pattern, such as `"*cc*"`, or several patterns, of which one must match.
 
     Example:
         >>> list_models("resnet20_cc*")

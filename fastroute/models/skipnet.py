@@ -17,7 +17,7 @@ class SkipNet(SkippableResNet):
     (straight-through), which is the paper's supervised pre-training. In the last part of a run, blocks are drawn, and
     the gates learn by the paper's hybrid of both gradients: that of the cross-entropy, and REINFORCE with the reward of
     what follows a gate, `alpha` times the share of blocks skipped less the cross-entropy. Here the batch's mean is
-    subtracted from the rewards, to lower their variance, and the first block has a gate as all others.
+    subtracted from the rewards, to lower their variance, and the first block has a gate like all others.
 
     Args:
         depth: the number of layers, 6k + 2.

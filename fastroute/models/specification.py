@@ -25,7 +25,7 @@ NOT_KEPT = (
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"),
     *("weights", "weights_backbone", "progress", "checkpoints", "num_classes", "in_chans", "img_size"),
 )
-"""Builders' arguments that a specification does not keep, since they read files or have their own fields."""
+"""Arguments of builders that a specification does not keep, since they name files or have their own fields."""
 
 FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 NAME = re.compile(r"[\w.\-]{1,200}")
@@ -235,7 +235,7 @@ class Specification:
         where = f"pretrained_path is {pretrained_path}"
         if spec.paths > 1:
             if spec.init == "fresh" and (pretrained or weights is not None):
-                say("init is 'fresh': only the first path starts from these weights; init='copy' starts all paths so")
+                say("init is 'fresh': only the first path starts from these weights; use init='copy' for all paths")
             if weights is not None and fits(network, weights):
                 load_pretrained(network, weights, where, say=say)
                 weights = None

@@ -135,9 +135,9 @@ def _update(norm: nn.BatchNorm2d, count: int, mean: Tensor, variance: Tensor) ->
 
 
 def _same_versions(*tensors: Tensor):
-    """Return a context in which tensors change and keep their versions, as PyTorch's kernel changes the statistics.
+    """Return a context in which tensors change without new version numbers, as in PyTorch's own kernel.
 
-    Its backward holds them, though it does not read them, and would refuse to run after a call for other images.
+    The backward holds the tensors without reading them; with new version numbers, it would raise after a later call.
     """
     if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):  # these have no versions
         return contextlib.nullcontext()
@@ -145,7 +145,7 @@ def _same_versions(*tensors: Tensor):
 
 
 def _may_fuse(x: Tensor) -> bool:
-    """Return whether a kernel may replace modules for such an input: a plain tensor on a CPU that nothing records."""
+    """Return whether a kernel may replace modules for such an input: a plain CPU tensor, without tracers or modes."""
     if type(x) is not Tensor or x.device.type != "cpu" or under_transform():
         return False
     if torch.compiler.is_compiling():

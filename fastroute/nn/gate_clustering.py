@@ -36,8 +36,8 @@ class GateClusteringLoss(nn.Module):
 
     Gates cluster unevenly, so the prior of each cluster is its share of the posteriors in previous steps. Priors are
     updated in training mode only, over all processes, and are saved with the module. A `SparseRouter` with clustered
-    routing has priors of its own, which are used instead. Activation checkpointing, which computes a batch again, has
-    the priors of the first time and does not update them again, if it does so before the next batch.
+    routing has priors of its own, which are used instead. Activation checkpointing computes a batch again: it uses the
+    priors of the first pass and does not update them again, provided that it runs before the next batch.
 
     Args:
         gamma: γ of Eq. 4.12.

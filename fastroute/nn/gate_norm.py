@@ -31,11 +31,11 @@ class GateNorm(RelevanceNorm):
     the group), and the gradient goes through them. Evaluation normalises by the running statistics, which `fold` moves
     into the gate's last layer.
 
-    Activation checkpointing computes a batch again in the backward pass: with the priors of the first time, and without
-    updating anything. `torch.utils.checkpoint` has to do so before the router's next batch; the trainer's
-    `checkpoint_gradients` need not. Compile the whole checkpointed block. A router that is compiled alone, inside
-    a checkpoint that is not, counts the recomputed batch twice and takes the later priors.
-    With learned priors the graph breaks at the checkpoint, so fullgraph=True raises there.
+    Activation checkpointing computes a batch again in the backward pass, with the priors of the first pass and without
+    updating anything. With `torch.utils.checkpoint`, that must happen before the router's next batch; with the
+    trainer's `checkpoint_gradients`, it may happen later. Compile the whole checkpointed block. A router that is
+    compiled alone, inside a checkpoint that is not, counts the recomputed batch twice and takes the later priors. With
+    learned priors the graph breaks at the checkpoint, so fullgraph=True raises there.
 
     Args:
         kind: "center": a* = a − μ; "standardize": a* = (a − μ) / σ (Eq. 4.11). A score with σ = 0 becomes 0.
@@ -70,7 +70,7 @@ class GateNorm(RelevanceNorm):
         self.spread: SpreadPaths | None = None
 
     def reset_running_stats(self) -> None:
-        """Forget all batches, and make the priors even."""
+        """Reset the running statistics, and make the priors even."""
         super().reset_running_stats()
         if self.prior is not None:
             self.prior.fill_(1 / self.num_clusters)

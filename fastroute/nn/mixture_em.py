@@ -162,7 +162,7 @@ def recomputing() -> bool:
 def break_checkpoints(module: nn.Module, buffer: str) -> None:
     """Keep Dynamo from tracing an activation checkpoint around a forward that reads and updates a buffer.
 
-    The graph would compute the forward again with the updated buffer. Assignments are what Dynamo does not trace there.
+    The graph would compute the forward again with the updated buffer. Dynamo refuses to trace assignments there.
     """
     if torch.compiler.is_compiling():
         setattr(module, buffer, getattr(module, buffer))

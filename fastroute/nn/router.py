@@ -35,7 +35,7 @@ _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module in PyTorch's wrappers, which are called in its place."""
+    """Return the module inside of PyTorch's wrappers, which are called in its place."""
     for name in _WRAPPED * 2:  # in any order of two wrappers
         module = module._modules.get(name, module)
     return module
@@ -128,7 +128,7 @@ class Router(TakesLists, Tempered, nn.Module):
             if not 1 <= paths <= MAX_PATHS:
                 raise ValueError(f"{name} is {paths}; it must be 1 to {MAX_PATHS}")
         if gate_channels is not None and gate_channels < 0:
-            raise ValueError(f"gate_channels is {gate_channels}; it must be at least 0; 0 and None are a linear gate")
+            raise ValueError(f"gate_channels is {gate_channels}; it must be at least 0; 0 or None makes a linear gate")
         self.in_paths, self.out_paths = in_paths, out_paths
         self.gate_channels = gate_channels or None
         self.temperature = temperature

@@ -177,7 +177,7 @@ class SparseRouter(Tempered, nn.Module):
         if not 1 <= top_k <= min(n, MAX_PATHS):
             raise ValueError(f"top_k is {top_k}; it must be 1 to {min(n, MAX_PATHS)} for {n} paths")
         if gate_channels is not None and gate_channels < 0:
-            raise ValueError(f"gate_channels is {gate_channels}; it must be at least 0; 0 and None are a linear gate")
+            raise ValueError(f"gate_channels is {gate_channels}; it must be at least 0; 0 or None makes a linear gate")
         if gates not in GATES:
             raise ValueError(f"gates is {gates!r}; it must be one of {', '.join(map(repr, GATES))}")
         if routing not in ROUTINGS:
@@ -476,7 +476,7 @@ def _sharded_paths(router: SparseRouter) -> set[int]:
     FSDP gathers the weights of a path that is a unit of its own as the path runs. It reduces the gradients of all paths
     of a larger unit together, and would mix them up if processes had gradients of different paths.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # imported by those who shard
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # only users of FSDP have imported it
     if fsdp is None:
         return set()
     units = [module for module in list(_module_state_mapping) if isinstance(module, fsdp.FSDPModule)]

@@ -1,6 +1,7 @@
 """The compiled batch normalisation of a CPU, which adds a residual and applies a ReLU, for `fastroute.nn.block_end`.
 
-csrc/ops/batch_norm.cpp has its schemas and its derivative. It has no other implementation: PyTorch's layers are that.
+csrc/ops/batch_norm.cpp has its schemas and its derivative. It has no other implementation: PyTorch's layers compute the
+same.
 """
 
 import torch

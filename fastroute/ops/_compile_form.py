@@ -25,9 +25,9 @@ class compile_form:
 
     "operator": one node each, computed by the library's kernels. "fused": plain operations, forward and hand-derived
     backward (Eq. 3.10 to 3.15), which Inductor fuses with the layers around; other compilers keep the node. "auto", the
-    default: what was measured to be faster: the fused form for `cross_connect`, `cross_predict` and `gate` in float32
-    on a CPU where gradients are disabled, else the operator. A named backend, as by `use_backend`, asks for "operator"
-    where the form is "auto". "fused" also leaves to the compiler the layers that `fastroute.nn.block_end` takes
+    default, is the form that was measured to be faster: the fused form for `cross_connect`, `cross_predict` and `gate`
+    in float32 on a CPU where gradients are disabled, else the operator. If a backend is named, as by `use_backend`,
+    "auto" means "operator". "fused" also leaves to the compiler the layers that `fastroute.nn.block_end` takes
     together. Where gradients are enabled, `cross_predict`, whose time is that of its convolutions, is always one node.
     `torch.export` keeps the operators, except for dense cross-prediction, which is plain PyTorch there. A compiled
     function is compiled anew at its next call after a change.

@@ -23,7 +23,8 @@ REBUILD = "rebuild it with `python setup.py build_ext --inplace` or `pip install
 def cpu_library() -> str:
     """Return the name of the CPU library for the instruction set of FASTROUTE_CPU, or the newest one that was built.
 
-    Newer ones than torch finds this processor to have do not count. The name is this processor's if none was built.
+    Instruction sets that torch does not find on this processor do not count. If none was built, the name is this
+    processor's.
     """
     if named := os.environ.get("FASTROUTE_CPU"):
         return f"_C_{named}"

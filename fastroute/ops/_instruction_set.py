@@ -7,7 +7,7 @@ INSTRUCTION_SETS = ("default", "avx2", "avx512", "avx512_bf16")
 
 
 def own_instruction_set() -> str:
-    """Return the newest instruction set of CPU libraries that torch finds this processor to have."""
+    """Return the newest instruction set of CPU libraries that torch finds on this processor."""
     capability = torch.backends.cpu.get_cpu_capability().lower()
     if capability == "avx512" and torch.cpu.get_capabilities().get("avx512_bf16"):
         return "avx512_bf16"

@@ -23,7 +23,7 @@ METRICS = ("train_loss", "train_error", "train_aux", "val_loss", "val_error", "v
 
 
 class FirstBatch(pl.Callback):
-    """Call a function on rank 0 before the first batch, when the run can no longer be refused for its options.
+    """Call a function on rank 0 before the first batch, after all checks of the run's options.
 
     Args:
         function: takes nothing.

@@ -147,11 +147,11 @@ class RecordedStep:
 
 
 RATES = ("params", "lr", "momentum", "betas")
-"""What a recorded step does not keep of a parameter group: `Capturable` copies rates to the device."""
+"""Entries of a parameter group that a recorded step does not fix: `Capturable` copies rates to the device."""
 
 
 def settings(modules: Sequence[nn.Module], parameters: Sequence[Tensor], groups: Sequence[dict]) -> list:
-    """Return what a recorded step keeps of Python, so that it must be recorded anew once it changes.
+    """Return the Python values that a recorded step fixes: if one changes, the step must be recorded anew.
 
     Args:
         modules: of the network: their modes, and the temperatures of routers.

@@ -34,7 +34,7 @@ class StepTable(CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self):
-        """The writer, which replaces the file as it is made: the rows that were there are written at once."""
+        """The writer. Making it replaces the file, so earlier rows are written back at once."""
         first = self._experiment is None
         writer = CSVLogger.experiment.fget(self)
         if first and self._before:

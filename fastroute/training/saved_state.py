@@ -153,7 +153,7 @@ def _is_kind(optimizer: torch.optim.Optimizer, name: str) -> bool:
 
 
 def _check_kind(wanted: Any, given: Any, where: str) -> None:
-    """Check a setting of an optimiser or schedule by that of a new one."""
+    """Check a setting of an optimiser or schedule against that of a new one."""
     if isinstance(wanted, bool) or wanted is None:
         Field("True, False or None", lambda v: v is None or isinstance(v, bool)).check(given, where)
     elif isinstance(wanted, int | float) or (isinstance(wanted, Tensor) and wanted.dim() == 0):

@@ -207,7 +207,7 @@ def collect_flows(model: nn.Module, images: Tensor) -> list[list[Layer]]:
             def keep(module, args, output, name=name):
                 xs = args[0]
                 if isinstance(module, CrossConnection) and module.activation == "relu":
-                    xs = [x.relu() for x in xs]  # the paths' own, which the router takes for them
+                    xs = [x.relu() for x in xs]  # the ReLU of the paths, which the router applies for them
                 strengths.setdefault(name, (relative(xs), relative(output[0])))
 
             if name in modules:  # not a second call of a router

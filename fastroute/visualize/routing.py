@@ -153,7 +153,7 @@ def _beyond_chance(share: float, images: int, parameters: int) -> float:
 
 
 def tint(colours: Tensor) -> str:
-    """Name what the mean channels (N, C) of images tell: "colour", or "brightness" if all images are grey.
+    """Return what the mean channels (N, C) of images measure: "colour", or "brightness" if all images are grey.
 
     The channels of grey images, each normalised in its own way, are linear functions of one another.
     """

@@ -1,4 +1,4 @@
-"""Cases that run each in a process of its own, so that a crash or a hang is one failure and not the end."""
+"""Run each case in a process of its own, so that a crash or a hang fails that case alone."""
 
 import os
 import random
@@ -41,7 +41,7 @@ def failures(cases: list, run: Callable[[object], None]) -> list[str]:
 def main(draw: Callable[[random.Random], object], run: Callable[[object], None], simple: object) -> None:
     """Run `count` random cases of a `seed`, the arguments of the process; print the failures, and exit with 1 for any.
 
-    A simple case comes first, in this process: it imports what the children would each import.
+    First run a simple case in this process, to import what each child would import otherwise.
     """
     seed, count = map(int, sys.argv[1:])
     run(simple)

@@ -1,6 +1,6 @@
 """Random calls of every operator and routing layer against float64: `python -m tests.attack.operators`.
 
-What rounds once, as each term may, stays below a few roundings of what the absolute values of all terms give.
+An error may be at most a few roundings of the same result computed from the absolute values of all terms.
 """
 
 import random
@@ -201,7 +201,8 @@ def run(case: Case) -> None:
             assert value.shape == true.shape and value.isfinite().all(), f"result {i} is not finite"
             if not value.numel():
                 continue
-            # Gates of wide layers turn on sums of many terms, so that errors are held to the largest of a result.
+            # Gates of wide layers depend on sums of many terms, so errors are compared with the largest value of a
+            # result.
             error, allowed = (value.double() - true).abs().max(), 16 * eps * (1 + true.abs().max())
             assert error <= allowed, f"result {i} is off by {error / allowed:.3g} times what is allowed"
 

@@ -38,7 +38,7 @@ def _maps(count: int, parts: int = 1, channels: int = CHANNELS) -> list[torch.Te
 
 
 def valid(operator: str) -> dict[str, object]:
-    """An argument of every name that passes, alone or beside the others of its operator."""
+    """Return an argument for each name that passes the checks, alone or with the others of its operator."""
     passes = operator in ("sum_predictions", "scale_paths", "sum_gradients")
     predicts = operator.startswith("cross_predict")
     per_channel = {"weight": torch.ones(CHANNELS), "bias": torch.zeros(CHANNELS), "mean": torch.zeros(CHANNELS)}
@@ -164,7 +164,7 @@ def run(case: Case) -> None:
         results = operator(*arguments)
     except Exception:  # any error is a right answer to hostile arguments; a crash is not
         return
-    # What was returned can be read to its end.
+    # All memory of the results must be readable.
     for result in results if isinstance(results, (list, tuple)) else [results]:
         for tensor in result if isinstance(result, list) else [result]:
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu" and tensor.numel() < 1 << 24:

@@ -72,7 +72,7 @@ def same(first, second):
 
 
 def attack(path: Path, read):
-    """What became of each mutation of a file: refused, the same, or wrong, which is what must not be."""
+    """Count the mutations of a file that are refused and that load the same; none may load anything else."""
     whole = path.read_bytes()
     expected, found = read(path), {"refused": 0, "same": 0}
     for name, damaged in mutations(whole, TRIES):
@@ -109,7 +109,7 @@ def test_a_network_s_weights(tmp_path, name):
 
 
 def test_through_the_commands(folder):
-    """Each either says in a sentence what is wrong with the file, or does what it does with the whole one."""
+    """Each command either reports the damaged file in a sentence, or does the same as with the intact file."""
     last = folder / "last.ckpt"
     whole = last.read_bytes()
     resume = (*TRAIN, "--epochs", 3, "--output", folder.parent, "--experiment")

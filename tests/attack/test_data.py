@@ -1,6 +1,6 @@
 """Damaged and hostile data: shards, images and sets, mutated at random and read with a bound on memory and time.
 
-A case passes where it ends with data, or with an error that is documented and is one sentence on the damaged file.
+A case passes if it returns data, or raises a documented error that describes the damaged file in one sentence.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ from fastroute.data.in_memory import Options, cifar10, mnist
 from fastroute.data.sources import TarSource, read_image
 
 SECONDS = 20
-"""For a case: an image of as many pixels as are allowed decodes within a few."""
+"""Time limit of a case: an image of the most pixels allowed decodes within a few seconds."""
 MEMORY = 2 * 2**30
-"""What a case may take; the operating system refuses twice as much."""
+"""Bytes that a case may take; the operating system refuses twice as much."""
 
 VALUES = (0, 1, 2, 127, 128, 255, 256, 32767, 65535, 65536, 2**24, 2**31 - 1, 2**31, 2**32 - 1)
 
@@ -300,7 +300,7 @@ for name, format in FORMATS.items():
         mutations = (*ANY, zero_block, move_blocks, *(header,) * 6)
         read = functools.partial(read_shard, whole=False)
         KINDS[f"shard, {name}, {layout}"] = Kind(shard(layout, format), mutations, read, 600)
-# Where checksums cover all names and sizes, one damage never hides an image; two can make a right end within it.
+# If checksums cover all names and sizes, a single damage never hides an image; two can fake a valid end of the file.
 KINDS["shard, whole or refused"] = Kind(
     shard("folders", tarfile.USTAR_FORMAT),
     (flip, zero, zero_block, cut),

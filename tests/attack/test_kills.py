@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments and go on end with the weights of a run that never was."""
+"""Kill runs at random moments and resume them: they end with the weights of a run that was never killed."""
 
 import contextlib
 import multiprocessing
@@ -26,7 +26,7 @@ SECONDS = 180  # after which a run hangs
 
 
 def command(arguments, log):
-    """A run of `fastroute` in this process, which is forked from one that has imported all that it needs."""
+    """Run `fastroute` in this process, which was forked from one that has imported all that it needs."""
     from fastroute.cli import main
 
     with Path(log).open("a") as file:
@@ -103,7 +103,7 @@ def ranks_of(agent):
 
 
 def has_begun(folder, agent):
-    """Wait until a process of the agent holds the folder, as the lock says; whether it does before the run ends."""
+    """Wait until a process of the agent has locked the folder; return whether that happens before the run ends."""
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline and agent.poll() is None:
         with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""What users and others give the commands: options, names, YAML files and fields of checkpoints.
+"""Give the commands odd and hostile options, names, YAML files and fields of checkpoints.
 
 Each try is a command in a process of its own, with bounds of memory and time. It passes where the command does its work
 (status 0) or ends in a sentence (status 1 or 2), and fails at a traceback, a hang, or a death by a signal.
@@ -32,7 +32,7 @@ QUICK = ("train", "resnet20_cc2", *SMALL, "--sched", "step")
 
 
 def attempt(*arguments, cwd=None) -> tuple[int, str, str | None]:
-    """The status of a command, what it said, and the error that it let through, if any."""
+    """Return the status of a command, what it printed, and the error that it did not handle, if any."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

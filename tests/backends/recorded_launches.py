@@ -1,4 +1,4 @@
-"""A program of its own for test_recordings.py: operators through Triton on the stub driver, recorded and replayed.
+"""Separate program for test_recordings.py: call operators through Triton on the stub driver, recorded and replayed.
 
 Prints, for each case, what was launched when Python recorded the call and when the compiled library replayed it. The
 last line says which calls of a sequence came to Python.
@@ -38,7 +38,7 @@ def calls(m, n, shape, dtype, layout, hidden, activation, device="cpu"):
     scores, prior = torch.randn(shape[0], 5, device=device, requires_grad=True), torch.full((5,), 0.2, device=device)
 
     def with_gradients(forward, leaves):
-        """The operator and its backward, each as a call of its own: (forward, backward of what that gave)."""
+        """Return two calls: the operator, and its backward for the operator's results."""
 
         def backward(results):
             results = [t for t in results if t.requires_grad]

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def fresh_choice():
-    """Has the choice made anew."""
+    """Forget earlier choices of a backend."""
     _choice._choose.cache_clear()
     _choice._set_override(None)
     yield
@@ -33,12 +33,12 @@ def route():
 
 @pytest.fixture
 def in_python(monkeypatch):
-    """Has the choice made in Python, as where nothing is compiled."""
+    """Let Python choose the backend, as it does without compiled libraries."""
     take_python(monkeypatch)
 
 
 def spy(monkeypatch, name):
-    """Records each operator that the backend `name` is asked for."""
+    """Record each operator that is requested from the backend `name`."""
     calls, backend = [], BACKENDS[name]
 
     class Kernels:
@@ -60,7 +60,7 @@ def test_the_fastest_that_serves_is_chosen(monkeypatch, in_python):
 
 @pytest.fixture
 def python_calls(monkeypatch):
-    """Counts the questions to Python for a backend, where the compiled kernels serve."""
+    """Count how often Python is asked to choose a backend although the compiled kernels can serve."""
     if BACKENDS["native"].reason_against(CPU, torch.float32):
         pytest.skip("the compiled kernels are not built")
     calls, choose = [], _choice._choose

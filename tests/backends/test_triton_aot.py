@@ -114,7 +114,7 @@ SPILLED_BY_OLDER = {
 def resources(cubin: bytes) -> dict[str, int]:
     """Of the one kernel in a cubin: registers, stack, shared memory, barriers, and those before its first wide store.
 
-    Registers that spill go to the stack. What is stored after the paths, the gates say, holds up no path.
+    Spilled registers are on the stack. What is stored after the paths, such as the gates, delays no path.
     """
     import triton
 
@@ -384,7 +384,7 @@ def test_stages(stages):
 
 
 def test_barriers(stages):
-    """Programs wait for each other where they sum up, and in the two kernels that only weigh and add, nowhere."""
+    """Threads wait for each other where they compute sums, and never in the two kernels that only weight and add."""
     for report in stages:
         if most := MOST_BARRIERS.get(report["kernel"]):
             assert report["barriers_before_paths"] <= most[report.get("LAYOUT")], report

@@ -101,7 +101,7 @@ def test_models_lists_parameters_and_macs_beside_the_thesis():
         (("resnet20", "--model-ema-decay", 1), "--model-ema-decay"),
         (("resnet20", "--stream"), "in_memory is False; it can be chosen for the dataset 'imagefolder' alone"),
         (("resnet20", "--initial-checkpoint", "/nowhere.pt"), "initial_checkpoint is /nowhere.pt; there is no such"),
-        (("resnet20", "--dataset", "cifar10", "--data-dir", "/nowhere"), "data_dir is /nowhere; CIFAR10 is not whole"),
+        (("resnet20", "--dataset", "cifar10", "--data-dir", "/nowhere"), "data_dir is /nowhere; CIFAR10 is incomplete"),
         (("resnet20", "--dataset", "webdataset", "--data-dir", "{folder}/empty"), "there are no shards train/*.tar"),
         (("resnet20", "--data-dir", "{folder}/empty"), "/empty; it"),
         (("--config", "{folder}/list.yaml"), "list.yaml; model is ['a', 'b']; expected one value, got a list"),

@@ -281,8 +281,8 @@ def test_reads_cuda_graphs_and_compile_mode_from_a_file(tmp_path):
 
 def test_reports_missing_gpus_in_one_line(monkeypatch):
     for device, message in (
-        ("nonsense", "device is 'nonsense'; it must be cpu, cuda, or such as cuda:1"),
-        ("mps", "device is 'mps'; it must be cpu, cuda, or such as cuda:1"),
+        ("nonsense", "device is 'nonsense'; it must be cpu, cuda, or one GPU, such as cuda:1"),
+        ("mps", "device is 'mps'; it must be cpu, cuda, or one GPU, such as cuda:1"),
         ("cuda:31", "device is 'cuda:31'; this machine has "),
     ):
         result = run("bench", "--list", "--device", device)

@@ -342,7 +342,7 @@ def test_superclasses_of_cifar100():
     ("arguments", "message"),
     [
         (["--dataset", "imagefolder"], "data_dir is None"),
-        (["--dataset", "mnist", "--data-dir", "nowhere"], "data_dir is nowhere; MNIST is not whole in it"),
+        (["--dataset", "mnist", "--data-dir", "nowhere"], "data_dir is nowhere; MNIST is incomplete in it"),
         (["--data-dir", "nowhere"], "data_dir is nowhere; there is no such file or folder"),
         (["--by-cluster", "links"], "by_cluster is links; it links to image files, but these images are not"),
         (["--limit", "0"], "limit is 0"),

@@ -95,7 +95,7 @@ def test_paths_and_report_take_the_images_of_the_run(image_folder, tmp_path):
     [
         ((), "it holds nothing, and must hold train/ and val/ with a folder of images for each class"),
         (("--dataset", "digits"), "the dataset 'digits' is scikit-learn's own and reads no folder"),
-        (("--dataset", "cifar10"), "CIFAR10 is not whole in it"),
+        (("--dataset", "cifar10"), "CIFAR10 is incomplete in it"),
         (("--dataset", "imagefolder"), "it must be a folder with train/ and val/ in it"),
     ],
 )

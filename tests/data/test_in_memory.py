@@ -67,7 +67,7 @@ def test_missing_folders_are_named(image_folder, tmp_path):
 
 
 def test_a_folder_of_images_in_the_place_of_cifar_is_recognised(image_folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"CIFAR10 is not whole .* its train/ is for --dataset imagefolder"):
+    with pytest.raises(FileNotFoundError, match=r"CIFAR10 is incomplete .* its train/ is for --dataset imagefolder"):
         DATASETS["cifar10"](Options(image_folder, None, 1, False))
     with pytest.raises(FileNotFoundError, match=r"--download fetches it$"):
         DATASETS["cifar10"](Options(tmp_path / "other", None, 1, False))

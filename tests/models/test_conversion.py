@@ -362,7 +362,7 @@ def test_names_may_be_text(text, names):
             {"route_after": ["conv"]},
             r"which torch.fx cannot trace: TraceError: .* \(\S+\.py:\d+\); move",
         ),
-        (Moody, {"route_after": ["conv"]}, "forward in training is another than in evaluation"),
+        (Moody, {"route_after": ["conv"]}, "forward differs between training and evaluation"),
         (Tokens, {"route_after": ["pair"]}, "'pair', which returns no tensor; routing takes"),
         (lambda: nn.Linear(3, 3), {"input_size": None}, "input_size is None; it must be given"),
     ],

@@ -56,7 +56,7 @@ def on_stage(block):
 
 
 def check_fused(network, cuts, monkeypatch, x, init="fresh"):
-    """The routers' activations, after a comparison with the network of which no router takes a ReLU."""
+    """Return the routers' activations, after comparing with the network in which no router applies a ReLU."""
     results, models = [], []
     for fuse in (True, False):
         if not fuse:

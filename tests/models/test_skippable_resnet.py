@@ -1,4 +1,4 @@
-"""BlockDrop and SkipNet: which blocks are computed, and how the gates learn it."""
+"""Test BlockDrop and SkipNet: which blocks are computed, and how the gates learn."""
 
 from itertools import product
 

@@ -10,7 +10,7 @@ from fastroute.backends import BACKENDS
 
 @pytest.fixture(params=["default", "python", "reference"])
 def backend(request, monkeypatch):
-    """The way that users take, to the compiled kernels; Python's, where nothing is compiled; and the specification.
+    """Run a test on the compiled kernels, as users do; on the path in Python without them; and on the reference.
 
     Triton's interpreter has tests of its own.
     """
@@ -30,7 +30,7 @@ def take_python(monkeypatch):
 
 @pytest.fixture
 def refused(monkeypatch):
-    """A function that has the compiled way and Python's refuse a call, with one type of error and one message."""
+    """Return a function that checks that C++ and Python both refuse a call, with the same type of error and message."""
 
     def check(error, message, function, *args, **options):
         with pytest.raises(error, match=message) as compiled:

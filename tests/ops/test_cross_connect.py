@@ -184,7 +184,7 @@ def test_bitwise_repeatable(backend):
 
 
 def test_every_element_is_written(backend):
-    """Fresh memory is full of NaN, so that an element nobody wrote shows."""
+    """Fresh memory is full of NaN, so that elements that are not written are noticed."""
     inputs = [*parameters(2, 3, 33), *paths(2, (3, 33, 7, 5))]
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # with it, torch.utils.deterministic.fill_uninitialized_memory holds
@@ -356,7 +356,7 @@ def test_plan_of_the_native_passes(two_threads, native_library):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_inference_writes_what_training_does(layout):
-    """Through the caches the one and past them the other."""
+    """Inference writes through the caches, and training past them."""
     xs, ps = paths(2, (5, 64, 64, 64), layout=layout), parameters(2, 2, 64)
     with torch.no_grad():
         expected = ops.cross_connect(xs, *ps)

@@ -163,7 +163,7 @@ def test_bitwise_repeatable(backend, form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_element_is_written(backend, form):
-    """Fresh memory is full of NaN, so that an element nobody wrote shows."""
+    """Fresh memory is full of NaN, so that elements that are not written are noticed."""
     inputs = [*parameters(2, 3, 17, 33, (3, 3), 3), *paths(2, (3, 33, 7, 5))]
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
@@ -252,7 +252,7 @@ def test_keeps_no_predictions_for_the_backward(backend):
 
 
 def test_the_plan_of_the_native_passes(native_library):
-    """That the cases of this file take the way that they are there for."""
+    """Check that the cases of this file run the passes that they are meant to test."""
     plan = torch.ops.fastroute_native.cross_predict_plan
     small = torch.zeros(2, 2, 8, 8, 3, 3)
     dtypes = torch.float32, torch.bfloat16, torch.float16

@@ -130,7 +130,7 @@ def test_a_cluster_of_prior_zero_is_empty(backend):
     loss.backward()
     assert posterior[:, 2].max() < 1e-30 and loss.isfinite() and scores.grad.isfinite().all()
     torch.testing.assert_close(posterior[:, :2], ops.mixture_em_loss(scores[:, :2]).posterior)
-    # Nor does a score, however large, outweigh a prior that is none, or nearly so in float64.
+    # No score, however large, outweighs a prior of 0, or a prior near 0 in float64.
     statistics = {"mean": torch.zeros(3), "std": torch.ones(3)}
     loss, posterior = ops.mixture_em_loss(torch.tensor([[100.0, 0, 0]]), 5.0, torch.tensor([0, 0.5, 0.5]), **statistics)
     torch.testing.assert_close(posterior, torch.tensor([[0, 0.5, 0.5]]))

@@ -1,4 +1,4 @@
-"""That the checks of this folder see one wrong sign of one gradient, on the way through C++ and on Python's."""
+"""Check that the tests of this folder notice one wrong sign in one gradient, computed through C++ or through Python."""
 
 import sys
 
@@ -23,7 +23,7 @@ CHECKS = {
 
 
 def wrong(function, position, seen):
-    """The function with the sign of one of its tensors turned; `seen` receives how many there are."""
+    """Return the function with the sign of one result flipped; `seen` receives the number of results."""
 
     def run(*args):
         leaves, structure = pytree.tree_flatten(function(*args))

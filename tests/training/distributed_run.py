@@ -17,7 +17,7 @@ from fastroute.training.distributed import process_group
 
 
 class Network(nn.Module):
-    """Two routed paths without batch norm, whose outputs do not depend on how a batch is cut."""
+    """Two routed paths without batch norm, whose outputs do not depend on how a batch is divided."""
 
     def __init__(self):
         super().__init__()
@@ -116,7 +116,7 @@ def run(folder, output, batch_size, network="Network", save_ranks=False, stop=No
 def main(folder, output, batch_size, networks=None, stop=None, **options):
     """One run, or one of each of `networks` with their options.
 
-    With `stop`, one run that never stops in "whole", and one that does and goes on in "halves".
+    With `stop`, one uninterrupted run in "whole", and one that is stopped and resumed in "halves".
     """
     torch.set_num_threads(1)
     with process_group():

@@ -1,7 +1,7 @@
-"""A stand-in on the CPU for a CUDA graph, which holds to what a CUDA graph does.
+"""A stand-in on the CPU for a CUDA graph, with the same restrictions.
 
-What is recorded are the operators with their arguments, not Python: at a replay no Python of the step runs, numbers are
-those of the recording, and operators read and write the memory that they did then. Reading a tensor on the host raises.
+It records operators with their arguments, not Python. A replay runs no Python of the step, keeps the numbers of the
+recording, and reads and writes the same memory. Reading a tensor on the host raises.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ class Recorder(TorchDispatchMode):
         yield
 
     def record(self, step):
-        """A CPU can record only what it does, so the first replay finds it done."""
+        """Record a step. A CPU can record only by running it, so the first replay does nothing."""
         with self:
             outputs = step()
         self._fresh = True

@@ -23,7 +23,7 @@ class Links(HTMLParser):
 
 def test_a_report_is_of_one_checkpoint(run):
     done = run("report", "a/best.ckpt", "b/best.ckpt")
-    assert done.exit_code == 2 and "b/best.ckpt follows; a report is of one: run it for each" in done.output
+    assert done.exit_code == 2 and "b/best.ckpt follows; a report takes one: run the command for each" in done.output
 
 
 def test_the_page_is_whole_in_itself(page):

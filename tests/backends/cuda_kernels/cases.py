@@ -66,7 +66,7 @@ def label(value) -> str:
 
 
 def grid(**axes):
-    """Every combination of the axes; of seven, six are left to `-m slow` and `-m gpu`. Seven divides no axis evenly."""
+    """Return all combinations of the axes, six of seven of them marked slow. Seven divides the length of no axis."""
     combinations = [
         pytest.param(*values, id="-".join(map(label, values)), marks=pytest.mark.slow if k % 7 else ())
         for k, values in enumerate(itertools.product(*axes.values()))
@@ -82,7 +82,7 @@ def force(kernels, cluster):
 
 @contextlib.contextmanager
 def poisoned_allocations():
-    """Has every tensor begin as NaN, so that an element that is not written shows."""
+    """Fill every new tensor with NaN, so that elements that are not written are noticed."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -132,7 +132,8 @@ def make_case(m, n, shape, hidden, biases, dtype, layout, seed=0, parameter_dtyp
 def check(kernels, name, args):
     """Errors at most twice those of the reference in the paths' dtype, and one result whatever the order of threads.
 
-    The reference sums in float32 where eager PyTorch rounds every step, so this asks more than twice eager's error.
+    The reference sums in float32 where eager PyTorch rounds every step, so this bound is stricter than twice eager's
+    error.
     """
     on_device, results = converted(args, device=kernels.device), []
     for order in (0, 1, 2):

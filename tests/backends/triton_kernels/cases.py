@@ -105,8 +105,8 @@ def assert_as_exact_as_eager(got, eager, exact, other_errors=()):
 def errors_in_other_orders(xs, gate, grads, activation, count=7):
     """Eager's errors with channels and hidden units in other orders, on which the exact result does not depend.
 
-    Scores here are large, near 10, and how they are rounded decides over the error of every gradient: from one order to
-    the next, eager's differ by a factor of 5 and more.
+    Scores here are large, near 10, and their rounding determines the error of every gradient: eager's errors differ
+    between orders by a factor of 5 and more.
     """
     w1, b1, w2, b2 = gate
     generator = torch.Generator().manual_seed(0)
@@ -158,7 +158,7 @@ CASES = {  # m, n, (N, C, *S), dtype, layout, hidden, bias
 def small_tiles(monkeypatch):
     """Every loop of the kernels that share a sample takes several steps, the last of them partial.
 
-    Not more than a few: the interpreter takes a millisecond for each.
+    There are only a few steps, since the interpreter takes a millisecond for each.
     """
     tiles, gate = tables.tiles, tables.gate
 

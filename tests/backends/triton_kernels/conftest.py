@@ -22,7 +22,7 @@ REPLACED = set()  # modules of device functions that call the interpreter's trit
 
 @contextlib.contextmanager
 def without_recordings(monkeypatch):
-    """Leave every call to Python, and afterwards no call known as one that cannot be recorded."""
+    """Let Python launch every call, and forget afterwards which calls cannot be recorded."""
     monkeypatch.setattr(_choice.BACKENDS["triton"].kernels(), "record", lambda function, args: function(*args))
     forget = (lambda: None) if NOT_COMPILED else torch.ops.fastroute_native.forget_recordings
     forget()
@@ -84,7 +84,7 @@ def interpreter(monkeypatch):
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Fill what is allocated with NaN, so that an element nobody wrote shows."""
+    """Fill what is allocated with NaN, so that elements that are not written are noticed."""
 
     def poisoned(allocate):
         def wrapped(*args, **kwargs):
