@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastroute._scoped import Scoped
 from fastroute.backends import native, reference, triton
 from fastroute.ops import _compile_form
 from fastroute.ops._library import KERNELS, NOT_COMPILED, OPERATORS, PYTHON, implement, without_autocast
@@ -49,12 +50,13 @@ def _lookup(name: str) -> Backend:
     return BACKENDS[name]
 
 
-class use_backend(contextlib.ContextDecorator):
+class use_backend(Scoped, contextlib.ContextDecorator):
     """Compute all operators with one backend, from here on, or inside a `with` block or a decorated function.
 
     The setting applies to the whole process, including autograd's threads, and takes precedence over the environment
     variable FASTROUTE_BACKEND. The backend is chosen at each call, also in code compiled by `torch.compile`, unless
-    it was compiled in the fused form (see `compile_form`), which holds no operators.
+    it was compiled in the fused form (see `compile_form`), which holds no operators. Set the variable before the
+    import: later changes do not reach the choice of that form.
 
     Args:
         name: "triton", "native" or "reference"; None lets the library choose.
@@ -72,18 +74,20 @@ class use_backend(contextlib.ContextDecorator):
     """
 
     def __init__(self, name: str | None):
-        self.name, self.previous = None if name is None else _lookup(name).name, _override
-        _set_override(self.name)
+        super().__init__(None if name is None else _lookup(name).name)
 
     def __call__(self, function):
-        _set_override(self.previous)
+        self._set(self._before)
         return super().__call__(function)
 
-    def __enter__(self) -> None:
-        _set_override(self.name)
+    def _recreate_cm(self) -> "use_backend":
+        return use_backend(self._value)  # remembers the backend of this call
 
-    def __exit__(self, *_: object) -> None:
-        _set_override(self.previous)
+    def _get(self) -> str | None:
+        return _override
+
+    def _set(self, value: str | None) -> None:
+        _set_override(value)
 
 
 def _set_override(backend: str | None) -> None:

@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastroute._scoped import Scoped
+
 FORMS = ("auto", "fused", "operator")
 
 # (device type, operator, dtype, whether gradients are enabled) → the form that was measured to be faster in whole
@@ -20,7 +22,7 @@ _backend_named = False
 _cpu_kernels = False  # whether the compiled kernels are those of a CPU; set by the backends
 
 
-class compile_form:
+class compile_form(Scoped):
     """Set the form of the operators in graphs that `torch.compile` traces from here on, or inside a `with` block.
 
     "operator": one node each, computed by the library's kernels. "fused": plain operations, forward and hand-derived
@@ -41,18 +43,16 @@ class compile_form:
     """
 
     def __init__(self, form: Literal["auto", "fused", "operator"]):
-        global _form
         if form not in FORMS:
             raise ValueError(f"form is {form!r}; it must be 'auto', 'fused' or 'operator'")
-        self.form, self.previous, _form = form, _form, form
+        super().__init__(form)
 
-    def __enter__(self) -> None:
-        global _form
-        _form = self.form
+    def _get(self) -> str:
+        return _form
 
-    def __exit__(self, *_: object) -> None:
+    def _set(self, value: str) -> None:
         global _form
-        _form = self.previous
+        _form = value
 
 
 def fuses(operator: str, x: Tensor) -> bool:

@@ -11,7 +11,7 @@ import fastroute
 from fastroute import ops
 from fastroute.backends import BACKENDS, _choice, _cuda, native
 from fastroute.backends._choice import Backend
-from fastroute.ops import _compiled, _library
+from fastroute.ops import _compile_form, _compiled, _library
 from tests.ops.conftest import take_python
 
 CPU = torch.device("cpu")
@@ -156,6 +156,34 @@ def test_use_backend_as_a_decorator_and_more_than_once(monkeypatch):
     with context:
         route()
     assert calls == ["mix"] * 4 and _choice._override is None
+
+
+def test_use_backend_restores_what_was_set_before_each_call_and_block():
+    @fastroute.use_backend("reference")
+    def inner(depth=0):
+        if depth:
+            inner(depth - 1)
+        return _choice._override
+
+    assert _choice._override is None and inner(2) == "reference" and _choice._override is None
+    with fastroute.use_backend("native"):
+        inner()
+        assert _choice._override == "native"
+    again = fastroute.use_backend("reference")
+    with again:
+        with again:
+            pass
+        assert _choice._override == "reference"
+    assert _choice._override is None
+    fastroute.use_backend("native")
+    with again:
+        assert _choice._override == "reference"
+    assert _choice._override == "native"
+    fastroute.use_backend(None)
+    form = fastroute.compile_form("fused")
+    with form, form:
+        pass
+    assert _compile_form._form == "auto"
 
 
 def test_the_variable_chooses(monkeypatch):
