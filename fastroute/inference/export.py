@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -110,8 +111,7 @@ def _atomic_files(path: Path):
     The weights of large networks are in a file of their own, which an ONNX program finds by its name. After an error,
     nothing is left.
     """
-    folder = path.with_name(f".{path.name}.{os.getpid()}")
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield folder / path.name
         for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):  # the program is the last

@@ -171,7 +171,7 @@ class Predictor:
 
         if len({tuple(x.shape) for x in inputs}) > 1:
             raise ValueError("images has tensors of several shapes; they must have one")
-        x = torch.stack(inputs).to(like(self.model))
+        x = torch.stack(inputs).to(self.device, like(self.model).dtype)
         return forward_with_routing(self.model, x) if gates else (self.model(x), {})
 
     def __repr__(self) -> str:
@@ -249,14 +249,14 @@ def load(
     transform = replace(Preprocessing.of_run(run, data), **given)
     transform.check_sizes()
     _check_units(given)
-    return predictor_of(network, data.get("classes"), transform, target)
+    return predictor_of(network, data.get("classes"), transform, target, "img_size" in given)
 
 
 def _check_units(given: Mapping[str, Any]) -> None:
     """Raise ValueError if mean or std seem to be in units of 0 to 1, as other programs have them."""
     for name in given.keys() & {"mean", "std"}:
         value = given[name]
-        if value.max() <= 1 and value.max() > 0:
+        if value.max() <= 1 and ((value > 0) & (value < 1)).any():
             raise ValueError(
                 f"{name} is {[round(v, 6) for v in value.tolist()]}; it must be in units of 0 to 255: multiply it by "
                 "255 if it is in units of 0 to 1"
@@ -309,12 +309,21 @@ def load_state(network: nn.Module, weights: Any, where: str) -> None:
 
 
 def predictor_of(
-    network: nn.Module, classes: Sequence[str] | None, transform: Preprocessing, device: torch.device
+    network: nn.Module,
+    classes: Sequence[str] | None,
+    transform: Preprocessing,
+    device: torch.device,
+    check: bool = False,
 ) -> Predictor:
-    """Make a predictor of a network with loaded weights; logits without a class are named by their numbers."""
+    """Make a predictor of a network with loaded weights; logits without a class are named by their numbers.
+
+    With `check`, the network is checked to take images of the size of `transform`.
+    """
     network, specification = network.to(device).eval(), specification_of(network)
     name = type(network).__name__ if specification is None else str(specification)
-    count, names = check_takes(network, name, transform.in_chans, transform.img_size), list(classes or [])
+    count, names = None if specification is None else specification.num_classes, list(classes or [])
+    if check or count is None:
+        count = check_takes(network, name, transform.in_chans, transform.img_size)
     names += [str(i) for i in range(len(names), count)]
     return Predictor(network, names, transform, device, specification)
 
@@ -370,7 +379,10 @@ def _load_exported(
     }
     network = model if isinstance(model, nn.Module) else network_of(run, where, model)
     load_state(network, weights, where)
-    return predictor_of(network, classes, replace(transform, **given), device)
+    transform = replace(transform, **given)
+    transform.check_sizes()
+    _check_units(given)
+    return predictor_of(network, classes, transform, device, "img_size" in given)
 
 
 def _metadata(path: Path) -> dict[str, str]:

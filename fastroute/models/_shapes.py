@@ -1,6 +1,7 @@
 """Shapes of the values in a network, and the images by which they are found."""
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -66,7 +67,8 @@ def shapes_of(
 
 def like(model: nn.Module) -> torch.Tensor:
     """Return a tensor of the network's device and dtype."""
-    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
 
 
 def check_takes(network: nn.Module, name: str, in_chans: int, img_size: int, classes: int | None = None) -> int:

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from fastroute._extras import extra
 from fastroute.models.features import FeatureMaps
 from fastroute.models.registry import create_model, list_models, model_info
-from fastroute.nn import ParallelPaths
 
 
 def register_timm() -> list[str]:
@@ -71,7 +71,7 @@ def _entrypoint(name: str, timm_name: str):
             "input_size": (in_chans, size, size),
             "num_classes": model.num_classes,
             "classifier": tuple(_classifiers(model)),
-            "first_conv": tuple(_first_layers(model, in_chans)),
+            "first_conv": tuple(_first_layers(name, img_size, options)),
         }
         return model
 
@@ -90,11 +90,10 @@ def _classifiers(model: nn.Module) -> list[str]:
     return [names[layer] for layer in layers]
 
 
-def _first_layers(model: nn.Module, in_chans: int) -> list[str]:
-    """Return the names of the convolutions that take images."""
-    convolutions = (n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == in_chans)
-    first = next(convolutions, None) or next(n for n, _ in model.named_parameters()).rpartition(".")[0]
-    layer, _, rest = first.partition(".")
-    if not isinstance(paths := model.get_submodule(layer), ParallelPaths):
-        return [first]
-    return [f"{layer}.{path}.{rest.partition('.')[2]}".rstrip(".") for path in range(len(paths))]
+def _first_layers(name: str, img_size: int | None, options: dict) -> list[str]:
+    """Return the names of the convolutions that take images: of all layers, they alone have 3 channels for RGB."""
+    with torch.device("meta"):
+        own = {key: v for key, v in options.items() if key not in ("checkpoints", "pretrained_path")}
+        model = create_model(name, None, 3, img_size, **own)
+    first = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3]
+    return first or [n.rpartition(".")[0] for n, _ in model.named_parameters()][:1]

@@ -25,8 +25,6 @@ from fastroute.nn import (
     FusedSequential,
     MultiPathNetwork,
     ParallelPaths,
-    Router,
-    SparseRouter,
     exact_convolutions,
     set_gate_norm,
 )
@@ -191,8 +189,7 @@ def multipath(
     origins[_add(layers, "head", parts)] = origin
     network = MultiPathNetwork(layers)
     network.origins = origins
-    found = ((name, module) for name, module in network.named_modules() if isinstance(module, Router | SparseRouter))
-    network.inner_routers = tuple(name for name, _ in found if "." in name)
+    network.has_inner_routers = bool(network._inner_routers())
     network.undecayed = frozenset(name for name, own in (path_names(network) or {}).items() if own in undecayed)
     if gate_norm is not None or prior is not None:
         set_gate_norm(network, gate_norm, prior)

@@ -12,7 +12,7 @@ from fastroute.models.registry import create_model, register_model
 from fastroute.models.specification import specification_in
 from fastroute.models.weights import network_weights
 from fastroute.nn import Routing, forward_with_routing
-from fastroute.nn._classifier import specification_kept
+from fastroute.nn._classifier import Classifies, specification_kept
 
 
 class Ensemble(nn.Module):
@@ -101,7 +101,8 @@ class Ensemble(nn.Module):
         return torch.cat(ys, 1) if pre_logits else self._combined(ys)
 
     def _combined(self, ys: Sequence[Tensor]) -> Tensor:
-        if self.num_classes == 0:
+        first = self.members[0]  # whose number of classes takes time to find
+        if first._without is not None if isinstance(first, Classifies) else getattr(first, "num_classes", None) == 0:
             return torch.cat(list(ys), 1)
         return torch.stack([y.log_softmax(1) for y in ys]).logsumexp(0) - math.log(len(ys))
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedTensorMixin
 
 from fastroute._errors import in_a_line
 from fastroute._extras import extra
@@ -113,13 +113,13 @@ def from_function(request: Request) -> nn.Module:
     try:
         with _arguments(request.name), _working_folder():
             network = function(**(sizes | dict(request.kwargs)))
-    except ValueError:
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of any type, out of the user's function
         raise ValueError(f"model is {request.name!r}; it raised {in_a_line(error)}{where(error)}") from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"model is {request.name!r}; it returned a {type(network).__name__}, and must return a module")
-    if any(isinstance(parameter, UninitializedParameter) for parameter in network.parameters()):
+    if any(isinstance(tensor, UninitializedTensorMixin) for tensor in (*network.parameters(), *network.buffers())):
         raise ValueError(
             f"model is {request.name!r}; it has lazy layers, whose shapes are not known: give them their sizes, or run "
             "the network once in the function"

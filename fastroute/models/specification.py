@@ -214,7 +214,7 @@ class Specification:
                 f"--model {spec.name}, or in Python load(path, model={spec.name!r})"
             )
         network = BUILDERS[spec.source](spec._request, **({"pretrained": True} if pretrained else {}))
-        if spec.kwargs.get("checkpoints"):
+        if spec.kwargs.get("checkpoints") and hasattr(network, "members"):
             spec = spec._of_members(network.members[0].specification)
         if spec.num_classes is None:
             spec = replace(spec, num_classes=spec._default_classes(network))
@@ -253,9 +253,10 @@ class Specification:
         """Return the specification of an ensemble from checkpoints, with the sizes of a member."""
         sizes = {}
         for name, default in (("num_classes", None), ("in_chans", 3), ("img_size", None)):
-            given, sizes[name] = getattr(self, name), getattr(member, name)
-            if given not in (default, sizes[name]):
-                raise ValueError(f"{name} is {given}; the networks of checkpoints have {sizes[name]}: leave it out")
+            given, own = getattr(self, name), getattr(member, name)
+            if given not in (default, own) and own is not None:
+                raise ValueError(f"{name} is {given}; the networks of checkpoints have {own}: leave it out")
+            sizes[name] = given if own is None else own
         return replace(self, **sizes)
 
     def _default_classes(self, network: nn.Module) -> int | None:

@@ -1,6 +1,7 @@
 """timm's interface of a classifier, for networks of one path or several."""
 
 import contextlib
+import copy
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -10,10 +11,14 @@ from torch.nn import functional as F
 
 from fastroute.nn.blocks import SEQUENTIAL
 from fastroute.nn.routed import routing_of
-from fastroute.nn.router import Routing, unwrapped
+from fastroute.nn.router import Router, Routing, unwrapped
+from fastroute.nn.sparse import SparseRouter
 
 _TRANSPARENT = (nn.Identity, nn.Dropout, nn.Flatten)
-_TRANSPARENT_CALLS = ("flatten", torch.flatten, F.dropout)
+_TRANSPARENT_CALLS = (
+    *("flatten", "squeeze", "float", "to", "contiguous"),
+    *(torch.flatten, torch.squeeze, F.dropout),
+)
 
 
 class Classifies:
@@ -26,8 +31,8 @@ class Classifies:
     _without: str | None = None
     """The part that was removed: the "classifier", or the whole "head"; None if the output is logits."""
 
-    inner_routers: tuple[str, ...] = ()
-    """The names of routers within layers, which `_body` does not ask for their routing."""
+    has_inner_routers = False
+    """Whether there were routers within layers, which `_body` does not ask for their routing."""
 
     _channels: list[int] | None = None
     """The channels of each path's features, as `forward_features` last had them, if they differ."""
@@ -49,13 +54,22 @@ class Classifies:
 
     def _classify(self, x: Tensor, return_routing: bool, **options) -> Tensor | tuple[Tensor, dict[str, Routing]]:
         """Compute what `forward` returns, with options of the body."""
-        if return_routing and self.inner_routers:
-            with routing_of({name: self.get_submodule(name) for name in self.inner_routers}) as inner:
+        if return_routing and self.has_inner_routers:
+            with routing_of(self._inner_routers()) as inner:
                 xs, routing = self._body(x, **options)
                 return self._from_head(xs), routing | inner
         xs, routing = self._body(x, **options)
         y = self._from_head(xs)
         return (y, routing) if return_routing else y
+
+    def _inner_routers(self) -> dict[str, nn.Module]:
+        found = {name: module for name, module in self.named_modules() if isinstance(module, Router | SparseRouter)}
+        inner = {name: router for name, router in found.items() if "." in name}
+        for name in inner:
+            layer = name.partition(".")[0]
+            if getattr(self.get_submodule(layer), "execution", None) == "batched":
+                raise ValueError(f"the routing of {name} is asked for, but the execution of {layer} is 'batched'")
+        return inner
 
     def _from_head(self, xs: list[Tensor]) -> Tensor:
         if self._without == "head":
@@ -181,49 +195,99 @@ def final_linear(module: nn.Module, name: str) -> str | None:
     """Return the name of the dense layer in which the module `name` ends, or None if it ends in another layer."""
     if isinstance(module, nn.Linear):
         return name
-    for child, inner in _from_the_end(module):
-        if not isinstance(inner, _TRANSPARENT):
-            return final_linear(inner, f"{name}.{child}")
+    last = _last(module)
+    return None if last is None else final_linear(module.get_submodule(last), f"{name}.{last}")
+
+
+def _last(module: nn.Module) -> str | None:
+    """Return the name of the submodule whose output a module returns; None if it computes its output otherwise."""
+    children = [child for child, inner in module._modules.items() if not isinstance(inner, _TRANSPARENT)]
+    if (inner := unwrapped(module)) is not module:
+        return next(name for name, child in module.named_modules() if child is inner)
+    if isinstance(module, fx.GraphModule):
+        return _last_call(module)
+    if children and type(module).forward not in SEQUENTIAL:
+        try:
+            return _returned(module)
+        except Exception:  # of any type, out of a forward that depends on values: taken for a sequence
+            pass
+    return children[-1] if children else None
+
+
+def _last_call(module: fx.GraphModule) -> str | None:
+    node = module.graph.output_node().args[0]
+    while isinstance(node, fx.Node) and node.args:
+        if node.op == "call_module" and not isinstance(module.get_submodule(node.target), _TRANSPARENT):
+            return node.target
+        if node.op != "call_module" and node.target not in _TRANSPARENT_CALLS:
+            return None
+        node = node.args[0]
     return None
 
 
-def _from_the_end(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules that compute a module's output, the last first, as long as each gets the output of another."""
-    if type(module).forward in SEQUENTIAL:
-        yield from reversed(module._modules.items())
-        return
-    if (inner := unwrapped(module)) is not module:
-        yield next((name, child) for name, child in module.named_modules() if child is inner)
-        return
-    node = _graph(module)
-    while isinstance(node, fx.Node) and node.args:
-        if node.op == "call_module":
-            yield node.target, module.get_submodule(node.target)
-        elif node.target not in _TRANSPARENT_CALLS:
-            return
-        node = node.args[0]
+def _returned(module: nn.Module) -> str | None:
+    """Return the submodule whose output a module's own forward returns, found by a call of it without values.
+
+    The call gets a copy of the module, in which submodules only tell their names. torch.fx would not do: while it
+    traces, no other thread can call a module.
+    """
+    stand_in = object.__new__(type(module))
+    kept = ("_parameters", "_modules")
+    stand_in.__dict__ = copy.deepcopy({key: value for key, value in vars(module).items() if key not in kept})
+    stand_in._parameters = dict(module._parameters)
+    stand_in._modules = {name: _Named(name, inner) for name, inner in module._modules.items()}
+    result = type(module).forward(stand_in, _Value())
+    return result.child if isinstance(result, _Value) else None
 
 
-def _graph(module: nn.Module) -> fx.Node | None:
-    """Return the node of a module's output, with its submodules as nodes; None if torch.fx cannot trace it."""
-    if isinstance(module, fx.GraphModule):
-        return module.graph.output_node().args[0]
-    if type(module).forward is nn.Module.forward or not module._modules:
-        return None
-    try:
-        return _Outside().trace(module).output_node().args[0]
-    except Exception:  # of any type, out of the module's forward
-        return None
+class _Value:
+    """A tensor without values: it knows the submodule that computed it, if one did."""
+
+    def __init__(self, child: str | None = None):
+        self.child = child
+
+    def __getattr__(self, name: str):
+        return _Method(self, name)
+
+    def __bool__(self):
+        raise TypeError("a forward that depends on values")
+
+    __iter__ = __bool__
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        return cls(arguments[0].child) if function in _TRANSPARENT_CALLS else cls()
 
 
-class _Outside(fx.Tracer):
-    """Trace a module's own forward as a function of its first argument, and no submodule's."""
+class _Method(_Value):
+    """An attribute of a value, which may be called as a method."""
 
-    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
-        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
+    def __init__(self, value: _Value, name: str):
+        super().__init__()
+        self.value, self.name = value, name
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
+    def __call__(self, *_, **__) -> _Value:
+        return _Value(self.value.child if self.name in _TRANSPARENT_CALLS else None)
+
+
+def _computed(*_) -> _Value:
+    return _Value()
+
+
+_OPERATORS = "add radd sub rsub mul rmul truediv rtruediv matmul rmatmul pow neg getitem eq ne lt le gt ge"
+for _name in _OPERATORS.split():
+    setattr(_Value, f"__{_name}__", _computed)
+
+
+class _Named(nn.Module):
+    """A submodule that tells its name and computes nothing."""
+
+    def __init__(self, name: str, inner: nn.Module | None):
+        super().__init__()
+        self.name, self.transparent = name, isinstance(inner, _TRANSPARENT)
+
+    def forward(self, *arguments, **_) -> _Value:
+        return arguments[0] if self.transparent else _Value(self.name)
 
 
 def _joined(xs: Sequence[Tensor]) -> Tensor:

@@ -30,8 +30,9 @@ def forward_with_routing(network: nn.Module, x: Tensor) -> tuple[Tensor, dict[st
 
     Returns:
         output: of the network.
-        routing: router name → its routing, in the order of computation. A router that is called again has another name
-            for each later call, with "_2", "_3" and so on. The name of a network that is a router itself is "".
+        routing: router name → its routing, in the order of computation; routers within the layers of a
+            `MultiPathNetwork` come last. A router that is called again has another name for each later call, with "_2",
+            "_3" and so on. The name of a network that is a router itself is "".
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 16, 3), SparseRouter(16, [nn.Identity() for _ in range(4)]))

@@ -18,20 +18,22 @@ TEMPERATURE = "temperature"
 """The name of a router's temperature in its state dict; see `Tempered`."""
 
 
+# Names under which PyTorch's wrappers keep a module: `torch.compile`, activation checkpointing, and FSDP. The last two
+# are not in state dicts.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
 def temperatures(network: nn.Module) -> set[str]:
     """Return the names that the temperatures of a network's routers have in its state dict."""
     modules = network.named_modules(remove_duplicate=False)
-    return {f"{name}.{TEMPERATURE}".lstrip(".") for name, module in modules if isinstance(module, Tempered)}
+    names = (f"{name}.{TEMPERATURE}".lstrip(".") for name, module in modules if isinstance(module, Tempered))
+    return {".".join(part for part in name.split(".") if part not in _WRAPPED[1:]) for name in names}
 
 
 def without_temperatures(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """Return a state dict of a network without its routers' temperatures, which another of its state dicts may lack."""
     left_out = temperatures(network)
     return {name: value for name, value in state.items() if name not in left_out}
-
-
-# Names under which PyTorch's wrappers keep a module: `torch.compile`, activation checkpointing, and FSDP.
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

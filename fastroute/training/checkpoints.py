@@ -188,7 +188,9 @@ def check_resume(path: str | Path, module: pl.LightningModule, epochs: int) -> d
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, of another network or other options, or has completed all epochs.
     """
-    fixed = ("model", "num_classes", "in_chans", "opt", "sched", "momentum", *GROUP_OPTIONS)
+    fixed = ("model", "num_classes", "opt", "sched", "momentum", *GROUP_OPTIONS)
+    if module.named:  # else it is taken from the images
+        fixed += ("in_chans",)
     checkpoint = read_resumable(path, "train", {name: module.hparams[name] for name in fixed}, epochs)
     if module.hparams.specification is not None:
         own, other = (

@@ -27,6 +27,7 @@ from fastroute.training.graphs import COMPILE_MODES, CUDAGraph, Graph, RecordedS
 from fastroute.training.metrics import Totals
 from fastroute.training.optim import GROUP_OPTIONS, OPTIMIZERS, SCHEDULES, parameter_groups, scheduler
 from fastroute.training.recomputation import checkpoint_gradients
+from fastroute.training.saved_fields import CHANNELS
 from fastroute.training.steps import MovingAverage
 from fastroute.training.targets import check_classes, checked_labels, class_shares
 
@@ -232,6 +233,7 @@ class RoutingClassifier(pl.LightningModule):
             data.deferred = self.hparams.cuda_graphs and stage == "fit"
         if isinstance(data, ImageDataModule) and not self.named:
             self.hparams.update(in_chans=data.in_chans, img_size=data.img_size)
+        self._checked.clear()  # of other data
         classes = getattr(data, "num_classes", None) or 0  # other data modules may lack it
         if self.named and classes > self.hparams.num_classes:
             raise ValueError(f"num_classes is {self.hparams.num_classes}; the data have {classes} classes")
@@ -337,10 +339,11 @@ class RoutingClassifier(pl.LightningModule):
             return
         self._checked.add(self.training)
         data = getattr(self._trainer, "datamodule", None)
+        known = isinstance(data, ImageDataModule)  # others' classes may be those of other labels
         if labels.dim() == 1 and len(labels):
-            check_classes(getattr(data, "num_classes", None) or int(labels.max()) + 1, logits.shape[1])
-        square = images.dim() == 4 and images.shape[2] == images.shape[3]
-        if square and not isinstance(data, ImageDataModule) and not (self.training and False in self._checked):
+            check_classes(data.num_classes if known else int(labels.max()) + 1, logits.shape[1])
+        square = images.dim() == 4 and images.shape[2] == images.shape[3] and images.shape[1] <= CHANNELS
+        if square and not known and not (self.training and False in self._checked):
             self.hparams.update(in_chans=images.shape[1], img_size=images.shape[2])  # a predictor cuts images so
 
     def training_step(self, batch: tuple[Tensor, Tensor] | Draws, batch_idx: int) -> Tensor:
@@ -442,7 +445,7 @@ class RoutingClassifier(pl.LightningModule):
                 for sums, own in ranks
             ]
         if isinstance(data := self.trainer.datamodule, ImageDataModule):  # Lightning names its state by its class
-            checkpoint.setdefault("ImageDataModule", checkpoint.get(type(data).__qualname__))
+            checkpoint.setdefault("ImageDataModule", ImageDataModule.state_dict(data))
         checkpoint["epochs"] = self.trainer.max_epochs
         checkpoint["steps_in_an_epoch"] = self._steps_in_an_epoch()
 

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -11,6 +12,7 @@ import fastroute
 from fastroute.inference.preprocessing import Preprocessing
 from fastroute.models import create_model
 from fastroute.training import ImageDataModule, RoutingClassifier, fit
+from fastroute.training.checkpoints import read_checkpoint
 from fastroute.training.evaluation import evaluate
 from fastroute.training.targets import checked_labels
 from tests.inference.conftest import tiny_cc2
@@ -142,3 +144,66 @@ def test_data_in_memory_are_scaled_as_a_predictor_scales():
         for image, scaled in zip(small, large, strict=True):
             cut = torch.from_numpy(prepare.cut(image[..., 0].numpy()).copy())
             assert (cut.int() - scaled[..., 0].int()).abs().max() <= rounding
+
+
+@pytest.mark.parametrize("own_loader", [False, True])
+def test_a_run_on_grey_images_is_resumed(own_loader, tmp_path):
+    def data():
+        return loader(size=8) if own_loader else ImageDataModule("digits", batch_size=512, num_workers=1)
+
+    def module():
+        return RoutingClassifier(network(classes=10), 10, sched="step")
+
+    fit(module(), data(), output=tmp_path, **QUIET)
+    resumed = fit(module(), data(), output=tmp_path, resume=tmp_path / "last.ckpt", **QUIET | {"epochs": 2})
+    assert len(resumed) == 2
+
+
+def test_data_modules_with_a_state_of_their_own_leave_readable_checkpoints(images, tmp_path):
+    class Own(ImageDataModule):
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            pass
+
+    data = Own("imagefolder", images, batch_size=12, img_size=8, num_workers=1)
+    fit(RoutingClassifier(tiny_cc2(num_classes=3), 3), data, output=tmp_path, **QUIET)
+    predictor = fastroute.load(tmp_path / "last.ckpt", model=tiny_cc2(num_classes=3), device="cpu")
+    assert list(predictor.classes) == ["ant", "bee", "cat"]
+
+
+def test_sizes_that_no_checkpoint_holds_are_not_kept(tmp_path):
+    module = RoutingClassifier(network(5000), 3)
+    fit(module, loader(channels=5000, size=3), output=tmp_path, **QUIET)
+    assert module.hparams.in_chans == 3
+    read_checkpoint(tmp_path / "last.ckpt")
+
+
+def test_other_data_modules_may_count_other_classes(tmp_path):
+    class Data(pl.LightningDataModule):
+        num_classes = 100
+
+        def train_dataloader(self):
+            return loader()
+
+    module = RoutingClassifier(network(), 3)
+    fit(module, Data(), output=tmp_path, **QUIET)
+    assert module.hparams.img_size == 12
+
+
+def test_values_of_0_to_255_may_be_used_as_they_are(checkpoint):
+    predictor = fastroute.load(checkpoint, mean=[0, 0, 0], std=[1, 1, 1], device="cpu")
+    assert predictor.transform.std.tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match="units of 0 to 255"):
+        fastroute.load(checkpoint, mean=[0, 0, 0], std=[0.5, 1, 1], device="cpu")
+
+
+def test_a_known_network_is_not_asked_for_images_of_the_run_s_size(tmp_path):
+    model = create_model("capsnet", 3, 1, 17)
+    fit(RoutingClassifier(model), loader(size=17), output=tmp_path, **QUIET)
+    saved = torch.load(tmp_path / "last.ckpt")
+    saved["hyper_parameters"]["img_size"] = 32  # as earlier versions kept it
+    torch.save(saved, tmp_path / "early.ckpt")
+    predictor = fastroute.load(tmp_path / "early.ckpt", device="cpu")
+    assert predictor(torch.randn(1, 1, 17, 17)).probabilities.shape == (1, 3)

@@ -62,11 +62,13 @@ def test_own_functions_import_what_lies_beside_them_and_raise_plainly(tmp_path, 
         "def late(): from beside_nets import layer; return layer(2, 3)\n"
         "def broken(): return nn.Linear(2, 3).not_there\n"
         "def lazy(): return nn.LazyLinear(3)\n"
+        "def named(num_classes=2, checkpoints=None): return nn.Linear(2, num_classes)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     try:
         assert create_model("late_nets:late").out_features == 3
+        assert create_model("late_nets:named", 5, checkpoints="x").out_features == 5
         with pytest.raises(ValueError, match=r"'late_nets:broken'; it raised AttributeError: .*late_nets.py:3\)"):
             create_model("late_nets:broken")
         with pytest.raises(ValueError, match="'late_nets:lazy'; it has lazy layers, whose shapes are not known"):

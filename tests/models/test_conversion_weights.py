@@ -80,4 +80,9 @@ def test_routers_of_the_network_itself_are_described_too():
     x = torch.randn(2, 3, 32, 32)
     logits, routing = network(x, return_routing=True)
     assert torch.equal(logits, network(x)) and next(iter(routing)) == "stem_router" and len(routing) == 7
-    assert all(routing[name].gates.shape[0] == 2 for name in network.inner_routers)
+    assert all(value.gates.shape[0] == 2 for value in routing.values())
+    network.head.execution = "batched"
+    with pytest.raises(ValueError, match="is asked for, but the execution of head is 'batched'"):
+        network(x, return_routing=True)
+    network.head = nn.Identity()
+    assert list(network._inner_routers()) == []

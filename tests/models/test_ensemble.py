@@ -85,3 +85,13 @@ def test_an_ensemble_from_checkpoints_has_their_sizes(tmp_path):
     checkpoint(paths[2], "base_cnn", **sizes | {"num_classes": 6})
     with pytest.raises(ValueError, match=r"2.ckpt has num_classes=6; .*0.ckpt has 7: they must agree"):
         models.create_model("base_cnn_ensemble", checkpoints=paths)
+
+
+def test_ensembles_compile_as_one_graph():
+    members = [models.create_model(name) for name in ("base_cnn", "base_cnn_cc2")]
+    ensemble, x = Ensemble(members).eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        compiled = torch.compile(ensemble, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), ensemble(x))
+        ensemble.reset_classifier(0)
+        assert ensemble(x).shape == (2, ensemble.num_features)

@@ -1,5 +1,8 @@
 """The classifier of networks of any form, and what is left without it."""
 
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -31,9 +34,29 @@ class Residual(nn.Module):
         return x + self.fc(x)
 
 
-class Branching(Reversed):
+class Branching(nn.Module):
+    """Depends on its input, so the dense layer that is registered last is taken for the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(4, 6), nn.Linear(6, 10)
+
     def forward(self, x):
-        return super().forward(x) if x.sum() > 0 else super().forward(-x)
+        assert x.shape[1] == 4
+        return self.out(self.hidden(x.mean((2, 3)) if x.dim() == 4 else x))
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.seen, self.calls = nn.Linear(4, 10), [], 0
+        self.register_buffer("total", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls, self.feature = self.calls + 1, x
+        self.total += 1
+        self.seen.append(x)
+        return self.fc(x.mean((2, 3))).float().squeeze(-1)
 
 
 def converted(head):
@@ -50,9 +73,31 @@ def test_the_classifier_is_the_last_layer_that_computes():
     assert network(x).shape == (2, 12)
 
 
-@pytest.mark.parametrize("head", [Residual(), Branching()])
-def test_what_is_not_seen_to_end_in_a_dense_layer_has_no_classifier(head):
-    network, x = converted(head), torch.randn(2, 3, 8, 8)
+def test_forwards_that_depend_on_values_are_taken_for_sequences():
+    network = converted(Branching())
+    network.reset_classifier(7)
+    assert network(torch.randn(2, 3, 8, 8)).shape == (2, 7)
+
+
+def test_to_find_the_classifier_changes_nothing():
+    network = converted(Counting())
+    head = network.head[0]
+    head.calls, head.seen[:], head.total = 0, [], torch.zeros(())
+    vars(head).pop("feature", None)
+    assert network.num_classes == network.num_classes == 10
+    assert (head.calls, head.seen, head.total) == (0, [], 0) and not hasattr(head, "feature")
+    pickle.dumps(network)
+
+
+def test_other_threads_may_call_modules_meanwhile():
+    network, other, x = converted(Reversed()), nn.Sequential(nn.Linear(3, 3)), torch.randn(2, 3)
+    with ThreadPoolExecutor(2) as threads:
+        asked = [threads.submit(lambda: network.num_classes) for _ in range(200)]
+        assert all(other(x).shape == (2, 3) for _ in range(200)) and all(task.result() == 10 for task in asked)
+
+
+def test_what_does_not_end_in_a_dense_layer_has_no_classifier():
+    network, x = converted(Residual()), torch.randn(2, 3, 8, 8)
     before = network(x)
     assert network.num_classes is None
     with pytest.raises(ValueError, match="whose paths do not end in a dense layer"):

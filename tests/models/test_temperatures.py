@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from fastroute import create_model
 from fastroute.inference import load
@@ -9,7 +10,8 @@ from fastroute.inference.export import export
 from fastroute.inference.predictor import Predictor
 from fastroute.inference.preprocessing import Preprocessing
 from fastroute.models.specification import specification_of
-from fastroute.models.weights import load_pretrained
+from fastroute.models.weights import load_pretrained, misfit
+from fastroute.nn import CrossConnection
 from fastroute.training import RoutingClassifier
 
 
@@ -53,3 +55,12 @@ def test_their_weights_may_be_without_memory(cooled):
     weights = {name: value.to("meta") for name, value in cooled.state_dict().items()}
     cooled.load_state_dict(weights, assign=True)
     assert next(cooled.parameters()).is_meta
+
+
+def test_they_may_be_in_activation_checkpoints(cooled):
+    specification, state = specification_of(cooled), cooled.state_dict()
+    for name, layer in list(cooled.named_children()):
+        if isinstance(layer, CrossConnection):
+            setattr(cooled, name, checkpoint_wrapper(layer))
+    assert any(name.endswith("temperature") for name in state)
+    assert misfit(cooled, state) is None and specification is not None
