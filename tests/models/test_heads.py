@@ -9,7 +9,7 @@ from torch import nn
 
 from fastroute.models import create_model, multipath
 from fastroute.nn import FusedSequential, MultiPathNetwork, ParallelPaths
-from fastroute.nn._classifier import final_linear
+from fastroute.nn._last_layer import final_linear
 
 
 class Reversed(nn.Module):
