@@ -198,8 +198,8 @@ def load(
         checkpoint: a file of `fit`, `fastroute train` or `fastroute cluster`, or a `.safetensors` of `fastroute
             export`.
         model: the network, whose weights are changed in-place, or "package.module:function" to import and call. It is
-            needed only for networks that such a
-            function builds, or whose construction the checkpoint does not know; a checkpoint alone never imports code.
+            needed only for networks that such a function builds, or whose construction the checkpoint does not know; a
+            checkpoint alone never imports code.
         ema: whether to take the moving average of the weights if the run kept one.
         device: the device of the network; by default the GPU if there is one.
         mean, std: of the images, in units of 0 to 255; by default as in training, as are img_size and crop_pct. A run

@@ -101,8 +101,12 @@ class Ensemble(nn.Module):
         return torch.cat(ys, 1) if pre_logits else self._combined(ys)
 
     def _combined(self, ys: Sequence[Tensor]) -> Tensor:
-        first = self.members[0]  # whose number of classes takes time to find
-        if first._without is not None if isinstance(first, Classifies) else getattr(first, "num_classes", None) == 0:
+        first = self.members[0]
+        if isinstance(first, Classifies):  # to find its number of classes takes time
+            without_classifier = first._without is not None
+        else:
+            without_classifier = getattr(first, "num_classes", None) == 0
+        if without_classifier:
             return torch.cat(list(ys), 1)
         return torch.stack([y.log_softmax(1) for y in ys]).logsumexp(0) - math.log(len(ys))
 
