@@ -1,5 +1,6 @@
 """Register the networks with timm."""
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -71,7 +72,7 @@ def _entrypoint(name: str, timm_name: str):
             "input_size": (in_chans, size, size),
             "num_classes": model.num_classes,
             "classifier": tuple(_classifiers(model)),
-            "first_conv": tuple(_first_layers(name, img_size, options)),
+            "first_conv": tuple(_first_layers(model, name, in_chans, img_size, options)),
         }
         return model
 
@@ -90,10 +91,12 @@ def _classifiers(model: nn.Module) -> list[str]:
     return [names[layer] for layer in layers]
 
 
-def _first_layers(name: str, img_size: int | None, options: dict) -> list[str]:
+def _first_layers(model: nn.Module, name: str, in_chans: int, img_size: int | None, options: dict) -> list[str]:
     """Return the names of the convolutions that take images: of all layers, they alone have 3 channels for RGB."""
-    with torch.device("meta"):
-        own = {key: v for key, v in options.items() if key not in ("checkpoints", "pretrained_path")}
-        model = create_model(name, None, 3, img_size, **own)
-    first = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3]
+    if in_chans != 3:
+        own = {key: value for key, value in options.items() if key not in ("checkpoints", "pretrained_path")}
+        # A builder of the user's may not take colours, or compute with values, which tensors on meta lack.
+        with contextlib.suppress(Exception), torch.device("meta"):
+            model, in_chans = create_model(name, None, 3, img_size, **own), 3
+    first = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == in_chans]
     return first or [n.rpartition(".")[0] for n, _ in model.named_parameters()][:1]

@@ -11,8 +11,9 @@ from fastroute.nn.router import unwrapped
 
 _TRANSPARENT = (nn.Identity, nn.Dropout, nn.Flatten)
 _TRANSPARENT_CALLS = (
-    *("flatten", "squeeze", "float", "to", "contiguous"),
-    *(torch.flatten, torch.squeeze, F.dropout),
+    *("flatten", "squeeze", "view", "reshape", "contiguous", "clone"),
+    *("float", "double", "half", "bfloat16", "to", "type"),
+    *(torch.flatten, torch.squeeze, torch.reshape, F.dropout),
 )
 
 
@@ -34,8 +35,9 @@ def _last(module: nn.Module) -> str | None:
     if children and type(module).forward not in SEQUENTIAL:
         try:
             return _returned(module)
-        except Exception:  # of any type, out of a forward that depends on values: taken for a sequence
-            pass
+        except Exception:  # of any type, out of a forward that depends on values
+            if sum(isinstance(inner, nn.Linear) for inner in module.modules()) > 1:
+                return None  # rather than the wrong one
     return children[-1] if children else None
 
 
@@ -53,13 +55,15 @@ def _last_call(module: fx.GraphModule) -> str | None:
 def _returned(module: nn.Module) -> str | None:
     """Return the submodule whose output a module's own forward returns, found by a call of it without values.
 
-    The call gets a copy of the module, in which submodules only tell their names. torch.fx would not do: while it
-    traces, no other thread can call a module.
+    The call gets a copy of the module without values, in which submodules only tell their names. torch.fx would not do:
+    while it traces, no other thread can call a module.
     """
     stand_in = object.__new__(type(module))
-    kept = ("_parameters", "_modules")
-    stand_in.__dict__ = copy.deepcopy({key: value for key, value in vars(module).items() if key not in kept})
-    stand_in._parameters = dict(module._parameters)
+    own = ("_parameters", "_buffers", "_modules")
+    stand_in.__dict__ = copy.deepcopy({key: value for key, value in vars(module).items() if key not in own})
+    for kind in ("_parameters", "_buffers"):
+        tensors = vars(module)[kind].items()
+        vars(stand_in)[kind] = {name: None if t is None else t.detach().to("meta") for name, t in tensors}
     stand_in._modules = {name: _Named(name, inner) for name, inner in module._modules.items()}
     result = type(module).forward(stand_in, _Value())
     return result.child if isinstance(result, _Value) else None
@@ -81,7 +85,8 @@ class _Value:
 
     @classmethod
     def __torch_function__(cls, function, types, arguments=(), options=None):
-        return cls(arguments[0].child) if function in _TRANSPARENT_CALLS else cls()
+        first = next(iter((*arguments, *(options or {}).values())))
+        return _Value(first.child) if function in _TRANSPARENT_CALLS else _Value()
 
 
 class _Method(_Value):
@@ -92,16 +97,29 @@ class _Method(_Value):
         self.value, self.name = value, name
 
     def __call__(self, *_, **__) -> _Value:
+        if self.name == "size":
+            return _Method(self.value, "shape")
         return _Value(self.value.child if self.name in _TRANSPARENT_CALLS else None)
+
+    def __iter__(self):
+        if self.name != "shape":
+            raise TypeError("a forward that depends on values")
+        return iter([_Value() for _ in range(4)])  # of (N, C, H, W)
 
 
 def _computed(*_) -> _Value:
     return _Value()
 
 
-_OPERATORS = "add radd sub rsub mul rmul truediv rtruediv matmul rmatmul pow neg getitem eq ne lt le gt ge"
+def _scaled(value: _Value, other) -> _Value:
+    return _Value(None if isinstance(other, _Value) else value.child)
+
+
+_OPERATORS = "add radd sub rsub rtruediv matmul rmatmul pow neg getitem eq ne lt le gt ge"
 for _name in _OPERATORS.split():
     setattr(_Value, f"__{_name}__", _computed)
+for _name in ("mul", "rmul", "truediv"):
+    setattr(_Value, f"__{_name}__", _scaled)
 
 
 class _Named(nn.Module):
@@ -110,6 +128,17 @@ class _Named(nn.Module):
     def __init__(self, name: str, inner: nn.Module | None):
         super().__init__()
         self.name, self.transparent = name, isinstance(inner, _TRANSPARENT)
+        self.inner = dict(getattr(inner, "_modules", {}))  # a dict, in which modules are not registered
 
-    def forward(self, *arguments, **_) -> _Value:
-        return arguments[0] if self.transparent else _Value(self.name)
+    def forward(self, *arguments, **options) -> _Value:
+        return (*arguments, *options.values())[0] if self.transparent else _Value(self.name)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __iter__(self):
+        return (self[name] for name in self.inner)
+
+    def __getitem__(self, key: int | str) -> "_Named":
+        name = list(self.inner)[key] if isinstance(key, int) else key
+        return _Named(f"{self.name}.{name}", self.inner[name])

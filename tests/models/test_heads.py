@@ -35,15 +35,39 @@ class Residual(nn.Module):
 
 
 class Branching(nn.Module):
-    """Depends on its input, so the dense layer that is registered last is taken for the last."""
+    """Depends on its input, so that only a single dense layer is sure to be the last."""
 
-    def __init__(self):
+    def __init__(self, hidden=None):
         super().__init__()
-        self.hidden, self.out = nn.Linear(4, 6), nn.Linear(6, 10)
+        self.out, self.hidden = nn.Linear(4, 10), hidden
 
     def forward(self, x):
         assert x.shape[1] == 4
-        return self.out(self.hidden(x.mean((2, 3)) if x.dim() == 4 else x))
+        x = x.mean((2, 3)) if x.dim() == 4 else x
+        return self.out(x if self.hidden is None else self.hidden(x))
+
+
+class Listed(nn.Module):
+    """Reads sizes, and calls what is in lists and dicts; its result is scaled and reshaped."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.scale = way, nn.Parameter(torch.ones(()))
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 10)])
+        self.named = nn.ModuleDict({"out": nn.Linear(4, 10), "aux": nn.Linear(4, 2)})
+        self.drop = nn.Dropout()
+
+    def forward(self, x):
+        n, c, _, _ = x.shape
+        x = x.mean((2, 3)).view(n, c)
+        if self.way == "iterated":
+            for layer in self.layers:
+                x = layer(x)
+        else:
+            x = self.layers[1](self.layers[0](x)) if self.way == "indexed" else self.named["out"](x)
+        with torch.no_grad():
+            self.scale.mul_(1.0 if self.training else 0.5)
+        return (self.drop(input=x) / 2).reshape(x.size(0), -1) * self.scale
 
 
 class Counting(nn.Module):
@@ -73,10 +97,17 @@ def test_the_classifier_is_the_last_layer_that_computes():
     assert network(x).shape == (2, 12)
 
 
-def test_forwards_that_depend_on_values_are_taken_for_sequences():
+def test_forwards_that_depend_on_values_have_their_only_dense_layer():
     network = converted(Branching())
     network.reset_classifier(7)
     assert network(torch.randn(2, 3, 8, 8)).shape == (2, 7)
+    assert converted(Branching(nn.Linear(4, 4))).num_classes is None
+
+
+@pytest.mark.parametrize(("way", "name"), [("iterated", "layers.1"), ("indexed", "layers.1"), ("named", "named.out")])
+def test_the_classifier_may_lie_in_a_list_or_dict(way, name):
+    head = Listed(way).eval()
+    assert final_linear(head, "head") == f"head.{name}" and head.scale == 1
 
 
 def test_to_find_the_classifier_changes_nothing():

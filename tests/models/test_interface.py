@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from fastroute import models
-from fastroute.models import Specification, create_model, multipath, registry, specification_of
+from fastroute.models import Specification, create_model, multipath, register_model, registry, specification_of
 from fastroute.models.features import FeatureMaps
 from fastroute.nn import CrossConnection, MultiPathNetwork, ParallelPaths
 from fastroute.nn.gate_norm import GateNorm
@@ -207,6 +207,12 @@ def test_initialising_anew_forgets_the_statistics():
     assert norm.running_mean.eq(0).all() and norm.num_batches_tracked == 0 and norm.prior.eq(1 / 3).all()
 
 
+def only_grey(*, num_classes=10, in_chans=1, img_size=32):
+    if in_chans != 1:
+        raise ValueError("only_grey takes grey images")
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+
+
 def test_the_first_convolutions_are_those_of_the_images(monkeypatch):
     timm = pytest.importorskip("timm")
     models.register_timm()
@@ -216,3 +222,9 @@ def test_the_first_convolutions_are_those_of_the_images(monkeypatch):
     ):
         network = timm.create_model(name, in_chans=16)
         assert network.default_cfg["first_conv"] == expected
+    register_model(only_grey)
+    try:
+        models.register_timm()
+        assert timm.create_model("only_grey", in_chans=1).default_cfg["first_conv"] == ("0",)
+    finally:
+        del registry._MODELS["only_grey"]
