@@ -7,6 +7,7 @@ class Scoped:
     """Base of a setting: `setting(value)` sets it, and a `with` block around it restores the value from before.
 
     The same object may be entered again, also inside itself: the end of each block restores what was set before it.
+    Subclasses implement `_get` and `_set`.
 
     Args:
         value: the new value, as `_set` takes it.
@@ -30,4 +31,5 @@ class Scoped:
         raise NotImplementedError
 
     def _set(self, value: Any) -> None:
+        """Set the value for the whole process."""
         raise NotImplementedError

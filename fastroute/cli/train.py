@@ -98,7 +98,7 @@ def _prepare(
     import pytorch_lightning as pl
 
     from fastroute import training
-    from fastroute.nn import Router, SparseRouter
+    from fastroute.nn.routed import routers_in
     from fastroute.training.checkpoints import check_unused
     from fastroute.training.classifier import check_compile_mode
     from fastroute.training.distributed import broadcast_from_rank_zero, is_main, local_rank_zero_first
@@ -173,9 +173,7 @@ def _prepare(
     module = _classifier(options, built, data)
     if options.cuda_graphs:
         _check_recording(options, device, data, module.model)
-    if options.gate_reg_weight and not any(
-        isinstance(layer, Router | SparseRouter) for layer in module.model.modules()
-    ):
+    if options.gate_reg_weight and not routers_in(module.model):
         raise ValueError(f"gate_reg_weight is {options.gate_reg_weight}, but {options.model} has no gates")
     if options.initial_checkpoint is not None and resume is None:
         training.load_weights(module.model, options.initial_checkpoint)

@@ -153,7 +153,7 @@ def _result(path: Path | None, options: ValidateOptions, console: Console) -> di
     from fastroute.models import create_model
     from fastroute.models._shapes import check_takes
     from fastroute.models.specification import Specification
-    from fastroute.nn import Router, SparseRouter
+    from fastroute.nn.routed import routers_in
     from fastroute.training.checkpoints import load_weights, read_checkpoint
     from fastroute.training.evaluation import evaluate, validation_loader
 
@@ -195,7 +195,7 @@ def _result(path: Path | None, options: ValidateOptions, console: Console) -> di
         network = network_of(run, f"checkpoint is {path}", named, num_classes=options.num_classes, img_size=size)
     else:
         network = create_model(model, options.num_classes or len(classes), in_chans, size)
-    if options.gates and not any(isinstance(layer, Router | SparseRouter) for layer in network.modules()):
+    if options.gates and not routers_in(network):
         raise ValueError(f"gates is True, but {model} has no routers")
     if path is not None:
         load_weights(network, path, averaged=options.use_ema, name="checkpoint")

@@ -151,9 +151,9 @@ class Predictor:
     @property
     def routed(self) -> bool:
         """Whether the network has routers whose gates can be returned."""
-        from fastroute.nn import Router, SparseRouter
+        from fastroute.nn.routed import routers_in
 
-        return any(isinstance(module, Router | SparseRouter) for module in self.model.modules())
+        return bool(routers_in(self.model))
 
     def _input(self, image: Picture) -> Tensor:
         if not isinstance(image, Tensor) or not image.is_floating_point():

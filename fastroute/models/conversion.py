@@ -402,11 +402,9 @@ def _weights_on_both_sides(model: nn.Module, graph: fx.Graph, cut: fx.Node) -> b
     for node in graph.nodes:
         if node.op == "call_module":
             used[node <= cut] |= set(model.get_submodule(node.target).parameters())
-        elif node.op == "get_attr":
-            value = operator.attrgetter(node.target)(model)
-            users = [user <= cut for user in node.users] if isinstance(value, nn.Parameter) else ()
-            for before in users:
-                used[before].add(value)
+        elif node.op == "get_attr" and isinstance(value := operator.attrgetter(node.target)(model), nn.Parameter):
+            for user in node.users:
+                used[user <= cut].add(value)
     return bool(used[True] & used[False])
 
 

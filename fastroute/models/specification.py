@@ -15,7 +15,7 @@ from fastroute._memory import check_memory
 from fastroute._plain import plain
 from fastroute.models.registry import model_info
 from fastroute.models.sources import BUILDERS, KNOWN, Request, check_own, inferred, layout
-from fastroute.models.weights import fits, load_pretrained, read_weights
+from fastroute.models.weights import fits, load_pretrained, read_weights, without_wrappers
 from fastroute.nn import set_gate_norm
 from fastroute.nn.gate_norm import GATE_NORMS, PRIORS
 from fastroute.ops._paths import MAX_PATHS, check_integers
@@ -231,7 +231,7 @@ class Specification:
                 prior=None,
             ),
         )
-        weights = None if pretrained_path is None else read_weights(pretrained_path)
+        weights = None if pretrained_path is None else without_wrappers(read_weights(pretrained_path), network)
         where = f"pretrained_path is {pretrained_path}"
         if spec.paths > 1:
             if spec.init == "fresh" and (pretrained or weights is not None):

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastroute.nn._last_layer import final_linear
-from fastroute.nn.routed import routing_of
-from fastroute.nn.router import Router, Routing
-from fastroute.nn.sparse import SparseRouter
+from fastroute.nn.routed import routers_in, routing_of
+from fastroute.nn.router import Routing
 
 
 class Classifies:
@@ -55,8 +54,7 @@ class Classifies:
         return (y, routing) if return_routing else y
 
     def _inner_routers(self) -> dict[str, nn.Module]:
-        found = {name: module for name, module in self.named_modules() if isinstance(module, Router | SparseRouter)}
-        inner = {name: router for name, router in found.items() if "." in name}
+        inner = {name: router for name, router in routers_in(self).items() if "." in name}
         for name in inner:
             layer = name.partition(".")[0]
             if getattr(self.get_submodule(layer), "execution", None) == "batched":

@@ -35,7 +35,7 @@ def _last(module: nn.Module) -> str | None:
     if children and type(module).forward not in SEQUENTIAL:
         try:
             return _returned(module)
-        except Exception:  # of any type, out of a forward that depends on values
+        except Exception:  # a user's forward may raise anything without values
             if sum(isinstance(inner, nn.Linear) for inner in module.modules()) > 1:
                 return None  # rather than the wrong one
     return children[-1] if children else None

@@ -42,9 +42,13 @@ def forward_with_routing(network: nn.Module, x: Tensor) -> tuple[Tensor, dict[st
     """
     if takes_routing(network) and not isinstance(network, Router | SparseRouter):
         return network(x, return_routing=True)
-    routers = {name: module for name, module in network.named_modules() if isinstance(module, Router | SparseRouter)}
-    with routing_of(routers) as found:
+    with routing_of(routers_in(network)) as found:
         return network(x), found
+
+
+def routers_in(network: nn.Module) -> dict[str, Router | SparseRouter]:
+    """Return the routers of a network by their names, its own name being ""."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, Router | SparseRouter)}
 
 
 @contextlib.contextmanager

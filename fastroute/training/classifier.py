@@ -183,7 +183,7 @@ class RoutingClassifier(pl.LightningModule):
             raise ValueError(f"aux_loss is given, but {self.hparams.model} has a loss of its own: leave aux_loss out")
         self.aux_loss = aux_loss
         self.train_totals, self.val_totals = Totals(), Totals()
-        self._checked: set[bool] = set()  # whether the first batches of validation and of training were
+        self._checked: set[bool] = set()  # has True after the first batch of training, False after that of validation
         self.recorded: RecordedStep | None = None
         self._settings: list | None = None  # of the recorded step, and the parts of the network that they are of
         self._parts: tuple[list[nn.Module], list[nn.Parameter]] = [], []
@@ -233,7 +233,7 @@ class RoutingClassifier(pl.LightningModule):
             data.deferred = self.hparams.cuda_graphs and stage == "fit"
         if isinstance(data, ImageDataModule) and not self.named:
             self.hparams.update(in_chans=data.in_chans, img_size=data.img_size)
-        self._checked.clear()  # of other data
+        self._checked.clear()  # the data may be others now
         classes = getattr(data, "num_classes", None) or 0  # other data modules may lack it
         if self.named and classes > self.hparams.num_classes:
             raise ValueError(f"num_classes is {self.hparams.num_classes}; the data have {classes} classes")
@@ -339,12 +339,12 @@ class RoutingClassifier(pl.LightningModule):
             return
         self._checked.add(self.training)
         data = getattr(self._trainer, "datamodule", None)
-        known = isinstance(data, ImageDataModule)  # others' classes may be those of other labels
+        known = isinstance(data, ImageDataModule)  # another module's num_classes may count other labels
         if labels.dim() == 1 and len(labels):
             check_classes(data.num_classes if known else int(labels.max()) + 1, logits.shape[1])
         square = images.dim() == 4 and images.shape[2] == images.shape[3] and images.shape[1] <= CHANNELS
         if square and not known and not (self.training and False in self._checked):
-            self.hparams.update(in_chans=images.shape[1], img_size=images.shape[2])  # a predictor cuts images so
+            self.hparams.update(in_chans=images.shape[1], img_size=images.shape[2])  # a predictor crops to this size
 
     def training_step(self, batch: tuple[Tensor, Tensor] | Draws, batch_idx: int) -> Tensor:
         if self.replayed is None:

@@ -221,3 +221,14 @@ def test_weights_may_come_from_a_wrapped_network(tmp_path):
     wrapper = nn.ModuleDict({"module": single()})  # has this name itself
     load_pretrained(wrapper, {name: torch.ones_like(v) for name, v in wrapper.state_dict().items()}, "x")
     assert (wrapper.module[4].weight == 1).all()
+
+
+def test_wrapped_weights_start_fresh_paths_as_others_do(tmp_path):
+    weights = create_model("torchvision:resnet18", 5).state_dict()
+    specification = Specification.parse("torchvision:resnet18", num_classes=5, paths=2)
+    for prefix in ("", "module."):
+        torch.save({f"{prefix}{name}": value for name, value in weights.items()}, tmp_path / "w.pth")
+        network = specification.build(pretrained_path=tmp_path / "w.pth", say=lambda sentence: None)
+        first, second = (path.fc.weight for path in network.head)
+        assert torch.equal(first, weights["fc.weight"])
+        assert torch.equal(second.flatten().sort()[0], first.flatten().sort()[0])  # in another order, without noise
