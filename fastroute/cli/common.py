@@ -46,7 +46,9 @@ DataDirOption = Annotated[
 ]
 WorkersOption = Annotated[
     int | None,
-    typer.Option("-j", "--workers", min=1, max=WORKERS, help="Processes that decode images. (default: all cores)"),
+    typer.Option(
+        "-j", "--workers", min=0, max=WORKERS, help="Processes that decode images; 0: this one. (default: all cores)"
+    ),
 ]
 
 

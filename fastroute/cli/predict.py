@@ -53,7 +53,9 @@ def predict(
     batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1, max=COUNT)] = 64,
     workers: Annotated[
         int | None,
-        typer.Option("-j", "--workers", min=1, max=WORKERS, help="Threads that decode images. (default: all cores)"),
+        typer.Option(
+            "-j", "--workers", min=0, max=WORKERS, help="Threads that decode images; 0 is as 1. (default: all cores)"
+        ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, or cuda. (default: a GPU if there is one)")] = None,
 ) -> None:
@@ -77,7 +79,9 @@ def predict(
             raise ValueError("gates is True, but the network has no routers")
         predictor.transform.check()
         check_finite(predictor.model, checkpoint)
-        rows, unread = _rows(predictor, names, top_k, gates, batch_size, workers or processors())
+        rows, unread = _rows(
+            predictor, names, top_k, gates, batch_size, processors() if workers is None else max(1, workers)
+        )
     if rows:
         if output is None:  # a reader that closes the pipe early is no wrong argument
             _WRITERS[format](rows, sys.stdout)

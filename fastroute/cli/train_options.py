@@ -91,9 +91,9 @@ class TrainOptions(NetworkOptions):
         option(
             "-j",
             "--workers",
-            min=1,
+            min=0,
             max=WORKERS,
-            help="Threads or processes that decode images. (default: all cores)",
+            help="Threads or processes that decode images; 0: the one that trains. (default: all cores)",
             panel=DATA,
         ),
     ] = None

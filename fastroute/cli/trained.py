@@ -118,7 +118,7 @@ def load_trained(
         batch_size=batch_size,
         img_size=img_size,
         crop_pct=crop_pct,
-        num_workers=workers or processors(),
+        num_workers=processors() if workers is None else workers,
         first_classes=data.get("first_classes"),
         mean=data.get("mean"),
         std=data.get("std"),

@@ -178,7 +178,7 @@ def _result(path: Path | None, options: ValidateOptions, console: Console) -> di
             img_size=img_size,
             crop_pct=data.get("crop_pct", CROP_PCT) if options.crop_pct is None else options.crop_pct,
             ten_crop=options.ten_crop,
-            num_workers=options.workers or processors(),
+            num_workers=processors() if options.workers is None else options.workers,
             first_classes=options.first_classes or data.get("first_classes"),
             mean=own.get("mean"),
             std=own.get("std"),

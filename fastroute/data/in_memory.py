@@ -306,7 +306,7 @@ def decode(source: Source, options: Options) -> Decoded:
                     raise UnreadableImage(f"{error}; {WAYS_ON}") from error
                 unreadable.append((i, str(error)))
 
-    with ThreadPoolExecutor(1 if isinstance(source, TarSource) else options.num_workers) as threads:
+    with ThreadPoolExecutor(1 if isinstance(source, TarSource) else max(1, options.num_workers)) as threads:
         for _ in threads.map(read, range(0, len(images), 256)):
             pass  # a result raises the error of its thread
     split, kept = Split(torch.from_numpy(images), source.labels), torch.ones(len(images), dtype=torch.bool)

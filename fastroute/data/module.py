@@ -64,7 +64,7 @@ class ImageDataModule(pl.LightningDataModule):
         img_size: the height and width to which images are scaled and cropped, in pixels; by default the data set's own,
             32 for an "imagefolder" in memory, and 224 for streamed images.
         num_workers: the number of threads or processes that decode images, by default one for each available core,
-            shared by the processes of a machine.
+            shared by the processes of a machine; 0 decodes in the process that trains, as in PyTorch's `DataLoader`.
         seed: of order and augmentation.
         in_memory: whether an "imagefolder" is held in memory, by default up to img_size 64.
         download: whether torchvision's sets may be downloaded.
@@ -158,9 +158,13 @@ class ImageDataModule(pl.LightningDataModule):
         for name, (value, allowed) in choices.items():
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
-        for name, value in (("batch_size", batch_size), ("img_size", img_size), ("num_workers", num_workers)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("img_size", img_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
         for name, value in (("reprob", reprob), ("crop_pct", crop_pct)):
             if not 0 <= value <= 1 or (name == "crop_pct" and value == 0):
                 raise ValueError(f"{name} is {value}; it must be between 0 and 1")
@@ -192,7 +196,9 @@ class ImageDataModule(pl.LightningDataModule):
             policy(aa)
         self.dataset, self.data_dir = dataset, None if data_dir is None else Path(data_dir)
         self.batch_size, self.img_size, self.seed = batch_size, img_size, seed
-        self.num_workers = num_workers or max(1, processors() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        if num_workers is None:
+            num_workers = max(1, processors() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        self.num_workers = num_workers
         if in_memory is None:
             in_memory = dataset != "webdataset" and (dataset != "imagefolder" or (img_size or 32) <= IN_MEMORY_SIZE)
         if in_memory != (dataset != "webdataset") and dataset != "imagefolder":

@@ -142,7 +142,7 @@ class TarSource(_Source):
     Args:
         shards: the files.
         first_classes: the number of classes to read, the first ones.
-        num_workers: the number of threads that read headers.
+        num_workers: the number of threads that read headers; 0 is as 1.
         input_key: the image to take if a key has several, by what follows the first dot of its name, such as "png" or
             "left.jpg"; of several, such as "jpg;png", the first that exists.
         class_map: the names of the classes, in the order of their numbers.
@@ -168,7 +168,7 @@ class TarSource(_Source):
     ):
         self.shards = [str(path) for path in shards]
         keys = input_keys(input_key)
-        with ThreadPoolExecutor(min(num_workers, 32)) as threads:  # each opens a file
+        with ThreadPoolExecutor(max(1, min(num_workers, 32))) as threads:  # each opens a file
             found = list(threads.map(lambda path: shard_images(path, keys), self.shards))
         images = [(shard, *image) for shard, images in enumerate(found) for image in images]
         where = some(self.shards)

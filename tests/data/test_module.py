@@ -122,7 +122,7 @@ def test_folder_images_are_mirrored(image_folder):
         ({"dataset": "digit"}, "dataset is 'digit'; it must be one of 'digits', 'cifar10'"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"img_size": -8}, "img_size is -8; it must be at least 1"),
-        ({"num_workers": 0}, "num_workers is 0; it must be at least 1"),
+        ({"num_workers": -1}, "num_workers is -1; it must be at least 0"),
         ({"on_bad_image": "ignore"}, "on_bad_image is 'ignore'; it must be one of 'stop', 'skip'"),
         ({"train_crop_mode": "full"}, "train_crop_mode is 'full'; it must be one of 'rrc', 'rkrc', 'rkrr', 'random'"),
         ({"interpolation": "cubic"}, "interpolation is 'cubic'; it must be one of 'bilinear', 'bicubic', 'nearest'"),
@@ -182,10 +182,29 @@ def test_an_imagefolder_is_in_memory_up_to_a_size_or_as_given(image_folder):
         assert labels.dtype == torch.int64 and data.num_classes == 3
 
 
-def test_shards_are_streamed(image_folder, tmp_path):
+def pack_shards(images, folder):
     for split in ("train", "val"):
-        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
-            tar.add(image_folder / split, split)
+        with tarfile.open(folder / f"{split}.tar", "w") as tar:
+            tar.add(images / split, split)
+
+
+def test_without_workers_images_are_those_of_workers(image_folder, tmp_path):
+    pack_shards(image_folder, tmp_path)
+    folder = {"dataset": "imagefolder", "data_dir": image_folder}
+    for options in (folder | {"in_memory": True}, folder, {"dataset": "webdataset", "data_dir": tmp_path}):
+        one, none = (
+            prepared(**{"in_memory": False} | options, img_size=8, seed=1, num_workers=workers) for workers in (1, 0)
+        )
+        for ours, theirs in (
+            (none.train_dataloader(), one.train_dataloader()),
+            (none.val_dataloader(), one.val_dataloader()),
+        ):
+            for (images, labels), (expected, classes) in zip(ours, theirs, strict=True):
+                assert torch.equal(images, expected) and torch.equal(labels, classes)
+
+
+def test_shards_are_streamed(image_folder, tmp_path):
+    pack_shards(image_folder, tmp_path)
     shards = prepared(dataset="webdataset", data_dir=tmp_path, img_size=8, crop_pct=1.0, num_workers=1)
     files = prepared(dataset="imagefolder", data_dir=image_folder, img_size=8, in_memory=False, crop_pct=1.0)
     assert shards.classes == files.classes == ["ant", "bee", "cat"]

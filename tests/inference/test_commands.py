@@ -212,12 +212,13 @@ def test_routers_in_an_own_network(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("routed", "plain"):
         own = ("--model", f"routed_nets:{name}")
-        train = ("train", own[1], "--data-dir", images, "--dataset", "imagefolder", "--img-size", 8, "-b", 12, "-j", 1)
-        result = run(*train, "--epochs", 1, "--output", tmp_path, "--experiment", name)
+        train = ("train", own[1], "--data-dir", images, "--dataset", "imagefolder", "--img-size", 8, "-b", 12, "-j", 0)
+        result = run(*train, "--stream", "--epochs", 1, "--output", tmp_path, "--experiment", name)
         assert result.exit_code == 0, result.output
         checkpoint = tmp_path / name / "last.ckpt"
         commands = [("paths", checkpoint), ("report", checkpoint, "--output", "report.html")]
         commands += [("validate", checkpoint, "--gates"), ("predict", checkpoint, images / "val", "--gates")]
+        commands = [(*command, "-j", 0) for command in commands]  # without workers
         for command in commands:
             result = run(*command, *own)
             assert (result.exit_code == 0) == (name == "routed"), result.output
