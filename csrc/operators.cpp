@@ -42,8 +42,8 @@ TORCH_LIBRARY(fastroute_native, m) {
   m.def("sum_gradients(Tensor[] terms, Tensor[] xs, Tensor gates, Tensor(a!)[] grad_xs) -> Tensor products");
   // Same as Tensor.new_empty_strided, in memory that is reused between calls.
   m.def("new_empty_strided(Tensor x, int[] size, int[] stride) -> Tensor");
-  // Which of their passes the CPU kernels take for m inputs x and n outputs, all alike: past the caches or through them in
-  // a forward in the gradient mode of the call, a channel's value by rows or by elements in the backward, whether the next
-  // sample is asked for meanwhile, and whether in the forward all threads take each sample together.
+  // For tests: the passes that the CPU kernels choose for m inputs and n outputs like x. `streamed`: a forward in the current
+  // gradient mode writes past the caches. `by_rows`: the backward adds a channel's value once per row, not per element.
+  // `looks_ahead`: the next sample is prefetched. `shared`: in the forward, all threads work on each sample together.
   m.def("cpu_plan(Tensor x, int m, int n) -> (bool streamed, bool by_rows, bool looks_ahead, bool shared)");
 }

@@ -232,7 +232,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm(
       center[c] = static_cast<A>(means[c]);
       const double factor = gain / std::sqrt(variances[c] + eps);
       scale[c] = static_cast<A>(factor);
-      // With what rounding takes off the mean.
+      // Corrects for the rounding of the mean to A.
       const double rest = (static_cast<double>(center[c]) - means[c]) * factor;
       shift[c] = static_cast<A>((bias.defined() ? static_cast<double>(data<A>(bias)[c]) : 0) + rest);
     }

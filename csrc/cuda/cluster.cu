@@ -250,7 +250,7 @@ cluster_forward_kernel(const __grid_constant__ ClusterForward<T> args) {
 
   int64_t s = blockIdx.x / cluster_size();
 #pragma unroll 1
-  for (int k = 0; k < m * kPieces; ++k) held.fetch(s, k / kPieces, k % kPieces);  // path after path, as they are pooled
+  for (int k = 0; k < m * kPieces; ++k) held.fetch(s, k / kPieces, k % kPieces);  // in the order in which paths are pooled
   const Gate<float> near = hold(gate, args.holds_gate, memory);
   __syncthreads();
   for (; s < shape.samples; s += args.clusters, held.phase ^= 1) {

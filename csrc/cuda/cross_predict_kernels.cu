@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, TILE == 8 ? 1 : 2) sum_gradients_ker
       }
     }
   }
-  block_sums(acc, m, n, scratch, products + blockIdx.x * m * n);
+  block_sums(acc, m, n, scratch, products + static_cast<int64_t>(blockIdx.x) * m * n);
 }
 
 // Returns whether vectors do not cross parts, in paths and joined tensors.

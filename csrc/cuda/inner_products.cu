@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, TILE == 8 ? 1 : 2) inner_products_ke
       }
     }
   }
-  block_sums(acc, m, n, scratch, products + blockIdx.x * m * n);
+  block_sums(acc, m, n, scratch, products + static_cast<int64_t>(blockIdx.x) * m * n);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // The fixed preference between the compiled CUDA kernels and Triton on a GPU that supports both. Times are in microseconds, on an
-// H100 (docs/gpu-path.md); what names no time rests on a count.
+// H100 (docs/gpu-path.md); a row without times is based on a count.
 
 #pragma once
 

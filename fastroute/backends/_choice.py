@@ -150,14 +150,8 @@ def _serving_flags(like: Tensor) -> int:
     if device.type != "cuda":
         return {"native": _NATIVE, "triton": _TRITON}.get(chosen, 0)
     serving = [chosen] if override else [n for n in ORDER["cuda"] if BACKENDS[n].reason_against(device, dtype) is None]
-    return _NATIVE * ("native" in serving) + _TRITON * ("triton" in serving) + _CLUSTERS * _has_clusters(device)
-
-
-def _has_clusters(device: torch.device) -> bool:
-    """Return whether a GPU has thread-block clusters, and as much shared memory for their blocks as an H100."""
-    if torch.cuda.get_device_capability(device) < (9, 0):
-        return False
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 227 << 10
+    clusters = "native" in serving and native.has_clusters(device)
+    return _NATIVE * ("native" in serving) + _TRITON * ("triton" in serving) + _CLUSTERS * clusters
 
 
 def _serve(name: str, prepare: Callable) -> Callable:

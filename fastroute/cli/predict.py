@@ -34,7 +34,10 @@ def predict(
         list[str], typer.Argument(metavar="PATH...", help="Images, folders of images, patterns, or - for a list.")
     ],
     top_k: Annotated[int, typer.Option(min=1, max=COUNT, help="Number of classes for each image.")] = 5,
-    format: Annotated[Literal["table", "csv", "json"], typer.Option(help="Format of the output.")] = "table",
+    format: Annotated[
+        Literal["table", "csv", "json"] | None,
+        typer.Option(help="Format of the output. (default: by the suffix of --output; else table)"),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="File to write into instead of printing.")] = None,
     gates: Annotated[bool, typer.Option("--gates", help="Add the gates of each image.")] = False,
     model: OwnModelOption = None,
@@ -68,6 +71,9 @@ def predict(
         from fastroute import inference
         from fastroute._files import check_writable, text_output
 
+        if format is None:
+            suffix = "" if output is None else output.suffix.removeprefix(".").lower()
+            format = suffix if suffix in _WRITERS else "table"
         if output is not None:
             check_writable(output, "output")
         elif sys.stdout is None:

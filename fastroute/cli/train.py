@@ -265,7 +265,7 @@ def _classifier(options: TrainOptions, built: "nn.Module", data: "ImageDataModul
         compile_mode=options.compile_mode,
         cuda_graphs=options.cuda_graphs,
         aux_loss=_gate_clustering(options),
-        aux_weight=options.gate_reg_weight,
+        aux_weight=_gate_clustering_weight(options, built),
     )
 
 
@@ -338,6 +338,14 @@ def _gate_clustering(options: TrainOptions) -> "GateClusteringLoss | None":
         return None
     momentum = 0.1 if options.gate_reg_prior else None
     return GateClusteringLoss(prior_momentum=momentum, scope=options.gate_reg_scope)
+
+
+def _gate_clustering_weight(options: TrainOptions, built: "nn.Module") -> float:
+    """Return the weight of the gates' loss: the given one is that of two paths, and more paths have less (§5.1)."""
+    from fastroute.nn.routed import routers_in
+
+    paths = (router.w2.shape[-2] for router in routers_in(built).values())
+    return options.gate_reg_weight * 2 / max(2, *paths, 2)
 
 
 def _pair(name: str, value: str | None) -> tuple[float, float] | None:

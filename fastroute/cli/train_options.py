@@ -216,7 +216,12 @@ class TrainOptions(NetworkOptions):
         float | None, real_option(help="The gates' weight decay. (default: --weight-decay)", panel=GATES)
     ] = None
     gate_reg_weight: Annotated[
-        float, real_option(0, help="Weight of the gates' clustering loss (§5.1: 0.01); 0 is off.", panel=GATES)
+        float,
+        real_option(
+            0,
+            help="Weight of the gates' clustering loss for two paths (§5.1: 0.01), 2/n of it for n; 0 is off.",
+            panel=GATES,
+        ),
     ] = 0.0
     gate_reg_prior: Annotated[
         bool,

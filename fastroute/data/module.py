@@ -364,15 +364,15 @@ class ImageDataModule(pl.LightningDataModule):
         self._place = place
 
     def on_exception(self, exception: BaseException) -> None:
-        self.deferred = False  # other loops take batches
+        self.deferred, self._place = False, None  # other loops take batches
 
     def train_dataloader(self) -> EpochLoader:
         """Return the loader of training batches, at the saved place if there is one."""
         self._train_loader = self._training_images()
-        if self._place is not None:
+        place, self._place = self._place, None
+        if place is not None:
             # Lightning also loads a loader's state, but not if the schedule has asked for the number of steps.
-            self._train_loader.load_state_dict(self._place)
-            self._place = None
+            self._train_loader.load_state_dict(place)
         return self._train_loader
 
     def _training_images(self) -> EpochLoader:

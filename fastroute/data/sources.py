@@ -97,10 +97,8 @@ class FolderSource(_Source):
         warn_of(folder, left_out)
         if empty := [name for name, paths in zip(classes or [""], found, strict=True) if not paths]:
             of = f" for the classes {some(empty)}" if labelled else ""
-            raise FileNotFoundError(
-                f"{needed}: Found no valid file{of}: remove such a folder, or name the classes by a class map; images "
-                f"are {', '.join(IMG_EXTENSIONS)}"
-            )
+            mend = "remove such a folder, or name the classes by a class map; " if labelled else ""
+            raise FileNotFoundError(f"{needed}: Found no valid file{of}: {mend}images are {', '.join(IMG_EXTENSIONS)}")
         # Not a list: reference counts would make every worker copy its memory.
         self.names = _Names(os.fsencode(path) for paths in found for path in paths)
         numbers = torch.arange(len(found)) if labelled else torch.tensor([-1])

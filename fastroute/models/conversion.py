@@ -29,7 +29,7 @@ from fastroute.nn import (
     set_gate_norm,
 )
 from fastroute.nn.blocks import SEQUENTIAL
-from fastroute.ops._paths import MAX_PATHS, check_integers
+from fastroute.ops._paths import MAX_PATHS, check_integers, check_numbers
 
 INPUT = "input"
 ROUTERS = {"cc": CrossConnection, "stitch": lambda channels, m, n: CrossStitch(m, n)}
@@ -123,6 +123,7 @@ def multipath(
         raise ValueError(f"routing is {routing!r}; it must be {', '.join(map(repr, ROUTERS))}, None or a function")
     if init not in ("fresh", "copy"):
         raise ValueError(f"init is {init!r}; it must be 'fresh' or 'copy'")
+    check_numbers(noise=noise)
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise is {noise}; it must be at least 0, and finite")
 

@@ -9,6 +9,7 @@ from fastroute.nn._classifier import Classifies
 from fastroute.nn._lists import TakesLists
 from fastroute.nn.router import Router, Routing, unwrapped
 from fastroute.ops._compile_form import is_exporting
+from fastroute.ops._paths import path_list
 
 # Device type → execution chosen by "auto"; "separate" on other devices. On two cores of an EPYC, 72 cases of
 # convolution, normalisation and ReLU at the thesis's shapes ran 1.05 to 3.13 times as fast "separate" as "batched", and
@@ -34,7 +35,9 @@ class ParallelPaths(TakesLists, nn.ModuleList):
         output: list of n tensors.
 
     Raises:
-        ValueError: xs has another number of tensors; or execution is unknown, or is "batched" and the paths differ.
+        TypeError: xs is not a list of tensors.
+        ValueError: there are no modules; xs has another number of tensors; or execution is unknown, or is "batched" and
+            the paths differ.
 
     Example:
         >>> paths = ParallelPaths(nn.Conv2d(16, 32, 3, padding=1) for _ in range(2))
@@ -62,6 +65,9 @@ class ParallelPaths(TakesLists, nn.ModuleList):
         self._execution = execution
 
     def forward(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        xs = path_list("xs", xs)
+        if not self:
+            raise ValueError("there are no paths; give at least one module")
         if len(xs) not in (1, len(self)):
             raise ValueError(f"xs has {len(xs)} tensors; it must have one for each of the {len(self)} paths, or one")
         execution, device = self._execution, xs[0].device.type

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastroute.nn._lists import TakesLists
 from fastroute.ops import mix
-from fastroute.ops._paths import MAX_PATHS, path_list
+from fastroute.ops._paths import MAX_PATHS, check_integers, check_numbers, path_list
 
 
 class CrossStitch(TakesLists, nn.Module):
@@ -38,7 +38,7 @@ class CrossStitch(TakesLists, nn.Module):
         torch.Size([8, 64, 16, 16])
 
     Raises:
-        TypeError: xs is not a list of floating-point tensors.
+        TypeError: a number of paths is no integer, `same` is no number, or xs is not a list of floating-point tensors.
         ValueError: an argument is out of range, or xs has another number of paths than the unit.
     """
 
@@ -53,6 +53,8 @@ class CrossStitch(TakesLists, nn.Module):
     ):
         super().__init__()
         out_paths = in_paths if out_paths is None else out_paths
+        check_integers(in_paths=in_paths, out_paths=out_paths)
+        check_numbers(same=same)
         for name, paths in (("in_paths", in_paths), ("out_paths", out_paths)):
             if not 1 <= paths <= MAX_PATHS:
                 raise ValueError(f"{name} is {paths}; it must be 1 to {MAX_PATHS}")

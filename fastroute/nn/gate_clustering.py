@@ -12,6 +12,7 @@ from fastroute.nn.router import Routing
 from fastroute.nn.sparse import SparseRouting
 from fastroute.ops import MixtureEM, mixture_em_loss
 from fastroute.ops._library import under_transform
+from fastroute.ops._paths import check_numbers
 from fastroute.ops._snapshot import snapshot
 
 
@@ -21,7 +22,7 @@ class GateClusteringLoss(nn.Module):
     The mixture-EM loss (Eq. 4.22) is applied to the relevance scores of each gating vector, normalised by the batch's
     statistics (Eq. 4.11), and summed over all gating vectors. There is one gating vector per incoming path of each
     router; those with a single outgoing path are left out. The thesis adds the sum to the loss of the task with weight
-    0.01, and less with more paths.
+    0.01, and less with more paths; `fastroute train --gate-reg-weight` takes 2/n of it with n outgoing paths.
 
     Since scores are normalised, this loss does not depend on their mean or scale: it shapes which samples are grouped,
     and has no gradient to the last layer's bias.
@@ -59,6 +60,7 @@ class GateClusteringLoss(nn.Module):
         torch.Size([])
 
     Raises:
+        TypeError: gamma or prior_momentum is no number.
         ValueError: an argument is out of range, or there is no gating vector to cluster.
     """
 
@@ -69,6 +71,7 @@ class GateClusteringLoss(nn.Module):
         scope: Literal["local", "router", "network"] = "local",
     ):
         super().__init__()
+        check_numbers(gamma=gamma, prior_momentum=1 if prior_momentum is None else prior_momentum)
         if not 0 < gamma < float("inf"):
             raise ValueError(f"gamma is {gamma}; it must be greater than 0")
         if prior_momentum is not None and not 0 < prior_momentum <= 1:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from fastroute.ops import MixtureEM, mixture_em_loss
-from fastroute.ops._paths import check_integers
+from fastroute.ops._paths import check_integers, check_numbers
 from fastroute.ops._snapshot import snapshot
 from fastroute.ops.mixture_em import MAX_CLUSTERS
 
@@ -64,6 +64,7 @@ class RelevanceNorm(nn.Module):
     ):
         super().__init__()
         check_integers(num_clusters=num_clusters, num_gates=1 if num_gates is None else num_gates)
+        check_numbers(momentum=1 if momentum is None else momentum)
         if not 1 <= num_clusters <= MAX_CLUSTERS:
             raise ValueError(f"num_clusters is {num_clusters}; it must be 1 to {MAX_CLUSTERS}")
         if momentum is not None and not 0 < momentum <= 1:
@@ -261,11 +262,13 @@ class MixtureEMLoss(nn.Module):
         (torch.Size([]), torch.Size([128, 10]))
 
     Raises:
+        TypeError: gamma is no number.
         ValueError: gamma is not positive; norm_aug is given without norm; or `fastroute.ops.mixture_em_loss` raises.
     """
 
     def __init__(self, gamma: float = 5.0, norm: RelevanceNorm | None = None, norm_aug: RelevanceNorm | None = None):
         super().__init__()
+        check_numbers(gamma=gamma)
         if not 0 < gamma < float("inf"):
             raise ValueError(f"gamma is {gamma}; it must be greater than 0")
         if norm is None and norm_aug is not None:

@@ -14,14 +14,22 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.distributed._composable_state import _module_state_mapping
 
+from fastroute.nn._rows import TakeRows
 from fastroute.nn._spread import SpreadPaths
 from fastroute.nn.gate_norm import GateNorm
 from fastroute.nn.mixture_em import several_processes
 from fastroute.nn.router import Tempered
 from fastroute.ops import mix
 from fastroute.ops._compile_form import is_exporting
-from fastroute.ops._library import without_autocast
-from fastroute.ops._paths import DTYPES, MAX_PATHS, accumulate_dtype, channels_last, check_integers, path_list
+from fastroute.ops._library import under_vmap, without_autocast
+from fastroute.ops._paths import (
+    DTYPES,
+    MAX_PATHS,
+    accumulate_dtype,
+    check_integers,
+    check_numbers,
+    path_list,
+)
 from fastroute.ops._results import exportable
 
 GATES = ("straight_through", "renormalized", "softmax")
@@ -210,6 +218,7 @@ class SparseRouter(Tempered, nn.Module):
 
     @capacity_factor.setter
     def capacity_factor(self, value: float | None) -> None:
+        check_numbers(capacity_factor=1 if value is None else value)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"capacity_factor is {value}; it must be greater than 0 and finite, or None")
         self._capacity_factor = value
@@ -240,7 +249,13 @@ class SparseRouter(Tempered, nn.Module):
                 f"this router was built for paths={self.num_paths} without their modules; "
                 "give it the modules, or call divide and accumulate"
             )
-        traced = is_exporting() or torch.jit.is_tracing()
+        vmapped = under_vmap()
+        if vmapped and (self.training or self.spread is not None):
+            raise RuntimeError(
+                "a SparseRouter in training mode, or with paths in several processes, reads on the host how many "
+                "samples each path gets, which vmap does not allow; call eval(), with all paths in this process"
+            )
+        traced = is_exporting() or torch.jit.is_tracing() or vmapped
         if traced and not self.training and self.spread is None:
             self._check(x)
             routing = self._route(x)
@@ -277,7 +292,7 @@ class SparseRouter(Tempered, nn.Module):
         # On the meta device, which has no scores, all samples take the first paths, and none is dropped.
         load = [len(x)] * self.top_k + [0] * (self.num_paths - self.top_k) if x.is_meta else routing.load.tolist()
         order = _samples_by_path(routing)
-        return _TakeRows.apply(copies, order[: sum(load)], order.argsort()), load, routing
+        return TakeRows.apply(copies, order[: sum(load)], order.argsort()), load, routing
 
     def accumulate(self, ys: Sequence[Tensor], routing: SparseRouting) -> Tensor:
         """Return the weighted sum (N, …) of the paths' outputs for the samples from `divide`.
@@ -300,7 +315,7 @@ class SparseRouter(Tempered, nn.Module):
             one = next(y for y in ys if y.shape[0])[:1]
             ys, index = [*ys, torch.zeros_like(one)], index.clamp(max=samples)
         rows = torch.cat(ys)
-        y = _TakeRows.apply(rows, index, order[: len(rows)])
+        y = TakeRows.apply(rows, index, order[: len(rows)])
         return self._weighted(y.chunk(k), routing.gates.gather(1, routing.chosen))
 
     def _weighted(self, ys: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -344,7 +359,9 @@ class SparseRouter(Tempered, nn.Module):
             weights = logits.gather(1, chosen).softmax(1)
             if self.gates == "straight_through":
                 weights = weights.detach() + (soft - soft.detach())
-        load, kept = F.one_hot(chosen, self.num_paths).sum((0, 1)), None
+        # `one_hot` would read the choices on the host, which vmap does not allow.
+        load = (chosen.unsqueeze(-1) == torch.arange(self.num_paths, device=chosen.device)).sum((0, 1))
+        kept = None
         if self.training and self.capacity_factor is not None and not x.is_meta:
             capacity = math.ceil(Fraction(repr(float(self.capacity_factor))) * chosen.numel() / self.num_paths)
             kept, load = self._with_room(chosen, soft.detach(), capacity), load.clamp(max=capacity)
@@ -423,50 +440,6 @@ def _samples_by_path(routing: SparseRouting) -> Tensor:
     paths = routing.chosen if routing.kept is None else routing.chosen.masked_fill(~routing.kept, len(routing.load))
     order = paths.flatten().argsort(stable=True)
     return order if k == 1 else order % k * batch + order // k
-
-
-class _TakeRows(torch.autograd.Function):
-    """Return x[index], of which no row is taken twice.
-
-    The gradient is a selection too, and needs no sums: it is deterministic, and faster than that of `index_select`.
-
-    Args:
-        x: (R, …). A row that needs no gradient may be taken more than once.
-        index: (M,), the rows of x.
-        places: (R,), the place of each row of x in the output; M or more for a row that is not taken.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, index: Tensor, places: Tensor) -> Tensor:
-        return _index_select(x, index)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        _, index, places = inputs
-        ctx.save_for_backward(index, places)
-        ctx.save_for_forward(index)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        index, places = ctx.saved_tensors
-        if len(index) < len(places):  # rows that are not taken get one of zeros
-            grad = torch.cat([grad, torch.zeros_like(grad[:1])])
-            index, places = torch.cat([index, index.new_zeros(1)]), places.clamp(max=len(index))
-        return _TakeRows.apply(grad, places, index), None, None
-
-    @staticmethod
-    def jvp(ctx, tangent: Tensor, *_) -> Tensor:
-        [index] = ctx.saved_tensors
-        return _index_select(tangent, index)
-
-
-def _index_select(x: Tensor, index: Tensor) -> Tensor:
-    """Return x[index] in x's memory format; `Tensor.index_select` always returns NCHW."""
-    if x.is_contiguous() or not channels_last(x):
-        return x.index_select(0, index)
-    return x.movedim(1, -1).index_select(0, index).movedim(-1, 1)
 
 
 @_disable_dynamo  # unlike torch.compiler.disable, it does not import the compiler at once

@@ -161,6 +161,12 @@ def under_transform() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+def under_vmap() -> bool:
+    """Return whether `torch.func.vmap` is active, perhaps around another transform."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
 def call(operator, *args):
     """Call an operator: in plain PyTorch under a transform, which can trace that; in its form in compiled graphs."""
     if torch.compiler.is_compiling():

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -86,6 +86,13 @@ def check_integers(**values: int) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{name} is {value!r}; it must be an integer")
+
+
+def check_numbers(**values: float) -> None:
+    """Raise TypeError unless each of the named arguments is a number."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} is {value!r}; it must be a number")
 
 
 def check_activation(activation: str | None) -> None:

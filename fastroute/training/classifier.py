@@ -9,6 +9,8 @@ from typing import IO
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import WeightAveraging
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,7 +25,7 @@ from fastroute.nn.routed import takes_routing
 from fastroute.ops._paths import check_integers
 from fastroute.training.capturable import CAPTURABLE
 from fastroute.training.distributed import gather_to_rank_zero
-from fastroute.training.graphs import COMPILE_MODES, CUDAGraph, Graph, RecordedStep, check_recording, settings
+from fastroute.training.graphs import CUDAGraph, Graph, RecordedStep, check_compile_mode, check_recording, settings
 from fastroute.training.metrics import Totals
 from fastroute.training.optim import GROUP_OPTIONS, OPTIMIZERS, SCHEDULES, parameter_groups, scheduler
 from fastroute.training.recomputation import checkpoint_gradients
@@ -70,7 +72,7 @@ class RoutingClassifier(pl.LightningModule):
         grad_checkpointing: whether to recompute activations in the backward pass instead of keeping them; see
             `checkpoint_gradients`.
         compile: whether to compile the network by `torch.compile`.
-        compile_mode: its mode, one of `COMPILE_MODES`; None is its default.
+        compile_mode: its mode, one of `graphs.COMPILE_MODES`; None is its default.
         cuda_graphs: whether to record a step in a CUDA graph and replay it: forward, loss, backward, clipping,
             optimiser, moving average, and the augmentation of images in memory. The optimiser then reads learning rates
             and momentums from the device; see `CAPTURABLE`, and `check_recording` for the conditions.
@@ -216,6 +218,10 @@ class RoutingClassifier(pl.LightningModule):
             return super().load_from_checkpoint(file, *arguments, **options)
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":  # a checkpoint to resume is loaded after this; nothing else of an earlier run remains
+            self._steps_before = None
+            self.train_totals.reset()
+            self.val_totals.reset()
         if self.hparams.cuda_graphs and stage == "fit":
             trainer = self.trainer
             check_recording(
@@ -404,11 +410,17 @@ class RoutingClassifier(pl.LightningModule):
             raise ValueError(
                 "the data have no batch to train on: give more images, a smaller batch, or drop_last=False"
             )
-        if self.trainer.max_steps != -1:  # the run ends by its steps, perhaps within an epoch
+        if self.trainer.max_steps != -1:
             self.trainer.fit_loop.setup_data()  # without max_epochs, the number of batches is not known yet
-            epochs = steps / self._steps_in_an_epoch()
         before, now = self._steps_before, self._steps_in_an_epoch()
-        if None not in (before, now) and before != now:
+        if now is None:
+            raise ValueError(
+                "the data have no length, and learning rates follow the steps of an epoch: give a loader that has one "
+                "(`__len__`), as WebDataset's has after with_length(n), or a Trainer with limit_train_batches=n"
+            )
+        if self.trainer.max_steps != -1:  # the run ends by its steps, perhaps within an epoch
+            epochs = steps / now
+        if before is not None and before != now:
             raise PlaceMismatch(
                 f"the run took {before} steps in an epoch, but now an epoch has {now}, and learning rates follow "
                 "steps: go on with the same data, batch_size, grad_accum_steps and number of processes"
@@ -450,12 +462,14 @@ class RoutingClassifier(pl.LightningModule):
         checkpoint["steps_in_an_epoch"] = self._steps_in_an_epoch()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        if self.aux_loss is None:  # a run with an auxiliary loss can be loaded without it
-            weights = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("aux_loss.")}
-        else:  # and a run without one can be resumed with it
-            own = {k: v for k, v in self.state_dict().items() if k.startswith("aux_loss.")}
-            checkpoint["state_dict"] = own | checkpoint["state_dict"]
+        # A run with an auxiliary loss can be loaded without it, and a run without one can be resumed with it.
+        own = {} if self.aux_loss is None else self.state_dict()
+        own = {name: value for name, value in own.items() if name.startswith("aux_loss.")}
+        for key in checkpoint.keys() & STATES:
+            state = checkpoint[key]
+            if self.aux_loss is None:
+                state = {name: value for name, value in state.items() if not name.startswith("aux_loss.")}
+            checkpoint[key] = own | state
         self._steps_before = checkpoint.get("steps_in_an_epoch")
         totals, ranks = checkpoint.get("train_totals", {}), checkpoint.get("ranks", [])
         if self._trainer is not None and len(ranks) == self.trainer.world_size:
@@ -467,26 +481,11 @@ class RoutingClassifier(pl.LightningModule):
             totals = {}  # rank 0 continues the sum of all processes
         for name, total in totals.items():
             setattr(self.train_totals, name, total.to(self.device))
-
-
-def check_compile_mode(compile: bool, compile_mode: str | None) -> None:
-    """Check a mode of `torch.compile`.
-
-    Args:
-        compile: whether the network is compiled.
-        compile_mode: the mode; None is the default.
-
-    Raises:
-        ValueError: there is no such mode, or the network is not compiled.
-    """
-    if compile_mode is None:
-        return
-    if compile_mode not in COMPILE_MODES:
-        raise ValueError(
-            f"compile_mode is {compile_mode!r}; it must be None or one of {', '.join(map(repr, COMPILE_MODES))}"
-        )
-    if not compile:
-        raise ValueError(f"compile_mode is {compile_mode!r}, but compile is False; set compile")
+        trainer = self._trainer
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING and STATES[1] in checkpoint:
+            averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+            if not averages:  # go on from the weights that the optimiser's state belongs to
+                checkpoint["state_dict"] = checkpoint[STATES[1]]
 
 
 GIVEN = inspect.signature(RoutingClassifier).parameters.keys() - {"model", "aux_loss", "specification"}

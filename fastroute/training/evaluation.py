@@ -142,7 +142,9 @@ def validation_loader(
     if ten_crop and not streamed:
         raise ValueError(f"ten_crop is True; it is for {' and '.join(STREAMED)}, whose images are larger than a crop")
     if ten_crop and crop_pct >= 1:
-        raise ValueError(f"ten_crop is True; crop_pct is {crop_pct}, and must be below 1 for crops to differ")
+        raise ValueError(
+            f"ten_crop is True; crop_pct is {crop_pct}, and must be below 1 for crops to differ, such as 0.875"
+        )
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     arguments = (batch_size, None, lambda: 0, rank, world_size, None)
     if streamed:

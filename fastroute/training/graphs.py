@@ -147,7 +147,8 @@ class RecordedStep:
 
 
 RATES = ("params", "lr", "momentum", "betas")
-"""Entries of a parameter group that a recorded step does not fix: `Capturable` copies rates to the device."""
+"""Entries of a parameter group that a recorded step does not fix: `Capturable` copies rates to the device, and of the
+betas the first."""
 
 
 def settings(modules: Sequence[nn.Module], parameters: Sequence[Tensor], groups: Sequence[dict]) -> list:
@@ -156,16 +157,15 @@ def settings(modules: Sequence[nn.Module], parameters: Sequence[Tensor], groups:
     Args:
         modules: of the network: their modes, and the temperatures of routers.
         parameters: of the network: whether they are frozen.
-        groups: of the optimiser: their options but for `RATES` and tensors.
+        groups: of the optimiser: their options but for `RATES` and tensors, and betas after the first.
     """
+    options = [{name: value for name, value in group.items() if not isinstance(value, Tensor)} for group in groups]
     return [
         [module.training for module in modules],
         [module.temperature for module in modules if isinstance(module, Tempered)],
         [parameter.requires_grad for parameter in parameters],
-        [
-            {name: value for name, value in group.items() if name not in RATES and not isinstance(value, Tensor)}
-            for group in groups
-        ],
+        [{name: value for name, value in group.items() if name not in RATES} for group in options],
+        [group["betas"][1:] for group in options if "betas" in group],
     ]
 
 
@@ -226,3 +226,23 @@ def check_recording(
     else:
         return
     raise ValueError(f"cuda_graphs is True; {reason}")
+
+
+def check_compile_mode(compile: bool, compile_mode: str | None) -> None:
+    """Check a mode of `torch.compile`.
+
+    Args:
+        compile: whether the network is compiled.
+        compile_mode: the mode; None is the default.
+
+    Raises:
+        ValueError: there is no such mode, or the network is not compiled.
+    """
+    if compile_mode is None:
+        return
+    if compile_mode not in COMPILE_MODES:
+        raise ValueError(
+            f"compile_mode is {compile_mode!r}; it must be None or one of {', '.join(map(repr, COMPILE_MODES))}"
+        )
+    if not compile:
+        raise ValueError(f"compile_mode is {compile_mode!r}, but compile is False; set compile")

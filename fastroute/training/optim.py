@@ -212,9 +212,9 @@ def scheduler(
         warmup_epochs: epochs over which the rate rises linearly from `warmup_lr`, to follow `sched` from then on.
         decay_epochs, decay_milestones, decay_rate: see `decay`. By default the milestones are at 2/5 and 3/4 of the
             epochs, the thesis's 80 and 150 of 200, and may lie within one.
-        min_lr: the least rate, of the group with the highest one; other groups keep their ratio to it. "cosine" ends
-            there, steps do not go below, and "onecycle" ends near it unless it is 0.
-        warmup_lr: the rate at the start of the warm-up, except with "onecycle".
+        min_lr: the least rate, of the group with the highest one but for gates'; other groups keep their ratio to it.
+            "cosine" ends there, steps do not go below, and "onecycle" ends near it unless it is 0.
+        warmup_lr: the rate of the same group at the start of the warm-up, except with "onecycle".
 
     Returns:
         the scheduler.
@@ -223,7 +223,7 @@ def scheduler(
         ValueError: `sched` is "onecycle", and the rate would never fall.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
-    least, first = (rate / max(rates) for rate in (min_lr, warmup_lr))
+    least, first = (rate / learning_rate(optimizer) for rate in (min_lr, warmup_lr))
     if sched == "onecycle":
         check_warmup(sched, warmup_epochs, epochs)
         rising = warmup_epochs / epochs if warmup_epochs else 0.3

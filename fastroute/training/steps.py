@@ -77,7 +77,7 @@ class MovingAverage(WeightAveraging):
         for name, average in _tensors(averages.module).items():
             kind = "complex" if average.is_complex() else "float"
             kind = "copied" if first or name not in self._averaged else kind
-            groups[kind].append((average.detach(), values[name].detach()))
+            groups[kind].append((average.detach(), values[name].detach().to(average.dtype)))
         for kind, pairs in groups.items():
             if not pairs:
                 continue

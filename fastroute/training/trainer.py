@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from fastroute.nn import GateNorm, SparseRouter
 from fastroute.ops._instruction_set import warn_if_emulated
@@ -73,7 +74,7 @@ def fit(
     resume: str | Path | None = None,
     recovery_interval: int | None = None,
     log_interval: int = 50,
-    callbacks: Sequence[pl.Callback] = (),
+    callbacks: pl.Callback | Sequence[pl.Callback] | None = (),
     logger: str | Logger | Sequence[str | Logger] | bool | None = "tensorboard",
     eval_metric: str = "top1",
     checkpoint_hist: int | None = None,
@@ -90,9 +91,10 @@ def fit(
     train together (DistributedDataParallel).
 
     Args:
-        module: the module to train; its weights change, and it stays on the device.
+        module: the module to train; its weights change, and it stays on the device. A network in evaluation mode is put
+            into training mode; parts in evaluation mode of one in training mode stay as they are.
         data: an `ImageDataModule` or another data module; or batches of images (N, C, H, W) and labels (N,), such as a
-            `DataLoader`. A run resumed within an epoch of a `DataLoader` may see other batches.
+            `DataLoader` or a list. A run resumed within an epoch of a `DataLoader` may see other batches.
         val_data: batches to validate on, unless `data` is a data module. Without any, `best.ckpt` is of the lowest
             training error.
         epochs: of the whole run, including those of the checkpoint to resume.
@@ -116,7 +118,7 @@ def fit(
             folder, the best epoch is that of the epochs trained there.
         recovery_interval: optimiser steps between checkpoints within an epoch; None saves at its end only.
         log_interval: steps between readings of the loss.
-        callbacks: Lightning's or your own, which run after those of this function.
+        callbacks: Lightning's or your own, one or several, which run after those of this function.
         logger: receives loss, learning rate, images/s, errors, gates and hyperparameters: names of `LOGGERS`, such as
             "csv,tensorboard", or Lightning's loggers; see `make_loggers`.
         eval_metric: the metric of the best epoch: "top1", "top5" or "loss".
@@ -165,6 +167,9 @@ def fit(
             f"devices is {devices!r}; a process uses one, so it must be 1 or a list of one index; "
             "`torchrun --nproc-per-node N` starts a process for each of N"
         )
+    if isinstance(callbacks, pl.Callback) or callbacks is None:
+        callbacks = [] if callbacks is None else [callbacks]
+    data, val_data = (DataLoader(d, batch_size=None) if isinstance(d, list | tuple) else d for d in (data, val_data))
     modular = isinstance(data, pl.LightningDataModule)
     if modular and val_data is not None:
         raise ValueError(f"val_data is given, and data is a {type(data).__name__}, which has its own")
@@ -262,6 +267,8 @@ def fit(
             use_distributed_sampler=not modular,
             fast_dev_run=fast_dev_run,
         )
+        if not module.model.training:  # as `fastroute.load` returns it
+            module.model.train()
         with _unused_parameters_explained():
             if modular:
                 trainer.fit(module, data, ckpt_path=resume)

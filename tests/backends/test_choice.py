@@ -325,14 +325,15 @@ NATIVE, TRITON, CLUSTERS = _choice._NATIVE, _choice._TRITON, _choice._CLUSTERS
     [
         ((9, 0), (), None, NATIVE | TRITON | CLUSTERS),
         ((10, 0), (), None, NATIVE | TRITON | CLUSTERS),
+        ((10, 3), (), None, NATIVE | TRITON),  # of what is compiled, only PTX of sm_80 runs there, without clusters
         ((8, 9), (), None, NATIVE | TRITON),  # no clusters: Triton is first at any size
         ((12, 0), (), None, NATIVE | TRITON),  # clusters with too little shared memory
-        ((9, 0), ("native",), None, TRITON | CLUSTERS),
+        ((9, 0), ("native",), None, TRITON),
         ((9, 0), ("triton",), None, NATIVE | CLUSTERS),
-        ((9, 0), ("triton", "native"), None, CLUSTERS),  # neither: the compiled library asks Python, for the reference
+        ((9, 0), ("triton", "native"), None, 0),  # neither: the compiled library asks Python, for the reference
         ((9, 0), (), "native", NATIVE | CLUSTERS),
-        ((9, 0), (), "triton", TRITON | CLUSTERS),
-        ((9, 0), (), "reference", CLUSTERS),
+        ((9, 0), (), "triton", TRITON),
+        ((9, 0), (), "reference", 0),
     ],
 )
 @pytest.mark.filterwarnings("ignore:fastroute computes")
@@ -341,6 +342,7 @@ def test_what_the_compiled_library_is_told_of_a_gpu(monkeypatch, capability, abs
     for name in ("native", "triton"):
         reason = "it rains" if name in absent else None
         monkeypatch.setitem(BACKENDS, name, Backend(name, lambda device, dtype, reason=reason: reason, lambda: None))
+    monkeypatch.setattr(_compiled, "cuda_architectures", lambda: ("compute_80", "sm_90", "sm_100a", "compute_120"))
     like = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float32)
     if named:
         monkeypatch.setenv("FASTROUTE_BACKEND", named)

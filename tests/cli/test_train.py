@@ -308,7 +308,8 @@ def test_gates_are_clustered_beside_the_task(tmp_path):
     assert joined["stack1_router"].shape == (2,)
     from fastroute.training import RoutingClassifier
 
-    RoutingClassifier.load_from_checkpoint(tmp_path / "run" / "last.ckpt")
+    module = RoutingClassifier.load_from_checkpoint(tmp_path / "run" / "last.ckpt")
+    assert module.hparams.aux_weight == 0.01
 
 
 def test_trains_a_sparse_network_by_its_recipe(tmp_path):
@@ -320,6 +321,8 @@ def test_trains_a_sparse_network_by_its_recipe(tmp_path):
         loads = [float(row["load"]) for row in csv.DictReader(file)]
     assert len(loads) == 12 and [sum(loads[i : i + 4]) for i in (0, 4, 8)] == pytest.approx([1, 1, 1])
     model = fastroute.load(tmp_path / "run" / "best.ckpt").model
+    state = torch.load(tmp_path / "run" / "best.ckpt", weights_only=True)
+    assert state["hyper_parameters"]["aux_weight"] == 0.01  # the recipe's 0.02, times two of four paths
     assert model.stack1.routing == "cluster" and model.specification.kwargs == {"routing": "cluster"}
 
 

@@ -50,7 +50,8 @@ def test_predicts_csv_with_gates_of_patterns_and_lists(checkpoint, images, tmp_p
     assert sum(gates) == pytest.approx(1, abs=1e-5) and "stem_router_g21" not in rows[0]
 
     listed = "\n".join(row["path"] for row in rows[::-1]) + "\n"
-    result = run(*arguments[:2], "-", *arguments[3:], "--output", tmp_path / "out.csv", input=listed)
+    without = (*arguments[:2], "-", "--gates", "-b", 3)  # the format is that of the suffix
+    result = run(*without, "--output", tmp_path / "out.csv", input=listed)
     assert result.exit_code == 0 and result.stdout == "", result.output
     with (tmp_path / "out.csv").open() as file:
         again = list(csv.DictReader(file))

@@ -465,6 +465,7 @@ def photographs(count):
     [
         ({"paths": 2.0}, TypeError, "paths is 2.0; it must be an integer"),
         ({"paths": "2"}, TypeError, "paths is '2'; it must be an integer"),
+        ({"noise": "a"}, TypeError, "noise is 'a'; it must be a number"),
         ({"init": "copy", "noise": float("nan")}, ValueError, "noise is nan; it must be at least 0, and finite"),
     ],
 )

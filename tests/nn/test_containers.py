@@ -21,6 +21,12 @@ def test_each_path_has_its_own_module():
     assert [y.item() for y in parallel([three])] == [6.0, -3.0]
     with pytest.raises(ValueError, match="xs has 3 tensors; it must have one for each of the 2 paths, or one"):
         parallel([one, one, one])
+    # A tensor of two images is no list of one image for each path.
+    for wrong, given in ((torch.ones(2, 1), "Tensor"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=f"xs is a {given}; it must be a list of tensors, one for each path"):
+            parallel(wrong)
+    with pytest.raises(ValueError, match="there are no paths; give at least one module"):
+        ParallelPaths([])([one])
 
 
 def block(channels):

@@ -92,6 +92,20 @@ def test_wrong_arguments(arguments, message):
 
 
 @pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((2.0,), "in_paths is 2.0; it must be an integer"),
+        ((True,), "in_paths is True; it must be an integer"),
+        ((2, "2"), "out_paths is '2'; it must be an integer"),
+        ((2, 2, "0.9"), "same is '0.9'; it must be a number"),
+    ],
+)
+def test_wrong_types(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        CrossStitch(*arguments)
+
+
+@pytest.mark.parametrize(
     "xs, error, message",
     [
         (torch.zeros(2, 6, 4, 4), TypeError, "xs is a Tensor; it must be a list of tensors"),

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastroute import ops
-from fastroute.nn import ConsistencyLoss, MixtureEMLoss, RelevanceNorm
+from fastroute.nn import ConsistencyLoss, GateClusteringLoss, MixtureEMLoss, RelevanceNorm
 from tests.threads import small_networks  # noqa: F401
 
 
@@ -245,3 +245,17 @@ def test_repr_is_its_arguments():
     assert "num_gates=2, training_statistics='batch'" in repr(
         RelevanceNorm(3, num_gates=2, training_statistics="batch")
     )
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: MixtureEMLoss("5"), "gamma is '5'; it must be a number"),
+        (lambda: GateClusteringLoss("5"), "gamma is '5'; it must be a number"),
+        (lambda: GateClusteringLoss(prior_momentum="a"), "prior_momentum is 'a'; it must be a number"),
+        (lambda: RelevanceNorm(3, "a"), "momentum is 'a'; it must be a number"),
+    ],
+)
+def test_numbers_are_numbers(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()

@@ -84,7 +84,9 @@ def test_an_unknown_dataset_is_refused():
 
 
 def test_ten_crops_need_larger_images(large_folder):
-    with pytest.raises(ValueError, match="ten_crop is True; crop_pct is 1, and must be below 1 for crops to differ"):
+    with pytest.raises(
+        ValueError, match="ten_crop is True; crop_pct is 1, and must be below 1 for crops to differ, such as 0"
+    ):
         loader(large_folder, ten_crop=True, crop_pct=1)
     with pytest.raises(ValueError, match="ten_crop is True; it is for imagefolder and webdataset"):
         validation_loader("digits", None, ten_crop=True)

@@ -333,19 +333,20 @@ def test_what_changes_in_python_is_recorded_anew(accelerator, image_folder, tmp_
 def test_settings_that_a_recorded_step_keeps():
     network = Noisy()
     (weight, *_), router = network.parameters(), network.network.stem_router
-    groups = [{"params": [weight], "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}]
+    groups = [{"params": [weight], "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "betas": (0.9, 0.999)}]
 
     def now():
         return settings(list(network.modules()), list(network.parameters()), groups)
 
     first = now()
-    groups[0] |= {"lr": 0.2, "momentum": 0.8}
+    groups[0] |= {"lr": 0.2, "momentum": 0.8, "betas": (0.8, 0.999)}
     assert now() == first
     for change, back in (
         (lambda: setattr(router, "temperature", 2.0), lambda: setattr(router, "temperature", 1.0)),
         (network.network.eval, network.network.train),
         (lambda: weight.requires_grad_(False), weight.requires_grad_),
         (lambda: groups[0].update(weight_decay=0.1), lambda: groups[0].update(weight_decay=0.0)),
+        (lambda: groups[0].update(betas=(0.8, 0.5)), lambda: groups[0].update(betas=(0.8, 0.999))),
     ):
         change()
         assert now() != first

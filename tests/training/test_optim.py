@@ -165,6 +165,23 @@ def test_rates_start_at_warmup_lr_and_end_at_min_lr():
     assert rates("onecycle", 10, 10, min_lr=0.02)[-1] == pytest.approx(0.02)
 
 
+def test_limits_of_rates_are_not_those_of_gates():
+    network = create_model("resnet20_cc2")
+    for mult in (0.1, 10.0):
+        groups = parameter_groups(network, lr=0.1, weight_decay=0.0, gate_lr_mult=mult)
+        optimizer = torch.optim.SGD(groups)
+        schedule = scheduler(optimizer, "cosine", epochs=4, steps=40, warmup_epochs=2, min_lr=0.01, warmup_lr=0.05)
+        found = []
+        for _ in range(40):
+            found.append(learning_rate(optimizer))
+            optimizer.step()
+            schedule.step()
+        assert min(found) >= 0.01 and found[0] == pytest.approx(0.05 + 0.05 / 20)
+        assert learning_rate(optimizer) == pytest.approx(0.01)
+        (gates,) = {g["lr"] for g in optimizer.param_groups if g["name"] == "gates"}
+        assert gates == pytest.approx(0.01 * mult)
+
+
 def test_the_learning_rate_shown_is_not_that_of_gates():
     network = create_model("resnet20_cc2")
     options = {"lr": 0.02, "weight_decay": 0.0, "gate_lr_mult": 5.0}

@@ -403,16 +403,23 @@ def _product_elements(m: int, n: int) -> int:
     return min(MAX_PRODUCT_ELEMENTS, _previous_power_of_2(PRODUCT_REGISTERS // (m + n + m * n)))
 
 
+def _fewest_channels(channels: int) -> int:
+    """Return the channels of a block with which all blocks fit the grid's second axis, whatever registers they take."""
+    return triton.next_power_of_2(triton.cdiv(channels, MAX_GRID_Y))
+
+
 def _tile(problem: Problem, values: int) -> tuple[int, int]:
     """Return (block_c, block_s) of a tile of about `values` values, long in the contiguous direction."""
     channels, space = triton.next_power_of_2(problem.channels), triton.next_power_of_2(problem.space)
     most_channels = min(channels, max(1, WEIGHT_VALUES // problem.gate_rows))
     if problem.layout == "flat":  # all positions
-        return min(most_channels, max(FLAT_CHANNELS, min(values, FLAT_VALUES) // space)), space
+        block_c = min(most_channels, max(FLAT_CHANNELS, min(values, FLAT_VALUES) // space))
+        return max(block_c, _fewest_channels(problem.channels)), space
     if problem.channels_last:
         block_c = min(most_channels, MAX_ROW_CHANNELS)
     else:
         block_c = min(most_channels, max(1, values // min(space, MAX_ROW_SPACE)))
         # Offsets inside a tile are int32.
         block_c = min(block_c, _previous_power_of_2(MAX_OFFSET // (problem.space + MAX_ROW_SPACE)))
-    return block_c, min(space, values // block_c)
+    block_c = max(block_c, _fewest_channels(problem.channels))
+    return block_c, min(space, max(1, values // block_c))

@@ -62,6 +62,17 @@ def test_grids_and_offsets_of_huge_samples_stay_within_limits(channels, last):
                     assert (chosen.block_c - 1) * space + chosen.block_s < 2**31, (name, space)
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    "m, channels, space, hidden", [(8, 70_000, 1, 1024), (2, 2**22 + 64, 1, 16), (2, 262_144, 4, 1024)]
+)
+def test_grids_of_many_channels_stay_within_limits(m, channels, space, hidden, last):
+    for backward in (False, True):
+        problem = tables.Problem(32, m, m, channels, space, hidden, 4, last, backward)
+        for chosen in (tables.split(problem, tables.H100), tables.tiles(problem)):
+            assert -(-channels // chosen.block_c) * -(-space // chosen.span) <= 65535
+
+
 def test_without_a_compiler_triton_does_not_serve(monkeypatch):
     class Driver:
         @property

@@ -200,6 +200,25 @@ def test_paths_may_return_a_number_or_more_sizes_than_feature_maps(width, reshap
     assert torch.equal(router(x), reshape(flat(x)))
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_vmap_in_evaluation(top_k):
+    torch.manual_seed(0)
+    router, x = spread(SparseRouter(6, convs(3), top_k)).eval(), torch.randn(4, 5, 6, 3, 3)
+    each = torch.stack([router(part) for part in x])
+    torch.testing.assert_close(torch.vmap(router)(x), each)
+    parameters = dict(router.named_parameters())
+
+    def loss(parameters, part):
+        return torch.func.functional_call(router, parameters, (part,)).square().sum()
+
+    batched = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i, part in enumerate(x):
+        for name, gradient in torch.func.grad(loss)(parameters, part).items():
+            torch.testing.assert_close(batched[name][i], gradient, atol=1e-4, rtol=1e-4)
+    with pytest.raises(RuntimeError, match=r"a SparseRouter in training mode, .* call eval\(\)"):
+        torch.vmap(router.train())(x)
+
+
 def test_other_loads_under_compile():
     torch.manual_seed(0)
     router = spread(SparseRouter(6, convs(4), top_k=2))
@@ -259,6 +278,7 @@ def test_repr_is_its_arguments():
         ({"gates": "hard"}, ValueError, "gates is 'hard'; it must be one of 'straight_through'"),
         ({"temperature": 0}, ValueError, "temperature is 0; it must be positive and finite"),
         ({"routing": "hash"}, ValueError, "routing is 'hash'; it must be one of 'topk', 'cluster'"),
+        ({"capacity_factor": "2"}, TypeError, "capacity_factor is '2'; it must be a number"),
         ({"capacity_factor": 0}, ValueError, "capacity_factor is 0; it must be greater than 0 and finite, or None"),
     ],
 )

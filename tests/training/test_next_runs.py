@@ -1,0 +1,172 @@
+"""What a run, finished or not, leaves to the next one."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from rich.console import Console
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from fastroute.data.loaders import PlaceMismatch
+from fastroute.nn import CrossConnection, GateClusteringLoss
+from fastroute.training import ImageDataModule, RoutingClassifier, fit
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8))
+        self.router, self.head = CrossConnection(8, 1, 2), nn.Linear(8, 10)
+
+    def forward(self, x, return_routing=False):
+        (left, right), routing = self.router([self.stem(x)], return_routing=True)
+        logits = self.head((left.relu() + right.tanh()).mean((2, 3)))
+        return (logits, {"router": routing}) if return_routing else logits
+
+
+def digits(batch_size=512):
+    return ImageDataModule("digits", batch_size=batch_size, num_workers=1)
+
+
+def classifier(**options):
+    pl.seed_everything(0, verbose=False)
+    return RoutingClassifier(Net(), 10, 1, 8, **{"lr": 0.1, "sched": "step"} | options)
+
+
+def run(module, data, output, epochs=1, **options):
+    options = {"accelerator": "cpu", "console": Console(quiet=True), "logger": None} | options
+    return fit(module, data, epochs=epochs, output=output, **options)
+
+
+class At(pl.Callback):
+    """Run an action before the batch of a number, counted over all epochs."""
+
+    def __init__(self, batch, action):
+        self.left, self.action = batch, action
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.left == 0:
+            self.action(pl_module)
+        self.left -= 1
+
+
+def stop(_):
+    raise RuntimeError("stopped")
+
+
+def weights(module):
+    return {name: value.clone() for name, value in module.model.state_dict().items()}
+
+
+def test_loaded_modules_train_with_other_batches(tmp_path):
+    run(classifier(), digits(), tmp_path / "first")
+    module = RoutingClassifier.load_from_checkpoint(tmp_path / "first" / "last.ckpt", model=Net())
+    assert len(run(module, digits(256), tmp_path / "second")) == 1
+    with pytest.raises(PlaceMismatch, match="the run took 3 steps in an epoch, but now an epoch has 6"):
+        run(classifier(), digits(256), tmp_path / "third", 2, resume=tmp_path / "first" / "last.ckpt")
+
+
+def test_metrics_of_an_interrupted_run_do_not_reach_the_next_one(tmp_path):
+    module = classifier()
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(module, digits(), tmp_path / "stopped", callbacks=At(2, stop))
+    start = weights(module)
+    (row,) = run(module, digits(), tmp_path / "next")
+    fresh = classifier()
+    fresh.model.load_state_dict(start)
+    (expected,) = run(fresh, digits(), tmp_path / "fresh")
+    assert row["train_loss"] == expected["train_loss"] and row["train_error"] == expected["train_error"]
+
+
+def test_a_run_with_an_average_goes_on_without_it_from_the_trained_weights(tmp_path):
+    run(classifier(), digits(), tmp_path / "first", model_ema_decay=0.9)
+    saved, found = torch.load(tmp_path / "first" / "last.ckpt"), []
+    look = At(0, lambda module: found.append(weights(module)))
+    run(classifier(), digits(), tmp_path / "second", 2, resume=tmp_path / "first" / "last.ckpt", callbacks=[look])
+    for name, value in found[0].items():
+        assert torch.equal(value, saved["current_model_state"][f"model.{name}"]), name
+    assert not torch.equal(saved["state_dict"]["model.head.weight"], saved["current_model_state"]["model.head.weight"])
+    averaged = RoutingClassifier.load_from_checkpoint(tmp_path / "first" / "last.ckpt", model=Net())
+    assert torch.equal(averaged.model.head.weight, saved["state_dict"]["model.head.weight"])
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_gates_loss_comes_and_goes_at_a_resume_with_an_average(tmp_path, before):
+    def module(clusters):
+        return classifier(aux_loss=GateClusteringLoss() if clusters else None, aux_weight=0.01)
+
+    run(module(before), digits(), tmp_path / "first", model_ema_decay=0.9)
+    last = tmp_path / "first" / "last.ckpt"
+    rows = run(module(not before), digits(), tmp_path / "second", 2, model_ema_decay=0.9, resume=last)
+    assert ("train_aux" in rows[-1]) == (not before)
+
+
+def test_networks_in_evaluation_mode_are_trained_in_training_mode(tmp_path):
+    module = classifier()
+    module.model.eval()
+    run(module, digits(), tmp_path / "whole")
+    assert module.model.stem[1].num_batches_tracked == 3
+    module = classifier()
+    module.model.stem.eval()  # frozen, in a network in training mode
+    run(module, digits(), tmp_path / "part")
+    assert module.model.stem[1].num_batches_tracked == 0 and module.model.training
+
+
+def test_averages_weights_in_bfloat16(tmp_path):
+    pl.seed_everything(0, verbose=False)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    module = RoutingClassifier(network, 10, 1, 8, lr=0.1, sched="step")
+    run(module, digits(), tmp_path, precision="bf16-true", model_ema_decay=0.5)
+    saved = torch.load(tmp_path / "last.ckpt")
+    average, trained = saved["state_dict"], saved["current_model_state"]
+    distance = (average["model.1.weight"].float() - trained["model.1.weight"].float()).abs().max()
+    assert 0 < distance < 0.5
+
+
+def test_a_refused_resume_leaves_no_place_in_the_data(tmp_path):
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(classifier(), digits(), tmp_path / "first", 2, recovery_interval=1, callbacks=[At(2, stop)])
+    data = digits(256)
+    with pytest.raises(PlaceMismatch):
+        run(classifier(), data, tmp_path / "second", 2, resume=tmp_path / "first" / "last.ckpt")
+    rows = run(classifier(), data, tmp_path / "second", 2)
+    assert [row["epoch"] for row in rows] == [1, 2]
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        for label in range(64):
+            yield torch.randn(1, 8, 8), label % 10
+
+
+@pytest.mark.parametrize("options", [{"max_epochs": 2}, {"max_steps": 5}])
+def test_data_without_a_length_are_refused(options):
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    for sched in ("step", "cosine", "onecycle"):
+        with pytest.raises(ValueError, match="the data have no length"):
+            pl.Trainer(**options, **quiet, accelerator="cpu").fit(classifier(sched=sched), DataLoader(Stream(), 16))
+    trainer = pl.Trainer(**options, **quiet, accelerator="cpu", limit_train_batches=3)
+    trainer.fit(classifier(sched="cosine"), DataLoader(Stream(), 16))
+    assert trainer.global_step == min(6, options.get("max_steps", 6))
+
+
+def test_fit_refuses_data_without_a_length(tmp_path):
+    with pytest.raises(ValueError, match="the data have no length"):
+        run(classifier(), DataLoader(Stream(), 16), tmp_path)
+
+
+@pytest.mark.parametrize("callbacks", [None, (), At(9, stop), [At(9, stop)]])
+def test_batches_in_a_list(tmp_path, callbacks):
+    images, labels = torch.randn(48, 1, 8, 8), torch.arange(48) % 10
+    batches = list(zip(images.split(16), labels.split(16), strict=True))
+    (row,) = run(classifier(), batches, tmp_path / "list", val_data=batches[:1], callbacks=callbacks)
+    loader = DataLoader(TensorDataset(images, labels), 16)
+    validation = DataLoader(TensorDataset(images[:16], labels[:16]), 16)
+    (expected,) = run(classifier(), loader, tmp_path / "loader", val_data=validation)
+    for name in ("train_loss", "val_loss", "val_error"):
+        assert row[name] == expected[name]
