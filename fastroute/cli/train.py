@@ -345,7 +345,7 @@ def _gate_clustering_weight(options: TrainOptions, built: "nn.Module") -> float:
     from fastroute.nn.routed import routers_in
 
     paths = (router.w2.shape[-2] for router in routers_in(built).values())
-    return options.gate_reg_weight * 2 / max(2, *paths, 2)
+    return options.gate_reg_weight * 2 / max([2, *paths])
 
 
 def _pair(name: str, value: str | None) -> tuple[float, float] | None:

@@ -219,7 +219,7 @@ class TrainOptions(NetworkOptions):
         float,
         real_option(
             0,
-            help="Weight of the gates' clustering loss for two paths (§5.1: 0.01), 2/n of it for n; 0 is off.",
+            help="Weight of the gates' clustering loss for two paths (§5.1: 0.01), 2/n of it for up to n; 0 is off.",
             panel=GATES,
         ),
     ] = 0.0

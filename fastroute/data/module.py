@@ -366,6 +366,10 @@ class ImageDataModule(pl.LightningDataModule):
     def on_exception(self, exception: BaseException) -> None:
         self.deferred, self._place = False, None  # other loops take batches
 
+    def teardown(self, stage: str | None = None) -> None:
+        if stage != "fit":  # Lightning loads a checkpoint's place for validation too
+            self._place = None
+
     def train_dataloader(self) -> EpochLoader:
         """Return the loader of training batches, at the saved place if there is one."""
         self._train_loader = self._training_images()

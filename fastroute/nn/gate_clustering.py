@@ -22,7 +22,8 @@ class GateClusteringLoss(nn.Module):
     The mixture-EM loss (Eq. 4.22) is applied to the relevance scores of each gating vector, normalised by the batch's
     statistics (Eq. 4.11), and summed over all gating vectors. There is one gating vector per incoming path of each
     router; those with a single outgoing path are left out. The thesis adds the sum to the loss of the task with weight
-    0.01, and less with more paths; `fastroute train --gate-reg-weight` takes 2/n of it with n outgoing paths.
+    0.01, and less with more paths; `fastroute train --gate-reg-weight` takes 2/n of it if a router has up to
+    n outgoing paths.
 
     Since scores are normalised, this loss does not depend on their mean or scale: it shapes which samples are grouped,
     and has no gradient to the last layer's bias.

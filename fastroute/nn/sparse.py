@@ -21,7 +21,7 @@ from fastroute.nn.mixture_em import several_processes
 from fastroute.nn.router import Tempered
 from fastroute.ops import mix
 from fastroute.ops._compile_form import is_exporting
-from fastroute.ops._library import under_vmap, without_autocast
+from fastroute.ops._library import under_transform, under_vmap, without_autocast
 from fastroute.ops._paths import (
     DTYPES,
     MAX_PATHS,
@@ -249,14 +249,9 @@ class SparseRouter(Tempered, nn.Module):
                 f"this router was built for paths={self.num_paths} without their modules; "
                 "give it the modules, or call divide and accumulate"
             )
-        vmapped = under_vmap()
-        if vmapped and (self.training or self.spread is not None):
-            raise RuntimeError(
-                "a SparseRouter in training mode, or with paths in several processes, reads on the host how many "
-                "samples each path gets, which vmap does not allow; call eval(), with all paths in this process"
-            )
-        traced = is_exporting() or torch.jit.is_tracing() or vmapped
-        if traced and not self.training and self.spread is None:
+        # `torch.compile` cannot trace the question, nor needs it.
+        dense = is_exporting() or torch.jit.is_tracing() or (not torch.compiler.is_compiling() and under_vmap())
+        if dense and not self.training and self.spread is None:
             self._check(x)
             routing = self._route(x)
             y = self._weighted([path(x) for path in self.paths], routing.gates)
@@ -290,7 +285,7 @@ class SparseRouter(Tempered, nn.Module):
         routing = self._route(x)
         copies = x if self.top_k == 1 else torch.cat([x] * self.top_k)
         # On the meta device, which has no scores, all samples take the first paths, and none is dropped.
-        load = [len(x)] * self.top_k + [0] * (self.num_paths - self.top_k) if x.is_meta else routing.load.tolist()
+        load = [len(x)] * self.top_k + [0] * (self.num_paths - self.top_k) if x.is_meta else _on_host(routing.load)
         order = _samples_by_path(routing)
         return TakeRows.apply(copies, order[: sum(load)], order.argsort()), load, routing
 
@@ -360,7 +355,7 @@ class SparseRouter(Tempered, nn.Module):
             if self.gates == "straight_through":
                 weights = weights.detach() + (soft - soft.detach())
         # `one_hot` would read the choices on the host, which vmap does not allow.
-        load = (chosen.unsqueeze(-1) == torch.arange(self.num_paths, device=chosen.device)).sum((0, 1))
+        load = torch.zeros_like(scores, dtype=torch.int64).scatter(1, chosen, 1).sum(0)
         kept = None
         if self.training and self.capacity_factor is not None and not x.is_meta:
             capacity = math.ceil(Fraction(repr(float(self.capacity_factor))) * chosen.numel() / self.num_paths)
@@ -429,6 +424,15 @@ def leave_spread_paths(network: nn.Module, process_group: dist.ProcessGroup | No
         names += [f"{prefix}{own}" for own in router.state_dict() if own.startswith("paths.")]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)
     return network
+
+
+def _on_host(load: Tensor) -> list[int]:
+    if not torch.compiler.is_compiling() and under_transform() and torch._C._functorch.is_batchedtensor(load):
+        raise RuntimeError(
+            "a SparseRouter in training mode, or with paths in several processes, reads on the host how many samples "
+            "each path gets, which vmap over its input does not allow; call eval(), with all paths in this process"
+        )
+    return load.tolist()
 
 
 def _samples_by_path(routing: SparseRouting) -> Tensor:

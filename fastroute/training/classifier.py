@@ -221,7 +221,7 @@ class RoutingClassifier(pl.LightningModule):
         if stage == "fit":  # a checkpoint to resume is loaded after this; nothing else of an earlier run remains
             self._steps_before = None
             self.train_totals.reset()
-            self.val_totals.reset()
+        self.val_totals.reset()
         if self.hparams.cuda_graphs and stage == "fit":
             trainer = self.trainer
             check_recording(
@@ -405,19 +405,20 @@ class RoutingClassifier(pl.LightningModule):
         groups = parameter_groups(self, **{name: options[name] for name in GROUP_OPTIONS})
         optimizer = (CAPTURABLE if options.cuda_graphs else OPTIMIZERS)[options.opt](groups, options.momentum)
         names = ("warmup_epochs", "decay_epochs", "decay_milestones", "decay_rate", "min_lr", "warmup_lr")
+        self.trainer.fit_loop.setup_data()  # without max_epochs, the number of batches is not known yet
         steps, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs
         if self.trainer.num_training_batches == 0:
             raise ValueError(
                 "the data have no batch to train on: give more images, a smaller batch, or drop_last=False"
             )
-        if self.trainer.max_steps != -1:
-            self.trainer.fit_loop.setup_data()  # without max_epochs, the number of batches is not known yet
         before, now = self._steps_before, self._steps_in_an_epoch()
         if now is None:
             raise ValueError(
                 "the data have no length, and learning rates follow the steps of an epoch: give a loader that has one "
                 "(`__len__`), as WebDataset's has after with_length(n), or a Trainer with limit_train_batches=n"
             )
+        if not math.isfinite(steps):
+            raise ValueError("the run has no end, and learning rates follow its length: give max_epochs or max_steps")
         if self.trainer.max_steps != -1:  # the run ends by its steps, perhaps within an epoch
             epochs = steps / now
         if before is not None and before != now:

@@ -49,6 +49,7 @@ class MovingAverage(WeightAveraging):
 
     def __init__(self, decay: float):
         super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self._exact: dict[str, Tensor] | None = None  # while swapped: averages that the network's types would round
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Lightning would take the network's device, which is still the CPU.
@@ -87,6 +88,17 @@ class MovingAverage(WeightAveraging):
             else:
                 averages.multi_avg_fn(*group, averages.n_averaged)
         averages.n_averaged += 1
+
+    def _swap_models(self, pl_module: pl.LightningModule) -> None:
+        averages, values = _tensors(self.average_network), _tensors(pl_module)
+        kept, self._exact = self._exact, None
+        if kept is None:
+            self._exact = {
+                n: average.detach().clone() for n, average in averages.items() if average.dtype != values[n].dtype
+            }
+        super()._swap_models(pl_module)
+        for name, average in (kept or {}).items():
+            averages[name].data.copy_(average)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         for average, module in zip(self.average_network.modules(), pl_module.modules(), strict=True):

@@ -15,7 +15,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -167,8 +167,7 @@ def fit(
             f"devices is {devices!r}; a process uses one, so it must be 1 or a list of one index; "
             "`torchrun --nproc-per-node N` starts a process for each of N"
         )
-    if isinstance(callbacks, pl.Callback) or callbacks is None:
-        callbacks = [] if callbacks is None else [callbacks]
+    callbacks = [callbacks] if isinstance(callbacks, pl.Callback) else list(callbacks or ())
     data, val_data = (DataLoader(d, batch_size=None) if isinstance(d, list | tuple) else d for d in (data, val_data))
     modular = isinstance(data, pl.LightningDataModule)
     if modular and val_data is not None:
@@ -267,6 +266,10 @@ def fit(
             use_distributed_sampler=not modular,
             fast_dev_run=fast_dev_run,
         )
+        if not module.training:  # as after `module.eval()`; the parts of the network stay as they are
+            module.training = True
+            if isinstance(module.aux_loss, nn.Module):
+                module.aux_loss.train()
         if not module.model.training:  # as `fastroute.load` returns it
             module.model.train()
         with _unused_parameters_explained():

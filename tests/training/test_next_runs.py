@@ -121,6 +121,8 @@ def test_averages_weights_in_bfloat16(tmp_path):
     average, trained = saved["state_dict"], saved["current_model_state"]
     distance = (average["model.1.weight"].float() - trained["model.1.weight"].float()).abs().max()
     assert 0 < distance < 0.5
+    # Validation computes with the average in bfloat16, and does not round what is kept of it.
+    assert not torch.equal(average["model.1.weight"], average["model.1.weight"].bfloat16().float())
 
 
 def test_a_refused_resume_leaves_no_place_in_the_data(tmp_path):
@@ -170,3 +172,47 @@ def test_batches_in_a_list(tmp_path, callbacks):
     (expected,) = run(classifier(), loader, tmp_path / "loader", val_data=validation)
     for name in ("train_loss", "val_loss", "val_error"):
         assert row[name] == expected[name]
+
+
+def test_an_interrupted_validation_does_not_reach_the_next_one(tmp_path):
+    class Stop(pl.Callback):
+        def on_validation_batch_end(self, *_):
+            raise RuntimeError("stopped")
+
+    module = classifier()
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(module, digits(128), tmp_path, callbacks=Stop())
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    (found,), (again,) = (trainer.validate(module, digits(128), verbose=False) for _ in range(2))
+    assert found == again
+
+
+def test_a_validated_checkpoint_leaves_no_place_in_the_data(tmp_path):
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(classifier(), digits(), tmp_path / "first", 2, recovery_interval=1, callbacks=At(2, stop))
+    data, trainer = digits(), pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.validate(classifier(), data, ckpt_path=tmp_path / "first" / "last.ckpt", verbose=False, weights_only=False)
+    module = classifier()
+    run(module, data, tmp_path / "second")
+    assert module.trainer.global_step == 3
+
+
+def test_modules_in_evaluation_mode_learn_priors(tmp_path):
+    module = classifier(aux_loss=GateClusteringLoss(), aux_weight=0.01)
+    module.eval()
+    run(module, digits(), tmp_path)
+    assert "router" in module.aux_loss.priors
+
+
+@pytest.mark.parametrize("options", [{"max_epochs": -1}, {"max_time": "00:00:01:00"}])
+def test_runs_without_an_end_are_refused(options):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    with pytest.raises(ValueError, match=r"the run has no end, .*: give max_epochs or max_steps"):
+        pl.Trainer(**options, **quiet, accelerator="cpu").fit(classifier(), digits())
+
+
+def test_too_few_images_for_a_batch_are_refused_with_max_steps():
+    loader = DataLoader(TensorDataset(torch.randn(48, 1, 8, 8), torch.arange(48) % 10), 64, drop_last=True)
+    trainer = pl.Trainer(max_steps=5, logger=False, enable_checkpointing=False, accelerator="cpu")
+    with pytest.raises(ValueError, match="the data have no batch to train on"):
+        trainer.fit(classifier(), loader)

@@ -215,8 +215,20 @@ def test_vmap_in_evaluation(top_k):
     for i, part in enumerate(x):
         for name, gradient in torch.func.grad(loss)(parameters, part).items():
             torch.testing.assert_close(batched[name][i], gradient, atol=1e-4, rtol=1e-4)
+    router.train()
+    scales = torch.tensor([1.0, 2.0])  # nothing of the router is batched
+    torch.testing.assert_close(torch.vmap(lambda scale: router(x[0]) * scale)(scales)[1], 2 * router(x[0]))
     with pytest.raises(RuntimeError, match=r"a SparseRouter in training mode, .* call eval\(\)"):
         torch.vmap(router.train())(x)
+
+
+def test_strict_export_and_traces_that_return_the_load():
+    router, x = spread(SparseRouter(6, convs(3), 2)).eval().requires_grad_(False), torch.randn(5, 6, 3, 3)
+    program = torch.export.export(router, (x,), strict=True)
+    torch.testing.assert_close(program.module()(x), router(x))
+    traced = torch.jit.trace(lambda x: router(x, return_routing=True)[1].load, (x,))
+    assert torch.equal(traced(x), router(x, return_routing=True)[1].load) and int(traced(x).sum()) == 10
+    assert "aten::arange" not in str(traced.graph)  # which would be bound to the device of the trace
 
 
 def test_other_loads_under_compile():
