@@ -367,7 +367,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.deferred, self._place = False, None  # other loops take batches
 
     def teardown(self, stage: str | None = None) -> None:
-        if stage != "fit":  # Lightning loads a checkpoint's place for validation too
+        if stage != "fit":  # Lightning restores it for validation too, and the next training must not begin there
             self._place = None
 
     def train_dataloader(self) -> EpochLoader:

@@ -21,15 +21,8 @@ from fastroute.nn.mixture_em import several_processes
 from fastroute.nn.router import Tempered
 from fastroute.ops import mix
 from fastroute.ops._compile_form import is_exporting
-from fastroute.ops._library import under_transform, under_vmap, without_autocast
-from fastroute.ops._paths import (
-    DTYPES,
-    MAX_PATHS,
-    accumulate_dtype,
-    check_integers,
-    check_numbers,
-    path_list,
-)
+from fastroute.ops._library import under_vmap, without_autocast
+from fastroute.ops._paths import DTYPES, MAX_PATHS, accumulate_dtype, check_integers, check_numbers, path_list
 from fastroute.ops._results import exportable
 
 GATES = ("straight_through", "renormalized", "softmax")
@@ -249,8 +242,7 @@ class SparseRouter(Tempered, nn.Module):
                 f"this router was built for paths={self.num_paths} without their modules; "
                 "give it the modules, or call divide and accumulate"
             )
-        # `torch.compile` cannot trace the question, nor needs it.
-        dense = is_exporting() or torch.jit.is_tracing() or (not torch.compiler.is_compiling() and under_vmap())
+        dense = is_exporting() or torch.jit.is_tracing() or under_vmap()  # these cannot read the load on the host
         if dense and not self.training and self.spread is None:
             self._check(x)
             routing = self._route(x)
@@ -427,7 +419,8 @@ def leave_spread_paths(network: nn.Module, process_group: dist.ProcessGroup | No
 
 
 def _on_host(load: Tensor) -> list[int]:
-    if not torch.compiler.is_compiling() and under_transform() and torch._C._functorch.is_batchedtensor(load):
+    """Read the number of samples of each path; raise RuntimeError if vmap has batched them."""
+    if under_vmap() and torch._C._functorch.is_batchedtensor(load):
         raise RuntimeError(
             "a SparseRouter in training mode, or with paths in several processes, reads on the host how many samples "
             "each path gets, which vmap over its input does not allow; call eval(), with all paths in this process"

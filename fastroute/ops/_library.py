@@ -162,7 +162,9 @@ def under_transform() -> bool:
 
 
 def under_vmap() -> bool:
-    """Return whether `torch.func.vmap` is active, perhaps around another transform."""
+    """Return whether `torch.func.vmap` is active, perhaps around another transform; False in compiled graphs."""
+    if torch.compiler.is_compiling():  # which cannot trace the stack of transforms
+        return False
     levels = torch._C._functorch.get_interpreter_stack() or ()
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
 

@@ -90,12 +90,12 @@ class MovingAverage(WeightAveraging):
         averages.n_averaged += 1
 
     def _swap_models(self, pl_module: pl.LightningModule) -> None:
+        """Swap as Lightning does, and restore the averages exactly where the types of the network have rounded them."""
         averages, values = _tensors(self.average_network), _tensors(pl_module)
         kept, self._exact = self._exact, None
         if kept is None:
-            self._exact = {
-                n: average.detach().clone() for n, average in averages.items() if average.dtype != values[n].dtype
-            }
+            rounded = (name for name, average in averages.items() if average.dtype != values[name].dtype)
+            self._exact = {name: averages[name].detach().clone() for name in rounded}
         super()._swap_models(pl_module)
         for name, average in (kept or {}).items():
             averages[name].data.copy_(average)

@@ -266,7 +266,7 @@ def fit(
             use_distributed_sampler=not modular,
             fast_dev_run=fast_dev_run,
         )
-        if not module.training:  # as after `module.eval()`; the parts of the network stay as they are
+        if not module.training:  # as after `module.eval()`; the network itself comes next
             module.training = True
             if isinstance(module.aux_loss, nn.Module):
                 module.aux_loss.train()

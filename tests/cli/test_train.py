@@ -322,7 +322,7 @@ def test_trains_a_sparse_network_by_its_recipe(tmp_path):
     assert len(loads) == 12 and [sum(loads[i : i + 4]) for i in (0, 4, 8)] == pytest.approx([1, 1, 1])
     model = fastroute.load(tmp_path / "run" / "best.ckpt").model
     state = torch.load(tmp_path / "run" / "best.ckpt", weights_only=True)
-    assert state["hyper_parameters"]["aux_weight"] == 0.01  # the recipe's 0.02, times two of four paths
+    assert state["hyper_parameters"]["aux_weight"] == 0.01  # 0.02 of the recipe is for two paths; four have half of it
     assert model.stack1.routing == "cluster" and model.specification.kwargs == {"routing": "cluster"}
 
 

@@ -219,7 +219,7 @@ def test_vmap_in_evaluation(top_k):
     scales = torch.tensor([1.0, 2.0])  # nothing of the router is batched
     torch.testing.assert_close(torch.vmap(lambda scale: router(x[0]) * scale)(scales)[1], 2 * router(x[0]))
     with pytest.raises(RuntimeError, match=r"a SparseRouter in training mode, .* call eval\(\)"):
-        torch.vmap(router.train())(x)
+        torch.vmap(router)(x)
 
 
 def test_strict_export_and_traces_that_return_the_load():
