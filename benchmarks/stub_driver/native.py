@@ -17,17 +17,20 @@ from tests.backends.cuda_kernels.emulation import compile_for_cpu, emulated_sour
 LIBRARY = "FASTROUTE_STUB_LIBRARY"
 
 
-def _compile(folder: Path) -> None:
-    compile_for_cpu(folder / "host.so", ("-O2", "-DNDEBUG"), cpu_tensors=True)
-
-
 def environment() -> dict[str, str]:
     """Compile the library, or find it as compiled before, and return the environment of a process that uses it.
+
+    It is optimised unless FASTROUTE_OPTIMIZE is another level, as in setup.py.
 
     Raises:
         subprocess.SubprocessError: the compiler fails.
     """
-    library = artefact("host_of_cuda", [Path(__file__), *emulated_sources()], _compile) / "host.so"
+    flags = (f"-O{os.environ.get('FASTROUTE_OPTIMIZE', '2')}", "-DNDEBUG")
+
+    def compile_library(folder: Path) -> None:
+        compile_for_cpu(folder / "host.so", flags, cpu_tensors=True)
+
+    library = artefact("host_of_cuda", [Path(__file__), *flags, *emulated_sources()], compile_library) / "host.so"
     # No instruction set has this name, so the kernels of the CPU are not loaded.
     return stub_driver.without_choices(os.environ) | {"FASTROUTE_CPU": "stub", LIBRARY: str(library)}
 

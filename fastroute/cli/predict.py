@@ -151,7 +151,9 @@ def _rows(
             return error
 
     rows, unread, said = [], 0, Console(stderr=True)
-    with ThreadPoolExecutor(workers) as threads, Progress(console=said, transient=True) as progress:
+    # In a file or pipe, rich's progress would leave an empty line.
+    progress = Progress(console=said, transient=True, disable=not said.is_terminal)
+    with ThreadPoolExecutor(workers) as threads, progress:
         task, waiting = progress.add_task("predicting", total=len(names)), iter(names)
         while batch := list(islice(waiting, batch_size)):
             inputs = list(threads.map(read, batch))

@@ -466,20 +466,17 @@ class RoutingClassifier(pl.LightningModule):
         # A run with an auxiliary loss can be loaded without it, and a run without one can be resumed with it.
         own = {} if self.aux_loss is None else self.state_dict()
         own = {name: value for name, value in own.items() if name.startswith("aux_loss.")}
+        ranks, here = checkpoint.get("ranks", []), {}
+        if self._trainer is not None and len(ranks) == self.trainer.world_size:
+            here = ranks[self.global_rank]
         for key in checkpoint.keys() & STATES:
-            state = checkpoint[key]
+            state = checkpoint[key] | here.get(key, {})
             if self.aux_loss is None:
                 state = {name: value for name, value in state.items() if not name.startswith("aux_loss.")}
             checkpoint[key] = own | state
         self._steps_before = checkpoint.get("steps_in_an_epoch")
-        totals, ranks = checkpoint.get("train_totals", {}), checkpoint.get("ranks", [])
-        if self._trainer is not None and len(ranks) == self.trainer.world_size:
-            own = ranks[self.global_rank]
-            for key in own.keys() & STATES:
-                checkpoint[key] = checkpoint[key] | own[key]
-            totals = own["train_totals"]
-        elif self.global_rank > 0:
-            totals = {}  # rank 0 continues the sum of all processes
+        totals = checkpoint.get("train_totals", {}) if self.global_rank == 0 else {}  # rank 0 continues all sums
+        totals = here.get("train_totals", totals)
         for name, total in totals.items():
             setattr(self.train_totals, name, total.to(self.device))
         trainer = self._trainer

@@ -168,7 +168,7 @@ def fit(
             "`torchrun --nproc-per-node N` starts a process for each of N"
         )
     callbacks = [callbacks] if isinstance(callbacks, pl.Callback) else list(callbacks or ())
-    data, val_data = (DataLoader(d, batch_size=None) if isinstance(d, list | tuple) else d for d in (data, val_data))
+    data, val_data = _loader("data", data), _loader("val_data", val_data)
     modular = isinstance(data, pl.LightningDataModule)
     if modular and val_data is not None:
         raise ValueError(f"val_data is given, and data is a {type(data).__name__}, which has its own")
@@ -296,6 +296,24 @@ def check_amp(amp_dtype: str | None, device_type: str) -> None:
     """
     if amp_dtype == "float16" and device_type == "cpu":
         raise ValueError("amp_dtype is 'float16'; on a CPU it must be 'bfloat16', or leave out --amp")
+
+
+def _loader(name: str, data: object) -> object:
+    """Return a loader of the batches in a list or tuple, and other data as they are.
+
+    Raises:
+        ValueError: there is no batch, or they are images and labels instead of batches of them.
+    """
+    if not isinstance(data, list | tuple):
+        return data
+    if len(data) == 0:
+        raise ValueError(f"{name} is empty; it must have at least one batch of images and labels")
+    if isinstance(data[0], Tensor):
+        raise ValueError(
+            f"{name} is a {type(data).__name__} of tensors; it must have batches of images and labels: give "
+            "DataLoader(TensorDataset(images, labels), batch_size=…), or [(images, labels)] for one batch"
+        )
+    return DataLoader(data, batch_size=None)
 
 
 def _processes(count: int, devices: int | Sequence[int] = 1, find_unused_parameters: bool = False) -> dict:

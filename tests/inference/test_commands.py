@@ -43,7 +43,7 @@ def test_predicts_csv_with_gates_of_patterns_and_lists(checkpoint, images, tmp_p
     arguments = ("predict", checkpoint, images / "val" / "b*" / "*.png", "--format", "csv", "--gates", "-b", 3)
     result = run(*arguments)
     rows = list(csv.DictReader(io.StringIO(result.stdout)))
-    assert result.exit_code == 0 and len(rows) == 4, result.output
+    assert result.exit_code == 0 and len(rows) == 4 and result.stderr == "", result.output
     assert list(rows[0])[:5] == ["path", "class_1", "probability_1", "class_2", "probability_2"]
     assert sum(float(rows[0][f"probability_{i}"]) for i in (1, 2, 3)) == pytest.approx(1, abs=1e-5)
     gates = [float(rows[0][f"stack1_router_g1{j}"]) for j in (1, 2)]

@@ -1,5 +1,7 @@
 """What a run, finished or not, leaves to the next one."""
 
+from types import SimpleNamespace
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -101,6 +103,20 @@ def test_the_gates_loss_comes_and_goes_at_a_resume_with_an_average(tmp_path, bef
     assert ("train_aux" in rows[-1]) == (not before)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_buffers_of_a_loss_that_is_left_out_are_left_out_in_every_process(rank):
+    module = classifier()
+    module._trainer = SimpleNamespace(world_size=2, global_rank=rank, state=SimpleNamespace(fn=None))
+    weights = module.state_dict()
+    name = next(name for name in weights if name.endswith("running_mean"))
+    other = {name: weights[name] + 1, "aux_loss.mean": torch.ones(1)}
+    ranks = [{"train_totals": {}, "state_dict": own} for own in ({}, other)]
+    checkpoint = {"state_dict": weights | {"aux_loss.mean": torch.zeros(1)}, "ranks": ranks}
+    module.on_load_checkpoint(checkpoint)
+    assert checkpoint["state_dict"].keys() == weights.keys()
+    assert torch.equal(checkpoint["state_dict"][name], weights[name] + rank)
+
+
 def test_networks_in_evaluation_mode_are_trained_in_training_mode(tmp_path):
     module = classifier()
     module.model.eval()
@@ -172,6 +188,18 @@ def test_batches_in_a_list(tmp_path, callbacks):
     (expected,) = run(classifier(), loader, tmp_path / "loader", val_data=validation)
     for name in ("train_loss", "val_loss", "val_error"):
         assert row[name] == expected[name]
+
+
+@pytest.mark.parametrize("name", ["data", "val_data"])
+def test_lists_of_no_batches_are_refused(tmp_path, name):
+    images, labels = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
+    for given, message in (
+        ([], f"{name} is empty; it must have at least one batch"),
+        ((images, labels), f"{name} is a tuple of tensors; it must have batches of images and labels: give DataLoader"),
+    ):
+        data = {"data": [(images, labels)], name: given}
+        with pytest.raises(ValueError, match=message):
+            run(classifier(), data["data"], tmp_path, val_data=data.get("val_data"))
 
 
 def test_an_interrupted_validation_does_not_reach_the_next_one(tmp_path):
