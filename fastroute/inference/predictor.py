@@ -323,7 +323,15 @@ def predictor_of(
     name = type(network).__name__ if specification is None else str(specification)
     count, names = None if specification is None else specification.num_classes, list(classes or [])
     if check or count is None:
-        count = check_takes(network, name, transform.in_chans, transform.img_size)
+        try:
+            count = check_takes(network, name, transform.in_chans, transform.img_size)
+        except ValueError as error:
+            if check:
+                raise
+            raise ValueError(
+                f"{error}. Predictors take images; if the network takes something else, load it by "
+                "RoutingClassifier.load_from_checkpoint(path, model=network)"
+            ) from error
     names += [str(i) for i in range(len(names), count)]
     return Predictor(network, names, transform, device, specification)
 

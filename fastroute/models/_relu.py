@@ -1,11 +1,11 @@
 """Move the ReLU at the end of a block into the router behind it."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastroute.models._tracing import CONSTANT, trace
 from fastroute.nn.blocks import SEQUENTIAL
@@ -55,7 +55,7 @@ def _without_relu(module: nn.Module) -> nn.Module | None:
     Return None if it does not end in a ReLU, or if that is unknown because torch.fx cannot trace the forward, or
     because a hook may read or change its result.
     """
-    if _altered(module) or isinstance(module, fx.GraphModule | torch.jit.ScriptModule):
+    if _altered(module) or is_parametrized(module) or isinstance(module, fx.GraphModule | torch.jit.ScriptModule):
         return None
     if type(module) is nn.ReLU:
         return nn.Identity()
@@ -92,7 +92,7 @@ def _without_relu_of(module: nn.Module, name: str) -> nn.Module | None:
     child = _without_relu(module._modules[name])
     if child is None:
         return None
-    without = _shallow_copy(module)
+    without = shallow_copy(module)
     without._modules[name] = child
     return without
 
@@ -103,7 +103,7 @@ def _forward_graph(module: nn.Module) -> fx.Graph | None:
     None too if the forward makes tensors or calls a function with a mode of its own, such as `F.dropout`: those would
     have to become buffers and submodules of the module.
     """
-    traced = _shallow_copy(module)
+    traced = shallow_copy(module)
     traced._buffers = {name: None if value is None else value.clone() for name, value in module._buffers.items()}
     try:
         graph, _ = trace(traced, {""})
@@ -113,9 +113,10 @@ def _forward_graph(module: nn.Module) -> fx.Graph | None:
     return None if made else graph
 
 
-def _shallow_copy(module: nn.Module) -> nn.Module:
+def shallow_copy(module: nn.Module) -> nn.Module:
     """Return a module of the same parameters, buffers and children, each of which can be replaced."""
-    new = copy.copy(module)
+    new = object.__new__(type(module))  # `copy.copy` refuses modules whose parameters are computed from others
+    new.__dict__ |= vars(module)
     for name in ("_parameters", "_buffers", "_modules"):
         setattr(new, name, dict(getattr(module, name)))
     return new

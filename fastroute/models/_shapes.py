@@ -1,14 +1,21 @@
 """Shapes of the values in a network, and the images by which they are found."""
 
 import contextlib
+import copy
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 
 from fastroute._errors import first_line
 from fastroute.models._modes import modes_kept
+
+CHANNELS_FIRST = (_ConvNd, _BatchNorm, nn.GroupNorm, _MaxPoolNd, _AvgPoolNd, _AdaptiveMaxPoolNd, _AdaptiveAvgPoolNd)
+CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.MultiheadAttention, nn.RNNBase)
 
 
 class _Shapes(fx.Interpreter):
@@ -31,9 +38,10 @@ class _Shapes(fx.Interpreter):
         return result
 
     def run(self, *args):
-        super().run(*args)
+        result = super().run(*args)
         if self.value is not None:
             self.watched.meta["overwritten"] = self.value._version != self.version
+        return result
 
 
 def _mutable(value):
@@ -44,25 +52,67 @@ def _mutable(value):
     return {key: _mutable(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
+@contextlib.contextmanager
+def on_trial(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield a copy of a network in evaluation mode, without gradients: its first images may initialise a layer.
+
+    A network that cannot be copied is yielded itself, and gets its modes back.
+    """
+    with torch.no_grad(), contextlib.ExitStack() as modes:
+        try:
+            model = copy.deepcopy(model)
+        except Exception:  # a user's own module may refuse in any way
+            modes.enter_context(modes_kept(model))
+        yield model.eval()
+
+
+def random_images(model: nn.Module, input_size: Sequence[int]) -> torch.Tensor:
+    """Return two images of random values from 0 to 1, always the same, on the network's device and of its dtype."""
+    images = torch.rand(2, *input_size, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    return images.to(like(model))
+
+
 def shapes_of(
-    model: nn.Module, graph: fx.Graph, input_size: Sequence[int], watched: fx.Node | None = None
+    model: nn.Module, graph: fx.Graph, input_size: Sequence[int], watched: fx.Node | None = None, check: bool = False
 ) -> dict[fx.Node, tuple[int, ...] | None]:
     """Return the shape of each node's value for two images, None if it is not a tensor.
 
     `watched.meta["overwritten"]` is set to whether later nodes overwrite the value of `watched`.
 
-    Computing two black images is faster than fake tensors, which import torch's compiler.
+    Computing two images is faster than fake tensors, which import torch's compiler.
+
+    Args:
+        check: whether to raise ValueError where the graph returns something else than the network.
     """
+    images = random_images(model, input_size)
     try:
-        with torch.no_grad(), modes_kept(model):
-            _Shapes(fx.GraphModule(model.eval(), graph), watched).run(like(model).new_zeros(2, *input_size))
+        with on_trial(model) as trial:
+            result = _Shapes(fx.GraphModule(trial, graph), watched).run(images.clone())
+            expected = [trial(images.clone()) for _ in range(2)] if check else []
     except Exception as error:  # a user's own network may raise anything
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"input_size is {tuple(input_size)}; model cannot take such images: {reason}; give input_size=(C, H, W) of "
             "those that it takes"
         ) from error
+    # A network that itself returns something else every time cannot be compared.
+    if check and _close(*expected) and not _close(result, expected[1]):
+        raise ValueError(
+            f"model is a {type(model).__name__}, whose graph by torch.fx computes something else than its forward, as "
+            "where the forward asks for the type of its input; move that part into a module of its own, behind or "
+            "between the modules to cut at"
+        )
     return {node: node.meta["shape"] for node in graph.nodes}
+
+
+def _close(a: object, b: object) -> bool:
+    """Return whether two results are equal but for rounding; those that are no tensors are not compared."""
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return True
+    if a.shape != b.shape or a.is_meta:
+        return a.shape == b.shape
+    most = b.abs().nan_to_num(0, 0, 0).max().item() if b.numel() else 0
+    return torch.allclose(a, b, rtol=1e-2, atol=1e-3 * most, equal_nan=True)
 
 
 def like(model: nn.Module) -> torch.Tensor:
@@ -85,8 +135,8 @@ def check_takes(network: nn.Module, name: str, in_chans: int, img_size: int, cla
         ValueError: the network does not take such an image, or returns something else.
     """
     try:
-        with torch.no_grad(), modes_kept(network):
-            logits = network.eval()(like(network).new_zeros(1, in_chans, img_size, img_size))
+        with on_trial(network) as trial:
+            logits = trial(like(network).new_zeros(1, in_chans, img_size, img_size))
     except Exception as error:  # a user's own network may raise anything
         size = f"{in_chans} × {img_size} × {img_size}"
         raise ValueError(f"img_size is {img_size}; {name} cannot take images of {size}: {first_line(error)}") from error
@@ -108,32 +158,47 @@ def channel_axes(
 ) -> dict[fx.Node, int]:
     """Return the axis of the channels of each node's value: 1, or the last one of tokens and of maps (N, H, W, C).
 
-    In doubt, larger images tell the axis that keeps its size. A network may refuse them; then three axes are those of
-    tokens, and of four axes two that are equal for square images are those of the image.
+    It is the axis whose size does not depend on that of the images, which larger images tell. A network may refuse
+    them, or pool to a fixed size. Then the axes of a map are compared with the shape of the images, and after that the
+    module tells: a convolution's channels come first, a dense layer's last. Three axes are those of tokens otherwise.
 
     Args:
         shapes: of the nodes' values for images of `input_size`.
     """
-    axes, doubtful = {}, []
+    axes, square = {}, len(set(input_size[1:])) == 1
     for node in nodes:
         shape = shapes[node]
-        axes[node] = len(shape) - 1 if len(shape) == 3 else 1
-        if (len(shape) == 3 and len(input_size) == 2) or (len(shape) == 4 and shape[1] == shape[2]):
-            doubtful.append(node)
+        if len(shape) == 2 or (len(shape) == 4 and square and shape[1] != shape[2] == shape[3]):
+            axes[node] = 1
+    doubtful = [node for node in nodes if node not in axes]
     if not doubtful:
         return axes
     for node in graph.nodes:
         node.meta.pop("shape", None)
     with contextlib.suppress(ValueError):
-        shapes_of(model, graph, [input_size[0], *(size + 32 for size in input_size[1:])])
+        shapes_of(model, graph, [input_size[0], *(2 * size for size in input_size[1:])])
     for node in doubtful:
         shape, larger = shapes[node], node.meta.get("shape") or ()
         kept = [axis for axis in (1, len(shape) - 1) if axis < len(larger) and larger[axis] == shape[axis]]
-        if len(kept) == 1:
-            [axes[node]] = kept
-        elif len(shape) == 4 and shape[2] != shape[3]:
-            axes[node] = 3
+        if len(kept) != 1 and len(shape) == 4 and len(input_size) == 3:
+            kept = [axis for axis in (1, 3) if _is_shaped_as(shape[2:] if axis == 1 else shape[1:3], input_size[1:])]
+        [axes[node]] = kept if len(kept) == 1 else [_axis_by_module(model, node, len(shape))]
     return axes
+
+
+def _is_shaped_as(map_size: Sequence[int], image_size: Sequence[int]) -> bool:
+    return map_size[0] * image_size[1] == map_size[1] * image_size[0]
+
+
+def _axis_by_module(model: nn.Module, node: fx.Node, dims: int) -> int:
+    """Return the axis of the channels of what a module returns, by the type of the last layer in it."""
+    if node.op == "call_module":
+        for layer in reversed(list(model.get_submodule(node.target).modules())):
+            if isinstance(layer, CHANNELS_FIRST):
+                return 1
+            if isinstance(layer, CHANNELS_LAST):
+                return dims - 1
+    return dims - 1 if dims == 3 else 1
 
 
 def default_input_size(model: nn.Module) -> tuple[int, ...]:
@@ -155,7 +220,7 @@ def default_input_size(model: nn.Module) -> tuple[int, ...]:
         raise ValueError("input_size is None; it must be given for a model without 2-D convolutions")
     known = list(dict.fromkeys(known))
     for size in known if len(known) > 1 else ():  # timm's configuration does not follow in_chans and img_size
-        with contextlib.suppress(Exception), torch.no_grad(), modes_kept(model):
-            model.eval()(like(model).new_zeros(2, *size))
+        with contextlib.suppress(Exception), on_trial(model) as trial:
+            trial(random_images(model, size))
             return size
     return known[0]

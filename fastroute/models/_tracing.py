@@ -57,8 +57,15 @@ def trace(model: nn.Module, expand: set[str]) -> tuple[fx.Graph, dict[str, list[
     Raises:
         ValueError: torch.fx cannot trace the forward, or the graph would compute something else: the forward depends on
             the mode, sets gradients or autocast, changes the modules of `expand`, or draws random numbers outside of
-            tensors.
+            tensors; or a module of `expand` has a method `train` of its own.
     """
+    for name in sorted(expand):
+        if type(model.get_submodule(name)).train is not nn.Module.train:
+            raise ValueError(
+                f"model is a {type(model).__name__}, in which {name or 'the network itself'} has a method train() of "
+                "its own, which its parts would not have; convert it without this method, and set the modes of the "
+                "result (to freeze batch norm, call eval() of these layers after each train())"
+            )
     traces = []
     _take_constants(model)  # those of an earlier trace
     with modes_kept(model):
@@ -145,7 +152,7 @@ def _use_dropout_modules(model: nn.Module, graph: fx.Graph, mode: bool) -> None:
         if arguments.get("training", True) is not mode:
             continue
         name = f"functional_dropout{i}"
-        model.add_module(name, nn.Dropout(arguments.get("p", 0.5)))
+        model.add_module(name, nn.Dropout(arguments.get("p", 0.5), arguments.get("inplace", False)))
         node.op, node.target, node.args, node.kwargs = "call_module", name, (arguments["input"],), {}
 
 

@@ -11,9 +11,10 @@ from difflib import get_close_matches
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from fastroute._plain import plain
-from fastroute.models._relu import take_relu
+from fastroute.models._relu import shallow_copy, take_relu
 from fastroute.models._shapes import channel_axes, default_input_size, like, shapes_of
 from fastroute.models._tracing import trace
 from fastroute.models.sources import without_auxiliary_heads
@@ -81,8 +82,8 @@ def multipath(
             n, and without noise the new network at first computes the same as `model`, unless gate_norm="standardize"
             spreads the gates. The state dict has this factor, so a network that is to load it must be built with
             init="copy" too. Both leave parameters that are frozen (`requires_grad` is False) as they are.
-        noise: for init="copy", the standard deviation of the noise on each weight of a convolution or dense layer,
-            relative to that of the weights.
+        noise: for init="copy", the standard deviation of the noise on each parameter of two or more axes, such as the
+            weights of convolutions and dense layers, relative to that of its values.
         input_size: (channels, height, width) of the images by which the channels at each cut are found, or (channels,
             length) of sequences. The default is that of timm's `pretrained_cfg`, if the network takes such images, or
             else 224 × 224, or the size of a transformer's `patch_embed`, with the channels of the first convolution.
@@ -97,12 +98,14 @@ def multipath(
         a `MultiPathNetwork`: `forward(x)` → logits; `forward(x, return_routing=True)` → (logits, {name: Routing}).
 
     Raises:
-        TypeError: paths is no integer; model is not a module, or a wrapper: compiled, scripted, or for several devices.
+        TypeError: paths is no integer; input_size is no tuple; model is not a module, or a wrapper: compiled, scripted,
+            or for several devices.
         ValueError: an argument is out of its range; a name is unknown, or named twice; a module is called more than
             once or never, or does not return one tensor (N, C), (N, C, H, W) or (N, L, C); more than its output reaches
             the rest of the network; torch.fx cannot trace the network; or the forward of the modules around the cuts
             does what a graph cannot keep, such as another computation in training, a part without gradients or
-            autocast, changes of a buffer, or a random choice in Python.
+            autocast, changes of a buffer, or a random choice in Python; one of these modules has a method `train` of
+            its own; or `model` itself has forward hooks or a forward set on the instance.
 
     Example:
         >>> model = multipath(torchvision.models.resnet18(), 2, ["maxpool", "layer1", "layer2", "layer3", "layer4"])
@@ -116,6 +119,8 @@ def multipath(
     if any(isinstance(module, MultiPathNetwork) for module in model.modules()):
         raise ValueError(f"model is a {type(model).__name__} with parallel paths; it must be a network of one path")
     check_integers(paths=paths)
+    if not isinstance(input_size, Iterable | None):
+        raise TypeError(f"input_size is {input_size!r}; it must be a tuple such as (3, 224, 224)")
     paths, noise = plain(paths), plain(noise)
     if not 2 <= paths <= MAX_PATHS:
         raise ValueError(f"paths is {paths}; it must be 2 to {MAX_PATHS}")
@@ -147,7 +152,7 @@ def multipath(
     first = next(iter(cuts.values()))
     if routing is None:  # the paths start from one and the same tensor
         _compute_out_of_place(model, graph, first)
-    shapes = shapes_of(model, graph, input_size, first)
+    shapes = shapes_of(model, graph, input_size, first, check=True)
     for name, node in cuts.items():
         if len(shapes[node] or ()) not in (2, 3, 4, 5):
             raise ValueError(
@@ -185,7 +190,7 @@ def multipath(
         if router is not None:
             _add(layers, f"{name}_router", router)
         start, width, scale, last_before = end, paths, 1, last[1]
-        own = routing is None and end is first and first.meta["overwritten"]
+        own = routing is None and end is first and (first.meta["overwritten"] or _draws_in_place(model))
     parts, origin = _parts(copies, graph, start, output, own=own, last=(last_before, False))
     origins[_add(layers, "head", parts)] = origin
     network = MultiPathNetwork(layers)
@@ -279,6 +284,12 @@ def _check_is_plain(model: nn.Module) -> None:
         raise TypeError(f"model is a {name}; convert model.module, and wrap the result")
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
         raise ValueError(f"model is a {name} with lazy layers that have no weights yet; call it once with images")
+    if "forward" in vars(model) or model._forward_hooks or model._forward_pre_hooks:
+        what = "a forward set on the instance" if "forward" in vars(model) else "forward hooks"
+        raise ValueError(
+            f"model is a {name} with {what}, which torch.fx does not follow in the network itself, only in the modules "
+            "in it: remove them, or convert nn.Sequential(model), whose modules have names such as '0.layer1'"
+        )
 
 
 def _changes_of_resolution(model: nn.Module, input_size: Sequence[int]) -> list[str]:
@@ -289,18 +300,18 @@ def _changes_of_resolution(model: nn.Module, input_size: Sequence[int]) -> list[
             plain.add(name)
     graph, results = trace(model, plain)
     shapes, crossing = shapes_of(model, graph, input_size), _crossing(graph)
-    candidates = [node for nodes in results.values() for node in nodes if node and len(shapes[node] or ()) in (3, 4)]
+    candidates = [node for nodes in results.values() for node in nodes if node and len(shapes[node] or ()) in (3, 4, 5)]
     axes = channel_axes(model, graph, input_size, candidates, shapes)
     last, others = {}, {}
     for name, nodes in results.items():  # an nn.Sequential comes after what is in it, and its name is the shorter
         node = nodes[0]
-        if len(nodes) != 1 or node is None or crossing[node] - {node} or len(shapes[node] or ()) not in (3, 4):
+        if len(nodes) != 1 or node not in axes or crossing[node] - {node}:
             continue
-        if len(shapes[node]) == 3:
+        if len(shapes[node]) == 3 and axes[node] == 2:
             others.setdefault(shapes[node], []).append(name)
             continue
-        resolution = shapes[node][1:3] if axes[node] == 3 else shapes[node][2:]
-        if resolution not in (tuple(input_size[1:]), (1, 1)):
+        resolution = shapes[node][2:] if axes[node] == 1 else shapes[node][1:-1]
+        if resolution != tuple(input_size[1:]) and set(resolution) != {1}:
             last[resolution] = name
     if len(last) < 2 and others:  # of a transformer, whose tokens keep their number
         names = ",".join(_blocks(model, max(others.values(), key=len)))
@@ -391,22 +402,29 @@ def _part(
     if scale == 1:
         part.output(result)
         return fx.GraphModule(model, part)
-    root = copy.copy(model)  # without the factor in the other parts of `model`
-    root._buffers = model._buffers | {SCALE: torch.tensor(float(scale), device=like(model).device)}
+    root = shallow_copy(model)  # without the factor in the other parts of `model`
+    root._buffers[SCALE] = torch.tensor(float(scale), device=like(model).device)
     part.output(part.call_function(torch.mul, (result, part.get_attr(SCALE))))
     return fx.GraphModule(root, part)
 
 
 def _weights_on_both_sides(model: nn.Module, graph: fx.Graph, cut: fx.Node) -> bool:
-    """Return whether a parameter is used up to a node and again behind it, by itself or in a module."""
+    """Return whether a parameter or buffer is used up to a node and again behind it, by itself or in a module."""
+    tensors = {*model.parameters(), *model.buffers()}
     used = {True: set(), False: set()}
     for node in graph.nodes:
         if node.op == "call_module":
-            used[node <= cut] |= set(model.get_submodule(node.target).parameters())
-        elif node.op == "get_attr" and isinstance(value := operator.attrgetter(node.target)(model), nn.Parameter):
+            module = model.get_submodule(node.target)
+            used[node <= cut] |= {*module.parameters(), *module.buffers()}
+        elif node.op == "get_attr" and (value := operator.attrgetter(node.target)(model)) in tensors:
             for user in node.users:
                 used[user <= cut].add(value)
     return bool(used[True] & used[False])
+
+
+def _draws_in_place(model: nn.Module) -> bool:
+    """Return whether a layer writes into its input in training alone, which `shapes_of` does not see."""
+    return any(isinstance(module, _DropoutNd | nn.RReLU) and module.inplace for module in model.modules())
 
 
 def _compute_out_of_place(model: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
@@ -426,8 +444,9 @@ def _compute_out_of_place(model: nn.Module, graph: fx.Graph, node: fx.Node) -> N
 @torch.no_grad()
 def _reseeded(model: nn.Module, init: str, noise: float) -> nn.Module:
     """Return a copy of the network with the rows and columns of its weights permuted, or with noise on them."""
-    model = copy.deepcopy(model)
-    for parameter in model.parameters():
+    original, model = model, copy.deepcopy(model)
+    buffers = dict(model.named_buffers())
+    for name, parameter in model.named_parameters():
         if not parameter.requires_grad:  # such as fixed filters, or the encoding of positions
             continue
         if init == "copy":
@@ -439,4 +458,11 @@ def _reseeded(model: nn.Module, init: str, noise: float) -> nn.Module:
         matrix = parameter.flatten(1)
         rows, columns = (torch.randperm(size, device=parameter.device) for size in matrix.shape)
         parameter.copy_(matrix.index_select(0, rows).index_select(1, columns).view_as(parameter))
+        for vector, order in (("0._u", rows), ("0._v", columns)):  # the singular vectors of spectral_norm
+            buffer = buffers.get(name.removesuffix("original") + vector)
+            if name.endswith(".original") and buffer is not None and buffer.shape == order.shape:
+                buffer.copy_(buffer[order])
+    for old, new in zip(original.modules(), model.modules(), strict=True):
+        if isinstance(old, nn.Embedding | nn.EmbeddingBag) and old.padding_idx is not None:
+            new.weight[old.padding_idx] = old.weight[old.padding_idx]
     return model

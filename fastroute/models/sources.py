@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import UninitializedTensorMixin
 
 from fastroute._errors import in_a_line
@@ -23,6 +24,11 @@ from fastroute.models.weights import load_pretrained
 from fastroute.nn.router import without_temperatures
 
 KNOWN = "an own network's name (`fastroute models` lists them), timm:NAME, torchvision:NAME or package.module:function"
+
+TRAINING = re.compile(r"\b(?:inplace|momentum|p)=[^,]*,?\s*")
+"""Options in PyTorch's description of a layer that do not change what it computes in evaluation."""
+
+PLAIN = bool | int | float | str
 
 
 class Request(NamedTuple):
@@ -233,14 +239,38 @@ def _near(name: str, names: Sequence[str]) -> str:
 
 
 def layout(network: nn.Module) -> str:
-    """Return a digest of the names and types of a network's modules and of the shapes of its tensors.
+    """Return a digest of what a network computes: its modules, their options and hooks, and the shapes of its tensors.
 
-    Temperatures of routers, which a state dict has once they are not 1, do not count.
+    Temperatures of routers, which a state dict has once they are not 1, do not count, nor do options that only matter
+    in training.
     """
-    modules = [(name, type(module).__name__) for name, module in network.named_modules()]
+    modules = [(name, type(module).__name__, *_altered(module)) for name, module in network.named_modules()]
     state = without_temperatures(network.state_dict(), network)
     tensors = [(name, *value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)]
     return hashlib.sha256(repr((modules, tensors)).encode()).hexdigest()
+
+
+def _altered(module: nn.Module) -> tuple[str, bool, int]:
+    """Return PyTorch's description of a layer, and what changes its forward: one on the instance, and hooks."""
+    described = module.extra_repr() if type(module).extra_repr.__module__.startswith("torch.nn.") else ""
+    forward = getattr(vars(module).get("forward"), "__func__", vars(module).get("forward"))
+    own = forward is not None and not getattr(forward, "same_results", False)
+    return TRAINING.sub("", described), own, len(module._forward_hooks) + len(module._forward_pre_hooks)
+
+
+def _same_options(network: nn.Module, built: nn.Module) -> bool:
+    """Return whether the numbers and texts among the attributes of two networks of one layout are equal.
+
+    Those of dropout and of checkpointing only matter in training.
+    """
+    for module, other in zip(network.modules(), built.modules(), strict=True):
+        for name, value in vars(other).items():
+            if re.match("_|training$|.*(drop|checkpoint)", name) or isinstance(module, _DropoutNd):
+                continue
+            is_plain = not any(map(torch.is_tensor, value)) if isinstance(value, tuple) else isinstance(value, PLAIN)
+            if is_plain and getattr(module, name, None) != value:
+                return False
+    return True
 
 
 def inferred(network: nn.Module) -> tuple[str, Request] | None:
@@ -256,7 +286,7 @@ def inferred(network: nn.Module) -> tuple[str, Request] | None:
                 built = BUILDERS[source](request)
         except Exception:  # an unknown argument, or an operator that the meta device lacks
             continue
-        if (layout(built), repr(built)) == wanted:
+        if (layout(built), repr(built)) == wanted and _same_options(network, built):
             return source, request
     return None
 

@@ -10,7 +10,7 @@ class _Exact:
     """Mixin that pads or cuts the map first where PyTorch is wrong, such as for a kernel of 3 on a map of 1."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or x.dim() not in (weight.dim() - 1, weight.dim()):  # PyTorch says what is wrong
             return super()._conv_forward(x, weight, bias)
         if x.dim() < weight.dim():  # a single map
             return self._conv_forward(x.unsqueeze(0), weight, bias).squeeze(0)

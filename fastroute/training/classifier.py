@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
@@ -27,11 +28,11 @@ from fastroute.training.capturable import CAPTURABLE
 from fastroute.training.distributed import gather_to_rank_zero
 from fastroute.training.graphs import CUDAGraph, Graph, RecordedStep, check_compile_mode, check_recording, settings
 from fastroute.training.metrics import Totals
-from fastroute.training.optim import GROUP_OPTIONS, OPTIMIZERS, SCHEDULES, parameter_groups, scheduler
+from fastroute.training.optim import GROUP_OPTIONS, OPTIMIZERS, SCHEDULES, check_length, parameter_groups, scheduler
 from fastroute.training.recomputation import checkpoint_gradients
 from fastroute.training.saved_fields import CHANNELS
 from fastroute.training.steps import MovingAverage
-from fastroute.training.targets import check_classes, checked_labels, class_shares
+from fastroute.training.targets import check_classes, check_logits, check_values, checked_labels, class_shares
 
 STATES = ("state_dict", "current_model_state")
 """The keys of a network's weights in a checkpoint: with a moving average, the average and the trained weights."""
@@ -167,7 +168,10 @@ class RoutingClassifier(pl.LightningModule):
             own = {"num_classes": built.num_classes, "in_chans": built.in_chans, "img_size": built.img_size}
             self.hparams.update({k: size for k, size in own.items() if size})
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.model = exact_convolutions(model).to(memory_format=self.memory_format)
+        self.model = exact_convolutions(model)
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.dim() == 4:  # the formats are those of maps (N, C, H, W)
+                tensor.data = tensor.data.contiguous(memory_format=self.memory_format)
         if grad_checkpointing:
             for name, value in (("compile", compile), ("cuda_graphs", cuda_graphs)):
                 if value:
@@ -261,7 +265,7 @@ class RoutingClassifier(pl.LightningModule):
         weights = next(self.model.parameters(), images)
         if images.is_floating_point() and weights.is_floating_point():  # the weights may be float64
             images = images.to(weights.dtype)
-        return images.contiguous(memory_format=self.memory_format)
+        return images.contiguous(memory_format=self.memory_format if images.dim() == 4 else torch.contiguous_format)
 
     @property
     def progress(self) -> float:
@@ -340,17 +344,30 @@ class RoutingClassifier(pl.LightningModule):
         return loss + self.hparams.aux_weight * aux, aux.detach()
 
     def _check_first(self, images: Tensor, labels: Tensor, logits: Tensor) -> None:
-        """Check the classes of the first batch of training and of validation, and keep the size of its images."""
+        """Check logits and labels of the first batch of training and of validation, and keep the size of its images."""
         if self.training in self._checked:
             return
         self._checked.add(self.training)
+        check_logits(logits, self.hparams.model)
         data = getattr(self._trainer, "datamodule", None)
         known = isinstance(data, ImageDataModule)  # another module's num_classes may count other labels
+        if not known:
+            check_values(labels)
         if labels.dim() == 1 and len(labels):
             check_classes(data.num_classes if known else int(labels.max()) + 1, logits.shape[1])
-        square = images.dim() == 4 and images.shape[2] == images.shape[3] and images.shape[1] <= CHANNELS
-        if square and not known and not (self.training and False in self._checked):
-            self.hparams.update(in_chans=images.shape[1], img_size=images.shape[2])  # a predictor crops to this size
+        if known or (self.training and False in self._checked):
+            return
+        if images.dim() == 4 and images.shape[1] <= CHANNELS:  # a predictor crops to this size
+            height, width = images.shape[2:]
+            self.hparams.update(in_chans=images.shape[1])
+            if height == width:
+                self.hparams.update(img_size=height)
+            else:
+                warnings.warn(
+                    f"images are {height}×{width}, and fastroute.load crops squares of img_size, "
+                    f"{self.hparams.img_size}: give its predictor tensors of {height}×{width} that are normalised",
+                    stacklevel=2,
+                )
 
     def training_step(self, batch: tuple[Tensor, Tensor] | Draws, batch_idx: int) -> Tensor:
         if self.replayed is None:
@@ -407,18 +424,8 @@ class RoutingClassifier(pl.LightningModule):
         names = ("warmup_epochs", "decay_epochs", "decay_milestones", "decay_rate", "min_lr", "warmup_lr")
         self.trainer.fit_loop.setup_data()  # without max_epochs, the number of batches is not known yet
         steps, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs
-        if self.trainer.num_training_batches == 0:
-            raise ValueError(
-                "the data have no batch to train on: give more images, a smaller batch, or drop_last=False"
-            )
+        check_length(self.trainer.num_training_batches, steps)
         before, now = self._steps_before, self._steps_in_an_epoch()
-        if now is None:
-            raise ValueError(
-                "the data have no length, and learning rates follow the steps of an epoch: give a loader that has one "
-                "(`__len__`), as WebDataset's has after with_length(n), or a Trainer with limit_train_batches=n"
-            )
-        if not math.isfinite(steps):
-            raise ValueError("the run has no end, and learning rates follow its length: give max_epochs or max_steps")
         if self.trainer.max_steps != -1:  # the run ends by its steps, perhaps within an epoch
             epochs = steps / now
         if before is not None and before != now:
@@ -459,7 +466,8 @@ class RoutingClassifier(pl.LightningModule):
             ]
         if isinstance(data := self.trainer.datamodule, ImageDataModule):  # Lightning names its state by its class
             checkpoint.setdefault("ImageDataModule", ImageDataModule.state_dict(data))
-        checkpoint["epochs"] = self.trainer.max_epochs
+        planned = self.trainer.max_epochs
+        checkpoint["epochs"] = None if planned == -1 else planned  # a run that max_steps ends has no number of epochs
         checkpoint["steps_in_an_epoch"] = self._steps_in_an_epoch()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:

@@ -186,6 +186,27 @@ def check_warmup(sched: str, warmup_epochs: int, epochs: float) -> None:
         raise ValueError(f"warmup_epochs is {warmup_epochs}; it must be at most epochs, {epochs:g}")
 
 
+def check_length(batches: float, steps: float) -> None:
+    """Check that rates can follow the length of a run.
+
+    Args:
+        batches: of an epoch; infinite if the data have no length.
+        steps: of the optimiser in the run.
+
+    Raises:
+        ValueError: there is no batch, or the data or the run have no length.
+    """
+    if batches == 0:
+        raise ValueError("the data have no batch to train on: give more images, a smaller batch, or drop_last=False")
+    if math.isinf(batches):
+        raise ValueError(
+            "the data have no length, and learning rates follow the steps of an epoch: give a loader that has one "
+            "(`__len__`), as WebDataset's has after with_length(n), or a Trainer with limit_train_batches=n"
+        )
+    if math.isinf(steps):
+        raise ValueError("the run has no end, and learning rates follow its length: give max_epochs or max_steps")
+
+
 def scheduler(
     optimizer: torch.optim.Optimizer,
     sched: str,

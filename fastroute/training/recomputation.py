@@ -40,7 +40,10 @@ def checkpoint_gradients(network: nn.Module) -> None:
     if not blocks:
         raise ValueError(f"grad_checkpointing is True, but {type(network).__name__} has no blocks of layers")
     for block in blocks:
-        block.forward = types.MethodType(_forward, block)  # a method, so that a copy gets its own
+        own = vars(block).get("forward")
+        if getattr(own, "__func__", None) is not _forward:
+            block._plain_forward = own
+            block.forward = types.MethodType(_forward, block)  # a method, so that a copy gets its own
 
 
 def _paths(router: SparseRouter) -> list[nn.Module]:
@@ -48,11 +51,14 @@ def _paths(router: SparseRouter) -> list[nn.Module]:
 
 
 def _forward(block: nn.Module, *args, **options):
-    forward = functools.partial(type(block).forward, block)
+    forward = block._plain_forward or functools.partial(type(block).forward, block)
     if not (block.training and torch.is_grad_enabled()):
         return forward(*args, **options)
     contexts = functools.partial(_contexts, block)
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **options)
+
+
+_forward.same_results = True  # as those of a network without checkpoints, whose specification still holds
 
 
 def _contexts(block: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:

@@ -10,6 +10,11 @@ def checked_labels(labels: Tensor) -> Tensor:
     Raises:
         ValueError: labels have another shape or type.
     """
+    if not isinstance(labels, Tensor):
+        raise ValueError(
+            f"a batch has a {type(labels).__name__} in second place; the data must give pairs of images (N, C, H, W) "
+            "and labels (N,)"
+        )
     if labels.dim() == 1 and not labels.is_floating_point():
         return labels.long()
     if labels.dim() == 2 and labels.shape[1] > 1 and labels.is_floating_point():
@@ -18,6 +23,37 @@ def checked_labels(labels: Tensor) -> Tensor:
         f"labels are {str(labels.dtype).removeprefix('torch.')} of the shape {tuple(labels.shape)}; they must be "
         "integers (N,), or floating-point shares of the classes (N, num_classes), whose rows sum to 1"
     )
+
+
+def check_values(labels: Tensor) -> None:
+    """Check the values of labels that `checked_labels` returned.
+
+    Raises:
+        ValueError: a label is negative, or shares of classes are, or they do not sum to 1.
+    """
+    if labels.dim() == 1:
+        if len(labels) and labels.min() < 0:
+            raise ValueError(f"labels have {int(labels.min())}; they must be the numbers of the classes, from 0")
+    elif (labels < 0).any() or (labels.float().sum(1) - 1).abs().gt(1e-2).any():
+        raise ValueError(
+            f"labels have the row {[round(share, 4) for share in labels[0].tolist()[:5]]}; rows must be shares of the "
+            "classes, at least 0, whose sum is 1. For several labels of an image or for regression, give the network "
+            "a method training_loss, or write a Lightning module of your own"
+        )
+
+
+def check_logits(logits: object, model: str) -> None:
+    """Check the type and the shape of what a network returns.
+
+    Raises:
+        ValueError: it is no tensor (N, num_classes).
+    """
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        given = (*logits.shape,) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise ValueError(
+            f"model is {model}; for a batch of images it returns {given}, expected logits (N, num_classes): wrap it in "
+            "a module that returns these alone"
+        )
 
 
 def class_shares(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:

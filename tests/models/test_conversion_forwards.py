@@ -1,10 +1,12 @@
 """What a forward around the cuts of `multipath` may do."""
 
 import random
+import types
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from fastroute.models import multipath
 from tests.models.toys import SIZE, routers
@@ -98,3 +100,117 @@ def test_keeps_tensors_that_a_forward_makes(cuts):
     for router in routers(model).values():
         router.w2.data.zero_()
     torch.testing.assert_close(model(x), network(x))
+
+
+def convolutions():
+    layers = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU()
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 2)).eval()
+
+
+def on_the_instance(network):
+    network.forward = types.MethodType(lambda self, x: nn.Sequential.forward(self, x).tanh(), network)
+
+
+CHANGES = {
+    "a forward set on the instance": on_the_instance,
+    "forward hooks": lambda network: network.register_forward_hook(lambda module, args, result: 3 * result),
+    "forward hooks before": lambda network: network.register_forward_pre_hook(lambda module, args: (10 * args[0] + 1,)),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_refuses_what_changes_the_forward_of_the_network_itself(what):
+    network, x = convolutions(), torch.randn(2, *SIZE)
+    CHANGES[what](network)
+    with pytest.raises(ValueError, match=f"with {what.removesuffix(' before')}, which torch.fx does not follow"):
+        multipath(network, 2, ["1"], input_size=SIZE)
+    model = multipath(nn.Sequential(network).eval(), 2, ["0.1"], input_size=SIZE, init="copy", noise=0)
+    for router in routers(model).values():
+        router.w2.data.zero_()
+    torch.testing.assert_close(model(x), network(x))
+
+
+def test_refuses_a_forward_that_asks_for_the_type_of_its_input():
+    asking = does(lambda net, x: net.fc((2 * x + 1 if isinstance(x, torch.Tensor) else x).mean((2, 3))))
+    with pytest.raises(ValueError, match="computes something else than its forward"):
+        multipath(asking(), 2, ["conv"], input_size=SIZE)
+
+
+def test_a_network_that_draws_numbers_in_evaluation_is_not_compared():
+    class Noise(nn.Module):
+        def forward(self, x):
+            return x + torch.randn_like(x)
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), Noise(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    assert multipath(network, 2, ["0"], input_size=SIZE)(torch.randn(2, *SIZE)).shape == (2, 2)
+
+
+def test_layers_that_initialise_by_their_first_images_do_not_see_those_of_the_conversion():
+    class ActNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("shift", torch.zeros(()))
+            self.seen = 0
+
+        def forward(self, x):
+            if not self.seen:
+                self.shift = -x.detach().mean()
+            self.seen += 1
+            return x + self.shift
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, 2), ActNorm(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    for cuts, size in (["1"], SIZE), ("auto", SIZE), (["1"], None):
+        model = multipath(network, 2, cuts, input_size=size)
+        norms = [module for module in model.modules() if isinstance(module, ActNorm)]
+        assert norms and all(norm.seen == 0 and norm.shift == 0 for norm in norms)
+
+
+@pytest.mark.parametrize("behind", ["nested", "flattened"])
+def test_paths_drop_from_tensors_of_their_own(behind):
+    dropout = nn.Dropout(0.5, inplace=True)
+    rest = [nn.Sequential(dropout, nn.Flatten())] if behind == "nested" else [nn.Flatten(), dropout]
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), *rest, nn.Linear(8 * 14 * 14, 2))
+    model = multipath(network, 2, ["0"], routing=None, input_size=SIZE, init="copy").train()
+    zeros = []
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(lambda layer, args: zeros.append((args[0] == 0).float().mean().item()))
+    model(torch.randn(8, *SIZE)).sum().backward()
+    assert zeros == pytest.approx([0.5, 0.5], abs=0.02)
+
+
+def test_functional_dropout_in_place():
+    def drop(network, x):
+        F.dropout(x, 0.5, network.training, True)
+        return network.fc(x.mean((2, 3)))
+
+    model = multipath(does(drop)(), 2, ["conv"], input_size=SIZE)
+    x = torch.randn(2, *SIZE)
+    assert not torch.equal(model(x), model(x)) and torch.equal(model.eval()(x), model(x))
+
+
+def test_refuses_to_lose_a_method_train():
+    class Frozen(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[1].eval()
+            return self
+
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    with pytest.raises(ValueError, match=r"the network itself has a method train\(\) of its own"):
+        multipath(Frozen(*layers), 2, ["1"], input_size=SIZE)
+    whole = nn.Sequential(Frozen(*layers[:2]), *layers[2:])
+    model = multipath(whole, 2, ["0"], input_size=SIZE).train()
+    assert not model.stem[0][1].training and model.stem[0][0].training
+
+
+def test_parametrised_modules_at_a_cut_and_as_a_whole():
+    network, x = convolutions(), torch.randn(2, *SIZE)
+    nn.utils.parametrizations.spectral_norm(network[2])
+    block = nn.Sequential(network[:4], *network[4:]).eval()
+    nn.utils.parametrize.register_parametrization(block[0][0], "weight", nn.Tanh())
+    for cuts in (["0.0"], ["0.2"], ["0"]):
+        model = multipath(block, 2, cuts, input_size=SIZE, init="copy", noise=0)
+        for router in routers(model).values():
+            router.w2.data.zero_()
+        torch.testing.assert_close(model(x), block(x))

@@ -86,3 +86,33 @@ def test_routers_of_the_network_itself_are_described_too():
         network(x, return_routing=True)
     network.head = nn.Identity()
     assert list(network._inner_routers()) == []
+
+
+@pytest.mark.parametrize("init", ["fresh", "copy"])
+def test_paths_keep_padding_rows_and_spectral_norms(init):
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+            self.embedding = nn.Embedding(9, 4, padding_idx=2)
+            self.last = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3), n_power_iterations=30)
+
+        def forward(self, x):
+            tokens = self.conv(x).mean((1, 2)).mul(9).long().clamp(0, 8)
+            return self.last(self.embedding(tokens).mean(1))
+
+    model = multipath(Tokens(), 3, ["conv"], input_size=SIZE, init=init, noise=0.1).eval()
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    assert len(embeddings) == 3 and all(not embedding.weight[2].any() for embedding in embeddings)
+    lasts = [module for module in model.modules() if hasattr(module, "parametrizations")]
+    tolerance = 1e-5 if init == "fresh" else 0.2
+    assert [last.weight.svd().S[0].item() for last in lasts] == pytest.approx([1] * 3, abs=tolerance)
+
+
+def test_paths_do_not_share_statistics_with_the_stem():
+    norm = nn.BatchNorm2d(4, affine=False)
+    layers = nn.Conv2d(3, 4, 1), norm, nn.ReLU(), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    model = multipath(nn.Sequential(*layers), 2, ["2"], input_size=SIZE).train()
+    model(torch.randn(4, *SIZE))
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert [int(module.num_batches_tracked) for module in norms] == [1, 1, 1]

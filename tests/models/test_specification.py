@@ -5,11 +5,14 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import timm
 import torch
+import torchvision
 from torch import nn
 
 from fastroute.models import Specification, create_model, multipath, specification_of
 from fastroute.models.specification import specification_in
+from fastroute.training.recomputation import checkpoint_gradients
 
 
 def same_outputs(network, x):
@@ -223,3 +226,48 @@ def test_pretrained_inceptions_renormalise_only_colours(channels, normalises, mo
     monkeypatch.setattr("torchvision.models.get_model_weights", lambda name: MagicMock())
     network = create_model("torchvision:googlenet", 5, channels, pretrained=True, init_weights=False)
     assert network.transform_input == normalises and network.eval()(torch.zeros(1, channels, 64, 64)).shape == (1, 5)
+
+
+def hooked(network):
+    network.register_forward_pre_hook(lambda module, args: (args[0] * 3 + 1,))
+
+
+def on_the_instance(network):
+    network.forward = lambda x: type(network).forward(network, x.tanh())
+
+
+def strided(network):
+    next(module for module in network.modules() if isinstance(module, nn.Conv2d)).stride = (1, 1)
+
+
+@pytest.mark.parametrize("change", [hooked, on_the_instance, strided])
+@pytest.mark.parametrize("kind", ["inferred", "named", "converted"])
+def test_another_computation_of_the_same_layers_has_no_specification(change, kind):
+    network = torchvision.models.resnet18(num_classes=3)
+    if kind == "named":
+        network = create_model("torchvision:resnet18", 3)
+    elif kind == "converted":
+        network = multipath(network, 2, ["layer1"], input_size=(3, 32, 32))
+    assert specification_of(network).name == "resnet18"
+    change(network)
+    assert specification_of(network) is None
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_heads": 12}, {"global_pool": "avg", "fc_norm": False}, {"dynamic_img_size": True}, {}]
+)
+def test_arguments_of_timm_that_no_layer_shows(options):
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=3, depth=12, drop_rate=0.0, **options)
+    assert (specification_of(network) is None) == bool(options)
+
+
+def test_what_only_matters_in_training_keeps_the_specification():
+    network = create_model("torchvision:mobilenet_v2", 3)
+    network.classifier[0].p = 0.5
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.01
+    assert specification_of(network) is not None
+    network = create_model("resnet20_cc2")
+    checkpoint_gradients(network)
+    assert specification_of(network) is not None

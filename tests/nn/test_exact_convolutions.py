@@ -101,3 +101,10 @@ def test_one_channel_in_channels_last():
     layer = exact_convolutions(nn.Conv2d(1, 2, 3, stride=(1, 2)))
     x = torch.randn(4, 9, 3, 1).movedim(-1, 1)
     torch.testing.assert_close(layer(x), copy.deepcopy(layer).double()(x.double()).float())
+
+
+@pytest.mark.parametrize("dims, size", [(1, (1, 2, 8, 8)), (2, (1, 2, 4, 4, 4)), (2, (3,))])
+def test_maps_of_other_dimensions_are_refused_by_pytorch(dims, size):
+    layer = exact_convolutions(getattr(nn, f"Conv{dims}d")(2, 3, 3))
+    with pytest.raises(RuntimeError, match=rf"Expected .* to conv{dims}d"):
+        layer(torch.randn(size))

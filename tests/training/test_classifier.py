@@ -214,3 +214,63 @@ def test_passes_the_mode_to_the_compiler(monkeypatch):
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         RoutingClassifier(**{"model": "resnet20", **arguments})
+
+
+class Returns(nn.Module):
+    def __init__(self, what):
+        super().__init__()
+        self.fc, self.what = nn.Linear(3, 3), what
+
+    def forward(self, x):
+        return self.what(self.fc(x.mean((2, 3))))
+
+
+def fitted(network, batches, **options):
+    module = RoutingClassifier(network, 3, **{"sched": "step"} | options)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **quiet)
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    return module
+
+
+IMAGES = torch.rand(4, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "batch, what, message",
+    [
+        ((IMAGES, torch.tensor([0, 1, -1, 2])), nn.Identity(), r"labels have -1; they must be the numbers"),
+        ((IMAGES, torch.tensor([0, 1, -100, 2])), nn.Identity(), r"labels have -100"),
+        (
+            (IMAGES, torch.tensor([[1.0, 1, 0]] * 4)),
+            nn.Identity(),
+            r"the row \[1.0, 1.0, 0.0\]; .* sum is 1",
+        ),
+        ((IMAGES, torch.tensor([[1.5, -0.5, 0]] * 4)), nn.Identity(), r"labels have the row"),
+        ({"images": IMAGES, "labels": torch.arange(4)}, nn.Identity(), r"a batch has a str in second place"),
+        ((IMAGES, torch.arange(4) % 3), lambda x: {"logits": x}, r"it returns a dict, expected logits"),
+        ((IMAGES, torch.arange(4) % 3), lambda x: (x, x), r"it returns a tuple, expected logits"),
+        ((IMAGES, torch.arange(4) % 3), lambda x: x[:, 0], r"it returns \(4,\), expected logits"),
+    ],
+)
+def test_batches_and_outputs_of_other_tasks_are_refused(batch, what, message):
+    with pytest.raises(ValueError, match=message):
+        fitted(Returns(what), [batch])
+
+
+def test_shares_of_classes_are_rounded():
+    fitted(Returns(nn.Identity()), [(IMAGES, torch.tensor([[0.333, 0.333, 0.333]] * 4))])
+
+
+def test_images_that_are_not_square_are_told():
+    with pytest.warns(UserWarning, match="images are 8×12, and fastroute.load crops squares of img_size, 32"):
+        module = fitted(Returns(nn.Identity()), [(torch.rand(4, 3, 8, 12), torch.arange(4) % 3)], img_size=32)
+    assert module.hparams.in_chans == 3 and module.hparams.img_size == 32
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+def test_channels_last_is_for_maps_alone(dims):
+    conv, pool = getattr(nn, f"Conv{dims}d"), getattr(nn, f"AdaptiveAvgPool{dims}d")
+    network = nn.Sequential(conv(3, 4, 3), pool(1), nn.Flatten(), nn.Linear(4, 3))
+    batch = torch.rand(4, 3, *[8] * dims), torch.arange(4) % 3
+    fitted(network, [batch], channels_last=True)

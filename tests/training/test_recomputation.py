@@ -1,6 +1,7 @@
 """Gradient checkpointing."""
 
 import copy
+import types
 
 import pytest
 import timm
@@ -57,3 +58,14 @@ def test_refuses_networks_without_blocks_and_compilation():
         checkpoint_gradients(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="compile is True, and grad_checkpointing too"):
         RoutingClassifier("resnet20", grad_checkpointing=True, compile=True)
+
+
+def test_blocks_keep_a_forward_of_their_own():
+    network, x = create_model("torchvision:resnet18", 3).eval(), torch.randn(2, 3, 32, 32)
+    block = network.layer2[0]
+    block.forward = types.MethodType(lambda self, x: type(self).forward(self, x).tanh(), block)
+    expected = network(x)
+    for _ in range(2):  # the second time changes nothing
+        checkpoint_gradients(network)
+        torch.testing.assert_close(network(x), expected)
+    torch.testing.assert_close(copy.deepcopy(network).train()(x).shape, expected.shape)
