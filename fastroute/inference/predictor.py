@@ -329,8 +329,8 @@ def predictor_of(
             if check:
                 raise
             raise ValueError(
-                f"{error}. Predictors take images; if the network takes something else, load it by "
-                "RoutingClassifier.load_from_checkpoint(path, model=network)"
+                f"{error}. If its images have another size, give img_size. Predictors take square images; for others, "
+                "and for other data, load the module by RoutingClassifier.load_from_checkpoint(path, model=network)"
             ) from error
     names += [str(i) for i in range(len(names), count)]
     return Predictor(network, names, transform, device, specification)

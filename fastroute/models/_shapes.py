@@ -9,9 +9,11 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 
 from fastroute._errors import first_line
+from fastroute._random import generators_seeded
 from fastroute.models._modes import modes_kept
 
 CHANNELS_FIRST = (_ConvNd, _BatchNorm, nn.GroupNorm, _MaxPoolNd, _AvgPoolNd, _AdaptiveMaxPoolNd, _AdaptiveAvgPoolNd)
@@ -40,7 +42,7 @@ class _Shapes(fx.Interpreter):
     def run(self, *args):
         result = super().run(*args)
         if self.value is not None:
-            self.watched.meta["overwritten"] = self.value._version != self.version
+            self.watched.meta["overwritten"] |= self.value._version != self.version
         return result
 
 
@@ -56,13 +58,11 @@ def _mutable(value):
 def on_trial(model: nn.Module) -> Iterator[nn.Module]:
     """Yield a copy of a network in evaluation mode, without gradients: its first images may initialise a layer.
 
-    A network that cannot be copied is yielded itself, and gets its modes back.
+    A network that cannot be copied is yielded itself. Modules that a copy shares with the network get their modes back.
     """
-    with torch.no_grad(), contextlib.ExitStack() as modes:
-        try:
+    with torch.no_grad(), modes_kept(model):
+        with contextlib.suppress(Exception):  # a user's own module may refuse in any way
             model = copy.deepcopy(model)
-        except Exception:  # a user's own module may refuse in any way
-            modes.enter_context(modes_kept(model))
         yield model.eval()
 
 
@@ -85,10 +85,23 @@ def shapes_of(
         check: whether to raise ValueError where the graph returns something else than the network.
     """
     images = random_images(model, input_size)
+    if watched is not None:
+        watched.meta["overwritten"] = False
+    gpus = [images.device.index] if images.is_cuda else []
+
+    def compute(module: nn.Module | _Shapes) -> object:
+        with generators_seeded(0, gpus):
+            return module(images.clone()) if isinstance(module, nn.Module) else module.run(images.clone())
+
     try:
         with on_trial(model) as trial:
-            result = _Shapes(fx.GraphModule(trial, graph), watched).run(images.clone())
-            expected = [trial(images.clone()) for _ in range(2)] if check else []
+            before = compute(trial) if check else None
+            result = compute(shapes := _Shapes(fx.GraphModule(trial, graph), watched))
+            after = compute(trial) if check else None
+            if watched is not None and any(map(_draws_in_place, trial.modules())):
+                trial.train()
+                with contextlib.suppress(Exception):  # batch norm refuses a single value
+                    compute(shapes)
     except Exception as error:  # a user's own network may raise anything
         reason = str(error).partition("\n")[0]
         raise ValueError(
@@ -96,7 +109,7 @@ def shapes_of(
             "those that it takes"
         ) from error
     # A network that itself returns something else every time cannot be compared.
-    if check and _close(*expected) and not _close(result, expected[1]):
+    if check and _close(before, after) and not _close(result, after):
         raise ValueError(
             f"model is a {type(model).__name__}, whose graph by torch.fx computes something else than its forward, as "
             "where the forward asks for the type of its input; move that part into a module of its own, behind or "
@@ -105,12 +118,19 @@ def shapes_of(
     return {node: node.meta["shape"] for node in graph.nodes}
 
 
+def _draws_in_place(module: nn.Module) -> bool:
+    """Return whether a layer writes into its input in training alone."""
+    return isinstance(module, _DropoutNd | nn.RReLU) and module.inplace
+
+
 def _close(a: object, b: object) -> bool:
     """Return whether two results are equal but for rounding; those that are no tensors are not compared."""
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
         return True
     if a.shape != b.shape or a.is_meta:
         return a.shape == b.shape
+    if not (a.is_floating_point() or a.is_complex()):
+        return torch.equal(a, b)
     most = b.abs().nan_to_num(0, 0, 0).max().item() if b.numel() else 0
     return torch.allclose(a, b, rtol=1e-2, atol=1e-3 * most, equal_nan=True)
 
@@ -158,19 +178,27 @@ def channel_axes(
 ) -> dict[fx.Node, int]:
     """Return the axis of the channels of each node's value: 1, or the last one of tokens and of maps (N, H, W, C).
 
-    It is the axis whose size does not depend on that of the images, which larger images tell. A network may refuse
-    them, or pool to a fixed size. Then the axes of a map are compared with the shape of the images, and after that the
-    module tells: a convolution's channels come first, a dense layer's last. Three axes are those of tokens otherwise.
+    It is the axis whose size does not depend on that of the images, which larger images tell, or the shape of images
+    that are not square. A network may refuse larger ones, or pool to a fixed size. Then two of four axes that are equal
+    for square images are those of the image. For others a layer tells, if the node is one: a convolution's channels
+    come first, a dense layer's last. Three axes are those of tokens otherwise.
 
     Args:
         shapes: of the nodes' values for images of `input_size`.
     """
-    axes, square = {}, len(set(input_size[1:])) == 1
+    axes, doubtful = {}, []
+    square = len(set(input_size[1:])) == 1
     for node in nodes:
-        shape = shapes[node]
-        if len(shape) == 2 or (len(shape) == 4 and square and shape[1] != shape[2] == shape[3]):
+        shape, like_images = shapes[node], []
+        if len(shape) == 4 and len(input_size) == 3:
+            like_images = [axis for axis in (1, 3) if _is_shaped_as(shape[2:] if axis == 1 else shape[1:3], input_size)]
+        if len(shape) == 2 or like_images == [1]:
             axes[node] = 1
-    doubtful = [node for node in nodes if node not in axes]
+        elif like_images == [3] and not square:
+            axes[node] = 3
+        else:
+            axes[node] = 3 if like_images == [3] else _axis_by_layer(model, node, len(shape))
+            doubtful.append(node)
     if not doubtful:
         return axes
     for node in graph.nodes:
@@ -180,25 +208,23 @@ def channel_axes(
     for node in doubtful:
         shape, larger = shapes[node], node.meta.get("shape") or ()
         kept = [axis for axis in (1, len(shape) - 1) if axis < len(larger) and larger[axis] == shape[axis]]
-        if len(kept) != 1 and len(shape) == 4 and len(input_size) == 3:
-            kept = [axis for axis in (1, 3) if _is_shaped_as(shape[2:] if axis == 1 else shape[1:3], input_size[1:])]
-        [axes[node]] = kept if len(kept) == 1 else [_axis_by_module(model, node, len(shape))]
+        if len(kept) == 1:
+            [axes[node]] = kept
     return axes
 
 
-def _is_shaped_as(map_size: Sequence[int], image_size: Sequence[int]) -> bool:
-    return map_size[0] * image_size[1] == map_size[1] * image_size[0]
+def _is_shaped_as(map_size: Sequence[int], input_size: Sequence[int]) -> bool:
+    return map_size[0] * input_size[2] == map_size[1] * input_size[1]
 
 
-def _axis_by_module(model: nn.Module, node: fx.Node, dims: int) -> int:
-    """Return the axis of the channels of what a module returns, by the type of the last layer in it."""
-    if node.op == "call_module":
-        for layer in reversed(list(model.get_submodule(node.target).modules())):
-            if isinstance(layer, CHANNELS_FIRST):
-                return 1
-            if isinstance(layer, CHANNELS_LAST):
-                return dims - 1
-    return dims - 1 if dims == 3 else 1
+def _axis_by_layer(model: nn.Module, node: fx.Node, dims: int) -> int:
+    """Return the axis of the channels of what a module returns, by its type or that of the last layer in a sequence."""
+    layer = model.get_submodule(node.target) if node.op == "call_module" else None
+    while isinstance(layer, nn.Sequential) and len(layer):
+        layer = next((child for child in reversed(layer) if not isinstance(child, _DropoutNd | nn.ReLU)), None)
+    if isinstance(layer, CHANNELS_FIRST):
+        return 1
+    return dims - 1 if isinstance(layer, CHANNELS_LAST) or dims == 3 else 1
 
 
 def default_input_size(model: nn.Module) -> tuple[int, ...]:

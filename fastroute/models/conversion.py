@@ -11,7 +11,6 @@ from difflib import get_close_matches
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from fastroute._plain import plain
 from fastroute.models._relu import shallow_copy, take_relu
@@ -190,7 +189,7 @@ def multipath(
         if router is not None:
             _add(layers, f"{name}_router", router)
         start, width, scale, last_before = end, paths, 1, last[1]
-        own = routing is None and end is first and (first.meta["overwritten"] or _draws_in_place(model))
+        own = routing is None and end is first and first.meta["overwritten"]
     parts, origin = _parts(copies, graph, start, output, own=own, last=(last_before, False))
     origins[_add(layers, "head", parts)] = origin
     network = MultiPathNetwork(layers)
@@ -285,10 +284,12 @@ def _check_is_plain(model: nn.Module) -> None:
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
         raise ValueError(f"model is a {name} with lazy layers that have no weights yet; call it once with images")
     if "forward" in vars(model) or model._forward_hooks or model._forward_pre_hooks:
-        what = "a forward set on the instance" if "forward" in vars(model) else "forward hooks"
+        what, advice = "forward hooks", "convert nn.Sequential(model), whose modules have names such as '0.layer1'"
+        if "forward" in vars(model):
+            what, advice = "a forward set on the instance", "make it the forward of a subclass"
         raise ValueError(
-            f"model is a {name} with {what}, which torch.fx does not follow in the network itself, only in the modules "
-            "in it: remove them, or convert nn.Sequential(model), whose modules have names such as '0.layer1'"
+            f"model is a {name} with {what}, which torch.fx does not follow in the network itself: take them away, or "
+            f"{advice}"
         )
 
 
@@ -420,11 +421,6 @@ def _weights_on_both_sides(model: nn.Module, graph: fx.Graph, cut: fx.Node) -> b
             for user in node.users:
                 used[user <= cut].add(value)
     return bool(used[True] & used[False])
-
-
-def _draws_in_place(model: nn.Module) -> bool:
-    """Return whether a layer writes into its input in training alone, which `shapes_of` does not see."""
-    return any(isinstance(module, _DropoutNd | nn.RReLU) and module.inplace for module in model.modules())
 
 
 def _compute_out_of_place(model: nn.Module, graph: fx.Graph, node: fx.Node) -> None:

@@ -25,10 +25,12 @@ from fastroute.nn.router import without_temperatures
 
 KNOWN = "an own network's name (`fastroute models` lists them), timm:NAME, torchvision:NAME or package.module:function"
 
-TRAINING = re.compile(r"\b(?:inplace|momentum|p)=[^,]*,?\s*")
+TRAINING = re.compile(r"(?:,\s*|\b)(?:inplace|momentum|p)=[^,]*")
 """Options in PyTorch's description of a layer that do not change what it computes in evaluation."""
 
 PLAIN = bool | int | float | str
+INDIFFERENT = re.compile("_|(training|num_classes|in_chans|fused_attn)$|.*(drop|checkpoint|memory_efficient)")
+"""Attributes of modules that the layout shows too, or that do not change what a network computes in evaluation."""
 
 
 class Request(NamedTuple):
@@ -261,11 +263,11 @@ def _altered(module: nn.Module) -> tuple[str, bool, int]:
 def _same_options(network: nn.Module, built: nn.Module) -> bool:
     """Return whether the numbers and texts among the attributes of two networks of one layout are equal.
 
-    Those of dropout and of checkpointing only matter in training.
+    Those of dropout and of checkpointing only matter in training, and the layout shows sizes.
     """
     for module, other in zip(network.modules(), built.modules(), strict=True):
         for name, value in vars(other).items():
-            if re.match("_|training$|.*(drop|checkpoint)", name) or isinstance(module, _DropoutNd):
+            if INDIFFERENT.match(name) or isinstance(module, _DropoutNd):
                 continue
             is_plain = not any(map(torch.is_tensor, value)) if isinstance(value, tuple) else isinstance(value, PLAIN)
             if is_plain and getattr(module, name, None) != value:

@@ -365,7 +365,7 @@ def specification_in(run: Mapping[str, Any], where: str) -> Specification:
         raise ValueError(f"{where}; {error}") from None
     raise ValueError(
         f"{where}; it does not say how its network, a {run['model']}, is built: it was trained as a module of the "
-        "user's own. Give the network: fastroute.load(path, model=network)"
+        "user's own, or one that was changed after it was built. Give the network: fastroute.load(path, model=network)"
     )
 
 

@@ -32,7 +32,7 @@ from fastroute.training.optim import GROUP_OPTIONS, OPTIMIZERS, SCHEDULES, check
 from fastroute.training.recomputation import checkpoint_gradients
 from fastroute.training.saved_fields import CHANNELS
 from fastroute.training.steps import MovingAverage
-from fastroute.training.targets import check_classes, check_logits, check_values, checked_labels, class_shares
+from fastroute.training.targets import check_classes, check_logits, check_values, checked_batch, class_shares
 
 STATES = ("state_dict", "current_model_state")
 """The keys of a network's weights in a checkpoint: with a moving average, the average and the trained weights."""
@@ -319,8 +319,7 @@ class RoutingClassifier(pl.LightningModule):
 
     def _losses(self, batch: tuple[Tensor, Tensor] | Draws) -> tuple[Tensor, Tensor | None]:
         """Return the loss of a batch and its auxiliary loss before weighting, and add the batch to the totals."""
-        images, labels = self.trainer.datamodule.batch(batch) if isinstance(batch, Draws) else batch
-        labels = checked_labels(labels)
+        images, labels = checked_batch(self.trainer.datamodule.batch(batch) if isinstance(batch, Draws) else batch)
         if self.own_loss:
             classes = getattr(self.model, "num_classes", None) or self.hparams.num_classes
             targets = class_shares(labels, classes, self.hparams.smoothing)
@@ -351,7 +350,7 @@ class RoutingClassifier(pl.LightningModule):
         check_logits(logits, self.hparams.model)
         data = getattr(self._trainer, "datamodule", None)
         known = isinstance(data, ImageDataModule)  # another module's num_classes may count other labels
-        if not known:
+        if not (known or self.own_loss):  # which may take other values
             check_values(labels)
         if labels.dim() == 1 and len(labels):
             check_classes(data.num_classes if known else int(labels.max()) + 1, logits.shape[1])
@@ -364,8 +363,8 @@ class RoutingClassifier(pl.LightningModule):
                 self.hparams.update(img_size=height)
             else:
                 warnings.warn(
-                    f"images are {height}×{width}, and fastroute.load crops squares of img_size, "
-                    f"{self.hparams.img_size}: give its predictor tensors of {height}×{width} that are normalised",
+                    f"images are {height}×{width}, and predictors of fastroute.load crop squares of img_size, "
+                    f"{self.hparams.img_size}: to predict, load this module by RoutingClassifier.load_from_checkpoint",
                     stacklevel=2,
                 )
 
@@ -401,10 +400,9 @@ class RoutingClassifier(pl.LightningModule):
             self.log_dict(metrics, on_step=False, on_epoch=True)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Routing] | None:
-        images, labels = batch
+        images, labels = checked_batch(batch)
         if len(labels) == 0:  # this process has no part of the last batch
             return None
-        labels = checked_labels(labels)
         logits, routing = self(images, return_routing=True) if self.routed else (self(images), {})
         self._check_first(images, labels, logits)
         self.val_totals.update(F.cross_entropy(logits, labels), logits, labels)

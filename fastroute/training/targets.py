@@ -4,17 +4,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def checked_batch(batch: object) -> tuple[Tensor, Tensor]:
+    """Return the images of a batch and its labels; see `checked_labels`.
+
+    Raises:
+        ValueError: it is no pair of tensors, or the labels have another shape or type.
+    """
+    pair = isinstance(batch, list | tuple) and len(batch) == 2
+    if not (pair and isinstance(batch[0], Tensor) and isinstance(batch[1], Tensor)):
+        types = f" of {', '.join(type(item).__name__ for item in batch)}" if isinstance(batch, list | tuple) else ""
+        raise ValueError(
+            f"a batch is a {type(batch).__name__}{types}; it must be a pair of tensors, images (N, C, H, W) and labels "
+            "(N,)"
+        )
+    return batch[0], checked_labels(batch[1]) if batch[1].numel() else batch[1]
+
+
 def checked_labels(labels: Tensor) -> Tensor:
     """Return labels (N,) as int64, or shares of classes (N, K) as they are.
 
     Raises:
         ValueError: labels have another shape or type.
     """
-    if not isinstance(labels, Tensor):
-        raise ValueError(
-            f"a batch has a {type(labels).__name__} in second place; the data must give pairs of images (N, C, H, W) "
-            "and labels (N,)"
-        )
     if labels.dim() == 1 and not labels.is_floating_point():
         return labels.long()
     if labels.dim() == 2 and labels.shape[1] > 1 and labels.is_floating_point():
@@ -34,11 +45,14 @@ def check_values(labels: Tensor) -> None:
     if labels.dim() == 1:
         if len(labels) and labels.min() < 0:
             raise ValueError(f"labels have {int(labels.min())}; they must be the numbers of the classes, from 0")
-    elif (labels < 0).any() or (labels.float().sum(1) - 1).abs().gt(1e-2).any():
+        return
+    wrong = (labels < 0).any(1) | ((labels.float().sum(1) - 1).abs() > 1e-2)
+    if wrong.any():
+        row = [round(share, 4) for share in labels[wrong][0, :5].tolist()]
         raise ValueError(
-            f"labels have the row {[round(share, 4) for share in labels[0].tolist()[:5]]}; rows must be shares of the "
-            "classes, at least 0, whose sum is 1. For several labels of an image or for regression, give the network "
-            "a method training_loss, or write a Lightning module of your own"
+            f"labels have a row that begins with {row}; rows must be shares of the classes, at least 0, whose sum is "
+            "1. For several labels of an image or for regression, write a Lightning module of your own, or a network "
+            "with a method training_loss"
         )
 
 

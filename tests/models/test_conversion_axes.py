@@ -49,6 +49,38 @@ def test_swin_which_takes_one_size_of_images(size):
     assert [router.w1.shape[-1] for router in routers(model).values()] == [24, 48]
 
 
+class Tokens(nn.Module):
+    """Tokens of patches, of one size of images."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.norm, self.fc = nn.Conv2d(3, 24, 4, 4), nn.BatchNorm1d(24), nn.Linear(24, 2)
+        self.block = nn.Sequential(self.patches, nn.Flatten(2))
+
+    def tokens(self, x):
+        assert x.shape[2:] == (16, 16)
+        return self.block(x).transpose(1, 2)
+
+
+class Tokenised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.fc = Tokens(), nn.Linear(24, 2)
+        self.embed.forward = self.embed.tokens
+
+    def forward(self, x):
+        return self.fc(self.embed(x).mean(1))
+
+
+def test_tokens_of_one_size_of_images():
+    model = multipath(Tokenised(), 2, ["embed"], input_size=(3, 16, 16))
+    assert [router.w1.shape[-1] for router in routers(model).values()] == [24]
+    timm = pytest.importorskip("timm")
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=2, depth=1, img_size=64, embed_dim=24, num_heads=2)
+    model = multipath(network, 2, ["patch_embed"], input_size=(3, 64, 64))
+    assert [router.w1.shape[-1] for router in routers(model).values()] == [24]
+
+
 def test_sequences():
     network = nn.Sequential(
         *(nn.Conv1d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv1d(8, 16, 3, stride=2, padding=1), nn.ReLU()),

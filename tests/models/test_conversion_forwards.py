@@ -136,13 +136,44 @@ def test_refuses_a_forward_that_asks_for_the_type_of_its_input():
         multipath(asking(), 2, ["conv"], input_size=SIZE)
 
 
-def test_a_network_that_draws_numbers_in_evaluation_is_not_compared():
-    class Noise(nn.Module):
-        def forward(self, x):
-            return x + torch.randn_like(x)
+class Draws(nn.Module):
+    def forward(self, x):
+        return x * (1 + (torch.rand(()) < 0.5).float()) + torch.randn_like(x)
 
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), Noise(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    assert multipath(network, 2, ["0"], input_size=SIZE)(torch.randn(2, *SIZE)).shape == (2, 2)
+
+class First(nn.Module):
+    """Returns its first images as they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen += 1
+        return x if self.seen == 1 else 3 * x
+
+
+class Decides(nn.Module):
+    def forward(self, x):
+        return x > 0
+
+
+@pytest.mark.parametrize("layer", [Draws, First, Decides])
+def test_networks_that_cannot_be_compared_are_converted(layer):
+    layers = nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2), layer()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        assert len(routers(multipath(nn.Sequential(*layers), 2, ["0"], input_size=SIZE))) == 1
+
+
+def test_modes_of_modules_that_a_copy_shares_are_kept():
+    class Shared(nn.Conv2d):
+        def __deepcopy__(self, memo):
+            return self
+
+    network = nn.Sequential(Shared(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    multipath(network, 2, ["0"], input_size=SIZE)
+    assert all(module.training for module in network.modules())
 
 
 def test_layers_that_initialise_by_their_first_images_do_not_see_those_of_the_conversion():
@@ -214,3 +245,16 @@ def test_parametrised_modules_at_a_cut_and_as_a_whole():
         for router in routers(model).values():
             router.w2.data.zero_()
         torch.testing.assert_close(model(x), block(x))
+
+
+def test_dropout_in_place_elsewhere_changes_no_names():
+    layers = (
+        nn.Conv2d(3, 4, 3),
+        nn.Sequential(nn.Conv2d(4, 4, 3)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    )
+    network = nn.Sequential(*layers, nn.Dropout(0.5, inplace=True))
+    model = multipath(network, 2, ["0", "1"], routing=None, input_size=SIZE)
+    assert "1.1.0.weight" in model.state_dict()

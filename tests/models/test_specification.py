@@ -11,6 +11,7 @@ import torchvision
 from torch import nn
 
 from fastroute.models import Specification, create_model, multipath, specification_of
+from fastroute.models.sources import layout
 from fastroute.models.specification import specification_in
 from fastroute.training.recomputation import checkpoint_gradients
 
@@ -270,4 +271,31 @@ def test_what_only_matters_in_training_keeps_the_specification():
     assert specification_of(network) is not None
     network = create_model("resnet20_cc2")
     checkpoint_gradients(network)
+    assert specification_of(network) is not None
+    network = nn.Sequential(nn.LeakyReLU(0.1), nn.Hardtanh())
+    before = layout(network)
+    network[0].inplace = network[1].inplace = True
+    assert layout(network) == before
+
+
+def head_of(network, layer):
+    for name, module in network.named_modules():
+        if isinstance(module, layer):
+            last = name
+    network.set_submodule(last, layer(network.get_submodule(last).weight.shape[1], 7, *[1] * (layer is nn.Conv2d)))
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_1", "mnasnet0_5"])
+def test_a_replaced_classifier_shows_in_the_layout(name):
+    network = torchvision.models.get_model(name)
+    head_of(network, nn.Conv2d if name == "squeezenet1_1" else nn.Linear)
+    assert specification_of(network).num_classes == 7
+
+
+def test_replaced_first_layers_and_kernels_of_attention_keep_the_specification():
+    network = timm.create_model("resnet18", num_classes=3)
+    network.conv1 = nn.Conv2d(1, 64, 7, 2, 3, bias=False)
+    assert specification_of(network).in_chans == 1
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=3)
+    network.blocks[0].attn.fused_attn = False
     assert specification_of(network) is not None

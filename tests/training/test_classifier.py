@@ -244,10 +244,12 @@ IMAGES = torch.rand(4, 3, 8, 8)
         (
             (IMAGES, torch.tensor([[1.0, 1, 0]] * 4)),
             nn.Identity(),
-            r"the row \[1.0, 1.0, 0.0\]; .* sum is 1",
+            r"a row that begins with \[1.0, 1.0, 0.0\]; .* is 1",
         ),
-        ((IMAGES, torch.tensor([[1.5, -0.5, 0]] * 4)), nn.Identity(), r"labels have the row"),
-        ({"images": IMAGES, "labels": torch.arange(4)}, nn.Identity(), r"a batch has a str in second place"),
+        ((IMAGES, torch.tensor([[1.0, 0, 0], [1.5, -0.5, 0]] * 2)), nn.Identity(), r"begins with \[1.5, -0.5, 0.0\]"),
+        ({"images": IMAGES, "labels": torch.arange(4)}, nn.Identity(), r"a batch is a dict; it must be a pair of"),
+        ((IMAGES, torch.arange(4), torch.arange(4)), nn.Identity(), r"a batch is a \w+ of Tensor, Tensor, Tensor; it"),
+        (([IMAGES], torch.arange(4)), nn.Identity(), r"a batch is a \w+ of list, Tensor; it must be"),
         ((IMAGES, torch.arange(4) % 3), lambda x: {"logits": x}, r"it returns a dict, expected logits"),
         ((IMAGES, torch.arange(4) % 3), lambda x: (x, x), r"it returns a tuple, expected logits"),
         ((IMAGES, torch.arange(4) % 3), lambda x: x[:, 0], r"it returns \(4,\), expected logits"),
@@ -263,7 +265,7 @@ def test_shares_of_classes_are_rounded():
 
 
 def test_images_that_are_not_square_are_told():
-    with pytest.warns(UserWarning, match="images are 8×12, and fastroute.load crops squares of img_size, 32"):
+    with pytest.warns(UserWarning, match="images are 8×12, and predictors .* crop squares of img_size, 32"):
         module = fitted(Returns(nn.Identity()), [(torch.rand(4, 3, 8, 12), torch.arange(4) % 3)], img_size=32)
     assert module.hparams.in_chans == 3 and module.hparams.img_size == 32
 
@@ -274,3 +276,12 @@ def test_channels_last_is_for_maps_alone(dims):
     network = nn.Sequential(conv(3, 4, 3), pool(1), nn.Flatten(), nn.Linear(4, 3))
     batch = torch.rand(4, 3, *[8] * dims), torch.arange(4) % 3
     fitted(network, [batch], channels_last=True)
+
+
+def test_a_loss_of_the_network_s_own_takes_several_labels_of_an_image():
+    class Several(Returns):
+        def training_loss(self, images, targets, progress):
+            logits = self(images)
+            return nn.functional.binary_cross_entropy_with_logits(logits, targets), logits
+
+    fitted(Several(nn.Identity()), [(IMAGES, torch.tensor([[1.0, 1, 0], [0, 0, 0]] * 2))])
