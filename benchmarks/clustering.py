@@ -17,6 +17,7 @@ from statistics import mean
 
 from benchmarks.saved_runs import read_folder, read_result, replaced, write_result
 from fastroute._defaults import LR_CONSISTENCY, LR_EM
+from fastroute._files import write_text
 from fastroute._methods import METHODS
 from fastroute.bench.report import table, with_section
 from fastroute.training.recipes import recipes
@@ -155,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from None
     write_result(options.result, runs)
-    options.page.write_text(page)
+    write_text(options.page, page)
     print(f"wrote {options.result} and {options.page}")
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from fastroute._files import write_text
+
 
 def read_folder(folder: Path) -> tuple[dict, list[dict[str, str]]]:
     """Return the options of a run, and the rows of its summary.
@@ -25,7 +27,8 @@ def read_result(file: Path) -> list[dict]:
 
 
 def write_result(file: Path, runs: Iterable[dict]) -> None:
-    file.write_text("[\n" + ",\n".join(f" {json.dumps(run)}" for run in runs) + "\n]\n")
+    """Replace a result file atomically."""
+    write_text(file, "[\n" + ",\n".join(f" {json.dumps(run)}" for run in runs) + "\n]\n")
 
 
 def replaced(earlier: Iterable[dict], later: Iterable[dict], options: Sequence[str]) -> list[dict]:

@@ -1,6 +1,6 @@
 """Compare networks and recipes by finished runs of `fastroute train`: `python -m benchmarks.short_recipes [RUNS…]`.
 
-It adds the runs to the result file and writes the page's tables from it: one of recipes, for runs that are only
+It adds each run to the result file and writes the page's tables from it: one of recipes, for runs that are only
 validated on val/, and one of networks, for runs that `--test-dir` evaluated on images that chose nothing. Errors are
 those of the last epoch. Without RUNS, it only writes the tables anew. A run with the options and seed of an earlier one
 replaces it.
@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from benchmarks.saved_runs import read_folder, read_result, replaced, write_result
+from fastroute._files import write_text
 from fastroute.bench.report import table, with_section
 
 RESULT, PAGE = Path("benchmarks/results/cpu_short_recipes.json"), Path("docs/reproduction.md")
@@ -133,13 +134,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, default=PAGE, help="the page whose marked section is written")
     options = parser.parse_args(arguments)
     try:
-        runs = [read_run(folder, options.test_dir) for folder in options.runs]
-        runs = replaced(read_result(options.result), runs, OPTIONS)
+        runs = read_result(options.result)
+        for folder in options.runs:  # each may take minutes to evaluate
+            runs = replaced(runs, [read_run(folder, options.test_dir)], OPTIONS)
+            write_result(options.result, [run for _, same in _grouped(runs, OPTIONS) for run in same])
         page = with_section(options.page, "short recipes", options.result, tables(runs))
     except (FileNotFoundError, ValueError, subprocess.CalledProcessError) as error:
         raise SystemExit(str(error)) from None
-    write_result(options.result, [run for _, same in _grouped(runs, OPTIONS) for run in same])
-    options.page.write_text(page)
+    write_text(options.page, page)
     print(f"wrote {options.result} and {options.page}")
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks.gpu_rows import BACKWARD, BOTH, FORWARD, HOST_BUDGET, Speeds, load, read, result_of, save
+from fastroute._files import write_text
 from fastroute.bench import report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -288,7 +289,7 @@ def main() -> None:
             print(f"wrote {options.result}")
         if not options.only_result:
             for topic, text in sections(load(options.result), json.loads(options.variants.read_text())).items():
-                options.page.write_text(report.with_section(options.page, topic, options.result, text))
+                write_text(options.page, report.with_section(options.page, topic, options.result, text))
             print(f"wrote {options.page}")
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from None

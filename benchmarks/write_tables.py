@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from fastroute._files import write_text
 from fastroute.bench import report
 
 
@@ -14,7 +15,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=page, help="the page whose marked section is written")
     options = parser.parse_args()
     try:
-        options.page.write_text(report.rewrite_page(options.page, options.result, options.topic))
+        write_text(options.page, report.rewrite_page(options.page, options.result, options.topic))
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from None
     print(f"wrote {options.page}")

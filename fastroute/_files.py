@@ -35,6 +35,9 @@ def replacing(path: Path, mode: str = "w", earlier: Path | None = None, **option
 
     Yields:
         The open temporary file.
+
+    Raises:
+        OSError: the file cannot be written; the message names `path`.
     """
     temporary = _temporary(path)
     try:
@@ -45,9 +48,27 @@ def replacing(path: Path, mode: str = "w", earlier: Path | None = None, **option
         if earlier is not None and path.is_file():
             _link_over(path, earlier)
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        with naming(path, temporary):
+            raise error
+
+
+@contextlib.contextmanager
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Name a file in the system errors of the block that name none, as of a full disk, or the temporary one.
+
+    Args:
+        path: of the file.
+        temporary: that takes its place until it is complete.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, temporary and str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def check_writable(path: Path, name: str) -> None:
@@ -87,6 +108,12 @@ def text_output(path: Path) -> Iterator[IO[str]]:
         if target.exists():
             os.chmod(file.name, target.stat().st_mode)
         yield file
+
+
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Replace a text file in UTF-8 atomically; `errors` is that of `open`."""
+    with replacing(path, encoding="utf-8", errors=errors) as file:
+        file.write(text)
 
 
 def _temporary(path: Path) -> Path:

@@ -1,8 +1,17 @@
 import os
 
 import pytest
+import torch
+from matplotlib.figure import Figure
 
-from fastroute._files import check_writable, text_output
+from benchmarks.saved_runs import write_result
+from fastroute import _files
+from fastroute._files import check_writable, replacing, text_output
+from fastroute.bench import plots
+from fastroute.bench.results import Result, Row
+from fastroute.clustering import two_dimensional
+from fastroute.visualize.page import Report
+from fastroute.visualize.style import save
 
 
 def test_where_a_file_can_be_written(tmp_path):
@@ -41,3 +50,54 @@ def test_a_file_keeps_its_mode_and_is_whole(tmp_path):
     with text_output(path) as file:
         file.write("whole")
     assert path.read_text() == "whole" and path.stat().st_mode & 0o777 == 0o600
+
+
+def test_errors_name_the_file(tmp_path, monkeypatch):
+    gone = tmp_path / "gone" / "x.csv"
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*/gone/x\.csv'$"), replacing(gone):
+        pass
+    with pytest.raises(FileNotFoundError, match=r"'other'$"), replacing(tmp_path / "x.csv"):
+        os.stat("other")  # another file's error keeps its name
+    monkeypatch.setattr(_files, "_temporary", lambda path: path.with_name("full"))
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/x\.csv'$"), replacing(tmp_path / "x.csv") as file:
+        file.write("text")
+    assert os.listdir(tmp_path) == []
+
+
+def draw_points(folder):
+    points, labels = torch.rand(20, 2), torch.arange(20) % 3
+    clustering = two_dimensional.cluster_points(points, 3, True, steps=1)
+    two_dimensional.draw(points, labels, clustering, clustering, folder)
+
+
+def draw_times(folder):
+    labels = {"network": "resnet20_cc2", "direction": "forward+backward+optimiser", "dtype": "float32"}
+    labels |= {"layout": "contiguous", "batch": 2, "paths": 2}
+    plots.draw(Result({}, {}, None, {}, [Row("networks", labels, {"fastroute": 30.0, "eager": 45.0})]), folder, "x")
+
+
+@pytest.mark.parametrize(
+    "name, write",
+    [
+        ("report.html", lambda folder: Report(folder, "title", {}).write()),
+        ("x.png", lambda folder: save(Figure(), folder, "x")),
+        ("x.svg", lambda folder: save(Figure(), folder, "x")),
+        ("points.svg", draw_points),
+        ("x_steps.svg", draw_times),
+        ("x.json", lambda folder: write_result(folder / "x.json", [{}])),
+    ],
+)
+def test_files_are_never_half_written(tmp_path, monkeypatch, name, write):
+    (tmp_path / name).write_text("earlier")
+    replace = os.replace
+
+    def refuse(source, target):
+        if os.path.basename(target) == name:
+            raise OSError("refused")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="refused"):
+        write(tmp_path)
+    assert (tmp_path / name).read_text() == "earlier"

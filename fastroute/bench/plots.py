@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fastroute._extras import extra
+from fastroute._files import replacing
 from fastroute.bench.report import by_suite
 from fastroute.bench.results import Result, Row
 
@@ -41,7 +42,8 @@ def draw(result: Result, folder: Path, stem: str) -> list[Path]:
         for name, (figure, rows) in figures.items():
             if rows:
                 written.append(folder / f"{stem}_{name}.svg")
-                figure(rows).savefig(written[-1], metadata={"Date": None})
+                with replacing(written[-1], encoding="utf-8") as file:
+                    figure(rows).savefig(file, format="svg", metadata={"Date": None})
     return written
 
 

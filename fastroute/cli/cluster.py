@@ -9,6 +9,7 @@ import typer
 from fastroute._defaults import GAMMA, LR_CONSISTENCY, LR_EM
 from fastroute._methods import METHODS, check_count, check_self_label, check_starts
 from fastroute.cli.common import (
+    ARGUMENTS,
     COUNT,
     PIXELS,
     SEED,
@@ -148,7 +149,7 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
         from fastroute.clustering.build import ClusteringRun, build
         from fastroute.clustering.images import load_images
         from fastroute.training.callbacks import FirstBatch
-        from fastroute.training.checkpoints import LAST, PREVIOUS, check_unused, epochs_done
+        from fastroute.training.checkpoints import check_unused, epochs_done
         from fastroute.training.run_folder import new_folder, run_folder
 
         clusters, epochs, method, seed = options.clusters, options.epochs, options.method, options.seed
@@ -194,6 +195,8 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
         if options.experiment is None and resume is None:
             folder = new_folder(folder)
         context.with_resource(run_folder(folder))
+        if known.builder is None and not in_plane and options.resume == "auto" and (folder / ARGUMENTS).is_file():
+            (folder / "summary.csv").unlink(missing_ok=True)  # of this run, which has failed to write assignments.csv
         if not options.overwrite:
             check_unused(folder, "--overwrite", resume)
         if in_plane:
@@ -205,8 +208,6 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
         if known.builder is None:
             posterior = run.fit_classical(method, images, labels, clusters, seed, folder, console)
             module = None
-            for name in (LAST, PREVIOUS):  # of a run that this one overwrites
-                (folder / name).unlink(missing_ok=True)
         else:
             pl.seed_everything(seed, verbose=False)
             module = build(

@@ -148,7 +148,7 @@ def handle_run_errors(console: Console, command: str) -> Iterator[None]:
         if terminated.path is not None:
             message += f"; resume with:\n{escaped(resume_command(command, terminated.path))}"
         console.print(message, soft_wrap=True, highlight=False)
-        raise typer.Exit(terminated.code) from None
+        raise typer.Exit(terminated.code if isinstance(terminated.code, int) else 1) from None
     except PlaceMismatch as error:
         exit_with_error(error, 2)
     except (FloatingPointError, OSError, UnreadableImage, ProcessLost, NotRecordable) as error:
@@ -211,29 +211,6 @@ def resume_command(command: str, checkpoint: Path) -> str:
     return shlex.join([*started, command, *options])
 
 
-def local_path(path: Path, name: str) -> Path:
-    """Make a path absolute, as Lightning takes a relative one such as `http_runs` or `file:` for a URL.
-
-    Args:
-        path: as given.
-        name: the argument that it was given as, for messages.
-
-    Returns:
-        the absolute path.
-
-    Raises:
-        ValueError: the absolute path still looks like a URL, or is not UTF-8.
-    """
-    path = path.absolute()
-    if "::" in str(path):
-        raise ValueError(f"{name} is {path}; a path that contains '::' is taken for a URL: choose another name")
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} is {path}; TensorBoard needs a path in UTF-8: rename it") from None
-    return path
-
-
 def run_location(options: RunOptions, kind: str, console: Console) -> tuple[Path, Path | None]:
     """Return the folder of a run, and the checkpoint to resume from if there is one.
 
@@ -243,13 +220,20 @@ def run_location(options: RunOptions, kind: str, console: Console) -> tuple[Path
         console: to print on if `previous.ckpt` takes the place of a damaged `last.ckpt`.
 
     Raises:
-        ValueError: resume is "auto" without an experiment, no checkpoint there can be read, or a path cannot be used;
-            see `local_path`.
+        ValueError: resume is "auto" without an experiment, no checkpoint there can be read, the experiment's folder is
+            that of all runs or above it, or a path cannot be used; see `local_path`.
     """
     from fastroute.training.checkpoints import latest_checkpoint
+    from fastroute.training.run_folder import local_path
 
     resume = None if options.resume in (None, "auto") else local_path(Path(options.resume), "resume")
     if options.experiment is not None:
+        runs, own = (Path(os.path.abspath(path)) for path in (options.output, options.output / options.experiment))
+        if runs.is_relative_to(own):
+            raise ValueError(
+                f"experiment is {options.experiment!r}; it must be the name of a folder within {options.output}, which "
+                "has all runs"
+            )
         folder = local_path(options.output / options.experiment, "output")
     elif options.resume == "auto":
         raise ValueError("resume is 'auto'; name the run by --experiment")

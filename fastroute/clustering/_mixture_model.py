@@ -101,6 +101,14 @@ class Model:
                 state["device"], state["built_with"]["device"] = device, str(device)
         self.__dict__.update(state)
 
+    def copy(self) -> "Model":
+        """Return a copy to train, so that this one stays as it is if the training is stopped or diverges."""
+        kept = getattr(self, "built_with", {}).values()  # the same objects, as `check_unchanged` asks for
+        state = copy.deepcopy(self.__dict__, {id(value): value for value in kept})
+        model = Model.__new__(Model)
+        model.__dict__.update(state)
+        return model
+
     def take_options(self, estimator: "NeuralMixture") -> None:
         """Train by an estimator's options from now on; what has been trained keeps them if the estimator's change."""
         self.options = SimpleNamespace(**{name: getattr(estimator, name) for name in OPTIONS})

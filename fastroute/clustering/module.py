@@ -135,7 +135,9 @@ class ClusteringModule(pl.LightningModule):
         return values
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint |= {"epochs": self.trainer.max_epochs, "images": self.images, "shape": self.shape}
+        planned = self.trainer.max_epochs
+        checkpoint["epochs"] = None if planned == -1 else planned  # a run that max_steps ends has no number of epochs
+        checkpoint |= {"images": self.images, "shape": self.shape}
         checkpoint["kept"] = {name: value.cpu() for name, value in self.kept.items()}
         checkpoint |= {name: getattr(self, name) for name in self.SCHEDULE}
         if self.self_labelling is not None:

@@ -154,7 +154,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
 
         Raises:
             ValueError: X has NaN, infinity or fewer samples than clusters, a parameter is out of its range, or
-                training diverges: no run ends with a finite loss.
+                training diverges: no run ends with a finite loss. With `warm_start`, the estimator stays as it was.
         """
         going_on = self.warm_start and hasattr(self, "_model")
         X = self._validate(X, reset=not going_on)
@@ -162,14 +162,11 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         self._check_parameters(len(X))
         weights = self._weights(sample_weight, X)
         if going_on:
-            model = self._model
-            model.check_unchanged(self)
+            self._model.check_unchanged(self)
+            model = self._model.copy()
             model.take_options(self)
             model.fit(X, weights, 1)
-            self.n_iter_ += self.epochs
-            self.loss_ = model.loss(X, weights)
-            self._check_loss(self.loss_)
-            return self._finish(X)
+            return self._finish(X, model, model.loss(X, weights), self.n_iter_ + self.epochs)
         random = check_random_state(self.random_state)
         frame, best = self._frame(X, weights), None
         for run in range(self.n_init):
@@ -181,12 +178,11 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             loss = model.loss(X, weights)
             if best is None or loss < best[0] or math.isnan(best[0]):
                 best = loss, model
-        self._check_loss(best[0])
-        self.loss_, self._model = best
-        self.n_iter_ = self.epochs
+        loss, model = best
+        self._check_loss(loss)
         if self.n_clusters == "auto":
-            self._model.merge(X)
-        return self._finish(X)
+            model.merge(X)
+        return self._finish(X, model, loss, self.epochs)
 
     @torch.inference_mode(False)
     def partial_fit(self, X, y=None, sample_weight=None):
@@ -201,7 +197,8 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         new one that overlaps an old one is taken for a part of it.
 
         Raises:
-            ValueError: as `fit` does; a part has one sample, which has no spread; or training has diverged.
+            ValueError: as `fit` does; a part has one sample, which has no spread; or training has diverged. The
+                estimator stays as it was.
         """
         first = not hasattr(self, "_model")
         X = self._validate(X, reset=first)
@@ -215,8 +212,8 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
                 model.learn_seeds(X, weights)
         else:
             self._check_parameters()
-            model, passes = self._model, self.n_iter_
-            model.check_unchanged(self)
+            self._model.check_unchanged(self)
+            model, passes = self._model.copy(), self.n_iter_
             model.take_options(self)
         if self.emerging and self.network is not None and model.places is None:  # before the first part
             model.check_can_grow(X)
@@ -225,10 +222,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         model.train_epoch(X, weights, track=True)
         if self.emerging:
             model.settle(X, weights)
-        loss = model.loss(X, weights)
-        self._check_loss(loss)
-        self._model, self.n_iter_, self.loss_ = model, passes + 1, loss
-        return self._finish(X)
+        return self._finish(X, model, model.loss(X, weights), passes + 1)
 
     def predict(self, X) -> np.ndarray:
         """The most probable cluster of each sample: (n_samples,)."""
@@ -277,11 +271,12 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         check_is_fitted(self)
         return self._model.infer(self._validate(X, reset=False))
 
-    def _finish(self, X):
-        self.network_ = self._model.network
-        self.priors_ = self._model.cluster_prior().cpu().numpy()
-        self.n_clusters_ = len(self.priors_)
-        self.labels_ = self._model.infer(X)[0].argmax(1)
+    def _finish(self, X, model: _Model, loss: float, passes: int):
+        """Take a trained model, unless it has diverged; until then the estimator is as it was."""
+        self._check_loss(loss)
+        priors, labels = model.cluster_prior().cpu().numpy(), model.infer(X)[0].argmax(1)
+        self._model, self.network_, self.loss_, self.n_iter_ = model, model.network, loss, passes
+        self.priors_, self.n_clusters_, self.labels_ = priors, len(priors), labels
         empty = self.n_clusters_ - len(np.unique(self.labels_))
         if empty:
             warnings.warn(

@@ -19,8 +19,9 @@ from fastroute.clustering.module import ClusteringModule
 from fastroute.data.loaders import EpochLoader
 from fastroute.data.seeding import generator
 from fastroute.ops._instruction_set import warn_if_emulated
-from fastroute.training.checkpoints import read_resumable
-from fastroute.training.run_folder import run_folder
+from fastroute.training.callbacks import FirstBatch
+from fastroute.training.checkpoints import read_resumable, remove_results
+from fastroute.training.run_folder import local_path, run_folder
 from fastroute.training.saved_state import check_training_state
 from fastroute.training.saving import AtomicCheckpointIO, LastCheckpoint, RecoveryCheckpoint
 from fastroute.training.steps import EpochMeans, FiniteWeights, StepSeed
@@ -182,7 +183,8 @@ def fit(
         labels: (N,), int64, for metrics alone; −1 is none.
         epochs: of the whole run, including those of the checkpoint to resume.
         batch_size: images of a batch.
-        output: the folder to write into; made if it is missing.
+        output: the folder to write into; made if it is missing. What a run in it has saved is removed at the first
+            batch.
         console: to print the rows of the summary on.
         seed: of order, augmentation and the network's random draws.
         amp: whether to autocast to bfloat16.
@@ -194,12 +196,16 @@ def fit(
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it is damaged, of another run or of other images, or has completed all epochs.
+        ValueError: it is damaged, of another run or of other images, or has completed all epochs; or `output` is taken
+            for a URL, see `local_path`.
+        PlaceMismatch: it is from within an epoch of another batch size or seed.
         FolderInUse: another run writes into `output`.
         FloatingPointError: weights are NaN or infinite; earlier checkpoints are intact.
         OSError: a file cannot be written; the previous checkpoint is intact.
-        Terminated: SIGTERM or Ctrl-C was received, and `last.ckpt` is written.
+        Terminated: SIGTERM or Ctrl-C was received, or a callback has set `trainer.should_stop` within an epoch; and
+            `last.ckpt` is written.
     """
+    output = local_path(output, "output")
     checkpoints = AtomicCheckpointIO(resume, None if resume is None else check_resume(resume, module, epochs, images))
     if amp:
         warn_if_emulated(torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu")
@@ -215,10 +221,11 @@ def fit(
                 StepSeed(seed),
                 FiniteWeights(output / "last.ckpt", advice="lower it"),
                 EpochMeans(),
+                FirstBatch(lambda: remove_results(output, resume)),
                 *callbacks,
                 table,
-                RecoveryCheckpoint(output / "last.ckpt"),
                 LastCheckpoint(dirpath=output, enable_version_counter=False, save_on_train_epoch_end=True),
+                RecoveryCheckpoint(output / "last.ckpt"),
             ],
             plugins=[checkpoints],
             enable_progress_bar=False,
@@ -242,7 +249,7 @@ def fit_classical(
         labels: (N,), int64, for metrics alone; −1 is none.
         clusters: K.
         seed: of the method.
-        output: the folder to write into; made if it is missing.
+        output: the folder to write into; made if it is missing. What another run in it has saved is removed.
         console: to print the metrics on.
 
     Returns:
@@ -264,6 +271,7 @@ def fit_classical(
         "sizes": " ".join(map(str, np.bincount(found, minlength=clusters))),
     }
     with run_folder(output):
+        remove_results(output)
         write_csv(output / "summary.csv", [row])
     console.print("  ".join(f"{name} {value:.3f}" for name, value in row.items() if name != "sizes"))
     if method in HARD:

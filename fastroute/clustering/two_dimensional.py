@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fastroute._defaults import GAMMA
 from fastroute._extras import extra
+from fastroute._files import replacing
 from fastroute.clustering.metrics import cluster_accuracy
 from fastroute.nn import MixtureEMLoss, RelevanceNorm
 from fastroute.ops import mixture_em_loss
@@ -148,7 +149,8 @@ def draw(points: Tensor, labels: Tensor, without: Clustering, with_norm: Cluster
     paths = []
     for name, figure in (("points", scatter), ("contours", contours)):
         paths.append(folder / f"{name}.svg")
-        figure.savefig(paths[-1])
+        with replacing(paths[-1], encoding="utf-8") as file:
+            figure.savefig(file, format="svg")
     return paths
 
 

@@ -120,6 +120,7 @@ class EpochLoader:
             raise ValueError(
                 f"there are {count} images to train on; there must be one for each of {world_size} processes"
             )
+        self.given = count
         self.count = count if seed is None else count - count % world_size
         self.batch_size, self.seed, self.epoch, self.finish = batch_size, seed, epoch, finish
         self.rank, self.world_size = rank, world_size
@@ -154,14 +155,19 @@ class EpochLoader:
         raise NotImplementedError
 
     def state_dict(self) -> dict:
-        """Return the place in the epoch: "done" of "batches" of "epoch"."""
-        return self._resumed or {"done": self._done, "batches": len(self), "epoch": self._epoch}
+        """Return the place in the epoch, "done" of "batches" of "epoch", and what its order depends on."""
+        place = {"done": self._done, "batches": len(self), "epoch": self._epoch}
+        return self._resumed or place | self._order()
+
+    def _order(self) -> dict:
+        return {"count": self.given, "batch_size": self.batch_size * self.world_size, "seed": self.seed}
 
     def load_state_dict(self, state: dict) -> None:
         """Start the next epoch at a saved place.
 
         Raises:
-            PlaceMismatch: the place is within an epoch of another number of batches.
+            PlaceMismatch: the place is within an epoch of another number of batches or images, or another batch size or
+                seed.
         """
         done, batches = state["done"], state["batches"]
         if done < batches and batches != len(self):
@@ -169,6 +175,14 @@ class EpochLoader:
                 f"the run stopped at batch {done} of {batches} of an epoch, but now an epoch has {len(self)}: "
                 "go on with the same data, batch_size and number of processes"
             )
+        names = {"count": "number of images", "batch_size": "batch size of all processes", "seed": "seed"}
+        for name, now in self._order().items() if 0 < done < batches else ():
+            before = state.get(name, now)  # files of early versions have none
+            if before != now:
+                raise PlaceMismatch(
+                    f"the run stopped within an epoch where the {names[name]} was {before}, but now it is {now}: some "
+                    "images would come twice, and others never: go on with the same data, batch_size and seed"
+                )
         self._start, self._resumed = done % batches, state
         if isinstance(self.epoch, Epochs) and done:
             self.epoch.next = state.get("epoch", 0) + (done == batches)

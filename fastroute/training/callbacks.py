@@ -48,6 +48,9 @@ class EpochSummary(RowTable):
 
     Args:
         path: the CSV file.
+
+    Raises:
+        RuntimeError: the module has ended the epoch before its last batch.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -83,6 +86,11 @@ class EpochSummary(RowTable):
         self._ready = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_last_batch:  # a row would be of a part of the epoch
+            raise RuntimeError(
+                "trainer.should_stop was set within an epoch by on_train_batch_end of the module, which runs after all "
+                "callbacks; set it in on_train_batch_end of a callback, so that the run is saved there"
+            )
         sums = torch.tensor([self._speed, getattr(trainer.datamodule, "skipped", 0)], device=pl_module.device)
         if trainer.world_size > 1:
             dist.all_reduce(sums)
@@ -148,7 +156,7 @@ class Patience(pl.Callback):
     """Stop the run after `patience` epochs that are not better than the best one before them.
 
     It compares the rows of the summary, which are part of a checkpoint, so a resumed run stops where an uninterrupted
-    one does. The last checkpoint then has `stopped_early`.
+    one does.
 
     Args:
         summary: the run's.
@@ -159,13 +167,12 @@ class Patience(pl.Callback):
 
     def __init__(self, summary: EpochSummary, metric: str, patience: int, console: Console):
         self.summary, self.metric, self.patience, self.console = summary, metric, patience, console
-        self._stopped = False
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         best = out_of_patience(self.summary.rows, self.metric, self.patience)
         if best is None:
             return
-        self._stopped = trainer.should_stop = True
+        trainer.should_stop = True
         count = f"{self.patience} epoch{'s' * (self.patience != 1)}"
         self.console.print(
             f"stopped after epoch {self.summary.rows[-1]['epoch']}: in {count}, {self.metric} has not been lower than "
@@ -173,9 +180,6 @@ class Patience(pl.Callback):
             highlight=False,
             soft_wrap=True,
         )
-
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        checkpoint["stopped_early"] = self._stopped
 
 
 class RouterDiagnostics(RowTable):

@@ -1,6 +1,7 @@
 """Read checkpoints and weights, and check them before use."""
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,6 +52,8 @@ def read_checkpoint(
     try:
         checkpoint = read_tensors(path)
         checkpoint["hyper_parameters"], checkpoint["state_dict"], _epochs_done(checkpoint)
+        if checkpoint.get("epochs") == -1:  # Lightning's number for a run that max_steps ends, in older files
+            checkpoint["epochs"] = None
     except DamagedFile as error:
         raise DamagedFile(
             f"{name} is {path}; it is no checkpoint of a training run: {error}; {_advice(path)}"
@@ -233,7 +236,9 @@ def epochs_done(path: str | Path) -> int:
     return _epochs_done(read_checkpoint(path))
 
 
-def _epochs(count: int) -> str:
+def _epochs(count: int | None) -> str:
+    if count is None:
+        return "no number of epochs"
     return f"{count} epoch{'s' * (count != 1)}"
 
 
@@ -257,17 +262,25 @@ def check_unused(folder: str | Path, option: str, resume: Path | None = None) ->
         resume: the checkpoint that the run is resumed from; a run may go on in its own folder.
 
     Raises:
-        FileExistsError: another run is in the folder, and could be resumed or is finished.
+        FileExistsError: another run is in the folder, and could be resumed or is finished; or a checkpoint there is of
+            another program.
     """
     folder = Path(folder)
-    if resume is not None and resume.parent.resolve() == folder.resolve():
+    if is_within(resume, folder):
         return
     choice = f"choose another folder, or overwrite it with {option}"
     for name in (LAST, PREVIOUS, BEST):
-        with contextlib.suppress(ValueError, FileNotFoundError):  # nobody can resume from a damaged one
+        try:
             checkpoint = read_checkpoint(folder / name)
-            source = folder / name if name == BEST else "auto"
-            raise FileExistsError(f"output is {folder}; it has {_described(checkpoint, source, choice)}")
+        except (DamagedFile, FileNotFoundError):  # nobody can resume from a damaged one
+            continue
+        except ValueError as error:
+            raise FileExistsError(
+                f"output is {folder}; it has a {name} that is no checkpoint of a run, and may be another program's: "
+                f"{choice}"
+            ) from error
+        source = folder / name if name == BEST else "auto"
+        raise FileExistsError(f"output is {folder}; it has {_described(checkpoint, source, choice)}")
     if kept := kept_epochs(folder):
         raise FileExistsError(f"output is {folder}; it has {kept[0].name} of another run: {choice}")
     summary = folder / "summary.csv"
@@ -275,12 +288,35 @@ def check_unused(folder: str | Path, option: str, resume: Path | None = None) ->
         raise FileExistsError(f"output is {folder}; it has a finished run: {choice}")
 
 
+def is_within(resume: str | Path | None, folder: Path) -> bool:
+    """Return whether a run goes on in its own folder: the checkpoint that it is resumed from, if any, lies there."""
+    if resume is None:
+        return False
+    resume = Path(resume)  # which may be a link, from or to the folder
+    return folder.resolve() in (resume.parent.resolve(), resume.resolve().parent)
+
+
+def remove_results(folder: Path, resume: str | Path | None = None) -> None:
+    """Remove what a run that starts anew would leave of another one in its folder, if it is killed before it saves.
+
+    Otherwise the checkpoint or the clusters of the other run would be taken for those of this one. `epoch12.ckpt` and
+    the like are left to `CheckpointHistory`.
+
+    Args:
+        folder: of the run.
+        resume: the checkpoint that the run is resumed from; a run that goes on in its own folder keeps all.
+    """
+    if not is_within(resume, folder):
+        for name in (LAST, PREVIOUS, BEST, "assignments.csv", "summary.csv", "routers.csv"):
+            (folder / name).unlink(missing_ok=True)
+
+
 def _described(checkpoint: dict, resume: str | Path, choice: str) -> str:
     """Say whether the run of a checkpoint is finished, and what to do: the choice, or go on with that run."""
     done, planned = _epochs_done(checkpoint), checkpoint.get("epochs")
     if planned is None or (done < planned and not checkpoint.get("stopped_early")):
-        of = "" if planned is None else f" of {planned}"
-        return f"an unfinished run, {done}{of} epochs done: continue it by --resume {resume}, {choice}"
+        part = _epochs(done) if planned is None else f"{done} of {planned} epochs"
+        return f"an unfinished run, {part} done: continue it by --resume {resume}, {choice}"
     more = "--resume and more epochs continue it"
     if is_of("train", checkpoint) and not _is_endless(checkpoint["hyper_parameters"]):
         more = "--initial-checkpoint trains on from its weights, in another folder"
@@ -331,7 +367,6 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
         OSError: the file cannot be written; the previous one is intact.
     """
     path, weights = Path(path), {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    digest_path(path).unlink(missing_ok=True)  # of the previous file
     with replacing(path, "wb") as file:
         if path.suffix == ".safetensors":
             from safetensors.torch import save
@@ -341,6 +376,9 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
             )
         else:
             torch.save(weights, file)
+        file.flush()
+        os.fsync(file.fileno())  # the previous file keeps its digest if the disk is full
+        digest_path(path).unlink(missing_ok=True)
     if path.suffix == ".safetensors":
         write_digest(path)
 

@@ -1,19 +1,57 @@
 """Loggers of a run: CSV, TensorBoard, Weights & Biases and MLflow."""
 
+import contextlib
 import csv
 import importlib.util
 import os
-from collections.abc import Sequence
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.loggers.logger import rank_zero_experiment
 
-from fastroute._files import replacing
+from fastroute._files import naming, replacing
 from fastroute.training.distributed import is_main
 
 LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 PROJECT = "fastroute"
+
+
+class _Rows(ExperimentWriter):
+    """Lightning's writer of `metrics.csv`, which keeps the rows that are there, and replaces the file atomically.
+
+    Lightning's own deletes the file as it begins, and empties it to add a column: on a full disk, the rows are lost.
+
+    Args:
+        log_dir: the folder.
+    """
+
+    def __init__(self, log_dir: str):
+        super().__init__(log_dir)
+        self.path = Path(self.metrics_file_path)
+
+    def save(self) -> None:
+        with naming(self.path):
+            super().save()
+
+    def replace(self, rows: Sequence[dict]) -> None:
+        """Replace the rows of the file."""
+        self.metrics_keys = sorted({name for row in rows for name in row}.union(self.metrics_keys))
+        with replacing(self.path, newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, self.metrics_keys)
+            table.writeheader()
+            table.writerows(rows)
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        with self.path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        self.replace(rows)
+
+    def _check_log_dir_exists(self) -> None:
+        pass  # where Lightning deletes the file
 
 
 class StepTable(CSVLogger):
@@ -29,29 +67,52 @@ class StepTable(CSVLogger):
         path, self._before = output / "metrics.csv", []
         if resumed and path.is_file() and is_main():
             with path.open(newline="", encoding="utf-8") as file:
-                self._before = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+                rows = [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(file)]
+            self._before = [row for row in rows if row.get("step", "").isdecimal()]  # the last may be cut off
 
     @property
     @rank_zero_experiment
     def experiment(self):
-        """The writer. Making it replaces the file, so earlier rows are written back at once."""
-        first = self._experiment is None
-        writer = CSVLogger.experiment.fget(self)
-        if first and self._before:
-            writer.metrics[:0] = self._before
-            writer.save()
-        return writer
+        """The writer. Making it replaces the file by the earlier rows, or removes that of another run."""
+        if self._experiment is None:
+            self._experiment = writer = _Rows(self.log_dir)
+            if self._before:
+                writer.replace(self._before)
+            else:
+                writer.path.unlink(missing_ok=True)
+        return self._experiment
 
     def restore(self, step: int) -> None:
         """Remove the rows of steps beyond `step`, as of a checkpoint, from the file."""
         rows = [row for row in self._before if int(row["step"]) <= step]
         if len(rows) < len(self._before):
-            writer = self.experiment
-            with replacing(Path(writer.metrics_file_path), "w", newline="") as file:
-                table = csv.DictWriter(file, writer.metrics_keys)
-                table.writeheader()
-                table.writerows(rows)
+            self.experiment.replace(rows)
         self._before = []
+
+
+@contextlib.contextmanager
+def event_errors() -> Iterator[None]:
+    """Leave the traceback of TensorBoard's thread out, whose error the run ends with, and name the file in the error.
+
+    An error that comes after all figures are given to the thread becomes a warning.
+    """
+    before, errors = threading.excepthook, []
+
+    def note(found: threading.ExceptHookArgs) -> None:
+        error = found.exc_value
+        if type(found.thread).__name__ != "_AsyncWriterThread" or not isinstance(error, OSError):
+            return before(found)
+        if error.filename is None:
+            error.filename = "TensorBoard's events"
+        errors.append(error)
+
+    threading.excepthook = note
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+    for error in errors:
+        warnings.warn(f"figures are missing: {error}", stacklevel=1)
 
 
 def make_loggers(

@@ -48,6 +48,29 @@ def new_folder(folder: str | Path) -> Path:
             continue
 
 
+def local_path(path: str | Path, name: str) -> Path:
+    """Make a path absolute, as Lightning takes a relative one such as `http_runs` or `file:` for a URL.
+
+    Args:
+        path: as given.
+        name: the argument that it was given as, for messages.
+
+    Returns:
+        the absolute path.
+
+    Raises:
+        ValueError: the absolute path still looks like a URL, or is not UTF-8.
+    """
+    path = Path(path).absolute()
+    if "::" in str(path):
+        raise ValueError(f"{name} is {path}; a path that contains '::' is taken for a URL: choose another name")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is {path}; TensorBoard needs a path in UTF-8: rename it") from None
+    return path
+
+
 @contextlib.contextmanager
 def run_folder(folder: str | Path) -> Iterator[None]:
     """Make a run's folder, lock it for the block, and remove temporary files that killed runs left in it.

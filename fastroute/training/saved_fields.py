@@ -303,7 +303,8 @@ def check_images(data: Any) -> None:
     place = data.get("place")
     if place is not None:
         check_each(place, {"done": NATURAL, "batches": COUNT}, "ImageDataModule['place']", required=True)
-        check_each(place, {"epoch": NATURAL}, "ImageDataModule['place']")
+        order = {"epoch": NATURAL, "count": NATURAL, "batch_size": COUNT, "seed": SEED.or_none()}
+        check_each(place, order, "ImageDataModule['place']")
 
 
 def _check_totals(totals: Any) -> None:

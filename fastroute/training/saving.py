@@ -1,5 +1,6 @@
 """Write checkpoints atomically: at the end of each epoch, within epochs, and when the run is stopped."""
 
+import contextlib
 import io
 import os
 import signal
@@ -17,7 +18,15 @@ from torch import distributed as dist
 
 from fastroute._files import copy_over, replacing
 from fastroute._plain import plain
-from fastroute.training.checkpoints import LAST, PREVIOUS, kept_epochs, read_checkpoint, unreadable
+from fastroute.training.checkpoints import (
+    LAST,
+    PREVIOUS,
+    is_within,
+    kept_epochs,
+    read_checkpoint,
+    summary_rows,
+    unreadable,
+)
 from fastroute.training.distributed import broadcast_from_rank_zero
 from fastroute.training.tables import best_first
 
@@ -26,16 +35,19 @@ OF_DATA = pl.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY
 
 
 class Terminated(SystemExit):
-    """Raised when a run has received SIGTERM or Ctrl-C and has saved; its exit status is a shell's, 143 or 130.
+    """Raised when a run has saved at SIGTERM, Ctrl-C or a callback's `trainer.should_stop`, and has stopped.
+
+    Its exit status is a shell's for the signal, 143 or 130. After `trainer.should_stop` it is 1, with the message on
+    standard error, as the epoch is unfinished.
 
     Args:
         message: where the run stopped.
         path: the checkpoint to resume from; None if the run had not begun.
-        signum: the signal.
+        signum: the signal; None is `trainer.should_stop`.
     """
 
-    def __init__(self, message: str, path: Path | None, signum: int = signal.SIGTERM):
-        super().__init__(128 + signum)
+    def __init__(self, message: str, path: Path | None, signum: int | None = signal.SIGTERM):
+        super().__init__(message if signum is None else 128 + signum)
         self.message, self.path = message, path
 
     def __str__(self) -> str:
@@ -135,8 +147,9 @@ def _reason_against(value: object) -> str | None:
 class BestCheckpoint(ModelCheckpoint):
     """Save the checkpoint of the best epoch; a resumed run keeps the best score, even if its folder was moved.
 
-    Lightning's own drops the score if the folder had another name. This one keeps it if the checkpoint that the run is
-    resumed from lies beside the best one. Otherwise, as in a new folder, no epoch is the best yet.
+    Lightning's own drops the score if the folder had another name, or the run another metric. This one keeps it if the
+    checkpoint that the run is resumed from lies beside the best one; by another metric, the score is that of the epoch
+    in the best one. Otherwise, as in a new folder, no epoch is the best yet.
 
     Args:
         resumed: the checkpoint that the run is resumed from, if any.
@@ -147,12 +160,32 @@ class BestCheckpoint(ModelCheckpoint):
         super().__init__(**options)
         self._resumed = resumed
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        best, scores = self.format_checkpoint_name({}), list(state_dict["best_k_models"].values())
-        beside = Path(self._resumed).parent.resolve() == Path(self.dirpath)
-        if broadcast_from_rank_zero(bool(scores) and beside and os.path.isfile(best)):
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        # Not in load_state_dict: Lightning calls it only with the state of the same metric.
+        states = checkpoint.get("callbacks", {}).items()
+        state = next((state for name, state in states if name.partition("{")[0] == type(self).__name__), None)
+        best, score = self.format_checkpoint_name({}), None
+        beside = is_within(self._resumed, Path(self.dirpath))
+        if trainer.is_global_zero and state is not None and beside and os.path.isfile(best):
+            score = self._score(state, best)
+        score = broadcast_from_rank_zero(score)
+        if score is not None:
             here = {"dirpath": self.dirpath, "best_model_path": best, "kth_best_model_path": best}
-            super().load_state_dict(state_dict | here | {"best_k_models": {best: scores[0]}})
+            here |= {"best_model_score": score, "kth_value": score, "best_k_models": {best: score}}
+            super().load_state_dict(state | here)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        pass
+
+    def _score(self, state: dict, best: str) -> torch.Tensor | None:
+        """Return the score of the best epoch by this run's metric; None if it is not known."""
+        if state.get("monitor", self.monitor) == self.monitor:
+            return next(iter(state["best_k_models"].values()), None)
+        with contextlib.suppress(ValueError):  # a damaged file is the best of none
+            rows = summary_rows(best)
+            if rows and self.monitor in rows[-1]:
+                return torch.tensor(rows[-1][self.monitor])
+        return None
 
 
 class CheckpointHistory(Checkpoint):
@@ -170,15 +203,27 @@ class CheckpointHistory(Checkpoint):
     def __init__(self, last: Path, rows: Callable[[], list[dict]], metric: str, keep: int):
         self.last, self.rows, self.metric, self.keep = last, rows, metric, keep
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:  # remove those of another run
-            mine = {self._path(row["epoch"]) for row in self.rows()}
-            for path in set(kept_epochs(self.last.parent)) - mine:
-                path.unlink()
+        self._behind = False  # whether a killed run may have written `last` and not yet the epoch's own file
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        place = checkpoint["loops"]["fit_loop"].get("epoch_loop.batch_progress", {})
+        resumed = Path(trainer.ckpt_path).resolve() == self.last.resolve()
+        self._behind = resumed and place.get("is_last_batch", False)  # else it is from within an epoch
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
+        rows = self.rows()
+        for path in set(kept_epochs(self.last.parent)) - {self._path(row["epoch"]) for row in rows}:
+            path.unlink()  # of another run
+        if self._behind and rows and not self._path(rows[-1]["epoch"]).is_file():
+            self._keep()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._keep()
+
+    def _keep(self) -> None:
         rows = self.rows()
         copy_over(self.last, self._path(rows[-1]["epoch"]))
         there = [row for row in rows if self._path(row["epoch"]).is_file()]
@@ -190,7 +235,7 @@ class CheckpointHistory(Checkpoint):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Save the checkpoint of the last epoch.
+    """Save the checkpoint of the last epoch, with `stopped_early` if a callback has ended the run there.
 
     Lightning's own restores the path of the last checkpoint, and deletes that file when it saves the next one in
     another folder: the original, if the run is resumed from a copy.
@@ -202,9 +247,16 @@ class LastCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict) -> None:
         pass
 
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        checkpoint["stopped_early"] = bool(trainer.should_stop and trainer.is_last_batch)
 
-class RecoveryCheckpoint(pl.Callback):
-    """Save within epochs: every `interval` steps, and at SIGTERM or Ctrl-C, which then end the run.
+
+class RecoveryCheckpoint(Checkpoint):
+    """Save within epochs: every `interval` steps, and at SIGTERM, Ctrl-C or `trainer.should_stop`, which end the run.
+
+    At `trainer.should_stop` within an epoch, as of its Timer, Lightning would validate and leave the rest of the images
+    out; a run that is resumed from this checkpoint trains on them. At the end of an epoch, Lightning ends the run. As a
+    `Checkpoint`, this one runs after all other callbacks, whose states it saves.
 
     During validation, the signal takes effect after it, when the checkpoint of the epoch is written. A second Ctrl-C
     stops at once, as without this callback; processes of `torchrun` receive one key press twice, so they wait.
@@ -214,14 +266,16 @@ class RecoveryCheckpoint(pl.Callback):
 
     Args:
         path: the checkpoint to write.
-        interval: optimiser steps between checkpoints; None writes one at a signal only.
+        interval: optimiser steps between checkpoints; None writes one at a stop only.
 
     Raises:
-        Terminated: a signal was received, and the checkpoint is written.
+        Terminated: a signal was received or a callback has set `trainer.should_stop`, and the checkpoint is written.
         KeyboardInterrupt: a second Ctrl-C was received before that.
     """
 
     NAMES: ClassVar = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+    ASKED = 1
+    """Stands for `trainer.should_stop` among the signals, below those of `NAMES`."""
 
     STEPS_BETWEEN_AGREEMENTS = 10
     """Steps between agreements of several processes on a step to stop at; each agreement makes the host wait."""
@@ -229,18 +283,21 @@ class RecoveryCheckpoint(pl.Callback):
     def __init__(self, path: Path, interval: int | None = None):
         self.path, self.interval = path, interval
         self._signal = 0  # the one received, if any
+        self._asked = False  # whether a callback has set `trainer.should_stop` within the epoch
         self._trained = False  # whether a step was taken
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Replaces Lightning's handler, which communicates with other processes within the signal. Lightning restores
         # the original handlers at the end of the run.
-        self._alone = trainer.world_size == 1
+        self._alone, self._process, self._asked = trainer.world_size == 1, os.getpid(), False
         if threading.current_thread() is threading.main_thread():
             for signum in self.NAMES:
                 if signal.getsignal(signum) is not signal.SIG_IGN:  # as SIGINT is for a background job of a script
                     signal.signal(signum, self._request_stop)
 
     def _request_stop(self, signum: int, frame: object) -> None:
+        if os.getpid() != self._process:  # a worker, which inherits the handler, and which Ctrl-C reaches too
+            return
         if signum == signal.SIGINT and self._alone:
             if self._signal == signal.SIGINT:
                 raise KeyboardInterrupt
@@ -249,7 +306,7 @@ class RecoveryCheckpoint(pl.Callback):
         self._signal = self._signal or signum
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if signum := self._any_signal(trainer):
+        if (signum := self._any_request(trainer)) in self.NAMES:
             if not self._trained:
                 raise Terminated(f"stopped by {self.NAMES[signum]} before the first step", None, signum)
             message = f"stopped by {self.NAMES[signum]} after epoch {trainer.current_epoch}; {self.path} is complete"
@@ -257,24 +314,32 @@ class RecoveryCheckpoint(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         self._trained = True
-        if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return  # the epoch's own checkpoint follows, or gradients are being accumulated
+        self._asked = self._asked or trainer.should_stop
+        trainer.should_stop = False  # else Lightning would end the epoch
+        if trainer.is_last_batch:  # the epoch's own checkpoint follows
+            trainer.should_stop = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
+            return
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # gradients are being accumulated
         steps = trainer.global_step
         agreeing = trainer.world_size == 1 or steps % self.STEPS_BETWEEN_AGREEMENTS == 0
-        if agreeing and (signum := self._any_signal(trainer)):
+        if agreeing and (request := self._any_request(trainer)):
             trainer.save_checkpoint(self.path)
+            signum = None if request == self.ASKED else request
             place = f"epoch {trainer.current_epoch + 1}, step {batch_idx + 1}"
-            raise Terminated(f"stopped by {self.NAMES[signum]} at {place}; saved to {self.path}", self.path, signum)
+            by = "trainer.should_stop" if signum is None else self.NAMES[signum]
+            raise Terminated(f"stopped by {by} at {place}; saved to {self.path}", self.path, signum)
         if self.interval and steps % self.interval == 0:
             trainer.save_checkpoint(self.path)
 
-    def _any_signal(self, trainer: pl.Trainer) -> int:
-        """Return the signal that any of the processes has received, or 0."""
+    def _any_request(self, trainer: pl.Trainer) -> int:
+        """Return the signal that any of the processes has received, `ASKED` if only a callback asks to stop, or 0."""
+        request = int(self._signal or (self.ASKED if self._asked else 0))
         if trainer.world_size == 1:
-            return self._signal
-        signum = torch.tensor(int(self._signal), device=trainer.strategy.root_device)
-        dist.all_reduce(signum, dist.ReduceOp.MAX)
-        return int(signum)
+            return request
+        requests = torch.tensor(request, device=trainer.strategy.root_device)
+        dist.all_reduce(requests, dist.ReduceOp.MAX)
+        return int(requests)
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -22,14 +22,21 @@ from torch.utils.data import DataLoader
 
 from fastroute.nn import GateNorm, SparseRouter
 from fastroute.ops._instruction_set import warn_if_emulated
-from fastroute.training.callbacks import EpochProgress, EpochSummary, Patience, RouterDiagnostics, StepLog
-from fastroute.training.checkpoints import LAST, check_resume
+from fastroute.training.callbacks import (
+    EpochProgress,
+    EpochSummary,
+    FirstBatch,
+    Patience,
+    RouterDiagnostics,
+    StepLog,
+)
+from fastroute.training.checkpoints import LAST, check_resume, remove_results
 from fastroute.training.classifier import RoutingClassifier
 from fastroute.training.distributed import broadcast_from_rank_zero, is_main, world_size
 from fastroute.training.graphs import check_recording
-from fastroute.training.loggers import make_loggers
+from fastroute.training.loggers import event_errors, make_loggers
 from fastroute.training.optim import check_warmup
-from fastroute.training.run_folder import new_folder, run_folder
+from fastroute.training.run_folder import local_path, new_folder, run_folder
 from fastroute.training.saving import (
     AtomicCheckpointIO,
     BestCheckpoint,
@@ -98,8 +105,8 @@ def fit(
         val_data: batches to validate on, unless `data` is a data module. Without any, `best.ckpt` is of the lowest
             training error.
         epochs: of the whole run, including those of the checkpoint to resume.
-        output: the folder to write into, made if it is missing. A run in it is overwritten. None is a new folder in
-            "runs", named by the time and the network.
+        output: the folder to write into, made if it is missing. A run in it is overwritten: its checkpoints and tables
+            are removed at the first batch. None is a new folder in "runs", named by the time and the network.
         seed: of the network's random draws in training; the data module has its own seed.
         amp_dtype: the autocast type, "bfloat16" or, on a GPU, "float16"; None computes in float32.
         precision: Lightning's, such as "bf16-true", instead of `amp_dtype`.
@@ -135,15 +142,17 @@ def fit(
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: an argument is out of range; the checkpoint is damaged, of another network or has completed all
-            epochs; there is no such accelerator; or the steps cannot be recorded, see `check_recording`.
+        ValueError: an argument is out of range; `output` is taken for a URL, see `local_path`; the checkpoint is
+            damaged, of another network or has completed all epochs; there is no such accelerator; or the steps cannot
+            be recorded, see `check_recording`.
         NotRecordable: a step cannot be recorded, as it turned out in the recording.
         FolderInUse: another run writes into `output`.
         FloatingPointError: the loss or a weight is NaN or infinite; earlier checkpoints are intact.
         OSError: a file cannot be written; the previous checkpoint is intact.
         ProcessLost: another process of the run is gone.
         ModuleNotFoundError: the package of a logger is not installed.
-        Terminated: SIGTERM or Ctrl-C was received, and `last.ckpt` is written.
+        Terminated: SIGTERM or Ctrl-C was received, or a callback, such as Lightning's Timer, has set
+            `trainer.should_stop` within an epoch; and `last.ckpt` is written.
     """
     counts = {
         "epochs": epochs,
@@ -213,7 +222,7 @@ def fit(
         output = broadcast_from_rank_zero(
             new_folder(Path("runs", name)) if is_main() and not fast_dev_run else Path("runs", name)
         )
-    output, processes = Path(output), world_size()
+    output, processes = local_path(output, "output"), world_size()
     metric = f"val_{EVAL_METRICS[eval_metric]}" if validated else f"train_{EVAL_METRICS[eval_metric]}"
     console, summary = console or Console(), EpochSummary(output / "summary.csv")
     options = {
@@ -234,19 +243,21 @@ def fit(
     writing = [
         RouterDiagnostics(output / "routers.csv"),
         summary,
+        FirstBatch(lambda: remove_results(output, resume)),
         StepLog(summary, log_interval, options),
         EpochProgress(summary, console, log_interval),
-        RecoveryCheckpoint(output / LAST, recovery_interval),
         LostProcess(),
         *callbacks,
         *([] if patience is None else [Patience(summary, metric, patience, console)]),
         BestCheckpoint(resume, filename="best", monitor=metric, **checkpoint),
         LastCheckpoint(**checkpoint),
+        RecoveryCheckpoint(output / LAST, recovery_interval),
     ]
     if checkpoint_hist is not None:
         writing.append(CheckpointHistory(output / LAST, lambda: summary.rows, metric, checkpoint_hist))
     writing.append(Readable())  # last, as the state of others may begin in their own on_train_start
-    with contextlib.nullcontext() if fast_dev_run else run_folder(output), silence_lightning(), default_device_cpu():
+    folder = contextlib.nullcontext() if fast_dev_run else run_folder(output)
+    with folder, silence_lightning(), event_errors(), default_device_cpu():
         trainer = pl.Trainer(
             accelerator=accelerator,
             **_processes(processes, devices, find_unused_parameters),

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from fastroute._files import check_writable
+from fastroute._files import check_writable, write_text
 from fastroute.visualize.collect import Layer, short
 from fastroute.visualize.style import INK, PAPER, save, thumbnail
 
@@ -101,7 +101,7 @@ class Report:
             title=self.title, verdict=self.verdict, facts=self.facts, sections=self.sections
         )
         path = self.folder / "report.html"
-        path.write_text(page, encoding="utf-8", errors="backslashreplace")  # file names may be no valid text
+        write_text(path, page, errors="backslashreplace")  # file names may be no valid text
         return path
 
 

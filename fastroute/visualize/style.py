@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastroute._errors import printable
+from fastroute._files import replacing, write_text
 
 BLUE, RED, GREEN, ORANGE = "#0072b2", "#d55e00", "#009e73", "#e69f00"
 PALETTE = (BLUE, RED, GREEN, ORANGE, "#56b4e9", "#cc79a7", "#8c8c8c", "#a6761d")
@@ -120,6 +121,7 @@ def save(figure: Figure, folder: Path, name: str) -> str:
     text = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):  # equal files for equal figures, and unique ids
         figure.savefig(text, format="svg", metadata={"Date": None})
-        figure.savefig(folder / f"{name}.png", dpi=150)
-    (folder / f"{name}.svg").write_text(text.getvalue(), encoding="utf-8")
+        with replacing(folder / f"{name}.png", "wb") as file:
+            figure.savefig(file, format="png", dpi=150)
+    write_text(folder / f"{name}.svg", text.getvalue())
     return text.getvalue()

@@ -92,8 +92,10 @@ def test_unfinished_runs_are_refused(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(PAGE)
     places = ["--page", str(page), "--result", str(tmp_path / "r.json")]
+    runs = [write_run(tmp_path / "a", "one", [50, 20]), write_run(tmp_path / "b", "one", [50], seed=1)]
     with pytest.raises(SystemExit, match="it has 1 of 2 epochs: resume it first"):
-        short_recipes.main([write_run(tmp_path / "a", "one", [50]), *places])
+        short_recipes.main([*runs, *places])
+    assert len(json.loads((tmp_path / "r.json").read_text())) == 1  # the run before it is kept
     with pytest.raises(SystemExit, match=r"args\.yaml"):
         short_recipes.main([str(tmp_path), *places])
     assert page.read_text() == PAGE

@@ -338,3 +338,11 @@ def test_paths_that_look_like_urls(tmp_path, monkeypatch):
     assert result.exit_code == 2 and "a path that contains '::' is taken for a URL" in result.output
     result = run(*common, "--epochs", 1, "--output", "\udcff")
     assert result.exit_code == 2 and "TensorBoard needs a path in UTF-8" in result.output
+
+
+@pytest.mark.parametrize("command", [("train", "resnet20"), ("cluster",)])
+@pytest.mark.parametrize("name", ["", ".", "..", "a/..", "../.."])
+def test_an_experiment_is_a_folder_within_that_of_all_runs(tmp_path, command, name):
+    result = run(*command, "--epochs", 1, "--output", tmp_path / "a" / "runs", "--experiment", name)
+    assert result.exit_code == 2 and f"experiment is {name!r}; it must be the name of a folder within" in result.output
+    assert os.listdir(tmp_path) == []

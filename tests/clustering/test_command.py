@@ -83,7 +83,10 @@ def test_resumes_within_an_epoch(tmp_path):
         stopped = run(*arguments, "--experiment", "stopped")
     assert stopped.exit_code == 143 and "stopped by SIGTERM at epoch 2, step" in stopped.output
     assert "fastroute cluster --config" in stopped.output
-    done = run(*shlex.split(stopped.output.splitlines()[-1])[1:])
+    resume = shlex.split(stopped.output.splitlines()[-1])[1:]
+    refused = run(*resume, "--seed", 7)
+    assert refused.exit_code == 2 and "the seed was 42, but now it is 7: some images would" in refused.output
+    done = run(*resume)
     assert done.exit_code == 0, done.output
     again = run(*arguments, "--experiment", "stopped")
     assert again.exit_code == 2 and "it has a finished run of 2 epochs:" in again.output

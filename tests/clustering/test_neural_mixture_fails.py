@@ -179,6 +179,36 @@ def test_a_part_with_bad_options_changes_nothing(changed):
     assert model.score(X) == expected
 
 
+@pytest.mark.parametrize("options", [{}, {"prior": "learned", "emerging": True}, {"network": nn.Linear(2, 3)}])
+@pytest.mark.parametrize("train", ["fit", "partial_fit"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_training_that_ends_early_changes_nothing(monkeypatch, options, train, error):
+    X, _ = blobs()
+    model = NeuralMixture(3, epochs=2, n_init=1, warm_start=True, batch_size=50, random_state=0, **options)
+    model.fit(X).partial_fit(X)
+    before = {name: copy.deepcopy(getattr(model, name)) for name in ("n_iter_", "loss_", "labels_", "priors_")}
+    posterior, steps = model.predict_proba(X), iter([True])
+    step = type(model._model)._step
+
+    def stop(self, loss):
+        if not next(steps, False):
+            raise KeyboardInterrupt
+        step(self, loss)
+
+    with monkeypatch.context() as patch:
+        if error is KeyboardInterrupt:
+            patch.setattr(type(model._model), "_step", stop)
+        else:
+            model.set_params(learning_rate=1e308)
+        with pytest.raises(error):
+            getattr(model, train)(X + 50)
+    assert np.array_equal(model.predict_proba(X), posterior)
+    for name, value in before.items():
+        assert np.array_equal(getattr(model, name), value), name
+    model.set_params(learning_rate=1e-3)
+    assert np.isfinite(getattr(model, train)(X).loss_)
+
+
 class Mixture(NeuralMixture):
     """With fewer parameters than its base."""
 

@@ -248,3 +248,30 @@ def test_a_new_run_does_not_remove_kept_epochs(tmp_path):
     with pytest.raises(FileExistsError, match=r"it has epoch12\.ckpt of another run: choose another folder, or over"):
         check_unused(tmp_path, "--overwrite")
     check_unused(tmp_path, "--overwrite", resume=tmp_path / "epoch12.ckpt")
+
+
+def foreign(path):
+    torch.save({"state_dict": {"net.weight": torch.ones(3)}, "epoch": 7, "pytorch-lightning_version": "2.1"}, path)
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "previous.ckpt", "best.ckpt"])
+@pytest.mark.parametrize("write", [foreign, lambda path: path.write_text("of another program")])
+def test_checkpoints_of_other_programs_are_not_overwritten(tmp_path, name, write):
+    write(tmp_path / name)
+    message = rf"it has a {name} that is no checkpoint of a run, .*: choose another folder, or overwrite .* --overwrite"
+    with pytest.raises(FileExistsError, match=message):
+        check_unused(tmp_path, "--overwrite")
+    foreign(tmp_path / name)
+    os.truncate(tmp_path / name, 300)  # which nobody can read
+    check_unused(tmp_path, "--overwrite")
+
+
+def test_weights_that_cannot_be_written_leave_the_earlier_ones_with_their_digest(tmp_path, monkeypatch):
+    path = tmp_path / "weights.safetensors"
+    save_weights(create_model("base_cnn"), path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    monkeypatch.setattr(_files, "_temporary", lambda path: path.with_name("full"))
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        save_weights(create_model("base_cnn"), path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

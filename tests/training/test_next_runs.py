@@ -1,5 +1,6 @@
 """What a run, finished or not, leaves to the next one."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from fastroute.data.loaders import PlaceMismatch
 from fastroute.nn import CrossConnection, GateClusteringLoss
 from fastroute.training import ImageDataModule, RoutingClassifier, fit
+from fastroute.training.checkpoints import check_unused, latest_checkpoint, read_checkpoint
 
 
 class Net(nn.Module):
@@ -244,3 +246,111 @@ def test_too_few_images_for_a_batch_are_refused_with_max_steps():
     trainer = pl.Trainer(max_steps=5, logger=False, enable_checkpointing=False, accelerator="cpu")
     with pytest.raises(ValueError, match="the data have no batch to train on"):
         trainer.fit(classifier(), loader)
+
+
+QUIET = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+}
+
+
+def batches(count=4):
+    labels = torch.arange(16 * count) % 10
+    images = torch.randn(len(labels), 1, 8, 8, generator=torch.Generator().manual_seed(0)) + labels.view(-1, 1, 1, 1)
+    return list(zip(images.split(16), labels.split(16), strict=True))
+
+
+def test_the_checkpoint_of_a_run_that_max_steps_ends_can_be_read(tmp_path):
+    trainer = pl.Trainer(max_steps=3, **QUIET)
+    trainer.fit(classifier(sched="cosine"), DataLoader(batches(), batch_size=None))
+    path = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(path)
+    assert torch.load(path)["epochs"] is None and read_checkpoint(path)["epochs"] is None
+    torch.save(torch.load(path) | {"epochs": -1}, path)  # as earlier versions wrote it
+    assert read_checkpoint(path)["epochs"] is None
+    with pytest.raises(FileExistsError, match="it has an unfinished run, 1 epoch done"):
+        check_unused(tmp_path, "--overwrite")
+    with pytest.raises(ValueError, match="its schedule is of no number of epochs, but this run has epochs=2"):
+        run(classifier(sched="cosine"), batches(), tmp_path, 2, resume=path)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_new_run_leaves_nothing_of_an_overwritten_one_that_it_could_be_taken_for(tmp_path, elsewhere):
+    folder, options = tmp_path / "run", {"val_data": batches(1)}
+    run(classifier(), batches(), folder, 2, **options)
+    if elsewhere:  # resumed from another run's checkpoint
+        run(classifier(), batches(), tmp_path / "other", **options)
+        options["resume"] = tmp_path / "other" / "last.ckpt"
+    (folder / "assignments.csv").touch()
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(classifier(), batches(), folder, 2, callbacks=At(1, stop), **options)
+    assert not folder.exists()  # as it is empty
+
+
+def test_a_resumed_run_keeps_the_checkpoints_of_its_folder(tmp_path):
+    run(classifier(), batches(), tmp_path / "run", 2)
+    (tmp_path / "link").symlink_to(tmp_path / "run" / "last.ckpt")
+    for resume in (tmp_path / "run" / "last.ckpt", tmp_path / "link"):
+        before = sorted(os.listdir(tmp_path / "run"))
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(classifier(), batches(), tmp_path / "run", 3, resume=resume, callbacks=At(1, stop))
+        assert sorted(os.listdir(tmp_path / "run")) == before
+
+
+class Shifted(pl.Callback):
+    """Make validation worse from an epoch on."""
+
+    def __init__(self, first):
+        self.first = first
+
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.current_epoch >= self.first:
+            with torch.no_grad():
+                pl_module.model.head.bias[0] += 100
+
+
+@pytest.mark.parametrize("change", ["metric", "older file"])
+def test_another_metric_keeps_a_better_epoch(tmp_path, change):
+    data = {"data": batches(), "val_data": batches(1)}
+    run(classifier(), output=tmp_path, epochs=2, **data)
+    best = torch.load(tmp_path / "best.ckpt")
+    assert best["callbacks"]["EpochSummary"]["rows"]
+    metric = "loss" if change == "metric" else "top1"
+    run(
+        classifier(),
+        output=tmp_path,
+        epochs=3,
+        resume=tmp_path / "last.ckpt",
+        eval_metric=metric,
+        callbacks=Shifted(2),
+        **data,
+    )
+    assert torch.load(tmp_path / "best.ckpt")["epoch"] == best["epoch"]
+    (tmp_path / "best.ckpt").write_bytes(b"PK\x03\x04")  # a damaged one is the best of none
+    run(classifier(), output=tmp_path, epochs=4, resume=tmp_path / "last.ckpt", eval_metric="top5", **data)
+    assert torch.load(tmp_path / "best.ckpt")["epoch"] == 3
+
+
+@pytest.mark.parametrize("name", ["http_runs", "s3:", "file:"])
+def test_a_folder_like_a_url_is_one_of_this_machine(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    run(classifier(), batches(), name)
+    assert latest_checkpoint(name).name == "last.ckpt"
+    run(classifier(), batches(), name, 2, resume=f"{name}/last.ckpt")
+
+
+def test_a_folder_that_lightning_takes_for_a_url_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"output is .*a::b; a path that contains '::' is taken for a URL"):
+        run(classifier(), batches(), tmp_path / "a::b")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_run_that_any_callback_ends_after_an_epoch_is_finished(tmp_path):
+    stopping = pl.callbacks.EarlyStopping("val_loss", patience=1, min_delta=100.0)
+    rows = run(classifier(), batches(), tmp_path, 5, val_data=batches(1), callbacks=stopping)
+    assert len(rows) == 2
+    with pytest.raises(FileExistsError, match="it has a finished run of 2 epochs"):
+        check_unused(tmp_path, "--overwrite")

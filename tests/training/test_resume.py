@@ -1,6 +1,8 @@
 """Runs that are stopped anywhere and resumed end as uninterrupted ones."""
 
+import csv
 import os
+import resource
 import signal
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastroute.data.loaders import PlaceMismatch
+from fastroute.data.loaders import EpochLoader, PlaceMismatch
 from fastroute.training import ImageDataModule, RoutingClassifier, Terminated, fit
 from fastroute.training.loggers import StepTable
 from fastroute.training.saving import RecoveryCheckpoint
@@ -102,10 +104,11 @@ def test_saves_at_sigterm_and_resumes(image_folder, tmp_path):
     whole = classifier()
     run(whole, image_folder, tmp_path / "whole")
     with pytest.raises(Terminated, match=r"stopped by SIGTERM at epoch 2, step 4; saved to .*last\.ckpt") as caught:
-        run(classifier(StopAt(1, 3, terminate)), image_folder, tmp_path / "run")
+        run(classifier(StopAt(1, 3, terminate)), image_folder, tmp_path / "run", callbacks=Ask())
     assert caught.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
-    resumed = classifier()
-    run(resumed, image_folder, tmp_path / "run", resume=tmp_path / "run" / "last.ckpt")
+    resumed, seen = classifier(), Ask()
+    run(resumed, image_folder, tmp_path / "run", resume=tmp_path / "run" / "last.ckpt", callbacks=seen)
+    assert seen.count == 18  # its state was saved after it had seen the step
     for expected, actual in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(expected, actual)
 
@@ -122,7 +125,9 @@ def test_stops_at_once_at_a_second_ctrl_c(tmp_path):
         with pytest.raises(Terminated, match=r"stopped by Ctrl-C before the first step$") as caught:
             recovery.on_train_epoch_start(SimpleNamespace(world_size=1, current_epoch=4), None)
         assert caught.value.code == 130 and caught.value.path is None
-        recovery.on_train_batch_end(SimpleNamespace(is_last_batch=True), None, None, None, 0)
+        strategy = SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision)
+        ended = SimpleNamespace(is_last_batch=True, should_stop=False, strategy=strategy)
+        recovery.on_train_batch_end(ended, None, None, None, 0)
         with pytest.raises(Terminated, match="stopped by Ctrl-C after epoch 4") as caught:
             recovery.on_train_epoch_start(SimpleNamespace(world_size=1, current_epoch=4), None)
         assert caught.value.code == 130
@@ -217,3 +222,146 @@ def test_the_table_of_steps_is_there_while_a_resumed_run_begins(tmp_path):
         ["", "2.0", "2"],
         ["7.0", "0.5", "3"],
     ]
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def little_space():
+    """Limit the size of files that this process writes, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_full_disk_leaves_the_steps_before_a_resumed_run(tmp_path, little_space):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(b"loss,step\r\n" + b"".join(b"3.0,%d\r\n" % step for step in range(1, 200)) + b"2.")
+    before = rows_of(path)[:-1]
+    table = StepTable(tmp_path, resumed=True)
+    little_space(path.stat().st_size // 2)
+    with pytest.raises(OSError, match=r"File too large: .*metrics\.csv'"):
+        table.log_metrics({"loss": 0.5}, step=200)
+    assert rows_of(path)[: len(before)] == before
+    little_space(path.stat().st_size)
+    table = StepTable(tmp_path, resumed=True)
+    table.restore(198)
+    with pytest.raises(OSError, match=r"File too large: .*metrics\.csv'"):
+        table.log_metrics({"loss": 0.5, "error": 7.0}, step=200)
+    assert rows_of(path) == before[:-1]
+    assert os.listdir(tmp_path) == ["metrics.csv"]
+
+
+@pytest.mark.parametrize("log", ["tensorboard", "csv"])
+def test_a_full_disk_is_named_without_a_traceback(image_folder, tmp_path, little_space, capfd, log):
+    little_space(1000)
+    with pytest.raises(
+        OSError, match=r"File too large: .*(TensorBoard's events|run/.*\.(csv|yaml|ckpt))|written"
+    ) as caught:
+        run(classifier(), image_folder, tmp_path / "run", logger=log)
+    assert "Traceback" not in capfd.readouterr().err
+    assert log == "csv" or "TensorBoard's events" in str(caught.value)
+
+
+class Ask(pl.Callback):
+    """Ask Lightning to stop after a step, and count steps as a callback of the user's may."""
+
+    def __init__(self, step=None):
+        self.step, self.count = step, 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.count += 1
+        if self.count == self.step:
+            trainer.should_stop = True
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state_dict):
+        self.count = state_dict["count"]
+
+
+def small(cls=RoutingClassifier):
+    pl.seed_everything(0, verbose=False)
+    return cls(nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(64, 10)), 10, 1, 8, lr=0.1, sched="cosine")
+
+
+def train(module, output, epochs=2, **options):
+    options |= {"accelerator": "cpu", "console": Console(quiet=True), "logger": None}
+    return fit(module, ImageDataModule("digits", batch_size=256), epochs=epochs, output=output, **options)
+
+
+@pytest.mark.parametrize(
+    "step, place, options",
+    [(2, "epoch 1, step 2", {}), (9, "epoch 2, step 3", {}), (7, "epoch 2, step 2", {"grad_accum_steps": 2})],
+)
+def test_a_stop_within_an_epoch_saves_there_and_resumes(tmp_path, step, place, options):
+    whole, resumed, seen, last = small(), small(), Ask(), tmp_path / "run" / "last.ckpt"
+    rows = train(whole, tmp_path / "whole", **options)
+    message = rf"stopped by trainer\.should_stop at {place}; saved to .*last\.ckpt$"
+    with pytest.raises(Terminated, match=message) as caught:
+        train(small(), tmp_path / "run", callbacks=Ask(step), **options)
+    assert caught.value.path == last and caught.value.code == str(caught.value)  # which Python prints, with status 1
+    assert not torch.load(last)["stopped_early"]
+    after = train(resumed, tmp_path / "run", resume=last, callbacks=seen, **options)
+    assert [row["train_loss"] for row in after] == [row["train_loss"] for row in rows]
+    for expected, actual in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(expected, actual)
+    assert seen.count == 12
+
+
+def test_a_stop_at_the_last_step_of_an_epoch_ends_the_run_there(tmp_path):
+    (row,) = train(small(), tmp_path, callbacks=Ask(6))
+    saved = torch.load(tmp_path / "last.ckpt")
+    assert row["epoch"] == 1 and saved["stopped_early"] and saved["global_step"] == 6
+
+
+def test_a_module_that_ends_an_epoch_early_leaves_no_false_row(tmp_path):
+    class Ending(RoutingClassifier):
+        def on_train_batch_end(self, *arguments):
+            super().on_train_batch_end(*arguments)
+            self.trainer.should_stop = True
+
+    with pytest.raises(RuntimeError, match=r"set within an epoch by on_train_batch_end of the module, .* a callback"):
+        train(small(Ending), tmp_path)
+    assert not (tmp_path / "last.ckpt").exists() and not (tmp_path / "summary.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"count": 27}, "the number of images was 26, but now it is 27: some images would come twice"),
+        ({"batch_size": 12}, "the batch size of all processes was 10, but now it is 12"),
+        ({"seed": 4}, "the seed was 3, but now it is 4"),
+    ],
+)
+def test_another_order_within_an_epoch_is_refused(changed, message):
+    def loader(count=26, batch_size=10, seed=3):
+        return EpochLoader(count, batch_size, seed, lambda: 0, 0, 1, None)
+
+    place = loader().state_dict() | {"done": 2}
+    loader().load_state_dict(place)
+    with pytest.raises(PlaceMismatch, match=message):
+        loader(**changed).load_state_dict(place)
+    loader(**changed).load_state_dict(place | {"done": 3})  # at the end of an epoch
+    loader(**changed).load_state_dict({name: place[name] for name in ("done", "batches", "epoch")})  # of early versions
+
+
+def test_workers_leave_a_signal_to_the_process_that_trains(tmp_path, capfd):
+    recovery = RecoveryCheckpoint(tmp_path / "last.ckpt")
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
+        recovery.on_train_start(SimpleNamespace(world_size=1), None)
+        if (worker := os.fork()) == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(recovery._signal)
+        assert os.waitpid(worker, 0)[1] == 0 and capfd.readouterr().err == ""
+    finally:
+        for signum, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(signum, handler)

@@ -324,8 +324,6 @@ def test_patience_stops_and_checkpoint_history_keeps_the_best(tmp_path):
         trainer.should_stop
         and "in 2 epochs, val_error has not been lower than in epoch 2, 3" in console.file.getvalue()
     )
-    patience.on_save_checkpoint(trainer, None, checkpoint := {})
-    assert checkpoint == {"stopped_early": True}
     assert {p.name: p.read_text() for p in tmp_path.glob("epoch*")} == {"epoch2.ckpt": "2", "epoch4.ckpt": "4"}
 
 
@@ -342,6 +340,22 @@ def test_a_run_stops_early_and_keeps_its_best_epochs(loader, tmp_path):
     assert len(list(tmp_path.glob("epoch*.ckpt"))) == 1
     with pytest.raises(FileExistsError, match=f"it has a finished run of {len(rows)} epoch"):
         check_unused(tmp_path, "--overwrite")
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_an_epoch_is_kept_though_the_run_was_killed_before(loader, tmp_path, keep):
+    options = {"val_data": loader, "checkpoint_hist": keep, "logger": None}
+    run(classifier(lr=1e-9), loader, tmp_path, 3, **options)
+    kept = sorted(tmp_path.glob("epoch*.ckpt"))
+    (tmp_path / "epoch3.ckpt").unlink(missing_ok=True)  # as if killed before it was written
+
+    class Seen(pl.Callback):
+        def on_train_batch_start(self, *_):
+            raise KeyError(*sorted(tmp_path.glob("epoch*.ckpt")))
+
+    with pytest.raises(KeyError) as caught:
+        run(classifier(lr=1e-9), loader, tmp_path, 4, resume=tmp_path / "last.ckpt", callbacks=Seen(), **options)
+    assert list(caught.value.args) == kept
 
 
 def test_skipped_images_are_counted(image_folder, tmp_path):
