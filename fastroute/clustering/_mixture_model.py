@@ -104,9 +104,8 @@ class Model:
     def copy(self) -> "Model":
         """Return a copy to train, so that this one stays as it is if the training is stopped or diverges."""
         kept = getattr(self, "built_with", {}).values()  # the same objects, as `check_unchanged` asks for
-        state = copy.deepcopy(self.__dict__, {id(value): value for value in kept})
         model = Model.__new__(Model)
-        model.__dict__.update(state)
+        model.__dict__ |= copy.deepcopy(self.__dict__, {id(value): value for value in kept})
         return model
 
     def take_options(self, estimator: "NeuralMixture") -> None:
