@@ -111,8 +111,8 @@ def text_output(path: Path) -> Iterator[IO[str]]:
 
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
-    """Replace a text file in UTF-8 atomically; `errors` is that of `open`."""
-    with replacing(path, encoding="utf-8", errors=errors) as file:
+    """Replace a text file in UTF-8 atomically, or the file that a link names; `errors` is that of `open`."""
+    with replacing(path.resolve(), encoding="utf-8", errors=errors) as file:
         file.write(text)
 
 

@@ -195,10 +195,10 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
         if options.experiment is None and resume is None:
             folder = new_folder(folder)
         context.with_resource(run_folder(folder))
-        if known.builder is None and not in_plane and options.resume == "auto" and (folder / ARGUMENTS).is_file():
-            (folder / "summary.csv").unlink(missing_ok=True)  # of this run, which has failed to write assignments.csv
         if not options.overwrite:
-            check_unused(folder, "--overwrite", resume)
+            # Without assignments.csv, the summary is of this run, which has failed to write them.
+            again = known.builder is None and not in_plane and options.resume == "auto" and _is_same(folder, options)
+            check_unused(folder, "--overwrite", resume, finished=not again)
         if in_plane:
             from fastroute.clustering import two_dimensional as plane
 
@@ -264,9 +264,18 @@ def _is_done(folder: Path, options: ClusterOptions) -> bool:
     Raises:
         ValueError: it has a finished run with other options.
     """
-    if not (folder / "assignments.csv").is_file() or not (folder / "args.yaml").is_file():
+    return (folder / "assignments.csv").is_file() and _is_same(folder, options)
+
+
+def _is_same(folder: Path, options: ClusterOptions) -> bool:
+    """Return whether a folder has a run with these options.
+
+    Raises:
+        ValueError: it has a run with other options.
+    """
+    if not (folder / ARGUMENTS).is_file():
         return False
-    kept = read_options(folder / "args.yaml")
+    kept = read_options(folder / ARGUMENTS)
     if kept.get("data_dir") is not None:
         kept["data_dir"] = Path(str(kept["data_dir"])).resolve()
     given = vars(options) | {"data_dir": None if options.data_dir is None else options.data_dir.resolve()}

@@ -99,7 +99,7 @@ def _prepare(
 
     from fastroute import training
     from fastroute.nn.routed import routers_in
-    from fastroute.training.checkpoints import check_unused
+    from fastroute.training.checkpoints import check_unused, is_within
     from fastroute.training.classifier import check_compile_mode
     from fastroute.training.distributed import broadcast_from_rank_zero, is_main, local_rank_zero_first
     from fastroute.training.loggers import check_loggers
@@ -115,6 +115,11 @@ def _prepare(
     options.dataset = resolve_dataset(options.dataset, options.data_dir, options.val_split > 0)
     model = re.sub(r"[^\w.-]+", "-", options.model or "")
     folder, resume = broadcast_from_rank_zero(run_location(options, f"{model}-{options.dataset}", console))
+    if options.overwrite and is_within(options.initial_checkpoint, folder):
+        raise ValueError(
+            f"initial_checkpoint is {options.initial_checkpoint}, in the folder of the run that overwrite removes: "
+            "copy it elsewhere first, or choose another experiment"
+        )
     unnamed = options.experiment is None and resume is None
     flags = _network_arguments(options)
     specification = network.specification(options, resume)

@@ -1,9 +1,10 @@
 """The neural mixture model as a scikit-learn estimator (§4.4)."""
 
+import contextlib
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from functools import reduce
 
 import numpy as np
@@ -163,10 +164,10 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         weights = self._weights(sample_weight, X)
         if going_on:
             self._model.check_unchanged(self)
-            model = self._model.copy()
-            model.take_options(self)
-            model.fit(X, weights, 1)
-            return self._finish(X, model, model.loss(X, weights), self.n_iter_ + self.epochs)
+            with self._restored() as model:
+                model.take_options(self)
+                model.fit(X, weights, 1)
+                return self._finish(X, model, model.loss(X, weights), self.n_iter_ + self.epochs)
         random = check_random_state(self.random_state)
         frame, best = self._frame(X, weights), None
         for run in range(self.n_init):
@@ -207,22 +208,42 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         if first:
             self._check_parameters(len(X))
             seed = check_random_state(self.random_state).randint(2**31 - 1)
-            model, passes = _Model(self, X, self._frame(X, weights), seed, fresh=False), 0
+            model = _Model(self, X, self._frame(X, weights), seed, fresh=False)
             if self._init() == "k-means++":
                 model.learn_seeds(X, weights)
-        else:
-            self._check_parameters()
-            self._model.check_unchanged(self)
-            model, passes = self._model.copy(), self.n_iter_
+            self._learn_part(X, weights, model)
+            return self._finish(X, model, model.loss(X, weights), 1)
+        self._check_parameters()
+        self._model.check_unchanged(self)
+        with self._restored() as model:
             model.take_options(self)
+            if self.emerging and model.places is not None:
+                model.renew(X, weights)
+            self._learn_part(X, weights, model)
+            return self._finish(X, model, model.loss(X, weights), self.n_iter_ + 1)
+
+    def _learn_part(self, X, weights, model: _Model) -> None:
         if self.emerging and self.network is not None and model.places is None:  # before the first part
             model.check_can_grow(X)
-        if self.emerging and not first and model.places is not None:
-            model.renew(X, weights)
         model.train_epoch(X, weights, track=True)
         if self.emerging:
             model.settle(X, weights)
-        return self._finish(X, model, model.loss(X, weights), passes + 1)
+
+    @contextlib.contextmanager
+    def _restored(self) -> Iterator[_Model]:
+        """Yield the trained model to train on. If that fails, the estimator has a copy from before, if it can have one.
+
+        A network that keeps a tensor of its forward, or a lock, cannot be copied.
+        """
+        before = None
+        with contextlib.suppress(RuntimeError, TypeError):
+            before = self._model.copy()
+        try:
+            yield self._model
+        except BaseException:
+            if before is not None:
+                self._model, self.network_ = before, before.network
+            raise
 
     def predict(self, X) -> np.ndarray:
         """The most probable cluster of each sample: (n_samples,)."""

@@ -205,13 +205,14 @@ def fit(
         Terminated: SIGTERM or Ctrl-C was received, or a callback has set `trainer.should_stop` within an epoch; and
             `last.ckpt` is written.
     """
-    output = local_path(output, "output")
+    output = local_path(output, "output", named=False)
     checkpoints = AtomicCheckpointIO(resume, None if resume is None else check_resume(resume, module, epochs, images))
     if amp:
         warn_if_emulated(torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu")
     module.images, module.shape = checksum(images), list(images.shape[1:])
     table = Table(output / "summary.csv", console)
     with run_folder(output), silence_lightning():
+        recovery = RecoveryCheckpoint(output / "last.ckpt")
         trainer = pl.Trainer(
             max_epochs=epochs,
             devices=1,
@@ -225,7 +226,7 @@ def fit(
                 *callbacks,
                 table,
                 LastCheckpoint(dirpath=output, enable_version_counter=False, save_on_train_epoch_end=True),
-                RecoveryCheckpoint(output / "last.ckpt"),
+                recovery,
             ],
             plugins=[checkpoints],
             enable_progress_bar=False,
@@ -235,6 +236,7 @@ def fit(
         images, labels = (t.to(trainer.strategy.root_device) for t in (images, labels))
         training = Batches(images, labels, batch_size, seed, lambda: trainer.current_epoch)
         trainer.fit(module, training, Batches(images, labels, 1000), ckpt_path=resume)
+        recovery.check_trained(trainer)
     return table.rows
 
 

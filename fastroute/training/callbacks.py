@@ -23,7 +23,7 @@ METRICS = ("train_loss", "train_error", "train_aux", "val_loss", "val_error", "v
 
 
 class FirstBatch(pl.Callback):
-    """Call a function on rank 0 before the first batch, after all checks of the run's options.
+    """Call a function on rank 0 after the first batch, when options and data are checked and a step has succeeded.
 
     Args:
         function: takes nothing.
@@ -32,7 +32,7 @@ class FirstBatch(pl.Callback):
     def __init__(self, function: Callable[[], None]):
         self._function: Callable[[], None] | None = function
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         function, self._function = self._function, None
         if function is not None and trainer.is_global_zero:
             function()
@@ -50,7 +50,7 @@ class EpochSummary(RowTable):
         path: the CSV file.
 
     Raises:
-        RuntimeError: the module has ended the epoch before its last batch.
+        RuntimeError: the module has ended the epoch before its last batch was trained on.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -62,6 +62,7 @@ class EpochSummary(RowTable):
     def _begin(self) -> None:
         self._start = self._ready = time.perf_counter()
         self._images, self.waited = 0, 0.0
+        self._speed = self._waiting = None  # until the last batch
 
     @property
     def images_per_s(self) -> float:
@@ -86,10 +87,11 @@ class EpochSummary(RowTable):
         self._ready = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.is_last_batch:  # a row would be of a part of the epoch
+        if self._speed is None or not trainer.is_last_batch:  # a row would be of a part of the epoch
             raise RuntimeError(
-                "trainer.should_stop was set within an epoch by on_train_batch_end of the module, which runs after all "
-                "callbacks; set it in on_train_batch_end of a callback, so that the run is saved there"
+                "the epoch has ended before its last batch: on_train_batch_start has returned -1, or the module's own "
+                "on_train_batch_end, which runs after all callbacks, has set trainer.should_stop; set that in "
+                "on_train_batch_end of a callback, so that the run is saved there"
             )
         sums = torch.tensor([self._speed, getattr(trainer.datamodule, "skipped", 0)], device=pl_module.device)
         if trainer.world_size > 1:

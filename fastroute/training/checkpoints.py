@@ -251,7 +251,7 @@ def kept_epochs(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("epoch*.ckpt") if re.fullmatch(r"epoch\d+\.ckpt", path.name))
 
 
-def check_unused(folder: str | Path, option: str, resume: Path | None = None) -> None:
+def check_unused(folder: str | Path, option: str, resume: Path | None = None, finished: bool = True) -> None:
     """Check that a run would not overwrite another, finished or not.
 
     A run without epochs, as of k-means, is finished when its summary exists.
@@ -260,6 +260,7 @@ def check_unused(folder: str | Path, option: str, resume: Path | None = None) ->
         folder: of the run.
         option: the option that allows overwriting, for the message.
         resume: the checkpoint that the run is resumed from; a run may go on in its own folder.
+        finished: whether a summary without epochs is that of a finished run.
 
     Raises:
         FileExistsError: another run is in the folder, and could be resumed or is finished; or a checkpoint there is of
@@ -284,7 +285,7 @@ def check_unused(folder: str | Path, option: str, resume: Path | None = None) ->
     if kept := kept_epochs(folder):
         raise FileExistsError(f"output is {folder}; it has {kept[0].name} of another run: {choice}")
     summary = folder / "summary.csv"
-    if summary.is_file() and not summary.read_text(encoding="utf-8", errors="replace").startswith("epoch"):
+    if finished and summary.is_file() and not summary.read_text(encoding="utf-8", errors="replace").startswith("epoch"):
         raise FileExistsError(f"output is {folder}; it has a finished run: {choice}")
 
 

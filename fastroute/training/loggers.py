@@ -110,7 +110,8 @@ def event_errors() -> Iterator[None]:
     try:
         yield
     finally:
-        threading.excepthook = before
+        if threading.excepthook is note:  # and not one that a callback has set since
+            threading.excepthook = before
     for error in errors:
         warnings.warn(f"figures are missing: {error}", stacklevel=1)
 

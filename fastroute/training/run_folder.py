@@ -48,12 +48,13 @@ def new_folder(folder: str | Path) -> Path:
             continue
 
 
-def local_path(path: str | Path, name: str) -> Path:
+def local_path(path: str | Path, name: str, named: bool = True) -> Path:
     """Make a path absolute, as Lightning takes a relative one such as `http_runs` or `file:` for a URL.
 
     Args:
         path: as given.
         name: the argument that it was given as, for messages.
+        named: whether loggers, which write the path into their files, need it in UTF-8.
 
     Returns:
         the absolute path.
@@ -65,7 +66,7 @@ def local_path(path: str | Path, name: str) -> Path:
     if "::" in str(path):
         raise ValueError(f"{name} is {path}; a path that contains '::' is taken for a URL: choose another name")
     try:
-        str(path).encode()
+        str(path).encode(errors="strict" if named else "surrogateescape")
     except UnicodeEncodeError:
         raise ValueError(f"{name} is {path}; TensorBoard needs a path in UTF-8: rename it") from None
     return path

@@ -306,10 +306,13 @@ class RecoveryCheckpoint(Checkpoint):
         self._signal = self._signal or signum
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if (signum := self._any_request(trainer)) in self.NAMES:
+        self._asked = self._asked or trainer.should_stop
+        trainer.should_stop = False  # else Lightning would end the epoch without a batch
+        if request := self._any_request(trainer):
+            signum, by = self._reason(request)
             if not self._trained:
-                raise Terminated(f"stopped by {self.NAMES[signum]} before the first step", None, signum)
-            message = f"stopped by {self.NAMES[signum]} after epoch {trainer.current_epoch}; {self.path} is complete"
+                raise Terminated(f"stopped by {by} before the first step", None, signum)
+            message = f"stopped by {by} after epoch {trainer.current_epoch}; {self.path} is complete"
             raise Terminated(message, self.path, signum)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
@@ -325,12 +328,20 @@ class RecoveryCheckpoint(Checkpoint):
         agreeing = trainer.world_size == 1 or steps % self.STEPS_BETWEEN_AGREEMENTS == 0
         if agreeing and (request := self._any_request(trainer)):
             trainer.save_checkpoint(self.path)
-            signum = None if request == self.ASKED else request
+            signum, by = self._reason(request)
             place = f"epoch {trainer.current_epoch + 1}, step {batch_idx + 1}"
-            by = "trainer.should_stop" if signum is None else self.NAMES[signum]
             raise Terminated(f"stopped by {by} at {place}; saved to {self.path}", self.path, signum)
         if self.interval and steps % self.interval == 0:
             trainer.save_checkpoint(self.path)
+
+    def _reason(self, request: int) -> tuple[int | None, str]:
+        """Return the signal of a request, None for `ASKED`, and its name."""
+        return (None, "trainer.should_stop") if request == self.ASKED else (request, self.NAMES[request])
+
+    def check_trained(self, trainer: pl.Trainer) -> None:
+        """Raise Terminated if a run has ended without a step, as by a Timer whose time an earlier run has used."""
+        if not self._trained and trainer.should_stop:
+            raise Terminated("stopped by trainer.should_stop before the first step", None, None)
 
     def _any_request(self, trainer: pl.Trainer) -> int:
         """Return the signal that any of the processes has received, `ASKED` if only a callback asks to stop, or 0."""

@@ -30,7 +30,7 @@ from fastroute.training.callbacks import (
     RouterDiagnostics,
     StepLog,
 )
-from fastroute.training.checkpoints import LAST, check_resume, remove_results
+from fastroute.training.checkpoints import LAST, check_resume, is_within, remove_results
 from fastroute.training.classifier import RoutingClassifier
 from fastroute.training.distributed import broadcast_from_rank_zero, is_main, world_size
 from fastroute.training.graphs import check_recording
@@ -106,7 +106,7 @@ def fit(
             training error.
         epochs: of the whole run, including those of the checkpoint to resume.
         output: the folder to write into, made if it is missing. A run in it is overwritten: its checkpoints and tables
-            are removed at the first batch. None is a new folder in "runs", named by the time and the network.
+            are removed after the first batch. None is a new folder in "runs", named by the time and the network.
         seed: of the network's random draws in training; the data module has its own seed.
         amp_dtype: the autocast type, "bfloat16" or, on a GPU, "float16"; None computes in float32.
         precision: Lightning's, such as "bf16-true", instead of `amp_dtype`.
@@ -222,7 +222,7 @@ def fit(
         output = broadcast_from_rank_zero(
             new_folder(Path("runs", name)) if is_main() and not fast_dev_run else Path("runs", name)
         )
-    output, processes = local_path(output, "output"), world_size()
+    output, processes = local_path(output, "output", named=bool(logger)), world_size()
     metric = f"val_{EVAL_METRICS[eval_metric]}" if validated else f"train_{EVAL_METRICS[eval_metric]}"
     console, summary = console or Console(), EpochSummary(output / "summary.csv")
     options = {
@@ -240,6 +240,7 @@ def fit(
     if processes > 1 and dist_bn:
         own.append(BatchNormSync(dist_bn))
     checkpoint = {"dirpath": output, "enable_version_counter": False, "save_on_train_epoch_end": True}
+    recovery = RecoveryCheckpoint(output / LAST, recovery_interval)
     writing = [
         RouterDiagnostics(output / "routers.csv"),
         summary,
@@ -251,7 +252,7 @@ def fit(
         *([] if patience is None else [Patience(summary, metric, patience, console)]),
         BestCheckpoint(resume, filename="best", monitor=metric, **checkpoint),
         LastCheckpoint(**checkpoint),
-        RecoveryCheckpoint(output / LAST, recovery_interval),
+        recovery,
     ]
     if checkpoint_hist is not None:
         writing.append(CheckpointHistory(output / LAST, lambda: summary.rows, metric, checkpoint_hist))
@@ -267,7 +268,7 @@ def fit(
             gradient_clip_val=clip_grad,
             sync_batchnorm=sync_bn,
             deterministic=deterministic,
-            logger=False if fast_dev_run else make_loggers(logger, output, resume is not None),
+            logger=False if fast_dev_run else make_loggers(logger, output, is_within(resume, output)),
             log_every_n_steps=log_interval,
             callbacks=[*own, *(callbacks if fast_dev_run else writing)],
             enable_progress_bar=not fast_dev_run,
@@ -288,6 +289,8 @@ def fit(
                 trainer.fit(module, data, ckpt_path=resume)
             else:
                 trainer.fit(module, data, val_data, ckpt_path=resume)
+        if not fast_dev_run:
+            recovery.check_trained(trainer)
     if fast_dev_run:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in sorted(trainer.callback_metrics.items()))
         console.print(f"one batch of each: {shown}", highlight=False, soft_wrap=True)

@@ -73,6 +73,9 @@ def test_a_run_is_overwritten_on_request_alone(stopped):
     assert refused.exit_code == 2
     assert "a finished run of 2 epochs: choose another folder, or overwrite it with --overwrite" in refused.output
     assert "--initial-checkpoint trains on from its weights, in another folder" in refused.output
+    refused = run(*again, "--overwrite", "--initial-checkpoint", folder / "best.ckpt")
+    assert refused.exit_code == 2 and "the run that overwrite removes: copy it elsewhere first" in refused.output
+    assert (folder / "best.ckpt").exists()
     assert run(*again, "--epochs", 1, "--overwrite").exit_code == 0
 
 

@@ -243,3 +243,28 @@ def test_the_draws_of_a_gpu_stay(monkeypatch):
     seeded.clear()
     model.partial_fit(blobs()[0])
     assert not seeded
+
+
+class KeepsItsForward(nn.Module):
+    """Keeps a tensor of its forward, as of an auxiliary loss, so that it cannot be copied."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.layer = nn.Linear(features, 3)
+
+    def forward(self, x):
+        self.aux = self.layer(x)
+        return self.aux
+
+
+def test_networks_that_cannot_be_copied_are_trained_on():
+    X = blobs()[0]
+    model = NeuralMixture(3, network=KeepsItsForward(X.shape[1]), epochs=1, n_init=1, random_state=0).partial_fit(X)
+    assert model.partial_fit(X).n_iter_ == 2
+
+
+def test_the_network_stays_the_same_object():
+    X = blobs()[0]
+    model = NeuralMixture(3, epochs=1, n_init=1, random_state=0, warm_start=True).partial_fit(X)
+    network = model.network_
+    assert model.partial_fit(X).network_ is network and model.fit(X).network_ is network

@@ -57,3 +57,12 @@ def test_a_folder_that_lightning_takes_for_a_url_is_refused(tmp_path):
     options = {"epochs": 1, "batch_size": 2, "output": tmp_path / "a::b", "console": None}
     with pytest.raises(ValueError, match=r"output is .*a::b; a path that contains '::' is taken for a URL"):
         clustering_run.fit(pl.LightningModule(), torch.zeros(4, 1, 8, 8), torch.zeros(4), **options)
+
+
+def test_a_classical_run_of_other_options_is_not_repeated(tmp_path):
+    common = ("cluster", "--limit", 60, "--method", "kmeans", "--output", tmp_path, "--experiment", "run")
+    assert run(*common, "-k", 3).exit_code == 0
+    (tmp_path / "run" / "assignments.csv").unlink()
+    result = run(*common, "-k", 2, "--resume", "auto")
+    assert result.exit_code == 2 and "clusters is 2" in result.output
+    assert (tmp_path / "run" / "summary.csv").exists()

@@ -1,5 +1,6 @@
 """What a run, finished or not, leaves to the next one."""
 
+import csv
 import os
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from fastroute.data.loaders import PlaceMismatch
 from fastroute.nn import CrossConnection, GateClusteringLoss
 from fastroute.training import ImageDataModule, RoutingClassifier, fit
 from fastroute.training.checkpoints import check_unused, latest_checkpoint, read_checkpoint
+from fastroute.training.saving import Terminated
 
 
 class Net(nn.Module):
@@ -288,6 +290,61 @@ def test_a_new_run_leaves_nothing_of_an_overwritten_one_that_it_could_be_taken_f
     with pytest.raises(RuntimeError, match="stopped"):
         run(classifier(), batches(), folder, 2, callbacks=At(1, stop), **options)
     assert not folder.exists()  # as it is empty
+
+
+@pytest.mark.parametrize("images, label", [(torch.nan, 0), (1.0, 11)])
+def test_a_run_that_fails_in_its_first_step_leaves_the_earlier_one(tmp_path, images, label):
+    run(classifier(), batches(), tmp_path, 1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises((FloatingPointError, ValueError)):
+        run(classifier(), [(torch.full((4, 1, 8, 8), images), torch.full((4,), label))], tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_path_that_is_not_utf_8_needs_no_logger(tmp_path):
+    assert len(run(classifier(), batches(), tmp_path / "x\udcff")) == 1
+    with pytest.raises(ValueError, match="TensorBoard needs a path in UTF-8"):
+        run(classifier(), batches(), tmp_path / "x\udcff", logger="csv")
+
+
+def test_a_table_of_steps_is_of_one_run(tmp_path):
+    run(classifier(), batches(), tmp_path / "a", 2, logger="csv", log_interval=1)
+    run(classifier(), batches(), tmp_path / "b", 1, logger="csv", log_interval=1)
+    run(classifier(), batches(), tmp_path / "a", 2, logger="csv", log_interval=1, resume=tmp_path / "b" / "last.ckpt")
+    with (tmp_path / "a" / "metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    count = len(batches())
+    assert min(steps) >= count, steps
+
+
+class AtEpoch(pl.Callback):
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        trainer.should_stop = trainer.current_epoch == self.epoch
+
+
+def test_a_stop_as_an_epoch_starts_is_told(tmp_path):
+    with pytest.raises(Terminated, match=r"stopped by trainer.should_stop after epoch 1; .* is complete") as stopped:
+        run(classifier(), batches(), tmp_path, 3, callbacks=AtEpoch(1))
+    rows = run(classifier(), batches(), tmp_path, 3, resume=stopped.value.path)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    with pytest.raises(Terminated, match=r"before the first step"):
+        run(classifier(), batches(), tmp_path / "none", 3, callbacks=AtEpoch(0))
+    timer = pl.callbacks.Timer(duration={"seconds": 0})
+    with pytest.raises(Terminated, match=r"before the first step"):
+        run(classifier(), batches(), tmp_path / "none", 3, callbacks=timer)
+
+
+def test_a_module_that_skips_an_epoch_is_refused(tmp_path):
+    class Skips(RoutingClassifier):
+        def on_train_batch_start(self, batch, batch_idx):
+            super().on_train_batch_start(batch, batch_idx)
+            return -1 if batch_idx == 1 else None
+
+    with pytest.raises(RuntimeError, match=r"on_train_batch_start has returned -1"):
+        run(Skips(Net(), 10, 1, 8, sched="step"), batches(), tmp_path)
 
 
 def test_a_resumed_run_keeps_the_checkpoints_of_its_folder(tmp_path):

@@ -123,13 +123,13 @@ def test_stops_at_once_at_a_second_ctrl_c(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(Terminated, match=r"stopped by Ctrl-C before the first step$") as caught:
-            recovery.on_train_epoch_start(SimpleNamespace(world_size=1, current_epoch=4), None)
+            recovery.on_train_epoch_start(SimpleNamespace(world_size=1, current_epoch=4, should_stop=False), None)
         assert caught.value.code == 130 and caught.value.path is None
         strategy = SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision)
         ended = SimpleNamespace(is_last_batch=True, should_stop=False, strategy=strategy)
         recovery.on_train_batch_end(ended, None, None, None, 0)
         with pytest.raises(Terminated, match="stopped by Ctrl-C after epoch 4") as caught:
-            recovery.on_train_epoch_start(SimpleNamespace(world_size=1, current_epoch=4), None)
+            recovery.on_train_epoch_start(SimpleNamespace(world_size=1, current_epoch=4, should_stop=False), None)
         assert caught.value.code == 130
     finally:
         for signum, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
@@ -327,7 +327,7 @@ def test_a_module_that_ends_an_epoch_early_leaves_no_false_row(tmp_path):
             super().on_train_batch_end(*arguments)
             self.trainer.should_stop = True
 
-    with pytest.raises(RuntimeError, match=r"set within an epoch by on_train_batch_end of the module, .* a callback"):
+    with pytest.raises(RuntimeError, match=r"has ended before its last batch: .* in on_train_batch_end of a callback"):
         train(small(Ending), tmp_path)
     assert not (tmp_path / "last.ckpt").exists() and not (tmp_path / "summary.csv").exists()
 
