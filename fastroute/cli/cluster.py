@@ -197,7 +197,8 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
         context.with_resource(run_folder(folder))
         if not options.overwrite:
             # Without assignments.csv, the summary is of this run, which has failed to write them.
-            again = known.builder is None and not in_plane and options.resume == "auto" and _is_same(folder, options)
+            again = known.builder is None and not in_plane and options.resume == "auto"
+            again = again and (folder / "summary.csv").is_file() and _is_same(folder, options)
             check_unused(folder, "--overwrite", resume, finished=not again)
         if in_plane:
             from fastroute.clustering import two_dimensional as plane
@@ -282,7 +283,7 @@ def _is_same(folder: Path, options: ClusterOptions) -> bool:
     for name in ("dataset", "data_dir", "method", "clusters", "seed", "limit", "img_size"):
         if name in kept and kept[name] != given[name]:
             raise ValueError(
-                f"{name} is {given[name]}; the finished run in {folder} has {kept[name]}: choose "
+                f"{name} is {given[name]}; the run in {folder} has {kept[name]}: choose "
                 "another experiment, or overwrite that run with --overwrite"
             )
     return True

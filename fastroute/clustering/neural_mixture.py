@@ -155,7 +155,8 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
 
         Raises:
             ValueError: X has NaN, infinity or fewer samples than clusters, a parameter is out of its range, or
-                training diverges: no run ends with a finite loss. With `warm_start`, the estimator stays as it was.
+                training diverges: no run ends with a finite loss. With `warm_start`, the estimator stays as it was,
+                unless its network cannot be copied.
         """
         going_on = self.warm_start and hasattr(self, "_model")
         X = self._validate(X, reset=not going_on)
@@ -199,7 +200,7 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
 
         Raises:
             ValueError: as `fit` does; a part has one sample, which has no spread; or training has diverged. The
-                estimator stays as it was.
+                estimator stays as it was, unless its network cannot be copied.
         """
         first = not hasattr(self, "_model")
         X = self._validate(X, reset=first)
@@ -235,14 +236,15 @@ class NeuralMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
 
         A network that keeps a tensor of its forward, or a lock, cannot be copied.
         """
-        before = None
+        attributes, before = dict(vars(self)), None
         with contextlib.suppress(RuntimeError, TypeError):
             before = self._model.copy()
         try:
             yield self._model
         except BaseException:
             if before is not None:
-                self._model, self.network_ = before, before.network
+                vars(self).clear()
+                vars(self).update(attributes | {"_model": before, "network_": before.network})
             raise
 
     def predict(self, X) -> np.ndarray:

@@ -23,7 +23,7 @@ METRICS = ("train_loss", "train_error", "train_aux", "val_loss", "val_error", "v
 
 
 class FirstBatch(pl.Callback):
-    """Call a function on rank 0 after the first batch, when options and data are checked and a step has succeeded.
+    """Call a function on rank 0 after the first batch, when options and data are checked and it was computed.
 
     Args:
         function: takes nothing.
@@ -89,7 +89,8 @@ class EpochSummary(RowTable):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._speed is None or not trainer.is_last_batch:  # a row would be of a part of the epoch
             raise RuntimeError(
-                "the epoch has ended before its last batch: on_train_batch_start has returned -1, or the module's own "
+                "the epoch has ended before its last batch: the data gave fewer batches than their length, "
+                f"{trainer.num_training_batches}, on_train_batch_start has returned -1, or the module's own "
                 "on_train_batch_end, which runs after all callbacks, has set trainer.should_stop; set that in "
                 "on_train_batch_end of a callback, so that the run is saved there"
             )

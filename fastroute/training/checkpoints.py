@@ -290,11 +290,17 @@ def check_unused(folder: str | Path, option: str, resume: Path | None = None, fi
 
 
 def is_within(resume: str | Path | None, folder: Path) -> bool:
-    """Return whether a run goes on in its own folder: the checkpoint that it is resumed from, if any, lies there."""
+    """Return whether a run goes on in its own folder: the checkpoint that it is resumed from, if any, lies there.
+
+    It may lie in a folder below, as those of Lightning's ModelCheckpoint do, which is none of another run.
+    """
     if resume is None:
         return False
-    resume = Path(resume)  # which may be a link, from or to the folder
-    return folder.resolve() in (resume.parent.resolve(), resume.resolve().parent)
+    resume, folder = Path(resume), folder.resolve()
+    places = resume.parent.resolve(), resume.resolve().parent  # it may be a link, from or to the folder
+    return any(
+        place == folder or (folder in place.parents and not (place / "summary.csv").is_file()) for place in places
+    )
 
 
 def remove_results(folder: Path, resume: str | Path | None = None) -> None:

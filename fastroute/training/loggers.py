@@ -27,13 +27,17 @@ class _Rows(ExperimentWriter):
 
     Args:
         log_dir: the folder.
+        anew: whether the first rows take the place of those of another run.
     """
 
-    def __init__(self, log_dir: str):
+    def __init__(self, log_dir: str, anew: bool):
         super().__init__(log_dir)
-        self.path = Path(self.metrics_file_path)
+        self.path, self.anew = Path(self.metrics_file_path), anew
 
     def save(self) -> None:
+        if self.metrics and self.anew:
+            self.anew = False
+            self.path.unlink(missing_ok=True)
         with naming(self.path):
             super().save()
 
@@ -73,13 +77,11 @@ class StepTable(CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self):
-        """The writer. Making it replaces the file by the earlier rows, or removes that of another run."""
+        """The writer. Making it replaces the file by the earlier rows, if there are any."""
         if self._experiment is None:
-            self._experiment = writer = _Rows(self.log_dir)
+            self._experiment = _Rows(self.log_dir, anew=not self._before)
             if self._before:
-                writer.replace(self._before)
-            else:
-                writer.path.unlink(missing_ok=True)
+                self._experiment.replace(self._before)
         return self._experiment
 
     def restore(self, step: int) -> None:

@@ -203,6 +203,7 @@ class CheckpointHistory(Checkpoint):
     def __init__(self, last: Path, rows: Callable[[], list[dict]], metric: str, keep: int):
         self.last, self.rows, self.metric, self.keep = last, rows, metric, keep
 
+        self._others: set[Path] = set()  # of another run, until a step of this one has succeeded
         self._behind = False  # whether a killed run may have written `last` and not yet the epoch's own file
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
@@ -214,10 +215,13 @@ class CheckpointHistory(Checkpoint):
         if not trainer.is_global_zero:
             return
         rows = self.rows()
-        for path in set(kept_epochs(self.last.parent)) - {self._path(row["epoch"]) for row in rows}:
-            path.unlink()  # of another run
+        self._others = set(kept_epochs(self.last.parent)) - {self._path(row["epoch"]) for row in rows}
         if self._behind and rows and not self._path(rows[-1]["epoch"]).is_file():
             self._keep()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
+        while self._others:
+            self._others.pop().unlink(missing_ok=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:

@@ -1,6 +1,7 @@
 """Fits of `NeuralMixture` that diverge, and what it refuses."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -268,3 +269,16 @@ def test_the_network_stays_the_same_object():
     model = NeuralMixture(3, epochs=1, n_init=1, random_state=0, warm_start=True).partial_fit(X)
     network = model.network_
     assert model.partial_fit(X).network_ is network and model.fit(X).network_ is network
+
+
+def test_a_warning_that_is_an_error_undoes_the_whole_part(monkeypatch):
+    X = blobs()[0]
+    model = NeuralMixture(3, prior="learned", epochs=1, n_init=1, random_state=0).partial_fit(X)
+    before = model.priors_.copy(), model.predict_proba(X)
+    monkeypatch.setattr("numpy.unique", lambda labels: labels[:1])  # as if all others were empty
+    with warnings.catch_warnings(), pytest.raises(ConvergenceWarning):
+        warnings.simplefilter("error")
+        model.partial_fit(X)
+    assert model.n_iter_ == 1
+    for found, expected in zip((model.priors_, model.predict_proba(X)), before, strict=True):
+        np.testing.assert_array_equal(found, expected)

@@ -294,10 +294,14 @@ def test_a_new_run_leaves_nothing_of_an_overwritten_one_that_it_could_be_taken_f
 
 @pytest.mark.parametrize("images, label", [(torch.nan, 0), (1.0, 11)])
 def test_a_run_that_fails_in_its_first_step_leaves_the_earlier_one(tmp_path, images, label):
-    run(classifier(), batches(), tmp_path, 1)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    options = {"logger": "csv", "log_interval": 1, "checkpoint_hist": 2}
+    run(classifier(), batches(), tmp_path, 1, **options)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "hparams.yaml"}
+    assert {"epoch1.ckpt", "metrics.csv", "last.ckpt", "best.ckpt", "summary.csv"} <= before.keys()
+    wrong = [(torch.full((4, 1, 8, 8), images), torch.full((4,), label))]
     with pytest.raises((FloatingPointError, ValueError)):
-        run(classifier(), [(torch.full((4, 1, 8, 8), images), torch.full((4,), label))], tmp_path)
+        run(classifier(), wrong, tmp_path, **options)
+    (tmp_path / "hparams.yaml").unlink()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -305,6 +309,18 @@ def test_a_path_that_is_not_utf_8_needs_no_logger(tmp_path):
     assert len(run(classifier(), batches(), tmp_path / "x\udcff")) == 1
     with pytest.raises(ValueError, match="TensorBoard needs a path in UTF-8"):
         run(classifier(), batches(), tmp_path / "x\udcff", logger="csv")
+
+
+def test_a_run_goes_on_from_a_checkpoint_in_a_folder_of_its_own(tmp_path):
+    steps = pl.callbacks.ModelCheckpoint(tmp_path / "steps", "{step}", every_n_train_steps=1, save_top_k=-1)
+    options = {"logger": "csv", "log_interval": 1}
+    run(classifier(), batches(), tmp_path, 2, callbacks=steps, **options)
+    with (tmp_path / "metrics.csv").open() as file:
+        expected = [row["step"] for row in csv.DictReader(file)]
+    count = len(batches())
+    run(classifier(), batches(), tmp_path, 2, resume=tmp_path / "steps" / f"step={count}.ckpt", **options)
+    with (tmp_path / "metrics.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == expected
 
 
 def test_a_table_of_steps_is_of_one_run(tmp_path):

@@ -311,6 +311,8 @@ def test_patience_stops_and_checkpoint_history_keeps_the_best(tmp_path):
     (tmp_path / "epoch7.ckpt").write_text("of another run")
     (tmp_path / "epoch=4-step=9.ckpt").write_text("of another callback")
     history.on_train_start(trainer, None)
+    assert (tmp_path / "epoch7.ckpt").exists()  # until a batch has succeeded
+    history.on_train_batch_end(trainer, None, None, None, 0)
     assert [path.name for path in tmp_path.glob("epoch*")] == ["epoch=4-step=9.ckpt"]
     (tmp_path / "epoch=4-step=9.ckpt").unlink()
     for epoch, error in enumerate((5.0, 3.0, 4.0, 3.0), start=1):
