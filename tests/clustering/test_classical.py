@@ -34,7 +34,7 @@ def test_a_method_without_a_network_resumes_by_itself(tmp_path):
     assert done.exit_code == 0 and "the run is done" in done.output
     assert (tmp_path / "run" / "summary.csv").read_text() == before
     refused = run(*common, "--method", "kmeans", "--resume", "auto", "-k", 4)
-    assert refused.exit_code == 2 and "clusters is 4; the finished run in" in refused.output
+    assert refused.exit_code == 2 and "clusters is 4; the run in" in refused.output
     refused = run(*common, "--method", "kmeans", "--resume", "auto", "--dataset", "digits", "--data-dir", tmp_path)
     assert refused.exit_code == 2, refused.output
     refused = run(*common, "--method", "kmeans", "--resume", "auto", "--by-cluster", tmp_path / "links")
