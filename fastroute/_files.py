@@ -40,19 +40,19 @@ def replacing(path: Path, mode: str = "w", earlier: Path | None = None, **option
         OSError: the file cannot be written; the message names `path`.
     """
     temporary = _temporary(path)
-    try:
-        with temporary.open(mode, **options) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if earlier is not None and path.is_file():
-            _link_over(path, earlier)
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        with naming(path, temporary):
-            raise error
+    with naming(path, temporary):
+        try:
+            with temporary.open(mode, **options) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if earlier is not None and path.is_file():
+                _link_over(path, earlier)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
 
 
 @contextlib.contextmanager
@@ -92,12 +92,16 @@ def check_writable(path: Path, name: str) -> None:
 
 
 @contextlib.contextmanager
-def text_output(path: Path) -> Iterator[IO[str]]:
-    """Open a text file in UTF-8 that replaces `path` at the end of the block.
+def text_output(path: Path, errors: str = "surrogateescape") -> Iterator[IO[str]]:
+    """Open a text file in UTF-8 that replaces `path`, or the file that it links to, at the end of the block.
 
     Devices, pipes, and files in a folder without write permission are written in place instead.
+
+    Args:
+        path: of the file.
+        errors: that of `open`; by default for file names, which may be no valid text.
     """
-    options = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}  # file names may be no valid text
+    options = {"newline": "", "encoding": "utf-8", "errors": errors}
     target = path.resolve()
     special = path.exists() and (not path.is_file() or os.path.ismount(target))
     if special or not os.access(target.parent, os.W_OK):
@@ -111,8 +115,8 @@ def text_output(path: Path) -> Iterator[IO[str]]:
 
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
-    """Replace a text file in UTF-8 atomically, or the file that a link names; `errors` is that of `open`."""
-    with replacing(path.resolve(), encoding="utf-8", errors=errors) as file:
+    """Replace a text file at once; see `text_output`."""
+    with text_output(path, errors) as file:
         file.write(text)
 
 

@@ -197,8 +197,9 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
         context.with_resource(run_folder(folder))
         if not options.overwrite:
             # Without assignments.csv, the summary is of this run, which has failed to write them.
-            again = known.builder is None and not in_plane and options.resume == "auto"
-            again = again and (folder / "summary.csv").is_file() and _is_same(folder, options)
+            classical = known.builder is None and not in_plane
+            unfinished = classical and options.resume == "auto" and (folder / "summary.csv").is_file()
+            again = unfinished and _is_same(folder, options)
             check_unused(folder, "--overwrite", resume, finished=not again)
         if in_plane:
             from fastroute.clustering import two_dimensional as plane

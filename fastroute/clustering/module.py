@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastroute.clustering.metrics import label_metrics
 from fastroute.clustering.self_label import SelfLabelling, restart, self_label_loss
+from fastroute.training.checkpoints import planned_epochs
 
 
 def check_positive(**values: float) -> None:
@@ -135,9 +136,7 @@ class ClusteringModule(pl.LightningModule):
         return values
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        planned = self.trainer.max_epochs
-        checkpoint["epochs"] = None if planned == -1 else planned  # a run that max_steps ends has no number of epochs
-        checkpoint |= {"images": self.images, "shape": self.shape}
+        checkpoint |= {"epochs": planned_epochs(self.trainer), "images": self.images, "shape": self.shape}
         checkpoint["kept"] = {name: value.cpu() for name, value in self.kept.items()}
         checkpoint |= {name: getattr(self, name) for name in self.SCHEDULE}
         if self.self_labelling is not None:

@@ -183,8 +183,8 @@ def fit(
         labels: (N,), int64, for metrics alone; −1 is none.
         epochs: of the whole run, including those of the checkpoint to resume.
         batch_size: images of a batch.
-        output: the folder to write into; made if it is missing. What a run in it has saved is removed at the first
-            batch.
+        output: the folder to write into; made if it is missing. What a run in it has saved is removed after the
+            first batch.
         console: to print the rows of the summary on.
         seed: of order, augmentation and the network's random draws.
         amp: whether to autocast to bfloat16.
@@ -205,7 +205,7 @@ def fit(
         Terminated: SIGTERM or Ctrl-C was received, or a callback has set `trainer.should_stop` within an epoch; and
             `last.ckpt` is written.
     """
-    output = local_path(output, "output", named=False)
+    output = local_path(output, "output", utf_8=False)
     checkpoints = AtomicCheckpointIO(resume, None if resume is None else check_resume(resume, module, epochs, images))
     if amp:
         warn_if_emulated(torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu")

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import fx, nn
@@ -89,19 +89,20 @@ def shapes_of(
         watched.meta["overwritten"] = False
     gpus = [images.device.index] if images.is_cuda else []
 
-    def compute(module: nn.Module | _Shapes) -> object:
+    def compute(forward: Callable[[torch.Tensor], object]) -> object:
         with generators_seeded(0, gpus):
-            return module(images.clone()) if isinstance(module, nn.Module) else module.run(images.clone())
+            return forward(images.clone())
 
     try:
         with on_trial(model) as trial:
+            shapes = _Shapes(fx.GraphModule(trial, graph), watched)
             before = compute(trial) if check else None
-            result = compute(shapes := _Shapes(fx.GraphModule(trial, graph), watched))
+            result = compute(shapes.run)
             after = compute(trial) if check else None
             if watched is not None and any(map(_draws_in_place, trial.modules())):
                 trial.train()
                 with contextlib.suppress(Exception):  # batch norm refuses a single value
-                    compute(shapes)
+                    compute(shapes.run)
     except Exception as error:  # a user's own network may raise anything
         reason = str(error).partition("\n")[0]
         raise ValueError(
@@ -161,12 +162,16 @@ def check_takes(network: nn.Module, name: str, in_chans: int, img_size: int, cla
         size = f"{in_chans} × {img_size} × {img_size}"
         raise ValueError(f"img_size is {img_size}; {name} cannot take images of {size}: {first_line(error)}") from error
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] != (classes or logits.shape[1]):
-        what = f"{(*logits.shape,)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
         raise ValueError(
-            f"model is {name!r}; for an image it returns {what}, expected logits (1, {classes or 'classes'}), one for "
-            "each class"
+            f"model is {name!r}; for an image it returns {described(logits)}, expected logits "
+            f"(1, {classes or 'classes'}), one for each class"
         )
     return logits.shape[1]
+
+
+def described(result: object) -> str:
+    """Describe what a network returns: a tensor by its shape, and anything else by its type."""
+    return str(tuple(result.shape)) if isinstance(result, torch.Tensor) else f"a {type(result).__name__}"
 
 
 def channel_axes(

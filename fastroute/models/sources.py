@@ -246,13 +246,13 @@ def layout(network: nn.Module) -> str:
     Temperatures of routers, which a state dict has once they are not 1, do not count, nor do options that only matter
     in training.
     """
-    modules = [(name, type(module).__name__, *_altered(module)) for name, module in network.named_modules()]
+    modules = [(name, type(module).__name__, *_computation(module)) for name, module in network.named_modules()]
     state = without_temperatures(network.state_dict(), network)
     tensors = [(name, *value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)]
     return hashlib.sha256(repr((modules, tensors)).encode()).hexdigest()
 
 
-def _altered(module: nn.Module) -> tuple[str, bool, int]:
+def _computation(module: nn.Module) -> tuple[str, bool, int]:
     """Return PyTorch's description of a layer, and what changes its forward: one on the instance, and hooks."""
     described = module.extra_repr() if type(module).extra_repr.__module__.startswith("torch.nn.") else ""
     forward = getattr(vars(module).get("forward"), "__func__", vars(module).get("forward"))

@@ -23,7 +23,7 @@ METRICS = ("train_loss", "train_error", "train_aux", "val_loss", "val_error", "v
 
 
 class FirstBatch(pl.Callback):
-    """Call a function on rank 0 after the first batch, when options and data are checked and it was computed.
+    """Call a function on rank 0 after the first batch, which shows that options and data are right.
 
     Args:
         function: takes nothing.
@@ -50,7 +50,7 @@ class EpochSummary(RowTable):
         path: the CSV file.
 
     Raises:
-        RuntimeError: the module has ended the epoch before its last batch was trained on.
+        RuntimeError: an epoch has ended before its last batch was trained on.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

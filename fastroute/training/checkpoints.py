@@ -289,6 +289,11 @@ def check_unused(folder: str | Path, option: str, resume: Path | None = None, fi
         raise FileExistsError(f"output is {folder}; it has a finished run: {choice}")
 
 
+def planned_epochs(trainer: pl.Trainer) -> int | None:
+    """Return the number of epochs of a run, None for one that `max_steps` ends, whose number is -1 to Lightning."""
+    return None if trainer.max_epochs == -1 else trainer.max_epochs
+
+
 def is_within(resume: str | Path | None, folder: Path) -> bool:
     """Return whether a run goes on in its own folder: the checkpoint that it is resumed from, if any, lies there.
 

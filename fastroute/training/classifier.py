@@ -25,6 +25,7 @@ from fastroute.nn import Routing, exact_convolutions
 from fastroute.nn.routed import takes_routing
 from fastroute.ops._paths import check_integers
 from fastroute.training.capturable import CAPTURABLE
+from fastroute.training.checkpoints import planned_epochs
 from fastroute.training.distributed import gather_to_rank_zero
 from fastroute.training.graphs import CUDAGraph, Graph, RecordedStep, check_compile_mode, check_recording, settings
 from fastroute.training.metrics import Totals
@@ -464,8 +465,7 @@ class RoutingClassifier(pl.LightningModule):
             ]
         if isinstance(data := self.trainer.datamodule, ImageDataModule):  # Lightning names its state by its class
             checkpoint.setdefault("ImageDataModule", ImageDataModule.state_dict(data))
-        planned = self.trainer.max_epochs
-        checkpoint["epochs"] = None if planned == -1 else planned  # a run that max_steps ends has no number of epochs
+        checkpoint["epochs"] = planned_epochs(self.trainer)
         checkpoint["steps_in_an_epoch"] = self._steps_in_an_epoch()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:

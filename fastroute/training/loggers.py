@@ -13,8 +13,9 @@ from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.loggers.logger import rank_zero_experiment
 
-from fastroute._files import naming, replacing
+from fastroute._files import naming
 from fastroute.training.distributed import is_main
+from fastroute.training.tables import write_csv
 
 LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 PROJECT = "fastroute"
@@ -44,10 +45,7 @@ class _Rows(ExperimentWriter):
     def replace(self, rows: Sequence[dict]) -> None:
         """Replace the rows of the file."""
         self.metrics_keys = sorted({name for row in rows for name in row}.union(self.metrics_keys))
-        with replacing(self.path, newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, self.metrics_keys)
-            table.writeheader()
-            table.writerows(rows)
+        write_csv(self.path, rows, self.metrics_keys)
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         with self.path.open(newline="", encoding="utf-8") as file:

@@ -48,25 +48,26 @@ def new_folder(folder: str | Path) -> Path:
             continue
 
 
-def local_path(path: str | Path, name: str, named: bool = True) -> Path:
+def local_path(path: str | Path, name: str, utf_8: bool = True) -> Path:
     """Make a path absolute, as Lightning takes a relative one such as `http_runs` or `file:` for a URL.
 
     Args:
         path: as given.
         name: the argument that it was given as, for messages.
-        named: whether loggers, which write the path into their files, need it in UTF-8.
+        utf_8: whether the path must be in UTF-8, as for loggers.
 
     Returns:
         the absolute path.
 
     Raises:
-        ValueError: the absolute path still looks like a URL, or is not UTF-8.
+        ValueError: the absolute path still looks like a URL, or is not in UTF-8 and must be.
     """
     path = Path(path).absolute()
     if "::" in str(path):
         raise ValueError(f"{name} is {path}; a path that contains '::' is taken for a URL: choose another name")
     try:
-        str(path).encode(errors="strict" if named else "surrogateescape")
+        if utf_8:
+            str(path).encode()
     except UnicodeEncodeError:
         raise ValueError(f"{name} is {path}; TensorBoard needs a path in UTF-8: rename it") from None
     return path

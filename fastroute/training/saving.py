@@ -202,8 +202,7 @@ class CheckpointHistory(Checkpoint):
 
     def __init__(self, last: Path, rows: Callable[[], list[dict]], metric: str, keep: int):
         self.last, self.rows, self.metric, self.keep = last, rows, metric, keep
-
-        self._others: set[Path] = set()  # of another run, until a step of this one has succeeded
+        self._others: set[Path] = set()  # of another run, until the first batch of this one
         self._behind = False  # whether a killed run may have written `last` and not yet the epoch's own file
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:

@@ -53,18 +53,18 @@ def out_of_patience(rows: Sequence[dict], metric: str, patience: int) -> dict | 
     return ranked[0] if ranked and rows[-1]["epoch"] - ranked[0]["epoch"] >= patience else None
 
 
-def write_csv(path: Path, rows: Sequence[dict]) -> None:
-    """Write rows to a CSV file atomically, with the columns of all of them in the order in which they first appear.
+def write_csv(path: Path, rows: Sequence[dict], columns: Sequence[str] | None = None) -> None:
+    """Write rows to a CSV file atomically.
 
     Args:
         path: the file to replace.
         rows: a dict for each row; a column that a row lacks is left empty.
+        columns: by default those of all rows, in the order in which they first appear.
 
     Raises:
         OSError: the file cannot be written; it is then unchanged.
     """
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with replacing(path, newline="") as file:
-        writer = csv.DictWriter(file, columns)
+    with replacing(path, newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns or list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)

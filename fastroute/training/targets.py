@@ -3,6 +3,8 @@
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastroute.models._shapes import described
+
 
 def checked_batch(batch: object) -> tuple[Tensor, Tensor]:
     """Return the images of a batch and its labels; see `checked_labels`.
@@ -63,10 +65,9 @@ def check_logits(logits: object, model: str) -> None:
         ValueError: it is no tensor (N, num_classes).
     """
     if not isinstance(logits, Tensor) or logits.dim() != 2:
-        given = (*logits.shape,) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise ValueError(
-            f"model is {model}; for a batch of images it returns {given}, expected logits (N, num_classes): wrap it in "
-            "a module that returns these alone"
+            f"model is {model}; for a batch of images it returns {described(logits)}, expected logits (N, "
+            "num_classes): wrap it in a module that returns these alone"
         )
 
 

@@ -222,7 +222,7 @@ def fit(
         output = broadcast_from_rank_zero(
             new_folder(Path("runs", name)) if is_main() and not fast_dev_run else Path("runs", name)
         )
-    output, processes = local_path(output, "output", named=bool(logger)), world_size()
+    output, processes = local_path(output, "output", utf_8=bool(logger)), world_size()
     metric = f"val_{EVAL_METRICS[eval_metric]}" if validated else f"train_{EVAL_METRICS[eval_metric]}"
     console, summary = console or Console(), EpochSummary(output / "summary.csv")
     options = {
