@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) fastroute/ops/schemas.inc
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-fast test-thorough test-all test-costs attack sanitize test-oldest test-oldest-fast oldest-libraries lint docs ctest clean
+.PHONY: demo test test-fast test-thorough test-all test-costs attack sanitize test-oldest test-oldest-fast oldest-libraries lint docs package ctest clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m fastroute demo
@@ -61,11 +61,10 @@ OLDEST_TESTS := tests/backends tests/ops tests/nn --ignore=tests/backends/test_n
 test-oldest: oldest-libraries
 	$(TEST_OLDEST) $(OLDEST_TESTS) -m "$(ALL)"
 
-# What CI can afford: what `make test` has of them, and one set of kernels compiled by the oldest Triton, whose assembler
-# is another one.
+# What CI can afford: what `make test-fast` has of them, and one set of kernels compiled by the oldest Triton, whose
+# assembler is another one.
 test-oldest-fast: oldest-libraries
-	$(TEST_OLDEST) $(OLDEST_TESTS)
-	$(TEST_OLDEST) -n 0 tests/backends/test_triton_aot.py -m thorough -k "sm_90 and cases"
+	$(TEST_OLDEST) $(OLDEST_TESTS) -m "oldest or $(FAST)"
 
 oldest-libraries: $(OLDEST)/.ready
 	mkdir -p $(OLDEST_SOURCES)
@@ -90,6 +89,10 @@ lint: $(VENV)/.ready
 # The site in build/site; warnings are errors. Nothing is fetched from the network.
 docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# The source distribution and a wheel, both built and tried.
+package: $(VENV)/.ready
+	bash .ci/package
 
 ctest: $(VENV)/.ready
 	cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS_RELEASE=-O0 -DPython_EXECUTABLE=$(abspath $(BIN)/python)

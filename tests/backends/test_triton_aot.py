@@ -60,10 +60,14 @@ def stage_cases() -> dict[str, tuple]:
 
 MIXTURES = [((128, 10), "float32", False), ((128, 4, 4), "bfloat16", True), ((64, 1024), "float32", False)]
 
-SETS = {"cases": CASES, "stages": stage_cases()}
-
-# Those that are compiled again after a ReLU: every kernel is in one of them.
+# Every kernel is in one of these. They are compiled again after a ReLU.
 AFTER_RELU = {"ResNet 32 × 32", "ResNet 8 × 8", "ImageNet, NCHW"}
+
+SETS = {
+    "kernels": {name: CASES[name] for name in ("three paths", *sorted(AFTER_RELU))},
+    "cases": CASES,
+    "stages": stage_cases(),
+}
 
 # Kernel -> paths loaded and stored in one step of each of its loops, as multiples of a tile and of a block.
 ACCESSES = {
@@ -230,7 +234,7 @@ def compile_all(architecture: int, cases: dict[str, tuple]) -> list[dict]:
         return [report | {"case": str(shape), "m": 2, "n": 2, "itemsize": scores.itemsize} for report in reports]
 
     every = [report for case in cases for report in run(case)]
-    if cases is not CASES:
+    if cases is SETS["stages"]:
         return every
     for mixture in MIXTURES:
         every += run_mixtures(*mixture)
@@ -262,10 +266,13 @@ def reports_of(architecture: int, name: str) -> list[dict]:
     return reports
 
 
-def sets(*compiled: tuple[int, str, str]) -> dict:
-    """Parameters of a fixture: architecture, set, and the tier of tests that it is left to."""
+def sets(*compiled: tuple) -> dict:
+    """Parameters of a fixture: architecture, set, and the marks of the tests that use it."""
     return {
-        "params": [pytest.param(pair, marks=getattr(pytest.mark, tier)) for *pair, tier in compiled],
+        "params": [
+            pytest.param((architecture, name), marks=[getattr(pytest.mark, mark) for mark in marks])
+            for architecture, name, *marks in compiled
+        ],
         "ids": lambda pair: f"sm_{pair[0]}, {pair[1]}",
     }
 
@@ -273,9 +280,11 @@ def sets(*compiled: tuple[int, str, str]) -> dict:
 @pytest.fixture(
     scope="module",
     **sets(
-        (80, "cases", "thorough"),
-        (90, "cases", "thorough"),
-        (100, "cases", "thorough"),
+        (80, "kernels", "thorough"),
+        (80, "cases", "slow"),
+        (90, "cases", "thorough", "oldest"),
+        (100, "kernels", "thorough"),
+        (100, "cases", "slow"),
     ),
 )
 def reports(request):
