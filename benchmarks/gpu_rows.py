@@ -6,6 +6,7 @@ what was not finished, and the other lists the rows of their kind.
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -87,14 +88,17 @@ def _brief(value):
 
 
 def save(result: dict, path: Path) -> None:
-    """Write a result, one row a line."""
+    """Write a result, one row a line, in place of an earlier one at once."""
     parts = []
     for name, value in result.items():
         text = json.dumps(value, ensure_ascii=False)
         if isinstance(value, list) and value:
             text = "[\n  " + ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in value) + "\n ]"
         parts.append(f' "{name}": {text}')
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    temporary.replace(path)
 
 
 def load(path: Path) -> dict:

@@ -6,6 +6,7 @@ its limit, a row says so, and a new process begins at the next case.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import selectors
@@ -50,12 +51,18 @@ class Stage:
 
 
 class Rows:
-    """Rows so far; each new one is printed and appended to a file at once."""
+    """Rows so far; each new one is printed and appended to a file at once.
+
+    An earlier run's file of that name is kept, as `rows.1.jsonl` and so on.
+    """
 
     def __init__(self, path: Path, say: Callable[[str], None]):
         self.all: list[dict] = []
         self._start, self._say, self._lock = time.monotonic(), say, threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and path.stat().st_size:
+            number = next(k for k in itertools.count(1) if not path.with_stem(f"{path.stem}.{k}").exists())
+            path.rename(path.with_stem(f"{path.stem}.{number}"))
         self._file = path.open("w")
 
     def add(self, row: dict, quiet: bool = False) -> None:

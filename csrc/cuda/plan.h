@@ -19,7 +19,7 @@ const Device& device();
 // Pieces in which the next sample lands, the first while the others are still mixed. Eight were up to 8 % slower on an H100.
 constexpr int kPieces = 4;
 
-constexpr int64_t kLargestCluster = 8;  // the largest that all devices with clusters can launch
+constexpr int64_t kLargestCluster = 8;  // the largest of devices that have as many multiprocessors; others use two passes
 
 // Shared memory of one block: its share of each held path, in vectors of 16 bytes, a byte for each vector of as many paths as
 // have masks, and `extra` for sums and gates.
@@ -39,7 +39,7 @@ inline int64_t block_bytes(int64_t paths, int64_t path_bytes, int64_t extra, int
 // still has 4 KB of each path, 16 bytes for each of its 256 threads.
 inline int64_t choose_cluster(
     int64_t paths, int64_t path_bytes, int64_t extra, int64_t samples, const Device& device, int64_t masks = 0) {
-  if (device.architecture < 90) return 0;
+  if (device.architecture < 90 || device.multiprocessors < kLargestCluster) return 0;
   const int64_t half = device.shared_per_multiprocessor / 2 - 1024;  // the system reserves 1 KB per block
   int64_t cluster = 1;
   const auto bytes = [&](int64_t c) { return block_bytes(paths, path_bytes, extra, c, masks); };

@@ -59,8 +59,10 @@ class Capturable(torch.optim.Optimizer):
         self._rates, values = rates, torch.tensor(rates, dtype=torch.float32)
         if self._rates_on_device is None:
             self._rates_on_device = values.to(self.param_groups[0]["params"][0].device)
-        else:
-            self._rates_on_device.copy_(values, non_blocking=True)  # CUDA has read `values` when this returns
+            return
+        if self._rates_on_device.is_cuda:  # PyTorch keeps pinned memory until the copy has ended
+            values = values.pin_memory()
+        self._rates_on_device.copy_(values, non_blocking=True)
 
     @torch.no_grad()
     def update(self) -> None:

@@ -135,6 +135,13 @@ def test_a_run_that_is_stopped_ends_at_once(run):
     ]
 
 
+def test_rows_of_an_earlier_run_are_kept(tmp_path):
+    for number in range(3):
+        Rows(tmp_path / "rows.jsonl", str).add({"number": number})
+    files = {path.name: json.loads(path.read_text())["number"] for path in tmp_path.iterdir()}
+    assert files == {"rows.1.jsonl": 0, "rows.2.jsonl": 1, "rows.jsonl": 2}
+
+
 def test_rows_without_an_error_may_be_kept_silently(run):
     run.stage(job(ROW, "say(case='case 1', error='wrong')", quiet=True))
     assert len(run.kept()) == 2 and len(run.said) == 1 and "wrong" in run.said[0]

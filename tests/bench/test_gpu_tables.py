@@ -66,8 +66,10 @@ def cells(text, start):
 
 
 def test_a_result_keeps_what_matters(result, tmp_path):
-    save(result, tmp_path / "a.json")
-    kept = load(tmp_path / "a.json")
+    path = tmp_path / "new" / "a.json"
+    save(result, path)
+    kept = load(path)
+    assert list(path.parent.iterdir()) == [path]
     assert kept == result and kept["commit"] == "0123abcdef" and kept["versions"]["triton"] == "3.6.0"
     mix = {"file": "tests/backends/cuda_kernels/test_mix.py", "passed": 2}  # the last run of a test counts
     assert mix in kept["tests"] and kept["errors"] == [{"where": "other-tests-0", "error": "killed"}]

@@ -29,6 +29,8 @@ def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
     if tuple(map(int, triton.__version__.split(".")[:2])) < MINIMUM_TRITON:
         return f"Triton is {triton.__version__}; it must be {'.'.join(map(str, MINIMUM_TRITON))} or newer"
     if interpreted:
+        if device.type != "cpu":
+            return "TRITON_INTERPRET=1 interprets the kernels, which is for tests on the CPU: unset it"
         if isinstance(triton.language.sum, triton.JITFunction):
             return "TRITON_INTERPRET=1 was set after Triton was imported, which is too late"
         return None

@@ -41,6 +41,9 @@ def test_plan(emulated):
     assert plan(2, 32 * 16 * 16, 32) == 4  # and to no more blocks than multiprocessors
     assert plan(2, 32 * 16 * 16, 128, extra=240 * 1024) == TWO_PASSES
     assert plan(2, 32 * 16 * 16, 128, device=A100) == TWO_PASSES
+    architecture, _, *shared = H100
+    assert plan(2, 64 * 56 * 56, 32, device=(architecture, 8, *shared)) == 8
+    assert plan(2, 64 * 56 * 56, 32, device=(architecture, 7, *shared)) == TWO_PASSES  # part of a card
 
 
 def integers(*values):

@@ -133,6 +133,9 @@ def test_reasons(monkeypatch):
     with pytest.raises(RuntimeError, match="interpreter"), use_backend("triton"):
         ops.mix([torch.ones(1, 1, dtype=torch.float16)], torch.ones(1, 1))
 
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "tests on the CPU" in backend.reason_against(cuda, torch.float32)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     if not CUDA:
         assert "CUDA device" in backend.reason_against(cuda, torch.float32)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
