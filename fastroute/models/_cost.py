@@ -12,6 +12,8 @@ from fastroute.ops._library import OPERATORS
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     """Return the multiply-accumulates for one image: half of what `torch.utils.flop_counter` counts, with routing.
 
+    `FlopCounterMode` by itself leaves out the operators of this package.
+
     Args:
         model: a network; on the meta device it is counted without computing anything.
         input_size: (channels, height, width) of the image, in pixels.

@@ -167,6 +167,8 @@ def multipath(
     scale = paths if init == "copy" and routing == "cc" else 1
     copies = [model, *(_reseeded(model, init, noise) for _ in range(paths - 1))]
     device = next((parameter.device for parameter in model.parameters()), None)
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
     layers, origins, start = OrderedDict(), {}, graph.find_nodes(op="placeholder")[0]
     width, own, last_before = 1, False, False
     for name, end in cuts.items():
@@ -175,7 +177,7 @@ def multipath(
         router = None
         if routing is not None:
             make = routing if callable(routing) else ROUTERS[routing]
-            router = make(shapes[end][axes[end]], width, paths).to(device)
+            router = make(shapes[end][axes[end]], width, paths).to(device, dtype)
             if not hasattr(router, "out_paths"):  # `forward_head` asks for it
                 router.out_paths = paths
             if isinstance(router, CrossConnection) and router.activation is None:

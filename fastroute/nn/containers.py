@@ -93,6 +93,8 @@ class ParallelPaths(TakesLists, nn.ModuleList):
         # Stack the paths next to the channels, as a grouped convolution needs them.
         x, in_dim = (xs[0], None) if len(xs) == 1 else (torch.stack(list(xs), 1), 1)
         ys = torch.vmap(run, (0, 0, in_dim), out_dims=1, randomness="different")(parameters, buffers, x)
+        if not any(module.training for module in first.modules()):
+            return list(ys.unbind(1))
         with torch.no_grad():
             for name, stacked in buffers.items():  # vmap updated the stacked running statistics
                 for path, value in zip(self, stacked, strict=True):

@@ -37,9 +37,10 @@ class GateClusteringLoss(nn.Module):
     In several processes, training normalises by the statistics of all processes' samples, and balances the load of all.
 
     Gates cluster unevenly, so the prior of each cluster is its share of the posteriors in previous steps. Priors are
-    updated in training mode only, over all processes, and are saved with the module. A `SparseRouter` with clustered
-    routing has priors of its own, which are used instead. Activation checkpointing computes a batch again: it uses the
-    priors of the first pass and does not update them again, provided that it runs before the next batch.
+    updated over all processes, in training mode only and not under `torch.inference_mode`, and are saved with the
+    module. A `SparseRouter` with clustered routing has priors of its own, which are used instead. Activation
+    checkpointing computes a batch again: it uses the priors of the first pass and does not update them again, provided
+    that it runs before the next batch.
 
     Args:
         gamma: γ of Eq. 4.12.
@@ -112,8 +113,10 @@ class GateClusteringLoss(nn.Module):
         return self.training and several_processes()
 
     def _keeps(self) -> bool:
-        """Return whether this forward may keep priors; transforms would leave their tensors in the module."""
-        return self.training and not recomputing() and (torch.compiler.is_compiling() or not under_transform())
+        """Return whether this forward may keep priors; transforms and inference mode would leave theirs here."""
+        if not self.training or recomputing():
+            return False
+        return torch.compiler.is_compiling() or not (under_transform() or torch.is_inference_mode_enabled())
 
     def _loss(self, scores: Tensor, prior: Tensor | None) -> MixtureEM:
         if not self._joint():
@@ -129,7 +132,7 @@ class GateClusteringLoss(nn.Module):
         if prior is None or prior.shape != shape:
             prior = scores.new_full(shape, 1 / shape[-1], dtype=dtype)
         prior = prior.to(scores.device, dtype)
-        if self._keeps():  # in evaluation it may be a tensor of inference mode
+        if self._keeps():
             self.priors[name] = prior
         return prior
 

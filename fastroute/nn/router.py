@@ -66,6 +66,8 @@ class Tempered:
     A copy of the network that averages its weights, such as `torch.optim.swa_utils.AveragedModel`, has temperatures of
     its own: change them with the network's. timm's `ModelEma` needs state dicts of equal length: set another
     temperature than 1 before it copies the network. The trainer's `MovingAverage` follows the network by itself.
+    `torch.distributed.checkpoint.load` reads only what the network's state dict has: set another temperature than 1
+    before it.
     """
 
     _temperature, _tempered = 1.0, False

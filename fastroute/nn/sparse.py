@@ -246,7 +246,11 @@ class SparseRouter(Tempered, nn.Module):
         if dense and not self.training and self.spread is None:
             self._check(x)
             routing = self._route(x)
-            y = self._weighted([path(x) for path in self.paths], routing.gates)
+            ys = [path(x) for path in self.paths]
+            if any((y.dtype, y.stride()) != (ys[0].dtype, ys[0].stride()) for y in ys):
+                # One type and memory format, as `accumulate` makes them; not by `chunk`, which fixes N in an export.
+                ys = torch.cat(ys).unflatten(0, (len(ys), x.shape[0])).unbind()
+            y = self._weighted(ys, routing.gates)
         elif self.spread is None:
             parts, routing = self.divide(x)
             sharded = _sharded_paths(self) if several_processes() else ()

@@ -243,7 +243,11 @@ def test_keeps_the_mode_the_device_and_the_type():
         network = Toy()
     assert {p.device.type for p in toy_paths(network, 2, CUTS).parameters()} == {"meta"}
     model = toy_paths(Toy().bfloat16(), 2, CUTS)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model(torch.randn(2, *SIZE, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    mixed = Toy().bfloat16()
+    mixed.fc.float()
+    assert toy_paths(mixed, 2, ["stem"]).stem_router.w2.dtype == torch.float32
 
 
 def test_functional_dropout_follows_the_mode():

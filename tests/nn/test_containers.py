@@ -55,6 +55,13 @@ def test_batched_paths_are_the_separate_ones(inputs, training):
     assert (separate[0][1].num_batches_tracked == 2) == training
 
 
+def test_batched_paths_write_nothing_in_evaluation():
+    paths = ParallelPaths((nn.BatchNorm1d(2) for _ in range(2)), execution="batched").eval()
+    y = paths[0](torch.randn(3, 2))
+    paths([torch.randn(3, 2)])
+    y.sum().backward()  # would raise if the statistics it saved had been written
+
+
 def test_auto_execution_is_the_faster_one_as_measured(monkeypatch):
     paths, xs = ParallelPaths([nn.Linear(2, 2), nn.Linear(2, 2)]), [torch.randn(3, 2)]
     calls = []

@@ -180,8 +180,9 @@ def test_a_batch_with_nan_leaves_the_priors():
     assert loss({"a": Routing(scores.softmax(-1), scores)}).isfinite()
 
 
-def test_evaluation_in_inference_mode_keeps_nothing():
-    loss, scores = GateClusteringLoss().eval(), torch.randn(16, 2, 3)
+@pytest.mark.parametrize("training", [False, True])
+def test_inference_mode_keeps_nothing(training):
+    loss, scores = GateClusteringLoss().train(training), torch.randn(16, 2, 3)
     with torch.inference_mode():
         loss({"a": Routing(scores.softmax(-1), scores)})
     assert not loss.priors

@@ -231,6 +231,22 @@ def test_strict_export_and_traces_that_return_the_load():
     assert "aten::arange" not in str(traced.graph)  # which would be bound to the device of the trace
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_exports_paths_whose_results_differ_in_layout_or_type(half):
+    """As a path that only passes its input on beside one whose convolution has another layout, or autocast's type."""
+    router = spread(SparseRouter(6, [nn.Identity(), nn.Conv2d(6, 6, 3, padding=1)])).eval().requires_grad_(False)
+    router.to(memory_format=torch.contiguous_format if half else torch.channels_last)
+    x = torch.randn(5, 6, 3, 3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        expected = router(x)
+        program = torch.export.export(router, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+        runs = [program, torch.vmap(lambda part: router(part[None])[0])]
+        if not half:  # TorchScript keeps no change of autocast
+            runs.append(torch.jit.trace(router, (x,)))
+        for run in runs:
+            torch.testing.assert_close(run(x), expected)
+
+
 def test_other_loads_under_compile():
     torch.manual_seed(0)
     router = spread(SparseRouter(6, convs(4), top_k=2))
