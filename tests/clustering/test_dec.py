@@ -105,3 +105,9 @@ def test_dcn_moves_centres_in_float32_under_autocast():
         module.counts.fill_(99)
         module._move(torch.full((3, 4), 101.0), torch.arange(3))
     torch.testing.assert_close(module.centers.data, torch.full((3, 4), 100.01))
+
+
+def test_what_a_method_keeps_follows_it_to_the_device():
+    module = IDEC(4, 2, pretrain_epochs=1, widths=(3,))
+    module.on_load_checkpoint({"kept": {"targets": torch.ones(5, 2)}, "pretrain_epochs": 1})
+    assert module.to("meta").kept["targets"].is_meta

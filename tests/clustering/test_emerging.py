@@ -9,7 +9,7 @@ from sklearn.datasets import make_blobs
 from torch import nn
 
 from fastroute.clustering import NeuralMixture, _emerging, cluster_accuracy
-from fastroute.clustering._emerging import PATIENCE, Places
+from fastroute.clustering._emerging import PATIENCE, SETTLED, Places
 from fastroute.clustering._mixture_model import ExclusiveLinear, grow
 
 CENTERS = [[0, 0], [8, 0], [0, 8], [8, 8]]
@@ -169,3 +169,13 @@ def test_many_strangers_are_compared_with_a_part_of_them(monkeypatch):
     for found, wanted, first, count in zip(groups, whole, (2000, 5000), (3000, 1500), strict=True):
         assert (found >= first).all() and (found < first + count).all()
         assert len(found) > 0.95 * count and abs(len(found) - len(wanted)) < 0.03 * count
+
+
+def test_samples_of_another_group_do_not_move_a_settled_cluster():
+    torch.manual_seed(0)
+    places, labels, weight = Places(2, 2, torch.zeros(())), torch.arange(200) % 2, torch.ones(200)
+    for _ in range(SETTLED):
+        places.follow(torch.randn(200, 2) + 20 * labels[:, None], labels, weight)
+    before = places.center[0].clone()
+    places.follow(torch.randn(100, 2) + 20, torch.zeros(100, dtype=torch.long), weight[:100])
+    assert torch.equal(places.center[0], before)

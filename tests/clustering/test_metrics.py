@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from sklearn.metrics import mutual_info_score
@@ -49,3 +50,7 @@ def test_mutual_information_matches_scikit_learn():
     z, w = torch.tensor([0, 0, 1, 1, 2, 0, 1]), torch.tensor([1, 1, 0, 2, 2, 1, 0])
     joint = one_hot(z).float().T @ one_hot(w).float() / len(z)
     assert mutual_information(joint).item() == pytest.approx(mutual_info_score(z, w))
+
+
+def test_no_label_as_a_float_is_none():
+    assert label_metrics(np.array([0.0, -1.0, 1.0]), [1, 0, 0]) == {}

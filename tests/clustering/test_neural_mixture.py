@@ -476,3 +476,15 @@ def test_a_prior_that_is_changed_afterwards_changes_nothing():
     assert np.array_equal(model.predict_proba(X), before)
     with pytest.raises(ValueError, match=r"prior is .*; to train further, set it back"):
         model.partial_fit(X)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_scores_are_normalised_over_all_batches(weighted, monkeypatch):
+    monkeypatch.setattr(_mixture_model, "INFERENCE_BATCH", 100)
+    X, y = blobs()
+    X, y = X[y.argsort()], np.sort(y)  # batches that differ
+    weights = np.where(y == 0, 3.0, 1.0) if weighted else None
+    scores = NeuralMixture(3, n_init=1, epochs=3, random_state=0).fit(X, sample_weight=weights).transform(X)
+    mean = np.average(scores, 0, weights)
+    np.testing.assert_allclose(mean, 0, atol=1e-4)
+    np.testing.assert_allclose(np.average(np.square(scores - mean), 0, weights), 1, atol=1e-4)

@@ -5,7 +5,10 @@ import torch
 from torch.nn import functional as F
 
 from fastroute.clustering.augment import Augmentation
+from fastroute.clustering.build import ClusteringRun, build
+from fastroute.clustering.networks import clustering_network
 from fastroute.clustering.self_label import SelfLabelling, cut_out, restart, self_label_loss
+from fastroute.clustering.two_fold import TwoFoldClustering
 
 
 def test_confident_images_teach_by_the_inverse_of_their_clusters_size():
@@ -96,8 +99,6 @@ def test_only_the_last_epochs_label(method, monkeypatch):
 
 @pytest.mark.parametrize(("method", "heads"), [("two-fold", 2), ("iic-own", 1)])
 def test_the_head_that_learns_stays_the_chosen_one(method, heads):
-    from fastroute.clustering.build import ClusteringRun, build
-
     run = ClusteringRun(
         dataset="digits", method=method, clusters=3, heads=heads, batch_norm=True, architecture="F8", self_label=1
     )
@@ -124,3 +125,22 @@ def test_the_statistics_of_scores_follow_self_labelling():
     before = trained.normalize.running_mean.clone()
     trained.responses(images)
     assert torch.equal(trained.normalize.running_mean, before)
+
+
+def test_responses_to_augmented_images_leave_the_statistics():
+    module = TwoFoldClustering(clustering_network("F8", 3, 8), 3)
+    images = torch.rand(64, 1, 8, 8)
+    module.train().responses(images)
+    assert module.normalize.num_batches_tracked == 0
+    module.label_responses(images)
+    assert module.normalize.num_batches_tracked == 1
+
+
+def test_a_longer_run_labels_from_where_it_began_to():
+    run = ClusteringRun(
+        dataset="digits", method="em", clusters=3, heads=1, batch_norm=True, architecture="F8", self_label=1
+    )
+    longer = build(run, (1, 8, 8), epochs=9)
+    assert longer.self_labelling.start == 8
+    longer.on_load_checkpoint({"self_label_start": 2})  # of a run of 3 epochs
+    assert longer.self_labelling.start == 2

@@ -160,3 +160,11 @@ def test_warns_of_a_collapse():
 def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message):
         TwoFoldClustering(torch.nn.Linear(2, 3), 3, **options)
+
+
+@pytest.mark.parametrize("method", ["two-fold", "em", "consistency"])
+def test_each_method_counts_a_batch_once_in_the_statistics(method):
+    images, labels = digits(256)
+    module = TwoFoldClustering(clustering_network("F8", 3, 8), 3, method=method, augmentation=lambda x: x.flip(-1))
+    fit(module, images, labels, epochs=1)
+    assert module.normalize.num_batches_tracked == 2

@@ -44,3 +44,9 @@ def test_erase_cuts_rectangles_of_the_shares_asked_for():
     assert 0.01 < shares.min() < 0.05 and 0.25 < shares.max() < 0.36
     assert torch.equal(erase(images, 0.0), images)
     assert erase(torch.ones(3, 1, 1, 1), 1.0).sum() == 0
+
+
+def test_erase_reaches_every_row_and_column():
+    torch.manual_seed(0)
+    holes = erase(torch.ones(400, 1, 30, 40), 1.0)[:, 0] == 0
+    assert holes.any(2).any(0).all() and holes.any(1).any(0).all()

@@ -235,3 +235,11 @@ def test_grey_images_become_colour(image_folder):
     Image.fromarray(np.full((20, 20), 120, np.uint8)).save(image_folder / "val" / "ant" / "0.png")
     images, _ = next(iter(stream(image_folder / "val")))
     assert images[0, 0].unique().item() == 0 and images.shape[1] == 3
+
+
+def test_processes_draw_differently_for_their_batches():
+    def finish(images, labels):
+        return torch.rand(1), labels
+
+    one, other = (list(memory(48, 8, rank=rank, world_size=2, finish=finish)) for rank in range(2))
+    assert not any(torch.equal(a, b) for (a, _), (b, _) in zip(one, other, strict=True))

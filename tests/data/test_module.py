@@ -466,3 +466,14 @@ def test_unaugmented_images_are_scaled_as_given(image_folder):
     options = {"data_dir": image_folder, "img_size": 16, "in_memory": False, "no_aug": True, "num_workers": 1}
     images, _ = next(iter(prepared(**options, crop_pct=1.0, interpolation="nearest").train_dataloader()))
     assert torch.equal(images[..., ::2, ::2], images[..., 1::2, 1::2])
+
+
+def test_a_loop_without_a_trainer_goes_on_after_a_whole_epoch():
+    first, resumed = (ImageDataModule("digits", batch_size=600) for _ in range(2))
+    for data in (first, resumed):
+        data.setup()
+    loader = first.train_dataloader()
+    list(loader)
+    resumed.load_state_dict(first.state_dict())
+    expected, found = next(iter(loader)), next(iter(resumed.train_dataloader()))
+    assert torch.equal(expected[1], found[1])

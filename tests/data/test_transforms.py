@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from fastroute.data.decode import UnreadableImage
-from fastroute.data.transforms import eval_transform, pixels, policy, train_transform
+from fastroute.data.transforms import eval_transform, pixels, policy, resize_size, train_transform, variation
 
 
 def ramp(height, width):
@@ -138,3 +138,19 @@ def test_an_image_too_long_to_be_scaled_is_unreadable(shape):
 def test_augmix_draws_on_the_cpu():
     params = SimpleNamespace(cpu=lambda: torch.ones(1, 2), device=torch.device("meta"))
     assert policy("augmix")._sample_dirichlet(params).device.type == "meta"
+
+
+def test_colours_vary_in_brightness_contrast_and_saturation():
+    (jitter,) = variation(0, 0, 0.5)
+    assert jitter.brightness == jitter.contrast == jitter.saturation == (0.5, 1.5) and jitter.hue is None
+
+
+def test_rkrr_cuts_at_every_place():
+    image, cut = ramp(16, 18), train_transform(16, "rkrr", (1.0, 1.0), (1.0, 1.0), 1.0, None, variation=())
+    torch.manual_seed(0)
+    found = {pixels(cut(image)).tobytes() for _ in range(60)}
+    assert found == {np.asarray(image)[:, left : left + 16].tobytes() for left in range(3)}
+
+
+def test_the_scaled_side_is_rounded_down():
+    assert resize_size(224, 0.875) == 256 and resize_size(224, 0.95) == 235  # as in timm

@@ -82,3 +82,10 @@ def test_even_gates_are_neither_above_nor_below_their_share(paths, dtype):
         assert statistics.never_above.all() and statistics.never_below.all()
     gates[0, 0, 0] += 1e-5
     assert not RouterStatistics.of(Routing(gates, gates)).cpu().never_above[0, 0]
+
+
+def test_dropped_samples_do_not_sharpen_the_others_gates():
+    gates = torch.full((16, 4), 0.25)
+    gates[:8] = 0  # dropped by a capacity
+    found = RouterStatistics.of(SparseRouting(gates, gates, None, None)).cpu()
+    assert found.used_paths.item() == pytest.approx(4) and found.effective_clusters.item() == pytest.approx(1)

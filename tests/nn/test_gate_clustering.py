@@ -281,3 +281,9 @@ def test_transforms_leave_nothing_behind():
         torch.testing.assert_close({name: g[i] for name, g in each.items()}, alone)
     regularised(parameters, x[0])
     assert type(loss.priors["a"]) is torch.Tensor and loss.state_dict()
+
+
+def test_priors_of_another_number_of_paths_are_not_taken():
+    criterion, other = GateClusteringLoss(), scores(16, 2, 4)
+    criterion(routing(scores(16, 2, 3)))
+    torch.testing.assert_close(criterion(routing(other)), GateClusteringLoss()(routing(other)))

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastroute import ops
 from fastroute.nn import ConsistencyLoss, GateClusteringLoss, MixtureEMLoss, RelevanceNorm
+from fastroute.nn.mixture_em import normalized_over_processes
 from tests.threads import small_networks  # noqa: F401
 
 
@@ -259,3 +260,21 @@ def test_repr_is_its_arguments():
 def test_numbers_are_numbers(make, message):
     with pytest.raises(TypeError, match=message):
         make()
+
+
+@pytest.mark.parametrize("statistics", ["running", "batch"])
+def test_the_gradient_of_constant_scores_is_nan_nowhere(statistics):
+    given = torch.full((20, 3), 0.5, requires_grad=True)
+    with torch.autograd.detect_anomaly():  # also where a mask hides NaN later
+        (RelevanceNorm(3, training_statistics=statistics)(given) * torch.randn(20, 3)).sum().backward()
+    assert not given.grad.any()
+
+
+def test_scores_that_differ_by_rounding_are_constant_over_processes(tmp_path):
+    rounded = 0.1 * (1 + torch.finfo(torch.float64).eps * (torch.arange(8, dtype=torch.float64) % 2))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        normalized = normalized_over_processes(rounded[:, None])
+    finally:
+        dist.destroy_process_group()
+    assert not normalized.any()

@@ -84,3 +84,40 @@ def test_a_network_may_be_a_router_itself():
     y, routing = forward_with_routing(router, x)
     expected, own = router(x, return_routing=True)
     assert torch.equal(y, expected) and list(routing) == [""] and torch.equal(routing[""].gates, own.gates)
+
+
+class Asks(nn.Module):
+    """A network that asks its router by position."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = SparseRouter(3, [nn.Identity() for _ in range(2)])
+
+    def forward(self, x):
+        y, decided = self.router(x, True)
+        return y * decided.gates.sum(1)[:, None]
+
+
+def test_a_network_may_ask_by_position():
+    network, x = Asks(), torch.randn(4, 3)
+    output, decided = forward_with_routing(network, x)
+    assert torch.equal(output, network(x)) and list(decided) == ["router"]
+
+
+class Elsewhere(nn.Module):
+    """A path that calls its router once more, in another thread."""
+
+    def forward(self, x):
+        if threading.current_thread() is threading.main_thread():
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(self.router[0], x).result()
+        return x
+
+
+def test_a_call_in_another_thread_meanwhile_is_not_taken():
+    path = Elsewhere()
+    router = SparseRouter(3, [path])
+    path.router = [router]  # in a list, so that it is no module of the path
+    x = torch.randn(4, 3)
+    output, decided = forward_with_routing(nn.Sequential(router), x)
+    assert torch.equal(output, x) and list(decided) == ["0"]

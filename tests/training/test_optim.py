@@ -7,7 +7,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
 from fastroute.models import create_model
-from fastroute.nn import CrossPrediction2d
+from fastroute.nn import CrossConnection, CrossPrediction2d
 from fastroute.training.optim import OPTIMIZERS, check_warmup, learning_rate, parameter_groups, scheduler
 
 
@@ -188,3 +188,18 @@ def test_the_learning_rate_shown_is_not_that_of_gates():
     optimizer = OPTIMIZERS["sgd"](parameter_groups(network, **options), 0.9)
     assert max(group["lr"] for group in optimizer.param_groups) == 0.1 and learning_rate(optimizer) == 0.02
     assert learning_rate(torch.optim.SGD(network.parameters(), lr=0.3)) == 0.3
+
+
+def test_norms_decay_as_they_are_told_where_biases_do_not():
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    options = {"weight_decay": 1e-4, "norm_weight_decay": 1e-2, "filter_bias_and_bn": True}
+    groups = parameter_groups(model, lr=0.1, **options)
+    assert {g["name"]: g["weight_decay"] for g in groups} == {"others": 1e-4, "biases": 0.0, "norms": 1e-2}
+
+
+def test_gates_under_the_older_weight_norm_are_gates():
+    router = CrossConnection(4, 2, 2)
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(router, "w2", dim=None)
+    groups = parameter_groups(router, lr=0.1, weight_decay=0.0, gate_lr_mult=2.0)
+    assert {g["name"]: g["lr"] for g in groups} == {"gates": 0.2}

@@ -447,3 +447,15 @@ def test_other_default_types_and_devices(data, tmp_path):
     finally:
         torch.set_default_device(None)
     assert rows[0]["val_error"] <= 100
+
+
+class Cooled(RoutingClassifier):
+    def on_train_epoch_start(self):
+        self.model.stem_router.temperature = 3.0
+
+
+def test_the_moving_average_is_saved_with_the_last_temperature(data, tmp_path):
+    run(classifier(Cooled, lr=0.02), data, tmp_path, epochs=1, model_ema_decay=0.5)
+    saved = torch.load(tmp_path / "last.ckpt")
+    for weights in (saved["state_dict"], saved["current_model_state"]):
+        assert [v for name, v in weights.items() if "temperature" in name and "stem_router" in name] == [3.0]

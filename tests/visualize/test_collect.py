@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from fastroute.visualize import (
     path_similarity,
     weight_distance,
 )
+from fastroute.visualize.collect import _hsic
 
 
 @pytest.fixture(autouse=True)
@@ -196,3 +199,10 @@ def test_similarity_does_not_depend_on_the_mean():
     (cka,) = path_similarity(Far(), batches(32)).values()
     torch.testing.assert_close(cka.diagonal(), torch.ones(2), rtol=1e-3, atol=0)
     assert cka[0, 1] > 0.5
+
+
+def test_hsic_is_the_mean_over_all_four_different_images():
+    torch.manual_seed(0)
+    a, b = grams = torch.stack([x @ x.T for x in torch.randn(2, 5, 3, dtype=torch.float64)])
+    terms = [a[i, j] * (b[i, j] + b[q, r] - 2 * b[i, q]) for i, j, q, r in itertools.permutations(range(5), 4)]
+    assert _hsic(grams)[0, 1].item() == pytest.approx(torch.stack(terms).mean().item())

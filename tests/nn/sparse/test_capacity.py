@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from fastroute.nn import SparseRouter
 from tests.nn.sparse.routers import GATES, convs, spread, weighted
@@ -63,3 +64,15 @@ def test_the_capacity_is_that_of_the_decimal_number(factor, samples, paths, capa
         router.b2[0] = 100.0  # all want the first
     load = router(torch.randn(samples, 3), return_routing=True)[1].load
     assert load.tolist() == [capacity] + [0] * (paths - 1)
+
+
+class Overflows(nn.Module):
+    def forward(self, x):
+        return x * torch.inf
+
+
+def test_dropped_samples_are_zero_beside_paths_that_overflow():
+    router = spread(SparseRouter(6, [Overflows(), Overflows()], capacity_factor=0.5))
+    y, decided = router(torch.randn(32, 6, 4, 4), return_routing=True)
+    dropped = ~decided.kept[:, 0]
+    assert dropped.any() and not y[dropped].any()

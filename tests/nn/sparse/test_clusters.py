@@ -130,3 +130,11 @@ def test_a_router_in_another_type_trains_with_its_loss(dtype):
         (y.float().square().mean() + loss).backward()
         assert routing.prior.dtype == routing.scores.dtype and routing.prior.sum().item() == pytest.approx(1, abs=1e-6)
     assert router.w2.grad.isfinite().all() and router.w2.grad.abs().sum() > 0
+
+
+def test_a_reset_makes_priors_even_and_forgets_the_statistics():
+    used, fresh = (SparseRouter(6, 4, routing="cluster") for _ in range(2))
+    spread(used).divide(torch.randn(64, 6, 4, 4))
+    assert not used.gate_norm.prior.equal(fresh.gate_norm.prior)
+    used.reset_parameters()
+    assert all(a.equal(b) for a, b in zip(used.buffers(), fresh.buffers(), strict=True))
