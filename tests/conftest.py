@@ -8,8 +8,8 @@ from tests import costs
 # Tests in float32 have bounds for float32: on a GPU, convolutions would round their inputs to TF32 otherwise.
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
-# CPU seconds from which a test is left to `make test`, and to `make test-thorough`.
-LONG, THOROUGH = 0.2, 0.8
+# CPU seconds from which a test is left to `make test`, to `make test-thorough`, and from which its file comes first.
+LONG, THOROUGH, FIRST = 0.2, 0.8, 10
 
 
 OWN_NETWORK = """
@@ -41,6 +41,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.thorough)
         elif cost >= LONG:
             item.add_marker(pytest.mark.long)
+    # Otherwise one process may begin with a long test when the others have nothing left to do.
+    longest = {item.path: 0 for item in items}
+    for item in items:
+        longest[item.path] = max(longest[item.path], seconds.get(item.nodeid, 0))
+    items.sort(key=lambda item: -longest[item.path] if longest[item.path] >= FIRST else 0)
 
 
 @pytest.fixture(autouse=True)

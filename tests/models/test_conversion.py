@@ -246,7 +246,7 @@ def test_keeps_the_mode_the_device_and_the_type():
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model(torch.randn(2, *SIZE, dtype=torch.bfloat16)).dtype == torch.bfloat16
     mixed = Toy().bfloat16()
-    mixed.fc.float()
+    mixed.unused.float()
     assert toy_paths(mixed, 2, ["stem"]).stem_router.w2.dtype == torch.float32
 
 
