@@ -84,6 +84,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/codespell
+	$(BIN)/vermin --quiet --no-tips --violations --eval-annotations --target=3.10- setup.py fastroute tests benchmarks examples
 	$(BIN)/mypy
 
 # The site in build/site; warnings are errors. Nothing is fetched from the network.

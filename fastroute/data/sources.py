@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +43,9 @@ class _Names:
         return _Names(self[index] for index in indices.tolist())
 
 
+AnySource = TypeVar("AnySource", bound="_Source")
+
+
 class _Source:
     """Base of sources: `labels`, int64 (N,), where −1 is no class, and the names of the `classes`."""
 
@@ -53,7 +56,7 @@ class _Source:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def subset(self, indices: Tensor) -> Self:
+    def subset(self: AnySource, indices: Tensor) -> AnySource:
         """Return a source of the images of these indices, in rising order, with the same classes."""
         chosen = copy.copy(self)
         chosen.names, chosen.labels = self.names.chosen(indices), self.labels[indices]
@@ -188,7 +191,7 @@ class TarSource(_Source):
         self.labels = labels[kept]
         self._files: dict[int, int] = {}
 
-    def subset(self, indices: Tensor) -> Self:
+    def subset(self: AnySource, indices: Tensor) -> AnySource:
         chosen = super().subset(indices)
         chosen.index, chosen._files = self.index[indices], {}
         return chosen

@@ -1,10 +1,10 @@
 """Types of the public interface, as a user's type checker sees them. mypy checks this file; it is never run."""
 
 from contextlib import AbstractContextManager
-from typing import assert_type
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import assert_type
 
 import fastroute
 from fastroute.models import (
