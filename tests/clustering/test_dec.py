@@ -111,3 +111,17 @@ def test_what_a_method_keeps_follows_it_to_the_device():
     module = IDEC(4, 2, pretrain_epochs=1, widths=(3,))
     module.on_load_checkpoint({"kept": {"targets": torch.ones(5, 2)}, "pretrain_epochs": 1})
     assert module.to("meta").kept["targets"].is_meta
+
+
+def test_targets_are_more_certain_and_favour_small_clusters():
+    q = torch.tensor([[0.8, 0.2], [0.5, 0.5]])  # clusters of sizes 1.3 and 0.7
+    p = torch.tensor([[0.64 / 1.3, 0.04 / 0.7], [0.25 / 1.3, 0.25 / 0.7]])
+    torch.testing.assert_close(target_distribution(q), p / p.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize(("kind", "rate"), [(DEC, 1e-4), (IDEC, 1e-3), (DCN, 1e-4)])
+def test_the_second_part_has_its_own_learning_rate(kind, rate):
+    [optimizer], [schedule] = kind(**TINY).configure_optimizers()
+    optimizer.step()
+    schedule.step()
+    assert schedule.get_last_lr() == [pytest.approx(rate)]

@@ -5,7 +5,8 @@ from torch.nn import functional as F
 
 from fastroute.clustering.build import ClusteringRun, build
 from fastroute.clustering.deep_cluster import DeepCluster, whitened
-from tests.clustering.test_two_fold import digits
+from fastroute.clustering.run import Batches
+from tests.clustering.test_two_fold import digits, trainer_of
 
 
 def test_whitened_components_are_uncorrelated_and_of_length_one():
@@ -75,3 +76,22 @@ def test_the_labels_follow_the_module():
     module = DeepCluster(nn.Linear(2, 2), 2, 2, labels=2)
     module.on_load_checkpoint({"kept": {"labels": torch.tensor([0, 1])}})
     assert module.to("meta").kept["labels"].device.type == "meta"
+
+
+def test_labels_last_a_number_of_steps_and_a_fresh_layer_has_no_momentum():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+    module = DeepCluster(network, 5, 3, labels=6)
+    module.STEPS = 3  # of 2 an epoch
+    images, labels = digits(128)
+    seen, momentum = [], []
+    real = module.on_train_epoch_start
+
+    def watch():
+        real()
+        seen.append(module.kept["labels"].clone())
+        momentum.append(module.head.weight in module.trainer.optimizers[0].state)
+
+    module.on_train_epoch_start = watch
+    trainer_of(3).fit(module, Batches(images, labels, 64, 0), Batches(images, labels, 1000))
+    assert seen[0].equal(seen[1]) and not seen[1].equal(seen[2])
+    assert momentum == [False, True, False]

@@ -159,3 +159,11 @@ def test_triplets_are_drawn_in_parts_of_bounded_size(monkeypatch):
     monkeypatch.setattr(jule, "MAX_DRAWS", 30)
     torch.testing.assert_close(weighted_triplet_loss(features, labels, 12, 0.2), whole)
     assert weighted_triplet_loss(features, torch.arange(12), 2, 0.2) == 0
+
+
+def test_the_lead_is_the_mean_over_the_other_rivals():
+    weights = np.zeros((5, 5), np.float32)
+    weights[:2, :2] = 0.5 * (1 - np.eye(2))  # an affinity of 1, with a lead of 1
+    weights[2:, 2:] = 0.85 * (1 - np.eye(3))  # affinities of 1.7, without a lead
+    labels = jule._merged(weights, np.arange(5), 4, 2)
+    assert labels[0] == labels[1] and len(set(labels)) == 4

@@ -488,3 +488,10 @@ def test_scores_are_normalised_over_all_batches(weighted, monkeypatch):
     mean = np.average(scores, 0, weights)
     np.testing.assert_allclose(mean, 0, atol=1e-4)
     np.testing.assert_allclose(np.average(np.square(scores - mean), 0, weights), 1, atol=1e-4)
+
+
+def test_features_are_centred_at_their_weighted_mean():
+    X = np.random.default_rng(0).normal(50, 1, (200, 2))
+    weights = np.where(X[:, 0] > 50, 10.0, 1.0)
+    model = NeuralMixture(2, epochs=1, n_init=1, random_state=0).fit(X, sample_weight=weights)
+    np.testing.assert_allclose(model._model.center, np.average(X, 0, weights))

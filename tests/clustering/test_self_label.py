@@ -144,3 +144,11 @@ def test_a_longer_run_labels_from_where_it_began_to():
     assert longer.self_labelling.start == 8
     longer.on_load_checkpoint({"self_label_start": 2})  # of a run of 3 epochs
     assert longer.self_labelling.start == 2
+
+
+def test_of_an_odd_number_the_middle_image_is_confident_too():
+    """Else a cluster with a single image in the batch would teach nothing, and become empty."""
+    posterior = torch.tensor([[0.7, 0.3], [0.65, 0.35], [0.6, 0.4], [0.45, 0.55]])
+    augmented = torch.randn(4, 2)
+    each = F.cross_entropy(augmented, torch.tensor([0, 0, 0, 1]), reduction="none")
+    torch.testing.assert_close(self_label_loss(posterior.log(), augmented), (each[:2].mean() + each[3]) / 2)

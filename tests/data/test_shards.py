@@ -322,3 +322,11 @@ def test_numbered_shards_with_a_class_map_and_first_classes_are_validated(tmp_pa
     shards = [shard(tmp_path / "val" / f"{i}.tar", range(3 * i, 3 * i + 3)) for i in range(2)]
     source = val_source("webdataset", tmp_path, Reading(first_classes=2, class_map=["a", "b"]))
     assert len(shards) == 2 and source.classes == ["a", "b"] and sorted(source.labels.tolist()) == [0, 0, 1, 1]
+
+
+def test_epochs_shuffle_the_shards_and_the_images_of_those_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(TarSource, "SHARDS_AT_ONCE", 2)
+    source = TarSource([shard(tmp_path / f"{i}.tar", range(9)) for i in range(6)])
+    orders = [source.index[source.order(torch.Generator().manual_seed(seed)), 0] for seed in range(4)]
+    assert len({frozenset(order[:18].tolist()) for order in orders}) > 1
+    assert all((order[1:] != order[:-1]).sum() > 10 for order in orders)  # 5 where shards come one after the other

@@ -12,6 +12,8 @@ from torch import nn
 import fastroute
 from fastroute.data.decode import UnreadableImage
 from fastroute.data.module import ImageDataModule
+from fastroute.inference import Predictor
+from fastroute.inference.preprocessing import Preprocessing
 from fastroute.models import create_model, multipath
 from fastroute.training import RoutingClassifier
 from fastroute.training.evaluation import validation_loader
@@ -243,3 +245,16 @@ def test_importing_the_package_needs_torch_alone():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_gates_are_of_all_images_in_batches_of_any_size(predictor, images):
+    together, apart = (predictor(paths(images), gates=True, batch_size=size).gates for size in (12, 5))
+    for name, gates in together.items():
+        torch.testing.assert_close(apart[name], gates)
+
+
+def test_probabilities_of_networks_in_bfloat16_sum_to_1():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 50)).bfloat16()
+    predictor = Predictor(network, [str(i) for i in range(50)], Preprocessing(2), torch.device("cpu"))
+    torch.testing.assert_close(predictor(torch.randn(4, 3, 2, 2)).probabilities.sum(1), torch.ones(4))

@@ -162,3 +162,9 @@ def test_paths_may_have_features_of_different_widths():
     network = MultiPathNetwork({"stem": ParallelPaths(nn.Conv2d(3, w, 3) for w in widths), "head": head})
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(network.forward_head(network.forward_features(x)), network(x))
+
+
+def test_a_fresh_classifier_has_the_type_of_the_network():
+    network = create_model("resnet20_cc2", 5).double()
+    network.reset_classifier(3)
+    assert network(torch.randn(2, 3, 32, 32).double()).shape == (2, 3)

@@ -1,3 +1,6 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -228,3 +231,17 @@ def test_the_first_convolutions_are_those_of_the_images(monkeypatch):
         assert timm.create_model("only_grey", in_chans=1).default_cfg["first_conv"] == ("0",)
     finally:
         del registry._MODELS["only_grey"]
+
+
+def test_features_are_those_of_the_calling_thread():
+    model, (x, other) = create_model("resnet20_cc2", 5).eval(), torch.randn(2, 2, 3, 32, 32)
+    features = model.forward_features(x)
+    expected = model.forward_head(features, pre_logits=True)
+    caller, threads = threading.get_ident(), ThreadPoolExecutor(1)
+
+    def meanwhile(*_):
+        if threading.get_ident() == caller:
+            threads.submit(model, other).result()
+
+    model.get_classifier()[0].register_forward_hook(meanwhile)
+    assert torch.equal(model.forward_head(features, pre_logits=True), expected)

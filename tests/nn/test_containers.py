@@ -142,3 +142,9 @@ def test_batched_paths_follow_autocast_on_a_cpu():
         ys = paths([x.bfloat16() for x in xs])
         expected = [path(x) for path, x in zip(paths, xs, strict=True)]
         assert all(torch.equal(*pair) for pair in zip(ys, expected, strict=True))
+
+
+def test_batched_paths_draw_their_own_dropout():
+    path = nn.Sequential(nn.Linear(4, 200), nn.Dropout())
+    first, second = ParallelPaths([path, copy.deepcopy(path)], execution="batched")([torch.ones(1, 4)])
+    assert not torch.equal(first == 0, second == 0)

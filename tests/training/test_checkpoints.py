@@ -11,6 +11,7 @@ import torch
 from fastroute import _files
 from fastroute.models import create_model
 from fastroute.models.ensemble import Ensemble
+from fastroute.models.weights import network_weights
 from fastroute.training import RoutingClassifier, check_resume, epochs_done, load_weights, save_weights
 from fastroute.training.checkpoints import check_unused, read_checkpoint
 from fastroute.training.optim import OPTIMIZERS, parameter_groups
@@ -275,3 +276,10 @@ def test_weights_that_cannot_be_written_leave_the_earlier_ones_with_their_digest
     with pytest.raises(OSError, match="No space left"):
         save_weights(create_model("base_cnn"), path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_moving_average_of_timm_s_is_preferred():
+    trained, averaged = {"weight": torch.zeros(1)}, {"weight": torch.ones(1)}
+    checkpoint = {"state_dict": trained, "state_dict_ema": averaged}
+    assert network_weights(checkpoint)["weight"] == 1
+    assert network_weights(checkpoint, averaged=False)["weight"] == 0

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from fastroute.data.decode import UnreadableImage
+from fastroute.data.module import ImageDataModule
 from fastroute.training.evaluation import evaluate, validation_loader
 
 
@@ -107,3 +108,10 @@ def test_large_logits_have_a_finite_loss(large_folder):
     result = evaluate(Sure(), loader(large_folder))
     assert result["loss"] == pytest.approx((300 - Sure()(labels)[range(12), labels]).mean().item())
     assert result["error5"] == 0
+
+
+def test_a_set_in_memory_is_normalised_as_in_training():
+    data = ImageDataModule("digits")
+    data.setup()
+    ours, _, _ = validation_loader("digits", None)
+    torch.testing.assert_close((ours.mean.flatten(), ours.std.flatten()), (data.mean, data.std))
