@@ -234,6 +234,7 @@ def test_strict_export_and_traces_that_return_the_load():
 @pytest.mark.parametrize("half", [False, True])
 def test_exports_paths_whose_results_differ_in_layout_or_type(half):
     """As a path that only passes its input on beside one whose convolution has another layout, or autocast's type."""
+    torch.manual_seed(0)
     router = spread(SparseRouter(6, [nn.Identity(), nn.Conv2d(6, 6, 3, padding=1)])).eval().requires_grad_(False)
     router.to(memory_format=torch.contiguous_format if half else torch.channels_last)
     x = torch.randn(5, 6, 3, 3)
@@ -243,8 +244,9 @@ def test_exports_paths_whose_results_differ_in_layout_or_type(half):
         runs = [program, torch.vmap(lambda part: router(part[None])[0])]
         if not half:  # TorchScript keeps no change of autocast
             runs.append(torch.jit.trace(router, (x,)))
+        near = {"rtol": 0, "atol": 0.03} if half else {}  # convolutions of bfloat16 round by the batch
         for run in runs:
-            torch.testing.assert_close(run(x), expected)
+            torch.testing.assert_close(run(x), expected, **near)
 
 
 def test_other_loads_under_compile():
