@@ -88,7 +88,7 @@ def _brief(value):
 
 
 def save(result: dict, path: Path) -> None:
-    """Write a result, one row a line, in place of an earlier one at once."""
+    """Write a result atomically, one row a line."""
     parts = []
     for name, value in result.items():
         text = json.dumps(value, ensure_ascii=False)

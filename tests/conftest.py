@@ -1,4 +1,5 @@
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         elif cost >= LONG:
             item.add_marker(pytest.mark.long)
     # Otherwise one process may begin with a long test when the others have nothing left to do.
-    longest = {item.path: 0 for item in items}
+    longest = Counter()
     for item in items:
         longest[item.path] = max(longest[item.path], seconds.get(item.nodeid, 0))
     items.sort(key=lambda item: -longest[item.path] if longest[item.path] >= FIRST else 0)

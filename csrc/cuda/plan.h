@@ -19,7 +19,7 @@ const Device& device();
 // Pieces in which the next sample lands, the first while the others are still mixed. Eight were up to 8 % slower on an H100.
 constexpr int kPieces = 4;
 
-constexpr int64_t kLargestCluster = 8;  // the largest of devices that have as many multiprocessors; others use two passes
+constexpr int64_t kLargestCluster = 8;  // devices with clusters launch this many blocks, if they have 8 multiprocessors
 
 // Shared memory of one block: its share of each held path, in vectors of 16 bytes, a byte for each vector of as many paths as
 // have masks, and `extra` for sums and gates.

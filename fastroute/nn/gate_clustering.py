@@ -113,7 +113,7 @@ class GateClusteringLoss(nn.Module):
         return self.training and several_processes()
 
     def _keeps(self) -> bool:
-        """Return whether this forward may keep priors; transforms and inference mode would leave theirs here."""
+        """Return whether this forward may keep priors. Tensors of transforms and inference mode must not stay here."""
         if not self.training or recomputing():
             return False
         return torch.compiler.is_compiling() or not (under_transform() or torch.is_inference_mode_enabled())

@@ -31,28 +31,32 @@ def test_images_count_by_the_inverse_of_their_clusters_size():
     torch.testing.assert_close(module.step(images, index), (weights * each).sum() / weights.sum())
 
 
+def train(module, steps, look):
+    """Train for three epochs of two steps each, with labels that last for at least `steps`.
+
+    Returns the labels, and what `look()` returned, after the start of each epoch.
+    """
+    module.STEPS = steps
+    images, labels = digits(128)
+    seen, real = [], module.on_train_epoch_start
+
+    def watch():
+        real()
+        seen.append((module.kept["labels"].clone(), look()))
+
+    module.on_train_epoch_start = watch
+    trainer_of(3).fit(module, Batches(images, labels, 64, 0), Batches(images, labels, 1000))
+    return zip(*seen, strict=True)
+
+
 @pytest.mark.parametrize(("architecture", "dims"), [("C4 M F8", 8), ("C4 M C6", 6)])
 def test_clusters_label_the_images_anew(architecture, dims):
-    from fastroute.clustering.run import Batches
-    from tests.clustering.test_two_fold import trainer_of
-
     run = ClusteringRun(
         dataset="digits", method="deepcluster", clusters=3, heads=1, batch_norm=True, architecture=architecture
     )
     module = build(run, (1, 8, 8), epochs=3)
     assert module.centers.shape == (3, dims) and module.head.out_features == 30
-    module.STEPS = 4  # of 2 an epoch
-    images, labels = digits(128)
-    seen, heads = [], []
-    real = module.on_train_epoch_start
-
-    def watch():
-        real()
-        seen.append(module.kept["labels"].clone())
-        heads.append(module.head.weight.clone())
-
-    module.on_train_epoch_start = watch
-    trainer_of(3).fit(module, Batches(images, labels, 64, 0), Batches(images, labels, 1000))
+    seen, heads = train(module, 4, lambda: module.head.weight.clone())
     assert seen[0].max() == 11 and seen[0].shape == (128,)  # at most a tenth of the images
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
     assert heads[2].std() < 0.02 and not torch.equal(heads[1], heads[2])  # drawn anew
@@ -81,17 +85,6 @@ def test_the_labels_follow_the_module():
 def test_labels_last_a_number_of_steps_and_a_fresh_layer_has_no_momentum():
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
     module = DeepCluster(network, 5, 3, labels=6)
-    module.STEPS = 3  # of 2 an epoch
-    images, labels = digits(128)
-    seen, momentum = [], []
-    real = module.on_train_epoch_start
-
-    def watch():
-        real()
-        seen.append(module.kept["labels"].clone())
-        momentum.append(module.head.weight in module.trainer.optimizers[0].state)
-
-    module.on_train_epoch_start = watch
-    trainer_of(3).fit(module, Batches(images, labels, 64, 0), Batches(images, labels, 1000))
+    seen, momentum = train(module, 3, lambda: module.head.weight in module.trainer.optimizers[0].state)
     assert seen[0].equal(seen[1]) and not seen[1].equal(seen[2])
-    assert momentum == [False, True, False]
+    assert momentum == (False, True, False)

@@ -237,11 +237,12 @@ def test_features_are_those_of_the_calling_thread():
     model, (x, other) = create_model("resnet20_cc2", 5).eval(), torch.randn(2, 2, 3, 32, 32)
     features = model.forward_features(x)
     expected = model.forward_head(features, pre_logits=True)
-    caller, threads = threading.get_ident(), ThreadPoolExecutor(1)
+    caller = threading.get_ident()
 
     def meanwhile(*_):
         if threading.get_ident() == caller:
-            threads.submit(model, other).result()
+            with ThreadPoolExecutor(1) as threads:
+                threads.submit(model, other).result()
 
     model.get_classifier()[0].register_forward_hook(meanwhile)
     assert torch.equal(model.forward_head(features, pre_logits=True), expected)
