@@ -51,9 +51,11 @@ sanitize: $(VENV)/.ready
 	$(SANITIZED) -m tests.attack.private 3 500
 
 # What kernels and operators do under the oldest torch and Triton that are supported. The libraries in the checkout belong
-# to the newest torch, so those of the oldest are built in a copy of the sources: the operators and the kernels of this
-# processor alone, without optimisation, to save half of the time. A second run compiles what has changed.
+# to the newest torch, so those of the oldest are built in a copy of the sources, without optimisation, to save half of the
+# time: the operators and the kernels of older processors, since the other tests run those of this one. A second run
+# compiles what has changed.
 OLDEST_SOURCES := build/oldest/sources
+OLDEST_CPU := $(if $(filter x86_64 AMD64,$(shell uname -m)),avx2,native)
 TEST_OLDEST := cd $(OLDEST_SOURCES) && OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(abspath $(OLDEST))/bin/python -m pytest -q \
   -n auto --dist worksteal
 OLDEST_TESTS := tests/backends tests/ops tests/nn --ignore=tests/backends/test_native_cpu.py
@@ -72,7 +74,7 @@ oldest-libraries: $(OLDEST)/.ready
 	tar -c --exclude='*.so' --exclude=__pycache__ benchmarks csrc fastroute tests pyproject.toml setup.py README.md LICENSE | \
 	  tar -x -C $(OLDEST_SOURCES)
 	cd $(OLDEST_SOURCES) && \
-	  FASTROUTE_OPTIMIZE=0 FASTROUTE_BUILD_CPU=native FASTROUTE_BUILD_CUDA=0 \
+	  FASTROUTE_OPTIMIZE=0 FASTROUTE_BUILD_CPU=$(OLDEST_CPU) FASTROUTE_BUILD_CUDA=0 \
 	  $(abspath $(OLDEST))/bin/python setup.py --quiet build_ext --inplace --build-temp ../objects
 
 # Write the CPU seconds of all tests to tests/costs.txt, with nothing kept from earlier runs.
