@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from fastroute.cli import keep_freed_memory
+from fastroute.cli.memory import keep_freed_memory
 from fastroute.data.in_memory import ImageSet, Split
 from fastroute.data.module import IMAGENET_MEAN, IMAGENET_STD
 from fastroute.training import ImageDataModule, RoutingClassifier, fit

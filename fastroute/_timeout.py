@@ -6,7 +6,7 @@ import os
 VARIABLE = "FASTROUTE_TIMEOUT"
 
 
-def patience() -> datetime.timedelta:
+def timeout() -> datetime.timedelta:
     """Return how long a process waits for another: the seconds in `FASTROUTE_TIMEOUT`, or half an hour.
 
     Raises:

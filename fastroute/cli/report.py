@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastroute.cli.common import COUNT, DataDirOption, DatasetOption, WorkersOption, plain_errors, read_options
+from fastroute.cli.common import (
+    ARGUMENTS,
+    COUNT,
+    DataDirOption,
+    DatasetOption,
+    WorkersOption,
+    plain_errors,
+    read_options,
+)
 from fastroute.cli.errors import escaped, standard_output
 from fastroute.cli.trained import OwnModelOption, check_finite, load_trained, load_trained_network
 
@@ -230,7 +238,7 @@ def _clustering(
     from fastroute.clustering.build import ClusteringRun, build
     from fastroute.clustering.images import load_images
     from fastroute.clustering.run import Batches
-    from fastroute.training.checkpoints import load_network_weights
+    from fastroute.models.weights import load_state
     from fastroute.visualize import Images, Report, clustering_report
     from fastroute.visualize.curves import read_summary
 
@@ -258,7 +266,7 @@ def _clustering(
         escaped(f"images: {len(labels):,} of {run.dataset}{where}"), soft_wrap=True, highlight=False
     )
     trained, untrained = (build(run, pixels.shape[1:]) for _ in range(2))
-    load_network_weights(trained, saved, checkpoint)
+    load_state(trained, saved, f"checkpoint is {checkpoint}")
     check_finite(trained, checkpoint)
     images = Images(
         lambda: Batches(pixels, labels, batch_size),
@@ -280,7 +288,7 @@ def _clustering(
 
 def _run_images(checkpoint: Path) -> dict:
     """Return the images of a clustering by the args.yaml beside its checkpoint; the defaults without one."""
-    kept, path = {"data_dir": None, "limit": None, "on_bad_image": "stop"}, checkpoint.parent / "args.yaml"
+    kept, path = {"data_dir": None, "limit": None, "on_bad_image": "stop"}, checkpoint.parent / ARGUMENTS
     if not path.is_file():
         return kept
     kept |= {name: value for name, value in read_options(path).items() if name in kept and value is not None}

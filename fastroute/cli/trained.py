@@ -70,12 +70,13 @@ def load_trained_network(
         ValueError: it is no checkpoint of `fastroute train`, or its weights are of another network.
     """
     from fastroute.inference.predictor import network_of
-    from fastroute.training.checkpoints import check_command, load_network_weights, read_checkpoint
+    from fastroute.models.weights import load_state
+    from fastroute.training.checkpoints import check_command, read_checkpoint
 
     checkpoint = checkpoint or read_checkpoint(path, name)
     check_command(checkpoint, "train", path, name)
     network = network_of(checkpoint["hyper_parameters"], f"{name} is {path}", model)
-    load_network_weights(network, checkpoint, path, name=name)
+    load_state(network, checkpoint, f"{name} is {path}")
     return network.to(default_device())
 
 

@@ -166,7 +166,6 @@ def _result(path: Path | None, options: ValidateOptions, console: Console) -> di
     images = choose_images(data, options.dataset, options.data_dir)
     dataset, data_dir = images.dataset, images.data_dir
     console.print(escaped(images.line), soft_wrap=True, highlight=False)
-    own = data if dataset == data.get("dataset") or "mean" in data else {}
     img_size = options.img_size or data.get("img_size")
     if dataset not in STREAMED:
         check_images(dataset, img_size)
@@ -180,8 +179,8 @@ def _result(path: Path | None, options: ValidateOptions, console: Console) -> di
             ten_crop=options.ten_crop,
             num_workers=processors() if options.workers is None else options.workers,
             first_classes=options.first_classes or data.get("first_classes"),
-            mean=own.get("mean"),
-            std=own.get("std"),
+            mean=data.get("mean"),
+            std=data.get("std"),
             device=device,
             **images.options | ({} if options.on_bad_image is None else {"on_bad_image": options.on_bad_image}),
         )

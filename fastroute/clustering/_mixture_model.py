@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import io
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from fastroute._devices import indexed, is_there
 from fastroute._random import generators_seeded
 from fastroute.clustering._densities import em_loss, log_density
 from fastroute.clustering._emerging import Places
+from fastroute.clustering.networks import ExclusiveLinear, perceptron
 from fastroute.nn import RelevanceNorm
 from fastroute.ops.mixture_em import MAX_CLUSTERS
 
@@ -222,7 +222,8 @@ class Model:
         counted = np.arange(len(X)) if weights is None else np.flatnonzero(weights)
         index = np.sort(draw.choice(counted, min(len(counted), INFERENCE_BATCH), replace=False))
         some, weight = self._load(X[index]).flatten(1).cpu().numpy(), None if weights is None else weights[index]
-        seeds, _ = kmeans_plusplus(some, len(self.clusters), sample_weight=weight, random_state=self.seed % 2**32)
+        count = min(len(self.clusters), len(some))  # fewer where samples have weight 0
+        seeds, _ = kmeans_plusplus(some, count, sample_weight=weight, random_state=self.seed % 2**32)
         seeds = torch.from_numpy(seeds).to(self.device, self.prior.dtype)
         counts = torch.ones_like(self.prior)
         with self._training():
@@ -453,48 +454,3 @@ def merged(moved: np.ndarray, crossing: float) -> list[list[int]]:
         exchange = np.delete(np.delete(exchange, j, 0), j, 1)
         groups[i] += groups.pop(j)
     return groups
-
-
-class ExclusiveLinear(nn.Module):
-    """A dense layer for each of K clusters.
-
-    Shape:
-        x: (N, in_features), or (N, K, in_features).
-        output: (N, K, out_features).
-    """
-
-    def __init__(self, clusters: int, in_features: int, out_features: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(clusters, out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(clusters, out_features))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start as `nn.Linear` does."""
-        bound = 1 / math.sqrt(self.weight.shape[2])
-        for parameter in (self.weight, self.bias):
-            nn.init.uniform_(parameter, -bound, bound)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.expand(len(self.weight), *x.shape) if x.dim() == 2 else x.transpose(0, 1)
-        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2)).transpose(0, 1)
-
-
-def perceptron(features: int, hidden: Sequence[int], clusters: int, exclusive_layers: int = 1) -> nn.Sequential:
-    """Build dense layers with ReLU between, as in §4.5.1, and one score for each cluster.
-
-    Args:
-        features, clusters: of the input and the output.
-        hidden: the widths between.
-        exclusive_layers: how many of the last layers each cluster has for itself.
-    """
-    layers, widths = [], [features, *hidden]
-    shared = len(widths) - exclusive_layers
-    for i, (width, following) in enumerate(itertools.pairwise(widths)):
-        layers += [
-            nn.Linear(width, following) if i < shared else ExclusiveLinear(clusters, width, following),
-            nn.ReLU(),
-        ]
-    if exclusive_layers == 1:
-        return nn.Sequential(*layers, nn.Linear(widths[-1], clusters))
-    return nn.Sequential(*layers, ExclusiveLinear(clusters, widths[-1], 1), nn.Flatten())

@@ -116,8 +116,8 @@ def gaussian_loss(means: Tensor, images: Tensor) -> Tensor:
 class Autoencoder(FeatureClustering):
     """Cluster images by k-means of the code that an autoencoder learns.
 
-    All variants are trained by Adam. But for the last, they minimise the cross-entropy between pixels and their
-    reproductions, summed over the pixels:
+    All variants are trained by Adam. All but "vae" minimise the cross-entropy between pixels and their reproductions,
+    summed over the pixels:
     - "ae": nothing else.
     - "sparse-ae" (Ng 2011): the code has `SPARSE` sigmoid units; β Σ_j KL(ρ ‖ ρ̂_j) keeps their mean activations at ρ.
     - "denoising-ae" (Vincent et al. 2010): a quarter of the values that the encoder sees are 0.

@@ -1,6 +1,5 @@
 """Clustering by the code of an autoencoder that clusters reshape: DEC, IDEC and DCN, as Lightning modules."""
 
-import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from torch.nn import functional as F
 
 from fastroute.clustering.centers import k_means
 from fastroute.clustering.module import ClusteringModule, check_positive
+from fastroute.clustering.networks import perceptron
 from fastroute.ops._library import without_autocast
 
 if TYPE_CHECKING:
@@ -46,11 +46,6 @@ def target_distribution(q: Tensor) -> Tensor:
 def _vectors(images: Tensor) -> Tensor:
     """Return images as (N, D) with ‖x‖² = D, DEC's scale: codes then lie far enough apart for the kernel of width 1."""
     return F.normalize(images.flatten(1)) * math.sqrt(images[0].numel())
-
-
-def _perceptron(widths: list[int]) -> nn.Sequential:
-    layers = [layer for a, b in itertools.pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*layers[:-1])
 
 
 class DEC(ClusteringModule):
@@ -94,7 +89,8 @@ class DEC(ClusteringModule):
         if pretrain_epochs < 1:
             raise ValueError(f"pretrain_epochs is {pretrain_epochs}; it must be at least 1")
         check_positive(lr=lr)
-        self.encoder, self.decoder = _perceptron([features, *widths]), _perceptron([*widths[::-1], features])
+        self.encoder = perceptron(features, widths[:-1], widths[-1])
+        self.decoder = perceptron(widths[-1], widths[-2::-1], features)
         self.centers = nn.Parameter(torch.zeros(num_clusters, widths[-1]))
         self.pretrain_epochs, self.lr, self.seed = pretrain_epochs, lr, seed
 

@@ -54,9 +54,9 @@ def cluster_accuracy(labels: Sequence, clusters: Sequence) -> float:
 
 
 def many_to_one_accuracy(labels: Sequence, clusters: Sequence) -> float:
-    """Return the share of samples with the most frequent label of their cluster, a metric for over-clustering.
+    """Return the purity of a clustering: the share of samples with the most frequent label of their cluster.
 
-    It is at least `cluster_accuracy`, and grows with the number of clusters.
+    It is at least `cluster_accuracy`, and grows with the number of clusters: a metric for over-clustering.
 
     Args:
         labels: (N,), the true label of each sample.

@@ -1,7 +1,9 @@
-"""The image clustering networks of Table 4.2."""
+"""The image clustering networks of Table 4.2, and the perceptron of §4.5.1."""
 
+import itertools
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -116,3 +118,48 @@ def clustering_network(
         raise ValueError(f"img_size is {img_size}; it is too small for the pools of {architecture!r}")
     layers += [nn.Flatten()] if features is None else []
     return nn.Sequential(*layers, nn.Linear(features or channels * size**2, num_clusters))
+
+
+class ExclusiveLinear(nn.Module):
+    """A dense layer for each of K clusters.
+
+    Shape:
+        x: (N, in_features), or (N, K, in_features).
+        output: (N, K, out_features).
+    """
+
+    def __init__(self, clusters: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(clusters, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(clusters, out_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as `nn.Linear` does."""
+        bound = 1 / math.sqrt(self.weight.shape[2])
+        for parameter in (self.weight, self.bias):
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.expand(len(self.weight), *x.shape) if x.dim() == 2 else x.transpose(0, 1)
+        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2)).transpose(0, 1)
+
+
+def perceptron(features: int, hidden: Sequence[int], clusters: int, exclusive_layers: int = 1) -> nn.Sequential:
+    """Build dense layers with ReLU between, as in §4.5.1, and one score for each cluster.
+
+    Args:
+        features, clusters: of the input and the output.
+        hidden: the widths between.
+        exclusive_layers: how many of the last layers each cluster has for itself.
+    """
+    layers, widths = [], [features, *hidden]
+    shared = len(widths) - exclusive_layers
+    for i, (width, following) in enumerate(itertools.pairwise(widths)):
+        layers += [
+            nn.Linear(width, following) if i < shared else ExclusiveLinear(clusters, width, following),
+            nn.ReLU(),
+        ]
+    if exclusive_layers == 1:
+        return nn.Sequential(*layers, nn.Linear(widths[-1], clusters))
+    return nn.Sequential(*layers, ExclusiveLinear(clusters, widths[-1], 1), nn.Flatten())

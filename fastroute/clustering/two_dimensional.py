@@ -13,6 +13,7 @@ from fastroute._defaults import GAMMA
 from fastroute._extras import extra
 from fastroute._files import replacing
 from fastroute.clustering.metrics import cluster_accuracy
+from fastroute.clustering.networks import perceptron
 from fastroute.nn import MixtureEMLoss, RelevanceNorm
 from fastroute.ops import mixture_em_loss
 
@@ -85,9 +86,7 @@ def cluster_points(points: Tensor, clusters: int, normalized: bool, steps: int |
     Returns:
         the clustering.
     """
-    widths = ((2, 32), (32, 32), (32, clusters))
-    layers = [layer for a, b in widths for layer in (nn.Linear(a, b), nn.ReLU())]
-    network = nn.Sequential(*layers[:-1])
+    network = perceptron(2, (32, 32), clusters)
     norm = RelevanceNorm(clusters) if normalized else None
     criterion = MixtureEMLoss(GAMMA, norm)
     zero, one = torch.zeros(clusters), torch.ones(clusters)

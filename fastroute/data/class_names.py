@@ -72,7 +72,7 @@ def warn_of_empty(data_dir: Path, source: "Source") -> None:
     if empty := [name for name, count in zip(source.classes, counts.tolist(), strict=True) if not count]:
         start = " (numbers start at 0)" if empty[0] == "0" else ""
         warnings.warn(
-            f"data_dir is {data_dir}; no image to train on is of the classes {some(empty)}{start}",
+            f"data_dir is {data_dir}; no training image is of the classes {some(empty)}{start}",
             stacklevel=3,
         )
 

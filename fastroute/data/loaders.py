@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastroute._timeout import patience
+from fastroute._timeout import timeout
 from fastroute.data.augment import normalize, shift_and_flip
 from fastroute.data.decode import WAYS_ON, UnreadableImage
 from fastroute.data.seeding import generator, seeded
@@ -295,7 +295,7 @@ class StreamLoader(EpochLoader):
             pin_memory=mean.device.type == "cuda",
             persistent_workers=num_workers > 0 and self.seed is not None,
             prefetch_factor=4 if num_workers else None,
-            timeout=patience().total_seconds() if num_workers else 0,
+            timeout=timeout().total_seconds() if num_workers else 0,
         )
 
     def pixels(self, indices: Tensor) -> Tensor:

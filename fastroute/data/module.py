@@ -279,7 +279,10 @@ class ImageDataModule(pl.LightningDataModule):
 
     @property
     def skipped(self) -> int:
-        """The number of unreadable images so far, each time counted: of this process, or, in memory, of rank 0 only."""
+        """The number of unreadable images that this process has met so far; an image counts each time it is read.
+
+        For images in memory, which every process reads, rank 0 has the number and the others have 0.
+        """
         if self.images is not None:  # every process has read all images
             return self.images.skipped if not dist.is_initialized() or dist.get_rank() == 0 else 0
         return sum(loader.skipped for loader in self._loaders if isinstance(loader, StreamLoader))
@@ -290,7 +293,7 @@ class ImageDataModule(pl.LightningDataModule):
         return not self.in_memory and self.on_bad_image == "skip"
 
     def batch(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Make a training batch from its draws."""
+        """Make a training batch from its draws: normalised images (N, C, H, W) in float32, and their labels."""
         return self._train_loader.batch(draws)
 
     def state_dict(self) -> dict:

@@ -10,6 +10,8 @@ import stat
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from fastroute._errors import printable
+
 BLOCK = 512
 MAX_HEADER = 2**20
 """The most bytes of a long name or of extended attributes."""
@@ -54,8 +56,7 @@ class Member(NamedTuple):
 
 def shown(name: str | bytes | os.PathLike) -> str:
     """Return a printable form of a name of any bytes, shortened in the middle to 1,001 characters."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    text = printable(os.fsencode(name).decode("utf-8", "backslashreplace"))
     return text if len(text) <= 1000 else f"{text[:500]}…{text[-500:]}"
 
 

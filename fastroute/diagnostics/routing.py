@@ -57,7 +57,7 @@ def router_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
 
 
 def skewed_gates(routers: Mapping[str, RouterStatistics]) -> dict[str, int]:
-    """Count the skewed gates, which do not tell samples apart, as the upper one of Figure 5.1.
+    """Count the skewed gates, which stay on one side of 1/n for every sample, as the upper one of Figure 5.1.
 
     Args:
         routers: router name → statistics.

@@ -59,7 +59,8 @@ class RouterStatistics:
         shape, n = gates.shape[1:], gates.shape[2]
         shares = gates / gates.sum(2, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
         entropy = torch.special.entr(shares).sum(2) / math.log(n) if n > 1 else torch.ones_like(gates[..., 0])
-        wins = F.one_hot(gates.argmax(2), n).sum(0)
+        kept = gates.amax(2, keepdim=True) > 0  # a sparse router may drop samples, whose gates are 0
+        wins = (F.one_hot(gates.argmax(2), n) * kept).sum(0)
         # For no samples, the neutral elements of maximum and minimum.
         peak, trough = (gates.amax(0), gates.amin(0)) if len(gates) else (gates.new_zeros(shape), gates.new_ones(shape))
         load = (gates > 0).sum(0)

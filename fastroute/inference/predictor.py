@@ -15,7 +15,7 @@ from fastroute._plain import plain
 from fastroute.inference.preprocessing import Picture, Preprocessing
 from fastroute.models._shapes import check_takes, like
 from fastroute.models.specification import Specification, side, specification_in, specification_of
-from fastroute.models.weights import misfit, network_weights, without_wrappers
+from fastroute.models.weights import load_state
 
 RUN_BY = {".onnx": "onnxruntime.InferenceSession", ".pt2": "torch.export.load(…).module()"}
 
@@ -133,7 +133,7 @@ class Predictor:
             raise ValueError("gates is True, but the network has no routers")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        if (isinstance(images, Tensor) and images.dim() == 4) or getattr(images, "ndim", 0) == 4:
+        if getattr(images, "ndim", 0) == 4:
             images = list(images)
         elif not isinstance(images, list | tuple):
             images = [images]
@@ -231,9 +231,8 @@ def load(
     path, where = Path(checkpoint), f"checkpoint is {checkpoint}"
     target = indexed(resolve_device(device, others=True))
     given = {"img_size": side(plain(img_size)), "crop_pct": plain(crop_pct)}
-    given |= {
-        name: None if v is None else torch.tensor(v).float().reshape(-1) for name, v in (("mean", mean), ("std", std))
-    }
+    for name, value in (("mean", mean), ("std", std)):
+        given[name] = None if value is None else torch.as_tensor(value, dtype=torch.float32).reshape(-1)
     given = {name: value for name, value in given.items() if value is not None}
     if path.suffix == ".safetensors":
         return _load_exported(path, where, model, given, target)
@@ -245,7 +244,7 @@ def load(
     check_command(saved, "train", path, "checkpoint")
     run, data = saved["hyper_parameters"], saved.get("ImageDataModule", {})
     network = model if isinstance(model, nn.Module) else network_of(run, where, model)
-    load_state(network, network_weights(saved, ema), where)
+    load_state(network, saved, where, ema)
     transform = replace(Preprocessing.of_run(run, data), **given)
     transform.check_sizes()
     _check_units(given)
@@ -288,24 +287,10 @@ def _own_specification(run: dict, where: str, own: str) -> Specification:
         return replace(given, num_classes=run["num_classes"], in_chans=run["in_chans"], img_size=run["img_size"])
     specification = specification_in(run, where)
     if specification.source != "function":
-        if given == replace(Specification.parse(specification.text)):
+        if given == Specification.parse(specification.text):
             return specification
         raise ValueError(f"model is {own!r}, but {where} of {specification.text!r}; leave model out")
     return replace(specification, source=given.source, name=given.name)
-
-
-def load_state(network: nn.Module, weights: Any, where: str) -> None:
-    """Load a state_dict into a network, in-place.
-
-    Raises:
-        ValueError: weights are no state_dict, or one of another network; the message summarises the differences.
-    """
-    if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
-        raise ValueError(f"{where}; it holds a {type(weights).__name__}, and must hold a state_dict")
-    weights = without_wrappers(weights, network)
-    if reason := misfit(network, weights):
-        raise ValueError(f"{where}; {reason}")
-    network.load_state_dict(weights)
 
 
 def predictor_of(
@@ -340,7 +325,6 @@ def _load_clustering(saved: dict, path: Path, where: str, given: dict[str, Any],
     """Load the network of `fastroute cluster`, which takes values from 0 to 1."""
     from fastroute.clustering.build import ClusteringRun, build
     from fastroute.clustering.module import LogPosteriors
-    from fastroute.training.checkpoints import load_network_weights
 
     if given:
         raise ValueError(f"{next(iter(given))} is given, but {path} is a clustering, which has its own: leave it out")
@@ -351,7 +335,7 @@ def _load_clustering(saved: dict, path: Path, where: str, given: dict[str, Any],
             "run with more epochs, or cluster anew"
         )
     module = build(ClusteringRun.of(saved["hyper_parameters"]), shape)
-    load_network_weights(module, saved, path)
+    load_state(module, saved, where)
     centers = getattr(module, "centers", None)
     if centers is not None and not centers.any():
         raise ValueError(f"{where}; its run has stopped before it placed the clusters: resume it")

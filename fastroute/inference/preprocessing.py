@@ -88,8 +88,7 @@ class Preprocessing:
 
         from fastroute.data.transforms import eval_transform
 
-        options = {} if self.interpolation == "bilinear" else {"interpolation": self.interpolation}
-        cut = eval_transform(self.img_size, self.crop_pct, **options)
+        cut = eval_transform(self.img_size, self.crop_pct, interpolation=self.interpolation)
         return np.asarray(cut(_picture(image, self.in_chans)))
 
     def check(self) -> None:

@@ -104,10 +104,9 @@ def shapes_of(
                 with contextlib.suppress(Exception):  # batch norm refuses a single value
                     compute(shapes.run)
     except Exception as error:  # a user's own network may raise anything
-        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"input_size is {tuple(input_size)}; model cannot take such images: {reason}; give input_size=(C, H, W) of "
-            "those that it takes"
+            f"input_size is {tuple(input_size)}; model cannot take such images: {first_line(error)}; give "
+            "input_size=(C, H, W) of those that it takes"
         ) from error
     # A network that itself returns something else every time cannot be compared.
     if check and _close(before, after) and not _close(result, after):
@@ -183,10 +182,10 @@ def channel_axes(
 ) -> dict[fx.Node, int]:
     """Return the axis of the channels of each node's value: 1, or the last one of tokens and of maps (N, H, W, C).
 
-    It is the axis whose size does not depend on that of the images, which larger images tell, or the shape of images
-    that are not square. A network may refuse larger ones, or pool to a fixed size. Then two of four axes that are equal
-    for square images are those of the image. For others a layer tells, if the node is one: a convolution's channels
-    come first, a dense layer's last. Three axes are those of tokens otherwise.
+    The channels keep their number when the images grow. So where one size of images leaves doubt, the network also
+    computes images of twice the size. If it refuses those, or pools to a fixed size, then two of four axes that have
+    the shape of the image are spatial; else the layer decides, if the node is one: channels come first after a
+    convolution, last after a dense layer. Otherwise three axes are tokens (N, L, C).
 
     Args:
         shapes: of the nodes' values for images of `input_size`.

@@ -95,7 +95,7 @@ def _first_layers(model: nn.Module, name: str, in_chans: int, img_size: int | No
     """Return the names of the convolutions that take images: of all layers, they alone have 3 channels for RGB."""
     if in_chans != 3:
         own = {key: value for key, value in options.items() if key not in ("checkpoints", "pretrained_path")}
-        # A builder of the user's may not take colours, or compute with values, which tensors on meta lack.
+        # A user's builder may refuse three channels, or need values, which meta tensors do not have.
         with contextlib.suppress(Exception), torch.device("meta"):
             model, in_chans = create_model(name, None, 3, img_size, **own), 3
     first = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == in_chans]

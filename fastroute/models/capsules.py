@@ -95,7 +95,7 @@ class Decoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start the parameters of the first layer as `nn.Linear` does."""
+        """Initialise the parameters of the first layer as `nn.Linear` does."""
         bound = 1 / math.sqrt(CLASS * max(self.weight.shape[0], 1))
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 import torch
 from torch import fx, nn
 
+from fastroute._errors import first_line
 from fastroute._plain import plain
 from fastroute.models._relu import shallow_copy, take_relu
 from fastroute.models._shapes import channel_axes, default_input_size, like, shapes_of
@@ -134,10 +135,10 @@ def multipath(
     try:
         model = copy.deepcopy(model)
     except RuntimeError as error:  # of tensors that are computed from others, as in pruned networks
-        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"model is a {type(model).__name__} that cannot be copied: {reason}. Make weights that are computed, by "
-            "pruning or the old weight_norm, plain parameters first (torch.nn.utils.prune.remove, remove_weight_norm)"
+            f"model is a {type(model).__name__} that cannot be copied: {first_line(error)}. Make weights that are "
+            "computed, by pruning or the old weight_norm, plain parameters first (torch.nn.utils.prune.remove, "
+            "remove_weight_norm)"
         ) from error
     model = without_auxiliary_heads(model)
     undecayed = without_decay(model)

@@ -23,6 +23,9 @@ class SkippableBlock(BasicBlock):
         Args:
             x: (N, C, H, W).
             gate: (N,).
+
+        Returns:
+            (N, C', H', W').
         """
         return self.relu(self.shortcut(x) + gate.to(x.dtype).reshape(-1, 1, 1, 1) * self.residual(x))
 

@@ -25,11 +25,11 @@ from fastroute.nn.router import without_temperatures
 
 KNOWN = "an own network's name (`fastroute models` lists them), timm:NAME, torchvision:NAME or package.module:function"
 
-TRAINING = re.compile(r"(?:,\s*|\b)(?:inplace|momentum|p)=[^,]*")
+TRAINING_OPTIONS = re.compile(r"(?:,\s*|\b)(?:inplace|momentum|p)=[^,]*")
 """Options in PyTorch's description of a layer that do not change what it computes in evaluation."""
 
 PLAIN = bool | int | float | str
-INDIFFERENT = re.compile("_|(training|num_classes|in_chans|fused_attn)$|.*(drop|checkpoint|memory_efficient)")
+IGNORED_ATTRIBUTES = re.compile("_|(training|num_classes|in_chans|fused_attn)$|.*(drop|checkpoint|memory_efficient)")
 """Attributes of modules that the layout shows too, or that do not change what a network computes in evaluation."""
 
 
@@ -257,7 +257,7 @@ def _computation(module: nn.Module) -> tuple[str, bool, int]:
     described = module.extra_repr() if type(module).extra_repr.__module__.startswith("torch.nn.") else ""
     forward = getattr(vars(module).get("forward"), "__func__", vars(module).get("forward"))
     own = forward is not None and not getattr(forward, "same_results", False)
-    return TRAINING.sub("", described), own, len(module._forward_hooks) + len(module._forward_pre_hooks)
+    return TRAINING_OPTIONS.sub("", described), own, len(module._forward_hooks) + len(module._forward_pre_hooks)
 
 
 def _same_options(network: nn.Module, built: nn.Module) -> bool:
@@ -267,7 +267,7 @@ def _same_options(network: nn.Module, built: nn.Module) -> bool:
     """
     for module, other in zip(network.modules(), built.modules(), strict=True):
         for name, value in vars(other).items():
-            if INDIFFERENT.match(name) or isinstance(module, _DropoutNd):
+            if IGNORED_ATTRIBUTES.match(name) or isinstance(module, _DropoutNd):
                 continue
             is_plain = not any(map(torch.is_tensor, value)) if isinstance(value, tuple) else isinstance(value, PLAIN)
             if is_plain and getattr(module, name, None) != value:

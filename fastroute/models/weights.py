@@ -96,6 +96,24 @@ def network_weights(checkpoint: dict, averaged: bool = True) -> dict[str, Tensor
     return {name.removeprefix("module."): value for name, value in weights.items()}  # DistributedDataParallel's prefix
 
 
+def load_state(network: nn.Module, content: object, where: str, averaged: bool = True) -> None:
+    """Load a network's weights from the content of a file, in-place.
+
+    Args:
+        network: the network.
+        content: a state_dict or a checkpoint, as `read_tensors` returns it.
+        where: the argument and its value, such as "checkpoint is best.ckpt", for messages.
+        averaged: whether to prefer the moving average to the trained weights.
+
+    Raises:
+        ValueError: there is no state_dict, or it is of another network; the message summarises the differences.
+    """
+    weights = without_wrappers(state_dict_of(content, where, averaged), network)
+    if reason := misfit(network, weights):
+        raise ValueError(f"{where}; {reason}")
+    network.load_state_dict(weights)
+
+
 def without_wrappers(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Return weights by a network's own names, without the prefixes of DistributedDataParallel and `torch.compile`."""
     known = model.state_dict().keys() | {*(path_names(model) or {}).values()}

@@ -173,7 +173,7 @@ class Classifies:
 
 @contextlib.contextmanager
 def specification_kept(network: nn.Module, num_classes: int) -> Iterator[None]:
-    """Replace the classifier inside; a specification that described the network before describes it after, too."""
+    """Keep the network's specification valid while the block replaces the classifier."""
     specification = getattr(network, "specification", None)
     described = specification is not None and specification.describes(network)
     yield

@@ -34,7 +34,7 @@ class FusedSequential(nn.Sequential):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output of the last layer."""
+        """Return the output of the last layer for x, (N, C, H, W) where layers are to be fused."""
         return _in_order(self, x) if _may_fuse(x) else super().forward(x)
 
 

@@ -138,7 +138,7 @@ class MultiPathNetwork(Classifies, nn.Module):
             self.add_module(name, layer)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters that a network named so before `multipath` converted it, as timm asks."""
+        """Return the names of parameters without weight decay, which the converted network listed as timm asks."""
         return set(self.undecayed)
 
     def _body(self, x: Tensor, maps: list[list[Tensor]] | None = None) -> tuple[list[Tensor], dict[str, Routing]]:

@@ -136,13 +136,16 @@ class GateNorm(RelevanceNorm):
         return snapshot(self.earlier_prior if recomputing() else self.prior)
 
     def _log_prior(self, dtype: torch.dtype, temperature: float) -> Tensor:
-        """log π, finite so that `unfold` can subtract it; for π = 0 as low as a temperature T < 1 raises the scores."""
+        """Return log π, clamped to stay finite, so that `unfold` can subtract it.
+
+        Scores are divided by the temperature T. For π = 0 and T < 1, so is the clamp.
+        """
         prior, tiny = self.current_prior().to(dtype), torch.finfo(torch.float32).tiny
         log = prior.clamp(min=tiny).log()
         return torch.where(prior > tiny, log, log * torch.full_like(log, 1 / temperature).clamp(min=1))
 
     def _batch(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """μ and σ of the batch, those of all processes together where there are several."""
+        """Return μ and σ of the batch; of several processes, those of all their batches together."""
         if not self._several_processes():
             if scores.shape[0] < 2:
                 raise ValueError(

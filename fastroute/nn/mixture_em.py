@@ -87,7 +87,7 @@ class RelevanceNorm(nn.Module):
         self.num_batches_tracked.zero_()
 
     def reset_parameters(self) -> None:
-        """Do the same, under the name by which PyTorch initialises a module that was built without memory."""
+        """Same as `reset_running_stats`; PyTorch calls this name to initialise a module from the meta device."""
         self.reset_running_stats()
 
     def forward(self, scores: Tensor, track: bool = True) -> Tensor:

@@ -148,7 +148,7 @@ class Router(TakesLists, Tempered, nn.Module):
         self.gate_norm = self._make_gate_norm(gate_norm, prior)
 
     def reset_parameters(self) -> None:
-        """Start the first layer as `nn.Linear` does, and the second near zero: gates within about 0.001 of 1/n."""
+        """Initialise the first layer as `nn.Linear` does, and the second near zero: gates within about 0.001 of 1/n."""
         if self.w1 is not None:
             bound = 1 / math.sqrt(self.w1.shape[-1])  # equals nn.Linear's Kaiming-uniform bound
             for parameter in (self.w1, self.b1):

@@ -120,9 +120,7 @@ def _prepare_forward(scores, scores_aug, prior, mean, std, gamma):
         raise ValueError(f"gamma is {gamma}; it must be greater than 0")
     if scores_aug is not None:
         for what in ("shape", "dtype", "device"):
-            ours, theirs = (
-                tuple(v) if what == "shape" else v for v in (getattr(scores_aug, what), getattr(scores, what))
-            )
+            ours, theirs = getattr(scores_aug, what), getattr(scores, what)
             if ours != theirs:
                 error = TypeError if what == "dtype" else ValueError
                 ours, theirs = (tuple(value) if what == "shape" else value for value in (ours, theirs))

@@ -42,10 +42,8 @@ class Capturable(torch.optim.Optimizer):
             state = self.state[parameter]
             for name in self.state_tensors:
                 if state.get(name) is None:
-                    like = (
-                        parameter.new_zeros((), dtype=torch.float32) if name == "step" else torch.zeros_like(parameter)
-                    )
-                    state[name] = like
+                    like = parameter.new_zeros((), dtype=torch.float32) if name == "step" else parameter
+                    state[name] = torch.zeros_like(like)
                 elif name == "step" and state[name].device != parameter.device:
                     state[name] = state[name].to(parameter.device)
 

@@ -13,7 +13,7 @@ from torch import nn
 from fastroute._errors import in_a_line
 from fastroute._files import DamagedFile, digest_path, read_tensors, replacing, write_digest
 from fastroute.models.specification import specification_in
-from fastroute.models.weights import misfit, state_dict_of, without_wrappers
+from fastroute.models.weights import load_state
 from fastroute.training.optim import GROUP_OPTIONS
 from fastroute.training.saved_fields import check_fields
 from fastroute.training.saved_state import check_training_state
@@ -309,10 +309,10 @@ def is_within(resume: str | Path | None, folder: Path) -> bool:
 
 
 def remove_results(folder: Path, resume: str | Path | None = None) -> None:
-    """Remove what a run that starts anew would leave of another one in its folder, if it is killed before it saves.
+    """Remove the results of another run from the folder of a run that starts anew.
 
-    Otherwise the checkpoint or the clusters of the other run would be taken for those of this one. `epoch12.ckpt` and
-    the like are left to `CheckpointHistory`.
+    If this run were killed before its first save, they would be taken for its own. `epoch12.ckpt` and the like are left
+    to `CheckpointHistory`.
 
     Args:
         folder: of the run.
@@ -364,7 +364,7 @@ def load_weights(model: nn.Module, path: str | Path, averaged: bool = True, name
         raise DamagedFile(f"{name} is {path}; its weights cannot be read: {error}; {_advice(path)}") from error
     except Exception as error:  # any error of the reader on bytes of another format
         raise ValueError(f"{name} is {path}; it holds no weights: {in_a_line(error)}") from error
-    load_network_weights(model, weights, path, averaged, name)
+    load_state(model, weights, f"{name} is {path}", averaged)
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
@@ -393,24 +393,3 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
         digest_path(path).unlink(missing_ok=True)
     if path.suffix == ".safetensors":
         write_digest(path)
-
-
-def load_network_weights(
-    model: nn.Module, checkpoint: dict, path: Path, averaged: bool = True, name: str = "checkpoint"
-) -> None:
-    """Load a network's weights as `load_weights` does, from the content of a file.
-
-    Args:
-        model: the network, changed in place.
-        checkpoint: the content.
-        path: of the file, for messages.
-        averaged: whether to prefer the moving average.
-        name: the argument that the file was given as, for messages.
-
-    Raises:
-        ValueError: it has no weights, or those of another network.
-    """
-    weights = without_wrappers(state_dict_of(checkpoint, f"{name} is {path}", averaged), model)
-    if reason := misfit(model, weights):
-        raise ValueError(f"{name} is {path}; {reason}")
-    model.load_state_dict(weights)

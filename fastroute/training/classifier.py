@@ -385,7 +385,8 @@ class RoutingClassifier(pl.LightningModule):
         batches, accumulated = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
         rest = batches % accumulated if math.isfinite(batches) else 0
         if rest and self.trainer.fit_loop.batch_idx >= batches - rest:
-            loss = loss * (accumulated / rest)  # Lightning has divided the last batches, which are fewer, by as many
+            # Lightning divides every loss by `accumulated`, but the last step of the epoch has only `rest` batches.
+            loss = loss * (accumulated / rest)
         super().backward(loss, *arguments, **options)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer) -> None:
@@ -446,8 +447,8 @@ class RoutingClassifier(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Save what bit-exact resuming needs beyond Lightning's state.
 
-        It is the totals of the epoch so far, the epochs of the schedule, and for several processes in `ranks`, each
-        one's totals and those of its buffers that differ from rank 0's.
+        These are the totals of the epoch so far, and the number of epochs of the schedule. With several processes,
+        `ranks` has each one's totals, and its buffers that differ from rank 0's.
         """
         totals = {name: getattr(self.train_totals, name).cpu() for name in Totals.SUMS}
         buffers = {name for name, _ in self.named_buffers()}

@@ -9,7 +9,7 @@ import torch
 from torch import distributed as dist
 
 from fastroute._errors import in_a_line
-from fastroute._timeout import patience
+from fastroute._timeout import timeout
 from fastroute.training.roll_call import describe_failure
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ def process_group() -> Iterator[None]:
 
     Raises:
         ValueError: there are more processes than GPUs; see `check_gpus`.
-        ProcessLost: communication with another process failed; see `patience`.
+        ProcessLost: communication with another process failed; see `fastroute._timeout.timeout`.
     """
     check_gpus()
     if world_size() == 1 or dist.is_initialized():
@@ -57,7 +57,7 @@ def process_group() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=patience())
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout())
     try:
         yield
     except RuntimeError as error:

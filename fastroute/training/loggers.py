@@ -92,9 +92,9 @@ class StepTable(CSVLogger):
 
 @contextlib.contextmanager
 def event_errors() -> Iterator[None]:
-    """Leave the traceback of TensorBoard's thread out, whose error the run ends with, and name the file in the error.
+    """Suppress the traceback that TensorBoard's thread prints, and add the name of the file to its error.
 
-    An error that comes after all figures are given to the thread becomes a warning.
+    The run ends with that error, or goes on with a warning if the thread had been given all figures.
     """
     before, errors = threading.excepthook, []
 

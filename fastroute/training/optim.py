@@ -226,14 +226,14 @@ def scheduler(
         optimizer: the optimiser; its groups have the learning rates at the start of the decay, or at the top of the
             cycle.
         sched: "step", "multistep" and "cosine" as in `decay`; "onecycle" raises the rate over `warmup_epochs`, or the
-            first 30 % of the steps, and lowers it to nearly zero over the rest, the momentum going the other way, from
-            0.95 to 0.85 and back, whatever it was.
+            first 30 % of the steps, and lowers it to nearly zero over the rest. The momentum cycles from 0.95 to 0.85
+            and back; the optimiser's own value is ignored.
         epochs: of the whole run.
         steps: of the whole run.
         warmup_epochs: epochs over which the rate rises linearly from `warmup_lr`, to follow `sched` from then on.
         decay_epochs, decay_milestones, decay_rate: see `decay`. By default the milestones are at 2/5 and 3/4 of the
             epochs, the thesis's 80 and 150 of 200, and may lie within one.
-        min_lr: the least rate, of the group with the highest one but for gates'; other groups keep their ratio to it.
+        min_lr: the lowest rate of the group with the highest one, gates aside; other groups keep their ratio to it.
             "cosine" ends there, steps do not go below, and "onecycle" ends near it unless it is 0.
         warmup_lr: the rate of the same group at the start of the warm-up, except with "onecycle".
 

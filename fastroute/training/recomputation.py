@@ -58,7 +58,7 @@ def _forward(block: nn.Module, *args, **options):
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **options)
 
 
-_forward.same_results = True  # as those of a network without checkpoints, whose specification still holds
+_forward.same_results = True  # `sources.layout` leaves it out: the results are those of the block's own forward
 
 
 def _contexts(block: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:

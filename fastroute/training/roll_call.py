@@ -4,7 +4,7 @@ import datetime
 
 from torch import distributed as dist
 
-from fastroute._timeout import VARIABLE, patience
+from fastroute._timeout import VARIABLE, timeout
 
 ANSWER = 10.0
 """Seconds within which a live process answers."""
@@ -25,10 +25,10 @@ def describe_failure(error: BaseException) -> str:
         return "another process of this run is gone"
     silent = _silent_ranks()
     if not silent:
-        return f"the processes of this run did not reach the same operation within {patience().total_seconds():.0f} s"
+        return f"the processes of this run did not reach the same operation within {timeout().total_seconds():.0f} s"
     names = f"process {silent[0]}" if len(silent) == 1 else f"the processes {', '.join(map(str, silent))}"
     return (
-        f"{names} of this run did not answer within {patience().total_seconds():.0f} s: it may be stopped or "
+        f"{names} of this run did not answer within {timeout().total_seconds():.0f} s: it may be stopped or "
         f"waiting for data; {VARIABLE} sets the timeout"
     )
 

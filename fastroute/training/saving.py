@@ -107,7 +107,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class Readable(pl.Callback):
     """Check before the first step that the run's checkpoints can be read back: only plain values and tensors can.
 
-    Hyper-parameters of a data module that cannot are left out of them, with a warning; `fit` needs none.
+    Hyper-parameters of a data module that cannot be read back are left out of the checkpoints, with a warning; `fit`
+    does not need them.
 
     Raises:
         ValueError: a hyper-parameter of the module, or the state of a callback, cannot be read back.
@@ -147,9 +148,9 @@ def _reason_against(value: object) -> str | None:
 class BestCheckpoint(ModelCheckpoint):
     """Save the checkpoint of the best epoch; a resumed run keeps the best score, even if its folder was moved.
 
-    Lightning's own drops the score if the folder had another name, or the run another metric. This one keeps it if the
-    checkpoint that the run is resumed from lies beside the best one; by another metric, the score is that of the epoch
-    in the best one. Otherwise, as in a new folder, no epoch is the best yet.
+    Lightning's own drops the score if the folder was renamed or the metric was changed. This one keeps it if the run is
+    resumed from a checkpoint beside the best one; for another metric, it takes the score of the best one's epoch. In a
+    new folder there is no best epoch yet.
 
     Args:
         resumed: the checkpoint that the run is resumed from, if any.

@@ -180,7 +180,7 @@ class FiniteWeights(pl.Callback):
             dist.all_reduce(wrong, dist.ReduceOp.MAX)
         place = f"epoch {trainer.current_epoch + 1}, step {trainer.fit_loop.batch_idx + 1}"
         if wrong:
-            rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+            rate = learning_rate(trainer.optimizers[0])
             raise FloatingPointError(
                 f"weights are NaN or infinite at {place}, with learning rate {rate:g}, and are not saved: "
                 f"{self.advice}; {self._kept(trainer)}"

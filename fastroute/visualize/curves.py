@@ -32,7 +32,9 @@ def read_summary(path: Path) -> list[dict[str, str]]:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         for row in rows:
-            int(row.get("epoch", 1)), [float(row[column]) for column in _CURVES if row.get(column)]
+            int(row.get("epoch", 1))
+            for column in filter(row.get, _CURVES):
+                float(row[column])
     except (csv.Error, TypeError, ValueError) as error:
         raise ValueError(f"summary is {path}; it is no table of numbers: {in_a_line(error)}") from None
     if not rows or not _CURVES.keys() & rows[0].keys():

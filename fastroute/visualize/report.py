@@ -396,7 +396,7 @@ def clustering_report(
         made = {}
         for where, layer in {"first": layers[0], "last": layers[-1]}.items():
             filters = torch.linspace(0, layer.out_channels - 1, min(16, layer.out_channels)).round().int().tolist()
-            made[f"{where} convolution"] = synthesize_filters(model, layer, [int(f) for f in filters], size, **options)
+            made[f"{where} convolution"] = synthesize_filters(model, layer, filters, size, **options)
         report.figure(
             "filters", clusters.filter_images(made), "Images that maximise filters of the first and last layer."
         )

@@ -282,8 +282,8 @@ def gate_context(data: RoutingData) -> Figure:
 def gate_remarks(statistics: RouterStatistics) -> list[list[str]]:
     """Return "dead", "skewed" or "" for each gate, as m lists of n texts.
 
-    "skewed" names the gate that takes at least half of its incoming path for every image. Its rivals, which are then
-    never above 0.5, get no remark: with two paths they say the same, and with more they are the rule.
+    "skewed" marks the gate that takes at least half of its incoming path for every image. The other gates of that path
+    are then never above 0.5, and get no remark.
     """
     dead, preferred = (statistics.peak < DEAD).tolist(), statistics.mean_gates.argmax(1).tolist()
     remarks = [["dead" if gate else "" for gate in row] for row in dead]

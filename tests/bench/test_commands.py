@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import subprocess
@@ -17,6 +18,11 @@ from fastroute.cli import app
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = "*-1x16x4x4-2x2"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (REPOSITORY / "benchmarks").glob("*.py")))
+def test_every_script_can_be_imported(name):
+    importlib.import_module(f"benchmarks.{name}")
 
 
 def run(*arguments):

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastroute.clustering import NeuralMixture, cluster_accuracy
 from fastroute.clustering._densities import DensityEMLoss, em_loss, log_density
-from fastroute.clustering._mixture_model import ExclusiveLinear
+from fastroute.clustering.networks import ExclusiveLinear
 from fastroute.nn import MixtureEMLoss
 from tests.clustering.test_neural_mixture import blobs
 

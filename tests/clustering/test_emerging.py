@@ -10,7 +10,8 @@ from torch import nn
 
 from fastroute.clustering import NeuralMixture, _emerging, cluster_accuracy
 from fastroute.clustering._emerging import PATIENCE, SETTLED, Places
-from fastroute.clustering._mixture_model import ExclusiveLinear, grow
+from fastroute.clustering._mixture_model import grow
+from fastroute.clustering.networks import ExclusiveLinear
 
 CENTERS = [[0, 0], [8, 0], [0, 8], [8, 8]]
 

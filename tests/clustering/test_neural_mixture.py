@@ -143,6 +143,15 @@ def test_weights_count_as_so_many_samples():
         model.fit(X, sample_weight=np.zeros(len(X)))
 
 
+def test_auto_takes_fewer_samples_with_weight_than_clusters():
+    X = np.random.default_rng(0).normal(size=(200, 2))
+    X[:15] += 5
+    weights = np.zeros(200)
+    weights[:15] = 1
+    model = NeuralMixture("auto", epochs=1, n_init=1, random_state=0).fit(X, sample_weight=weights)
+    assert 1 <= model.n_clusters_ <= 15
+
+
 def test_a_few_samples_with_weight_are_found_among_many(monkeypatch):
     monkeypatch.setattr(_mixture_model, "INFERENCE_BATCH", 32)
     X, y = blobs()

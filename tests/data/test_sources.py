@@ -216,7 +216,7 @@ def test_classes_without_images_are_named(tmp_path):
             for value in range(1, 4):
                 add(tar, f"{value}.png", png(value))
                 add(tar, f"{value}.cls", str(value).encode())
-    with pytest.warns(UserWarning, match=r"no image to train on is of the classes 0 \(numbers start at 0\)"):
+    with pytest.warns(UserWarning, match=r"no training image is of the classes 0 \(numbers start at 0\)"):
         assert len(tar_sources(tmp_path)["train"].classes) == 4
 
 

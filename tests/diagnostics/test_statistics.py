@@ -89,3 +89,4 @@ def test_dropped_samples_do_not_sharpen_the_others_gates():
     gates[:8] = 0  # dropped by a capacity
     found = RouterStatistics.of(SparseRouting(gates, gates, None, None)).cpu()
     assert found.used_paths.item() == pytest.approx(4) and found.effective_clusters.item() == pytest.approx(1)
+    assert found.wins.tolist() == [[8, 0, 0, 0]]

@@ -1,6 +1,7 @@
 import copy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -236,6 +237,10 @@ def test_without_statistics_images_are_refused_and_tensors_taken(checkpoint, tmp
         predictor(paths(images)[0])
     given = fastroute.load(tmp_path / "x.ckpt", mean=[127.5], std=[50.0], img_size=8, crop_pct=1.0, device="cpu")
     assert given(paths(images)[0]).probabilities.shape == (1, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = fastroute.load(tmp_path / "x.ckpt", mean=given.transform.mean, std=given.transform.std, device="cpu")
+    assert again.transform.mean.tolist() == [127.5] and again.transform.std.tolist() == [50.0]
 
 
 def test_importing_the_package_needs_torch_alone():

@@ -376,6 +376,22 @@ def test_wrong_arguments(network, arguments, message):
         multipath(network(), **{"paths": 2, "route_after": ["stem"], "input_size": SIZE, **arguments})
 
 
+def test_an_error_without_text_is_named_by_its_type():
+    class Silent(Toy):
+        def forward(self, x):
+            x = super().forward(x)
+            return self.check(x)
+
+    class Check(nn.Module):
+        def forward(self, x):
+            raise AssertionError
+
+    network = Silent()
+    network.check = Check()
+    with pytest.raises(ValueError, match="model cannot take such images: AssertionError; give input_size"):
+        multipath(network, 2, ["stem"], input_size=SIZE)
+
+
 def test_a_model_must_be_a_module():
     with pytest.raises(TypeError, match="model is a function; it must be a module"):
         multipath(lambda x: x, 2, ["stem"])

@@ -175,12 +175,12 @@ def test_does_not_save_non_finite_weights(image_folder, tmp_path, options, step)
     with pytest.raises(
         FloatingPointError, match=message + rf"previous checkpoint, .*last\.ckpt, is of epoch {before}$"
     ):
-        run(classifier(callback), image_folder, tmp_path, **options)
+        run(classifier(callback, gate_lr_mult=100), image_folder, tmp_path, **options)
     for name in ("last.ckpt", "best.ckpt", "previous.ckpt"):
         if (tmp_path / name).exists():
             weights = torch.load(tmp_path / name)["state_dict"]
             assert all(value.isfinite().all() for value in weights.values())
-    rows = run(classifier(), image_folder, tmp_path, resume=tmp_path / "last.ckpt", **options)
+    rows = run(classifier(gate_lr_mult=100), image_folder, tmp_path, resume=tmp_path / "last.ckpt", **options)
     assert len(rows) == 3
 
 
