@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import click
 
 COMMANDS = {
-    "train": "Train a network; write checkpoints, summary.csv, routers.csv, figures of loggers and args.yaml.",
+    "train": "Train a network; write checkpoints, summary.csv, routers.csv, logger output and args.yaml.",
     "validate": "Measure single-crop or 10-crop errors of checkpoints.",
     "predict": "Predict the classes of images, or their clusters, with the probabilities.",
     "export": "Write a network into a file, with its classes and preprocessing, "

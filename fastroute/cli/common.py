@@ -19,7 +19,7 @@ import yaml
 from rich.console import Console
 
 from fastroute import _yaml
-from fastroute.cli.errors import escaped, exit_with_error
+from fastroute.cli.errors import TIMM, escaped, exit_with_error
 
 COUNT, PIXELS, WORKERS, SEED = 2**31 - 1, 2**20, 1024, 2**32 - 1
 """The largest integers that options accept: counts, image sizes, processes, seeds."""
@@ -298,6 +298,8 @@ def config_option(command: str):
             options = {option.name: option for option in context.command.params if option.name != "config"}
             for name in values.keys() - options:
                 near = "".join(f"; did you mean {option!r}?" for option in get_close_matches(name, options, n=1))
+                if command == "train" and (other := TIMM.get(f"--{name.replace('_', '-')}")):
+                    near = f"; {other}"
                 raise ValueError(f"config is {config}; there is no option {name!r}{near}")
             values = {name: _as_typed(value, options[name]) for name, value in values.items() if value is not None}
             for name, value in values.items():

@@ -42,8 +42,14 @@ TIMM = {
     "--dataset-download": "it is called --download",
     "--clip-mode": "--clip-grad limits the norm",
     "--validation-batch-size": "validation takes batches of --batch-size",
+    "--learning-rate": "it is called --lr",
+    "--optimizer": "it is called --opt",
+    "--wd": "it is called --weight-decay",
+    "--arch": "the network is the first argument: fastroute train resnet20",
+    "--network": "the network is the first argument: fastroute train resnet20",
+    "--gpus": "torchrun starts a process for each GPU: torchrun --nproc-per-node 2 -m fastroute train resnet20",
 }
-"""What to do in place of options of timm's `train.py` that go by another name here."""
+"""What to do in place of options of timm's `train.py`, and of other trainers, that go by another name here."""
 
 
 def standard_output(**options) -> Console:
@@ -135,6 +141,15 @@ def _restoring(error: BaseException) -> bool:
         for frame in frames
         if Path(frame.filename).name == "checkpoint_connector.py"
     )
+
+
+def _name_value(error: "click.BadParameter", given: object) -> None:
+    """Name the invalid value in an error, in place of pydantic's own words."""
+    text, begins = error.message.partition(", unable to parse")[0], "Input should be "
+    if text.startswith(begins):
+        error.message = f"{given}; it must be {text.removeprefix(begins)}"
+    else:
+        error.message = text.removeprefix("Value error, ")
 
 
 def _silent_workers() -> str:
@@ -243,6 +258,8 @@ def _report_errors(resumes: bool) -> Iterator[None]:
             command = getattr(getattr(error, "ctx", None), "info_name", None)
             if command == "train" and type(error).__name__ == "NoSuchOption" and error.option_name in TIMM:
                 error.message, error.possibilities = f"{error.message}; {TIMM[error.option_name]}", None
+            if type(error.__cause__).__name__ == "ValidationError":  # of pydantic, by which typer checks values
+                _name_value(error, error.__cause__.errors()[0]["input"])
             raise
         if message := describe_error(error):
             exit_with_error(message, 1)

@@ -99,11 +99,16 @@ def check_fit(data: Mapping[str, Any], images: Chosen, classes: list[str], count
     Raises:
         ValueError: they have other classes, or are not those that the run set aside.
     """
+    from fastroute.data.tar import some
+
     trained = data.get("classes", classes)
     if trained != classes:
+        missing = [name for name in trained if name not in classes]
+        new = [name for name in classes if name not in trained]
+        differences = [f"{what}: {some(names)}" for what, names in (("missing", missing), ("new", new)) if names]
         raise ValueError(
-            f"data_dir is {images.data_dir}; its {len(classes)} classes ({classes[0]}, …) are not the {len(trained)} "
-            f"of the training ({trained[0]}, …)"
+            f"data_dir is {images.data_dir}; its {len(classes)} classes are not the {len(trained)} of the training; "
+            f"{'; '.join(differences) or 'they have another order'}"
         )
     if "val_split" in images.options and count != data.get("val_count", count):
         raise ValueError(

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import copy
 import io
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -103,7 +104,8 @@ def merge_arguments(options: NetworkOptions) -> None:
     words = [word for word in (options.model, *(options.more_kwargs or [])) if word is not None]
     names = [word for word in words if "=" not in word]
     if len(names) > 1:
-        raise ValueError(f"model is {names[0]!r}, and {names[1]!r} too; name one network")
+        advice = f", and the folder of images by --data-dir {names[1]}" if os.path.isdir(names[1]) else ""
+        raise ValueError(f"model is {names[0]!r}, and {names[1]!r} too; name one network{advice}")
     kwargs = [*(options.model_kwargs or []), *(word for word in words if "=" in word)]
     if kwargs and not options.model_kwargs:
         raise ValueError(f"{kwargs[0]!r} is no network; give arguments of the network by --model-kwargs {kwargs[0]}")

@@ -73,6 +73,8 @@ def predict(
 
         if format is None:
             suffix = "" if output is None else output.suffix.removeprefix(".").lower()
+            if suffix not in ("", "txt", *_WRITERS):
+                raise ValueError(f"output is {output}; it must end in .csv, .json or .txt, or give --format")
             format = suffix if suffix in _WRITERS else "table"
         if output is not None:
             check_writable(output, "output")

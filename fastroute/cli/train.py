@@ -38,7 +38,7 @@ NETWORK_ARGUMENTS = {"drop": "drop_rate", "drop_path": "drop_path_rate", "block"
 
 @takes_options(TrainOptions)
 def train(context: typer.Context, options: TrainOptions) -> None:
-    """Train a network; write checkpoints, summary.csv, routers.csv, figures of loggers and args.yaml.
+    """Train a network; write checkpoints, summary.csv, routers.csv, logger output and args.yaml.
 
     Started by `torchrun`, all its processes train together.
     """

@@ -172,9 +172,9 @@ class TrainOptions(NetworkOptions):
     ] = False
     layer_decay: Annotated[
         float | None,
-        real_option(1e-6, 1, help="Learning rate of each layer, as a share of the next one's.", panel=OPTIMISER),
+        real_option(1e-6, 1, help="Layer-wise decay of the learning rate, as in timm.", panel=OPTIMISER),
     ] = None
-    clip_grad: Annotated[float | None, real_option(1e-9, help="Largest norm of the gradient.", panel=OPTIMISER)] = None
+    clip_grad: Annotated[float | None, real_option(1e-9, help="Clip the gradient to this norm.", panel=OPTIMISER)] = None
     grad_accum_steps: Annotated[
         int, option(min=1, max=COUNT, help="Batches of each optimiser step.", panel=OPTIMISER)
     ] = 1
@@ -227,7 +227,7 @@ class TrainOptions(NetworkOptions):
         bool,
         option(
             "--gate-reg-prior/--no-gate-reg-prior",
-            help="Aim for the cluster sizes found so far, or for equal sizes.",
+            help="Use the cluster sizes found so far, or equal ones.",
             panel=GATES,
         ),
     ] = True
@@ -307,7 +307,7 @@ class TrainOptions(NetworkOptions):
     recovery_interval: Annotated[
         int | None, option(min=1, max=COUNT, help="Steps between checkpoints within an epoch.", panel=RUN)
     ] = None
-    log_interval: Annotated[int, option(min=1, max=COUNT, help="Steps between readings of the loss.", panel=RUN)] = 50
+    log_interval: Annotated[int, option(min=1, max=COUNT, help="Log the loss every so many steps.", panel=RUN)] = 50
     log: Annotated[
         str,  # torchrun, which has several options --log-…, does not pass on --log
         option("--log", "--loggers", help="Loggers, separated by commas: csv, tensorboard, wandb, mlflow.", panel=RUN),

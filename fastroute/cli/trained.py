@@ -75,7 +75,8 @@ def load_trained_network(
 
     checkpoint = checkpoint or read_checkpoint(path, name)
     check_command(checkpoint, "train", path, name)
-    network = network_of(checkpoint["hyper_parameters"], f"{name} is {path}", model)
+    run, conversion = checkpoint["hyper_parameters"], checkpoint.get("conversion")
+    network = network_of(run, f"{name} is {path}", model, conversion)
     load_state(network, checkpoint, f"{name} is {path}")
     return network.to(default_device())
 

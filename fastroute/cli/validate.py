@@ -157,11 +157,12 @@ def _result(path: Path | None, options: ValidateOptions, console: Console) -> di
     from fastroute.training.checkpoints import load_weights, read_checkpoint
     from fastroute.training.evaluation import evaluate, validation_loader
 
-    run, data = {}, {}
+    run, data, conversion = {}, {}, None
     named = options.model if options.model and Specification.parse(options.model).source == "function" else None
     if path is not None and (options.model is None or (named and path.suffix == ".ckpt")):
         checkpoint = read_checkpoint(path, "checkpoint", "train")
         run, data = checkpoint["hyper_parameters"], checkpoint.get("ImageDataModule", {})
+        conversion = checkpoint.get("conversion")
     device = default_device()
     images = choose_images(data, options.dataset, options.data_dir)
     dataset, data_dir = images.dataset, images.data_dir
@@ -191,7 +192,8 @@ def _result(path: Path | None, options: ValidateOptions, console: Console) -> di
     size = img_size or (loader.images.shape[1] if isinstance(loader, MemoryLoader) else 224)
     check_batch(model, min(options.batch_size, loader.count), in_chans, size, training=False, device=device)
     if run:
-        network = network_of(run, f"checkpoint is {path}", named, num_classes=options.num_classes, img_size=size)
+        sizes = {"num_classes": options.num_classes, "img_size": size}
+        network = network_of(run, f"checkpoint is {path}", named, conversion, **sizes)
     else:
         network = create_model(model, options.num_classes or len(classes), in_chans, size)
     if options.gates and not routers_in(network):

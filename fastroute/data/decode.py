@@ -209,7 +209,8 @@ def named(name: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             raise
-        raise UnreadableImage(f"{name} cannot be read as an image: {str(error) or type(error).__name__}") from error
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
+        raise UnreadableImage(f"{name} cannot be read as an image: {reason}") from error
 
 
 @contextlib.contextmanager

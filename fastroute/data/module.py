@@ -375,6 +375,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> EpochLoader:
         """Return the loader of training batches, at the saved place if there is one."""
+        self._check_set_up()
         self._train_loader = self._training_images()
         place, self._place = self._place, None
         if place is not None:
@@ -404,9 +405,14 @@ class ImageDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> EpochLoader:
         """Return the loader of validation batches."""
+        self._check_set_up()
         if self.images is not None:
             return self._memory_loader(self.images.val)
         return self._stream_loader(self.sources["val"], self._eval_transform())
+
+    def _check_set_up(self) -> None:
+        if self.images is None and self.sources is None:
+            raise RuntimeError("the images are not read yet: call setup() first")
 
     def _eval_transform(self) -> Callable:
         return eval_transform(self.img_size, self.crop_pct, interpolation=self.interpolation)

@@ -115,7 +115,7 @@ class FolderSource(_Source):
         if class_map is None:
             return folders
         if wrong := [name for name in class_map if hidden(name) or os.path.basename(name) != name]:
-            raise ValueError(f"the class map names {shown(wrong[0])}, which can be no folder of a class")
+            raise ValueError(f"the class map has the line {shown(wrong[0])!r}; each line must be the name of one class")
         mapped = set(class_map)
         if others := [os.path.join(folder, name) for name in folders if name not in mapped]:
             left_out["folders that the class map does not name"] = others

@@ -14,14 +14,16 @@ from fastroute._errors import in_a_line
 from fastroute._plain import plain
 from fastroute.inference.preprocessing import Picture, Preprocessing
 from fastroute.models._shapes import check_takes, like
+from fastroute.models.conversion import multipath
 from fastroute.models.specification import Specification, side, specification_in, specification_of
 from fastroute.models.weights import load_state
+from fastroute.nn import MultiPathNetwork
 
 RUN_BY = {".onnx": "onnxruntime.InferenceSession", ".pt2": "torch.export.load(…).module()"}
 
 WEIGHTS_ALONE = (
     "evaluate them by fastroute validate --model, or start a run from them by --pretrained-path: they do not say how "
-    "images are prepared"
+    "images are prepared. In Python, Predictor(network, classes, Preprocessing(…), device) says so"
 )
 
 
@@ -189,6 +191,7 @@ def load(
     std: Sequence[float] | None = None,
     img_size: int | None = None,
     crop_pct: float | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Predictor:
     """Load a trained network, ready to predict.
 
@@ -206,15 +209,17 @@ def load(
             on loaders of your own keeps only img_size: give mean and std, and crop_pct if it is not 1.
         img_size: the height and width to which images are cropped, in pixels.
         crop_pct: the crop's side, relative to the shorter side of the scaled image.
+        classes: the names of the logits, in their order. A run on loaders of your own does not know them: by default
+            they are "0", "1", ….
 
     Returns:
         a `Predictor`: `predictor("cat.jpg").top(5)`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        TypeError: model is neither a module nor a string.
+        TypeError: model is neither a module nor a string, or classes are no strings.
         ValueError: the file is not a checkpoint, is damaged or of another network, or does not say how its network is
-            built; or an option is given that a clustering has no use for.
+            built; classes are not as many as the logits; or an option is given that a clustering has no use for.
 
     Example:
         >>> predictor = fastroute.load("runs/flowers/best.ckpt")
@@ -234,21 +239,44 @@ def load(
     for name, value in (("mean", mean), ("std", std)):
         given[name] = None if value is None else torch.as_tensor(value, dtype=torch.float32).reshape(-1)
     given = {name: value for name, value in given.items() if value is not None}
+    names = _checked_classes(classes)
     if path.suffix == ".safetensors":
-        return _load_exported(path, where, model, given, target)
+        return _named(_load_exported(path, where, model, given, target), names)
     if path.suffix in RUN_BY:
         raise ValueError(f"{where}; it must be a .ckpt or .safetensors: run such a program by {RUN_BY[path.suffix]}")
     saved = read_checkpoint(path, "checkpoint", weights_alone=WEIGHTS_ALONE)
     if is_of("cluster", saved):
-        return _load_clustering(saved, path, where, given if model is None else given | {"model": model}, target)
+        others = {"model": model, "classes": names}
+        given |= {name: value for name, value in others.items() if value is not None}
+        return _load_clustering(saved, path, where, given, target)
     check_command(saved, "train", path, "checkpoint")
     run, data = saved["hyper_parameters"], saved.get("ImageDataModule", {})
-    network = model if isinstance(model, nn.Module) else network_of(run, where, model)
+    network = model if isinstance(model, nn.Module) else network_of(run, where, model, saved.get("conversion"))
     load_state(network, saved, where, ema)
     transform = replace(Preprocessing.of_run(run, data), **given)
     transform.check_sizes()
     _check_units(given)
-    return predictor_of(network, data.get("classes"), transform, target, "img_size" in given)
+    return _named(predictor_of(network, data.get("classes"), transform, target, "img_size" in given), names)
+
+
+def _checked_classes(classes: Sequence[str] | None) -> list[str] | None:
+    if isinstance(classes, str) or not isinstance(classes, Sequence | None):
+        raise TypeError(f"classes is {classes!r}; it must be a list of names")
+    names = None if classes is None else list(classes)
+    if names is not None and not all(isinstance(name, str) for name in names):
+        raise TypeError(f"classes is {names!r}; it must be a list of names")
+    return names
+
+
+def _named(predictor: Predictor, classes: list[str] | None) -> Predictor:
+    """Return a predictor with other names of its classes, if any are given."""
+    if classes is None:
+        return predictor
+    if len(classes) != len(predictor.classes):
+        raise ValueError(
+            f"classes has {len(classes)} names; it must have one for each of {len(predictor.classes)} logits"
+        )
+    return replace(predictor, classes=classes)
 
 
 def _check_units(given: Mapping[str, Any]) -> None:
@@ -262,13 +290,16 @@ def _check_units(given: Mapping[str, Any]) -> None:
             )
 
 
-def network_of(run: dict, where: str, own: str | None = None, **sizes) -> nn.Module:
+def network_of(
+    run: dict, where: str, own: str | None = None, conversion: dict[str, Any] | None = None, **sizes
+) -> nn.Module:
     """Build the network that the `hyper_parameters` of a checkpoint describe, with fresh weights.
 
     Args:
         run: the hyper-parameters, of checked types; see `check_fields`.
         where: the argument and its value, such as "checkpoint is best.ckpt", for messages.
         own: "package.module:function", if the user names it; a checkpoint alone must not import code.
+        conversion: how `multipath` is to convert what `own` returns, unless that has parallel paths already.
         sizes: num_classes, in_chans or img_size, to replace those of the run.
 
     Raises:
@@ -276,7 +307,10 @@ def network_of(run: dict, where: str, own: str | None = None, **sizes) -> nn.Mod
     """
     specification = specification_in(run, where) if own is None else _own_specification(run, where, own)
     try:
-        return specification.build(**sizes, imports=own is not None)
+        network = specification.build(**sizes, imports=own is not None)
+        if own is None or conversion is None or any(isinstance(m, MultiPathNetwork) for m in network.modules()):
+            return network
+        return multipath(network, **conversion)
     except ValueError as error:
         raise ValueError(f"{where}; {error}") from error
 

@@ -1,11 +1,13 @@
 """Count the multiply-accumulates of a network."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from fastroute.models._modes import modes_kept
+from fastroute.models._shapes import like
 from fastroute.ops._library import OPERATORS
 
 
@@ -21,6 +23,9 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     Returns:
         the number of multiply-accumulates.
 
+    Raises:
+        TypeError: input_size is no tuple.
+
     Example:
         >>> from fastroute.models import create_model
         >>> with torch.device("meta"):
@@ -30,9 +35,10 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    like = next(model.parameters(), torch.empty(0))
+    if not isinstance(input_size, Iterable):
+        raise TypeError(f"input_size is {input_size!r}; it must be a tuple such as (3, 224, 224)")
     with FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter, torch.no_grad(), modes_kept(model):
-        model.eval()(torch.empty(1, *input_size, device=like.device, dtype=like.dtype))
+        model.eval()(like(model).new_empty(1, *input_size))
     return counter.get_total_flops() // 2
 
 

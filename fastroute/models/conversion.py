@@ -18,7 +18,7 @@ from fastroute.models._relu import shallow_copy, take_relu
 from fastroute.models._shapes import channel_axes, default_input_size, like, shapes_of
 from fastroute.models._tracing import trace
 from fastroute.models.sources import without_auxiliary_heads
-from fastroute.models.specification import remember, specification_of
+from fastroute.models.specification import CONVERSION, remember, specification_of
 from fastroute.models.weights import SCALE, path_names, without_decay
 from fastroute.nn import (
     CrossConnection,
@@ -98,8 +98,8 @@ def multipath(
         a `MultiPathNetwork`: `forward(x)` → logits; `forward(x, return_routing=True)` → (logits, {name: Routing}).
 
     Raises:
-        TypeError: paths is no integer; input_size is no tuple; model is not a module, or a wrapper: compiled, scripted,
-            or for several devices.
+        TypeError: paths is no integer; input_size is no tuple; route_after are no names; routing is a module instead of
+            a function; model is not a module, or a wrapper: compiled, scripted, or for several devices.
         ValueError: an argument is out of its range; a name is unknown, or named twice; a module is called more than
             once or never, or does not return one tensor (N, C), (N, C, H, W) or (N, L, C); more than its output reaches
             the rest of the network; torch.fx cannot trace the network; or the forward of the modules around the cuts
@@ -114,11 +114,19 @@ def multipath(
         ['maxpool_router', 'layer1_router', 'layer2_router', 'layer3_router', 'layer4_router']
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it must be a module")
+        given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"model is {given}; it must be a module, such as create_model('resnet18')")
     _check_is_plain(model)
     if any(isinstance(module, MultiPathNetwork) for module in model.modules()):
         raise ValueError(f"model is a {type(model).__name__} with parallel paths; it must be a network of one path")
     check_integers(paths=paths)
+    if not isinstance(route_after, Iterable):
+        raise TypeError(f"route_after is {route_after!r}; it must be 'auto' or the names of modules, in a list")
+    if isinstance(routing, nn.Module):
+        raise TypeError(
+            f"routing is a {type(routing).__name__}; it must be a function from (channels, in_paths, out_paths) to a "
+            "module, such as the class itself"
+        )
     if not isinstance(input_size, Iterable | None):
         raise TypeError(f"input_size is {input_size!r}; it must be a tuple such as (3, 224, 224)")
     paths, noise = plain(paths), plain(noise)
@@ -201,10 +209,12 @@ def multipath(
     network.undecayed = frozenset(name for name, own in (path_names(network) or {}).items() if own in undecayed)
     if gate_norm is not None or prior is not None:
         set_gate_norm(network, gate_norm, prior)
-    if specification is not None and specification.paths == 1:
-        arguments = {"route_after": tuple(cuts), "routing": routing, "init": init, "input_size": input_size}
-        arguments |= {"gate_norm": gate_norm, "prior": prior}
-        specification = replace(specification, paths=paths, **arguments)
+    values = paths, tuple(cuts), routing, init, input_size, gate_norm, prior
+    arguments = dict(zip(CONVERSION, values, strict=True))
+    if specification is None:
+        network.conversion = arguments
+    elif specification.paths == 1:
+        specification = replace(specification, **arguments)
     remember(network, specification)
     return exact_convolutions(network if model.training else network.eval())
 
@@ -230,7 +240,8 @@ def _cut(model: nn.Module, route_after: Sequence[str]) -> tuple[fx.Graph, dict[s
     for name in names:
         if name == "" or (name not in known and name != INPUT):
             near = get_close_matches(name, filter(None, known), n=3)
-            hint = f"did you mean {', '.join(near)}?" if near else "model.named_modules() names all there are"
+            children = ", ".join(child for child, _ in model.named_children())
+            hint = f"did you mean {', '.join(near)}?" if near else f"those of the network itself are {children}"
             raise ValueError(f"route_after names {name!r}; there is no such module: {hint}")
         if names.count(name) > 1:
             raise ValueError(f"route_after names {name!r} {names.count(name)} times")
@@ -324,7 +335,13 @@ def _changes_of_resolution(model: nn.Module, input_size: Sequence[int]) -> list[
             f"no such maps; name modules to cut behind, such as {names}"
         )
     if not last:
-        raise ValueError("route_after is 'auto', but no module behind which the resolution changes is found; name some")
+        stages = [name for name, module in model.named_modules() if name and isinstance(module, nn.Sequential)]
+        depth = min((name.count(".") for name in stages), default=0)
+        known = ",".join([name for name in stages if name.count(".") == depth][:4])
+        raise ValueError(
+            "route_after is 'auto', which looks into nn.Sequential alone, and found no module behind which the "
+            f"resolution changes; name some{f', such as {known}' if known else ''}"
+        )
     return list(last.values())
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastroute.models._modes import modes_kept
+from fastroute.models._shapes import like
 from fastroute.nn._classifier import Classifies
 
 
@@ -42,9 +43,8 @@ class FeatureMaps(nn.Module):
         if not isinstance(network, Classifies):
             raise ValueError(f"network is a {type(network).__name__}; it has no layers whose maps can be taken")
         maps: list[list[Tensor]] = []
-        like = next(network.parameters())
         with torch.no_grad(), modes_kept(network):
-            images = torch.zeros(1, *input_size, device=like.device, dtype=like.dtype)
+            images = like(network).new_zeros(1, *input_size)
             network.eval()._body(images, maps)
         last = {
             tuple(xs[0].shape[2:]): i

@@ -219,6 +219,11 @@ def _arguments(text: str) -> Iterator[None]:
     except TypeError as error:
         if not re.search(r"argument|multiple values", str(error)):
             raise
+        if missing := re.search(r"missing \d+ required \S+ arguments?: (.*)", str(error)):
+            raise ValueError(
+                f"model is {text!r}; its builder needs {missing[1]}: give it by --model-kwargs NAME=VALUE, or name it "
+                "num_classes, in_chans or img_size if it is that"
+            ) from error
         raise ValueError(f"model is {text!r}; its builder does not take these arguments: {error}") from error
 
 

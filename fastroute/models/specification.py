@@ -27,6 +27,9 @@ NOT_KEPT = (
 )
 """Arguments of builders that a specification does not keep, since they name files or have their own fields."""
 
+CONVERSION = ("paths", "route_after", "routing", "init", "input_size", "gate_norm", "prior")
+"""Arguments of `multipath`, which are fields of a specification too."""
+
 FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 NAME = re.compile(r"[\w.\-]{1,200}")
 LARGE, MOST, LONGEST, DEPTH = 2**14, 2**20, 1000, 4
@@ -365,8 +368,31 @@ def specification_in(run: Mapping[str, Any], where: str) -> Specification:
         raise ValueError(f"{where}; {error}") from None
     raise ValueError(
         f"{where}; it does not say how its network, a {run['model']}, is built: it was trained as a module of the "
-        "user's own, or one that was changed after it was built. Give the network: fastroute.load(path, model=network)"
+        "user's own, or one that was changed after it was built. Give the network: fastroute.load(path, model=network), or model='module:Class' to build it"
     )
+
+
+def conversion_of(network: nn.Module) -> dict[str, Any] | None:
+    """Return the arguments with which `multipath` converted a network that no specification describes.
+
+    They are plain values for a checkpoint. None is for other networks, and for routers that a function makes.
+    """
+    values = _with_lists(getattr(network, "conversion", None))
+    return values if values is not None and not callable(values["routing"]) else None
+
+
+def check_conversion(values: Any) -> None:
+    """Check what `conversion_of` has returned, which may come from a file of unknown origin.
+
+    Raises:
+        ValueError: an argument is missing, unknown, or of another type or size than it can have.
+    """
+    if not isinstance(values, dict) or values.keys() != set(CONVERSION):
+        raise ValueError(f"its conversion is {_short(values)}, expected a dict of {', '.join(CONVERSION)}")
+    for name, value in values.items():
+        expected, holds = _FIELDS[name]
+        if not holds(value):
+            raise ValueError(f"its conversion[{name!r}] is {_short(value)}, expected {expected}")
 
 
 def _versions(source: str) -> dict[str, str]:

@@ -156,7 +156,9 @@ def misfit(model: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
             f"its classifier is of {classes:,} classes: to start another one, give the file as pretrained_path "
             "(--pretrained-path)"
         )
-    return f"its weights are of another network: {reason}"
+    routed = any(name.partition(".")[0].endswith("_router") for name in extra)
+    advice = "; they are of a multi-path network: convert yours by multipath, with the arguments of its training"
+    return f"its weights are of another network: {reason}{advice if routed else ''}"
 
 
 def _some(names: list[str]) -> str:

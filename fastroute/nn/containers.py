@@ -1,9 +1,12 @@
 """Containers for networks whose layers pass lists of parallel tensors."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from fastroute.nn._classifier import Classifies
 from fastroute.nn._lists import TakesLists
@@ -16,6 +19,9 @@ from fastroute.ops._paths import path_list
 # 0.85 to 2.02 times (geometric mean 1.11) as fast as one grouped convolution over maps that are already joined
 # (`fastroute bench -k "parallel-*"`).
 EXECUTION = {"cpu": "separate"}
+
+TAKE_A_TENSOR = _ConvNd, _NormBase, nn.Linear
+"""Layers of PyTorch that are likely to be given to a network of lists without `ParallelPaths`."""
 
 
 class ParallelPaths(TakesLists, nn.ModuleList):
@@ -35,7 +41,7 @@ class ParallelPaths(TakesLists, nn.ModuleList):
         output: list of n tensors.
 
     Raises:
-        TypeError: xs is not a list of tensors.
+        TypeError: paths is no list of modules, or xs no list of tensors.
         ValueError: there are no modules; xs has another number of tensors; or execution is unknown, or is "batched" and
             the paths differ.
 
@@ -49,6 +55,8 @@ class ParallelPaths(TakesLists, nn.ModuleList):
     _execution = "auto"
 
     def __init__(self, paths: Iterable[nn.Module], execution: str = "auto"):
+        if not isinstance(paths, Iterable):
+            raise TypeError(f"paths is a {type(paths).__name__}; it must be a list of modules")
         super().__init__(paths)
         self.execution = execution
 
@@ -111,6 +119,10 @@ class MultiPathNetwork(Classifies, nn.Module):
         layers: name → module, in the order in which they run. Each takes a list of tensors and returns a list; the
             last returns logits (N, num_classes) for each path.
 
+    Raises:
+        TypeError: layers is no dict.
+        ValueError: a layer takes no list of tensors.
+
     Shape:
         x: (N, in_chans, H, W).
         output: logits (N, num_classes). With `return_routing=True` also a dict from the layer name of each router to
@@ -132,9 +144,19 @@ class MultiPathNetwork(Classifies, nn.Module):
 
     undecayed: frozenset[str] = frozenset()
 
+    conversion: Mapping[str, Any] | None = None
+    """The arguments of `multipath`, if it made this network of one whose construction is not known."""
+
     def __init__(self, layers: Mapping[str, nn.Module]):
         super().__init__()
+        if not isinstance(layers, Mapping):
+            raise TypeError(f"layers is a {type(layers).__name__}; it must be a dict from names to modules")
         for name, layer in layers.items():
+            if isinstance(layer, TAKE_A_TENSOR):
+                raise ValueError(
+                    f"layers[{name!r}] is a {type(layer).__name__}, which takes no list of tensors; give it for each "
+                    "path: ParallelPaths([…])"
+                )
             self.add_module(name, layer)
 
     def no_weight_decay(self) -> set[str]:

@@ -62,7 +62,7 @@ class GateClusteringLoss(nn.Module):
         torch.Size([])
 
     Raises:
-        TypeError: gamma or prior_momentum is no number.
+        TypeError: gamma or prior_momentum is no number, or routing no dict.
         ValueError: an argument is out of range, or there is no gating vector to cluster.
     """
 
@@ -85,6 +85,8 @@ class GateClusteringLoss(nn.Module):
         self.earlier_priors: dict[str, Tensor] = {}  # of the last batch, before its update
 
     def forward(self, routing: Mapping[str, Routing | SparseRouting]) -> Tensor:
+        if not isinstance(routing, Mapping):
+            raise TypeError(f"routing is a {type(routing).__name__}; it must be a dict, such as {{'router': routing}}")
         losses = []
         for name, router in routing.items():
             scores = router.scores

@@ -57,7 +57,7 @@ class Geometry(NamedTuple):
             for dim, kept in enumerate(self.kept, start=2):
                 if kept is not None:
                     x = x.narrow(dim, 0, kept)
-        if x.device.type == "cpu" and x.shape[1] == 1:
+        if x.device.type == "cpu" and x.shape[1] == weight.shape[1] == 1:
             x, weight = _with_channels_first_strides(x), _with_channels_first_strides(weight)
         return x, weight
 

@@ -20,10 +20,10 @@ from fastroute._plain import plain
 from fastroute.data.decode import UnreadableImage
 from fastroute.data.loaders import Draws, PlaceMismatch
 from fastroute.data.module import ImageDataModule
-from fastroute.models.specification import Specification, side, specification_of
+from fastroute.models.specification import Specification, conversion_of, side, specification_of
 from fastroute.nn import Routing, exact_convolutions
 from fastroute.nn.routed import takes_routing
-from fastroute.ops._paths import check_integers
+from fastroute.ops._paths import check_integers, check_numbers
 from fastroute.training.capturable import CAPTURABLE
 from fastroute.training.checkpoints import planned_epochs
 from fastroute.training.distributed import gather_to_rank_zero
@@ -126,6 +126,14 @@ class RoutingClassifier(pl.LightningModule):
         specification: dict | None = None,
     ):
         super().__init__()
+        if not isinstance(model, nn.Module | str):
+            given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+            raise TypeError(
+                f"model is {given}; it must be a network, such as create_model('resnet20_cc2'), or its name"
+            )
+        numbers = {"lr": lr, "gate_lr_mult": gate_lr_mult, "momentum": momentum, "weight_decay": weight_decay}
+        numbers |= {"decay_rate": decay_rate, "min_lr": min_lr, "warmup_lr": warmup_lr, "smoothing": smoothing}
+        check_numbers(**{name: plain(value) for name, value in numbers.items()})
         for name, value in (("lr", lr), ("decay_epochs", decay_epochs), ("gate_lr_mult", gate_lr_mult)):
             if value <= 0:
                 raise ValueError(f"{name} is {value}; it must be above 0")
@@ -466,6 +474,8 @@ class RoutingClassifier(pl.LightningModule):
             ]
         if isinstance(data := self.trainer.datamodule, ImageDataModule):  # Lightning names its state by its class
             checkpoint.setdefault("ImageDataModule", ImageDataModule.state_dict(data))
+        if (conversion := conversion_of(self.model)) is not None:
+            checkpoint["conversion"] = conversion
         checkpoint["epochs"] = planned_epochs(self.trainer)
         checkpoint["steps_in_an_epoch"] = self._steps_in_an_epoch()
 

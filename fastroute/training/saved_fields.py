@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastroute.data import decode
 from fastroute.data.transforms import INTERPOLATIONS
-from fastroute.models.specification import Specification
+from fastroute.models.specification import Specification, check_conversion
 from fastroute.training.metrics import Totals
 
 MOST = 2**31 - 1
@@ -228,6 +228,8 @@ def _check_all(checkpoint: dict) -> None:
             check_each(run, fields, "hyper_parameters")
     if run.get("specification") is not None:
         Specification.from_dict(run["specification"])
+    if "conversion" in checkpoint:
+        check_conversion(checkpoint["conversion"])
     for name in ("state_dict", "current_model_state", "averaging_state", "kept"):
         _check_weights(checkpoint.get(name, {}), name)
     _check_means(checkpoint.get("epoch_means", []))

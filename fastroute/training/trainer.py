@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastroute.nn import GateNorm, SparseRouter
 from fastroute.ops._instruction_set import warn_if_emulated
@@ -142,6 +142,7 @@ def fit(
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
+        TypeError: `module` is no `RoutingClassifier`, or data are a dataset without a loader.
         ValueError: an argument is out of range; `output` is taken for a URL, see `local_path`; the checkpoint is
             damaged, of another network or has completed all epochs; there is no such accelerator; or the steps cannot
             be recorded, see `check_recording`.
@@ -154,6 +155,11 @@ def fit(
         Terminated: SIGTERM or Ctrl-C was received, or a callback, such as Lightning's Timer, has set
             `trainer.should_stop` within an epoch; and `last.ckpt` is written.
     """
+    if not isinstance(module, RoutingClassifier):
+        raise TypeError(
+            f"module is a {type(module).__name__}; it must be a RoutingClassifier, and data follow: "
+            "fit(RoutingClassifier(network, num_classes=…), data)"
+        )
     counts = {
         "epochs": epochs,
         "log_interval": log_interval,
@@ -316,8 +322,13 @@ def _loader(name: str, data: object) -> object:
     """Return a loader of the batches in a list or tuple, and other data as they are.
 
     Raises:
+        TypeError: the data are a dataset of single images.
         ValueError: there is no batch, or they are images and labels instead of batches of them.
     """
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise TypeError(
+            f"{name} is a {type(data).__name__}; it must have batches: give DataLoader(dataset, batch_size=…)"
+        )
     if not isinstance(data, list | tuple):
         return data
     if len(data) == 0:

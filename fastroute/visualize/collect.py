@@ -14,7 +14,7 @@ from fastroute.nn import CrossConnection, ParallelPaths, Routing, forward_with_r
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 DIVERGED = "the network has diverged, so there is nothing to show: take a checkpoint from before"
-NO_ROUTERS = "the network has no routers; there is no routing to show"
+NO_ROUTERS = "the network has no routers, so there is no routing to show; train one with parallel paths (--multipath)"
 
 
 class Gate(NamedTuple):

@@ -346,3 +346,25 @@ def test_an_experiment_is_a_folder_within_that_of_all_runs(tmp_path, command, na
     result = run(*command, "--epochs", 1, "--output", tmp_path / "a" / "runs", "--experiment", name)
     assert result.exit_code == 2 and f"experiment is {name!r}; it must be the name of a folder within" in result.output
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "--epochs", 0], "'--epochs': 0; it must be greater than or equal to 1"),
+        (["train", "--img-size", "32x32"], "'--img-size': 32x32; it must be a valid integer"),
+        (["train", "--opt", "lamb"], "'--opt': 'lamb' is not one of 'sgd'"),
+        (["train", "--learning-rate", 0.1], "No such option: --learning-rate; it is called --lr"),
+        (["train", "--gpus", 2], "torchrun starts a process for each GPU"),
+        (["train", "resnet20", "."], "and '.' too; name one network, and the folder of images by --data-dir ."),
+        (["predict", "x.ckpt", "x.png", "--output", "x.parquet"], "output is x.parquet; it must end in .csv, .json"),
+    ],
+)
+def test_mistakes_name_what_was_given_and_what_to_do(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split()), result.output
+
+
+def test_options_of_other_trainers_are_known_in_files(tmp_path):
+    (tmp_path / "own.yaml").write_text("learning_rate: 0.1\n")
+    assert "there is no option 'learning_rate'; it is called --lr" in run("train", "-c", tmp_path / "own.yaml").output

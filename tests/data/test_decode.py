@@ -206,3 +206,8 @@ def test_lab_images_are_read_grey_too(channels):
     image = Image.new("LAB", (4, 4), (128, 128, 128))
     values = np.asarray(decode_image(saved(image, "TIFF"), "x", channels))
     assert 100 < values.min() <= values.max() < 140
+
+
+def test_a_missing_file_is_called_missing(tmp_path):
+    with pytest.raises(UnreadableImage, match=r"x\.png cannot be read as an image: there is no such file$"):
+        decode_image(tmp_path / "x.png", "x.png")

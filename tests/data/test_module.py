@@ -477,3 +477,10 @@ def test_a_loop_without_a_trainer_goes_on_after_a_whole_epoch():
     resumed.load_state_dict(first.state_dict())
     expected, found = next(iter(loader)), next(iter(resumed.train_dataloader()))
     assert torch.equal(expected[1], found[1])
+
+
+def test_images_must_be_read_before_their_loaders_are_made():
+    data = ImageDataModule("digits")
+    for loader in (data.train_dataloader, data.val_dataloader):
+        with pytest.raises(RuntimeError, match=r"the images are not read yet: call setup\(\) first"):
+            loader()

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import fastroute
-from fastroute.inference import export as exporting
-from fastroute.inference.export import export
+from fastroute.inference import export
+from fastroute.inference.export import _WRITERS
 from fastroute.training import save_weights
 
 
@@ -121,7 +121,7 @@ def test_a_file_with_other_logits_is_not_written(predictor, tmp_path, monkeypatc
         path.write_bytes(b"x")
         return lambda x: model(x) + 0.01 * model(x).abs().max() + 0.01
 
-    monkeypatch.setitem(exporting._WRITERS, "onnx", wrong)
+    monkeypatch.setitem(_WRITERS, "onnx", wrong)
     (tmp_path / "x.onnx").write_text("before")
     with pytest.raises(ValueError, match=r"the file.s logits differ from the network's by .*: it is not written"):
         export(predictor, "onnx", tmp_path / "x.onnx")
@@ -135,7 +135,7 @@ def test_the_network_returns_to_its_device_after_an_error(predictor, tmp_path, m
         raise RuntimeError("no")
 
     moves = []
-    monkeypatch.setitem(exporting._WRITERS, "onnx", fail)
+    monkeypatch.setitem(_WRITERS, "onnx", fail)
     monkeypatch.setattr(type(predictor.model), "to", lambda model, device: moves.append(device))
     with pytest.raises(ValueError, match="the network cannot be exported so: RuntimeError: no"):
         export(predictor, "onnx", tmp_path / "x.onnx")

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastroute
 from fastroute.inference.preprocessing import Preprocessing
-from fastroute.models import create_model
+from fastroute.models import create_model, multipath
+from fastroute.nn import CrossConnection
 from fastroute.training import ImageDataModule, RoutingClassifier, fit
 from fastroute.training.checkpoints import read_checkpoint
 from fastroute.training.evaluation import evaluate
@@ -207,3 +208,45 @@ def test_a_known_network_is_not_asked_for_images_of_the_run_s_size(tmp_path):
     torch.save(saved, tmp_path / "early.ckpt")
     predictor = fastroute.load(tmp_path / "early.ckpt", device="cpu")
     assert predictor(torch.randn(1, 1, 17, 17)).probabilities.shape == (1, 3)
+
+
+def test_a_converted_network_of_one_s_own_is_built_by_the_name_of_its_function(own, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    import own_nets
+
+    converted = multipath(own_nets.build(3), 2, ["1"], init="copy", input_size=(3, 12, 12), gate_norm="center")
+    fit(RoutingClassifier(converted, 3), loader(channels=3), output=tmp_path, **QUIET)
+    levels = {"mean": 127.5, "std": 64.0, "device": "cpu"}
+    predictor = fastroute.load(tmp_path / "last.ckpt", model=own, classes=["a", "b", "c"], **levels)
+    images = torch.randn(4, 3, 12, 12)
+    assert torch.equal(predictor(images).probabilities, converted.eval()(images).softmax(1))
+    assert list(predictor.classes) == ["a", "b", "c"] and predictor(images).labels[0] in "abc"
+    twice = "own_nets:twice"
+    own_nets.twice = lambda num_classes: multipath(
+        own_nets.build(num_classes), 2, ["1"], init="copy", input_size=(3, 12, 12), gate_norm="center"
+    )
+    again = fastroute.load(tmp_path / "last.ckpt", model=twice, **levels)  # which is converted already
+    assert torch.equal(again(images).probabilities, predictor(images).probabilities)
+    with pytest.raises(ValueError, match=r"they are of a multi-path network: convert yours by multipath"):
+        fastroute.load(tmp_path / "last.ckpt", model=own_nets.build(3), **levels)
+    saved = torch.load(tmp_path / "last.ckpt")
+    saved["conversion"]["paths"] = 99
+    torch.save(saved, tmp_path / "wrong.ckpt")
+    with pytest.raises(ValueError, match=r"its conversion\['paths'\] is 99, expected an int from 1 to 8"):
+        fastroute.load(tmp_path / "wrong.ckpt", model=own, **levels)
+
+
+def test_routers_that_a_function_makes_are_not_kept(tmp_path):
+    converted = multipath(network(3), 2, ["0"], lambda c, m, n: CrossConnection(c, m, n), input_size=(3, 12, 12))
+    fit(RoutingClassifier(converted, 3), loader(channels=3), output=tmp_path, **QUIET)
+    assert "conversion" not in torch.load(tmp_path / "last.ckpt")
+
+
+def test_names_of_classes_are_as_many_as_logits(checkpoint):
+    named = fastroute.load(checkpoint, classes=["a", "b", "c"], device="cpu")
+    assert list(named.classes) == ["a", "b", "c"] != list(fastroute.load(checkpoint, device="cpu").classes)
+    with pytest.raises(ValueError, match="classes has 2 names; it must have one for each of 3 logits"):
+        fastroute.load(checkpoint, classes=["a", "b"], device="cpu")
+    for classes in ("abc", [1, 2, 3], 3):
+        with pytest.raises(TypeError, match="it must be a list of names"):
+            fastroute.load(checkpoint, classes=classes, device="cpu")

@@ -344,10 +344,14 @@ def test_names_may_be_text(text, names):
         (Toy, {"paths": 1}, "paths is 1; it must be 2 to 8"),
         (Toy, {"paths": 9}, "paths is 9; it must be 2 to 8"),
         (Toy, {"route_after": ["stage3"]}, "names 'stage3'; there is no such module: did you mean stage"),
-        (Toy, {"route_after": ["???"]}, "model.named_modules"),
+        (
+            Toy,
+            {"route_after": ["???"]},
+            "those of the network itself are stem, pool, stage1, relu",
+        ),
         (Toy, {"route_after": []}, "route_after is empty"),
         (Toy, {"route_after": "Auto"}, "names 'Auto'; there is no such module"),
-        (Toy, {"route_after": [""]}, "names ''; there is no such module: model.named_modules"),
+        (Toy, {"route_after": [""]}, "names ''; there is no such module: those of the network itself"),
         (Toy, {"route_after": " , "}, "route_after is empty"),
         (Toy, {"route_after": ["stem", "stem"]}, "names 'stem' 2 times"),
         (Toy, {"route_after": ["stage1", "stage1.1"]}, "'stage1' and 'stage1.1', which return the same tensor"),
@@ -358,7 +362,11 @@ def test_names_may_be_text(text, names):
         (Toy, {"noise": -1}, "noise is -1; it must be at least 0"),
         (Toy, {"input_size": (4, 16, 16)}, r"input_size is \(4, 16, 16\); model cannot take such images"),
         (Twice, {"route_after": ["conv"]}, "names 'conv', which is called 2 times; it must be called once"),
-        (Twice, {"route_after": "auto"}, "no module behind which the resolution changes is found"),
+        (
+            Twice,
+            {"route_after": "auto"},
+            "found no module behind which the resolution changes",
+        ),
         (Pair, {"route_after": ["conv"]}, r"model is a Pair that returns \(.*; it must return one tensor"),
         (Inner, {"route_after": ["conv"]}, "model is a Inner that returns pair; it must return one tensor"),
         (
@@ -395,6 +403,30 @@ def test_an_error_without_text_is_named_by_its_type():
 def test_a_model_must_be_a_module():
     with pytest.raises(TypeError, match="model is a function; it must be a module"):
         multipath(lambda x: x, 2, ["stem"])
+    with pytest.raises(TypeError, match="model is the class Toy; it must be a module"):
+        multipath(Toy, 2, ["stem"])
+
+
+def test_names_and_routers_of_other_types_are_refused():
+    with pytest.raises(TypeError, match="route_after is 3; it must be 'auto' or the names of modules"):
+        multipath(Toy(), 2, 3)
+    with pytest.raises(TypeError, match="routing is a CrossConnection; it must be a function from"):
+        multipath(Toy(), 2, ["stem"], CrossConnection(8, 1, 2))
+
+
+def test_auto_names_where_a_wrapped_network_can_be_cut():
+    torchvision = pytest.importorskip("torchvision")
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = torchvision.models.resnet18(num_classes=3)
+
+        def forward(self, x):
+            return self.body(x)
+
+    with pytest.raises(ValueError, match=r"such as body\.layer1,body\.layer2,body\.layer3,body\.layer4$"):
+        multipath(Wrapped(), 2, input_size=(3, 64, 64))
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, torch.nn.Sequential])

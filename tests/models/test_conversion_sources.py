@@ -76,3 +76,13 @@ def test_own_functions_import_what_lies_beside_them_and_raise_plainly(tmp_path, 
     finally:
         for name in ("late_nets", "beside_nets"):
             sys.modules.pop(name, None)
+
+
+def test_a_function_that_needs_another_argument_says_so(own, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    import own_nets
+
+    own_nets.counted = lambda classes: own_nets.build(classes)
+    with pytest.raises(ValueError, match="its builder needs 'classes': give it by --model-kwargs NAME=VALUE, or name"):
+        create_model("own_nets:counted", 3)
+    assert create_model("own_nets:counted", classes=3)(torch.zeros(1, 3, 8, 8)).shape == (1, 3)

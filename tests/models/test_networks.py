@@ -395,3 +395,8 @@ def test_images_of_another_size_are_refused_by_name(name):
 def test_a_highway_of_32_channels_computes_in_bfloat16():
     with torch.autocast("cpu", torch.bfloat16):
         assert models.create_model("highway", in_chans=32)(torch.randn(2, 32, 8, 8)).shape == (2, 10)
+
+
+def test_macs_need_the_size_of_an_image():
+    with pytest.raises(TypeError, match="input_size is 32; it must be a tuple"):
+        models.count_macs(nn.ReLU(), 32)

@@ -148,3 +148,12 @@ def test_batched_paths_draw_their_own_dropout():
     path = nn.Sequential(nn.Linear(4, 200), nn.Dropout())
     first, second = ParallelPaths([path, copy.deepcopy(path)], execution="batched")([torch.ones(1, 4)])
     assert not torch.equal(first == 0, second == 0)
+
+
+def test_layers_and_paths_of_other_types_are_refused():
+    with pytest.raises(TypeError, match="layers is a list; it must be a dict from names to modules"):
+        MultiPathNetwork([nn.Identity()])
+    with pytest.raises(ValueError, match=r"layers\['a'\] is a Conv2d, which takes no list of tensors"):
+        MultiPathNetwork({"a": nn.Conv2d(3, 3, 1)})
+    with pytest.raises(TypeError, match="paths is a Identity; it must be a list of modules"):
+        ParallelPaths(nn.Identity(), nn.Identity())

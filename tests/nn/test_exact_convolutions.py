@@ -108,3 +108,9 @@ def test_maps_of_other_dimensions_are_refused_by_pytorch(dims, size):
     layer = exact_convolutions(getattr(nn, f"Conv{dims}d")(2, 3, 3))
     with pytest.raises(RuntimeError, match=rf"Expected .* to conv{dims}d"):
         layer(torch.randn(size))
+
+
+def test_grey_images_in_a_network_for_colours_are_named():
+    network = exact_convolutions(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    with pytest.raises(RuntimeError, match=r"expected input\[2, 1, 8, 8\] to have 3 channels, but got 1 channels"):
+        network(torch.randn(2, 1, 8, 8))

@@ -287,3 +287,9 @@ def test_priors_of_another_number_of_paths_are_not_taken():
     criterion, other = GateClusteringLoss(), scores(16, 2, 4)
     criterion(routing(scores(16, 2, 3)))
     torch.testing.assert_close(criterion(routing(other)), GateClusteringLoss()(routing(other)))
+
+
+def test_the_routing_of_one_router_alone_is_refused():
+    gates = torch.rand(4, 2, 2).softmax(-1)
+    with pytest.raises(TypeError, match="routing is a Routing; it must be a dict, such as"):
+        GateClusteringLoss()(Routing(gates, gates))

@@ -285,3 +285,12 @@ def test_a_loss_of_the_network_s_own_takes_several_labels_of_an_image():
             return nn.functional.binary_cross_entropy_with_logits(logits, targets), logits
 
     fitted(Several(nn.Identity()), [(IMAGES, torch.tensor([[1.0, 1, 0], [0, 0, 0]] * 2))])
+
+
+def test_the_network_and_the_rates_must_be_of_their_types():
+    with pytest.raises(TypeError, match="model is the class ReLU; it must be a network"):
+        RoutingClassifier(nn.ReLU, 3)
+    with pytest.raises(TypeError, match="model is a int; it must be a network"):
+        RoutingClassifier(3, 3)
+    with pytest.raises(TypeError, match=r"lr is '0\.1'; it must be a number"):
+        RoutingClassifier("resnet20", 3, lr="0.1")

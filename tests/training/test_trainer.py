@@ -459,3 +459,11 @@ def test_the_moving_average_is_saved_with_the_last_temperature(data, tmp_path):
     saved = torch.load(tmp_path / "last.ckpt")
     for weights in (saved["state_dict"], saved["current_model_state"]):
         assert [v for name, v in weights.items() if "temperature" in name and "stem_router" in name] == [3.0]
+
+
+def test_other_modules_and_data_without_a_loader_are_refused(tmp_path):
+    network, dataset = create_model("resnet20", 3), TensorDataset(torch.zeros(4, 3, 8, 8), torch.zeros(4).long())
+    with pytest.raises(TypeError, match="module is a Network; it must be a RoutingClassifier"):
+        fit(network, dataset, output=tmp_path)
+    with pytest.raises(TypeError, match=r"data is a TensorDataset; it must have batches: give DataLoader"):
+        fit(RoutingClassifier(network, 3), dataset, output=tmp_path)

@@ -87,11 +87,11 @@ def test_networks_without_routers(run, tmp_path):
     train = run("train", "resnet20", "-b", 512, "--epochs", 1, "--output", tmp_path, "--experiment", "run")
     assert train.exit_code == 0, train.output
     done = run("report", tmp_path / "run" / "best.ckpt")
-    assert done.exit_code == 2 and "the network has no routers; there is no routing to show" in done.output
+    assert done.exit_code == 2 and "the network has no routers, so there is no routing to show" in done.output
     done = run("report", tmp_path / "run" / "summary.csv")
     assert done.exit_code == 2 and "it is no checkpoint of a training run" in done.output
     done = run("paths", tmp_path / "run" / "best.ckpt")
-    assert done.exit_code == 2 and "the network has no routers; there is no routing to show" in done.output
+    assert done.exit_code == 2 and "the network has no routers, so there is no routing to show" in done.output
 
 
 def test_how_many_paths_the_gates_need(checkpoint, run, tmp_path):
@@ -104,7 +104,8 @@ def test_how_many_paths_the_gates_need(checkpoint, run, tmp_path):
     assert all(row[2] == "2" for row in rows if len(row) == 6) and len(rows) == 7
     for row in rows:
         used, clusters, needed = map(float, row[-3:])
-        assert 1 <= clusters <= used <= 2 and needed == 2  # no gate is the same for every image
+        # No gate is the same for every image, but some differ by less than two decimals show.
+        assert 1 <= clusters <= used <= 2 and needed == (1 if clusters == 1 else 2)
     done = run("paths", tmp_path / "nowhere.ckpt")
     assert done.exit_code == 2 and "nowhere.ckpt; there is no such file" in done.output
 
