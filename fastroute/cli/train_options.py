@@ -174,7 +174,9 @@ class TrainOptions(NetworkOptions):
         float | None,
         real_option(1e-6, 1, help="Layer-wise decay of the learning rate, as in timm.", panel=OPTIMISER),
     ] = None
-    clip_grad: Annotated[float | None, real_option(1e-9, help="Clip the gradient to this norm.", panel=OPTIMISER)] = None
+    clip_grad: Annotated[float | None, real_option(1e-9, help="Clip the gradient to this norm.", panel=OPTIMISER)] = (
+        None
+    )
     grad_accum_steps: Annotated[
         int, option(min=1, max=COUNT, help="Batches of each optimiser step.", panel=OPTIMISER)
     ] = 1

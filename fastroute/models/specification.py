@@ -368,7 +368,8 @@ def specification_in(run: Mapping[str, Any], where: str) -> Specification:
         raise ValueError(f"{where}; {error}") from None
     raise ValueError(
         f"{where}; it does not say how its network, a {run['model']}, is built: it was trained as a module of the "
-        "user's own, or one that was changed after it was built. Give the network: fastroute.load(path, model=network), or model='module:Class' to build it"
+        "user's own, or one that was changed after it was built. Give the network, load(path, model=network), "
+        "or what builds it, model='module:Class'"
     )
 
 
