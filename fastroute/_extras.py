@@ -18,7 +18,8 @@ def extra(name: str, what: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "fastroute":
+        package = None if error.name is None else error.name.partition(".")[0]
+        if package in (None, "fastroute"):
             raise
-        message = f"{what} needs the package {error.name}, which is not installed: pip install 'fastroute[{name}]'"
+        message = f"{what} needs the package {package}, which is not installed: pip install 'fastroute[{name}]'"
         raise ModuleNotFoundError(message, name=error.name) from None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from fastroute._defaults import GAMMA, LR_CONSISTENCY, LR_EM
+from fastroute._extras import extra
 from fastroute._methods import METHODS, check_count, check_self_label, check_starts
 from fastroute.cli.common import (
     ARGUMENTS,
@@ -142,7 +143,8 @@ def cluster(context: typer.Context, options: ClusterOptions) -> None:
     """
     console = standard_output()
     with plain_errors():
-        import pytorch_lightning as pl
+        with extra("train", "fastroute cluster"):
+            import pytorch_lightning as pl
 
         from fastroute.clustering import run
         from fastroute.clustering.assignments import check_by_cluster, link_by_cluster, write_assignments

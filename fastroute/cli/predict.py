@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from fastroute._extras import extra
 from fastroute._processors import processors
 from fastroute.cli.common import COUNT, PIXELS, WORKERS, plain_errors, real
 from fastroute.cli.errors import escaped, exit_with_error
@@ -112,7 +113,8 @@ def image_paths(given: Iterable[str]) -> Iterator[str]:
     Raises:
         FileNotFoundError: a pattern or a folder has no images.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS
+    with extra("train", "fastroute predict"):
+        from torchvision.datasets.folder import IMG_EXTENSIONS
 
     def inside(folder: str) -> Iterator[str]:
         for root, folders, files in os.walk(folder):

@@ -368,3 +368,13 @@ def test_mistakes_name_what_was_given_and_what_to_do(arguments, message):
 def test_options_of_other_trainers_are_known_in_files(tmp_path):
     (tmp_path / "own.yaml").write_text("learning_rate: 0.1\n")
     assert "there is no option 'learning_rate'; it is called --lr" in run("train", "-c", tmp_path / "own.yaml").output
+
+
+@pytest.mark.parametrize(
+    "package, arguments", [("torchvision", ["predict", "x.ckpt", "x.png"]), ("pytorch_lightning", ["cluster"])]
+)
+def test_a_command_without_its_packages_names_the_extra(package, arguments):
+    code = f"import sys; sys.modules[{package!r}] = None; sys.argv = ['fastroute', *{arguments}]\n"
+    result = python(code + "from fastroute.cli import main; main()")
+    assert result.returncode == 2
+    assert f"needs the package {package}, which is not installed: pip install 'fastroute[train]'" in result.stderr
