@@ -72,6 +72,9 @@ def predict(
         from fastroute import inference
         from fastroute._files import check_writable, text_output
 
+        swapped = next((name for name in paths if name.endswith((".ckpt", ".safetensors"))), None)
+        if swapped is not None and checkpoint.suffix not in (".ckpt", ".safetensors"):
+            raise ValueError(f"checkpoint is {checkpoint}, and {swapped} follows; name the checkpoint first")
         if format is None:
             suffix = "" if output is None else output.suffix.removeprefix(".").lower()
             if suffix not in ("", "txt", *_WRITERS):

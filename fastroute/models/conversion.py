@@ -118,7 +118,9 @@ def multipath(
         raise TypeError(f"model is {given}; it must be a module, such as create_model('resnet18')")
     _check_is_plain(model)
     if any(isinstance(module, MultiPathNetwork) for module in model.modules()):
-        raise ValueError(f"model is a {type(model).__name__} with parallel paths; it must be a network of one path")
+        raise ValueError(
+            f"model is a {type(model).__name__} with parallel paths; give a network of one, or leave multipath out"
+        )
     check_integers(paths=paths)
     if not isinstance(route_after, Iterable):
         raise TypeError(f"route_after is {route_after!r}; it must be 'auto' or the names of modules, in a list")

@@ -357,6 +357,7 @@ def test_an_experiment_is_a_folder_within_that_of_all_runs(tmp_path, command, na
         (["train", "--learning-rate", 0.1], "No such option: --learning-rate; it is called --lr"),
         (["train", "--gpus", 2], "torchrun starts a process for each GPU"),
         (["train", "resnet20", "."], "and '.' too; name one network, and the folder of images by --data-dir ."),
+        (["predict", "x.png", "x.ckpt"], "checkpoint is x.png, and x.ckpt follows; name the checkpoint first"),
         (["predict", "x.ckpt", "x.png", "--output", "x.parquet"], "output is x.parquet; it must end in .csv, .json"),
     ],
 )

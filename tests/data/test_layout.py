@@ -151,3 +151,9 @@ def test_patterns(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"data_dir is .*; .*{message}"):
             expanded(Path(pattern))
+
+
+def test_a_table_of_labels_is_not_read(tmp_path):
+    (tmp_path / "labels.csv").write_text("path,label\n")
+    with pytest.raises(FileNotFoundError, match="a table, which is not read: link its images into a folder for each"):
+        choose(tmp_path / "labels.csv")

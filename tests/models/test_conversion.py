@@ -432,7 +432,7 @@ def test_auto_names_where_a_wrapped_network_can_be_cut():
 @pytest.mark.parametrize("wrap", [lambda model: model, torch.nn.Sequential])
 def test_a_model_must_have_one_path(wrap):
     model = wrap(fastroute.models.create_model("resnet20_cc2", num_classes=3))
-    with pytest.raises(ValueError, match="with parallel paths; it must be a network of one path"):
+    with pytest.raises(ValueError, match="with parallel paths; give a network of one, or leave multipath out"):
         multipath(model, 2)
 
 
