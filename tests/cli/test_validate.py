@@ -169,3 +169,24 @@ def test_a_crop_of_nothing_is_refused(tmp_path):
     folder = write_tree(tmp_path / "images", counts=(("train", 4), ("val", 4)))
     result = run("validate", "--model", "resnet20", "--data-dir", folder, "--img-size", 8, "--crop-pct", 0)
     assert result.exit_code == 2 and "crop_pct is 0" in result.output, result.output
+
+
+def test_validates_on_the_classes_of_the_run(tmp_path):
+    common = ("-b", 512, "--first-classes", 3, "--epochs", 1, "--output", tmp_path, "--experiment", "run")
+    assert run("train", "base_cnn", *common).exit_code == 0
+    result = run("validate", tmp_path / "run" / "last.ckpt", "--results-file", tmp_path / "found.json")
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads((tmp_path / "found.json").read_text())
+    with (tmp_path / "run" / "summary.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert found["loss"] == pytest.approx(float(row["val_loss"]), rel=1e-5) and found["images"] < 120
+
+
+def test_images_are_read_as_those_of_the_run(tmp_path):
+    read = {"interpolation": "bicubic", "in_chans": 1, "on_bad_image": "skip", "classes": ["cat", "ant"]}
+    aside = {"val_split": 0.2, "split_seed": 3}
+    data = {"dataset": "imagefolder", "data_dir": str(tmp_path), "class_map": True} | read | aside
+    assert choose_images(data, None, None).options == read | aside
+    assert choose_images(data | {"class_map": False}, None, None).options == read | aside | {"classes": None}
+    (tmp_path / "other" / "val" / "ant").mkdir(parents=True)
+    assert choose_images(data, "imagefolder", tmp_path / "other").options == read

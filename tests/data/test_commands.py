@@ -1,5 +1,7 @@
 """The data options of `train`, `validate`, `paths` and `report`, on tiny folders."""
 
+import csv
+import json
 import shutil
 import tarfile
 import warnings
@@ -11,6 +13,8 @@ from typer.testing import CliRunner
 
 from fastroute.cli import app
 from fastroute.cli.images import choose_images
+from fastroute.cli.trained import load_trained
+from fastroute.training.checkpoints import read_checkpoint
 
 
 def run(*arguments):
@@ -134,3 +138,22 @@ def test_a_last_batch_of_one_image_is_trained_on(image_folder, tmp_path):
     shutil.rmtree(image_folder / "val" / "cat")
     code, output = train(image_folder, tmp_path, "-b", 15)  # of 16 images
     assert code == 0, output
+
+
+def test_validate_measures_the_error_of_the_training(flat_run, tmp_path):
+    _, folder, _ = flat_run
+    code, output = run("validate", folder / "last.ckpt", "-j", 1, "--results-file", tmp_path / "found.json")
+    assert code == 0, output
+    (found,) = json.loads((tmp_path / "found.json").read_text())
+    with (folder / "summary.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert found["loss"] == pytest.approx(float(row["val_loss"]), rel=1e-4)
+
+
+def test_reports_prepare_images_as_the_run_did(flat_run):
+    _, folder, _ = flat_run
+    checkpoint = read_checkpoint(folder / "last.ckpt")
+    trained, state = load_trained(folder / "last.ckpt", checkpoint, workers=1), checkpoint["ImageDataModule"]
+    found = trained.loader.mean.flatten(), trained.loader.std.flatten()
+    torch.testing.assert_close(found, (state["mean"], state["std"]))
+    assert (trained.classes, trained.img_size, trained.crop_pct) == (state["classes"], 8, 1.0)

@@ -158,3 +158,16 @@ def test_real_images(tmp_path):
     assert len(data.train.labels) + len(data.val.labels) == 100
     assert data.train.images.shape[1:] == (32, 32, 3) and data.pad == 4 and data.flip
     assert data.train.images.float().std() > 30
+
+
+def test_digits_are_enlarged_by_the_given_interpolation():
+    images = digits(Options(img_size=16, interpolation="nearest")).train.images
+    assert torch.equal(images[:, ::2, ::2], images[:, 1::2, 1::2])
+
+
+@pytest.mark.filterwarnings("ignore:.*it is skipped")
+def test_images_keep_their_labels_where_others_are_skipped(image_folder):
+    (image_folder / "train" / "ant" / "0.png").write_bytes(b"")
+    train = imagefolder(Options(image_folder, img_size=8, on_bad_image="skip")).train
+    assert train.labels.tolist() == [0] * 7 + [1] * 8 + [2] * 8
+    assert torch.equal(train.images.float().mean((1, 2)).argmax(1), train.labels)  # each has a colour of its own

@@ -9,6 +9,7 @@ import torch
 
 from fastroute.data.decode import UnreadableImage
 from fastroute.data.loaders import PlaceMismatch
+from fastroute.data.module import imagenet_statistics
 from fastroute.training import ImageDataModule
 from fastroute.training.evaluation import validation_loader
 
@@ -484,3 +485,26 @@ def test_images_must_be_read_before_their_loaders_are_made():
     for loader in (data.train_dataloader, data.val_dataloader):
         with pytest.raises(RuntimeError, match=r"the images are not read yet: call setup\(\) first"):
             loader()
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_batches_are_mixed_by_the_given_alpha(name):
+    loader = prepared(batch_size=64, **{name: 1e6}).train_dataloader()
+    largest = torch.cat([labels.amax(1) for _, labels in loader])
+    if name == "mixup":  # halves of two images
+        assert ((largest < 0.51) | (largest > 0.99)).all() and (largest < 0.51).any()
+    else:  # boxes of 4×4 pixels of 8×8 at most
+        assert (largest >= 0.75).all() and (largest < 0.99).any()
+
+
+def test_grey_images_have_imagenet_s_mean_over_colours():
+    mean, std = imagenet_statistics(1)
+    assert mean.tolist() == pytest.approx([114.495], abs=1e-3) and std.tolist() == pytest.approx([57.63], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_images_of_a_resumed_run_are_normalised_alike_in_every_channel(image_folder, name):
+    options = {"data_dir": image_folder, "img_size": 8, "mean": 0.5, "std": 0.25}
+    state = prepared(**options).state_dict()
+    with pytest.raises(PlaceMismatch, match=f"the run normalised images by {name} "):
+        prepared(**options | {name: (options[name], options[name], 0.3)}).load_state_dict(state)

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
+import fastroute
 from fastroute.cli import app
 from fastroute.cli.predict import _WRITERS, _write_csv
 from fastroute.cli.trained import check_finite
@@ -348,3 +349,24 @@ def test_names_of_gates_are_unique(capsys):
     _write_csv(rows, sys.stdout)
     header = capsys.readouterr().out.splitlines()[0].split(",")
     assert len(set(header)) == len(header) and {"r_g1_11", "r_g11_1", "s_g12"} <= set(header)
+
+
+@pytest.mark.parametrize(
+    "words, options",
+    [
+        (("--no-use-ema",), {"ema": False}),
+        (("--img-size", 6), {"img_size": 6}),
+        (("--crop-pct", 0.5), {"crop_pct": 0.5}),
+    ],
+)
+def test_predicts_as_a_predictor_of_the_same_options(checkpoint, images, tmp_path, words, options):
+    saved, path = torch.load(checkpoint), images / "val" / "ant" / "0.png"
+    saved["current_model_state"]["model.head.0.2.bias"][0] += 1  # which the averaged weights lack
+    torch.save(saved, tmp_path / "run.ckpt")
+    result = run("predict", tmp_path / "run.ckpt", path, "--format", "json", "-j", 1, *words)
+    assert result.exit_code == 0, result.output
+    found = {row["class"]: row["probability"] for row in json.loads(result.stdout)[0]["top"]}
+    expected, other = (
+        dict(fastroute.load(tmp_path / "run.ckpt", device="cpu", **given)(path).top(3)[0]) for given in (options, {})
+    )
+    assert found == pytest.approx(expected, abs=1e-6) and found != pytest.approx(other, abs=1e-5)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastroute.models import create_model, multipath
+from fastroute.models.specification import specification_of
 from fastroute.nn import FusedSequential, MultiPathNetwork, ParallelPaths
 from fastroute.nn._last_layer import final_linear
 
@@ -168,3 +169,12 @@ def test_a_fresh_classifier_has_the_type_of_the_network():
     network = create_model("resnet20_cc2", 5).double()
     network.reset_classifier(3)
     assert network(torch.randn(2, 3, 32, 32).double()).shape == (2, 3)
+
+
+def test_a_specification_is_of_a_network_with_its_head():
+    for name in ("resnet20", "resnet20_cc2"):
+        network = create_model(name, 7)
+        network.reset_classifier(0)
+        assert specification_of(network).num_classes == 0
+        network.reset_classifier(0, "")
+        assert specification_of(network) is None

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fastroute import ops
+from fastroute.backends.reference.mix import mix_backward
 from tests.ops.cases import check_against_eager, named, paths
 
 
@@ -66,3 +67,12 @@ def test_bad_input(refused, error, message, size, dtype):
 def test_no_paths_and_no_list(refused):
     refused(ValueError, "xs has 0 paths", ops.mix, [], torch.zeros(2, 2))
     refused(TypeError, "xs is a Tensor", ops.mix, torch.zeros(4, 3), torch.zeros(2, 2))
+
+
+def test_the_reference_sums_gradients_of_rounded_gates_in_float32():
+    x, grad = (torch.rand(2, 3, 40, 40).bfloat16() for _ in range(2))
+    gates = torch.full((2, 1, 1), 0.3, dtype=torch.bfloat16)
+    [grad_x], grad_gates = mix_backward([grad], [x], gates, True)
+    expected = (x.double() * grad.double()).sum((1, 2, 3)).float()
+    torch.testing.assert_close(grad_gates.flatten(), expected)
+    assert torch.equal(grad_x, (gates[0, 0, 0].float() * grad.float()).bfloat16())

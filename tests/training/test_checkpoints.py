@@ -15,7 +15,7 @@ from fastroute.models.weights import network_weights
 from fastroute.training import RoutingClassifier, check_resume, epochs_done, load_weights, save_weights
 from fastroute.training.checkpoints import check_unused, read_checkpoint
 from fastroute.training.optim import OPTIMIZERS, parameter_groups
-from fastroute.training.saving import AtomicCheckpointIO
+from fastroute.training.saving import AtomicCheckpointIO, BestCheckpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -283,3 +283,24 @@ def test_a_moving_average_of_timm_s_is_preferred():
     checkpoint = {"state_dict": trained, "state_dict_ema": averaged}
     assert network_weights(checkpoint)["weight"] == 1
     assert network_weights(checkpoint, averaged=False)["weight"] == 0
+
+
+@pytest.mark.parametrize("resumed", [None, "last.ckpt", "previous.ckpt"])
+def test_the_previous_checkpoint_is_one_of_the_same_run(tmp_path, resumed):
+    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    for epoch, path in ((1, previous), (2, last)):
+        torch.save({"epoch": epoch}, path)
+    io = AtomicCheckpointIO(resumed and tmp_path / resumed)
+    io.save_checkpoint({"epoch": 3}, last)
+    epochs = [torch.load(path)["epoch"] for path in (previous, last) if path.exists()]
+    assert epochs == {None: [3], "last.ckpt": [2, 3], "previous.ckpt": [1, 3]}[resumed]
+    io.save_checkpoint({"epoch": 4}, last)
+    assert [torch.load(path)["epoch"] for path in (previous, last)] == [3, 4]
+
+
+def test_the_best_epoch_has_its_own_score_by_another_metric(monkeypatch):
+    rows = [{"val_loss": 1.0}, {"val_loss": 2.0}]
+    monkeypatch.setattr("fastroute.training.saving.summary_rows", lambda path: rows)
+    state = {"monitor": "val_error", "best_k_models": {"best.ckpt": torch.tensor(40.0)}}
+    for metric, score in (("val_error", 40), ("val_loss", 2), ("val_error5", None)):
+        assert BestCheckpoint(None, monitor=metric)._score(state, "best.ckpt") == score

@@ -294,3 +294,8 @@ def test_the_network_and_the_rates_must_be_of_their_types():
         RoutingClassifier(3, 3)
     with pytest.raises(TypeError, match=r"lr is '0\.1'; it must be a number"):
         RoutingClassifier("resnet20", 3, lr="0.1")
+
+
+def test_a_run_may_end_by_its_steps_within_an_epoch():
+    module = RoutingClassifier(TwoPaths(), 3, lr=1.0, sched="step", decay_epochs=1)
+    assert train(module, -1, 2, max_steps=5)[1] == pytest.approx([1, 1, 0.1, 0.1, 0.01])

@@ -115,3 +115,10 @@ def test_a_set_in_memory_is_normalised_as_in_training():
     data.setup()
     ours, _, _ = validation_loader("digits", None)
     torch.testing.assert_close((ours.mean.flatten(), ours.std.flatten()), (data.mean, data.std))
+
+
+def test_images_in_memory_are_those_that_a_run_sets_aside():
+    data = ImageDataModule("digits", val_split=0.1, seed=3)
+    data.setup()
+    loader, *_ = validation_loader("digits", None, val_split=0.1, split_seed=3)
+    assert torch.equal(loader.images, data.images.val.images)

@@ -1,6 +1,7 @@
 """What a run, finished or not, leaves to the next one."""
 
 import csv
+import functools
 import os
 from types import SimpleNamespace
 
@@ -427,3 +428,68 @@ def test_a_run_that_any_callback_ends_after_an_epoch_is_finished(tmp_path):
     assert len(rows) == 2
     with pytest.raises(FileExistsError, match="it has a finished run of 2 epochs"):
         check_unused(tmp_path, "--overwrite")
+
+
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
+def test_a_moving_average_begins_after_the_first_step_and_counts_each_step_once(tmp_path, grad_accum_steps):
+    class Steps(pl.Callback):
+        def __init__(self):
+            self.weights = {}
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            self.weights[trainer.global_step] = pl_module.model.head.weight.detach().clone()
+
+    seen, options = Steps(), {"model_ema_decay": 0.75, "grad_accum_steps": grad_accum_steps}
+    run(classifier(), batches(), tmp_path, callbacks=seen, **options)
+    found = [seen.weights[step] for step in range(1, 1 + 4 // grad_accum_steps)]
+    expected = functools.reduce(lambda average, weight: 0.75 * average + 0.25 * weight, found)
+    torch.testing.assert_close(torch.load(tmp_path / "last.ckpt")["state_dict"]["model.head.weight"], expected)
+
+
+@pytest.mark.parametrize("batch", [3, 4])
+def test_the_auxiliary_loss_of_an_epoch_is_that_of_its_own_batches_in_a_resumed_run(tmp_path, batch):
+    def module():
+        return classifier(aux_loss=lambda routing: routing["router"].gates.square().mean())
+
+    rows = run(module(), digits(), tmp_path / "whole", 2)
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(module(), digits(), tmp_path / "halves", 2, recovery_interval=1, callbacks=At(batch, stop))
+    again = run(module(), digits(), tmp_path / "halves", 2, resume=tmp_path / "halves" / "last.ckpt")
+    assert [row["train_aux"] for row in again] == [row["train_aux"] for row in rows]
+
+
+def test_a_run_that_goes_on_in_the_folder_of_another_has_no_best_epoch_of_it(tmp_path):
+    data = {"data": batches(), "val_data": batches(1)}
+    for name in ("other", "run"):
+        run(classifier(), output=tmp_path / name, **data)
+    options = {"epochs": 2, "resume": tmp_path / "run" / "last.ckpt", "callbacks": Shifted(1)}
+    run(classifier(), output=tmp_path / "other", **options, **data)
+    assert torch.load(tmp_path / "other" / "best.ckpt")["epoch"] == 1
+
+
+def test_losses_are_those_of_each_epoch_and_smoothed_in_training_alone(tmp_path):
+    class Losses(pl.Callback):
+        found = ()
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, *_):
+            self.found += (outputs["loss"].item(),)
+
+    data, seen, module = batches(), Losses(), classifier(smoothing=0.5)
+    rows = run(module, data, tmp_path, 2, val_data=data[:1], callbacks=seen)
+    expected = [sum(seen.found[:4]) / 4, sum(seen.found[4:]) / 4]
+    assert [row["train_loss"] for row in rows] == pytest.approx(expected, rel=1e-5)
+    (images, labels), *_ = data
+    with torch.no_grad():
+        logits = module.eval()(images)
+    assert rows[-1]["val_loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    expected = nn.functional.cross_entropy(logits, labels, label_smoothing=0.5)
+    torch.testing.assert_close(module.training_step(data[0], 0), expected)
+
+
+def test_what_a_loss_has_learned_is_restored():
+    before, after = (classifier(aux_loss=GateClusteringLoss()) for _ in range(2))
+    before.aux_loss.priors["router"] = torch.tensor([[0.25, 0.75]])
+    checkpoint = {"state_dict": before.state_dict()}
+    after.on_load_checkpoint(checkpoint)
+    after.load_state_dict(checkpoint["state_dict"])
+    assert after.aux_loss.priors["router"].tolist() == [[0.25, 0.75]]

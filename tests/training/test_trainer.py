@@ -1,5 +1,6 @@
 import csv
 import io
+import itertools
 import math
 import re
 import shutil
@@ -20,7 +21,7 @@ from fastroute.training.callbacks import Patience
 from fastroute.training.checkpoints import check_unused
 from fastroute.training.loggers import make_loggers
 from fastroute.training.saving import CheckpointHistory
-from fastroute.training.steps import MovingAverage
+from fastroute.training.steps import MovingAverage, StepSeed
 from fastroute.training.tables import best_first, out_of_patience
 
 
@@ -467,3 +468,12 @@ def test_other_modules_and_data_without_a_loader_are_refused(tmp_path):
         fit(network, dataset, output=tmp_path)
     with pytest.raises(TypeError, match=r"data is a TensorDataset; it must have batches: give DataLoader"):
         fit(RoutingClassifier(network, 3), dataset, output=tmp_path)
+
+
+def test_each_step_of_each_process_draws_numbers_of_its_own():
+    drawn = set()
+    for rank, epoch, batch in itertools.product(range(2), repeat=3):
+        trainer = SimpleNamespace(global_rank=rank, current_epoch=epoch)
+        StepSeed(0).on_train_batch_start(trainer, None, None, batch)
+        drawn.add(torch.rand(()).item())
+    assert len(drawn) == 8
