@@ -19,7 +19,7 @@ import yaml
 from rich.console import Console
 
 from fastroute import _yaml
-from fastroute.cli.errors import TIMM, escaped, exit_with_error
+from fastroute.cli.errors import TIMM, escaped, exit_with_error, expected
 
 COUNT, PIXELS, WORKERS, SEED = 2**31 - 1, 2**20, 1024, 2**32 - 1
 """The largest integers that options accept: counts, image sizes, processes, seeds."""
@@ -310,7 +310,9 @@ def config_option(command: str):
                 try:
                     options[name].process_value(context, value)
                 except typer.BadParameter as error:
-                    raise ValueError(f"config is {config}; {name} is {value!r}: {error.message}") from None
+                    reason = expected(error.message)
+                    between = ";" if reason.startswith("it must") else ":"
+                    raise ValueError(f"config is {config}; {name} is {value!r}{between} {reason}") from None
         context.default_map = values
         return config
 

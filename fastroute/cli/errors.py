@@ -7,6 +7,7 @@ or exhausted memory, ends in a one-line message and an exit status. A bug ends i
 import contextlib
 import multiprocessing
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -143,13 +144,10 @@ def _restoring(error: BaseException) -> bool:
     )
 
 
-def _name_value(error: "click.BadParameter", given: object) -> None:
-    """Name the invalid value in an error, in place of pydantic's own words."""
-    text, begins = error.message.partition(", unable to parse")[0], "Input should be "
-    if text.startswith(begins):
-        error.message = f"{given}; it must be {text.removeprefix(begins)}"
-    else:
-        error.message = text.removeprefix("Value error, ")
+def expected(message: str) -> str:
+    """Return the message of a parameter's error without pydantic's own words, such as "it must be a valid integer"."""
+    text = message.partition(", unable to parse")[0].removeprefix("Value error, ")
+    return re.sub("^Input should be", "it must be", text)
 
 
 def _silent_workers() -> str:
@@ -259,7 +257,9 @@ def _report_errors(resumes: bool) -> Iterator[None]:
             if command == "train" and type(error).__name__ == "NoSuchOption" and error.option_name in TIMM:
                 error.message, error.possibilities = f"{error.message}; {TIMM[error.option_name]}", None
             if type(error.__cause__).__name__ == "ValidationError":  # of pydantic, by which typer checks values
-                _name_value(error, error.__cause__.errors()[0]["input"])
+                reason = expected(error.message)
+                given = error.__cause__.errors()[0]["input"]
+                error.message = f"{given!r}; {reason}" if reason.startswith("it must") else reason
             raise
         if message := describe_error(error):
             exit_with_error(message, 1)

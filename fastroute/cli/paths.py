@@ -50,10 +50,10 @@ def paths(
     for column in ("paths", "used", "clusters", "needed"):
         table.add_column(column, justify="right")
     for name, statistics in routing.statistics().items():
-        clusters = statistics.effective_clusters
-        # `needed_paths` does not see how small the differences are: gates alike in two decimals need one path.
-        needed = needed_paths(routing.gates[name]).masked_fill(clusters < 1.005, 1)
-        numbers = statistics.used_paths, clusters, needed
+        # `needed_paths` does not depend on the size of the differences: gates alike for all images need one path.
+        alike = (statistics.peak - statistics.trough).amax(1) < 0.005
+        needed = needed_paths(routing.gates[name]).masked_fill(alike, 1)
+        numbers = statistics.used_paths, statistics.effective_clusters, needed
         for i, row in enumerate(zip(*(column.tolist() for column in numbers), strict=True)):
             first = ("", "") if i else (escaped(name), str(statistics.gates.shape[1]))
             table.add_row(first[0], str(i + 1), first[1], *(f"{number:.2f}" for number in row))

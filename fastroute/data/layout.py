@@ -260,9 +260,9 @@ def _choices(text: str, pattern: str) -> Sequence[str]:
 
 def _contents(folder: Path) -> str:
     """Describe what is in a folder of no known layout, and name a likely folder in it."""
-    if folder.suffix.lower() in (".csv", ".tsv"):
-        return "a table, which is not read: link its images into a folder for each class"
     if not folder.is_dir():
+        if folder.suffix.lower() in (".csv", ".tsv"):
+            return "a table, which is not read: link its images into a folder for each class"
         return "no folder and no .tar file (compressed archives are not read: unpack it)"
     names = sorted(_visible(folder))
     if not names:

@@ -1,7 +1,7 @@
 """Predict class probabilities of images by the network of a checkpoint."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -237,7 +237,9 @@ def load(
     target = indexed(resolve_device(device, others=True))
     given = {"img_size": side(plain(img_size)), "crop_pct": plain(crop_pct)}
     for name, value in (("mean", mean), ("std", std)):
-        given[name] = None if value is None else torch.as_tensor(value, dtype=torch.float32).reshape(-1)
+        given[name] = (
+            None if value is None else torch.as_tensor(value, dtype=torch.float32).detach().clone().reshape(-1)
+        )
     given = {name: value for name, value in given.items() if value is not None}
     names = _checked_classes(classes)
     if path.suffix == ".safetensors":
@@ -260,10 +262,13 @@ def load(
 
 
 def _checked_classes(classes: Sequence[str] | None) -> list[str] | None:
-    if isinstance(classes, str) or not isinstance(classes, Sequence | None):
+    classes = plain(classes)
+    if classes is None:
+        return None
+    if isinstance(classes, str) or not isinstance(classes, Iterable):
         raise TypeError(f"classes is {classes!r}; it must be a list of names")
-    names = None if classes is None else list(classes)
-    if names is not None and not all(isinstance(name, str) for name in names):
+    names = list(classes)
+    if not all(isinstance(name, str) for name in names):
         raise TypeError(f"classes is {names!r}; it must be a list of names")
     return names
 

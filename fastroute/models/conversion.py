@@ -214,7 +214,7 @@ def multipath(
     values = paths, tuple(cuts), routing, init, input_size, gate_norm, prior
     arguments = dict(zip(CONVERSION, values, strict=True))
     if specification is None:
-        network.conversion = arguments
+        network._conversion = None if callable(routing) else arguments
     elif specification.paths == 1:
         specification = replace(specification, **arguments)
     remember(network, specification)

@@ -21,6 +21,7 @@ from fastroute._extras import extra
 from fastroute.models._tracing import where
 from fastroute.models.registry import build, list_models
 from fastroute.models.weights import load_pretrained
+from fastroute.nn.gate_norm import GateNorm
 from fastroute.nn.router import without_temperatures
 
 KNOWN = "an own network's name (`fastroute models` lists them), timm:NAME, torchvision:NAME or package.module:function"
@@ -260,6 +261,8 @@ def layout(network: nn.Module) -> str:
 def _computation(module: nn.Module) -> tuple[str, bool, int]:
     """Return PyTorch's description of a layer, and what changes its forward: one on the instance, and hooks."""
     described = module.extra_repr() if type(module).extra_repr.__module__.startswith("torch.nn.") else ""
+    if isinstance(module, GateNorm):
+        described = module.kind
     forward = getattr(vars(module).get("forward"), "__func__", vars(module).get("forward"))
     own = forward is not None and not getattr(forward, "same_results", False)
     return TRAINING_OPTIONS.sub("", described), own, len(module._forward_hooks) + len(module._forward_pre_hooks)

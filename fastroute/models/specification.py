@@ -1,5 +1,6 @@
 """Specifications of networks: source, name and arguments, as plain values that a checkpoint can hold."""
 
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from fastroute._plain import plain
 from fastroute.models.registry import model_info
 from fastroute.models.sources import BUILDERS, KNOWN, Request, check_own, inferred, layout
 from fastroute.models.weights import fits, load_pretrained, read_weights, without_wrappers
-from fastroute.nn import set_gate_norm
+from fastroute.nn import GateNorm, MultiPathNetwork, set_gate_norm
 from fastroute.nn.gate_norm import GATE_NORMS, PRIORS
 from fastroute.ops._paths import MAX_PATHS, check_integers
 
@@ -160,9 +161,9 @@ class Specification:
         """Return whether the layers of a network are still those that it had when this was attached to it."""
         return network._specified == layout(network)
 
-    def follow(self, network: nn.Module, num_classes: int) -> None:
-        """Attach this specification to a network whose classifier was replaced by one of `num_classes`."""
-        remember(network, replace(self, num_classes=num_classes))
+    def follow(self, network: nn.Module, **changes) -> None:
+        """Attach this specification to a network that was changed so that these fields differ."""
+        remember(network, replace(self, **changes))
 
     def build(
         self,
@@ -283,8 +284,6 @@ class Specification:
     def _normalise_gates(self, network: nn.Module) -> None:
         if self.gate_norm is not None or self.prior is not None:
             set_gate_norm(network, self.gate_norm, self.prior)
-            kept = network.specification
-            remember(network, None if kept is None else replace(kept, gate_norm=self.gate_norm, prior=self.prior))
 
     def _check_kwargs(self) -> None:
         for name in self.kwargs:
@@ -376,10 +375,18 @@ def specification_in(run: Mapping[str, Any], where: str) -> Specification:
 def conversion_of(network: nn.Module) -> dict[str, Any] | None:
     """Return the arguments with which `multipath` converted a network that no specification describes.
 
-    They are plain values for a checkpoint. None is for other networks, and for routers that a function makes.
+    They are plain values for a checkpoint. None is for other networks, for routers that a function makes, and for gates
+    whose normalisation was changed in some routers.
     """
-    values = _with_lists(getattr(network, "conversion", None))
-    return values if values is not None and not callable(values["routing"]) else None
+    values = _with_lists(getattr(network, "_conversion", None)) if isinstance(network, MultiPathNetwork) else None
+    norms = {module.kind for module in network.modules() if isinstance(module, GateNorm)}
+    if values is None or norms - {values["gate_norm"]}:  # set for some routers alone
+        return None
+    try:
+        check_conversion(values)
+    except ValueError:
+        return None
+    return values
 
 
 def check_conversion(values: Any) -> None:
@@ -444,7 +451,9 @@ def _is_texts(value: Any) -> bool:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 3 and all(_is_int(item, 1, 2**20) for item in value)
+    """Return whether a value is the size of an image or a sequence, of which two can be computed."""
+    sizes = isinstance(value, list | tuple) and 2 <= len(value) <= 4 and all(_is_int(v, 1, MOST) for v in value)
+    return sizes and math.prod(value) <= 2**26
 
 
 def _short(value: Any) -> str:
@@ -463,7 +472,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "route_after": ("'auto' or a list of texts", lambda value: value == "auto" or _is_texts(value)),
     "routing": ("'cc', 'stitch' or None", lambda value: value in ("cc", "stitch", None)),
     "init": ("'fresh' or 'copy'", lambda value: value in ("fresh", "copy")),
-    "input_size": ("a list of three sizes or None", lambda value: value is None or _is_size(value)),
+    "input_size": ("a list of two to four sizes or None", lambda value: value is None or _is_size(value)),
     "gate_norm": ("'center', 'standardize' or None", lambda value: value in GATE_NORMS),
     "prior": ("'learned' or None", lambda value: value in PRIORS),
     "versions": ("a dict of texts", lambda value: isinstance(value, dict) and _is_plain(value)),

@@ -178,7 +178,7 @@ def specification_kept(network: nn.Module, num_classes: int) -> Iterator[None]:
     described = specification is not None and specification.describes(network)
     yield
     if described:
-        specification.follow(network, num_classes)
+        specification.follow(network, num_classes=num_classes)
 
 
 def _joined(xs: Sequence[Tensor]) -> Tensor:

@@ -144,15 +144,15 @@ class MultiPathNetwork(Classifies, nn.Module):
 
     undecayed: frozenset[str] = frozenset()
 
-    conversion: Mapping[str, Any] | None = None
+    _conversion: Mapping[str, Any] | None = None
     """The arguments of `multipath`, if it made this network of one whose construction is not known."""
 
     def __init__(self, layers: Mapping[str, nn.Module]):
         super().__init__()
-        if not isinstance(layers, Mapping):
+        if not isinstance(layers, Mapping | nn.ModuleDict):
             raise TypeError(f"layers is a {type(layers).__name__}; it must be a dict from names to modules")
         for name, layer in layers.items():
-            if isinstance(layer, TAKE_A_TENSOR):
+            if isinstance(layer, TAKE_A_TENSOR) and type(layer).__module__.startswith("torch.nn."):
                 raise ValueError(
                     f"layers[{name!r}] is a {type(layer).__name__}, which takes no list of tensors; give it for each "
                     "path: ParallelPaths([…])"

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from fastroute.nn import GateNorm, SparseRouter
 from fastroute.ops._instruction_set import warn_if_emulated
@@ -155,7 +155,7 @@ def fit(
         Terminated: SIGTERM or Ctrl-C was received, or a callback, such as Lightning's Timer, has set
             `trainer.should_stop` within an epoch; and `last.ckpt` is written.
     """
-    if not isinstance(module, RoutingClassifier):
+    if not isinstance(getattr(module, "_orig_mod", module), RoutingClassifier):
         raise TypeError(
             f"module is a {type(module).__name__}; it must be a RoutingClassifier, and data follow: "
             "fit(RoutingClassifier(network, num_classes=…), data)"
@@ -318,6 +318,16 @@ def check_amp(amp_dtype: str | None, device_type: str) -> None:
         raise ValueError("amp_dtype is 'float16'; on a CPU it must be 'bfloat16', or leave out --amp")
 
 
+def _is_of_samples(data: object) -> bool:
+    """Return whether data are a dataset of single images with their labels."""
+    if not isinstance(data, Dataset) or hasattr(data, "__iter__"):
+        return False
+    with contextlib.suppress(Exception):  # a dataset of the user's may raise anything
+        _, label = data[0]
+        return not isinstance(label, Tensor) or label.dim() == 0
+    return False
+
+
 def _loader(name: str, data: object) -> object:
     """Return a loader of the batches in a list or tuple, and other data as they are.
 
@@ -325,7 +335,7 @@ def _loader(name: str, data: object) -> object:
         TypeError: the data are a dataset of single images.
         ValueError: there is no batch, or they are images and labels instead of batches of them.
     """
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+    if _is_of_samples(data):
         raise TypeError(
             f"{name} is a {type(data).__name__}; it must have batches: give DataLoader(dataset, batch_size=…)"
         )

@@ -302,7 +302,7 @@ def test_refuses_non_finite_numbers(option, value):
         ("batch-size: 1\nbatch_size: 2", "it has batch_size twice"),
         ("lr: {a: 1}", "lr is a dict, expected a single value"),
         ("lr: abc", "lr is 'abc': 'abc' is not a valid float"),
-        ("epochs: 1.5", "epochs is '1.5': "),
+        ("epochs: 1.5", "epochs is '1.5'; it must be a valid integer"),
         ("lr: 2024-99-99", "it is not a YAML file of options"),
         ("mixup: .nan", "mixup is 'nan': nan is not a finite number"),
     ],
@@ -351,8 +351,8 @@ def test_an_experiment_is_a_folder_within_that_of_all_runs(tmp_path, command, na
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["train", "--epochs", 0], "'--epochs': 0; it must be greater than or equal to 1"),
-        (["train", "--img-size", "32x32"], "'--img-size': 32x32; it must be a valid integer"),
+        (["train", "--epochs", 0], "'--epochs': '0'; it must be greater than or equal to 1"),
+        (["train", "--img-size", "32x32"], "'--img-size': '32x32'; it must be a valid integer"),
         (["train", "--opt", "lamb"], "'--opt': 'lamb' is not one of 'sgd'"),
         (["train", "--learning-rate", 0.1], "No such option: --learning-rate; it is called --lr"),
         (["train", "--gpus", 2], "torchrun starts a process for each GPU"),

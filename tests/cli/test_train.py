@@ -486,3 +486,9 @@ def test_torchrun_passes_every_option_on():
     parser = torch.distributed.run.get_args_parser()
     options = get_command(app).commands["train"].params
     assert [option.opts for option in options if not any(map(passes, option.opts))] == []
+
+
+def test_wrong_values_in_a_file_are_named_without_the_words_of_a_library(tmp_path):
+    (tmp_path / "own.yaml").write_text("epochs: three\n")
+    result = run("train", "-c", tmp_path / "own.yaml")
+    assert result.exit_code == 2 and "epochs is 'three'; it must be a valid integer" in result.output, result.output

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import fastroute
 from fastroute.inference.preprocessing import Preprocessing
 from fastroute.models import create_model, multipath
-from fastroute.nn import CrossConnection
+from fastroute.models.specification import CONVERSION, check_conversion, conversion_of, specification_of
+from fastroute.nn import CrossConnection, set_gate_norm
 from fastroute.training import ImageDataModule, RoutingClassifier, fit
 from fastroute.training.checkpoints import read_checkpoint
 from fastroute.training.evaluation import evaluate
@@ -250,3 +251,59 @@ def test_names_of_classes_are_as_many_as_logits(checkpoint):
     for classes in ("abc", [1, 2, 3], 3):
         with pytest.raises(TypeError, match="it must be a list of names"):
             fastroute.load(checkpoint, classes=classes, device="cpu")
+
+
+class OfSequences(nn.Module):
+    def __init__(self, num_classes=3):
+        super().__init__()
+        self.a, self.b = nn.Conv1d(2, 4, 3), nn.Conv1d(4, 4, 3)
+        self.fc = nn.Linear(4, num_classes)
+        self.conversion = nn.Identity()  # a name like any other
+
+    def forward(self, x):
+        return self.fc(self.conversion(self.b(self.a(x))).mean(2))
+
+
+def test_runs_on_sequences_are_resumed(tmp_path):
+    data = DataLoader(TensorDataset(torch.randn(12, 2, 32), torch.arange(12) % 3), batch_size=6)
+    converted = multipath(OfSequences(), 2, ["a", "conversion"], input_size=(2, 32))
+    for epochs, resume in ((1, None), (2, tmp_path / "last.ckpt")):
+        module = RoutingClassifier(converted, 3, sched="step")
+        rows = fit(module, data, output=tmp_path, resume=resume, **QUIET | {"epochs": epochs})
+    assert len(rows) == 2
+    fit(RoutingClassifier(OfSequences(), 3), data, output=tmp_path / "alone", **QUIET)
+    saved = torch.load(tmp_path / "last.ckpt"), torch.load(tmp_path / "alone" / "last.ckpt")
+    assert saved[0]["conversion"]["input_size"] == [2, 32] and "conversion" not in saved[1]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_gates_normalisation_may_be_changed_after_the_conversion(own, tmp_path, monkeypatch, named):
+    monkeypatch.syspath_prepend(tmp_path)
+    import own_nets
+
+    base = create_model(own, 3) if named else own_nets.build(3)
+    converted = multipath(base, 2, ["1"], input_size=(3, 12, 12), gate_norm="center")
+    set_gate_norm(converted, "standardize", "learned")
+    fit(RoutingClassifier(converted, 3), loader(channels=3), output=tmp_path, **QUIET)
+    levels = {"mean": 127.5, "std": 64.0, "device": "cpu"}
+    images = torch.randn(4, 3, 12, 12)
+    predictor = fastroute.load(tmp_path / "last.ckpt", model=own, **levels)
+    assert torch.equal(predictor(images).probabilities, converted.eval()(images).softmax(1))
+    set_gate_norm(next(m for m in converted.modules() if isinstance(m, CrossConnection)), "center", "learned")
+    assert specification_of(converted) is None and conversion_of(converted) is None
+
+
+def test_sizes_of_images_in_a_file_of_unknown_origin_are_bounded():
+    values = dict(zip(CONVERSION, (2, ["a"], "cc", "fresh", [3, 2**15, 2**15], None, None), strict=True))
+    with pytest.raises(ValueError, match=r"conversion\['input_size'\] is a list, expected a list of two to four sizes"):
+        check_conversion(values)
+    check_conversion(values | {"input_size": [3, 224, 224]})
+    with pytest.raises(ValueError, match="its conversion is a dict, expected a dict of paths"):
+        check_conversion(values | {"more": 1})
+
+
+def test_levels_are_copied(checkpoint):
+    mean = torch.full((3,), 127.0)
+    predictor = fastroute.load(checkpoint, mean=mean, device="cpu")
+    mean.zero_()
+    assert predictor.transform.mean.tolist() == [127.0] * 3

@@ -524,3 +524,10 @@ def photographs(count):
 def test_numbers_out_of_range(options, error, message):
     with pytest.raises(error, match=message):
         multipath(fastroute.create_model("resnet20"), **{"paths": 2} | options)
+
+
+def test_networks_with_routers_of_a_local_function_are_pickled():
+    network = multipath(Toy(), 2, ["stem"], lambda c, m, n: CrossConnection(c, m, n), input_size=SIZE)
+    again = pickle.loads(pickle.dumps(network))
+    images = torch.randn(2, *SIZE)
+    assert torch.equal(again.eval()(images), network.eval()(images))

@@ -157,3 +157,15 @@ def test_layers_and_paths_of_other_types_are_refused():
         MultiPathNetwork({"a": nn.Conv2d(3, 3, 1)})
     with pytest.raises(TypeError, match="paths is a Identity; it must be a list of modules"):
         ParallelPaths(nn.Identity(), nn.Identity())
+
+
+class PathConv(nn.Conv2d):
+    """One convolution of all paths."""
+
+    def forward(self, xs):
+        return [super(PathConv, self).forward(x) for x in xs]
+
+
+def test_layers_of_one_s_own_may_take_lists():
+    layers = nn.ModuleDict({"conv": PathConv(3, 4, 1), "head": ParallelPaths([nn.Flatten(), nn.Flatten()])})
+    assert MultiPathNetwork(layers)(torch.randn(2, 3, 4, 4)).shape == (2, 64)

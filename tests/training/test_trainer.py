@@ -477,3 +477,13 @@ def test_each_step_of_each_process_draws_numbers_of_its_own():
         StepSeed(0).on_train_batch_start(trainer, None, None, batch)
         drawn.add(torch.rand(()).item())
     assert len(drawn) == 8
+
+
+def test_datasets_of_batches_and_compiled_modules_are_taken(tmp_path):
+    class Batches(TensorDataset):
+        def __getitem__(self, index):
+            return tuple(tensor[index : index + 2] for tensor in self.tensors)
+
+    batches = Batches(torch.zeros(4, 3, 32, 32), torch.zeros(4).long())
+    module = torch.compile(RoutingClassifier(create_model("resnet20", 3), 3), backend="eager")
+    fit(module, batches, epochs=1, output=tmp_path, fast_dev_run=True)
