@@ -41,3 +41,27 @@ def test_features_that_are_not_finite_end_the_run_in_a_sentence(monkeypatch):
     images, labels = digits(200)
     with pytest.raises(FloatingPointError, match="features are NaN or infinite at epoch 1: the weights have diverged"):
         trainer_of(1).fit(Pixels(4, 64), Batches(images, labels, 100, 0), Batches(images, labels, 64))
+
+
+class Modes(Pixels):
+    """Look at all images at the start of an epoch, and remember the modes."""
+
+    found = ()
+
+    def on_train_epoch_start(self):
+        self.over_images(self.features)
+
+    def features(self, images):
+        self.found += (("features", self.training),)
+        return super().features(images)
+
+    def step(self, images, index):
+        self.found += (("step", self.training),)
+        return super().step(images, index)
+
+
+def test_training_goes_on_in_its_mode_after_a_look_at_all_images():
+    module = Modes(4, 64)
+    images, labels = digits(100)
+    trainer_of(1).fit(module, Batches(images, labels, 50, 0), Batches(images, labels, 100))
+    assert set(module.found) == {("features", False), ("step", True)}

@@ -54,3 +54,8 @@ def test_mutual_information_matches_scikit_learn():
 
 def test_no_label_as_a_float_is_none():
     assert label_metrics(np.array([0.0, -1.0, 1.0]), [1, 0, 0]) == {}
+
+
+def test_each_metric_has_its_own_name():
+    found = label_metrics([0, 0, 1, 1], [0, 1, 2, 2])
+    assert found == pytest.approx({"acc": 0.75, "acc_many": 1, "nmi": 0.8, "ari": 4 / 7})

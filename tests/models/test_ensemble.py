@@ -95,3 +95,13 @@ def test_ensembles_compile_as_one_graph():
         torch.testing.assert_close(compiled(x), ensemble(x))
         ensemble.reset_classifier(0)
         assert ensemble(x).shape == (2, ensemble.num_features)
+
+
+def test_members_have_the_moving_average_of_their_checkpoints(tmp_path):
+    path = tmp_path / "w.ckpt"
+    averaged = checkpoint(path, "base_cnn", img_size=8)
+    saved = torch.load(path)
+    saved["current_model_state"] = {name: torch.zeros_like(value) for name, value in saved["state_dict"].items()}
+    torch.save(saved, path)
+    (member,) = Ensemble.from_checkpoints([path]).members
+    assert all(torch.equal(value, member.state_dict()[name]) for name, value in averaged.state_dict().items())

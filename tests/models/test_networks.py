@@ -400,3 +400,12 @@ def test_a_highway_of_32_channels_computes_in_bfloat16():
 def test_macs_need_the_size_of_an_image():
     with pytest.raises(TypeError, match="input_size is 32; it must be a tuple"):
         models.count_macs(nn.ReLU(), 32)
+
+
+def test_networks_of_other_channels_have_maps_of_the_same_sizes():
+    pytest.importorskip("torchvision")
+    maps = [
+        models.create_model("resnet18", 5, channels).forward_features(torch.randn(1, channels, 64, 64))
+        for channels in (1, 3)
+    ]
+    assert maps[0].shape == maps[1].shape == (1, 512, 2, 2)

@@ -232,3 +232,12 @@ def test_wrapped_weights_start_fresh_paths_as_others_do(tmp_path):
         first, second = (path.fc.weight for path in network.head)
         assert torch.equal(first, weights["fc.weight"])
         assert torch.equal(second.flatten().sort()[0], first.flatten().sort()[0])  # in another order, without noise
+
+
+def test_layers_of_older_densenets_have_a_dot_in_their_names():
+    network = nn.ModuleDict({"denselayer1": nn.ModuleDict({"norm1": nn.BatchNorm2d(3), "conv2": nn.Conv2d(3, 3, 1)})})
+    weights = {name: torch.ones_like(value) for name, value in network.state_dict().items()}
+    older = {name.replace("norm1", "norm.1").replace("conv2", "conv.2"): value for name, value in weights.items()}
+    load_pretrained(network, older, "x")
+    layer = network["denselayer1"]
+    assert (layer["conv2"].weight == 1).all() and (layer["norm1"].running_mean == 1).all()

@@ -206,3 +206,11 @@ def test_hsic_is_the_mean_over_all_four_different_images():
     a, b = grams = torch.stack([x @ x.T for x in torch.randn(2, 5, 3, dtype=torch.float64)])
     terms = [a[i, j] * (b[i, j] + b[q, r] - 2 * b[i, q]) for i, j, q, r in itertools.permutations(range(5), 4)]
     assert _hsic(grams)[0, 1].item() == pytest.approx(torch.stack(terms).mean().item())
+
+
+def test_predictions_are_the_classes_of_the_highest_logits(model):
+    data = batches(5, 2)
+    found = collect_routing(model, data)
+    with torch.no_grad():
+        logits = model.eval()(torch.cat([images for images, _ in data]))
+    assert torch.equal(found.predictions, logits.argmax(1))

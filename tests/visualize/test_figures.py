@@ -5,9 +5,10 @@ import torch
 from matplotlib.figure import Figure
 
 from fastroute import visualize
-from fastroute.visualize import Gate, Layer, RoutingData
+from fastroute.visualize import Gate, Layer, RoutingData, report
+from fastroute.visualize.page import Images, Report
 from fastroute.visualize.report import verdict
-from fastroute.visualize.routing import distinct_classes, gate_rows, tint
+from fastroute.visualize.routing import distinct_classes, gate_rows, most_distinct, tint
 from fastroute.visualize.style import save
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
@@ -222,3 +223,102 @@ def test_captions_and_legends():
     scores = torch.randn(30, 3)
     text = words(visualize.response_map({"trained": scores}, names=["ant", "bee", "empty"]))
     assert "0: ant" in text and "2: empty" in text
+
+
+def test_gate_health_shows_the_mean_the_middle_and_the_range():
+    values = torch.linspace(0, 1, 11).square()  # whose median is not their mean
+    gates = torch.stack([values, 1 - values], 1)[:, None]
+    axes = visualize.gate_health(RoutingData({"a": gates}, torch.zeros(11), torch.rand(11, 3))).axes[0]
+    found = [lines.get_segments()[0][:, 0].tolist() for lines in axes.collections[:2]]
+    assert found == [pytest.approx([0, 1]), pytest.approx([0.01, 0.81])]
+    assert axes.lines[0].get_xdata()[0] == pytest.approx(values.mean().item())
+
+
+def test_histograms_of_classes_are_shares_of_each_class():
+    gates, labels = torch.tensor([0.1, 0.1, 0.1, 0.9]), torch.tensor([0, 0, 0, 1])
+    data = RoutingData({"a_router": torch.stack([gates, 1 - gates], 1)[:, None]}, labels, torch.rand(4, 3))
+    panel = visualize.class_histograms(data, [GATE], CLASSES).axes[0]
+    assert [patch.get_xy()[:, 1].max() for patch in panel.patches] == pytest.approx([100, 100])
+
+
+def test_the_table_of_gates_has_each_path_s_largest_gates_and_entropy():
+    first = torch.tensor([0.4, 0.4, 0.4, 0.4])
+    second = torch.tensor([1.0, 1.0, 0.0, 1.0])
+    gates = torch.stack([torch.stack([path, 1 - path], 1) for path in (first, second)], 1)
+    rows = gate_rows(RoutingData({"a_router": gates}, torch.zeros(4), torch.rand(4, 3)))
+    assert [row["largest, % of images"] for row in rows] == ["0  100", "75  25"]
+    assert [row["entropy"] for row in rows] == ["0.97", "0.00"]
+    assert [row["mean gates"] for row in rows] == ["0.40  0.60", "0.75  0.25"]
+
+
+def test_the_most_distinct_gate_is_that_which_follows_the_classes():
+    labels = torch.arange(40) % 2
+    first, second = torch.linspace(0, 1, 40), 0.3 + 0.4 * labels
+    gates = torch.stack([torch.stack([path, 1 - path], 1) for path in (first, second)], 1)
+    (gate,) = most_distinct(RoutingData({"a_router": gates}, labels, torch.rand(40, 3)))
+    assert (gate.router, gate.i) == ("a_router", 1)
+
+
+def test_images_of_the_highest_gate_are_drawn_as_such():
+    highest, lowest = torch.zeros(2, 1, 8, 8), torch.ones(2, 1, 8, 8)
+    axes = visualize.gate_maximization(highest, lowest).axes
+    found = {name.texts[0].get_text(): image.images[0].get_array().max() for name, image in (axes[:2], axes[3:5])}
+    assert found == {"highest": 0, "lowest": 255}
+
+
+def test_edges_lead_from_incoming_to_outgoing_nodes_of_their_own_magnitudes():
+    layer = Layer("a_router", torch.tensor([[0.2, 0.3, 0.5]]), torch.tensor([1.0]), torch.tensor([0.5, 0.3, 0.2]))
+    edges, nodes = (
+        visualize.routing_flow([[layer]], torch.rand(1, 3, 8, 8)).axes[1].lines[part]
+        for part in (slice(3), slice(3, None))
+    )
+    assert [(start, *edge.get_ydata()) for edge in edges for start in edge.get_xdata()[:1]] == [(0, 0, -1)] * 3
+    assert [edge.get_xdata()[1] for edge in edges] == pytest.approx([-0.45, 0, 0.45])
+    redness = [node.get_markerfacecolor()[1] for node in nodes[1::2]]
+    assert redness == pytest.approx([0.5, 0.75, 0.45, 0.3]) and [node.get_ydata()[0] for node in nodes[1::2]] == [
+        0,
+        -1,
+        -1,
+        -1,
+    ]
+
+
+def test_a_response_map_has_the_clusters_of_the_highest_responses():
+    scores = 10 * torch.eye(3)[torch.tensor([0] * 20 + [1] * 10)] + torch.rand(30, 3)
+    axes = visualize.response_map({"trained": scores}).axes[0]
+    assert [len(cluster.get_offsets()) for cluster in axes.collections] == [20, 10]
+    assert [text.get_text() for text in axes.texts] == ["0", "1"]
+
+
+def test_accuracies_are_drawn_above_millions_of_parameters():
+    (point,) = visualize.accuracy_against_parameters({"resnet20": (270_000, 91.0)}).axes[0].lines
+    assert (point.get_xdata().item(), point.get_ydata().item()) == pytest.approx((0.27, 91))
+
+
+def test_a_report_of_a_clustering_shows_the_clearest_images_and_the_main_classes(tmp_path, monkeypatch):
+    labels = torch.tensor([0] * 14 + [1] * 6 + [2] * 10 + [1] * 10)
+    responses = torch.stack([torch.arange(40.0), torch.full((40,), 9.0)], 1)
+    responses[30:, 0], responses[:30, 0] = 0, responses[:30, 0] + 10
+
+    class Responses(torch.nn.Module):
+        def forward(self, x):
+            return responses[x[:, 0, 0, 0].round().long()]
+
+    seen = {}
+    monkeypatch.setattr(report.clusters, "cluster_images", lambda highest, made: seen.update(highest) or Figure())
+    monkeypatch.setattr(report.clusters, "response_map", lambda maps, names: Figure())
+    monkeypatch.setattr(report, "synthesize_outputs", lambda *_, **options: None)
+    numbers = torch.arange(40)[:, None, None, None].expand(-1, 1, 4, 4).float()  # the image of each place is its number
+    images = Images(
+        lambda: [(numbers, labels)],
+        lambda places: numbers[places].permute(0, 2, 3, 1).byte(),
+        CLASSES,
+        torch.zeros(1),
+        torch.full((1,), 1 / 255),
+    )
+    page = Report(tmp_path, "title", {})
+    report.clustering_report(page, Responses(), images)
+    (table,) = [section["table"] for section in page.sections if "table" in section]
+    assert [list(row.values()) for row in table] == [["0", "30", "ant", "47%"], ["1", "10", "bee", "100%"]]
+    assert (255 * seen["0: ant"][:, 0, 0, 0]).round().tolist() == list(range(29, 19, -1))
+    assert page.facts["ACC"] == "0.600" and "The largest cluster has 30 images and the smallest 10" in page.verdict
