@@ -242,7 +242,7 @@ def _cut(model: nn.Module, route_after: Sequence[str]) -> tuple[fx.Graph, dict[s
     for name in names:
         if name == "" or (name not in known and name != INPUT):
             near = get_close_matches(name, filter(None, known), n=3)
-            children = ", ".join(child for child, _ in model.named_children())
+            children = ", ".join([child for child, _ in model.named_children()][:10])
             hint = f"did you mean {', '.join(near)}?" if near else f"those of the network itself are {children}"
             raise ValueError(f"route_after names {name!r}; there is no such module: {hint}")
         if names.count(name) > 1:
