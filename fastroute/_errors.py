@@ -17,6 +17,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).partition("\n")[0]
 
 
+def kind(value: object) -> str:
+    """Return what an object is, for messages: "the class Net", or "a DataLoader"."""
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
 def printable(text: object) -> str:
     """Return text as one line that every terminal and encoding can show.
 

@@ -262,13 +262,10 @@ def load(
 
 
 def _checked_classes(classes: Sequence[str] | None) -> list[str] | None:
-    classes = plain(classes)
-    if classes is None:
-        return None
-    if isinstance(classes, str) or not isinstance(classes, Iterable):
-        raise TypeError(f"classes is {classes!r}; it must be a list of names")
-    names = list(classes)
-    if not all(isinstance(name, str) for name in names):
+    names = plain(classes)
+    if isinstance(names, Iterable) and not isinstance(names, str):
+        names = list(names)
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise TypeError(f"classes is {names!r}; it must be a list of names")
     return names
 

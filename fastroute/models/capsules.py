@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from fastroute.models.registry import register_model
 from fastroute.nn import Routing
-from fastroute.nn._classifier import Classifies, specification_kept
+from fastroute.nn._classifier import Classifies
+from fastroute.nn._specification import specification_kept
 from fastroute.ops._library import without_autocast
 
 PRIMARY, CLASS = 8, 16  # the sizes of capsules
@@ -206,7 +207,7 @@ class CapsNet(Classifies, nn.Module):
         return ClassCapsules(in_features, out_features, self.iterations, **like)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        with specification_kept(self, num_classes):
+        with specification_kept(self, num_classes=num_classes):
             super().reset_classifier(num_classes, global_pool)
             like = self.decoder.bias
             self.decoder = Decoder(num_classes, self.shape, device=like.device, dtype=like.dtype)

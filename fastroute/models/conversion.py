@@ -12,7 +12,7 @@ from difflib import get_close_matches
 import torch
 from torch import fx, nn
 
-from fastroute._errors import first_line
+from fastroute._errors import first_line, kind
 from fastroute._plain import plain
 from fastroute.models._relu import shallow_copy, take_relu
 from fastroute.models._shapes import channel_axes, default_input_size, like, shapes_of
@@ -114,8 +114,7 @@ def multipath(
         ['maxpool_router', 'layer1_router', 'layer2_router', 'layer3_router', 'layer4_router']
     """
     if not isinstance(model, nn.Module):
-        given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-        raise TypeError(f"model is {given}; it must be a module, such as create_model('resnet18')")
+        raise TypeError(f"model is {kind(model)}; it must be a module, such as create_model('resnet18')")
     _check_is_plain(model)
     if any(isinstance(module, MultiPathNetwork) for module in model.modules()):
         raise ValueError(

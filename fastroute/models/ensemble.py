@@ -12,7 +12,8 @@ from fastroute.models.registry import create_model, register_model
 from fastroute.models.specification import specification_in
 from fastroute.models.weights import network_weights
 from fastroute.nn import Routing, forward_with_routing
-from fastroute.nn._classifier import Classifies, specification_kept
+from fastroute.nn._classifier import Classifies
+from fastroute.nn._specification import specification_kept
 
 
 class Ensemble(nn.Module):
@@ -83,7 +84,7 @@ class Ensemble(nn.Module):
         Args:
             num_classes, global_pool: as there.
         """
-        with specification_kept(self, num_classes):
+        with specification_kept(self, num_classes=num_classes):
             for member in self.members:
                 member.reset_classifier(num_classes, global_pool)
 

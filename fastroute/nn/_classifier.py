@@ -1,13 +1,13 @@
 """timm's interface of a classifier, for networks of one path or several."""
 
-import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fastroute.nn._last_layer import final_linear
+from fastroute.nn._specification import specification_kept
 from fastroute.nn.routed import routers_in, routing_of
 from fastroute.nn.router import Routing
 
@@ -129,7 +129,7 @@ class Classifies:
             raise ValueError(f"global_pool is {global_pool!r}; it must be None, 'avg', or with num_classes=0 ''")
         names, width = self._checked_classifiers(), self._width
         like = next(self.parameters(), torch.empty(0))
-        with specification_kept(self, num_classes):
+        with specification_kept(self, num_classes=num_classes):
             for name in names:
                 layer = nn.Identity()
                 if num_classes:
@@ -169,16 +169,6 @@ class Classifies:
         if names := self._classifiers():
             return names
         raise ValueError(f"a {type(self).__name__} whose paths do not end in a dense layer has no classifier to reset")
-
-
-@contextlib.contextmanager
-def specification_kept(network: nn.Module, num_classes: int) -> Iterator[None]:
-    """Keep the network's specification valid while the block replaces the classifier."""
-    specification = getattr(network, "specification", None)
-    described = specification is not None and specification.describes(network)
-    yield
-    if described:
-        specification.follow(network, num_classes=num_classes)
 
 
 def _joined(xs: Sequence[Tensor]) -> Tensor:

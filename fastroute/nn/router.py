@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastroute.nn._lists import TakesLists
+from fastroute.nn._specification import specification_kept
 from fastroute.nn.gate_norm import GateNorm, check_gate_norm, make_gate_norm
 from fastroute.ops import gate
 from fastroute.ops._library import without_autocast
@@ -216,12 +217,9 @@ def set_gate_norm(network: nn.Module, gate_norm: str | None, prior: str | None =
     for name, value in (("gate_norm", gate_norm), ("prior", prior)):
         if not routers and value is not None:
             raise ValueError(f"{name} is {value!r}; the network has no router to normalise the gates of")
-    specification = getattr(network, "specification", None)
-    described = specification is not None and specification.describes(network)
-    for router in routers:
-        norm = router._make_gate_norm(gate_norm, prior)
-        router.gate_norm = None if norm is None else norm.train(router.training)
-    if described:
-        specification.follow(network, gate_norm=gate_norm, prior=prior)
+    with specification_kept(network, gate_norm=gate_norm, prior=prior):
+        for router in routers:
+            norm = router._make_gate_norm(gate_norm, prior)
+            router.gate_norm = None if norm is None else norm.train(router.training)
     if getattr(network, "_conversion", None) is not None:
         network._conversion = {**network._conversion, "gate_norm": gate_norm, "prior": prior}

@@ -15,6 +15,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastroute._errors import kind
 from fastroute._files import DamagedFile, checked
 from fastroute._plain import plain
 from fastroute.data.decode import UnreadableImage
@@ -127,9 +128,8 @@ class RoutingClassifier(pl.LightningModule):
     ):
         super().__init__()
         if not isinstance(model, nn.Module | str):
-            given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
             raise TypeError(
-                f"model is {given}; it must be a network, such as create_model('resnet20_cc2'), or its name"
+                f"model is {kind(model)}; it must be a network, such as create_model('resnet20_cc2'), or its name"
             )
         numbers = {"lr": lr, "gate_lr_mult": gate_lr_mult, "momentum": momentum, "weight_decay": weight_decay}
         numbers |= {"decay_rate": decay_rate, "min_lr": min_lr, "warmup_lr": warmup_lr, "smoothing": smoothing}
